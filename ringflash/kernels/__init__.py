@@ -1,0 +1,64 @@
+"""Attention of one query shard on one key/value shard, on one device.
+
+Every kernel has the same two functions and knows nothing of rings, layouts, documents or windows:
+
+    forward(q, k, v, intervals, *, scale, softcap, carry, out_dtype) -> Partial
+    backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None
+
+q, dout [B, Sq, Hq, D]; k, v [B, Skv, Hkv, D], any strides with a contiguous last dimension; Hq a multiple of Hkv.
+Scores are ``scale * q k^T``, then ``softcap * tanh(scores / softcap)`` where softcap is not None.
+
+forward: `carry`, where given, is the Partial of keys seen before. With out_dtype fp32 it is updated in place and
+returned; with another out_dtype its lse is updated in place and the returned out is new, in that dtype. Without a carry
+the Partial is new.
+
+backward: lse and delta, fp32 [B, Hq, Sq], are those of the whole softmax, over all shards: delta = rowsum(dout * out).
+Gradients are *added* into dq [B, Sq, Hq, D], dk and dv [B, Skv, Hkv, D], all fp32.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+FASTEST_FIRST = ("portable", "blocked")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A forward, a backward, and `supports(q, k, softcap)`: None, or the reason why the kernel cannot."""
+
+    name: str
+    forward: Callable
+    backward: Callable
+    supports: Callable[[Tensor, Tensor, float | None], str | None]
+
+
+def select(q: Tensor, k: Tensor, softcap: float | None = None, name: str = "auto") -> Kernel:
+    """The fastest kernel that supports the request, or the one named.
+
+    Raises ValueError with the reason where the named kernel (or, with "auto", every kernel) cannot.
+    """
+    if name != "auto" and name not in FASTEST_FIRST:
+        raise ValueError(f"kernel={name} is not one of auto, {', '.join(FASTEST_FIRST)}")
+    reasons = []
+    for candidate in FASTEST_FIRST if name == "auto" else (name,):
+        kernel = _load(candidate)
+        reason = kernel.supports(q, k, softcap)
+        if reason is None:
+            return kernel
+        reasons.append(f"kernel={candidate} {reason}")
+    raise ValueError("; ".join(reasons))
+
+
+def _load(name: str) -> Kernel:
+    """Import a kernel's files only when it is asked for: Triton is not everywhere."""
+    if name == "blocked":
+        blocked = importlib.import_module("ringflash.kernels.blocked")
+        return Kernel(name, blocked.forward, blocked.backward, blocked.supports)
+    forward = importlib.import_module(f"ringflash.kernels.{name}_forward")
+    backward = importlib.import_module(f"ringflash.kernels.{name}_backward")
+    return Kernel(name, forward.forward, backward.backward, forward.supports)

@@ -1,0 +1,124 @@
+"""The block kernel in plain torch, tile by tile, on any device: the CPU's kernel and the readable definition.
+
+One tile of queries at a time meets the run of keys that any of its rows sees; no [Sq, Skv] matrix exists. With scores
+s = softcap(scale q k^T) and a carried (out, lse),
+
+    forward     lse' = log(exp(lse) + sum_j exp(s_j))        out' = exp(lse - lse') out + sum_j exp(s_j - lse') v_j
+    backward    p = exp(s - lse)    dv += p^T dout    ds = p (dout v^T - delta)    dq += scale ds k    dk += scale ds^T q
+
+where ds also takes the softcap's derivative, 1 - tanh^2. Query heads that share a KV head are folded into the rows of
+one matrix product, so k and v are never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ringflash.mask import Intervals
+from ringflash.partial import Partial, merge
+
+# Rows of a query tile. Larger tiles feed the matrix products better, smaller ones waste less on masked corners.
+TILE = 256
+
+
+def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
+    """None: any floating dtype, head size and device will do."""
+    return None if q.is_floating_point() else f"needs floating point, got {q.dtype}"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    carry: Partial | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Partial:
+    """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract."""
+    state = Partial.identity(q) if carry is None else carry
+    for rows, keys, visible in _tiles(intervals):
+        scores, _ = _scores(_fold(q[:, rows], k), _keys(k, keys), scale, softcap)
+        scores = scores.masked_fill(~_per_group(visible, q, k), float("-inf"))
+        lse = scores.logsumexp(-1)
+        weights = torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1))
+        out = _unfold(weights @ _keys(v, keys), q)
+        block = Partial(out, lse.reshape(len(q), q.shape[2], -1))
+        merged = merge(Partial(state.out[:, rows], state.lse[:, :, rows]), block)
+        state.out[:, rows] = merged.out
+        state.lse[:, :, rows] = merged.lse
+    return Partial(state.out.to(out_dtype), state.lse)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    intervals: Intervals,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract."""
+    for rows, keys, visible in _tiles(intervals):
+        q_tile, dout_tile = _fold(q[:, rows], k), _fold(dout[:, rows], k)
+        lse_tile, delta_tile = (x[:, :, rows].reshape(len(q), k.shape[2], -1, 1) for x in (lse, delta))
+        scores, slope = _scores(q_tile, _keys(k, keys), scale, softcap)
+        p = torch.exp(scores - lse_tile).masked_fill(~_per_group(visible, q, k), 0.0)
+        ds = p * (dout_tile @ _keys(v, keys).transpose(-1, -2) - delta_tile) * (slope * scale)
+        dq[:, rows] += _unfold(ds @ _keys(k, keys), q)
+        dk[:, keys] += (ds.transpose(-1, -2) @ q_tile).transpose(1, 2)
+        dv[:, keys] += (p.transpose(-1, -2) @ dout_tile).transpose(1, 2)
+
+
+def _tiles(intervals: Intervals) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, keys, visible [B|1, rows, keys]) of every tile that sees anything."""
+    start, end = intervals.start, intervals.end
+    for first in range(0, start.shape[1], TILE):
+        rows = slice(first, min(first + TILE, start.shape[1]))
+        lo, hi = start[:, rows], end[:, rows]
+        keys = slice(int(lo[:, 0].min()), int(hi[:, -1].max()))
+        if keys.start < keys.stop:
+            j = torch.arange(keys.start, keys.stop, device=start.device)
+            yield rows, keys, (lo[..., None] <= j) & (j < hi[..., None])
+
+
+def _fold(x: Tensor, k: Tensor) -> Tensor:
+    """Query-shaped [B, rows, Hq, D] to fp32 [B, Hkv, group * rows, D]: the rows of one KV head's products."""
+    batch, rows, heads, dim = x.shape
+    return x.transpose(1, 2).reshape(batch, k.shape[2], heads // k.shape[2] * rows, dim).float()
+
+
+def _unfold(x: Tensor, q: Tensor) -> Tensor:
+    """The inverse of _fold: [B, Hkv, group * rows, D] to [B, rows, Hq, D]."""
+    batch, _, heads, dim = q.shape
+    return x.reshape(batch, heads, -1, dim).transpose(1, 2)
+
+
+def _keys(x: Tensor, keys: slice) -> Tensor:
+    return x[:, keys].transpose(1, 2).float()
+
+
+def _per_group(visible: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """visible [B|1, rows, keys] for each query head of a group: [B|1, 1, group * rows, keys]."""
+    return visible.repeat(1, q.shape[2] // k.shape[2], 1).unsqueeze(1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | float]:
+    """Capped scores, and the derivative of the cap."""
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if softcap is None:
+        return scores, 1.0
+    capped = torch.tanh(scores / softcap)
+    return softcap * capped, 1 - capped**2

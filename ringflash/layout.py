@@ -1,0 +1,132 @@
+"""Layout: which rank holds which tokens.
+
+The sequence is cut into chunks of equal length, and every rank holds the same number of chunks, in ascending order.
+Eight chunks on four ranks, each rank's tokens marked along the sequence:
+
+    >>> print(Layout.contiguous(8, ranks=4))
+    0: ##......
+    1: ..##....
+    2: ....##..
+    3: ......##
+    >>> print(Layout.zigzag(8, ranks=4))
+    0: #......#
+    1: .#....#.
+    2: ..#..#..
+    3: ...##...
+    >>> print(Layout.striped(8, ranks=4))
+    0: #...#...
+    1: .#...#..
+    2: ..#...#.
+    3: ...#...#
+
+Under a causal mask a contiguous layout leaves the last rank most of the work; zigzag (an early chunk and the late one
+that mirrors it) and striped (every ranks-th token) give all ranks the same. Because shards are ascending, an
+`IntervalMask` restricted to any two of them is an IntervalMask again.
+
+A length that does not divide is padded at the sequence's end, with positions at or past `length`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which chunks of the sequence each rank holds.
+
+    Fields: length, the sequence's tokens without padding; chunk, tokens in a chunk; chunks int64 [ranks, n] on the
+    CPU, the chunks of each rank, ascending. Raises ValueError unless every chunk has exactly one owner and all of
+    `length` is covered.
+    """
+
+    length: int
+    chunk: int
+    chunks: Tensor
+
+    def __post_init__(self) -> None:
+        owned = self.chunks.flatten().sort().values
+        if not torch.equal(owned, torch.arange(self.chunks.numel())):
+            raise ValueError("every chunk must have exactly one owner")
+        if bool((self.chunks.diff(dim=1) <= 0).any()):
+            raise ValueError("a rank's chunks must be in ascending order")
+        if self.padded_length < self.length:
+            raise ValueError(f"{owned.numel()} chunks of {self.chunk} tokens do not hold {self.length} tokens")
+
+    @classmethod
+    def contiguous(cls, length: int, ranks: int) -> Layout:
+        """Rank r holds the r-th of `ranks` runs."""
+        return cls(length, _ceil(length, ranks), torch.arange(ranks)[:, None])
+
+    @classmethod
+    def zigzag(cls, length: int, ranks: int) -> Layout:
+        """Rank r holds the r-th of 2 * ranks runs and the r-th from the end: balanced under a causal mask."""
+        first = torch.arange(ranks)
+        return cls(length, _ceil(length, 2 * ranks), torch.stack([first, 2 * ranks - 1 - first], dim=1))
+
+    @classmethod
+    def striped(cls, length: int, ranks: int) -> Layout:
+        """Rank r holds tokens r, r + ranks, r + 2 ranks, ...: balanced under a causal mask and narrow windows."""
+        return cls(length, 1, torch.arange(_ceil(length, ranks) * ranks).view(-1, ranks).T.contiguous())
+
+    @classmethod
+    def named(cls, name: str, length: int, ranks: int) -> Layout:
+        """The layout called "contiguous", "zigzag" or "striped". Raises ValueError for another name."""
+        if name not in LAYOUTS:
+            raise ValueError(f"layout={name} is not one of {', '.join(LAYOUTS)}")
+        return LAYOUTS[name](length, ranks)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def shard_length(self) -> int:
+        return self.chunks.shape[1] * self.chunk
+
+    @property
+    def padded_length(self) -> int:
+        return self.chunks.numel() * self.chunk
+
+    def positions(self, rank: int) -> Tensor:
+        """The global positions that a rank holds, ascending, int64 [shard_length]; at or past `length`: padding."""
+        return (self.chunks[rank][:, None] * self.chunk + torch.arange(self.chunk)).flatten()
+
+    def shard(self, x: Tensor, rank: int, dim: int = 1, padding: float = 0) -> Tensor:
+        """A rank's part of x, whose `dim` is the whole sequence; positions past its end hold `padding`."""
+        if x.shape[dim] != self.length:
+            raise ValueError(f"dimension {dim} must hold the sequence's {self.length} tokens, got {[*x.shape]}")
+        positions = self.positions(rank).to(x.device)
+        shard = x.index_select(dim, positions.clamp(max=self.length - 1))
+        past_end = (positions >= self.length).view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+        return shard.masked_fill(past_end, padding)
+
+    def unshard(self, shards: Sequence[Tensor], dim: int = 1) -> Tensor:
+        """The whole sequence from all ranks' shards, in rank order, without the padding: the inverse of shard."""
+        if len(shards) != self.ranks:
+            raise ValueError(f"{self.ranks} ranks have {self.ranks} shards, got {len(shards)}")
+        positions = torch.cat([self.positions(rank) for rank in range(self.ranks)])
+        order = positions.argsort()[: self.length].to(shards[0].device)
+        return torch.cat(tuple(shards), dim).index_select(dim, order)
+
+    def __str__(self) -> str:
+        rows = []
+        for rank in range(self.ranks):
+            held = set(self.positions(rank).tolist())
+            rows.append(f"{rank}: " + "".join("#" if token in held else "." for token in range(self.length)))
+        return "\n".join(rows)
+
+
+LAYOUTS: dict[str, Callable[[int, int], Layout]] = {
+    "contiguous": Layout.contiguous,
+    "zigzag": Layout.zigzag,
+    "striped": Layout.striped,
+}
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

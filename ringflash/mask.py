@@ -1,0 +1,202 @@
+"""IntervalMask: every query sees one interval of keys.
+
+Causal, full, sliding-window, packed-document, prefix and chunked attention, and every intersection of them, share one
+property: query i sees exactly the keys ``lo[i] <= j < hi[i]``, and both vectors are non-decreasing. Whatever has this
+property is closed under the three things that distributed attention does to a mask:
+
+- intersection (`&`): a window inside packed documents;
+- restriction to some queries and some keys, each in ascending order: what a shard sees of another shard;
+- transposition: the queries that see a key are one interval too, which is what a backward over key tiles needs.
+
+    >>> print(IntervalMask.causal(8) & IntervalMask.documents([3, 5]) & IntervalMask.window(8, left=2))
+    #.......
+    ##......
+    ###.....
+    ...#....
+    ...##...
+    ...###..
+    ....###.
+    .....###
+
+Planning happens on the CPU; only the `Intervals` that a kernel reads go to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Intervals:
+    """What a block kernel knows of a mask: the keys that each query sees, and the queries that see each key.
+
+    Shapes: B is the batch, or 1 where all rows of the batch agree. All int32, on the kernel's device, contiguous.
+    Query i sees keys ``start[i]:end[i]``; key j is seen by queries ``query_start[j]:query_end[j]``. All four vectors
+    are non-decreasing, and ``start <= end``, so a tile's bounds are read at its first and last row.
+    """
+
+    start: Tensor  # [B|1, Sq]
+    end: Tensor  # [B|1, Sq]
+    query_start: Tensor  # [B|1, Skv]
+    query_end: Tensor  # [B|1, Skv]
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalMask:
+    """Which keys each query sees: ``lo[b, i] <= j < hi[b, i]``, both non-decreasing in i.
+
+    Fields: lo, hi int64 [B|1, Sq] on the CPU (1 where all batch rows agree); keys, the number of keys, Skv.
+    Raises ValueError if a bound leaves ``0..keys``, decreases, or lo exceeds hi.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    keys: int
+
+    def __post_init__(self) -> None:
+        if self.lo.dim() != 2 or self.lo.shape != self.hi.shape:
+            raise ValueError(f"lo and hi must both be [batch, queries], got {[*self.lo.shape]} and {[*self.hi.shape]}")
+        if self.lo.numel() == 0:
+            return
+        for name, bound in (("lo", self.lo), ("hi", self.hi)):
+            if int(bound.min()) < 0 or int(bound.max()) > self.keys:
+                raise ValueError(f"{name} must lie in 0..{self.keys}, got {int(bound.min())}..{int(bound.max())}")
+            if bool((bound.diff(dim=1) < 0).any()):
+                row, query = (bound.diff(dim=1) < 0).nonzero()[0].tolist()
+                raise ValueError(f"{name} must not decrease, but does after query {query} of batch row {row}")
+        if bool((self.lo > self.hi).any()):
+            raise ValueError("lo must not exceed hi; an empty row has lo == hi")
+
+    # -- the masks that models train with
+
+    @classmethod
+    def full(cls, length: int) -> IntervalMask:
+        """Every query sees every key."""
+        return cls(torch.zeros(1, length, dtype=torch.int64), torch.full((1, length), length), length)
+
+    @classmethod
+    def causal(cls, length: int) -> IntervalMask:
+        """Query i sees keys 0..i."""
+        return cls.prefix(length, 0)
+
+    @classmethod
+    def window(cls, length: int, left: int, right: int = 0) -> IntervalMask:
+        """Query i sees keys i - left .. i + right. A transformers ``sliding_window`` of W is ``left=W - 1``."""
+        if left < 0 or right < 0:
+            raise ValueError(f"a window reaches back and ahead by 0 or more, got left={left}, right={right}")
+        i = torch.arange(length)
+        return cls((i - left).clamp(min=0)[None], (i + right + 1).clamp(max=length)[None], length)
+
+    @classmethod
+    def prefix(cls, length: int, prefix: int) -> IntervalMask:
+        """Causal, but the first `prefix` tokens see each other both ways."""
+        if not 0 <= prefix <= length:
+            raise ValueError(f"prefix must lie in 0..{length}, got {prefix}")
+        return cls(
+            torch.zeros(1, length, dtype=torch.int64), (torch.arange(length) + 1).clamp(min=prefix)[None], length
+        )
+
+    @classmethod
+    def documents(cls, lengths: Sequence[int] | Sequence[Sequence[int]], length: int | None = None) -> IntervalMask:
+        """Each token sees its own document only.
+
+        lengths: the documents' token counts, in order; a list of such lists where batch rows differ. length: the
+        sequence's, by default the longest row's sum; tokens past a row's last document see nothing.
+        """
+        rows = [lengths] if not lengths or isinstance(lengths[0], int) else lengths
+        if any(count < 0 for row in rows for count in row):  # type: ignore[union-attr]
+            raise ValueError(f"document lengths must not be negative, got {lengths}")
+        longest = max(sum(row) for row in rows)  # type: ignore[arg-type]
+        length = longest if length is None else length
+        if longest > length:
+            raise ValueError(f"documents hold {longest} tokens, more than the sequence's {length}")
+        bounds = [_document_bounds(torch.tensor(row, dtype=torch.int64), length) for row in rows]
+        return cls(torch.stack([lo for lo, _ in bounds]), torch.stack([hi for _, hi in bounds]), length)
+
+    @classmethod
+    def chunked(cls, length: int, chunk: int) -> IntervalMask:
+        """Each token sees its own chunk of `chunk` tokens (chunked attention is this and causal)."""
+        if chunk < 1:
+            raise ValueError(f"chunk must be 1 or more, got {chunk}")
+        first = torch.arange(length) // chunk * chunk
+        return cls(first[None], (first + chunk).clamp(max=length)[None], length)
+
+    # -- what is done to masks
+
+    def __and__(self, other: IntervalMask) -> IntervalMask:
+        """What both masks show."""
+        if (self.queries, self.keys) != (other.queries, other.keys):
+            raise ValueError(
+                f"masks of {self.queries} x {self.keys} and {other.queries} x {other.keys} do not intersect"
+            )
+        lo = torch.maximum(self.lo, other.lo)
+        return IntervalMask(lo, torch.maximum(lo, torch.minimum(self.hi, other.hi)), self.keys)
+
+    def restrict(self, queries: Tensor, keys: Tensor) -> IntervalMask:
+        """The mask among some queries and keys, renumbered: what one shard sees of another.
+
+        queries, keys: ascending global positions, int64 [n]. Positions at or past the mask's end are padding: such a
+        query sees nothing and such a key is seen by none.
+        """
+        end = torch.full((len(self.lo), 1), self.keys)
+        lo = torch.cat([self.lo, end], dim=1)[:, queries.clamp(max=self.queries)]
+        hi = torch.cat([self.hi, end], dim=1)[:, queries.clamp(max=self.queries)]
+        start, stop = torch.searchsorted(keys, torch.stack([lo, hi]))
+        return IntervalMask(start, stop, len(keys))
+
+    def transpose(self) -> IntervalMask:
+        """The queries that see each key: key j is seen by ``count(hi <= j) <= i < count(lo <= j)``."""
+        j = torch.arange(self.keys).expand(len(self.lo), self.keys).contiguous()
+        seen_from = torch.searchsorted(self.hi.contiguous(), j, right=True)
+        seen_to = torch.searchsorted(self.lo.contiguous(), j, right=True)
+        return IntervalMask(seen_from, seen_to, self.queries)
+
+    # -- what is read off them
+
+    @property
+    def queries(self) -> int:
+        return self.lo.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return self.lo.shape[0]
+
+    def area(self) -> int:
+        """The number of visible (query, key) pairs, summed over the batch rows the mask tells apart."""
+        return int((self.hi - self.lo).sum())
+
+    def intervals(self, device: torch.device | str = "cpu") -> Intervals:
+        """The mask and its transpose as a kernel reads them, on `device`, copied there without waiting."""
+        back = self.transpose()
+        on_device = [_to_device(bound, device) for bound in (self.lo, self.hi, back.lo, back.hi)]
+        return Intervals(*on_device)
+
+    def dense(self) -> Tensor:
+        """The mask as booleans [B|1, Sq, Skv]; for tests and pictures."""
+        j = torch.arange(self.keys)
+        return (self.lo[..., None] <= j) & (j < self.hi[..., None])
+
+    def __str__(self) -> str:
+        rows = ["".join("#" if seen else "." for seen in row) for row in self.dense()[0].tolist()]
+        return "\n".join(rows)
+
+
+def _document_bounds(lengths: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """First token and end of each token's document; tokens past the last document get an empty interval."""
+    ends = lengths.cumsum(0)
+    used = int(lengths.sum())
+    lo, hi = torch.full((length,), used), torch.full((length,), used)
+    lo[:used] = (ends - lengths).repeat_interleave(lengths)
+    hi[:used] = ends.repeat_interleave(lengths)
+    return lo, hi
+
+
+def _to_device(bound: Tensor, device: torch.device | str) -> Tensor:
+    bound = bound.to(torch.int32).contiguous()
+    if torch.device(device).type == "cpu":
+        return bound
+    return bound.pin_memory().to(device, non_blocking=True)
