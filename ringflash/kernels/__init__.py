@@ -18,6 +18,7 @@ Gradients are *added* into dq [B, Sq, Hq, D], dk and dv [B, Skv, Hkv, D], all fp
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ def select(q: Tensor, k: Tensor, softcap: float | None = None, name: str = "auto
     raise ValueError("; ".join(reasons))
 
 
+@functools.cache
 def _load(name: str) -> Kernel:
-    """Import a kernel's files only when it is asked for: Triton is not everywhere."""
+    """Import a kernel's files only when it is asked for."""
     if name == "blocked":
         blocked = importlib.import_module("ringflash.kernels.blocked")
         return Kernel(name, blocked.forward, blocked.backward, blocked.supports)

@@ -3,8 +3,8 @@
 One tile of queries at a time meets the run of keys that any of its rows sees; no [Sq, Skv] matrix exists. With scores
 s = softcap(scale q k^T) and a carried (out, lse),
 
-    forward     lse' = log(exp(lse) + sum_j exp(s_j))        out' = exp(lse - lse') out + sum_j exp(s_j - lse') v_j
-    backward    p = exp(s - lse)    dv += p^T dout    ds = p (dout v^T - delta)    dq += scale ds k    dk += scale ds^T q
+  forward   lse' = log(exp(lse) + sum_j exp(s_j))    out' = exp(lse - lse') out + sum_j exp(s_j - lse') v_j
+  backward  p = exp(s - lse)    ds = p (dout v^T - delta)   dq += scale ds k   dk += scale ds^T q  dv += p^T dout
 
 where ds also takes the softcap's derivative, 1 - tanh^2. Query heads that share a KV head are folded into the rows of
 one matrix product, so k and v are never repeated.

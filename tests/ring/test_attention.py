@@ -1,0 +1,165 @@
+"""Ring attention equals dense float64 attention: output and gradients, any layout, any number of ranks."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, flash_attention, ring_attention
+from ringflash.layout import LAYOUTS
+from tests.strategies import masks
+
+
+def dense_attention(q, k, v, visible, softcap=None):
+    """The definition, float64: q [B, S, Hq, D], visible [B|1, S, S]; rows that see nothing give 0."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores.masked_fill(~visible[:, None], float("-inf")), -1)
+    return (weights.nan_to_num(0.0) @ v).transpose(1, 2)
+
+
+def whole_inputs(batch, length, heads=4, kv_heads=2, dim=16):
+    """q, k, v, dout of whole sequences, the same on every rank."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def oracle(inputs, visible, softcap=None):
+    q, k, v = (x.double().requires_grad_() for x in inputs[:3])
+    out = dense_attention(q, k, v, visible, softcap)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3].double())]
+
+
+def on_ring(inputs, plan, **options):
+    """out, dq, dk, dv of the local shards, ranks outermost in the batch."""
+    shards = [torch.cat([plan.layout.shard(x, rank) for rank in plan.ring.local]) for x in inputs]
+    q, k, v = (x.requires_grad_() for x in shards[:3])
+    out = ring_attention(q, k, v, plan, **options)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), shards[3])]
+
+
+def assert_exact(results, expected, layout, case=""):
+    """Results, shards side by side in the batch, within 1e-5 of float64: relative norm, absolute below norm 1."""
+    for name, shards, reference in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
+        whole = layout.unshard(shards.chunk(layout.ranks))
+        error = (whole.double() - reference).norm() / reference.norm().clamp(min=1.0)
+        assert error <= 1e-5, f"{name} {case}: relative error {error:.2e}"
+
+
+@settings(max_examples=30)
+@given(st.data(), st.integers(1, 40), st.integers(1, 8), st.sampled_from(sorted(LAYOUTS)))
+def test_any_mask_layout_and_ring_size_is_exact(data, length, ranks, name):
+    mask, dense = data.draw(masks(length))
+    layout = Layout.named(name, length, ranks)
+    inputs = whole_inputs(batch=2, length=length)
+    results = on_ring(inputs, AttentionPlan(mask, layout, Loopback(ranks)))
+    assert_exact(results, oracle(inputs, dense), layout)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 3)], ids=lambda h: f"{h[0]}-query-{h[1]}-kv-heads")
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["uncapped", "softcap"])
+def test_head_groups_and_softcap_are_exact(heads, softcap):
+    layout = Layout.zigzag(50, 4)
+    inputs = whole_inputs(1, 50, *heads)
+    plan = AttentionPlan(IntervalMask.causal(50), layout, Loopback(4))
+    assert_exact(on_ring(inputs, plan, softcap=softcap), oracle(inputs, plan.mask.dense(), softcap), layout)
+
+
+def on_processes(length, documents, name):
+    """One rank's share of a packed causal sequence, through gloo."""
+    mask = IntervalMask.causal(length) & IntervalMask.documents(documents)
+    layout = Layout.named(name, length, dist.get_world_size())
+    return on_ring(whole_inputs(2, length), AttentionPlan(mask, layout, ProcessRing()))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_processes_compute_what_float64_does(ranks, size, name):
+    documents = [[1, 36, 60], [97]]
+    results = ranks.run(on_processes, size, 97, documents, name)
+    inputs = whole_inputs(2, 97)
+    mask = IntervalMask.causal(97) & IntervalMask.documents(documents)
+    side_by_side = [torch.cat(shards) for shards in zip(*results, strict=True)]
+    assert_exact(side_by_side, oracle(inputs, mask.dense()), Layout.named(name, 97, size), name)
+
+
+def test_the_error_does_not_grow_with_the_ring():
+    inputs = whole_inputs(1, 256)
+    expected = oracle(inputs, IntervalMask.causal(256).dense())
+    for size in (1, 32):
+        layout = Layout.zigzag(256, size)
+        plan = AttentionPlan(IntervalMask.causal(256), layout, Loopback(size))
+        assert_exact(on_ring(inputs, plan), expected, layout, f"{size} ranks")
+
+
+def test_extra_memory_is_two_shards_of_keys_whatever_the_ring(monkeypatch):
+    allocated = {}
+    for size in (2, 8):
+        shapes = []
+        empty_like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda x, keep=shapes, make=empty_like: (keep.append(x), make(x))[1])
+        layout = Layout.zigzag(size * 8, size)
+        on_ring(whole_inputs(1, size * 8), AttentionPlan(IntervalMask.causal(size * 8), layout, Loopback(size)))
+        monkeypatch.undo()
+        allocated[size] = sum(x.numel() for x in shapes) / size
+    assert allocated[2] == allocated[8]
+
+
+def test_hops_that_see_nothing_launch_no_kernel(monkeypatch):
+    from ringflash import kernels
+
+    launches = []
+    real = kernels.select
+
+    def counting(*args):
+        kernel = real(*args)
+
+        def forward(*a, **k):
+            launches.append("forward")
+            return kernel.forward(*a, **k)
+
+        return dataclasses.replace(kernel, forward=forward)
+
+    monkeypatch.setattr(kernels, "select", counting)
+    plan = AttentionPlan(IntervalMask.window(64, left=7), Layout.contiguous(64, 8), Loopback(8))
+    on_ring(whole_inputs(1, 64), plan)
+    assert len(launches) == 8 + 7
+
+
+def test_flash_attention_is_a_ring_of_one():
+    mask = IntervalMask.causal(40) & IntervalMask.documents([7, 33])
+    inputs = whole_inputs(1, 40)
+    q, k, v = (x.requires_grad_() for x in inputs[:3])
+    out = flash_attention(q, k, v, mask)
+    results = [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+    assert_exact(results, oracle(inputs, mask.dense()), Layout.contiguous(40, 1))
+
+
+def tensors(q=(1, 8, 4, 16), k=(1, 8, 2, 16), dtype=torch.float32):
+    return torch.zeros(q, dtype=dtype), torch.zeros(k, dtype=dtype), torch.zeros(k, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        (tensors(q=(8, 4, 16)), {}, r"q must be \[B, S, Hq, D\].*\[8, 4, 16\]"),
+        (tensors(k=(1, 8, 3, 16)), {}, "4 query heads do not divide among 3 KV heads"),
+        (tensors(k=(1, 8, 2, 32)), {}, "agree on batch, length and head size"),
+        (tensors(q=(1, 9, 4, 16), k=(1, 9, 2, 16)), {}, "shards hold 8 tokens"),
+        (tensors(dtype=torch.float64), {}, "got torch.float64"),
+        (tensors(), {"softcap": 0.0}, "softcap must be above 0"),
+        (tensors(), {"kernel": "fastest"}, "kernel=fastest is not one of auto, "),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_value(inputs, options, message):
+    plan = AttentionPlan(IntervalMask.causal(8), Layout.contiguous(8, 1), Loopback(1))
+    with pytest.raises((ValueError, TypeError), match=message):
+        ring_attention(*inputs, plan, **options)

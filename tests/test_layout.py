@@ -1,0 +1,59 @@
+"""A Layout gives every token to exactly one rank, in ascending order, and shards and unshards without loss."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringflash import Layout
+from ringflash.layout import LAYOUTS
+
+layouts = st.builds(Layout.named, st.sampled_from(sorted(LAYOUTS)), st.integers(1, 100), st.integers(1, 8))
+
+
+@given(layouts)
+def test_every_token_has_one_owner_and_shards_are_ascending_and_equal(layout):
+    held = [layout.positions(rank) for rank in range(layout.ranks)]
+    assert torch.equal(torch.cat(held).sort().values, torch.arange(layout.padded_length))
+    assert all((positions.diff() > 0).all() for positions in held)
+    assert {len(positions) for positions in held} == {layout.shard_length}
+
+
+@given(layouts)
+def test_padding_is_less_than_one_chunk_for_each_chunk_a_rank_could_hold(layout):
+    assert 0 <= layout.padded_length - layout.length < layout.chunks.numel()
+
+
+@given(layouts, st.sampled_from([0, 1, -1]))
+def test_unshard_inverts_shard(layout, dim):
+    shape = [2, 3, 4]
+    shape[dim] = layout.length
+    x = torch.arange(torch.Size(shape).numel()).view(shape)
+    shards = [layout.shard(x, rank, dim, padding=-100) for rank in range(layout.ranks)]
+    assert torch.equal(layout.unshard(shards, dim), x)
+    padding = (layout.padded_length - layout.length) * x.numel() // layout.length
+    assert sum(int((shard == -100).sum()) for shard in shards) == padding
+
+
+def test_zigzag_and_striped_balance_causal_work():
+    position = torch.arange(64)
+    for name, spread in (("zigzag", 0.0), ("striped", 0.24)):
+        layout = Layout.named(name, 64, 8)
+        work = torch.stack([(position[layout.positions(rank)] + 1).sum() for rank in range(8)]).double()
+        assert (work.max() - work.min()) / work.mean() <= spread, name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Layout.named("diagonal", 8, 2), "layout=diagonal is not one of contiguous, zigzag, striped"),
+        (lambda: Layout(8, 2, torch.tensor([[0, 1], [1, 2]])), "exactly one owner"),
+        (lambda: Layout(8, 2, torch.tensor([[1, 0], [2, 3]])), "ascending"),
+        (lambda: Layout(9, 2, torch.tensor([[0, 1], [2, 3]])), "do not hold 9 tokens"),
+        (lambda: Layout.zigzag(8, 2).shard(torch.zeros(1, 7), 0), "8 tokens"),
+        (lambda: Layout.zigzag(8, 2).unshard([torch.zeros(1, 4)]), "got 1"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_its_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,70 @@
+"""An IntervalMask shows exactly the pairs that its definition says, through every operation."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringflash import IntervalMask
+from tests.strategies import masks
+
+lengths = st.integers(1, 40)
+
+
+@given(lengths.flatmap(masks))
+def test_any_combination_of_masks_shows_what_its_ingredients_show(case):
+    mask, dense = case
+    assert torch.equal(mask.dense(), dense)
+
+
+@given(lengths.flatmap(masks))
+def test_transpose_gives_the_queries_that_see_each_key(case):
+    mask, dense = case
+    assert torch.equal(mask.transpose().dense(), dense.transpose(1, 2))
+
+
+@given(lengths.flatmap(masks))
+def test_area_counts_the_visible_pairs(case):
+    mask, dense = case
+    assert mask.area() == dense.sum()
+
+
+@given(st.data(), lengths)
+def test_restriction_shows_the_same_pairs_renumbered(data, length):
+    mask, dense = data.draw(masks(length))
+    subset = st.sets(st.integers(0, length + 3), min_size=1).map(lambda held: torch.tensor(sorted(held)))
+    queries, keys = data.draw(subset), data.draw(subset)
+    padded = torch.zeros(len(dense), length + 4, length + 4, dtype=torch.bool)
+    padded[:, :length, :length] = dense
+    assert torch.equal(mask.restrict(queries, keys).dense(), padded[:, queries][:, :, keys])
+
+
+@given(lengths.flatmap(masks))
+def test_intervals_hold_the_mask_and_its_transpose_as_int32(case):
+    mask, dense = case
+    intervals = mask.intervals()
+    i, j = torch.arange(mask.queries), torch.arange(mask.keys)
+    by_query = (intervals.start[..., None] <= j) & (j < intervals.end[..., None])
+    by_key = (intervals.query_start[..., None] <= i) & (i < intervals.query_end[..., None])
+    assert intervals.start.dtype == torch.int32
+    assert torch.equal(by_query, dense)
+    assert torch.equal(by_key, dense.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: IntervalMask(torch.tensor([[0, 2, 1]]), torch.tensor([[3, 3, 3]]), 3), "lo must not decrease"),
+        (lambda: IntervalMask(torch.tensor([[2]]), torch.tensor([[1]]), 3), "lo must not exceed hi"),
+        (lambda: IntervalMask(torch.tensor([[0]]), torch.tensor([[4]]), 3), r"hi must lie in 0\.\.3, got 4"),
+        (lambda: IntervalMask.documents([5, 4], length=8), "documents hold 9 tokens, more than the sequence's 8"),
+        (lambda: IntervalMask.documents([5, -1]), "must not be negative"),
+        (lambda: IntervalMask.window(8, left=-1), "left=-1"),
+        (lambda: IntervalMask.prefix(8, 9), "got 9"),
+        (lambda: IntervalMask.chunked(8, 0), "got 0"),
+        (lambda: IntervalMask.causal(8) & IntervalMask.causal(7), "8 x 8 and 7 x 7"),
+    ],
+)
+def test_what_is_not_an_interval_mask_is_refused_with_its_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
