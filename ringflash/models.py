@@ -1,0 +1,224 @@
+"""Hugging Face models on the ring: attn_implementation="ring".
+
+Importing this module registers "ring" with transformers. A model then takes a shard of each sequence and, as the
+keyword `plan`, the step's AttentionPlan, which its attention layers hand to `ring_attention`:
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="ring")
+    loss = model(**ring_inputs(input_ids, labels, ring=ProcessRing())).loss     # sums over ranks to the mean loss
+
+The plan is the mask. Whatever else transformers could use to change a mask (padding masks, dropout, a cache, keywords
+this file does not know) is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from ringflash.errors import ConfigError
+from ringflash.layout import Layout
+from ringflash.mask import IntervalMask
+from ringflash.ring.attention import ring_attention
+from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.transport import Ring
+
+# Architectures whose training is tested against their own sdpa attention.
+ARCHITECTURES = ("gemma2", "llama", "mistral", "qwen3")
+DTYPES = {
+    "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+IGNORED_LABEL = -100
+
+# What transformers passes to every attention function and what does not change attention.
+_HARMLESS = {
+    "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "position_ids", "return_dict", "shift_labels", "use_cache",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained. One of `path` and `architecture` is set."""
+
+    # Folder of a Hugging Face model to start from; null: start from random weights.
+    path: str | None = None
+    # A transformers configuration: model_type (gemma2, llama, mistral, qwen3) and that configuration's own fields.
+    architecture: dict[str, Any] = field(default_factory=dict)
+    # Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one.
+    dtype: str = "auto"
+    # Attention kernel: auto (the fastest that fits), portable (Triton) or blocked (plain torch).
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.architecture):
+            raise ConfigError(
+                f"set one of model.path and model.architecture, got path={self.path}, {len(self.architecture)} fields"
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+
+
+# -- the attention that transformers calls
+
+
+def ring_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    plan: AttentionPlan | None = None,
+    kernel: str = "auto",
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """A layer's attention: query [B, Hq, S, D], key and value [B, Hkv, S, D] to ([B, S, Hq, D], None).
+
+    Raises ValueError naming what it does not support, or `plan` where it is missing.
+    """
+    if plan is None:
+        raise ValueError(
+            'attn_implementation="ring" needs plan=..., an AttentionPlan; ringflash.models.ring_inputs makes the inputs'
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom"
+        )
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout} is not supported by ring attention; set it to 0")
+    refused = {name: value for name, value in unknown.items() if name not in _HARMLESS and value is not None}
+    if refused:
+        name, value = next(iter(refused.items()))
+        raise ValueError(f"{name}={value!r} is not supported by ring attention: it may change who sees whom")
+    if sliding_window is not None:
+        plan = plan.window(sliding_window - 1)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return ring_attention(q, k, v, plan, scale=scaling, softcap=softcap or None, kernel=kernel), None
+
+
+def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """transformers builds no mask; one that hides tokens is refused, since nothing here would honour it."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        hidden = int((~attention_mask.bool()).sum())
+        raise ValueError(
+            f"attention_mask hides {hidden} tokens: padding masks are not supported; pack documents instead of padding"
+        )
+
+
+AttentionInterface.register("ring", ring_attention_forward)
+AttentionMaskInterface.register("ring", _no_mask)
+
+
+def ring_inputs(
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    ring: Ring,
+    documents: list[list[int]] | list[int] | None = None,
+    layout: str = "zigzag",
+) -> dict[str, Any]:
+    """This rank's keyword arguments for a causal language model's forward, from whole sequences.
+
+    input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted. documents: token counts
+    of packed documents, one list or one a row; no token sees or predicts another document's. The returned loss is this
+    rank's share of the mean: summed over the ring it is the loss of the whole batch.
+    """
+    length = input_ids.shape[1]
+    document = IntervalMask.full(length) if documents is None else IntervalMask.documents(documents, length)
+    plan = AttentionPlan(IntervalMask.causal(length) & document, Layout.named(layout, length, ring.size), ring)
+
+    def shard(x: Tensor, padding: int = 0) -> Tensor:
+        return torch.cat([plan.layout.shard(x, rank, padding=padding) for rank in ring.local]).to(ring.device)
+
+    inputs = {"input_ids": shard(input_ids), "position_ids": plan.position_ids(len(input_ids)), "plan": plan}
+    if labels is not None:
+        last = document.hi <= torch.arange(1, length + 1)
+        shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), IGNORED_LABEL)
+        inputs["labels"] = inputs["shift_labels"] = shard(shifted, IGNORED_LABEL)
+        inputs["num_items_in_batch"] = int((shifted != IGNORED_LABEL).sum())
+    return inputs | {"use_cache": False}
+
+
+# -- building
+
+
+def build_model(config: ModelConfig) -> PreTrainedModel:
+    """The model that a ModelConfig names, on the ring's attention, in fp32 or bf16, on the current device.
+
+    Raises ConfigError naming the key where the model cannot be built or cannot train on the ring.
+    """
+    hf_config = _read_config(config)
+    check_supported(hf_config)
+    hf_config.use_cache = False
+    dtype = DTYPES[config.dtype]
+    if config.path is None:
+        return AutoModelForCausalLM.from_config(hf_config, attn_implementation="ring", dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        config.path, config=hf_config, attn_implementation="ring", dtype=dtype, local_files_only=True
+    )
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raise ConfigError, naming the field and its value, for what would train wrongly on the ring."""
+    if config.model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"model.architecture.model_type={config.model_type} is not one of {', '.join(ARCHITECTURES)}: "
+            f"other architectures are not tested on the ring"
+        )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ConfigError(
+            f"model.architecture.num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}"
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise ConfigError(
+            f"model.architecture.attention_dropout={config.attention_dropout} is not supported; set it to 0"
+        )
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+            raise ConfigError(
+                f"model.architecture.rope_parameters.rope_type={rope['rope_type']} is not supported: it depends on the "
+                f"longest position of a shard, not of the sequence; default, linear, yarn and llama3 are supported"
+            )
+
+
+def _read_config(config: ModelConfig) -> PreTrainedConfig:
+    if config.path is not None:
+        if not (Path(config.path) / "config.json").is_file():
+            raise ConfigError(f"model.path={config.path} holds no config.json: it must be a Hugging Face model folder")
+        return AutoConfig.from_pretrained(config.path, local_files_only=True)
+    fields = dict(config.architecture)
+    model_type = fields.pop("model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(f"model.architecture.model_type={model_type} is not one of {', '.join(ARCHITECTURES)}")
+    known = AutoConfig.for_model(model_type)
+    for name in fields:
+        if not hasattr(known, name):
+            raise ConfigError(f"model.architecture.{name} is not a field of a {model_type} configuration")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # transformers raises its own validation types
+        raise ConfigError(f"model.architecture is refused by transformers: {' '.join(str(error).split())}") from error
+
+
+def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The model's RoPE settings; some models keep one set for each kind of layer."""
+    with contextlib.suppress(AttributeError):
+        settings = config.rope_parameters or {}
+        nested = [value for value in settings.values() if isinstance(value, dict)]
+        return nested or [settings]
+    return []

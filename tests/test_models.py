@@ -1,0 +1,119 @@
+"""A Hugging Face model on the ring computes what it computes with its own attention, or refuses by name."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ringflash import Loopback
+from ringflash.errors import ConfigError
+from ringflash.models import ARCHITECTURES, ModelConfig, build_model, ring_inputs
+
+TINY = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+SPECIFIC = {
+    "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    "qwen3": {},
+    "mistral": {"sliding_window": 7},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+}  # fmt: skip
+
+
+def tiny(model_type, **fields):
+    torch.manual_seed(0)
+    return build_model(ModelConfig(architecture={"model_type": model_type, **TINY, **SPECIFIC[model_type], **fields},
+                                   dtype="fp32"))  # fmt: skip
+
+
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_loss_and_every_gradient_equal_the_models_own_eager_attention(model_type, ranks):
+    model = tiny(model_type)
+    tokens = torch.randint(1, 97, (2, 45))
+    loss, gradients = loss_and_gradients(model, ring_inputs(tokens, tokens, ring=Loopback(ranks)))
+    model.set_attn_implementation("eager")
+    expected, expected_gradients = loss_and_gradients(model, {"input_ids": tokens, "labels": tokens})
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_packed_documents_give_the_loss_of_the_documents_alone(model_type):
+    model = tiny(model_type)
+    documents = [13, 1, 27]
+    tokens = torch.randint(1, 97, (1, sum(documents)))
+    packed = model(**ring_inputs(tokens, tokens, ring=Loopback(3), documents=documents)).loss
+    alone = [
+        model(**ring_inputs(piece, piece, ring=Loopback(1))).loss * (piece.shape[1] - 1)
+        for piece in tokens.split(documents, dim=1)
+        if piece.shape[1] > 1
+    ]
+    torch.testing.assert_close(packed, sum(alone) / (sum(documents) - 3), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_from_a_folder_has_its_weights(tmp_path):
+    model = tiny("qwen3")
+    model.save_pretrained(tmp_path)
+    loaded = build_model(ModelConfig(path=str(tmp_path), dtype="fp32"))
+    assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in model.state_dict().items())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain.config._attn_implementation != "ring"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plan": None}, "needs plan="),
+        ({"attention_mask": torch.tensor([[1, 1, 0, 0]])}, "attention_mask hides 2 tokens"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, r"attention_mask \[1, 1, 4, 4\] is not supported"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4])}, "cu_seq_lens_q=.* is not supported"),
+        ({"kernel": "magic"}, "kernel=magic is not one of"),
+    ],
+)
+def test_a_keyword_that_could_change_the_mask_is_refused(change, message):
+    model = tiny("llama")
+    tokens = torch.randint(1, 97, (1, 4))
+    inputs = ring_inputs(tokens, ring=Loopback(1)) | change
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+def test_attention_dropout_is_refused_while_training():
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+        model.train()(**ring_inputs(torch.ones(1, 4, dtype=torch.int64), ring=Loopback(1)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type=gpt2 is not one of gemma2, llama"),
+        ({"model_type": "llama", "hiden_size": 8}, "model.architecture.hiden_size is not a field"),
+        ({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}, "num_attention_heads=4 is not"),
+        ({"model_type": "llama", "attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+         "rope_type=dynamic is not supported"),
+        ({"model_type": "llama", "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 4,
+            "long_factor": [1.0] * 4, "original_max_position_embeddings": 16}}, "rope_type=longrope is not supported"),
+        ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 6}, "not a multiple of the number of att"),
+    ],
+)  # fmt: skip
+def test_a_model_that_would_train_wrongly_is_refused_with_its_field(fields, message):
+    architecture = TINY | fields
+    if "hidden_size" in fields:
+        del architecture["head_dim"]
+    with pytest.raises(ConfigError, match=message):
+        build_model(ModelConfig(architecture=architecture))
