@@ -1,0 +1,28 @@
+"""Documents to batches: text is tokenised once, packed by a pure function of (seed, step), and sharded over ranks.
+
+text, JSONL, parquet  --documents.py-->  tokens.npy, offsets.npy  --corpus.py-->  train and held-out TokenCorpus
+                                                                                      |  packing.py
+a rank's Shard  <--Batch.shard(layout, rank)--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
+"""
+
+from ringflash.data.batches import Batch, Shard, batch, stream
+from ringflash.data.corpus import TokenCorpus, load_corpus
+from ringflash.data.documents import DataConfig, load_tokenizer, python_stdlib, tokenised
+from ringflash.data.packing import IGNORE, Packed, pack, sequences_per_epoch
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "DataConfig",
+    "Packed",
+    "Shard",
+    "TokenCorpus",
+    "batch",
+    "load_corpus",
+    "load_tokenizer",
+    "pack",
+    "python_stdlib",
+    "sequences_per_epoch",
+    "stream",
+    "tokenised",
+]

@@ -1,0 +1,109 @@
+"""Batches: which sequences make a step, their mask, and each rank's shard of them.
+
+Row r of global step s is sequence s * batch_size + r of the stream that `pack` defines. Neither the number of ranks
+nor the way they share the rows enters, so a run resumes at any degree of parallelism with the data it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from ringflash.data.corpus import TokenCorpus
+from ringflash.data.packing import IGNORE, pack
+from ringflash.layout import Layout
+from ringflash.mask import IntervalMask
+
+AHEAD = 2  # batches made before they are asked for
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One rank's part of a batch, in the layout's order: tokens and labels int64 [B, n], positions int64 [1, n].
+
+    positions are the global ones, for rotary embeddings. Padding past the sequence's end has token 0 and label IGNORE.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Packed sequences: tokens and labels int64 [B, S] on the CPU, and each row's document lengths, which sum to S."""
+
+    tokens: Tensor
+    labels: Tensor
+    documents: list[list[int]]
+
+    def mask(self) -> IntervalMask:
+        """Causal attention inside each document, none across: [B, S] queries and keys."""
+        return IntervalMask.causal(self.tokens.shape[1]) & IntervalMask.documents(self.documents)
+
+    def shard(self, layout: Layout, rank: int) -> Shard:
+        """What `rank` holds of the batch. Raises ValueError if the layout is of another length than S."""
+        return Shard(
+            tokens=layout.shard(self.tokens, rank),
+            labels=layout.shard(self.labels, rank, padding=IGNORE),
+            positions=layout.positions(rank)[None],
+        )
+
+    def split(self, rows: int) -> list[Batch]:
+        """The batch in parts of `rows` rows, in order: the micro-batches of gradient accumulation."""
+        parts = range(0, len(self.documents), rows)
+        return [
+            Batch(self.tokens[i : i + rows], self.labels[i : i + rows], self.documents[i : i + rows]) for i in parts
+        ]
+
+
+def batch(
+    corpus: TokenCorpus, *, seed: int, step: int, batch_size: int, length: int, rows: range | None = None
+) -> Batch:
+    """Rows `rows` of global step `step`, of the step's `batch_size` rows; by default all of them.
+
+    Raises ConfigError if the corpus has fewer tokens than `length`.
+    """
+    rows = range(batch_size) if rows is None else rows
+    packed = [pack(corpus, seed, step * batch_size + row, length) for row in rows]
+    return Batch(
+        tokens=torch.stack([sequence.tokens for sequence in packed]),
+        labels=torch.stack([sequence.labels for sequence in packed]),
+        documents=[list(sequence.documents) for sequence in packed],
+    )
+
+
+def stream(
+    corpus: TokenCorpus,
+    *,
+    seed: int,
+    batch_size: int,
+    length: int,
+    rows: range | None = None,
+    start_step: int = 0,
+) -> Iterator[tuple[Batch, dict[str, int]]]:
+    """Endless (batch, state) from `start_step` on, made ahead in a thread.
+
+    state = {"seed", "step"} is JSON and says where to go on *after* its batch:
+    `stream(..., seed=state["seed"], start_step=state["step"])` continues as if there had been no interruption.
+
+    An error in the thread is raised here. Closing the iterator (or dropping it) ends the thread.
+    """
+
+    def make(step: int) -> Batch:
+        return batch(corpus, seed=seed, step=step, batch_size=batch_size, length=length, rows=rows)
+
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+    try:
+        ahead = deque(worker.submit(make, start_step + i) for i in range(AHEAD))
+        for step in count(start_step):
+            ahead.append(worker.submit(make, step + AHEAD))
+            yield ahead.popleft().result(), {"seed": seed, "step": step + 1}
+    finally:
+        worker.shutdown(cancel_futures=True)

@@ -1,0 +1,59 @@
+"""What the tests of the data share: texts on disk in each format, and corpora in memory."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from hypothesis import strategies as st
+
+from ringflash.data import DataConfig, TokenCorpus
+
+TEXTS = ["one", "zwei\nzeilen\n", "2020-01-01", "naïve café 😀", "last </s> one", "x" * 300]
+
+lengths = st.lists(st.integers(1, 20), min_size=1, max_size=12)
+
+
+def corpus(lengths: list[int], chosen: list[int] | None = None) -> TokenCorpus:
+    """Documents of the given lengths; every token differs from every other, so a token tells where it is from."""
+    return TokenCorpus(
+        tokens=np.arange(sum(lengths), dtype=np.uint16),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        selection=np.arange(len(lengths)) if chosen is None else np.array(chosen),
+        vocabulary=sum(lengths),
+        tokenizer_size=sum(lengths),
+    )
+
+
+def write_texts(folder: Path, texts: list[str] = TEXTS) -> Path:
+    """A folder with a text file for each text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(texts):
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8", newline="")
+    return folder
+
+
+def write_jsonl(file: Path, texts: list[str | None] = TEXTS, field: str = "text") -> Path:
+    """A JSON Lines file with a text a line, and a field that only the last has."""
+    rows = [{field: text} for text in texts]
+    rows[-1]["late"] = 1
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def write_parquet(file: Path, texts: list[str | None] = TEXTS, field: str = "text") -> Path:
+    """A parquet file with a text a row, in row groups of two."""
+    table = pyarrow.table({field: texts, "number": list(range(len(texts)))})
+    pyarrow.parquet.write_table(table, file, row_group_size=2)
+    return file
+
+
+def config(tmp_path: Path, path: Path | str, **settings) -> DataConfig:
+    """A DataConfig whose cache is in the test's own folder."""
+    return DataConfig(path=str(path), **{"cache": str(tmp_path / "cache"), **settings})
+
+
+def documents(corpora: tuple[TokenCorpus, ...]) -> list[list[int]]:
+    """The documents of all splits, sorted."""
+    return sorted(split.document(i).tolist() for split in corpora for i in range(len(split)))
