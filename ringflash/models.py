@@ -37,8 +37,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp32": torch.float32,
 }
-IGNORED_LABEL = -100
 
+_IGNORE = -100  # the label that transformers' loss skips
 # What transformers passes to every attention function and what does not change attention.
 _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
@@ -62,7 +62,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.architecture):
             raise ConfigError(
-                f"set one of model.path and model.architecture, got path={self.path}, {len(self.architecture)} fields"
+                f"model.path={self.path} and model.architecture with {len(self.architecture)} fields: "
+                f"set one of the two (model=pretrained has a path and no architecture)"
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
@@ -95,9 +96,7 @@ def ring_attention_forward(
             'attn_implementation="ring" needs plan=..., an AttentionPlan; ringflash.models.ring_inputs makes the inputs'
         )
     if attention_mask is not None:
-        raise ValueError(
-            f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom"
-        )
+        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom")
     if dropout:
         raise ValueError(f"attention_dropout={dropout} is not supported by ring attention; set it to 0")
     refused = {name: value for name, value in unknown.items() if name not in _HARMLESS and value is not None}
@@ -147,9 +146,9 @@ def ring_inputs(
     inputs = {"input_ids": shard(input_ids), "position_ids": plan.position_ids(len(input_ids)), "plan": plan}
     if labels is not None:
         last = document.hi <= torch.arange(1, length + 1)
-        shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), IGNORED_LABEL)
-        inputs["labels"] = inputs["shift_labels"] = shard(shifted, IGNORED_LABEL)
-        inputs["num_items_in_batch"] = int((shifted != IGNORED_LABEL).sum())
+        shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
+        inputs["labels"] = inputs["shift_labels"] = shard(shifted, _IGNORE)
+        inputs["num_items_in_batch"] = int((shifted != _IGNORE).sum())
     return inputs | {"use_cache": False}
 
 

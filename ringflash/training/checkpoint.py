@@ -1,0 +1,141 @@
+"""Checkpoints that are whole or not there: written aside, listed with their digests, then renamed.
+
+    runs/NAME/checkpoints/step-00000100/    DeepSpeed's files: weights, optimizer, schedule, each rank's part
+                          step-00000100/manifest.json    the size and SHA-256 of every file, written last
+                          step-00000200.partial/         one being written, or what a killed run left
+
+A run resumes from the newest checkpoint whose files are what its manifest says; older sound ones stand behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+
+from ringflash.errors import ConfigError
+from ringflash.training.world import World
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    # Steps between checkpoints; 0: only at the end.
+    every: int = 100
+    # Newest checkpoints that are kept.
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ConfigError(f"checkpoint.every={self.every} must be 0 or more, checkpoint.keep={self.keep} 1 or more")
+
+
+def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, world: World, keep: int) -> Path:
+    """Write the state after `step` steps under `folder`; all ranks call it. Returns the checkpoint's path."""
+    path = folder / f"step-{step:08d}"
+    aside = path.with_name(path.name + PARTIAL)
+    if world.is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False)
+    dist.barrier()
+    files = _gathered(_digests(aside, _share(aside, world)), world)
+    if world.is_first:
+        manifest = {"step": step, "ranks": world.size, "ring": world.ring.size, "files": files}
+        _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(aside, path)
+        for old in _written(folder)[keep:]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return path
+
+
+def resume(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, say=print) -> int:
+    """Load the newest sound checkpoint under `folder`, if any, and return its step (0 without one).
+
+    Unsound ones are passed over, and rank 0 says which and why. Raises ConfigError for a checkpoint of another number
+    of ranks: its optimizer shards fit no other.
+    """
+    for path in world.share(_written(folder)):
+        fault = _fault(path, world)
+        if fault is not None:
+            if world.is_first:
+                say(f"{path} is not sound ({fault}); going back to the one before")
+            continue
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, now in (("ranks", world.size), ("ring", world.ring.size)):
+            if manifest[name] != now:
+                raise ConfigError(
+                    f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as many, "
+                    f"or start anew from its exported weights (model.path)"
+                )
+        engine.load_checkpoint(str(folder), tag=path.name)
+        if world.is_first:
+            say(f"resumed from {path}")
+        return manifest["step"]
+    return 0
+
+
+def _written(folder: Path) -> list[Path]:
+    """Checkpoints that were renamed into place, newest first; what was left half-written is not among them."""
+    return sorted((p for p in folder.glob("step-*") if not p.name.endswith(PARTIAL)), reverse=True)
+
+
+def _fault(path: Path, world: World) -> str | None:
+    """The first thing wrong with a checkpoint, the same on every rank; each rank reads its share of the files."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {type(error).__name__}"
+    faults = {}
+    for name in sorted(files)[world.rank :: world.size]:
+        size, digest = files[name]
+        if not (path / name).is_file():
+            faults[name] = "is missing"
+        elif (path / name).stat().st_size != size:
+            faults[name] = f"has {(path / name).stat().st_size} of {size} bytes"
+        elif _digest(path / name) != digest:
+            faults[name] = "has other contents than were written"
+    for name, fault in sorted(_gathered(faults, world).items()):
+        return f"{name} {fault}"
+    return None
+
+
+def _share(folder: Path, world: World) -> list[Path]:
+    """The files that this rank reads for all."""
+    return sorted(p for p in folder.rglob("*") if p.is_file())[world.rank :: world.size]
+
+
+def _digests(folder: Path, files: list[Path]) -> dict[str, tuple[int, str]]:
+    return {str(p.relative_to(folder)): (p.stat().st_size, _digest(p)) for p in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _gathered(mine: dict, world: World) -> dict:
+    """Every rank's dict in one, on every rank."""
+    parts: list[dict] = [{}] * world.size
+    dist.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,170 @@
+"""Config: the whole of a run, typed. Each part is the dataclass at the head of the module that reads it.
+
+The YAML groups in configs/ give the values, Hydra composes them with the command line, and what comes out is checked
+against these dataclasses: a key or value that does not fit ends the run before anything is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+import omegaconf
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ringflash.data.documents import DataConfig, python_stdlib
+from ringflash.errors import ConfigError
+from ringflash.models import ModelConfig
+from ringflash.training.checkpoint import CheckpointConfig
+from ringflash.training.metrics import LoggerConfig
+from ringflash.training.step import MemoryConfig, OptimConfig
+from ringflash.training.world import ParallelConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Loss on documents that are not trained on."""
+
+    # Steps between evaluations; 0: only at the end.
+    every: int = 50
+    # Held-out sequences of each evaluation.
+    sequences: int = 4
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.sequences < 1:
+            raise ConfigError(
+                f"evaluation.every={self.every} must be 0 or more, evaluation.sequences={self.sequences} 1 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run."""
+
+    # Name of the run; its folder is runs/NAME.
+    name: str = "demo"
+    # Folder of all runs.
+    runs: str = "runs"
+    # never: start anew, in a folder of its own. auto: go on from the newest sound checkpoint, if there is any.
+    resume: str = "never"
+    # Seed of the weights and of the order of documents.
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        if self.resume not in ("never", "auto"):
+            raise ConfigError(f"resume={self.resume} is not one of never, auto")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ConfigError(
+                f"name={self.name!r} must be letters, digits, '.', '_', '-': it names the run's folder"
+            )
+
+    def check(self, ranks: int) -> None:
+        """Raise ConfigError for what cannot work on this many ranks."""
+        ring = self.parallel.ring_size(ranks)
+        self.optim.accumulation(ranks // ring)
+        if ring > 1 and self.data.sequence_length < 2 * ring:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length} is smaller than 2 x {ring} ranks of the ring"
+            )
+
+
+def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Config, str]:
+    """The Config of `key=value` overrides, and the same resolved as YAML.
+
+    Raises ConfigError, in one line, for an unknown key, group or experiment, a value of the wrong type or one that is
+    missing.
+    """
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name="schema", node=_schema(Config))
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            raw = hydra.compose("train", overrides=list(overrides))
+        missing = sorted(OmegaConf.missing_keys(raw))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=... to the command line")
+        settings = OmegaConf.to_container(raw, resolve=True)
+        return _built(Config, settings), OmegaConf.to_yaml(OmegaConf.create(settings))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_in_one_line(error)) from error
+
+
+@functools.cache
+def _schema(part: type) -> type:
+    """A dataclass's fields without its checks and not frozen: what Hydra fills in and OmegaConf types."""
+    kinds = get_type_hints(part)
+    opened: list[tuple[str, Any, Any]] = []
+    for f in fields(part):
+        kind = kinds[f.name]
+        if is_dataclass(kind):
+            opened.append((f.name, _schema(kind), field(default_factory=_schema(kind))))
+        elif f.default_factory is not dataclasses.MISSING:
+            opened.append((f.name, kind, field(default_factory=f.default_factory)))
+        else:
+            opened.append((f.name, kind, omegaconf.MISSING if f.default is dataclasses.MISSING else f.default))
+    return make_dataclass(part.__name__, opened, kw_only=True)
+
+
+def _built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
+    """The dataclass of settings whose types are right already; its own checks run here."""
+    kinds = get_type_hints(part)
+    for name in settings:
+        if name not in kinds:
+            raise ConfigError(_unknown(prefix + name))
+    return part(
+        **{k: _built(kinds[k], v, f"{prefix}{k}.") if is_dataclass(kinds[k]) else v for k, v in settings.items()}
+    )
+
+
+def _in_one_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's words, with the key in front."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name} is not one of {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not of the form key=value"
+    cause: BaseException = error
+    while isinstance(cause.__cause__, OmegaConfBaseException):
+        cause = cause.__cause__
+    key = getattr(cause, "full_key", None)
+    reason = str(cause).split("\n", 1)[0]
+    if key and re.search(r"not in (struct|')", reason):
+        return _unknown(key)
+    return f"{key}: {reason}" if key else " ".join(str(error).split())
+
+
+def _unknown(key: str) -> str:
+    if key.startswith("model.architecture."):
+        return f"{key} is not in this model's architecture; +{key}=... adds it"
+    close = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.75)
+    return f"{key} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _keys(part: type, prefix: str = "") -> Iterator[str]:
+    """Every key below a dataclass, dotted."""
+    for name, kind in get_type_hints(part).items():
+        yield prefix + name
+        if is_dataclass(kind):
+            yield from _keys(kind, f"{prefix}{name}.")

@@ -1,0 +1,80 @@
+"""How a run fails: one clear line, from one rank, and an exit code that is not 0.
+
+Errors come in two kinds. A setting that cannot work (ConfigError) meets every rank alike: one of them says so. Anything
+else may strike one rank while the others wait for it in the ring; the first to fail says who and why, with its
+traceback above, and the others, whose transfers then break, stay silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ringflash.errors import ConfigError
+
+_KEY = "ringflash/first-failure"
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Turn an exception into its line on stderr and end the process with code 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(130)
+    except Exception as error:
+        words = f"rank {_rank()} stopped: another rank failed first"
+        if _is_first():
+            words = describe(error)
+            if not isinstance(error, ConfigError):
+                traceback.print_exc()
+            print(words, file=sys.stderr, flush=True)
+        _tell_torchrun(words)
+        _end(1)
+
+
+def describe(error: Exception) -> str:
+    """The line: a ConfigError's own words, or the rank, the kind of error and what it says."""
+    words = " ".join(str(error).split())
+    if isinstance(error, ConfigError):
+        return f"ringflash: {words}"
+    return f"ringflash: rank {_rank()} failed: {type(error).__name__}: {words}"
+
+
+def _tell_torchrun(words: str) -> None:
+    """Leave the line where torchrun looks for what it reports of a process that failed."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": words, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": words, "extraInfo": extra}}))
+
+
+def _is_first() -> bool:
+    """Whether this rank is to speak: the first to fail of those that can still reach each other."""
+    rank = _rank()
+    if not dist.is_initialized():
+        return rank == "0"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.compare_set(_KEY, "", rank) == rank.encode()
+    except Exception:  # the store went with the rank that held it: better two lines than none
+        return True
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _end(code: int) -> None:
+    """Leave without waiting for other ranks: destructors of a broken process group may hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

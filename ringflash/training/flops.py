@@ -1,0 +1,56 @@
+"""Arithmetic of a training step, counted exactly, and what part of the GPU's peak it reached.
+
+Matrix products of weights take 2 operations per weight and token forward and 4 backward. Attention takes 4 operations
+per visible (query, key) pair, query head and head dimension forward (q k^T and p v) and twice that backward. Masked
+pairs are not counted and neither is recomputation, so this is causal MFU: what the model needed, over what the GPUs
+could have done.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ringflash.mask import IntervalMask
+
+# Dense bf16 tensor-core peak, FLOP/s, by what the device's name contains (vendor datasheets, no sparsity).
+PEAKS = {
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12,
+    "B200": 2250e12, "B100": 1750e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+}  # fmt: skip
+
+
+def matmul_parameters(model: PreTrainedModel) -> int:
+    """Weights that every token is multiplied with: all matrices, less an embedding that is only looked up."""
+    total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return total if tied else total - model.get_input_embeddings().weight.numel()
+
+
+def visible_pairs(config: PreTrainedConfig, mask: IntervalMask) -> int:
+    """(query, key) pairs that the mask shows, summed over layers, each with its own sliding window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = (
+        getattr(config, "layer_types", None)
+        or ["sliding_attention" if window and config.model_type == "mistral" else "full_attention"]
+        * config.num_hidden_layers
+    )
+    sliding = kinds.count("sliding_attention")
+    pairs = mask.area() * (len(kinds) - sliding)
+    if sliding:
+        pairs += (mask & IntervalMask.window(mask.queries, window - 1)).area() * sliding
+    return pairs
+
+
+def step_flops(config: PreTrainedConfig, weights: int, tokens: int, pairs: int) -> float:
+    """Operations of a step: `weights` as matmul_parameters counts them, `pairs` as visible_pairs does."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 6.0 * weights * tokens + 12.0 * pairs * config.num_attention_heads * head_dim
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

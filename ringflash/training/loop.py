@@ -1,0 +1,188 @@
+"""The run, top to bottom: processes, data, model, steps, checkpoints, evaluation, export."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from ringflash.data import load_corpus, load_tokenizer, stream
+from ringflash.data.batches import batch as make_batch
+from ringflash.data.corpus import TokenCorpus
+from ringflash.errors import ConfigError
+from ringflash.layout import Layout
+from ringflash.models import build_model
+from ringflash.training import checkpoint, flops, metrics
+from ringflash.training.config import Config
+from ringflash.training.export import export
+from ringflash.training.step import build_engine, evaluate, train_step
+from ringflash.training.world import World, join, world_size
+
+
+def fit(config: Config, resolved: str) -> None:
+    """Train as `config` says; `resolved` is the same as YAML, for the run's folder.
+
+    Raises ConfigError, naming the key, for whatever cannot work.
+    """
+    config.check(world_size())
+    world = join(config.parallel)
+    folder = _run_folder(config, resolved, world)
+    torch.manual_seed(config.seed)
+
+    tokenizer = load_tokenizer(config.data)
+    training, held_out = _corpora(config, world)
+    model = build_model(config.model)
+    _check_vocabulary(config, training, model.config.vocab_size)
+    layout = Layout.named(config.parallel.layout, config.data.sequence_length, world.ring.size)
+    speed = _Speed(model, config, world)
+    engine = build_engine(model, config.optim, config.memory, world, config.model.kernel)
+    start = checkpoint.resume(engine, folder / "checkpoints", world)
+
+    log = None
+    if world.is_first:
+        print(speed.summary(), flush=True)
+        log = metrics.Metrics(config.logger, folder, yaml.safe_load(resolved), start, config.optim.steps)
+    share = config.optim.batch // world.replicas
+    batches = stream(
+        training,
+        seed=config.data.seed,
+        batch_size=config.optim.batch,
+        length=config.data.sequence_length,
+        rows=range(world.replica * share, (world.replica + 1) * share),
+        start_step=start,
+    )
+    for step in range(start + 1, config.optim.steps + 1):
+        begun = time.perf_counter()
+        batch, _ = next(batches)
+        loss = train_step(engine, batch, world, layout)
+        record = {
+            "loss": loss.item(),
+            "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
+            "lr": engine.get_lr()[0],
+            **speed.record(batch, time.perf_counter() - begun),
+        }
+        if _due(step, config.evaluation.every):
+            record["held_out_loss"] = _held_out_loss(engine, held_out, config, world, layout)
+        if log is not None:
+            log.log(step, record)
+            log.show(step, record)
+        if _due(step, config.checkpoint.every):
+            checkpoint.save(engine, folder / "checkpoints", step, world, config.checkpoint.keep)
+    batches.close()
+    _finish(engine, config, world, layout, folder, tokenizer, held_out, start, log)
+
+
+def _finish(engine, config, world, layout, folder, tokenizer, held_out, start, log) -> None:
+    """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
+    if start < config.optim.steps and not _due(config.optim.steps, config.checkpoint.every):
+        checkpoint.save(engine, folder / "checkpoints", config.optim.steps, world, config.checkpoint.keep)
+    exported = export(engine, folder / "model", tokenizer, world)
+    loss = _held_out_loss(engine, held_out, config, world, layout)
+    if log is not None:
+        entropy = held_out.unigram_entropy()
+        log.log(config.optim.steps, {"held_out_loss": loss, "unigram_entropy": entropy})
+        log.close()
+        print(
+            f"held-out loss     {loss:.4f} nats per token\n"
+            f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context\n"
+            f"model             {exported}\n"
+            f"loss plot         {metrics.plot(folder, entropy)}\n"
+            f"metrics           {log.path}\n"
+            f"checkpoints       {folder / 'checkpoints'}\n"
+            f"configuration     {folder / 'config.yaml'}",
+            flush=True,
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class _Speed:
+    """Tokens a second, model FLOPs utilisation and memory of each step."""
+
+    def __init__(self, model, config: Config, world: World) -> None:
+        self.model_config = model.config
+        self.weights = flops.matmul_parameters(model)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.config, self.world = config, world
+        self.tokens = config.optim.batch * config.data.sequence_length
+        self.peak = flops.peak_flops(world.device)
+
+    def summary(self) -> str:
+        """What is about to run."""
+        world, config = self.world, self.config
+        where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+        return (
+            f"{self.model_config.model_type}, {self.parameters / 1e6:,.1f}M parameters, on {world.size} x {where}\n"
+            f"{config.optim.steps} steps of {config.optim.batch} x {config.data.sequence_length:,} tokens, "
+            f"{world.replicas} replicas x {world.ring.size} ranks of a {config.parallel.layout} ring, "
+            f"ZeRO {config.memory.zero}"
+        )
+
+    def record(self, batch, seconds: float) -> dict[str, float]:
+        """The step's figures; FLOPs are those of this replica's share, times the replicas."""
+        record = {
+            "tokens_per_second": self.tokens / seconds,
+            "seconds": seconds,
+            "memory_gib": metrics.memory_gib(self.world.device),
+        }
+        if self.peak is not None:
+            pairs = flops.visible_pairs(self.model_config, batch.mask())
+            done = flops.step_flops(self.model_config, self.weights, batch.tokens.numel(), pairs)
+            record["mfu"] = done / seconds / (self.peak * self.world.ring.size)
+        return record
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _held_out_loss(engine, corpus: TokenCorpus, config: Config, world: World, layout: Layout) -> float:
+    """Mean loss over the first held-out sequences, the same ones at every evaluation."""
+    batches = [
+        make_batch(corpus, seed=0, step=i, batch_size=1, length=config.data.sequence_length)
+        for i in range(config.evaluation.sequences)
+    ]
+    return evaluate(engine, batches, world, layout)
+
+
+def _corpora(config: Config, world: World) -> tuple[TokenCorpus, TokenCorpus]:
+    """Training and held-out documents; rank 0 tokenises, the others wait and then find it done."""
+    if world.is_first:
+        load_corpus(config.data)
+    dist.barrier()
+    return load_corpus(config.data)
+
+
+def _check_vocabulary(config: Config, corpus: TokenCorpus, vocab_size: int) -> None:
+    if corpus.tokenizer_size > vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} has {corpus.tokenizer_size} tokens, more than the model's "
+            f"model.architecture.vocab_size={vocab_size}"
+        )
+
+
+def _run_folder(config: Config, resolved: str, world: World) -> Path:
+    """runs/NAME, or NAME-2, NAME-3, ... where that is taken; with resume=auto, the newest that has checkpoints."""
+    folder = None
+    if world.is_first:
+        taken = _numbered(config)
+        resumable = [taken[i] for i in sorted(taken, reverse=True) if (taken[i] / "checkpoints").is_dir()]
+        if config.resume == "auto" and resumable:
+            folder = resumable[0]
+        else:
+            number = max(taken, default=0) + 1
+            folder = Path(config.runs) / (config.name if number == 1 else f"{config.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(resolved)
+    return world.share(folder)
+
+
+def _numbered(config: Config) -> dict[int, Path]:
+    """The folders of earlier runs of this name, by number."""
+    pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")
+    matches = [(pattern.fullmatch(p.name), p) for p in Path(config.runs).glob(f"{config.name}*") if p.is_dir()]
+    return {int(match[1] or 1): path for match, path in matches if match}

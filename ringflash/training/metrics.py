@@ -1,0 +1,121 @@
+"""Metrics: one record a step, to metrics.jsonl, wandb and the progress bar, under the same names; and the loss plot."""
+
+from __future__ import annotations
+
+import json
+import resource
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ringflash.errors import ConfigError
+
+MODES = ("offline", "online", "disabled")
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    # wandb: offline (a folder, no network), online (needs a key) or disabled.
+    mode: str = "offline"
+    # wandb's project.
+    project: str = "ringflash"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"logger.mode={self.mode} is not one of {', '.join(MODES)}")
+
+
+class Metrics:
+    """The records of a run; rank 0 holds one, the others none.
+
+    A resumed run goes on where its checkpoint was: records of later steps, which will be made again, are dropped.
+    """
+
+    def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], start: int, steps: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read(self.path) if line["step"] <= start]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a", buffering=1)
+        self._wandb = None if config.mode == "disabled" else _wandb_run(config, folder, settings)
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """Keep a record of `step`. Names are those of metrics.jsonl and wandb alike."""
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+
+    def show(self, step: int, record: dict[str, float]) -> None:
+        """Move the progress bar to `step`."""
+        parts = [f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tok/s"]
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        parts.append(f"{record['memory_gib']:.1f} GiB")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        self._bar.write(message)
+
+    def close(self) -> None:
+        """Finish the file, the bar and the wandb run."""
+        self._bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics.jsonl; a line that a killed run left incomplete is passed over."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def plot(folder: Path, unigram: float) -> Path:
+    """Draw the run's training and held-out loss, and the unigram entropy of the held-out text, as loss.png."""
+    from matplotlib.figure import Figure
+
+    records = read(folder / "metrics.jsonl")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("loss", {"linewidth": 1}), ("held_out_loss", {"marker": "o", "markersize": 4})):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", "-").replace("-loss", " loss"), **style)
+    axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy, held out")
+    axes.set(xlabel="step", ylabel="nats per token", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    return folder / "loss.png"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process since it began: the GPU's, or on the CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
+    import wandb
+
+    run_id = folder / "wandb-id"
+    if not run_id.exists():
+        run_id.write_text(secrets.token_hex(4))
+    return wandb.init(
+        project=config.project, name=folder.name, id=run_id.read_text(), resume="allow", mode=config.mode,
+        dir=str(folder), config=settings, settings=wandb.Settings(silent=True, console="off"),
+    )  # fmt: skip

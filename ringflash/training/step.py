@@ -1,0 +1,186 @@
+"""One optimizer step: the global batch, sharded, through model, loss and DeepSpeed.
+
+DeepSpeed sees plain data parallelism over all ranks and averages their gradients. A rank's loss is therefore
+
+    local_sum * ranks / valid_tokens
+
+with valid_tokens counted over all ranks and the whole accumulation window: the average over ranks, summed over
+micro-batches, is the gradient of the mean loss per predicted token, however unevenly labels fall on shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
+
+from ringflash.data.batches import Batch
+from ringflash.data.packing import IGNORE
+from ringflash.errors import ConfigError
+from ringflash.layout import Layout
+from ringflash.ring.plan import AttentionPlan
+from ringflash.training.loss import LossHead
+from ringflash.training.world import World
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    # Optimizer steps of the whole run.
+    steps: int = 100
+    # Sequences of a step, over all replicas and micro-batches.
+    batch: int = 1
+    # Sequences that a ring processes at once; the rest of its share is accumulated.
+    micro_batch: int = 1
+    # Peak learning rate; it warms up linearly from 0 and falls along a cosine.
+    lr: float = 3e-4
+    # Steps of warm-up.
+    warmup: int = 10
+    # Learning rate at the last step, as a part of the peak.
+    final_lr: float = 0.1
+    # AdamW's decay rate of the first moment.
+    beta1: float = 0.9
+    # AdamW's decay rate of the second moment.
+    beta2: float = 0.95
+    # AdamW's decoupled weight decay.
+    weight_decay: float = 0.1
+    # Gradient norm above which gradients are scaled down; 0: never.
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
+        for name in ("lr", "warmup", "final_lr", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+
+    def accumulation(self, replicas: int) -> int:
+        """Micro-batches of a step. Raises ConfigError where the batch does not divide."""
+        if self.batch % (replicas * self.micro_batch):
+            raise ConfigError(
+                f"optim.batch={self.batch} is not a multiple of {replicas} replicas "
+                f"x optim.micro_batch={self.micro_batch}"
+            )
+        return self.batch // (replicas * self.micro_batch)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is traded for memory, in the order it pays."""
+
+    # DeepSpeed ZeRO stage: shard over ranks nothing (0), optimizer (1), gradients too (2), weights too (3).
+    zero: int = 1
+    # Keep each layer's input only, and compute the layer again in the backward.
+    recompute: bool = False
+    # Tokens whose logits exist at once.
+    loss_tile: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.zero not in (0, 1, 2, 3):
+            raise ConfigError(f"memory.zero={self.zero} is not one of 0, 1, 2, 3")
+        if self.loss_tile < 1:
+            raise ConfigError(f"memory.loss_tile={self.loss_tile} must be 1 or more")
+
+
+class TrainedModel(nn.Module):
+    """A causal language model that returns its summed loss, so that DeepSpeed's hooks see one call."""
+
+    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, kernel: str) -> None:
+        super().__init__()
+        self.model = model
+        self.kernel = kernel
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
+        if memory.recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def forward(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
+        """Summed loss of this rank's shard: tokens, labels, position_ids int64 [B, S]."""
+        hidden = self.model.base_model(
+            input_ids=tokens, position_ids=position_ids, plan=plan, kernel=self.kernel, use_cache=False
+        ).last_hidden_state
+        return self.model.lm_head(hidden, labels)
+
+
+def build_engine(
+    model: PreTrainedModel, optim: OptimConfig, memory: MemoryConfig, world: World, kernel: str = "auto"
+) -> deepspeed.DeepSpeedEngine:
+    """The model under DeepSpeed, with AdamW and the schedule."""
+    # On the CPU, DeepSpeed would compile an op that serves inference only, for half a minute, under a lock.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    trained = TrainedModel(model, memory, kernel)
+    optimizer = torch.optim.AdamW(_decayed(trained, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, optim.warmup, optim.steps, min_lr_rate=optim.final_lr
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": optim.micro_batch,
+        "gradient_accumulation_steps": optim.accumulation(world.replicas),
+        "gradient_clipping": optim.clip,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "zero_optimization": {"stage": memory.zero},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=trained, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+    return engine
+
+
+def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout: Layout) -> Tensor:
+    """Run one optimizer step and return the mean loss per predicted token, an fp32 scalar on every rank.
+
+    batch: this replica's sequences of the step, in whole.
+    """
+    sharded = [_shard(part, world, layout) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
+    valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs in sharded)).clamp(min=1)
+    total = torch.zeros((), dtype=torch.float32, device=world.device)
+    for inputs in sharded:
+        loss = engine(**inputs)
+        engine.backward(loss * (world.size / valid), scale_wrt_gas=False)
+        engine.step()
+        total += loss.detach()
+    return world.sum(total) / valid
+
+
+@torch.no_grad()
+def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout: Layout) -> float:
+    """Mean loss per predicted token over batches, each given to every ring in whole."""
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for batch in batches:
+        inputs = _shard(batch, world, layout)
+        total[0] += engine(**inputs)
+        total[1] += (inputs["labels"] != IGNORE).sum()
+    engine.train()
+    loss, valid = world.sum(total).tolist()
+    return loss / max(valid, 1)
+
+
+def _shard(batch: Batch, world: World, layout: Layout) -> dict:
+    """What this rank's model takes of a batch."""
+    shard = batch.shard(layout, world.ring.rank)
+    on_device = {
+        "tokens": shard.tokens,
+        "labels": shard.labels,
+        "position_ids": shard.positions.expand(len(shard.tokens), -1),
+    }
+    plan = AttentionPlan(batch.mask(), layout, world.ring)
+    return {name: x.to(world.device, non_blocking=True) for name, x in on_device.items()} | {"plan": plan}
+
+
+def _decayed(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two parameter groups: matrices, which decay, and vectors (norms), which do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,120 @@
+"""The processes of a run: who is there, on which device, and which of them form a ring.
+
+All ranks together are DeepSpeed's data-parallel world. Consecutive ranks form rings; each ring trains on one replica's
+sequences, sharded among its ranks:
+
+    8 ranks, parallel.ring=4        ring 0: ranks 0 1 2 3        ring 1: ranks 4 5 6 7
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash.errors import ConfigError
+from ringflash.layout import LAYOUTS
+from ringflash.ring.transport import ProcessRing
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a sequence is spread over ranks."""
+
+    # Ranks that share a sequence; null: all of them. The rest is data parallelism over replicas.
+    ring: int | None = None
+    # Which rank holds which tokens: contiguous, zigzag or striped.
+    layout: str = "zigzag"
+    # Minutes without an answer after which a collective gives up.
+    timeout_minutes: int = 10
+
+    def __post_init__(self) -> None:
+        if self.ring is not None and self.ring < 1:
+            raise ConfigError(f"parallel.ring={self.ring} must be 1 or more, or null for all ranks")
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join(LAYOUTS)}")
+
+    def ring_size(self, ranks: int) -> int:
+        """Ranks in a ring, out of `ranks`. Raises ConfigError where they do not divide."""
+        ring = self.ring or ranks
+        if ranks % ring:
+            raise ConfigError(f"parallel.ring={ring} does not divide the {ranks} ranks of this run")
+        return ring
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """This process's place: rank of size, its ring, and which of the replicas that ring trains."""
+
+    rank: int
+    size: int
+    device: torch.device
+    ring: ProcessRing
+    replica: int
+    replicas: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over all ranks, in place."""
+        dist.all_reduce(x)
+        return x
+
+    def share(self, value):
+        """Rank 0's value, on every rank; any picklable object."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def world_size() -> int:
+    """Ranks of this run, as the launcher tells; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(config: ParallelConfig) -> World:
+    """Join the other processes: NCCL and one GPU each, or gloo on the CPU where the machine has no GPU.
+
+    Reads the environment that torchrun, deepspeed or Slurm's srun under torchrun set; alone, the world is one process.
+    Raises ConfigError for more ranks on this machine than GPUs, or a ring that does not divide the ranks.
+    """
+    device = _device()
+    _environment_of_one()
+    size = config.ring_size(world_size())
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=config.timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    # A communicator of their own: ring transfers must not queue behind ZeRO's collectives.
+    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in range(0, ranks, size)]
+    ring = ProcessRing(groups[rank // size], device)
+    return World(rank, ranks, device, ring, replica=rank // size, replicas=ranks // size)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > torch.cuda.device_count():
+        raise ConfigError(
+            f"{here} ranks on {socket.gethostname()} but {torch.cuda.device_count()} GPUs: "
+            f"start as many processes as GPUs (--nproc-per-node {torch.cuda.device_count()})"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _environment_of_one() -> None:
+    """What a launcher would have set, for a process started alone."""
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

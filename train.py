@@ -1,0 +1,34 @@
+"""Train a language model on long contexts.
+
+    python train.py                                                         # one GPU, or the CPU
+    torchrun --nproc-per-node 8 train.py experiment=qwen3-0.5b-128k         # eight GPUs of one machine
+    sbatch launch/slurm.sh experiment=llama3-8b-256k                        # a Slurm cluster
+
+Settings are key=value, such as optim.lr=1e-4 or model=qwen3-0.5b; --print shows what they come to and ends.
+"""
+
+import argparse
+
+from ringflash.training import failure
+
+
+def main() -> None:
+    """Compose the configuration, check it, train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--print", action="store_true", help="show the resolved configuration and end")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; the environment tells
+    arguments = parser.parse_args()
+    with failure.one_line():
+        from ringflash.training.config import compose
+        from ringflash.training.loop import fit
+
+        config, resolved = compose(arguments.settings)
+        if arguments.print:
+            print(resolved, end="")
+            return
+        fit(config, resolved)
+
+
+if __name__ == "__main__":
+    main()
