@@ -50,14 +50,17 @@ _HARMLESS = {
 class ModelConfig:
     """Which model is trained. One of `path` and `architecture` is set."""
 
-    # Folder of a Hugging Face model to start from; null: start from random weights.
     path: str | None = None
-    # A transformers configuration: model_type (gemma2, llama, mistral, qwen3) and that configuration's own fields.
+    """Folder of a Hugging Face model to start from; null: start from random weights."""
+
     architecture: dict[str, Any] = field(default_factory=dict)
-    # Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one.
+    """A transformers configuration: model_type (gemma2, llama, mistral, qwen3) and that configuration's own fields."""
+
     dtype: str = "auto"
-    # Attention kernel: auto (the fastest that fits), portable (Triton) or blocked (plain torch).
+    """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
+
     kernel: str = "auto"
+    """Attention kernel: auto (the fastest that fits), portable (Triton) or blocked (plain torch)."""
 
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.architecture):

@@ -30,10 +30,11 @@ PARTIAL = ".partial"
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    # Steps between checkpoints; 0: only at the end.
     every: int = 100
-    # Newest checkpoints that are kept.
+    """Steps between checkpoints; 0: only at the end."""
+
     keep: int = 2
+    """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:

@@ -40,10 +40,11 @@ OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
 class EvaluationConfig:
     """Loss on documents that are not trained on."""
 
-    # Steps between evaluations; 0: only at the end.
     every: int = 50
-    # Held-out sequences of each evaluation.
+    """Steps between evaluations; 0: only at the end."""
+
     sequences: int = 4
+    """Held-out sequences of each evaluation."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.sequences < 1:
@@ -56,30 +57,47 @@ class EvaluationConfig:
 class Config:
     """A run."""
 
-    # Name of the run; its folder is runs/NAME.
     name: str = "demo"
-    # Folder of all runs.
+    """Name of the run; its folder is runs/NAME."""
+
     runs: str = "runs"
-    # never: start anew, in a folder of its own. auto: go on from the newest sound checkpoint, if there is any.
+    """Folder of all runs."""
+
     resume: str = "never"
-    # Seed of the weights and of the order of documents.
+    """never: start anew, in a folder of its own. auto: go on from the newest sound checkpoint, if there is any."""
+
     seed: int = 0
+    """Seed of the weights; data.seed orders the documents."""
+
     model: ModelConfig
+    """What is trained."""
+
     data: DataConfig
+    """What it is trained on."""
+
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How a sequence is spread over ranks."""
+
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What is traded for memory."""
+
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Loss on held-out documents."""
+
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written."""
+
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """Where metrics go."""
 
     def __post_init__(self) -> None:
         if self.resume not in ("never", "auto"):
             raise ConfigError(f"resume={self.resume} is not one of never, auto")
         if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ConfigError(
-                f"name={self.name!r} must be letters, digits, '.', '_', '-': it names the run's folder"
-            )
+            raise ConfigError(f"name={self.name!r} must be letters, digits, '.', '_', '-': it names the run's folder")
 
     def check(self, ranks: int) -> None:
         """Raise ConfigError for what cannot work on this many ranks."""

@@ -21,10 +21,11 @@ MODES = ("offline", "online", "disabled")
 class LoggerConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    # wandb: offline (a folder, no network), online (needs a key) or disabled.
     mode: str = "offline"
-    # wandb's project.
+    """wandb: offline (a folder, no network), online (needs a key) or disabled."""
+
     project: str = "ringflash"
+    """wandb's project."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

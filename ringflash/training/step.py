@@ -31,26 +31,35 @@ from ringflash.training.world import World
 class OptimConfig:
     """AdamW and its schedule."""
 
-    # Optimizer steps of the whole run.
     steps: int = 100
-    # Sequences of a step, over all replicas and micro-batches.
+    """Optimizer steps of the whole run."""
+
     batch: int = 1
-    # Sequences that a ring processes at once; the rest of its share is accumulated.
+    """Sequences of a step, over all replicas and micro-batches."""
+
     micro_batch: int = 1
-    # Peak learning rate; it warms up linearly from 0 and falls along a cosine.
+    """Sequences that a ring processes at once; the rest of its share is accumulated."""
+
     lr: float = 3e-4
-    # Steps of warm-up.
+    """Peak learning rate; it warms up linearly from 0 and falls along a cosine."""
+
     warmup: int = 10
-    # Learning rate at the last step, as a part of the peak.
+    """Steps of warm-up."""
+
     final_lr: float = 0.1
-    # AdamW's decay rate of the first moment.
+    """Learning rate at the last step, as a part of the peak."""
+
     beta1: float = 0.9
-    # AdamW's decay rate of the second moment.
+    """AdamW's decay rate of the first moment."""
+
     beta2: float = 0.95
-    # AdamW's decoupled weight decay.
+    """AdamW's decay rate of the second moment."""
+
     weight_decay: float = 0.1
-    # Gradient norm above which gradients are scaled down; 0: never.
+    """AdamW's decoupled weight decay."""
+
     clip: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch"):
@@ -74,12 +83,14 @@ class OptimConfig:
 class MemoryConfig:
     """What is traded for memory, in the order it pays."""
 
-    # DeepSpeed ZeRO stage: shard over ranks nothing (0), optimizer (1), gradients too (2), weights too (3).
     zero: int = 1
-    # Keep each layer's input only, and compute the layer again in the backward.
+    """DeepSpeed ZeRO stage: shard over ranks nothing (0), optimizer (1), gradients too (2), weights too (3)."""
+
     recompute: bool = False
-    # Tokens whose logits exist at once.
+    """Keep each layer's input only, and compute the layer again in the backward."""
+
     loss_tile: int = 2048
+    """Tokens whose logits exist at once."""
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):

@@ -26,12 +26,14 @@ from ringflash.ring.transport import ProcessRing
 class ParallelConfig:
     """How a sequence is spread over ranks."""
 
-    # Ranks that share a sequence; null: all of them. The rest is data parallelism over replicas.
     ring: int | None = None
-    # Which rank holds which tokens: contiguous, zigzag or striped.
+    """Ranks that share a sequence; null: all of them. The rest is data parallelism over replicas."""
+
     layout: str = "zigzag"
-    # Minutes without an answer after which a collective gives up.
+    """Which rank holds which tokens: contiguous, zigzag or striped."""
+
     timeout_minutes: int = 10
+    """Minutes without an answer after which a collective gives up."""
 
     def __post_init__(self) -> None:
         if self.ring is not None and self.ring < 1:

@@ -1,0 +1,103 @@
+"""Every configuration composes, and a wrong key or value fails at once with the name of the key."""
+
+import ast
+import inspect
+import textwrap
+from dataclasses import is_dataclass
+from typing import get_type_hints
+
+import pytest
+
+from ringflash.errors import ConfigError
+from ringflash.training.config import CONFIGS, Config, compose
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+GROUPS = [
+    (group.name, path.stem)
+    for group in sorted(CONFIGS.iterdir())
+    if group.is_dir() and group.name != "experiment"
+    for path in sorted(group.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_names_its_run(name):
+    config, resolved = compose([f"experiment={name}"])
+    assert config.name == name
+    assert f"name: {name}" in resolved
+
+
+@pytest.mark.parametrize(("group", "name"), GROUPS)
+def test_every_option_of_every_group_composes(group, name):
+    missing = {"data": ["data.path=somewhere"], "model": ["model.path=somewhere"]} if name != "stdlib" else {}
+    needed = missing.get(group, []) if name in ("text", "jsonl", "parquet", "pretrained") else []
+    compose([f"{group}={name}", *needed])
+
+
+def test_the_resolved_yaml_gives_the_same_configuration_again(tmp_path):
+    config, resolved = compose(["optim.lr=1e-5"])
+    (tmp_path / "train.yaml").write_text("defaults: [schema, _self_]\n" + resolved)
+    assert compose([], folder=tmp_path)[0] == config
+
+
+def undescribed(part):
+    """Fields below a dataclass that no docstring follows."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
+    for field, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            if not (isinstance(after, ast.Expr) and isinstance(after.value.value, str)):
+                yield f"{part.__name__}.{field.target.id}"
+            kind = get_type_hints(part)[field.target.id]
+            if is_dataclass(kind):
+                yield from undescribed(kind)
+
+
+def test_every_setting_is_described_where_it_is_read():
+    assert list(undescribed(Config)) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lrr=1"], "optim.lrr is not a setting; did you mean optim.lr?"),
+        (["+optim.foo=1"], "optim.foo is not a setting"),
+        (["optim.lr=abc"], "optim.lr: Value 'abc'"),
+        (["optim.steps=0"], "optim.steps=0 must be 1 or more"),
+        (["optim.clip=-1"], "optim.clip=-1.0 must not be negative"),
+        (["experiment=foo"], "experiment=foo is not one of qwen3"),
+        (["model=foo"], "model=foo is not one of pretrained, qwen3"),
+        (["data=text"], "data.path is not set"),
+        (["model.path=folder"], "model.path=folder and model.architecture"),
+        (["model.dtype=fp8"], "model.dtype=fp8 is not one of"),
+        (["memory.zero=4"], "memory.zero=4 is not one of 0, 1, 2, 3"),
+        (["memory.loss_tile=0"], "memory.loss_tile=0"),
+        (["parallel.layout=diagonal"], "parallel.layout=diagonal is not one of contiguous"),
+        (["parallel.ring=0"], "parallel.ring=0"),
+        (["logger.mode=loud"], "logger.mode=loud is not one of offline, online, disabled"),
+        (["checkpoint.keep=0"], "checkpoint.keep=0"),
+        (["evaluation.sequences=0"], "evaluation.sequences=0"),
+        (["resume=maybe"], "resume=maybe is not one of never, auto"),
+        (["name=../x"], "name='../x'"),
+        (["optim"], "'optim' is not of the form key=value"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_is_refused_in_one_line_that_names_it(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert str(caught.value).startswith(message) or message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "message"),
+    [
+        (["parallel.ring=3"], 4, "parallel.ring=3 does not divide the 4 ranks"),
+        (["data.sequence_length=15"], 8, "data.sequence_length=15 is smaller than 2 x 8 ranks"),
+        (["optim.batch=3", "optim.micro_batch=2"], 1, "optim.batch=3 is not a multiple of 1 replicas x optim.micro"),
+        (["optim.batch=1", "parallel.ring=2"], 4, "optim.batch=1 is not a multiple of 2 replicas"),
+    ],
+)
+def test_what_does_not_fit_the_ranks_is_refused(overrides, ranks, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)[0].check(ranks)

@@ -1,0 +1,35 @@
+"""Counted FLOPs are those of the formula, with each layer's own window."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ringflash import IntervalMask
+from ringflash.training.flops import matmul_parameters, peak_flops, step_flops, visible_pairs
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
+
+
+def test_layers_with_a_window_count_the_windows_pairs():
+    mask = IntervalMask.causal(100)
+    causal, window = mask.area(), IntervalMask.window(100, 9).area()
+    sizes = SIZES | {"sliding_window": 10}
+    assert visible_pairs(AutoConfig.for_model("llama", **SIZES), mask) == 4 * causal
+    assert visible_pairs(AutoConfig.for_model("mistral", **sizes), mask) == 4 * window
+    assert visible_pairs(AutoConfig.for_model("gemma2", **sizes), mask) == 2 * causal + 2 * window
+
+
+def test_weights_that_are_looked_up_only_do_not_count():
+    for tied in (False, True):
+        config = AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=tied)
+        layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32
+        assert matmul_parameters(AutoModelForCausalLM.from_config(config)) == 4 * layer + 50 * 16
+
+
+def test_a_step_is_six_operations_a_weight_and_token_and_twelve_a_pair_head_and_dimension():
+    config = AutoConfig.for_model("llama", **SIZES)
+    assert step_flops(config, weights=1000, tokens=7, pairs=11) == 6 * 1000 * 7 + 12 * 11 * 2 * 8
+
+
+def test_the_cpu_has_no_known_peak():
+    assert peak_flops(torch.device("cpu")) is None

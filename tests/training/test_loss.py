@@ -1,0 +1,75 @@
+"""The tiled loss equals torch's cross entropy of whole logits, with its gradients, for any tile."""
+
+import pytest
+import torch
+from torch import nn
+
+from ringflash.training.loss import LossHead, tiled_cross_entropy
+
+
+def whole(hidden, weight, labels, softcap):
+    """The same in float64 with all logits at once."""
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 1000])
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "softcap"])
+def test_any_tile_gives_the_loss_and_gradients_of_whole_logits(tile, softcap):
+    hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
+    labels = torch.randint(0, 97, (50,))
+    labels[::5] = -100
+    loss = tiled_cross_entropy(hidden, weight, labels, tile, softcap)
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    exact = whole(exact_hidden, exact_weight, labels, softcap)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(loss * 0.25, (hidden, weight))
+    expected = torch.autograd.grad(exact * 0.25, (exact_hidden, exact_weight))
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert (gradient - reference).norm() / reference.norm() < 1e-6
+
+
+def test_labels_that_predict_nothing_give_loss_and_gradient_zero():
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss = tiled_cross_entropy(hidden, weight, torch.full((8,), -100), 3, None)
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad.abs().max() == 0
+    assert weight.grad.abs().max() == 0
+
+
+def test_logits_of_more_than_a_tile_never_exist(monkeypatch):
+    rows = []
+    logsumexp = torch.Tensor.logsumexp
+    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: (rows.append(len(x)), logsumexp(x, dim))[1])
+    tiled_cross_entropy(torch.randn(50, 4), torch.randn(9, 4), torch.zeros(50, dtype=torch.int64), 16, None)
+    assert rows == [16, 16, 16, 2]
+
+
+def test_the_weights_gradient_is_summed_over_tiles_in_fp32():
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(4096, 8), torch.randn(33, 8) * 0.1
+    labels = torch.randint(0, 33, (4096,))
+    errors = []
+    for tile in (16, 4096):
+        w = weight.bfloat16().requires_grad_()
+        tiled_cross_entropy(hidden.bfloat16(), w, labels, tile, None).backward()
+        exact = weight.bfloat16().double().requires_grad_()
+        whole(hidden.bfloat16().double(), exact, labels, None).backward()
+        errors.append(((w.grad.double() - exact.grad).norm() / exact.grad.norm()).item())
+    assert errors[0] < 2 * errors[1], f"256 tiles {errors[0]:.1e}, one tile {errors[1]:.1e}"
+
+
+def test_a_loss_head_without_labels_gives_logits_and_shares_its_weight():
+    plain = nn.Linear(8, 5, bias=False)
+    head = LossHead(plain, 4, None)
+    assert head.weight is plain.weight
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(head(x), plain(x))
+
+
+def test_a_head_with_a_bias_is_refused():
+    with pytest.raises(ValueError, match="bias"):
+        LossHead(nn.Linear(8, 5), 4, None)
