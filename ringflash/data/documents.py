@@ -5,8 +5,9 @@
                                corpus.json   what they were made of, and the vocabulary they use
 
 The fingerprint covers all that decides the tokens: files, sizes, times of change, field, tokenizer. The folder is
-written aside and renamed when complete, so a killed build leaves nothing that looks finished, and builders that run at
-the same time do not disturb each other (the first to finish wins; run one rank ahead of the others to save the work).
+written aside and renamed when complete, so a killed build leaves nothing that looks finished (only `*.unfinished-*`, to
+be deleted at will), and builders that run at the same time do not disturb each other: the first to finish wins. Run one
+rank ahead of the others to save the work.
 
 Nothing here uses the network: `datasets` is handed local files through its readers, not through `load_dataset`, which
 reports every call to the Hub.

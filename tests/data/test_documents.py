@@ -162,10 +162,10 @@ def test_the_second_load_does_not_tokenise_again(tmp_path, calls):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("change", ["content", "time", "new file", "tokenizer", "field"])
+@pytest.mark.parametrize("change", ["content", "time", "new file", "vocabulary", "eos", "field"])
 def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, change):
     folder, tokenizer = write_texts(tmp_path / "text"), tmp_path / "tokenizer"
-    write_tokenizer(tokenizer)
+    write_tokenizer(tokenizer, bos="<bos>")
     settings = {"tokenizer": str(tokenizer)}
     before = tokenised(config(tmp_path, folder, **settings))
     if change == "content":
@@ -174,8 +174,11 @@ def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, change):
         os.utime(folder / "000.txt", ns=(1, 1))
     elif change == "new file":
         (folder / "new.txt").write_text("new")
-    elif change == "tokenizer":
-        write_tokenizer(tokenizer, words=("two", "one"))
+    elif change == "vocabulary":
+        write_tokenizer(tokenizer, words=("two", "one"), bos="<bos>")
+    elif change == "eos":
+        saved = tokenizer / "tokenizer_config.json"
+        saved.write_text(saved.read_text().replace('"eos_token": "<eos>"', '"eos_token": "<bos>"'))
     else:
         settings["field"] = "body"
     assert tokenised(config(tmp_path, folder, **settings)) != before
