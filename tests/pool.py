@@ -8,9 +8,11 @@ ranks.run(total, 4, 1.0)            # its results on 4 ranks, in rank order
 
 import multiprocessing
 import os
+import sys
 import tempfile
+import time
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 import torch
 import torch.distributed as dist
@@ -36,20 +38,29 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function, size: int, *args, timeout: float = 240.0) -> list:
-        """The function's results on `size` ranks. Raises RankError if one raised or did not answer in time."""
+        """The function's results on `size` ranks. Raises RankError if one raised or did not answer in time.
+
+        Ranks that wait for one that raised never answer: then all processes are started anew.
+        """
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self.pipes[:size]:
                 pipe.send((function, size, f"file://{folder}/store", args))
-            answers = []
-            for rank, pipe in enumerate(self.pipes[:size]):
-                if not pipe.poll(timeout):
-                    self.close()
-                    raise RankError(f"rank {rank} of {size} did not answer in {timeout} s")
-                answers.append(pipe.recv())
-        errors = [answer for ok, answer in answers if not ok]
+            answers: dict[int, object] = {}
+            until = time.monotonic() + timeout
+            while len(answers) < size and time.monotonic() < until:
+                for pipe in wait([self.pipes[r] for r in range(size) if r not in answers], timeout=1.0):
+                    ok, answers[self.pipes.index(pipe)] = pipe.recv()
+                    if not ok:
+                        until = min(until, time.monotonic() + 5)
+                        answers[self.pipes.index(pipe)] = RankError(answers[self.pipes.index(pipe)])
+        errors = [str(answer) for answer in answers.values() if isinstance(answer, RankError)]
+        if len(answers) < size:
+            errors.append(f"only ranks {sorted(answers)} of {size} answered")
+            self.close()
+            self.__init__()
         if errors:
             raise RankError("\n".join(errors))
-        return [answer for _, answer in answers]
+        return [answers[rank] for rank in range(size)]
 
     def close(self) -> None:
         """End the processes."""
@@ -71,3 +82,16 @@ def _serve(rank: int, pipe: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            _forget_world()
+
+
+def _forget_world() -> None:
+    """DeepSpeed keeps the first world it saw, and numbers modules by process; the next function has other ranks."""
+    if "deepspeed" in sys.modules:
+        deepspeed = sys.modules["deepspeed"]
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups._WORLD_GROUP = None
+        deepspeed.utils.groups._ALL_TO_ALL_GROUP = {}
+        deepspeed.zero.Init.param_id = 0
+        offload = sys.modules["deepspeed.runtime.zero.parameter_offload"].DeepSpeedZeRoOffload
+        offload._register_deepspeed_module.__defaults__[0][0] = 0

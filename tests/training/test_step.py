@@ -1,0 +1,115 @@
+"""The same global batch gives the loss and every gradient of one rank: any ranks, ring, ZeRO stage, accumulation."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import nn
+
+from ringflash.data import Batch
+from ringflash.layout import Layout
+from ringflash.models import ModelConfig, build_model
+from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, evaluate, train_step
+from ringflash.training.world import ParallelConfig, World, join
+from tests.test_models import SPECIFIC, TINY
+
+LENGTH = 40
+SEQUENCES = 6
+DOCUMENTS = [[40], [1, 39], [13, 27], [5, 5, 5, 25], [39, 1], [20, 20]]
+
+
+def build(model_type):
+    torch.manual_seed(0)
+    architecture = {"model_type": model_type, **TINY, **SPECIFIC[model_type]}
+    return build_model(ModelConfig(architecture=architecture, dtype="fp32"))
+
+
+def sequences(case):
+    """The global batch; labels fall unevenly, or on no token of the second of four zigzag shards."""
+    tokens = torch.randint(1, 97, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = tokens.roll(-1, dims=1)
+    for row, lengths in enumerate(DOCUMENTS):
+        labels[row, torch.tensor(lengths).cumsum(0) - 1] = -100
+    if case == "uneven":
+        labels[:, 25:] = -100
+        labels[2] = -100
+    if case == "shard-without-labels":
+        labels[:, Layout.zigzag(LENGTH, 4).positions(1)] = -100
+    return Batch(tokens, labels, DOCUMENTS)
+
+
+def joined(ring):
+    """The pool's group is there already; the rest of a World as `join` makes it."""
+    made = dist.init_process_group
+    dist.init_process_group = lambda *args, **options: None
+    try:
+        return join(ParallelConfig(ring=ring))
+    finally:
+        dist.init_process_group = made
+
+
+def gradients_on_ranks(model_type, zero, accumulation, ring, case, recompute):
+    """Loss and every gradient, as DeepSpeed has it when the optimizer steps."""
+    world: World = joined(ring)
+    micro_batch = SEQUENCES // accumulation // world.replicas
+    optim = OptimConfig(steps=2, batch=SEQUENCES, micro_batch=micro_batch, warmup=0, clip=0.0)
+    engine = build_engine(build(model_type), optim, MemoryConfig(zero=zero, recompute=recompute, loss_tile=16), world)
+    gradients, step = {}, engine.step
+
+    def recording_step():
+        if engine.is_gradient_accumulation_boundary():
+            for name, p in engine.module.named_parameters():
+                gradients[name.removeprefix("model.")] = safe_get_full_grad(p).clone()
+        step()
+
+    engine.step = recording_step
+    share = SEQUENCES // world.replicas
+    mine = sequences(case).split(share)[world.replica]
+    layout = Layout.zigzag(LENGTH, world.ring.size)
+    loss = train_step(engine, mine, world, layout)
+    held_out = evaluate(engine, [sequences(case)], world, layout)
+    return loss.item(), gradients, held_out
+
+
+def gradients_of_one(model_type, case):
+    """The same without DeepSpeed, ring or tiles: each document alone through the model's own attention."""
+    model = build(model_type)
+    model.set_attn_implementation("eager")
+    batch = sequences(case)
+    total = torch.zeros(())
+    for tokens, labels, lengths in zip(batch.tokens, batch.labels, DOCUMENTS, strict=True):
+        for piece, target in zip(tokens.split(lengths), labels.split(lengths), strict=True):
+            logits = model(input_ids=piece[None]).logits[0]
+            total = total + nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
+    loss = total / (batch.labels != -100).sum()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+CASES = [
+    # model, ranks, ring, zero, accumulation, labels, recompute
+    *(("qwen3", ranks, None, zero, 1, "full", False) for ranks in (1, 2, 4) for zero in (0, 1, 2, 3)),
+    *(("qwen3", ranks, None, zero, 3, "uneven", False) for ranks in (1, 2, 4) for zero in (0, 1, 2, 3)),
+    *(("llama", 4, None, zero, 1, "shard-without-labels", False) for zero in (0, 1, 2, 3)),
+    *(("mistral", 4, 2, zero, 3, "uneven", False) for zero in (0, 1, 2, 3)),
+    *(("gemma2", 2, None, zero, 1, "uneven", True) for zero in (0, 1, 2, 3)),
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("model_type", "size", "ring", "zero", "accumulation", "case", "recompute"),
+    CASES,
+    ids=lambda x: str(x),
+)
+def test_loss_and_every_gradient_equal_one_rank(ranks, model_type, size, ring, zero, accumulation, case, recompute):
+    loss, gradients = gradients_of_one(model_type, case)
+    for rank, (on_ranks, theirs, held_out) in enumerate(
+        ranks.run(gradients_on_ranks, size, model_type, zero, accumulation, ring, case, recompute)
+    ):
+        assert on_ranks == pytest.approx(loss, rel=2e-6), f"rank {rank}"
+        assert held_out != pytest.approx(loss, rel=1e-6), "the step changed nothing"
+        assert theirs.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            error = (theirs[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+            assert error < 2e-5, f"rank {rank} {name}: relative error {error:.1e}"
