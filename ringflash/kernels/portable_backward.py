@@ -1,0 +1,333 @@
+"""Attention backward in plain Triton, sm_80 and up, bit-equal from run to run: every gradient has one writer.
+
+With the weights of the whole softmax, p = 2^(c s - log2(e) lse), and delta = rowsum(dout * out),
+
+    dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
+
+where a softcap s = tanh(q k^T scale / softcap) also multiplies ds by 1 - s^2. Two kernels, each of which recomputes s
+and dp: `dq_kernel` holds BLOCK_Q query rows and walks the keys start:end that they see; `dkdv_kernel` holds BLOCK_K
+keys of one KV head and walks the queries query_start:query_end that see them, for each query head of the group in turn.
+Both first walk the tiles that all their rows see whole, then the edges, as `portable_forward` draws them.
+
+What waits for what, in a step of dkdv_kernel, all products transposed so that p and ds stay in registers:
+
+    copy engine      q2 dout2
+    tensor cores     s = k q1^T |  dp = v dout1^T     | dv += p dout1 . dk += ds q1 |
+    everything else             |  p = 2^(c s - lse)  | ds = p (dp - delta)         |
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ringflash.kernels.portable_forward import (
+    LOG2_E_,
+    NEG_INF,
+    Tuning,
+    arch,
+    cap,
+    check_inputs,
+    check_rows,
+    interval_stride,
+    load_tile,
+    score_scales,
+    tile_argument,
+    tile_run,
+    visible,
+)
+from ringflash.mask import Intervals
+
+
+def dq_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
+    """The tiles of dq_kernel for a head size, dtype and compute capability (80, 90, 100, ...)."""
+    tma = arch >= 90
+    if dtype == torch.float32:
+        return Tuning(32, 32, warps=4, stages=1, tma=tma)
+    if head_dim <= 64:
+        return Tuning(128, 64, warps=4, stages=2, tma=tma)
+    return Tuning(128, 64, warps=8, stages=2, tma=tma)
+
+
+def dkdv_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
+    """The tiles of dkdv_kernel for a head size, dtype and compute capability (80, 90, 100, ...)."""
+    tma = arch >= 90
+    if dtype == torch.float32:
+        return Tuning(32, 32, warps=4, stages=1, tma=tma)
+    if head_dim <= 64:
+        return Tuning(64, 128, warps=8, stages=2, tma=tma)
+    return Tuning(64, 128, warps=8, stages=2, tma=tma)
+
+
+@triton.jit
+def weights(s, lse, c, cap_scale, CAPPED: tl.constexpr):
+    """p and the slope of the softcap, from products s and a log-sum-exp in base 2 that broadcasts over them."""
+    slope = 1.0
+    if CAPPED:
+        s = cap(s, cap_scale)
+        slope = 1.0 - s * s
+    return tl.math.exp2(s * c - lse), slope
+
+
+@triton.jit
+def load_lse(lse, rows, valid):
+    """Rows of lse in base 2; a row that sees nothing gets +inf, so that all its weights are 0."""
+    row_lse = tl.load(lse + rows, valid, 0.0)
+    return tl.where(row_lse == NEG_INF, float("inf"), row_lse * LOG2_E_)
+
+
+@triton.jit
+def add_to(x, tile, rows, valid, stride_s, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """x[rows] += tile."""
+    columns = tl.arange(0, BLOCK_D)
+    x += rows.to(tl.int64)[:, None] * stride_s + columns[None, :]
+    inside = valid[:, None] & (columns < D)[None, :]
+    tl.store(x, tl.load(x, inside, 0.0) + tile, inside)
+
+
+# -- dq: one program a query tile
+
+
+@triton.jit
+def dq_step(
+    acc, q_tile, dout_tile, row_lse, row_delta, row_start, row_end, k, v, batch, head_kv, key, c, cap_scale,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """acc += ds k for the keys of one tile."""
+    k_tile = load_tile(k, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
+    v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
+    s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+    dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
+    p, slope = weights(s, row_lse[:, None], c, cap_scale, CAPPED)
+    if EDGE:
+        p = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), p, 0.0)
+    ds = p * (dp - row_delta[:, None]) * slope
+    return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+
+
+@triton.jit
+def dq_kernel(
+    q, q_stride_b, q_stride_s, q_stride_h,
+    k, k_stride_b, k_stride_s, k_stride_h,
+    v, v_stride_b, v_stride_s, v_stride_h,
+    dout, dout_stride_b, dout_stride_s, dout_stride_h,
+    dq, dq_stride_b, dq_stride_s, dq_stride_h,
+    lse, lse_stride_b, lse_stride_h,
+    delta, delta_stride_b, delta_stride_h,
+    start, end, interval_stride_b,
+    queries, keys, heads_kv, scale, c, cap_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one head, launched in the order of `forward_kernel`."""
+    program = tl.program_id(0)
+    q_tiles = tl.cdiv(queries, BLOCK_Q)
+    first = (q_tiles - 1 - program // GROUP % q_tiles) * BLOCK_Q
+    head_kv = program // (GROUP * q_tiles) % heads_kv
+    batch = program // (GROUP * q_tiles) // heads_kv
+    head = head_kv * GROUP + program % GROUP
+
+    start += batch.to(tl.int64) * interval_stride_b
+    end += batch.to(tl.int64) * interval_stride_b
+    last = tl.minimum(first + BLOCK_Q, queries) - 1
+    lo, tiles, full_from, full_to = tile_run(start, end, first, last, BLOCK_K)
+    if tiles == 0:
+        return
+
+    q = (q, q_stride_b, q_stride_s, q_stride_h, queries)
+    k = (k, k_stride_b, k_stride_s, k_stride_h, keys)
+    v = (v, v_stride_b, v_stride_s, v_stride_h, keys)
+    dout = (dout, dout_stride_b, dout_stride_s, dout_stride_h, queries)
+    q_tile = load_tile(q, batch, head, first, BLOCK_Q, BLOCK_D, D, TMA)
+    dout_tile = load_tile(dout, batch, head, first, BLOCK_Q, BLOCK_D, D, TMA)
+    rows = first + tl.arange(0, BLOCK_Q)
+    valid = rows < queries
+    row_lse = load_lse(lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h, rows, valid)
+    delta += batch.to(tl.int64) * delta_stride_b + head.to(tl.int64) * delta_stride_h
+    row_delta = tl.load(delta + rows, valid, 0.0)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+
+    # 1. Tiles that every row sees whole: no mask.
+    for key in tl.range(lo + full_from * BLOCK_K, lo + full_to * BLOCK_K, BLOCK_K, num_stages=STAGES):
+        acc = dq_step(
+            acc, q_tile, dout_tile, row_lse, row_delta, rows, rows, k, v, batch, head_kv, key, c, cap_scale,
+            BLOCK_K, BLOCK_D, D, TMA, CAPPED, EDGE=False,
+        )  # fmt: skip
+
+    # 2. Tiles before and after them, that only some rows see.
+    row_start = tl.load(start + rows, valid, 0)
+    row_end = tl.load(end + rows, valid, 0)
+    for tile in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
+        key = lo + tl.where(tile < full_from, tile, tile + full_to - full_from) * BLOCK_K
+        acc = dq_step(
+            acc, q_tile, dout_tile, row_lse, row_delta, row_start, row_end, k, v, batch, head_kv, key, c, cap_scale,
+            BLOCK_K, BLOCK_D, D, TMA, CAPPED, EDGE=True,
+        )  # fmt: skip
+
+    dq += batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
+    add_to(dq, acc * scale, rows, valid, dq_stride_s, BLOCK_D, D)
+
+
+# -- dk and dv: one program a key tile
+
+
+@triton.jit
+def dkdv_step(
+    dk_acc, dv_acc, k_tile, v_tile, key_start, key_end, q, dout, lse, delta, batch, head, row, queries, c, cap_scale,
+    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """dk_acc += ds q and dv_acc += p dout for one tile of queries; s, p, dp, ds are [keys, queries]."""
+    q_tile = load_tile(q, batch, head, row, BLOCK_Q, BLOCK_D, D, TMA)
+    dout_tile = load_tile(dout, batch, head, row, BLOCK_Q, BLOCK_D, D, TMA)
+    lse, lse_stride_b, lse_stride_h = lse
+    delta, delta_stride_b, delta_stride_h = delta
+    rows = row + tl.arange(0, BLOCK_Q)
+    valid = rows < queries
+    row_lse = load_lse(lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h, rows, valid)
+    delta += batch.to(tl.int64) * delta_stride_b + head.to(tl.int64) * delta_stride_h
+    row_delta = tl.load(delta + rows, valid, 0.0)
+
+    s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
+    dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
+    p, slope = weights(s, row_lse[None, :], c, cap_scale, CAPPED)
+    if EDGE:
+        p = tl.where(visible(key_start, key_end, rows), p, 0.0)
+    dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+    ds = p * (dp - row_delta[None, :]) * slope
+    dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+    return dk_acc, dv_acc
+
+
+@triton.jit
+def dkdv_kernel(
+    q, q_stride_b, q_stride_s, q_stride_h,
+    k, k_stride_b, k_stride_s, k_stride_h,
+    v, v_stride_b, v_stride_s, v_stride_h,
+    dout, dout_stride_b, dout_stride_s, dout_stride_h,
+    dk, dk_stride_b, dk_stride_s, dk_stride_h,
+    dv, dv_stride_b, dv_stride_s, dv_stride_h,
+    lse, lse_stride_b, lse_stride_h,
+    delta, delta_stride_b, delta_stride_h,
+    start, end, interval_stride_b,
+    queries, keys, heads_kv, scale, c, cap_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One key tile of one KV head; start and end are the queries that see each key.
+
+    Launched tiles first, from the first: under a causal mask the first keys are seen by the most queries.
+    """
+    program = tl.program_id(0)
+    k_tiles = tl.cdiv(keys, BLOCK_K)
+    first = program % k_tiles * BLOCK_K
+    head_kv = program // k_tiles % heads_kv
+    batch = program // k_tiles // heads_kv
+
+    start += batch.to(tl.int64) * interval_stride_b
+    end += batch.to(tl.int64) * interval_stride_b
+    last = tl.minimum(first + BLOCK_K, keys) - 1
+    lo, tiles, full_from, full_to = tile_run(start, end, first, last, BLOCK_Q)
+    if tiles == 0:
+        return
+
+    q = (q, q_stride_b, q_stride_s, q_stride_h, queries)
+    k = (k, k_stride_b, k_stride_s, k_stride_h, keys)
+    v = (v, v_stride_b, v_stride_s, v_stride_h, keys)
+    dout = (dout, dout_stride_b, dout_stride_s, dout_stride_h, queries)
+    lse = (lse, lse_stride_b, lse_stride_h)
+    delta = (delta, delta_stride_b, delta_stride_h)
+    k_tile = load_tile(k, batch, head_kv, first, BLOCK_K, BLOCK_D, D, TMA)
+    v_tile = load_tile(v, batch, head_kv, first, BLOCK_K, BLOCK_D, D, TMA)
+    rows = first + tl.arange(0, BLOCK_K)
+    valid = rows < keys
+    dk_acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+
+    # 1. Tiles that see every key: no mask. One loop over heads and tiles, so that loads run ahead across heads.
+    full = full_to - full_from
+    for step in tl.range(0, GROUP * full, num_stages=STAGES):
+        head = head_kv * GROUP + step // full
+        row = lo + (full_from + step % full) * BLOCK_Q
+        dk_acc, dv_acc = dkdv_step(
+            dk_acc, dv_acc, k_tile, v_tile, rows, rows, q, dout, lse, delta, batch, head, row, queries, c, cap_scale,
+            BLOCK_Q, BLOCK_D, D, TMA, CAPPED, EDGE=False,
+        )  # fmt: skip
+
+    # 2. Tiles before and after them, that see only some of the keys.
+    key_start = tl.load(start + rows, valid, 0)
+    key_end = tl.load(end + rows, valid, 0)
+    edge = tiles - full
+    for step in tl.range(0, GROUP * edge, num_stages=STAGES):
+        head = head_kv * GROUP + step // edge
+        tile = step % edge
+        row = lo + tl.where(tile < full_from, tile, tile + full) * BLOCK_Q
+        dk_acc, dv_acc = dkdv_step(
+            dk_acc, dv_acc, k_tile, v_tile, key_start, key_end, q, dout, lse, delta, batch, head, row, queries,
+            c, cap_scale, BLOCK_Q, BLOCK_D, D, TMA, CAPPED, EDGE=True,
+        )  # fmt: skip
+
+    dk += batch.to(tl.int64) * dk_stride_b + head_kv.to(tl.int64) * dk_stride_h
+    dv += batch.to(tl.int64) * dv_stride_b + head_kv.to(tl.int64) * dv_stride_h
+    add_to(dk, dk_acc * scale, rows, valid, dk_stride_s, BLOCK_D, D)
+    add_to(dv, dv_acc, rows, valid, dv_stride_s, BLOCK_D, D)
+
+
+# -- launch
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    intervals: Intervals,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dq_tuning: Tuning | None = None,
+    dkdv_tuning: Tuning | None = None,
+) -> None:
+    """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
+
+    Raises ValueError, with the values, where `portable_forward.supports` would refuse, where a tensor does not fit q
+    and k, and where scale is not positive. The tunings replace the tables' choice.
+    """
+    check_inputs(q, k, scale, softcap, v=v, dout=dout)
+    check_rows(q, lse=lse, delta=delta, dq=dq)
+    check_rows(k, dk=dk, dv=dv)
+    if 0 in q.shape or 0 in k.shape:
+        return
+    B, Sq, Hq, D = q.shape
+    _, Skv, Hkv, _ = k.shape
+    rows = (*(lse, *lse.stride()[:2]), *(delta, *delta.stride()[:2]))
+    sizes = (Sq, Skv, Hkv, scale, *score_scales(scale, softcap))
+
+    def launch(kernel, programs: int, t: Tuning, gradients: tuple[Tensor, ...], start: Tensor, end: Tensor) -> None:
+        kernel[(programs,)](
+            *tile_argument("q", q, t.block_q, t.tma),
+            *tile_argument("k", k, t.block_k, t.tma),
+            *tile_argument("v", v, t.block_k, t.tma),
+            *tile_argument("dout", dout, t.block_q, t.tma),
+            *(argument for x in gradients for argument in (x, *x.stride()[:3])),
+            *rows, start, end, interval_stride(start), *sizes,
+            GROUP=Hq // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
+            STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+
+    t_dq = dq_tuning or dq_tuning_for(D, q.dtype, arch(q))
+    t_dkdv = dkdv_tuning or dkdv_tuning_for(D, q.dtype, arch(q))
+    with torch.cuda.device_of(q):
+        launch(dq_kernel, B * Hq * triton.cdiv(Sq, t_dq.block_q), t_dq, (dq,), intervals.start, intervals.end)
+        launch(
+            dkdv_kernel, B * Hkv * triton.cdiv(Skv, t_dkdv.block_k), t_dkdv, (dk, dv),
+            intervals.query_start, intervals.query_end,
+        )  # fmt: skip
