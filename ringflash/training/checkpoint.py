@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there: written aside, listed with their digests, then renamed.
 
-    runs/NAME/checkpoints/step-00000100/    DeepSpeed's files: weights, optimizer, schedule, each rank's part
+    runs/NAME/checkpoints/step-00000100/state/           DeepSpeed's files: weights, optimizer, schedule, by rank
                           step-00000100/manifest.json    the size and SHA-256 of every file, written last
                           step-00000200.partial/         one being written, or what a killed run left
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from ringflash.errors import ConfigError
 from ringflash.training.world import World
 
+STATE = "state"
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 
@@ -49,7 +50,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, world: Worl
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False)
+    engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
     dist.barrier()
     files = _gathered(_digests(aside, _share(aside, world)), world)
     if world.is_first:
@@ -82,7 +83,7 @@ def resume(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, say=pr
                     f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as many, "
                     f"or start anew from its exported weights (model.path)"
                 )
-        engine.load_checkpoint(str(folder), tag=path.name)
+        engine.load_checkpoint(str(path), tag=STATE)
         if world.is_first:
             say(f"resumed from {path}")
         return manifest["step"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import deepspeed
 import torch.distributed as dist
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ringflash.training.world import World
@@ -21,6 +22,7 @@ def export(engine: deepspeed.DeepSpeedEngine, folder: Path, tokenizer: PreTraine
     parameters = list(model.parameters()) if engine.zero_optimization_partition_weights() else []
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
         if world.is_first:
+            transformers.utils.logging.disable_progress_bar()
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     dist.barrier()

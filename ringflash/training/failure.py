@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from ringflash.errors import ConfigError
 
+PATIENCE = 5.0  # seconds that a silent rank leaves to the one that speaks
+
 _KEY = "ringflash/first-failure"
 
 
@@ -31,13 +33,16 @@ def one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _end(130)
     except Exception as error:
-        words = f"rank {_rank()} stopped: another rank failed first"
-        if _is_first():
-            words = describe(error)
-            if not isinstance(error, ConfigError):
-                traceback.print_exc()
-            print(words, file=sys.stderr, flush=True)
-        _tell_torchrun(words)
+        if not _is_first():
+            # The launcher ends all ranks as soon as one leaves: the one that speaks must have finished by then.
+            time.sleep(PATIENCE)
+            if dist.is_initialized():
+                _tell_torchrun(f"rank {_rank()} stopped: another rank failed first")
+                _end(1)
+        if not isinstance(error, ConfigError):
+            traceback.print_exc()
+        print(describe(error), file=sys.stderr, flush=True)
+        _tell_torchrun(describe(error))
         _end(1)
 
 
@@ -58,7 +63,7 @@ def _tell_torchrun(words: str) -> None:
 
 
 def _is_first() -> bool:
-    """Whether this rank is to speak: the first to fail of those that can still reach each other."""
+    """Whether this rank is to speak: the first to fail; before ranks can reach each other rank 0, which fails alike."""
     rank = _rank()
     if not dist.is_initialized():
         return rank == "0"

@@ -113,3 +113,22 @@ def test_loss_and_every_gradient_equal_one_rank(ranks, model_type, size, ring, z
         for name, gradient in gradients.items():
             error = (theirs[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
             assert error < 2e-5, f"rank {rank} {name}: relative error {error:.1e}"
+
+
+def bf16_losses(zero):
+    """Losses of two steps with bf16 weights."""
+    world = joined(None)
+    optim = OptimConfig(steps=3, batch=SEQUENCES, micro_batch=SEQUENCES // 3, warmup=0)
+    engine = build_engine(build("qwen3").bfloat16(), optim, MemoryConfig(zero=zero, loss_tile=16), world)
+    layout = Layout.zigzag(LENGTH, world.size)
+    return [train_step(engine, sequences("uneven"), world, layout).item() for _ in range(3)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_bf16_trains_at_every_zero_stage(ranks, zero):
+    exact, _ = gradients_of_one("qwen3", "uneven")
+    first, second = ranks.run(bf16_losses, 2, zero)
+    assert first == second
+    assert first[0] == pytest.approx(exact, rel=2e-3)
+    assert first[2] < first[1] < first[0]

@@ -1,0 +1,42 @@
+# make train, make test; `make help` lists the rest.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+# Settings for train.py, as in: make train ARGS="optim.steps=20 name=short"
+ARGS ?=
+# Options for pip, as in: make train PIP_ARGS="--index-url URL" for another source of wheels
+PIP_ARGS ?=
+
+.PHONY: help train test check format gpu clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1	/' | expand -t 10
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "$(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
+	    -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+train: .venv/installed  ## train the demo: every GPU there is, or two ranks on the CPU
+	@$(BIN)/python launch/local.py $(ARGS)
+
+test: .venv/installed  ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+gpu: .venv/installed  ## run the tests that need a GPU
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: .venv/installed  ## what CI checks besides the tests: style, types, docstrings
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy ringflash
+	$(BIN)/interrogate -q ringflash train.py launch benchmarks
+
+format: .venv/installed  ## put the code in form
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

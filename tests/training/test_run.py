@@ -1,0 +1,172 @@
+"""Runs of train.py as a user starts them: what they leave, how they resume after kill -9, and how they fail."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ringflash.data import batch, load_corpus
+from ringflash.training.config import compose
+from ringflash.training.metrics import read
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "data=text", "data.held_out=0.3",
+    "data.sequence_length=64", "optim.steps=6", "optim.warmup=1", "checkpoint.every=3",
+    "evaluation.every=0", "evaluation.sequences=2", "memory.zero=2", "logger.mode=disabled",
+    "model.architecture.hidden_size=32", "model.architecture.intermediate_size=32", "model.architecture.head_dim=8",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + "all work and no play makes a dull model. " * (i + 2))
+    return folder
+
+
+def command(text, *settings, ranks=2):
+    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs"]
+    return [sys.executable, "launch/local.py", "--ranks", str(ranks), *SMALL, *paths, *settings]
+
+
+def run(arguments, code=0, timeout=120):
+    """stdout and stderr of a run that ends with this exit code."""
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_model(text):
+    stdout, _ = run(command(text, "name=whole", "logger.mode=offline"))
+    folder = text.parent / "runs" / "whole"
+    config, _ = compose([], folder=_as_config(folder))
+    assert config.optim.steps == 6
+    assert [r["step"] for r in read(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 6]
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    for said in ("held-out loss", "unigram entropy", str(folder / "model"), str(folder / "loss.png")):
+        assert said in stdout
+
+    # plain transformers, its own attention, the same loss on the same documents
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="sdpa")
+    assert AutoTokenizer.from_pretrained(folder / "model").eos_token_id == 1
+    _, held_out = load_corpus(config.data)
+    total = count = 0
+    for i in range(config.evaluation.sequences):
+        sequence = batch(held_out, seed=0, step=i, batch_size=1, length=64)
+        for piece, labels in zip(*(x[0].split(sequence.documents[0]) for x in (sequence.tokens, sequence.labels)),
+                                 strict=True):  # fmt: skip
+            logits = model(input_ids=piece[None]).logits[0]
+            total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+            count += int((labels != -100).sum())
+    assert read(folder / "metrics.jsonl")[-1]["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def _as_config(folder):
+    """A configuration folder around a run's resolved config.yaml."""
+    resolved = (folder / "config.yaml").read_text()
+    (folder / "train.yaml").write_text("defaults: [schema, _self_]\n" + resolved)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(text):
+    run(command(text, "name=straight"))
+    arguments = command(text, "name=killed", "resume=auto")
+    launcher = psutil.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = text.parent / "runs" / "killed"
+    deadline = time.monotonic() + 100
+    while not (folder / "checkpoints" / "step-00000003").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    family = [*launcher.children(recursive=True), launcher]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family)
+    assert not (folder / "model").exists(), "the run had ended before it was killed"
+    stdout, stderr = run(arguments)
+    assert "resumed from" in stdout + stderr
+    straight = text.parent / "runs" / "straight"
+    weights = [(f / "model" / "model.safetensors").read_bytes() for f in (straight, folder)]
+    assert weights[0] == weights[1]
+    losses = [[(r["step"], r.get("loss"), r.get("held_out_loss")) for r in read(f / "metrics.jsonl")]
+              for f in (straight, folder)]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_while_others_wait_in_the_ring_ends_the_run_with_its_line(text):
+    arguments = command(text, "name=raises")
+    arguments[1] = "tests/training/failing_rank.py"
+    arguments = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tests/training/failing_rank.py",
+        *arguments[4:],
+    ]  # fmt: skip
+    _, stderr = run(arguments, code=1)
+    lines = [line for line in stderr.splitlines() if line.startswith("ringflash: ")]
+    assert lines == ["ringflash: rank 1 failed: ArithmeticError: the third tile is broken"]
+
+
+BAD_INPUT = {
+    "missing-data": (["data.path=/nowhere"], "data.path=/nowhere does not exist"),
+    "vocabulary": (
+        ["model.architecture.vocab_size=100"],
+        "data.tokenizer=bytes has 384 tokens, more than the model's model.architecture.vocab_size=100",
+    ),
+    "short-sequence": (
+        ["data.sequence_length=3"], "data.sequence_length=3 is smaller than 2 x 2 ranks of the ring",
+    ),
+    "heads": (
+        ["model.architecture.num_key_value_heads=3"],
+        "model.architecture.num_attention_heads=4 is not divisible by num_key_value_heads=3",
+    ),
+    "experiment": (["experiment=unknown"], "experiment=unknown is not one of qwen3-0.5b-128k"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "line"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_ends_every_rank_with_one_line(text, settings, line):
+    _, stderr = run(command(text, *settings), code=1)
+    assert [said for said in stderr.splitlines() if "ringflash:" in said] == [f"ringflash: {line}"]
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_an_empty_data_folder_is_refused(tmp_path):
+    (tmp_path / "text").mkdir()
+    _, stderr = run(command(tmp_path / "text"), code=1)
+    assert stderr.strip().endswith(f"data.path={tmp_path}/text data.files=['**/*.txt'] match no file")
+
+
+def test_more_ranks_than_gpus_are_refused_with_both_numbers(monkeypatch):
+    from ringflash.errors import ConfigError
+    from ringflash.training import world
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match=r"8 ranks on .* but 4 GPUs: .*--nproc-per-node 4"):
+        world.join(world.ParallelConfig())
+
+
+def test_print_shows_a_configuration_that_can_be_read_back():
+    stdout, _ = run([sys.executable, "train.py", "--print", "optim.lr=1e-5"])
+    assert "lr: 1.0e-05" in stdout
+
+
+def test_a_metrics_line_cut_short_by_a_kill_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert read(path) == [{"step": 1, "loss": 2.0}]
