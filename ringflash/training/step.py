@@ -122,7 +122,16 @@ class TrainedModel(nn.Module):
 def build_engine(
     model: PreTrainedModel, optim: OptimConfig, memory: MemoryConfig, world: World, kernel: str = "auto"
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, with AdamW and the schedule."""
+    """The model under DeepSpeed, with AdamW and the schedule.
+
+    Raises ConfigError for bf16 at ZeRO 0 with accumulation: DeepSpeed would sum the micro-batches' gradients in bf16.
+    """
+    bf16, accumulation = model.dtype == torch.bfloat16, optim.accumulation(world.replicas)
+    if bf16 and memory.zero == 0 and accumulation > 1:
+        raise ConfigError(
+            f"memory.zero=0 with bf16 weights would accumulate {accumulation} micro-batches in bf16; "
+            f"set memory.zero=1, model.dtype=fp32 or a larger optim.micro_batch"
+        )
     # On the CPU, DeepSpeed would compile an op that serves inference only, for half a minute, under a lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
@@ -133,11 +142,11 @@ def build_engine(
     )
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch,
-        "gradient_accumulation_steps": optim.accumulation(world.replicas),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip,
         "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 and memory.zero == 0 else "fp32"},
+        "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": memory.zero},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

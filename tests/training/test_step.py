@@ -115,10 +115,10 @@ def test_loss_and_every_gradient_equal_one_rank(ranks, model_type, size, ring, z
             assert error < 2e-5, f"rank {rank} {name}: relative error {error:.1e}"
 
 
-def bf16_losses(zero):
-    """Losses of two steps with bf16 weights."""
+def bf16_losses(zero, accumulation):
+    """Losses of three steps with bf16 weights."""
     world = joined(None)
-    optim = OptimConfig(steps=3, batch=SEQUENCES, micro_batch=SEQUENCES // 3, warmup=0)
+    optim = OptimConfig(steps=3, batch=SEQUENCES, micro_batch=SEQUENCES // accumulation, warmup=0)
     engine = build_engine(build("qwen3").bfloat16(), optim, MemoryConfig(zero=zero, loss_tile=16), world)
     layout = Layout.zigzag(LENGTH, world.size)
     return [train_step(engine, sequences("uneven"), world, layout).item() for _ in range(3)]
@@ -128,7 +128,13 @@ def bf16_losses(zero):
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bf16_trains_at_every_zero_stage(ranks, zero):
     exact, _ = gradients_of_one("qwen3", "uneven")
-    first, second = ranks.run(bf16_losses, 2, zero)
+    first, second = ranks.run(bf16_losses, 2, zero, 3 if zero else 1)
     assert first == second
     assert first[0] == pytest.approx(exact, rel=2e-3)
     assert first[2] < first[1] < first[0]
+
+
+@pytest.mark.ranks
+def test_bf16_at_zero_0_refuses_to_accumulate_in_bf16(ranks):
+    with pytest.raises(AssertionError, match=r"memory\.zero=0 with bf16 weights would accumulate 3 micro-batches"):
+        ranks.run(bf16_losses, 1, 0, 3)
