@@ -40,7 +40,7 @@ OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
 class EvaluationConfig:
     """Loss on documents that are not trained on."""
 
-    every: int = 50
+    every: int = 20
     """Steps between evaluations; 0: only at the end."""
 
     sequences: int = 4
