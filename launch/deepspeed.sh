@@ -5,6 +5,7 @@ set -euo pipefail
 ranks=${1:?usage: launch/deepspeed.sh RANKS_PER_MACHINE key=value ...}
 shift
 cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
 hosts=()
 [ -z "${HOSTFILE:-}" ] || hosts=(--hostfile "$HOSTFILE")
 # The environment tells train.py its rank; the --local_rank that the launcher would add is not needed.

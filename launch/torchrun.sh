@@ -5,6 +5,7 @@ set -euo pipefail
 ranks=${1:?usage: launch/torchrun.sh RANKS_PER_MACHINE key=value ...}
 shift
 cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
 exec torchrun --nproc-per-node "$ranks" --nnodes "${NNODES:-1}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:0}" --rdzv-id "${RDZV_ID:-ringflash}" \
     train.py "$@"

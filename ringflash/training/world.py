@@ -103,7 +103,8 @@ def join(config: ParallelConfig) -> World:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)  # deepspeed's launcher sets no size
     if here > torch.cuda.device_count():
         raise ConfigError(
             f"{here} ranks on {socket.gethostname()} but {torch.cuda.device_count()} GPUs: "

@@ -144,6 +144,13 @@ def test_bad_input_ends_every_rank_with_one_line(text, settings, line):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")))
+def test_every_experiment_takes_two_steps_on_the_cpu_with_a_small_model(text, experiment):
+    stdout, _ = run(command(text, f"experiment={experiment}", "model=tiny-llama", "optim.steps=2", "name=short"))
+    assert "held-out loss" in stdout
+
+
+@pytest.mark.slow
 def test_an_empty_data_folder_is_refused(tmp_path):
     (tmp_path / "text").mkdir()
     _, stderr = run(command(tmp_path / "text"), code=1)
