@@ -1,0 +1,147 @@
+"""Compile the portable kernels for GPUs that are not here, and count what decides their speed in the machine code.
+
+Prints one JSON object per case; `tests/kernels/test_compiles.py` runs it in a process of its own, because kernels that
+were imported under TRITON_INTERPRET cannot be compiled. By hand, for one architecture or all:
+
+    python -m tests.kernels.offline 90
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource
+
+from ringflash.kernels import portable_backward, portable_forward
+from ringflash.kernels.portable_forward import Tuning
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TILED = ("q", "k", "v", "dout")
+KERNELS = {
+    "forward": (portable_forward.forward_kernel, portable_forward.tuning_for),
+    "dq": (portable_backward.dq_kernel, portable_backward.dq_tuning_for),
+    "dkdv": (portable_backward.dkdv_kernel, portable_backward.dkdv_tuning_for),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel, specialised as a launch on 8 query heads over 2 KV heads would specialise it."""
+
+    kernel: str
+    arch: int
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    capped: bool = False
+    carry: bool = False
+
+    @property
+    def name(self) -> str:
+        flags = "".join(f"-{flag}" for flag in ("capped", "carry") if getattr(self, flag))
+        return f"{self.kernel}-sm{self.arch}-{self.dtype}-D{self.head_dim}{flags}"
+
+
+CASES = [
+    *(Case(kernel, arch, head_dim) for arch in (80, 90, 100) for head_dim in (64, 128) for kernel in KERNELS),
+    Case("forward", 90, carry=True),
+    *(Case(kernel, 90, capped=True) for kernel in KERNELS),
+    *(Case(kernel, arch, head_dim=256) for arch in (80, 90) for kernel in KERNELS),
+    *(Case(kernel, 90, head_dim, "float32") for head_dim in (64, 128, 256) for kernel in KERNELS),
+]
+
+
+def compile_case(case: Case, tuning: Tuning | None = None):
+    """Triton's compiled kernel for a case."""
+    kernel, tuning_for = KERNELS[case.kernel]
+    dtype = getattr(torch, case.dtype)
+    t = tuning or tuning_for(case.head_dim, dtype, case.arch)
+    padded = triton.next_power_of_2(case.head_dim)
+    constants = {
+        "GROUP": 4, "D": case.head_dim, "BLOCK_D": padded, "BLOCK_Q": t.block_q, "BLOCK_K": t.block_k,
+        "STAGES": t.stages, "TMA": t.tma, "CAPPED": case.capped, "IN_PLACE": case.carry,
+    }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in TILED and t.tma:
+            rows = t.block_k if name in ("k", "v") else t.block_q
+            return f"tensordesc<{TYPE_NAMES[dtype]}[1, 1, {rows}, {padded}]>"
+        if name in TILED or (name == "out" and not case.carry):
+            return f"*{TYPE_NAMES[dtype]}"
+        if name in ("out", "carry", "lse", "delta", "dq", "dk", "dv"):
+            return "*fp32"
+        if name.startswith(("start", "end")):
+            return "*i32"
+        return "fp32" if name in ("c", "cap_scale", "scale") else "i32"
+
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or "_stride_" in name]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": t.warps, "num_stages": t.stages}
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+
+
+def report(case: Case, tuning: Tuning | None = None) -> dict:
+    """Registers, stack and shared bytes, spills, tensor-core and copy instructions of a case."""
+    compiled = compile_case(case, tuning)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    return {
+        "case": asdict(case) | {"name": case.name},
+        "registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared,
+        "spills": count(r"\b(?:STL|LDL)\b"), "wgmma": count(r"\bHGMMA\b"), "mma_sync": count(r"\bHMMA\b"),
+        "tcgen05": count(r"\bUTC\w*MMA\b"), "tma_loads": count(r"\bUTMALDG\b"), "cp_async": count(r"\bLDGSTS\b"),
+        "wgmma_waits_in_ptx": compiled.asm["ptx"].count("wgmma.wait_group"),
+        "wgmma_waits": count(r"\bWARPGROUP\.DEPBAR\b"),
+        "exp2_under_wgmma": _exp2_under_wgmma(code),
+    }  # fmt: skip
+
+
+def _exp2_under_wgmma(code: str) -> int:
+    """The most exponentials issued between a matrix product and the wait for it: what overlaps."""
+    most = here = 0
+    in_flight = False
+    for instruction in re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2)\b", code):
+        if instruction == "MUFU.EX2":
+            here += in_flight
+        else:
+            in_flight = instruction == "HGMMA"
+            most, here = (max(most, here), 0) if not in_flight else (most, here)
+    return most
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([NVIDIA_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    chosen = [case for case in CASES if not sys.argv[1:] or str(case.arch) in sys.argv[1:]]
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        for result in pool.map(report, chosen):
+            print(json.dumps(result), flush=True)

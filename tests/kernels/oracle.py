@@ -1,0 +1,115 @@
+"""Attention in float64 with the whole score matrix, and how far from it a kernel is and may be.
+
+The tolerance rule: fp32 within 1e-5 of float64 in relative norm; 16-bit dtypes at most twice as far as plain torch
+attention computed in that dtype, plus 1e-5 for cases where that happens to be exact. Output, lse and all gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringflash import IntervalMask
+from ringflash.partial import Partial
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention call and its incoming gradient: shapes as in the contract of `ringflash.kernels`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    mask: IntervalMask
+    scale: float
+    softcap: float | None
+
+
+def problem(
+    mask: IntervalMask,
+    *,
+    batch: int = 2,
+    heads: tuple[int, int] = (2, 1),
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    softcap: float | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Random tensors for a mask; heads is (query heads, KV heads)."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(length: int, count: int) -> Tensor:
+        return torch.randn(batch, length, count, head_dim, generator=generator, device=device).to(dtype)
+
+    q, dout = draw(mask.queries, heads[0]), draw(mask.queries, heads[0])
+    k, v = draw(mask.keys, heads[1]), draw(mask.keys, heads[1])
+    return Problem(2 * q, k, v, dout, mask, head_dim**-0.5, softcap)
+
+
+def dense(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
+    """out, lse, dq, dk and dv by autograd through masked softmax over all keys, everything in `dtype`."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (p.q, p.k, p.v))
+    visible = p.mask.dense().to(q.device)[:, None]
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, v))
+    scores = q.transpose(1, 2) @ keys.transpose(2, 3) * p.scale
+    if p.softcap is not None:
+        scores = p.softcap * torch.tanh(scores / p.softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    sees = visible.any(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(~sees, 0.0), dim=-1).masked_fill(~visible, 0.0)
+    out = (weights @ values).transpose(1, 2)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), p.dout.to(dtype))
+    return {"out": out.detach(), "lse": scores.detach().logsumexp(-1), "dq": dq, "dk": dk, "dv": dv}
+
+
+def by_kernel(p: Problem, forward: Callable, backward: Callable) -> dict[str, Tensor]:
+    """out, lse, dq, dk and dv by a kernel, forward then backward; gradients are added to buffers that hold noise."""
+    intervals = p.mask.intervals(p.q.device)
+    state = forward(p.q, p.k, p.v, intervals, scale=p.scale, softcap=p.softcap, carry=None, out_dtype=torch.float32)
+    delta = delta_of(p.dout, state)
+    held = {name: torch.randn(x.shape, device=x.device) for name, x in (("dq", p.q), ("dk", p.k), ("dv", p.v))}
+    sums = {name: x.clone() for name, x in held.items()}
+    backward(p.dout, p.q, p.k, p.v, state.lse, delta, intervals, scale=p.scale, softcap=p.softcap, **sums)
+    return {"out": state.out, "lse": state.lse, **{name: sums[name].double() - held[name].double() for name in held}}
+
+
+def delta_of(dout: Tensor, state: Partial) -> Tensor:
+    """rowsum(dout * out), [B, Hq, Sq], contiguous."""
+    return (dout.float() * state.out.float()).sum(-1).transpose(1, 2).contiguous()
+
+
+def violations(p: Problem, actual: dict[str, Tensor]) -> list[str]:
+    """What is further from float64 than the rule allows, in words; empty where all is well."""
+    exact = dense(p, torch.float64)
+    plain = None if p.q.dtype == torch.float32 else dense(p, p.q.dtype)
+    found = []
+    for name, truth in exact.items():
+        error = distance(actual[name], truth)
+        # lse is fp32 whatever the inputs, and its own size: log of a sum.
+        exact_enough = plain is None or name == "lse"
+        bound = 1e-5 if exact_enough else 2 * distance(plain[name], truth) + 1e-5
+        if not error <= bound:
+            found.append(f"{name}: error {error:.2e}, bound {bound:.2e}")
+    return found
+
+
+def distance(actual: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth, infinite where they disagree on what is infinite or NaN.
+
+    Inputs are of unit size, and so are results as a rule. Where the truth cancels to nothing (a row that sees one key
+    has gradient 0 whatever the inputs) its norm says nothing: there it counts as 0.05 for every element.
+    """
+    actual, truth = actual.double(), truth.double()
+    if actual.shape != truth.shape or not torch.equal(actual == float("-inf"), truth == float("-inf")):
+        return float("inf")
+    finite = truth != float("-inf")
+    actual, truth = actual[finite], truth[finite]
+    size = max(truth.norm().item(), 0.05 * truth.numel() ** 0.5, 1e-30)
+    error = (actual - truth).norm().item() / size
+    return error if error == error else float("inf")
