@@ -397,7 +397,8 @@ def check_rows(like: Tensor, **tensors: Tensor) -> None:
     B, S, H, D = like.shape
     for name, x in tensors.items():
         shape = (B, H, S) if x.dim() == 3 else (B, S, H, D)
-        if x.shape != shape or x.dtype != torch.float32 or x.stride(-1) != 1:
+        contiguous = x.stride(-1) == 1 or x.shape[-1] == 1
+        if x.shape != shape or x.dtype != torch.float32 or not contiguous:
             raise ValueError(
                 f"kernel=portable takes {name} as {[*shape]}, torch.float32, last dimension contiguous, "
                 f"got {[*x.shape]}, {x.dtype}, strides {x.stride()}"

@@ -27,7 +27,9 @@ MASKS = {
     ),
     "one token": lambda n: IntervalMask.causal(1),
     "one query, many keys": lambda n: IntervalMask.causal(n).restrict(torch.tensor([n - 3]), torch.arange(n)),
-    "many queries, one key": lambda n: IntervalMask.causal(n).restrict(torch.arange(n), torch.tensor([n // 2])),
+    "many queries, two keys": lambda n: IntervalMask.causal(n).restrict(
+        torch.arange(n), torch.tensor([n // 4, n // 2])
+    ),
     "documents of one token": lambda n: IntervalMask.documents([1] * (n - 1), n),
     "documents that differ by batch row": lambda n: IntervalMask.documents([_documents(n, 1), _documents(n, 2)], n),
     "packed": lambda n: IntervalMask.documents([_documents(n, 3), _documents(n, 4)], n) & IntervalMask.causal(n),

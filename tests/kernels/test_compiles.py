@@ -1,0 +1,96 @@
+"""The portable kernels compile for GPUs that are not here, and their machine code is the one that is fast.
+
+Compiled in a process of its own, where kernels are never interpreted; about a minute on two cores, seconds when
+Triton's cache has them. `python -m tests.kernels.offline` prints the figures that are compared here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # 99: sm_80 has 163, but sm_86 runs the same tiles
+
+# Bytes of stack that are accepted, and why; every other kernel must not spill at all.
+STACK_LIMIT = {
+    # dk, dv, s and dp fill 192 of 255 registers; what spills are addresses, a handful of loads in the loop.
+    "dkdv-sm90-bfloat16-D128": 256,
+    "dkdv-sm90-bfloat16-D128-capped": 256,
+    "forward-sm90-bfloat16-D128-capped": 16,
+    # Two halves of 128 columns each: accumulators alone take 128 and 256 registers of a thread.
+    "forward-sm90-bfloat16-D256": 256,
+    "dkdv-sm90-bfloat16-D256": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict]:
+    """The report of every case of `tests.kernels.offline`, by name."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.offline"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    return {report["case"]["name"]: report for report in reports}
+
+
+def wrong(compiled: dict[str, dict], arch: int | None, **rules) -> list[str]:
+    """The reports of an architecture that break a rule, with all their figures."""
+    return [
+        f"{name} breaks {rule}: {report}"
+        for name, report in compiled.items()
+        if arch in (None, report["case"]["arch"])
+        for rule, holds in rules.items()
+        if not holds(report)
+    ]
+
+
+@pytest.mark.slow
+def test_nothing_spills_but_what_is_listed(compiled):
+    def within_limit(report: dict) -> bool:
+        limit = STACK_LIMIT.get(report["case"]["name"], 0)
+        return report["stack"] <= limit and (limit > 0 or report["spills"] == 0)
+
+    assert wrong(compiled, None, stack=within_limit) == []
+
+
+@pytest.mark.slow
+def test_tiles_fit_shared_memory(compiled):
+    assert wrong(compiled, None, shared=lambda r: r["shared"] <= SHARED_LIMIT[r["case"]["arch"]]) == []
+
+
+@pytest.mark.slow
+def test_sm80_loads_ahead_into_shared_memory_for_its_tensor_cores(compiled):
+    small = {name: report for name, report in compiled.items() if name != "dkdv-sm80-bfloat16-D256"}  # one stage
+    assert wrong(small, 80, mma=lambda r: r["mma_sync"] > 0, copies=lambda r: r["cp_async"] > 0) == []
+
+
+@pytest.mark.slow
+def test_sm90_feeds_warpgroup_products_from_the_copy_engine(compiled):
+    rules = {
+        "tma": lambda r: r["tma_loads"] > 0,
+        "wgmma": lambda r: r["wgmma"] > 0,
+        "no older products": lambda r: r["mma_sync"] == 0,
+        # ptxas may serialise products it cannot prove independent: then every one has a wait of its own.
+        "asynchronous": lambda r: r["wgmma_waits"] == r["wgmma_waits_in_ptx"],
+    }
+    assert wrong(compiled, 90, **rules) == []
+
+
+@pytest.mark.slow
+def test_sm90_forward_takes_exponentials_while_tensor_cores_run(compiled):
+    names = [f"forward-sm90-bfloat16-D128{flag}" for flag in ("", "-carry", "-capped")]
+    # 64 a thread in a tile of 128 x 128 scores; all but a few must not wait for the next scores.
+    assert wrong({name: compiled[name] for name in names}, 90, overlap=lambda r: r["exp2_under_wgmma"] >= 48) == []
+
+
+@pytest.mark.slow
+def test_sm100_uses_its_fifth_generation_tensor_cores(compiled):
+    assert wrong(compiled, 100, tcgen05=lambda r: r["tcgen05"] > 0, tma=lambda r: r["tma_loads"] > 0) == []

@@ -1,0 +1,284 @@
+"""The portable Triton kernels are attention: in Triton's interpreter, against float64 with the whole score matrix.
+
+Triton decides when it is imported whether kernels are compiled or interpreted, and other tests import it to compile. So
+the claims below run in processes of their own that were told to interpret before anything was imported; the tests ask
+them and compare. 32 x 16 tiles make the few tokens that the interpreter can do into many tiles of every kind.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from unittest import mock
+
+import pytest
+import torch
+
+from ringflash.partial import Partial
+from tests.kernels.cases import MASKS
+from tests.kernels.oracle import Problem, by_kernel, delta_of, distance, problem, violations
+
+TOKENS = 75
+
+
+def interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Calls a function of this module in a process whose kernels are interpreted."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=interpret) as pool:
+        yield lambda claim, *args: pool.submit(claim, *args).result()
+
+
+# -- what the interpreting process runs
+
+
+def kernels(tma: bool = True):
+    """(forward, backward) with small tiles, loaded by descriptors or by pointers."""
+    from ringflash.kernels import portable_backward, portable_forward
+
+    wide = portable_forward.Tuning(32, 16, warps=4, stages=2, tma=tma)
+    tall = portable_forward.Tuning(16, 32, warps=4, stages=2, tma=tma)
+    return (
+        partial(portable_forward.forward, tuning=wide),
+        partial(portable_backward.backward, dq_tuning=wide, dkdv_tuning=tall),
+    )
+
+
+def poisoned(*shape, **options) -> torch.Tensor:
+    """torch.empty, but what is not written over is seen."""
+    return torch.full(*shape if len(shape) == 1 else (shape,), float("nan"), **options)
+
+
+def checked(p: Problem, tma: bool = True) -> list[str]:
+    with mock.patch("torch.empty", poisoned):
+        actual = by_kernel(p, *kernels(tma))
+    return violations(p, actual)
+
+
+def violations_of_mask(name: str, dtype: torch.dtype, tma: bool) -> list[str]:
+    return checked(problem(MASKS[name](TOKENS), head_dim=32, dtype=dtype), tma)
+
+
+def violations_of_shape(heads: tuple[int, int], head_dim: int, softcap: float | None, dtype: torch.dtype) -> list[str]:
+    mask = MASKS["packed"](50)
+    return checked(problem(mask, heads=heads, head_dim=head_dim, softcap=softcap, dtype=dtype), tma=head_dim != 80)
+
+
+def violations_of_default_tiles(dtype: torch.dtype) -> list[str]:
+    from ringflash.kernels import portable_backward, portable_forward
+
+    p = problem(MASKS["causal"](150), batch=1, dtype=dtype)
+    return violations(p, by_kernel(p, portable_forward.forward, portable_backward.backward))
+
+
+def chain_against_one_call(out_dtype: torch.dtype, rounding: float) -> dict[str, bool | torch.dtype]:
+    """A forward over three runs of keys, each carrying the last, the middle one seen by few rows."""
+    forward, _ = kernels()
+    p = problem(MASKS["packed"](TOKENS), heads=(4, 2), head_dim=32)
+    whole = forward(p.q, p.k, p.v, p.mask.intervals(), scale=p.scale)
+    runs = torch.arange(TOKENS).split([30, 5, TOKENS - 35])
+    state = None
+    for i, keys in enumerate(runs):
+        last = i == len(runs) - 1
+        part = p.mask.restrict(torch.arange(TOKENS), keys).intervals()
+        before = state
+        state = forward(
+            p.q, p.k[:, keys], p.v[:, keys], part, scale=p.scale, carry=state,
+            out_dtype=out_dtype if last else torch.float32,
+        )  # fmt: skip
+    return {
+        "close": distance(state.out, whole.out) < rounding and distance(state.lse, whole.lse) < 1e-6,
+        "out in place": state.out is before.out,
+        "lse in place": state.lse is before.lse,
+        "dtype": state.out.dtype,
+    }
+
+
+def rows_touched_by_a_hop_that_few_rows_see() -> list[int]:
+    """Rows of the carry that a forward writes: those of query tiles that see a key, and no others."""
+    forward, _ = kernels()
+    p = problem(MASKS["causal"](TOKENS).restrict(torch.arange(TOKENS), torch.arange(70, TOKENS)), batch=1, heads=(1, 1))
+    carry = Partial.identity(p.q)
+    carry.out.fill_(7)  # lse -inf: this out counts for nothing, and a row that is written loses it
+    forward(p.q, p.k, p.v, p.mask.intervals(), scale=p.scale, carry=carry)
+    return (carry.out[0, :, 0, 0] != 7).nonzero()[:, 0].tolist()
+
+
+def strided_against_contiguous() -> dict[str, float]:
+    """Inputs as transformers and head-parallel callers hold them, gradients into slices; 0 where equal bit for bit."""
+    forward, backward = kernels()
+    p = problem(MASKS["window"](TOKENS), heads=(4, 2), head_dim=32)
+    intervals = p.mask.intervals()
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H, D] that is a slice of heads of a [B, H, S, D] tensor."""
+        held = torch.full((len(x), x.shape[2] + 3, x.shape[1], x.shape[3]), float("nan"))
+        held[:, 2:-1] = x.transpose(1, 2)
+        return held[:, 2:-1].transpose(1, 2)
+
+    results = []
+    for view in (torch.clone, strided):
+        q, k, v, dout = (view(x) for x in (p.q, p.k, p.v, p.dout))
+        state = forward(q, k, v, intervals, scale=p.scale)
+        carry = Partial(view(state.out), torch.cat([state.lse, state.lse], dim=1)[:, :4])
+        state = forward(q, k, v, intervals, scale=p.scale, carry=carry)
+        dq, dk, dv = (view(torch.ones_like(x)) for x in (p.q, p.k, p.v))
+        rows = [torch.cat([x, x], dim=1)[:, 4:] for x in (state.lse, delta_of(p.dout, state))]
+        backward(dout, q, k, v, *rows, intervals, scale=p.scale, dq=dq, dk=dk, dv=dv)
+        results.append({"out": state.out, "lse": state.lse, "dq": dq, "dk": dk, "dv": dv})
+    return {name: (x - results[1][name]).abs().max().item() for name, x in results[0].items()}
+
+
+def what_differs_between_two_runs() -> list[str]:
+    p = problem(MASKS["causal"](TOKENS), heads=(4, 2), head_dim=32, dtype=torch.float16)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)  # the noise that by_kernel adds gradients to
+        runs.append(by_kernel(p, *kernels()))
+    return [name for name in runs[0] if not torch.equal(runs[0][name], runs[1][name])]
+
+
+def nothing_to_see() -> list[tuple]:
+    """Shapes and values of a forward without keys, with and without a carry, and of a backward."""
+    forward, backward = kernels()
+    p = problem(MASKS["causal"](8).restrict(torch.arange(8), torch.arange(0)), head_dim=32)
+    intervals = p.mask.intervals()
+    fresh = forward(p.q, p.k, p.v, intervals, scale=p.scale, out_dtype=torch.float16)
+    carry = Partial(torch.ones_like(p.q), torch.zeros(2, 2, 8))
+    kept = forward(p.q, p.k, p.v, intervals, scale=p.scale, carry=carry)
+    dq, dk, dv = (torch.zeros_like(x) for x in (p.q, p.k, p.v))
+    backward(p.dout, p.q, p.k, p.v, kept.lse, kept.lse, intervals, scale=p.scale, dq=dq, dk=dk, dv=dv)
+    return [fresh.out.abs().max().item(), fresh.lse.max().item(), kept.out is carry.out, dq.abs().max().item()]
+
+
+def refusal(change: str) -> str:
+    """What the kernels say to a request that is wrong in one thing."""
+    forward, backward = kernels()
+    p = problem(MASKS["causal"](16), heads=(4, 2), head_dim=32)
+    q, k, v, dout, scale, softcap = p.q, p.k, p.v, p.dout, p.scale, None
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    match change:
+        case "bfloat16":
+            q, k, v = (x.bfloat16() for x in (q, k, v))
+        case "head_dim":
+            q, k, v = (x[..., :20] for x in (q, k, v))
+        case "heads":
+            q = q[:, :, :3]
+        case "dtypes":
+            k = k.half()
+        case "base":
+            k = torch.zeros(k.numel() + 1)[1:].view_as(k)
+        case "stride":
+            k = torch.zeros(2, 16, 2 * 32 + 1)[..., :-1].unflatten(2, (2, 32))
+        case "transposed":
+            v = v.transpose(1, 3).contiguous().transpose(1, 3)
+        case "scale":
+            scale = 0.0
+        case "softcap":
+            softcap = -1.0
+        case "dout":
+            dout = torch.ones(()).expand(q.shape)
+        case "dq":
+            dq = dq.half()
+    try:
+        state = forward(q, k, v, p.mask.intervals(), scale=scale, softcap=softcap)
+        delta = torch.zeros_like(state.lse)
+        backward(dout, q, k, v, state.lse, delta, p.mask.intervals(), scale=scale, dq=dq, dk=dk, dv=dv)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+# -- the claims
+
+
+@pytest.mark.parametrize(("dtype", "tma"), [(torch.float32, True), (torch.float16, False)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_is_within_the_bound_of_float64(interpreter, name, dtype, tma):
+    assert interpreter(violations_of_mask, name, dtype, tma) == []
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (4, 1)], ids="{0[0]}q{0[1]}kv".format)
+def test_query_heads_share_kv_heads(interpreter, heads):
+    assert interpreter(violations_of_shape, heads, 32, None, torch.float16) == []
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
+def test_head_sizes_that_are_and_are_not_powers_of_two(interpreter, head_dim):
+    assert interpreter(violations_of_shape, (2, 1), head_dim, None, torch.float32) == []
+
+
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_softcap_and_its_derivative(interpreter, softcap, dtype):
+    assert interpreter(violations_of_shape, (2, 1), 32, softcap, dtype) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_tiles_that_gpus_run(interpreter, dtype):
+    assert interpreter(violations_of_default_tiles, dtype) == []
+
+
+def test_a_chain_of_carries_equals_one_call_and_is_updated_in_place(interpreter):
+    found = interpreter(chain_against_one_call, torch.float32, 1e-6)
+    assert found == {"close": True, "out in place": True, "lse in place": True, "dtype": torch.float32}
+
+
+def test_a_chain_of_carries_can_end_in_another_dtype(interpreter):
+    found = interpreter(chain_against_one_call, torch.float16, 2**-11)
+    assert found == {"close": True, "out in place": False, "lse in place": True, "dtype": torch.float16}
+
+
+def test_query_tiles_that_see_nothing_are_not_written(interpreter):
+    assert interpreter(rows_touched_by_a_hop_that_few_rows_see) == list(range(64, TOKENS))
+
+
+def test_strided_views_give_the_same_bits(interpreter):
+    assert set(interpreter(strided_against_contiguous).values()) == {0.0}
+
+
+def test_runs_are_bit_equal(interpreter):
+    assert interpreter(what_differs_between_two_runs) == []
+
+
+def test_no_keys_at_all(interpreter):
+    assert interpreter(nothing_to_see) == [0.0, float("-inf"), True, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("bfloat16", "cannot do bfloat16 in Triton's interpreter"),
+        ("head_dim", "got 20 and 20"),
+        ("heads", "got 3 and 2"),
+        ("dtypes", "got torch.float32 and torch.float16"),
+        ("base", "takes tensors that begin at a multiple of 16 bytes, got k at 4 past one"),
+        ("stride", "takes strides that are multiples of 16 bytes, got k with stride(1) of 260 bytes"),
+        ("transposed", "takes v as [2, 16, 2, 32], torch.float32, last dimension contiguous"),
+        ("scale", "takes a positive scale, got 0.0"),
+        ("softcap", "takes a positive softcap, got -1.0"),
+        ("dout", "takes dout as [2, 16, 4, 32]"),
+        ("dq", "takes dq as [2, 16, 4, 32], torch.float32"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_its_values(interpreter, change, told):
+    message = interpreter(refusal, change)
+    assert message.startswith("kernel=portable ")
+    assert told in message
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this process interprets kernels too")
+def test_cpu_tensors_need_the_interpreter():
+    pytest.importorskip("triton")
+    from ringflash.kernels.portable_forward import supports
+
+    q = torch.zeros(1, 8, 2, 32)
+    assert supports(q, q, None) == (
+        "needs a GPU of compute capability 8.0 or newer, or TRITON_INTERPRET=1 on the CPU, got device cpu"
+    )
