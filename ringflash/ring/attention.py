@@ -7,14 +7,16 @@ kernel carries in and updates. While hop s is computed, the keys of hop s + 1 ar
                 transfer  | keys of r - 1 | keys of r - 2 | keys of r - 3 | ...
 
 Backward. delta = rowsum(dout * out) and the global lse make each block's gradient independent of the others. Keys and
-values go round again; their gradients follow in fp32, one hop behind, added to by each rank's kernel, and are home
-after the last hop. They travel in two halves of the KV heads, so that one half is on its way while the kernel adds to
-the other:
+values go round again; their gradients follow in fp32, one hop behind, added to by each rank's kernel. A rank computes
+its own keys last, adding to what came home. Gradients travel in two halves of the KV heads, so that one half is on its
+way while the kernel adds to the other:
 
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
-Extra memory is two shards of keys and values, and in the backward two of their gradients, whatever the ring's size.
+Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, and in the
+backward two of their gradients, whatever the ring's size; where keys turn back before the end of the ring, also room
+for the gradients that come home early.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from ringflash import kernels
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial
-from ringflash.ring.plan import AttentionPlan
-from ringflash.ring.transport import Loopback, Transfer
+from ringflash.ring.plan import AttentionPlan, Route, Run
+from ringflash.ring.transport import Loopback, Message, Transfer
 
 
 def ring_attention(
@@ -89,7 +91,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
         ranks = len(call.plan.ring.local)
-        parts = _forward(_by_rank(q, ranks), _by_rank(k, ranks), _by_rank(v, ranks), call)
+        parts = _forward(*(_by_rank(x, ranks) for x in (q, k, v)), call)
         out, lse = (torch.cat(x) if ranks > 1 else x[0] for x in zip(*((p.out, p.lse) for p in parts), strict=True))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
@@ -100,87 +102,184 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
         ranks = len(ctx.call.plan.ring.local)
-        # rowsum over D, fp32, as [B, Hq, S]
-        delta = (dout.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        dk, dv = _backward(*(_by_rank(x, ranks) for x in (dout, q, k, v, lse, delta, dq)), ctx.call)
+        dq, dk, dv = _backward(*(_by_rank(x, ranks) for x in (dout, q, k, v, out, lse)), ctx.call)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], call: _Call) -> list[Partial]:
     """The Partial over all keys for each local rank, out in q's dtype."""
-    ring, hops = call.plan.ring, call.plan.hops
-    state: list[Partial | None] = [None] * len(ring.local)
-    last = [call.plan.computed(i)[-1] for i in range(len(ring.local))]
-    kv = _Rotation(ring, _packed(k, v, ring.size))
-    for s in range(ring.size):
-        if s + 1 < ring.size:
-            kv.start()
-        for i, hop in enumerate(hops[s]):
-            if hop.intervals is not None:
-                k_hop, v_hop = kv.here[i]
-                out_dtype = q[i].dtype if s == last[i] else torch.float32
+    plan = call.plan
+    state: list[Partial | None] = [None] * len(q)
+    last = [plan.computed(i)[-1] for i in range(len(q))]
+    kv = _KeysOnTheirWay(plan, k, v)
+    for s in range(plan.ring.size):
+        kv.arrive()
+        kv.send_for(s + 1)
+        for i, hop in enumerate(plan.hops[s]):
+            for intervals in hop.intervals:
+                final = s == last[i] and intervals is hop.intervals[-1]
                 state[i] = call.kernel.forward(
-                    q[i], k_hop, v_hop, hop.intervals,
-                    scale=call.scale, softcap=call.softcap, carry=state[i], out_dtype=out_dtype,
+                    q[i], *kv.at(s, i), intervals, scale=call.scale, softcap=call.softcap, carry=state[i],
+                    out_dtype=q[i].dtype if final else torch.float32,
                 )  # fmt: skip
-        kv.finish()
     return state  # type: ignore[return-value]  # hop 0 is always computed
 
 
 def _backward(
-    dout: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor],
-    lse: list[Tensor], delta: list[Tensor], dq: list[Tensor], call: _Call,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Adds to dq and returns dk, dv, fp32, for all local ranks."""
-    ring, hops = call.plan.ring, call.plan.hops
-    halves = _halves(q[0].shape[2], k[0].shape[2], ring.size)
-    kv = _Rotation(ring, _packed(k, v, ring.size))
-    dkv = [_Rotation(ring, [_gradients(x[:, :, heads]) for x in k]) for _, heads in halves]
-    for s in range(ring.size):
-        if s + 1 < ring.size:
-            kv.start()
-        for travelling, (query_heads, heads) in zip(dkv, halves, strict=True):
-            travelling.finish()
-            for i, hop in enumerate(hops[s]):
-                if hop.intervals is not None:
-                    k_hop, v_hop = kv.here[i]
-                    dk_hop, dv_hop = travelling.here[i]
+    dout: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], out: list[Tensor], lse: list[Tensor],
+    call: _Call,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch."""
+    plan = call.plan
+    kv = _KeysOnTheirWay(plan, k, v)
+    kv.send_for(1)  # nothing to compute before it arrives but what follows here
+    dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
+    delta = [(d.float() * o.float()).sum(-1).transpose(1, 2).contiguous() for d, o in zip(dout, out, strict=True)]
+    parts = [(_GradientsOnTheirWay(plan, k, heads), *heads) for heads in _halves(q[0].shape[2], k[0].shape[2], plan)]
+    for s in [*range(1, plan.ring.size), 0]:
+        kv.arrive()
+        if s > 0:
+            kv.send_for(s + 1)
+        for dkv, of_q, of_k in parts:
+            dkv.arrive(s)
+            for i, hop in enumerate(plan.hops[s]):
+                k_here, v_here = kv.at(s, i)
+                dk, dv = dkv.at(i)
+                for intervals in hop.intervals:
                     call.kernel.backward(
-                        dout[i][:, :, query_heads], q[i][:, :, query_heads], k_hop[:, :, heads], v_hop[:, :, heads],
-                        lse[i][:, query_heads], delta[i][:, query_heads], hop.intervals,
-                        scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, query_heads], dk=dk_hop, dv=dv_hop,
+                        dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k],
+                        lse[i][:, of_q], delta[i][:, of_q], intervals,
+                        scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
                     )  # fmt: skip
-            if ring.size > 1:
-                travelling.start()
-        kv.finish()
-    for travelling in dkv:
-        travelling.finish()
-    # [ranks * B, S, Hkv, D] from each half's [2, B, S, heads, D] of each rank
-    home = torch.cat([torch.cat(travelling.here, dim=1) for travelling in dkv], dim=3)
-    return home[0], home[1]
+            if s > 0:
+                dkv.send_after(s)
+    dk, dv = (torch.cat([torch.cat([dkv.at(i)[j] for i in range(len(q))]) for dkv, *_ in parts], 2) for j in (0, 1))
+    return torch.cat(dq), dk, dv
 
 
-class _Rotation:
-    """Buffers that go round the ring: `here` is what can be used now, and a second set receives what comes next."""
+class _KeysOnTheirWay:
+    """Keys and values of every hop: a rank's own, and two buffers that take turns in receiving and sending on.
 
-    def __init__(self, ring, buffers: list) -> None:
-        self.ring = ring
-        self.here = buffers
-        self._next = [torch.empty_like(x) for x in buffers] if ring.size > 1 else []
-        self._transfer: Transfer | None = None
+    Buffers are [S, 2, B, Hkv, D], so that a run of tokens is contiguous. They begin as zeros: a kernel's tiles reach
+    over the edge of a run, and 0 times what is there must be 0.
+    """
 
-    def start(self) -> None:
-        """Pass `here` on to the next rank; it may be read, not written, until `finish`."""
-        self._transfer = self.ring.rotate(self.here, self._next)
+    def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor]) -> None:
+        self.plan, self.own = plan, list(zip(k, v, strict=True))
+        travels = any(route.reach for route in plan.routes)
+        self.here = [torch.stack(pair).permute(2, 0, 1, 3, 4).contiguous() for pair in self.own] if travels else []
+        self.next = [torch.zeros_like(x) for x in self.here]
+        self.transfer: Transfer | None = None
 
-    def finish(self) -> None:
-        """Take what arrived, if anything was started."""
-        if self._transfer is not None:
-            self._transfer.wait()
-            self.here, self._next, self._transfer = self._next, self.here, None
+    def send_for(self, s: int) -> None:
+        """Set off what hop s needs, from where it is on hop s - 1."""
+        ring, routes = self.plan.ring, self.plan.routes
+        if s == ring.size:
+            return
+        outgoing, incoming = [], []
+        for i, rank in enumerate(ring.local):
+            begin, end = routes[(rank - s + 1) % ring.size].keys[s]
+            if begin < end:
+                outgoing.append(Message(rank, (rank + 1) % ring.size, self.here[i][begin:end]))
+            begin, end = routes[(rank - s) % ring.size].keys[s]
+            if begin < end:
+                incoming.append(Message((rank - 1) % ring.size, rank, self.next[i][begin:end]))
+        self.transfer = ring.exchange(outgoing, incoming)
+
+    def arrive(self) -> None:
+        """Wait for what is under way, if anything is; it is then here."""
+        if self.transfer is not None:
+            self.transfer.wait()
+            self.here, self.next, self.transfer = self.next, self.here, None
+
+    def at(self, s: int, i: int) -> tuple[Tensor, Tensor]:
+        """k and v [B, S, Hkv, D] of local rank i on hop s, if it computes anything on it."""
+        if s == 0 or not self.here:
+            return self.own[i]
+        k, v = self.here[i].transpose(0, 2).unbind(1)
+        return k, v
+
+
+class _GradientsOnTheirWay:
+    """dk and dv of some KV heads, fp32: they follow their keys one hop behind, then return to the keys' rank.
+
+    Buffers are [S, 2, B, heads, D]. Gradients that turn back before the end of the ring come home into a buffer of
+    their own, since both others are then in use; those that went all the way arrive as on any hop.
+    """
+
+    def __init__(self, plan: AttentionPlan, k: list[Tensor], heads: tuple[slice, slice]) -> None:
+        self.plan, self.ring = plan, plan.ring
+        batch, length, _, dim = k[0].shape
+        count = heads[1].stop - heads[1].start
+        travels = any(route.reach for route in plan.routes)
+
+        def buffer(tokens: int) -> Tensor:
+            return torch.empty(tokens, 2, batch, count, dim, dtype=torch.float32, device=k[0].device)
+
+        self.here = [buffer(length) for _ in k]
+        self.next = [buffer(length) for _ in k] if travels else self.here
+        early = [route if 0 < route.reach < self.ring.size - 1 else None for route in map(self._route, self.ring.local)]
+        self.home = [buffer(self._returned(route).tokens) if route else None for route in early]
+        self.transfer: Transfer | None = None
+
+    def arrive(self, s: int) -> None:
+        """Have the gradients of hop s's keys here, with zeros where a kernel adds for the first time."""
+        if self.transfer is not None:
+            self.transfer.wait()
+            self.here, self.next, self.transfer = self.next, self.here, None
+        for i, rank in enumerate(self.ring.local):
+            route = self._route(rank - s)
+            if s > 0:
+                _clear_around(self.here[i], route.gradients[s], route.gradients[s - 1])
+                continue
+            run = self._returned(route)
+            if self.home[i] is not None:
+                self.here[i][run.begin : run.end] = self.home[i]
+            _clear_around(self.here[i], Run(0, len(self.here[i])), run)
+
+    def send_after(self, s: int) -> None:
+        """Send on what hop s added to: to the next rank, or home from the last hop that anyone computes."""
+        size = self.ring.size
+        outgoing, incoming = [], []
+        for i, rank in enumerate(self.ring.local):
+            source = (rank - s) % size
+            route, run = self._route(source), self._route(source).gradients[s]
+            if run.tokens and s <= route.reach:
+                to = (rank + 1) % size if s < route.reach else source
+                outgoing.append(Message(rank, to, self.here[i][run.begin : run.end]))
+            route, run = self._route(rank - s - 1), self._route(rank - s - 1).gradients[s]
+            if run.tokens and s < route.reach:
+                incoming.append(Message((rank - 1) % size, rank, self.next[i][run.begin : run.end]))
+            route, run = self._route(rank), self._route(rank).gradients[s]
+            if s == route.reach:
+                home = self.next[i][run.begin : run.end] if self.home[i] is None else self.home[i]
+                incoming.append(Message((rank + s) % size, rank, home))
+        self.transfer = self.ring.exchange(outgoing, incoming)
+
+    def at(self, i: int) -> tuple[Tensor, Tensor]:
+        """dk and dv [B, S, heads, D] of local rank i, to add to."""
+        dk, dv = self.here[i].transpose(0, 2).unbind(1)
+        return dk, dv
+
+    def _route(self, rank: int) -> Route:
+        return self.plan.routes[rank % self.ring.size]
+
+    def _returned(self, route: Route) -> Run:
+        """What comes home of a rank's gradients."""
+        return route.gradients[route.reach]
+
+
+def _clear_around(x: Tensor, run: Run, inner: Run) -> None:
+    """Zero x over `run` but not over the part of it that is `inner`."""
+    if not inner.tokens:
+        x[run.begin : run.end].zero_()
+        return
+    if run.begin < inner.begin:
+        x[run.begin : inner.begin].zero_()
+    if inner.end < run.end:
+        x[inner.end : run.end].zero_()
 
 
 def _by_rank(x: Tensor, ranks: int) -> list[Tensor]:
@@ -188,20 +287,10 @@ def _by_rank(x: Tensor, ranks: int) -> list[Tensor]:
     return list(x.chunk(ranks)) if ranks > 1 else [x]
 
 
-def _packed(k: list[Tensor], v: list[Tensor], size: int) -> list:
-    """k and v of each rank as one contiguous [2, B, S, Hkv, D] that can be sent; alone, as they are."""
-    pairs = list(zip(k, v, strict=True))
-    return [torch.stack(pair) for pair in pairs] if size > 1 else pairs
-
-
-def _gradients(k: Tensor) -> Tensor:
-    return torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
-
-
-def _halves(query_heads: int, heads: int, size: int) -> list[tuple[slice, slice]]:
+def _halves(query_heads: int, heads: int, plan: AttentionPlan) -> list[tuple[slice, slice]]:
     """(query heads, KV heads) of each half; one part where nothing travels or there is one KV head."""
     group, middle = query_heads // heads, heads // 2
-    parts = [slice(0, middle), slice(middle, heads)] if size > 1 and heads > 1 else [slice(0, heads)]
+    parts = [slice(0, middle), slice(middle, heads)] if plan.ring.size > 1 and heads > 1 else [slice(0, heads)]
     return [(slice(part.start * group, part.stop * group), part) for part in parts]
 
 
@@ -222,9 +311,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softcap: float 
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, the plan on {plan.ring.device}")
     if q.shape[1] != plan.layout.shard_length:
         raise ValueError(f"the plan's shards hold {plan.layout.shard_length} tokens, got {shapes}")
-    if len(q) % len(plan.ring.local) or plan.mask.batch not in (1, len(q) // len(plan.ring.local)):
+    if len(q) % len(plan.ring.local) or plan.batch not in (1, len(q) // len(plan.ring.local)):
         raise ValueError(
-            f"a mask of {plan.mask.batch} batch rows and {len(plan.ring.local)} local ranks do not fit {shapes}"
+            f"a mask of {plan.batch} batch rows and {len(plan.ring.local)} local ranks do not fit {shapes}"
         )
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be above 0, or None for no cap, got {softcap}")

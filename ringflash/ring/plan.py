@@ -1,26 +1,29 @@
-"""AttentionPlan: what a step's attention computes on every hop, decided before any layer runs.
+"""AttentionPlan: what a step's attention computes and sends on every hop, decided before any layer runs.
 
 On hop s, rank r attends to the keys of rank (r - s) mod ranks, which have travelled s places round the ring. Four
-ranks, causal, zigzag: how many of the 4 x 4 (query, key) pairs each rank computes on each hop.
+ranks, causal, zigzag: how many (query, key) pairs each rank computes on each hop, and after > how many keys it then
+passes on to the next rank.
 
     >>> from ringflash.ring.transport import Loopback
     >>> plan = AttentionPlan(IntervalMask.causal(16), Layout.zigzag(16, ranks=4), Loopback(4))
     >>> print(plan)
-    rank   hop 0   hop 1   hop 2   hop 3
-       0      10       8       8       8
-       1      10       8       8       8
-       2      10       8       8       8
-       3      10       8       8       8
+    rank      hop 0     hop 1     hop 2     hop 3
+       0     10 > 2     8 > 4     8 > 4         8
+       1     10 > 4     8 > 2     8 > 4         8
+       2     10 > 4     8 > 4     8 > 2         8
+       3     10 > 4     8 > 4     8 > 4         8
 
-Two documents of eight tokens each, in one run a rank: half of the hops see nothing and are not computed.
+(Nobody but rank 0 sees the end of the sequence, which rank 0 holds: it sends the other half of its keys.)
 
-    >>> packed = IntervalMask.causal(16) & IntervalMask.documents([8, 8])
-    >>> print(AttentionPlan(packed, Layout.contiguous(16, ranks=4), Loopback(4)))
-    rank   hop 0   hop 1   hop 2   hop 3
-       0      10       .       .       .
-       1      10      16       .       .
-       2      10       .       .       .
-       3      10      16       .       .
+Windows of three keys, one run of tokens a rank: the next rank sees the last two keys of a run, the ranks after it see
+none. What nobody further on sees is not sent.
+
+    >>> print(AttentionPlan(IntervalMask.window(16, left=2), Layout.contiguous(16, ranks=4), Loopback(4)))
+    rank      hop 0     hop 1     hop 2     hop 3
+       0      9 > 2         .         .         .
+       1      9 > 2         3         .         .
+       2      9 > 2         3         .         .
+       3          9         3         .         .
 
 A plan is made once a step, on the CPU, by every rank for itself; layers run it without looking at the mask again and
 without a host synchronisation.
@@ -29,7 +32,8 @@ without a host synchronisation.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import combinations
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,60 +44,115 @@ from ringflash.mask import IntervalMask, Intervals
 if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
 
+# Chunks of a rank that are told apart when working out who sees what of whom; a finer layout counts as one run.
+_CHUNKS = 64
+
+
+class Run(NamedTuple):
+    """Local indices begin..end - 1 of a shard."""
+
+    begin: int
+    end: int
+
+    @property
+    def tokens(self) -> int:
+        return max(0, self.end - self.begin)
+
+    def cover(self, other: Run) -> Run:
+        """The smallest run that holds both."""
+        if not self.tokens or not other.tokens:
+            return self if self.tokens else other
+        return Run(min(self.begin, other.begin), max(self.end, other.end))
+
 
 @dataclass(frozen=True, eq=False)
 class Hop:
     """One rank's work on one hop.
 
-    source: the rank whose keys are here. pairs: visible (query, key) pairs, over the mask's batch rows. intervals: the
-    mask between this rank's queries and those keys, on the ring's device; None where pairs is 0 and the hop is not
-    computed (hop 0 always is: it starts the result).
+    source: the rank whose keys are here. pairs: visible (query, key) pairs, over the masks' batch rows. intervals: each
+    mask between this rank's queries and those keys, on the ring's device, where it shows anything; none on a hop that
+    is not computed (hop 0 always is: it starts the result).
     """
 
     source: int
     pairs: int
-    intervals: Intervals | None
+    intervals: tuple[Intervals, ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How far one rank's keys travel, and which of them.
+
+    reach: the last hop on which any rank sees them; after it their gradients return in one message. keys[s]: the run
+    that arrives with hop s, all that hops s and later see. gradients[s]: the run that has gradients after hop s, all
+    that hops 1 to s see.
+    """
+
+    reach: int
+    keys: tuple[Run, ...]
+    gradients: tuple[Run, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """One step's attention: mask, layout and ring, and the hops that follow from them.
+    """One step's attention: mask, layout and ring, and the hops and routes that follow from them.
 
-    hops[s][i] is hop s of local rank ring.local[i]. Raises ValueError where mask, layout and ring do not fit.
+    mask may be a tuple of masks that share no pair: attention is then over the union of what they show. hops[s][i] is
+    hop s of local rank ring.local[i]; routes[c] is that of rank c's keys. Raises ValueError where masks, layout and
+    ring do not fit.
     """
 
-    mask: IntervalMask
+    mask: IntervalMask | tuple[IntervalMask, ...]
     layout: Layout
     ring: Ring
+    masks: tuple[IntervalMask, ...] = field(init=False)
     hops: tuple[tuple[Hop, ...], ...] = field(init=False)
+    routes: tuple[Route, ...] = field(init=False)
     _windows: dict[int, AttentionPlan] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.mask.queries, self.mask.keys) != (self.layout.length, self.layout.length):
-            raise ValueError(
-                f"a mask of {self.mask.queries} x {self.mask.keys} does not fit a layout of {self.layout.length} tokens"
-            )
-        if self.layout.ranks != self.ring.size:
-            raise ValueError(f"a layout for {self.layout.ranks} ranks does not fit a ring of {self.ring.size}")
+        masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
+        object.__setattr__(self, "masks", masks)
+        self._check()
         hops = [tuple(self._hop(s, rank) for rank in self.ring.local) for s in range(self.ring.size)]
         object.__setattr__(self, "hops", tuple(hops))
+        object.__setattr__(self, "routes", _routes(masks, self.layout))
+
+    def _check(self) -> None:
+        for mask in self.masks:
+            if (mask.queries, mask.keys) != (self.layout.length, self.layout.length):
+                raise ValueError(
+                    f"a mask of {mask.queries} x {mask.keys} does not fit a layout of {self.layout.length} tokens"
+                )
+        if self.layout.ranks != self.ring.size:
+            raise ValueError(f"a layout for {self.layout.ranks} ranks does not fit a ring of {self.ring.size}")
+        for a, b in combinations(self.masks, 2):
+            if shared := (a & b).area():
+                raise ValueError(f"masks of one plan must share no pair, but two of them share {shared}")
 
     def _hop(self, s: int, rank: int) -> Hop:
         source = (rank - s) % self.ring.size
-        block = self.mask.restrict(self.layout.positions(rank), self.layout.positions(source))
-        pairs = block.area()
-        return Hop(source, pairs, block.intervals(self.ring.device) if pairs or s == 0 else None)
+        queries, keys = self.layout.positions(rank), self.layout.positions(source)
+        blocks = [mask.restrict(queries, keys) for mask in self.masks]
+        computed = [block for block in blocks if block.area()] or (blocks[:1] if s == 0 else [])
+        pairs = sum(block.area() * (self.batch // block.batch) for block in blocks)
+        return Hop(source, pairs, tuple(block.intervals(self.ring.device) for block in computed))
+
+    @property
+    def batch(self) -> int:
+        """Batch rows that the masks tell apart; 1 where all rows agree."""
+        return max(mask.batch for mask in self.masks)
 
     def window(self, left: int) -> AttentionPlan:
         """The same plan with each query limited to itself and `left` keys before it; made once, then kept."""
         if left not in self._windows:
-            mask = self.mask & IntervalMask.window(self.mask.queries, left)
-            self._windows[left] = AttentionPlan(mask, self.layout, self.ring)
+            narrow = IntervalMask.window(self.layout.length, left)
+            self._windows[left] = AttentionPlan(tuple(mask & narrow for mask in self.masks), self.layout, self.ring)
         return self._windows[left]
 
     def computed(self, i: int) -> list[int]:
         """The hops that local rank ring.local[i] computes, in order; the first is 0."""
-        return [s for s, hops in enumerate(self.hops) if hops[i].intervals is not None]
+        return [s for s, hops in enumerate(self.hops) if hops[i].intervals]
 
     def position_ids(self, batch: int = 1) -> Tensor:
         """Global position of each token held here, int64 [local ranks * batch, shard length], on the ring's device."""
@@ -101,8 +160,62 @@ class AttentionPlan:
         return positions.repeat_interleave(batch, dim=0).to(self.ring.device)
 
     def __str__(self) -> str:
-        rows = ["rank " + " ".join(f"{f'hop {s}':>7}" for s in range(len(self.hops)))]
+        rows = ["rank " + "".join(f"{f'hop {s}':>10}" for s in range(len(self.hops)))]
         for i, rank in enumerate(self.ring.local):
-            counts = " ".join(f"{hops[i].pairs or '.':>7}" for hops in self.hops)
-            rows.append(f"{rank:>4} {counts}")
+            rows.append(f"{rank:>4} " + "".join(f"{self._summary(s, hops[i]):>10}" for s, hops in enumerate(self.hops)))
         return "\n".join(rows)
+
+    def _summary(self, s: int, hop: Hop) -> str:
+        keys = self.routes[hop.source].keys
+        onward = keys[s + 1].tokens if s + 1 < len(keys) else 0
+        return f"{hop.pairs or '.'}" + (f" > {onward}" if onward else "")
+
+
+def _routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]:
+    """Each rank's route; the same on all ranks, since each knows the masks and the layout."""
+    seen, ranks = _seen(masks, layout), layout.ranks
+    routes = []
+    for source in range(ranks):
+        by_hop = [seen[(source + s) % ranks][source] for s in range(ranks)]
+        reach = max((s for s in range(1, ranks) if by_hop[s].tokens), default=0)
+        keys, gradients = [Run(0, layout.shard_length)] * ranks, [Run(0, 0)] * ranks
+        later = Run(0, 0)
+        for s in reversed(range(1, ranks)):
+            keys[s] = later = later.cover(by_hop[s])
+        for s in range(1, ranks):
+            gradients[s] = gradients[s - 1].cover(by_hop[s])
+        routes.append(Route(reach, tuple(keys), tuple(gradients)))
+    return tuple(routes)
+
+
+def _seen(masks: tuple[IntervalMask, ...], layout: Layout) -> list[list[Run]]:
+    """seen[rank][source]: the smallest run of source's local keys that holds all that rank's queries see of them.
+
+    Bounds never decrease, so the keys that a run of queries sees lie between the first one's lo and the last one's hi.
+    """
+    first, last = _query_runs(layout)
+    bounds = []
+    for mask in masks:
+        # One more query that sees nothing stands for padding past the sequence's end.
+        lo = torch.cat([mask.lo.min(0).values, torch.tensor([mask.keys])])[first.clamp(max=mask.queries)]
+        hi = torch.cat([torch.tensor([0]), mask.hi.max(0).values])[(last + 1).clamp(max=mask.queries)]
+        bounds.append((lo, torch.maximum(lo, hi)))
+    lo, hi = (torch.cat(side, dim=1) for side in zip(*bounds, strict=True))  # [ranks, runs]
+    seen: list[list[Run]] = [[] for _ in range(layout.ranks)]
+    for source in range(layout.ranks):
+        begin, end = torch.searchsorted(layout.positions(source), torch.stack([lo, hi]))
+        nothing = begin >= end
+        begins = begin.masked_fill(nothing, layout.shard_length).min(1).values.tolist()
+        ends = end.masked_fill(nothing, 0).max(1).values.tolist()
+        for rank, (b, e) in enumerate(zip(begins, ends, strict=True)):
+            seen[rank].append(Run(b, e) if b < e else Run(0, 0))
+    return seen
+
+
+def _query_runs(layout: Layout) -> tuple[Tensor, Tensor]:
+    """First and last global position of each run of a rank's queries, int64 [ranks, runs] twice."""
+    first = layout.chunks * layout.chunk
+    last = first + layout.chunk - 1
+    if first.shape[1] > _CHUNKS:
+        return first[:, :1], last[:, -1:]
+    return first, last

@@ -1,7 +1,7 @@
 """Who sends what to whom: the two verbs that a ring needs, over processes or inside one.
 
-    transfer = ring.rotate(outgoing, incoming)     # every rank sends to the next and receives from the one before
-    transfer.wait()                                # incoming is there, outgoing may be overwritten
+    transfer = ring.exchange(outgoing, incoming)     # messages between ranks set off
+    transfer.wait()                                  # incoming is there, outgoing may be overwritten
 
 `ProcessRing` has one rank in each process and talks over NCCL or gloo. `Loopback` has all ranks in one process, for
 tests and for measuring one GPU's share of a ring: its tensors hold the ranks side by side. Code written against
@@ -11,6 +11,7 @@ tests and for measuring one GPU's share of a ring: its tensors hold the ranks si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,8 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Message:
+    """A contiguous tensor on its way between two ranks of the ring; on the receiving side, where it is to go."""
+
+    source: int
+    destination: int
+    tensor: Tensor
+
+
 class Transfer(Protocol):
-    """A rotation under way."""
+    """An exchange under way."""
 
     def wait(self) -> None:
         """Return when incoming can be read and outgoing overwritten (on CUDA: by work queued after this call)."""
@@ -32,10 +42,11 @@ class Ring(Protocol):
     local: tuple[int, ...]
     device: torch.device
 
-    def rotate(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> Transfer:
-        """Start sending outgoing[i] of local rank i to the next rank, and receiving incoming[i] from the one before.
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> Transfer:
+        """Set off messages from local ranks, and receive those to local ranks; at most one between any two ranks.
 
-        All tensors are contiguous and of one shape and dtype. Neither list may be written before the wait.
+        Both sides of a message name it in the same exchange, counting exchanges from the start. No tensor may be
+        written before the wait.
         """
 
 
@@ -47,18 +58,21 @@ class Loopback:
         self.local = tuple(range(size))
         self.device = torch.device(device)
 
-    def rotate(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> Transfer:
         """Copy at once, in the order of the current stream."""
-        for rank, buffer in enumerate(incoming):
-            buffer.copy_(outgoing[rank - 1])
+        sent = {(message.source, message.destination): message.tensor for message in outgoing}
+        for message in incoming:
+            message.tensor.copy_(sent.pop((message.source, message.destination)))
+        if sent:
+            raise ValueError(f"messages between ranks {sorted(sent)} were sent and not received")
         return _Done()
 
 
 class ProcessRing:
     """One rank a process, over a torch.distributed group (default: the whole world).
 
-    On NCCL a rotation runs on the communicator's own stream: it waits for what the current stream has queued before
-    `rotate`, and makes the current stream (not the host) wait at `wait`. So a kernel launched between the two runs
+    On NCCL an exchange runs on the communicator's own stream: it waits for what the current stream has queued before
+    `exchange`, and makes the current stream (not the host) wait at `wait`. So a kernel launched between the two runs
     beside the transfer. Give the ring a group of its own, or its transfers queue behind other collectives.
     """
 
@@ -69,12 +83,13 @@ class ProcessRing:
         self.local = (self.rank,)
         self.device = torch.device(device)
 
-    def rotate(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> Transfer:
-        """One batch of a send and a receive, in flight until waited for."""
-        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        send = dist.P2POp(dist.isend, outgoing[0], group=self.group, group_peer=after)
-        receive = dist.P2POp(dist.irecv, incoming[0], group=self.group, group_peer=before)
-        return _InFlight(dist.batch_isend_irecv([send, receive]))
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> Transfer:
+        """One batch of sends and receives, in flight until waited for."""
+        operations = [
+            *(dist.P2POp(dist.isend, m.tensor, group=self.group, group_peer=m.destination) for m in outgoing),
+            *(dist.P2POp(dist.irecv, m.tensor, group=self.group, group_peer=m.source) for m in incoming),
+        ]
+        return _InFlight(dist.batch_isend_irecv(operations)) if operations else _Done()
 
 
 class _Done:

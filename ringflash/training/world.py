@@ -96,6 +96,8 @@ def join(config: ParallelConfig) -> World:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # A communicator of their own: ring transfers must not queue behind ZeRO's collectives.
     groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in range(0, ranks, size)]
+    # NCCL sets a communicator up when all its ranks first use it; later exchanges may concern only some of them.
+    dist.barrier(groups[rank // size])
     ring = ProcessRing(groups[rank // size], device)
     return World(rank, ranks, device, ring, replica=rank // size, replicas=ranks // size)
 

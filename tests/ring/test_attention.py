@@ -1,6 +1,7 @@
 """Ring attention equals dense float64 attention: output and gradients, any layout, any number of ranks."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, flash_attention, ring_attention
 from ringflash.layout import LAYOUTS
+from ringflash.ring import attention
 from tests.strategies import masks
 
 
@@ -100,17 +102,84 @@ def test_the_error_does_not_grow_with_the_ring():
         assert_exact(on_ring(inputs, plan), expected, layout, f"{size} ranks")
 
 
-def test_extra_memory_is_two_shards_of_keys_whatever_the_ring(monkeypatch):
-    allocated = {}
-    for size in (2, 8):
-        shapes = []
-        empty_like = torch.empty_like
-        monkeypatch.setattr(torch, "empty_like", lambda x, keep=shapes, make=empty_like: (keep.append(x), make(x))[1])
-        layout = Layout.zigzag(size * 8, size)
-        on_ring(whole_inputs(1, size * 8), AttentionPlan(IntervalMask.causal(size * 8), layout, Loopback(size)))
-        monkeypatch.undo()
-        allocated[size] = sum(x.numel() for x in shapes) / size
-    assert allocated[2] == allocated[8]
+class Counting(Loopback):
+    """A Loopback that counts what travels, by dtype."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.elements, self.messages = Counter(), Counter()
+
+    def exchange(self, outgoing, incoming):
+        for message in outgoing:
+            assert message.tensor.is_contiguous()
+            self.elements[message.tensor.dtype] += message.tensor.numel()
+            self.messages[message.tensor.dtype] += 1
+        return super().exchange(outgoing, incoming)
+
+
+def test_with_a_window_one_neighbour_hop_moves_in_both_passes():
+    length, ranks, left = 256, 8, 7
+    ring = Counting(ranks)
+    inputs = [x.half() for x in whole_inputs(1, length)]
+    plan = AttentionPlan(IntervalMask.window(length, left), Layout.contiguous(length, ranks), ring)
+    on_ring(inputs, plan)
+    tail = (ranks - 1) * left * 2 * 2 * 16  # all ranks but the last send 7 tokens' k and v, 2 heads of 16
+    assert ring.elements == {torch.float16: 2 * tail, torch.float32: tail}
+    assert ring.messages == {torch.float16: 2 * (ranks - 1), torch.float32: 2 * (ranks - 1)}  # gradients in halves
+
+
+def test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once():
+    length, ranks = 64, 4
+    ring = Counting(ranks)
+    plan = AttentionPlan(IntervalMask.full(length), Layout.zigzag(length, ranks), ring)
+    on_ring([x.half() for x in whole_inputs(1, length)], plan)
+    shard = length // ranks * 2 * 2 * 16
+    assert ring.elements[torch.float16] == 2 * ranks * (ranks - 1) * shard
+    assert ring.elements[torch.float32] == ranks * (ranks - 1) * shard
+
+
+def allocated_by_a_pass(size):
+    """Elements, over two ring passes, in buffers that a rank allocates for what travels."""
+    shapes = []
+    layout = Layout.zigzag(size * 8, size)
+    plan = AttentionPlan(IntervalMask.full(size * 8), layout, Loopback(size))
+    k = [torch.zeros(1, 8, 2, 16)] * size
+    kv = attention._KeysOnTheirWay(plan, k, k)
+    dkv = [attention._GradientsOnTheirWay(plan, k, heads) for heads in attention._halves(4, 2, plan)]
+    for x in (kv, *dkv):
+        shapes += [*x.here, *x.next]
+        assert all(home is None for home in getattr(x, "home", []))
+    return sum(x.numel() for x in shapes) / size
+
+
+def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring():
+    shard_of_k_and_v = 2 * 8 * 2 * 16
+    assert allocated_by_a_pass(2) == allocated_by_a_pass(32) == (2 + 2) * shard_of_k_and_v
+
+
+def test_nothing_that_was_never_written_is_read(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    for mask in (IntervalMask.window(64, 5), IntervalMask.causal(64) & IntervalMask.documents([3, 40, 21])):
+        for name in sorted(LAYOUTS):
+            layout = Layout.named(name, 64, 4)
+            inputs = whole_inputs(1, 64)
+            assert_exact(
+                on_ring(inputs, AttentionPlan(mask, layout, Loopback(4))), oracle(inputs, mask.dense()), layout, name
+            )
+
+
+def test_the_union_of_disjoint_masks_is_one_attention():
+    """A window and, for tokens further on, the first four tokens: what StreamingLLM keeps."""
+    length, left, first = 60, 9, 4
+    i = torch.arange(length)
+    beginning = IntervalMask(torch.zeros(1, length, dtype=torch.int64), (i - left).clamp(0, first)[None], length)
+    window = IntervalMask.window(length, left)
+    for ranks, name in ((1, "contiguous"), (4, "zigzag"), (5, "contiguous")):
+        layout = Layout.named(name, length, ranks)
+        inputs = whole_inputs(2, length)
+        results = on_ring(inputs, AttentionPlan((window, beginning), layout, Loopback(ranks)))
+        assert_exact(results, oracle(inputs, window.dense() | beginning.dense()), layout, name)
 
 
 def test_hops_that_see_nothing_launch_no_kernel(monkeypatch):
