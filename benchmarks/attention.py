@@ -1,0 +1,243 @@
+"""Attention on one device: ringflash's kernels beside everyone else's, in one run.
+
+    python benchmarks/attention.py --device cpu --quick              # any machine, seconds: does it work here
+    python benchmarks/attention.py --quick                           # a GPU, two cases, under 2 minutes
+    python benchmarks/attention.py                                   # a GPU, all cases, under 8 minutes
+    python benchmarks/attention.py --cases packed '1,8,8,64k,128 causal' --only ringflash cuDNN
+    python benchmarks/attention.py --sweep                           # tile sizes of the portable kernels, best first
+
+A case is `B,Hq,Hkv,S,D mask` (benchmarks/cases.py); --cases takes parts of the listed names, or a case of your own.
+benchmarks/peers.py says who is timed and how. Whoever does not take part is in the table with the reason.
+
+Correct first: each kernel's out, dq, dk and dv are compared with float64 at up to 2048 tokens, then some rows of out
+and dq at full size (benchmarks/checks.py). One that is wrong is called WRONG and is not timed, and the exit code is 1,
+as it is where one of ours raises.
+
+Inputs are standard normal. Forward keeps what a backward needs. Backward is `torch.autograd.grad` alone, with what a
+user pays for besides the kernels: for ringflash that is delta = rowsum(dout * out), three zeroed fp32 buffers and their
+conversion to the inputs' dtype. Kernels take turns, shuffled in every round, so that power capping hits all alike; a
+figure is the median of its rounds (benchmarks/timing.py). FLOPs are counted from the mask, 4 D for each visible pair
+and query head forward, 2.5 times that backward; % peak is of the dense bf16 datasheet peak; ns/Mpair is the time of a
+million (query, key) pairs of one head, which compares masks of any shape.
+
+The folder --out (benchmarks/results) gets attention-DEVICE.json and .png after every case; the last line printed is
+the summary in JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import cases, checks, peers, report, sweep, timing
+from benchmarks.cases import Case
+from benchmarks.checks import Reference
+from benchmarks.peers import Contender
+from benchmarks.report import Row
+from benchmarks.timing import Timing
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIRECTIONS = ("forward", "backward")
+CHECKED_LENGTH = 2048
+
+
+@dataclass
+class Entry:
+    """What is known of one contender on one case.
+
+    refusals: (status, reason) of what will not be timed, under "both" or "backward". errors: the worst so far, by
+    direction. runs: what is timed, by direction.
+    """
+
+    contender: Contender
+    refusals: dict[str, tuple[str, str]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+    def refused(self, direction: str) -> bool:
+        """Whether this direction will not be timed; a backward needs its forward."""
+        return "both" in self.refusals or direction in self.refusals
+
+    def check(self, case: Case, inputs: tuple[Tensor, ...], reference: Reference) -> None:
+        """Run both directions once on these inputs and compare; keeps what ran."""
+        if self.refused("forward"):
+            return
+        q, k, v, dout = inputs
+        poison = checks.Poisoned() if self.contender.ours else contextlib.nullcontext()
+        try:
+            attention = self.contender.build(case, q, k)
+            with poison:
+                out = attention(q, k, v)
+            self.runs["forward"] = functools.partial(attention, q, k, v)
+            self.runs["backward"] = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
+            self._judge("forward", reference.errors(out=out.detach()), case)
+        except peers.Absent as reason:
+            self.refusals["both"] = ("absent", str(reason))
+        except Exception as error:  # a peer may raise anything; the table says what
+            self.refusals["both"] = ("failed", _first_line(error))
+        if self.refused("backward"):
+            return
+        try:
+            with poison:
+                gradients = self.runs["backward"]()
+            found = dict(zip(checks.NAMES[1:], gradients, strict=True))
+            self._judge("backward", reference.errors(**found), case)
+        except Exception as error:
+            self.refusals["backward"] = ("failed", _first_line(error))
+
+    def _judge(self, direction: str, errors: checks.Errors, case: Case) -> None:
+        self.errors[direction] = max(self.errors.get(direction, 0.0), errors.worst)
+        if errors.wrong:
+            self.refusals["both" if direction == "forward" else direction] = ("WRONG", f"{errors.wrong} at {case}")
+
+
+def measure(
+    case: Case,
+    entrants: list[Contender],
+    absent: dict[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+) -> list[Row]:
+    """Check, then time, all entrants on a case. absent: names that do not take part, and why."""
+    entries = [Entry(c, {"both": ("absent", absent[c.name])} if c.name in absent else {}) for c in entrants]
+    for version, reference_of in ((case.shrunk(CHECKED_LENGTH), checks.whole), (case, checks.some_rows)):
+        inputs = version.inputs(dtype, device)
+        reference = reference_of(version, inputs)
+        for entry in entries:
+            entry.check(version, inputs, reference)
+        del reference
+    rows: list[Row] = []
+    for direction in DIRECTIONS:
+        shown = [e for e in entries if direction == "forward" or "both" not in e.refusals]
+        variants = {e.contender.name: e.runs[direction] for e in shown if not e.refused(direction)}
+        found = timing.interleaved(variants, device, seconds)
+        rows += _rows(case, direction, shown, found, peers.BASELINE[device.type], _peak(device)[0])
+    return rows
+
+
+def _rows(
+    case: Case,
+    direction: str,
+    entries: list[Entry],
+    found: dict[str, Timing | Exception],
+    baseline: str,
+    peak: float | None,
+) -> list[Row]:
+    """One row an entry: its time, or why there is none."""
+    rows = []
+    reference = found.get(baseline)
+    for entry in entries:
+        name, took = entry.contender.name, found.get(entry.contender.name)
+        if isinstance(took, Timing):
+            tflops = case.flops(direction) / took.ms / 1e9
+            row = Row(
+                str(case), direction, name, "timed", timing=took, tflops=tflops,
+                percent_of_peak=100e12 * tflops / peak if peak else None,
+                ratio=reference.ms / took.ms if isinstance(reference, Timing) else None,
+                ns_per_million_pairs=took.ms * 1e12 / case.head_pairs(), error=entry.errors[direction],
+            )  # fmt: skip
+        elif took is not None:  # right when it was checked, but then it raised
+            row = Row(str(case), direction, name, "failed", _first_line(took), error=entry.errors[direction])
+        else:
+            extent = "both" if "both" in entry.refusals else direction
+            row = Row(str(case), extent, name, *entry.refusals[extent], error=entry.errors.get(direction))
+        rows.append(row)
+    return rows
+
+
+def _peak(device: torch.device) -> tuple[float | None, str]:
+    """Dense bf16 FLOP/s from the trainer's table, and how the card shows it."""
+    if device.type == "cpu":
+        return None, "unknown for CPUs"
+    try:
+        from ringflash.training.flops import peak_flops
+    except ImportError as error:
+        return None, f"unknown ({error})"
+    peak = peak_flops(device)
+    return peak, f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "unknown (not in ringflash.training.flops.PEAKS)"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (bf16; on the CPU fp32)")
+    parser.add_argument("--quick", action="store_true", help="two cases; on the CPU, tiny ones")
+    parser.add_argument("--cases", nargs="+", default=[], metavar="CASE", help="parts of names, or whole cases")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of kernels' names")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of measuring, for each figure (%(default)s)")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
+    parser.add_argument("--commit", help="named in the report where the checkout has no .git")
+    parser.add_argument(
+        "--sweep", nargs="*", choices=sweep.TARGETS, metavar="KERNEL",
+        help=f"tile sizes instead of cases: all, or some of {', '.join(sweep.TARGETS)}",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
+    if options.sweep is not None and options.device == "cpu":
+        parser.error("--sweep times Triton kernels and needs --device cuda")
+    full, quick = (cases.GPU_CASES, cases.GPU_QUICK) if options.device == "cuda" else (cases.CPU_CASES, cases.CPU_QUICK)
+    try:
+        options.cases = cases.selected(options.cases, quick if options.quick else full)
+    except ValueError as error:
+        parser.error(str(error))
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write. Returns the exit code: 1 if a kernel is wrong, or one of ours raises."""
+    options = _options(arguments)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    facts = report.card(device, {"peak": _peak(device)[1], **peers.versions()}, options.commit)
+    print("; ".join(f"{name} {value}" for name, value in facts.items()), f"inputs {options.dtype}", "", sep="\n")
+    if options.sweep is not None:
+        return sweep.main(options.sweep or list(sweep.TARGETS), dtype, device, options.out, facts)
+    entrants = peers.contenders(device)
+    unwanted = [c.name for c in entrants if options.only and not any(part in c.name for part in options.only)]
+    absent = dict.fromkeys(unwanted, "not asked for (--only)")
+    file = options.out / f"attention-{report.slug(device)}.json"
+    rows: list[Row] = []
+    for case in options.cases:
+        measured = measure(case, entrants, absent, dtype, device, options.seconds)
+        print(report.table(measured, peers.BASELINE[device.type], header=not rows) + "\n", flush=True)
+        rows += measured
+        contents = {"benchmark": "attention", "card": facts, "dtype": options.dtype, "rows": report.as_json(rows)}
+        report.write_json(file, contents | {"summary": report.summary(rows)})
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    title = f"attention, {options.dtype}, {facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
+    undrawn = report.plot(file.with_suffix(".png"), rows, title)
+    print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
+    ours = [entrant.name for entrant in entrants if entrant.ours]
+    wrong = [
+        f"{row.status}: {row.kernel}, {row.case}, {row.direction}: {row.reason}"
+        for row in rows
+        if row.status == "WRONG" or (row.status == "failed" and row.kernel in ours)
+    ]
+    print("\n".join(wrong), end="\n" if wrong else "")
+    tflops = report.summary(rows)
+    print(json.dumps({"benchmark": "attention", "device": facts["device"], "wrong": wrong, "tflops": tflops}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

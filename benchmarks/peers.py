@@ -1,0 +1,238 @@
+"""Who is timed: every kernel of ringflash, and the peers that people would use instead.
+
+All get the same q, k, v [B, S, H, D] in the same memory and give out in the same form. A peer that wants [B, H, S, D]
+gets a transposed view, which costs nothing, and none is timed copying for us. What each prepares once a step is made
+before the clock starts: our AttentionPlan, FlexAttention's BlockMask, the documents' offsets of the others.
+
+| name | what runs |
+|---|---|
+| ringflash NAME | `ring_attention(..., kernel=NAME)` on a ring of one: `flash_attention` with the plan made before |
+| torch FA2 | SDPA, FLASH_ATTENTION, enable_gqa; windows and documents through its operator, which SDPA lacks |
+| torch cuDNN | SDPA, CUDNN_ATTENTION, enable_gqa; has neither windows nor documents |
+| FlexAttention | torch.compile, static shapes, default options, enable_gqa, a BlockMask of 128 x 128 |
+| FA4-CuTe | flash_attn.cute, from the package flash-attn-4 |
+| torch flash, torch math | SDPA on the CPU; windows and documents as a dense boolean mask |
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import Case
+from benchmarks.checks import Attention
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, kernels, ring_attention
+
+BASELINE = {"cuda": "torch cuDNN", "cpu": "torch flash"}  # what the table's ratios are to
+FLEX_BLOCK = 128
+PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
+
+
+class Absent(Exception):  # noqa: N818  # not an error: a contender that does not take part, and why
+    """Why a contender is not timed."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """build(case, q, k) makes the function that is timed, for tensors like q and k, or raises Absent."""
+
+    name: str
+    build: Callable[[Case, Tensor, Tensor], Attention]
+    ours: bool = False
+
+
+def contenders(device: torch.device) -> list[Contender]:
+    """All of them, ours first, fastest first."""
+    ours = [
+        Contender(f"ringflash {name}", functools.partial(_ringflash, name), ours=True) for name in kernels.FASTEST_FIRST
+    ]
+    gpu = [
+        Contender("torch FA2", _fa2),
+        Contender("torch cuDNN", _cudnn),
+        Contender("FlexAttention", _flex),
+        Contender("FA4-CuTe", _fa4),
+    ]
+    if device.type == "cuda":
+        return ours + gpu
+    cpu = [
+        Contender("torch flash", functools.partial(_cpu_sdpa, SDPBackend.FLASH_ATTENTION)),
+        Contender("torch math", functools.partial(_cpu_sdpa, SDPBackend.MATH)),
+    ]
+    return ours + cpu + [Contender(peer.name, _needs_gpu) for peer in gpu]
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the peers that are packages of their own; those of torch's own are torch's."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+# -- ours
+
+
+def _ringflash(name: str, case: Case, q: Tensor, k: Tensor) -> Attention:
+    if name == "blocked" and q.is_cuda:
+        raise Absent("plain torch for CPUs; it would take minutes here")
+    try:
+        kernels.select(q, k, None, name)
+    except (ValueError, ImportError) as error:
+        raise Absent(str(error)) from error
+    if name != "blocked" and not q.is_cuda:
+        raise Absent("runs here only in Triton's interpreter, which tells nothing of its speed")
+    plan = AttentionPlan(case.mask(), Layout.contiguous(case.length, 1), Loopback(1, q.device))
+    return lambda q, k, v: ring_attention(q, k, v, plan, kernel=name)
+
+
+# -- torch
+
+
+def _sdpa(backend: SDPBackend, causal: bool, visible: Tensor | None = None) -> Attention:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, is_causal=causal, enable_gqa=True
+            )
+        return out.transpose(1, 2)
+
+    return attention
+
+
+def _fa2(case: Case, q: Tensor, k: Tensor) -> Attention:
+    if case.kind in ("causal", "full"):
+        return _sdpa(SDPBackend.FLASH_ATTENTION, case.kind == "causal")
+    operator = torch.ops.aten._flash_attention_forward
+    if case.kind == "window":
+        window = {"window_size_left": case.window - 1, "window_size_right": 0}
+        return lambda q, k, v: operator(
+            q, k, v, None, None, case.length, case.length, 0.0, True, False, **window
+        )[0]  # fmt: skip
+    offsets, longest = _offsets(case, q.device)
+    return _without_batch(
+        case, lambda q, k, v: operator(q, k, v, offsets, offsets, longest, longest, 0.0, True, False)[0]
+    )
+
+
+def _cudnn(case: Case, q: Tensor, k: Tensor) -> Attention:
+    if case.kind not in ("causal", "full"):
+        raise Absent(f"SDPA gives its cuDNN backend no {case.kind} mask")
+    return _sdpa(SDPBackend.CUDNN_ATTENTION, case.kind == "causal")
+
+
+def _cpu_sdpa(backend: SDPBackend, case: Case, q: Tensor, k: Tensor) -> Attention:
+    if case.kind in ("causal", "full"):
+        return _sdpa(backend, case.kind == "causal")
+    return _sdpa(backend, False, case.mask().dense()[:, None])
+
+
+def _flex(case: Case, q: Tensor, k: Tensor) -> Attention:
+    from torch import _dynamo
+    from torch._functorch import config as functorch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    functorch.donated_buffer = False  # else a compiled backward can run only once
+    _dynamo.reset()  # every case is compiled for its shape; the limit on recompilations counts them together
+    compiled = torch.compile(flex_attention, dynamic=False)
+    blocks = None if case.kind == "full" else block_mask(case, q.device)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = compiled(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=blocks, enable_gqa=True
+        )  # fmt: skip
+        return out.transpose(1, 2)
+
+    return attention
+
+
+def block_mask(case: Case, device: torch.device):
+    """What create_block_mask makes, read off the case's intervals: at 128k tokens it would need the dense mask."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    some, every = _block_kinds(case.mask())
+    lists = [_listed(x, device) for x in (some & ~every, every)]
+    return BlockMask.from_kv_blocks(
+        *lists[0], *lists[1], BLOCK_SIZE=FLEX_BLOCK, mask_mod=_mask_mod(case, device),
+        seq_lengths=(case.length, case.length),
+    )  # fmt: skip
+
+
+def _block_kinds(mask: IntervalMask) -> tuple[Tensor, Tensor]:
+    """Which blocks hold some visible pair, and which only such: booleans [query blocks, key blocks]."""
+    first = torch.arange(0, mask.queries, FLEX_BLOCK)
+    last = (first + FLEX_BLOCK).clamp(max=mask.queries) - 1
+    lo, hi = mask.lo[0], mask.hi[0]
+    begin = torch.arange(0, mask.keys, FLEX_BLOCK)
+    end = begin + FLEX_BLOCK
+    some = (lo[first, None] < end) & (begin < hi[last, None])
+    complete = (first + FLEX_BLOCK <= mask.queries)[:, None]
+    return some, (lo[last, None] <= begin) & (end <= hi[first, None]) & complete
+
+
+def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block has, and their indices first: int32 [1, 1, n], [1, 1, n, m]."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+    return counts[None, None].to(device), indices[None, None].to(device)
+
+
+def _mask_mod(case: Case, device: torch.device) -> Callable[..., Tensor]:
+    if case.kind == "window":
+        reach = case.window
+        return lambda b, h, q, k: (q >= k) & (q - k < reach)
+    if case.kind == "packed":
+        lengths = torch.tensor(case.documents())
+        document = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+        return lambda b, h, q, k: (q >= k) & (document[q] == document[k])
+    return lambda b, h, q, k: q >= k
+
+
+# -- FlashAttention 4
+
+
+def _fa4(case: Case, q: Tensor, k: Tensor) -> Attention:
+    try:
+        from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
+    except Exception as error:  # a half-installed one raises more than ImportError
+        raise Absent(f"flash_attn.cute cannot be imported: {type(error).__name__}: {error}") from error
+    if case.kind == "packed":
+        offsets, longest = _offsets(case, q.device)
+        options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        return _without_batch(
+            case, lambda q, k, v: _first(flash_attn_varlen_func(q, k, v, causal=True, **options))
+        )  # fmt: skip
+    window = (case.window - 1, 0) if case.kind == "window" else (None, None)
+    causal = case.kind == "causal"
+    return lambda q, k, v: _first(flash_attn_func(q, k, v, causal=causal, window_size=window))
+
+
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _needs_gpu(case: Case, q: Tensor, k: Tensor) -> Attention:
+    raise Absent("needs an NVIDIA GPU")
+
+
+def _offsets(case: Case, device: torch.device) -> tuple[Tensor, int]:
+    """Where each document of each batch row begins and the last ends, int32, and the longest document's length."""
+    lengths = case.documents() * case.batch
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return offsets, max(lengths)
+
+
+def _without_batch(case: Case, attention: Attention) -> Attention:
+    """Attention that takes and gives [B * S, H, D], for [B, S, H, D]."""
+    return lambda q, k, v: attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(
+        0, (case.batch, case.length)
+    )

@@ -1,0 +1,195 @@
+"""What a benchmark says of itself: the card it ran on, its table, its JSON and its plot."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import Timing
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+HEADER = ("case", "pass", "kernel", "ms", "p20..p80", "TFLOP/s", "% peak", "ratio", "ns/Mpair", "error")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one case in one direction ("both" where neither is timed).
+
+    status: "timed", "absent" (it does not take part), "failed" (it raised) or "WRONG"; reason says why where it is not
+    "timed". ratio: to the baseline's speed. ns_per_million_pairs: of one query head. error: the worst relative error
+    against float64, of the small version and of rows at full size.
+    """
+
+    case: str
+    direction: str
+    kernel: str
+    status: str
+    reason: str | None = None
+    timing: Timing | None = None
+    tflops: float | None = None
+    percent_of_peak: float | None = None
+    ratio: float | None = None
+    ns_per_million_pairs: float | None = None
+    error: float | None = None
+
+
+# -- the card
+
+
+def card(device: torch.device, peers: dict[str, str], commit: str | None) -> dict[str, str]:
+    """GPU, driver, versions, date and commit; what is not known says why."""
+    facts = {"device": device_name(device)}
+    if device.type == "cuda":
+        facts["driver"], facts["power limit"] = _nvidia_smi(device)
+        facts["CUDA"] = str(torch.version.cuda)
+        facts["cuDNN"] = str(torch.backends.cudnn.version())
+    facts["torch"] = torch.__version__
+    facts["triton"] = _triton_version()
+    facts |= peers
+    facts["date"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    facts["commit"] = commit or _git_commit()
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "CPU" and how many threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def slug(device: torch.device) -> str:
+    """The device in a file's name: "h100-80gb-hbm3", "cpu"."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().removeprefix("nvidia ")).strip("-")
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        return f"not importable ({error})"
+    return triton.__version__
+
+
+def _nvidia_smi(device: torch.device) -> tuple[str, str]:
+    query = [
+        "nvidia-smi",
+        f"--id={device.index or 0}",
+        "--query-gpu=driver_version,power.limit",
+        "--format=csv,noheader",
+    ]
+    answer = _output(query)
+    driver, _, power = answer.partition(", ")
+    return driver, power or driver
+
+
+def _git_commit() -> str:
+    """The short hash, with "+changes" where the checkout differs from it."""
+    commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
+    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return commit if commit.startswith("unknown") or not changed else f"{commit}+changes"
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__} from {command[0]})"
+
+
+# -- the table
+
+
+def table(rows: Iterable[Row], baseline: str, header: bool = True) -> str:
+    """Aligned columns; a row that was not timed has its reason instead of numbers."""
+    lines = []
+    if header:
+        lines.append(_line([*HEADER[:7], f"x {baseline.split()[-1]}", *HEADER[8:]]))
+        lines.append("-" * len(lines[0]))
+    return "\n".join([*lines, *map(_formatted, rows)])
+
+
+def _formatted(row: Row) -> str:
+    if row.timing is None:
+        return f"{row.case:<28} {row.direction:<9} {row.kernel:<20} {row.status}: {row.reason}"
+    return _line(
+        [
+            row.case, row.direction, row.kernel, f"{row.timing.ms:.3f}", f"{row.timing.p20:.3f}..{row.timing.p80:.3f}",
+            *map(_number, (row.tflops, row.percent_of_peak, row.ratio, row.ns_per_million_pairs)),
+            "-" if row.error is None else f"{row.error:.1e}",
+        ]
+    )  # fmt: skip
+
+
+def _number(x: float | None) -> str:
+    """Four digits: "673.2", "0.9132", "851.4", "1.234e+07"."""
+    return "-" if x is None else f"{x:#.4g}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    widths = (-28, -9, -20, 9, 19, 8, 7, 8, 9, 8)
+    return " ".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+
+
+# -- the files
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Written aside, then renamed: a run that is cut off leaves the last whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(contents, indent=1) + "\n")
+    aside.rename(path)
+
+
+def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The rows as a JSON array's objects."""
+    return [asdict(row) for row in rows]
+
+
+def summary(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float | str]]]:
+    """TFLOP/s, or the status, by case, direction and kernel."""
+    found: dict[str, dict[str, dict[str, float | str]]] = {}
+    for row in rows:
+        value = row.status if row.tflops is None else round(row.tflops, 4 if row.tflops < 1 else 1)
+        found.setdefault(row.case, {}).setdefault(row.direction, {})[row.kernel] = value
+    return found
+
+
+def plot(path: Path, rows: Sequence[Row], title: str) -> str | None:
+    """Bars of TFLOP/s by case and kernel, forward above backward. Returns why not, where it cannot draw."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        return str(error)
+    timed = [row for row in rows if row.tflops is not None]
+    cases = list(dict.fromkeys(row.case for row in timed))
+    names = list(dict.fromkeys(row.kernel for row in timed))
+    figure = Figure(figsize=(max(7.0, 1.7 * len(cases) + 1), 7.5), layout="constrained")
+    for axes, direction in zip(figure.subplots(2, 1, sharex=True), ("forward", "backward"), strict=True):
+        speeds = {(r.case, r.kernel): r.tflops for r in timed if r.direction == direction}
+        width = 0.85 / max(1, len(names))
+        for i, name in enumerate(names):
+            places = [x + (i - (len(names) - 1) / 2) * width for x, case in enumerate(cases) if (case, name) in speeds]
+            heights = [speeds[case, name] for case in cases if (case, name) in speeds]
+            bars = axes.bar(places, heights, width, label=name, color=f"C{i}")
+            axes.bar_label(bars, fmt="%.3g", fontsize=6, rotation=90, padding=2)
+        axes.set(ylabel=f"{direction}, TFLOP/s", xticks=range(len(cases)))
+        axes.margins(y=0.15)
+        axes.grid(axis="y", alpha=0.3)
+    axes.set_xticklabels([case.replace(" ", "\n", 1) for case in cases], fontsize=8)
+    figure.axes[0].legend(fontsize=7, ncols=max(1, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=130)
+    return None
