@@ -31,6 +31,7 @@ from ringflash.kernels.portable_forward import (
     arch,
     cap,
     check_inputs,
+    check_intervals,
     check_rows,
     exact_tuning,
     interval_stride,
@@ -320,6 +321,7 @@ def backward(
     and k, and where scale is not positive. The tunings replace the tables' choice.
     """
     check_inputs(q, k, scale, softcap, v=v, dout=dout)
+    check_intervals(q, k, intervals)
     check_rows(q, lse=lse, delta=delta, dq=dq)
     check_rows(k, dk=dk, dv=dv)
     if 0 in q.shape or 0 in k.shape:

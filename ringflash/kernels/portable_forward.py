@@ -273,6 +273,7 @@ def forward(
     where scale is not positive (a row's maximum is taken before scaling). tuning replaces the table's choice.
     """
     check_inputs(q, k, scale, softcap, v=v)
+    check_intervals(q, k, intervals)
     if carry is not None:
         check_rows(q, **{"carry.out": carry.out, "carry.lse": carry.lse})
     if 0 in q.shape or 0 in k.shape:
@@ -403,3 +404,16 @@ def check_rows(like: Tensor, **tensors: Tensor) -> None:
                 f"kernel=portable takes {name} as {[*shape]}, torch.float32, last dimension contiguous, "
                 f"got {[*x.shape]}, {x.dtype}, strides {x.stride()}"
             )
+
+
+def check_intervals(q: Tensor, k: Tensor, intervals: Intervals) -> None:
+    """Raise ValueError unless every query and key has its bounds, as contiguous rows of int32."""
+    for x, bounds in ((q, ("start", "end")), (k, ("query_start", "query_end"))):
+        for name in bounds:
+            bound = getattr(intervals, name)
+            fits = bound.dim() == 2 and bound.shape[0] in (1, len(x)) and bound.shape[1] == x.shape[1]
+            if not fits or bound.dtype != torch.int32 or not bound.is_contiguous():
+                raise ValueError(
+                    f"kernel=portable takes intervals.{name} as [1 or {len(x)}, {x.shape[1]}], torch.int32, contiguous, "
+                    f"got {[*bound.shape]}, {bound.dtype}, strides {bound.stride()}"
+                )

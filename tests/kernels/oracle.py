@@ -1,7 +1,8 @@
 """Attention in float64 with the whole score matrix, and how far from it a kernel is and may be.
 
 The tolerance rule: fp32 within 1e-5 of float64 in relative norm; 16-bit dtypes at most twice as far as plain torch
-attention computed in that dtype, plus 1e-5 for cases where that happens to be exact. Output, lse and all gradients.
+attention computed in that dtype, plus 1e-4 (a fifth of fp16's rounding) for cases where that happens to be exact. This
+holds for the output and all gradients; lse is fp32 whatever the inputs.
 """
 
 from __future__ import annotations
@@ -91,9 +92,7 @@ def violations(p: Problem, actual: dict[str, Tensor]) -> list[str]:
     found = []
     for name, truth in exact.items():
         error = distance(actual[name], truth)
-        # lse is fp32 whatever the inputs, and its own size: log of a sum.
-        exact_enough = plain is None or name == "lse"
-        bound = 1e-5 if exact_enough else 2 * distance(plain[name], truth) + 1e-5
+        bound = 1e-5 if plain is None or name == "lse" else 2 * distance(plain[name], truth) + 1e-4
         if not error <= bound:
             found.append(f"{name}: error {error:.2e}, bound {bound:.2e}")
     return found
