@@ -13,6 +13,7 @@ from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge
 from ringflash.ring.attention import flash_attention, ring_attention
 from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.recompute import keep_attention
 from ringflash.ring.transport import Loopback, ProcessRing
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Partial",
     "ProcessRing",
     "flash_attention",
+    "keep_attention",
     "merge",
     "ring_attention",
 ]

@@ -31,7 +31,7 @@ from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import Ring
 
 # Architectures whose training is tested against their own sdpa attention.
-ARCHITECTURES = ("gemma2", "llama", "mistral", "qwen3")
+ARCHITECTURES = ("gemma2", "gpt_oss", "llama", "mistral", "qwen3")
 DTYPES = {
     "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     "bf16": torch.bfloat16,
@@ -42,7 +42,7 @@ _IGNORE = -100  # the label that transformers' loss skips
 # What transformers passes to every attention function and what does not change attention.
 _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
-    "position_ids", "return_dict", "shift_labels", "use_cache",
+    "output_router_logits", "position_ids", "return_dict", "shift_labels", "use_cache",
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ class ModelConfig:
     """Folder of a Hugging Face model to start from; null: start from random weights."""
 
     architecture: dict[str, Any] = field(default_factory=dict)
-    """A transformers configuration: model_type (gemma2, llama, mistral, qwen3) and that configuration's own fields."""
+    """A transformers configuration: model_type (one of ARCHITECTURES) and that configuration's own fields."""
 
     dtype: str = "auto"
     """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
@@ -86,11 +86,14 @@ def ring_attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     plan: AttentionPlan | None = None,
     kernel: str = "auto",
     **unknown: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention: query [B, Hq, S, D], key and value [B, Hkv, S, D] to ([B, S, Hq, D], None).
+
+    s_aux is transformers' name for attention sinks, [Hq].
 
     Raises ValueError naming what it does not support, or `plan` where it is missing.
     """
@@ -109,7 +112,7 @@ def ring_attention_forward(
     if sliding_window is not None:
         plan = plan.window(sliding_window - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return ring_attention(q, k, v, plan, scale=scaling, softcap=softcap or None, kernel=kernel), None
+    return ring_attention(q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel), None
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:

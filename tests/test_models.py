@@ -15,6 +15,8 @@ TINY = {
 SPECIFIC = {
     "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
     "qwen3": {},
     "mistral": {"sliding_window": 7},
     "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
@@ -99,7 +101,7 @@ def test_attention_dropout_is_refused_while_training():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type=gpt2 is not one of gemma2, llama"),
+        ({"model_type": "gpt2"}, "model_type=gpt2 is not one of gemma2, gpt_oss, llama"),
         ({"model_type": "llama", "hiden_size": 8}, "model.architecture.hiden_size is not a field"),
         ({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}, "num_attention_heads=4 is not"),
         ({"model_type": "llama", "attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported"),

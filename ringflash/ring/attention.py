@@ -30,8 +30,9 @@ from torch.autograd.function import once_differentiable
 from ringflash import kernels
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
-from ringflash.partial import Partial
+from ringflash.partial import Partial, merge
 from ringflash.ring.plan import AttentionPlan, Route, Run
+from ringflash.ring.recompute import kept_or_computed
 from ringflash.ring.transport import Loopback, Message, Transfer
 
 
@@ -43,23 +44,25 @@ def ring_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sink: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Attention of this rank's queries over the whole sequence, differentiable.
 
     q [B, S, Hq, D]; k, v [B, S, Hkv, D], where S is the layout's shard length and Hq a multiple of Hkv; fp16, bf16 or
     fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch, ranks outermost.
-    scale defaults to D ** -0.5. Returns out [B, S, Hq, D] in q's dtype; queries that see nothing get 0.
+    scale defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the softmax and has
+    no value (gpt-oss), not capped. Returns out [B, S, Hq, D] in q's dtype; queries that see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
     """
-    _check(q, k, v, plan, softcap)
+    _check(q, k, v, plan, softcap, sink)
     call = _Call(
         plan=plan,
         kernel=kernels.select(q, k, softcap, kernel),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
     )
-    return _RingAttention.apply(q, k, v, call)
+    return _RingAttention.apply(q, k, v, sink, call)
 
 
 def flash_attention(
@@ -70,11 +73,12 @@ def flash_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sink: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Attention on one device under any IntervalMask: ring_attention on a ring of one. Same arguments and errors."""
     plan = AttentionPlan(mask, Layout.contiguous(mask.queries, 1), Loopback(1, q.device))
-    return ring_attention(q, k, v, plan, scale=scale, softcap=softcap, kernel=kernel)
+    return ring_attention(q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,27 +93,36 @@ class _Call:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call) -> Tensor:
         ranks = len(call.plan.ring.local)
-        parts = _forward(*(_by_rank(x, ranks) for x in (q, k, v)), call)
-        out, lse = (torch.cat(x) if ranks > 1 else x[0] for x in zip(*((p.out, p.lse) for p in parts), strict=True))
-        ctx.save_for_backward(q, k, v, out, lse)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            parts = _forward(*(_by_rank(x, ranks) for x in (q, k, v)), sink, call)
+            return torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts])
+
+        out, lse = kept_or_computed(compute)
+        ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.call = call
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sink, out, lse = ctx.saved_tensors
         ranks = len(ctx.call.plan.ring.local)
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        dq, dk, dv = _backward(*(_by_rank(x, ranks) for x in (dout, q, k, v, out, lse)), ctx.call)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        dq, dk, dv, delta = _backward(*(_by_rank(x, ranks) for x in (dout, q, k, v, out, lse)), ctx.call)
+        dsink = None
+        if sink is not None:
+            # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries.
+            weight = torch.exp(sink.float()[:, None] - lse)
+            dsink = -(weight * torch.cat(delta)).sum((0, 2)).to(sink.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None
 
 
-def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], call: _Call) -> list[Partial]:
-    """The Partial over all keys for each local rank, out in q's dtype."""
+def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | None, call: _Call) -> list[Partial]:
+    """The Partial over all keys, and the sink, for each local rank; out in q's dtype."""
     plan = call.plan
     state: list[Partial | None] = [None] * len(q)
     last = [plan.computed(i)[-1] for i in range(len(q))]
@@ -119,19 +132,21 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], call: _Call) -> 
         kv.send_for(s + 1)
         for i, hop in enumerate(plan.hops[s]):
             for intervals in hop.intervals:
-                final = s == last[i] and intervals is hop.intervals[-1]
+                final = s == last[i] and intervals is hop.intervals[-1] and sink is None
                 state[i] = call.kernel.forward(
                     q[i], *kv.at(s, i), intervals, scale=call.scale, softcap=call.softcap, carry=state[i],
                     out_dtype=q[i].dtype if final else torch.float32,
                 )  # fmt: skip
+    if sink is not None:
+        return [_with_sink(p, sink, q[0].dtype) for p in state]  # type: ignore[arg-type]
     return state  # type: ignore[return-value]  # hop 0 is always computed
 
 
 def _backward(
     dout: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], out: list[Tensor], lse: list[Tensor],
     call: _Call,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch; and delta."""
     plan = call.plan
     kv = _KeysOnTheirWay(plan, k, v)
     kv.send_for(1)  # nothing to compute before it arrives but what follows here
@@ -156,7 +171,14 @@ def _backward(
             if s > 0:
                 dkv.send_after(s)
     dk, dv = (torch.cat([torch.cat([dkv.at(i)[j] for i in range(len(q))]) for dkv, *_ in parts], 2) for j in (0, 1))
-    return torch.cat(dq), dk, dv
+    return torch.cat(dq), dk, dv, delta
+
+
+def _with_sink(state: Partial, sink: Tensor, dtype: torch.dtype) -> Partial:
+    """The Partial merged with that of one more key, of score `sink` and value 0."""
+    value = Partial(torch.zeros_like(state.out), sink.float()[None, :, None].expand_as(state.lse))
+    merged = merge(state, value)
+    return Partial(merged.out.to(dtype), merged.lse)
 
 
 class _KeysOnTheirWay:
@@ -294,7 +316,7 @@ def _halves(query_heads: int, heads: int, plan: AttentionPlan) -> list[tuple[sli
     return [(slice(part.start * group, part.stop * group), part) for part in parts]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softcap: float | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softcap: float | None, sink: Tensor | None) -> None:
     """Refuse what does not fit, with the values."""
     shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
@@ -317,3 +339,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softcap: float 
         )
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be above 0, or None for no cap, got {softcap}")
+    if sink is not None and sink.shape != q.shape[2:3]:
+        raise ValueError(f"sink must hold a logit for each of {q.shape[2]} heads, got {[*sink.shape]}")

@@ -21,8 +21,14 @@ PEAKS = {
 
 
 def matmul_parameters(model: PreTrainedModel) -> int:
-    """Weights that every token is multiplied with: all matrices, less an embedding that is only looked up."""
-    total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    """Weights that every token is multiplied with: all matrices, less an embedding that is only looked up.
+
+    Of stacked experts, [experts, in, out], each token meets num_experts_per_tok.
+    """
+    experts = getattr(model.config, "num_local_experts", 1)
+    met = getattr(model.config, "num_experts_per_tok", 1)
+    total = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    total += sum(p.numel() * met // experts for p in model.parameters() if p.dim() == 3)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return total if tied else total - model.get_input_embeddings().weight.numel()
 

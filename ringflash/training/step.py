@@ -23,6 +23,7 @@ from ringflash.data.packing import IGNORE
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.recompute import keep_attention
 from ringflash.training.loss import LossHead
 from ringflash.training.world import World
 
@@ -87,7 +88,7 @@ class MemoryConfig:
     """DeepSpeed ZeRO stage: shard over ranks nothing (0), optimizer (1), gradients too (2), weights too (3)."""
 
     recompute: bool = False
-    """Keep each layer's input only, and compute the layer again in the backward."""
+    """Keep each layer's input and attention's result only, and compute the rest again in the backward."""
 
     loss_tile: int = 2048
     """Tokens whose logits exist at once."""
@@ -109,7 +110,7 @@ class TrainedModel(nn.Module):
         softcap = getattr(model.config, "final_logit_softcapping", None)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
         if memory.recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
 
     def forward(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
         """Summed loss of this rank's shard: tokens, labels, position_ids int64 [B, S]."""

@@ -203,6 +203,28 @@ def test_hops_that_see_nothing_launch_no_kernel(monkeypatch):
     assert len(launches) == 8 + 7
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_sink_is_one_more_key_without_a_value_and_has_a_gradient(size):
+    mask, layout = IntervalMask.causal(50) & IntervalMask.documents([20, 30]), Layout.zigzag(50, size)
+    inputs, sink = whole_inputs(2, 50), torch.randn(4)
+    plan = AttentionPlan(mask, layout, Loopback(size))
+    shards = [torch.cat([layout.shard(x, rank) for rank in range(size)]) for x in inputs]
+    arguments = [*(x.requires_grad_() for x in shards[:3]), sink.clone().requires_grad_()]
+    out = ring_attention(*arguments[:3], plan, sink=arguments[3])
+    results = [out.detach(), *torch.autograd.grad(out, arguments, shards[3])]
+
+    q, k, v, logit = (x.double().requires_grad_() for x in (*inputs[:3], sink))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * q.shape[-1] ** -0.5
+    scores = torch.cat(
+        [scores.masked_fill(~mask.dense()[:, None], -torch.inf), logit[:, None, None].expand(2, -1, 50, 1)], -1
+    )
+    weights = torch.softmax(scores, -1)[..., :-1]
+    exact = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2))
+    expected = [exact.detach(), *torch.autograd.grad(exact, (q, k, v, logit), inputs[3].double())]
+    assert_exact(results[:4], expected[:4], layout)
+    torch.testing.assert_close(results[4].double(), expected[4], rtol=1e-5, atol=1e-5)
+
+
 def test_flash_attention_is_a_ring_of_one():
     mask = IntervalMask.causal(40) & IntervalMask.documents([7, 33])
     inputs = whole_inputs(1, 40)
@@ -225,6 +247,7 @@ def tensors(q=(1, 8, 4, 16), k=(1, 8, 2, 16), dtype=torch.float32):
         (tensors(q=(1, 9, 4, 16), k=(1, 9, 2, 16)), {}, "shards hold 8 tokens"),
         (tensors(dtype=torch.float64), {}, "got torch.float64"),
         (tensors(), {"softcap": 0.0}, "softcap must be above 0"),
+        (tensors(), {"sink": torch.zeros(2)}, r"sink must hold a logit for each of 4 heads, got \[2\]"),
         (tensors(), {"kernel": "fastest"}, "kernel=fastest is not one of auto, "),
     ],
 )

@@ -26,6 +26,17 @@ def test_weights_that_are_looked_up_only_do_not_count():
         assert matmul_parameters(AutoModelForCausalLM.from_config(config)) == 4 * layer + 50 * 16
 
 
+def test_of_the_experts_those_that_a_token_meets_count():
+    sizes = SIZES | {"num_local_experts": 8, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    counts = [
+        matmul_parameters(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **sizes, num_experts_per_tok=n))
+        )
+        for n in (1, 2)
+    ]
+    assert counts[1] - counts[0] == 3 * 16 * 32  # gate, up and down of one expert
+
+
 def test_a_step_is_six_operations_a_weight_and_token_and_twelve_a_pair_head_and_dimension():
     config = AutoConfig.for_model("llama", **SIZES)
     assert step_flops(config, weights=1000, tokens=7, pairs=11) == 6 * 1000 * 7 + 12 * 11 * 2 * 8

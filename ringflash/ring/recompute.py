@@ -1,0 +1,62 @@
+"""Activation checkpointing that keeps attention's results, so that recomputing a layer does not run the ring again.
+
+    checkpoint(layer, x, use_reentrant=False, context_fn=keep_attention)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
+
+A checkpointed layer forgets its activations and is run again in the backward. Everything in it is local and cheap to
+repeat but attention, whose ring would travel a third time. `ring_attention` therefore leaves its (out, lse) with the
+checkpoint, [B, S, Hq, D] in the model's dtype and fp32 [B, Hq, S] a layer, and takes it from there when run again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+_active = threading.local()
+
+
+def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The context_fn of torch.utils.checkpoint: contexts for the forward and for its recomputation."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    return _Keep(kept), _Replay(kept)
+
+
+def kept_or_computed(compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """compute(), or what it gave when the checkpointed layer first ran."""
+    role = getattr(_active, "role", None)
+    return compute() if role is None else role.result(compute)
+
+
+class _Role:
+    """What calls of attention do while the context is entered."""
+
+    def __init__(self, kept: list[tuple[Tensor, Tensor]]) -> None:
+        self.kept = kept
+
+    def __enter__(self) -> None:
+        self.before = getattr(_active, "role", None)
+        self.calls = 0
+        _active.role = self
+
+    def __exit__(self, *error: object) -> None:
+        _active.role = self.before
+
+
+class _Keep(_Role):
+    """The layer's first run: compute, and keep."""
+
+    def result(self, compute: Callable) -> tuple[Tensor, Tensor]:
+        self.kept.append(compute())
+        return self.kept[-1]
+
+
+class _Replay(_Role):
+    """The layer run again: the same calls in the same order get what was kept."""
+
+    def result(self, compute: Callable) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return self.kept[self.calls - 1]
