@@ -282,10 +282,14 @@ def forward(
 
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
+    if carry is None:
+        lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
+        carried = (lse, 0, 0, 0)  # some pointer, not read
+    else:
+        lse = carry.lse
+        carried = (carry.out, carry.out.stride(0), carry.out.stride(1), carry.out.stride(2))
     in_place = carry is not None and out_dtype == torch.float32
-    out = carry.out if in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
-    lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device) if carry is None else carry.lse
-    carried = (lse, 0, 0, 0) if carry is None else (carry.out, *carry.out.stride()[:3])  # lse: some pointer, not read
+    out = carried[0] if in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
     t = tuning or tuning_for(D, q.dtype, arch(q))
     with torch.cuda.device_of(q):
         forward_kernel[(B * Hq * triton.cdiv(Sq, t.block_q),)](
@@ -330,7 +334,7 @@ def tile_argument(name: str, x: Tensor, block: int, tma: bool) -> tuple[Tensor |
     Raises ValueError where the copy engine cannot address x.
     """
     if not tma:
-        return x, *x.stride()[:3]
+        return x, x.stride(0), x.stride(1), x.stride(2)
     if reason := tma_refusal(name, x):
         raise ValueError(f"kernel=portable {reason}")
     B, S, H, D = x.shape
@@ -414,6 +418,6 @@ def check_intervals(q: Tensor, k: Tensor, intervals: Intervals) -> None:
             fits = bound.dim() == 2 and bound.shape[0] in (1, len(x)) and bound.shape[1] == x.shape[1]
             if not fits or bound.dtype != torch.int32 or not bound.is_contiguous():
                 raise ValueError(
-                    f"kernel=portable takes intervals.{name} as [1 or {len(x)}, {x.shape[1]}], torch.int32, contiguous, "
-                    f"got {[*bound.shape]}, {bound.dtype}, strides {bound.stride()}"
+                    f"kernel=portable takes intervals.{name} as [1 or {len(x)}, {x.shape[1]}], torch.int32, "
+                    f"contiguous, got {[*bound.shape]}, {bound.dtype}, strides {bound.stride()}"
                 )

@@ -106,7 +106,7 @@ def report(case: Case, tuning: Tuning | None = None) -> dict:
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,9 +37,9 @@ STACK_LIMIT = {
 def compiled() -> dict[str, dict]:
     """The report of every case of `tests.kernels.offline`, by name."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.offline"], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "tests.kernels.offline"]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     return {report["case"]["name"]: report for report in reports}

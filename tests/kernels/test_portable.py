@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,6 +21,8 @@ import torch
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
 from tests.kernels.oracle import Problem, by_kernel, delta_of, distance, problem, violations
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 TOKENS = 75
 
@@ -50,9 +54,9 @@ def kernels(tma: bool = True):
     )
 
 
-def poisoned(*shape, **options) -> torch.Tensor:
+def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
     """torch.empty, but what is not written over is seen."""
-    return torch.full(*shape if len(shape) == 1 else (shape,), float("nan"), **options)
+    return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
 
 
 def checked(p: Problem, tma: bool = True) -> list[str]:
@@ -82,16 +86,13 @@ def chain_against_one_call(out_dtype: torch.dtype, rounding: float) -> dict[str,
     forward, _ = kernels()
     p = problem(MASKS["packed"](TOKENS), heads=(4, 2), head_dim=32)
     whole = forward(p.q, p.k, p.v, p.mask.intervals(), scale=p.scale)
-    runs = torch.arange(TOKENS).split([30, 5, TOKENS - 35])
-    state = None
-    for i, keys in enumerate(runs):
-        last = i == len(runs) - 1
-        part = p.mask.restrict(torch.arange(TOKENS), keys).intervals()
-        before = state
-        state = forward(
-            p.q, p.k[:, keys], p.v[:, keys], part, scale=p.scale, carry=state,
-            out_dtype=out_dtype if last else torch.float32,
-        )  # fmt: skip
+
+    def hop(begin: int, end: int, carry: Partial | None, dtype: torch.dtype = torch.float32) -> Partial:
+        part = p.mask.restrict(torch.arange(TOKENS), torch.arange(begin, end)).intervals()
+        return forward(p.q, p.k[:, begin:end], p.v[:, begin:end], part, scale=p.scale, carry=carry, out_dtype=dtype)
+
+    before = hop(30, 35, hop(0, 30, None))
+    state = hop(35, TOKENS, before, out_dtype)
     return {
         "close": distance(state.out, whole.out) < rounding and distance(state.lse, whole.lse) < 1e-6,
         "out in place": state.out is before.out,
@@ -278,7 +279,6 @@ def test_what_cannot_be_done_is_refused_with_its_values(interpreter, change, tol
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this process interprets kernels too")
 def test_cpu_tensors_need_the_interpreter():
-    pytest.importorskip("triton")
     from ringflash.kernels.portable_forward import supports
 
     q = torch.zeros(1, 8, 2, 32)
