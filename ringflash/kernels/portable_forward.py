@@ -1,15 +1,16 @@
 """Attention forward in plain Triton, sm_80 and up: every query row i attends to the keys start[i]:end[i].
 
-One program holds BLOCK_Q query rows of one head and walks the keys BLOCK_K at a time. With s = q k^T in base 2, that is
-scaled by c = scale log2(e), each tile updates the softmax state of a row (m the maximum, z the sum, acc the output):
+One program holds BLOCK_Q query rows of one head and walks the keys BLOCK_K at a time. With s = q k^T, exponentials in
+base 2 and c = scale log2(e), each tile updates the softmax state of a row (m its maximum, z its sum, acc its output):
 
-    m' = max(m, c max_j s_j)    p_j = 2^(c s_j - m')    a = 2^(m - m')    z' = a z + sum_j p_j    acc' = a acc + p v
+    m' = max(m, c max_j s_j)      p_j = 2^(c s_j - m')           alpha = 2^(m - m')
+    z' = alpha z + sum_j p_j      acc' = alpha acc + p v
 
 and at the end out = acc / z, lse = ln(2) (m + log2 z). A carried Partial is such a state too, m = log2(e) lse, z = 1,
 acc = out, and joins last. A softcap replaces s by tanh(s scale / softcap) and c by softcap log2(e).
 
 The intervals never decrease, so the rows' bounds at a tile's first and last row say which keys all rows see, which
-none, and which only some (a full run with a masked edge on either side):
+none, and which only some (a full run with a masked edge on either side). The order is 1. full, 2. last, 3. edge:
 
     keys      lo ......... all_from ................ all_to ......... hi
     tiles     | edge | edge |  full  |  full  |  full  | last | edge |
@@ -66,9 +67,9 @@ def tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
     if dtype == torch.float32:
         return exact_tuning(tma)
     if arch in LARGE_SHARED:
-        if head_dim <= 64:  # two programs fit an SM and cover each other's exponentials: 370 TFLOP/s unmasked, H100
+        if head_dim <= 64:  # two programs fit an SM and cover each other's exponentials: 370 TFLOP/s, full, H100
             return Tuning(128, 64, warps=4, stages=3, tma=tma)
-        if head_dim <= 128:  # 511 TFLOP/s unmasked, H100, against 479 with 64 keys and 3 stages; 224 of 227 KB
+        if head_dim <= 128:  # 511 TFLOP/s, full, H100; 479 with 64 keys and 3 stages. 224 of 227 KB
             return Tuning(128, 128, warps=8, stages=2, tma=tma)
         return Tuning(128, 32, warps=8, stages=2, tma=tma)  # 160 KB; 64 keys would take 256 KB
     # The largest tiles that do not spill with two tiles of scores in registers, and fit the 99 KB of sm_86 and sm_120.
@@ -80,7 +81,7 @@ def tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
 
 
 def exact_tuning(tma: bool) -> Tuning:
-    """fp32 products run on the FMA units, whole rows of both tiles in registers: anything larger spills."""
+    """fp32 products run on the FMA units, whole rows of both tiles in registers: larger ones spill. For checks."""
     return Tuning(16, 16, warps=8, stages=1, tma=tma)
 
 
@@ -104,7 +105,9 @@ def tile_run(start_ptr, end_ptr, first, last, BLOCK: tl.constexpr):
 def load_tile(tensor, batch, head, row, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
     """Rows row..row + BLOCK of one head, zero past the sequence and the head size: [BLOCK, BLOCK_D].
 
-    tensor: (descriptor or pointer, stride of batch, of sequence, of heads, length of the sequence).
+    tensor: (descriptor or pointer, stride of batch, of sequence, of heads, length of the sequence). A descriptor has
+    all four dimensions, so that any strides will do; the compiler drops the leading two, and products read the tile
+    where the copy engine put it.
     """
     x, stride_b, stride_s, stride_h, length = tensor
     if TMA:
