@@ -1,0 +1,44 @@
+"""Names of Gluon that differ between triton 3.6 and 3.9, under one spelling each.
+
+    copy_in(descriptor, coordinates, barrier, tile)    memory to shared memory, signals the barrier by bytes
+    copy_out(descriptor, coordinates, tile)            shared memory to memory
+    add_out(descriptor, coordinates, tile)             the same, adding to what memory holds, atomically
+    reinterpret(tile, dtype, shape, layout)            the same shared memory as another type
+
+All but the last run on the copy engine (TMA), asynchronously. `aggregate` makes a struct of a class, for device code.
+"""
+
+import triton
+from triton._C.libtriton import ir
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.language.core import _aggregate as aggregate
+
+__all__ = ["TESTED", "add_out", "aggregate", "copy_in", "copy_out", "reinterpret", "triton_version"]
+
+TESTED = ("3.6", "3.7", "3.9")  # the versions that tests/kernels/test_hopper_compiles.py passes with
+
+
+def triton_version() -> str:
+    """Major and minor, as in TESTED."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+@builtin
+def _async_tma_add(tensor_desc, coord, src, _semantic=None):
+    """triton 3.9's tma.async_atomic_add, for the versions whose compiler has the operation but not the name."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@builtin
+def reinterpret(tile, dtype, shape, layout, _semantic=None):
+    """The shared memory of `tile` as another dtype, shape and layout."""
+    shape = [_unwrap_if_constexpr(size) for size in _unwrap_if_constexpr(shape)]
+    return _semantic.memdesc_reinterpret(tile, _unwrap_if_constexpr(dtype), shape, _unwrap_if_constexpr(layout))
+
+
+# 3.9 keeps the old names as functions that raise, so the new ones are looked for first.
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+add_out = getattr(tma, "async_atomic_add", _async_tma_add)
