@@ -1,6 +1,6 @@
 """Draw docs/ring.png: a packed causal mask, the shards that four ranks hold of it, and what each computes on each hop.
 
-    python docs/draw_ring.py
+python docs/draw_ring.py
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def main() -> None:
     axes = left.subplots()
     seen = mask.dense()[0].numpy()
     _show(axes, np.where(seen, owner[:, None] + 1, 0))
-    axes.set(title="three documents, causal: who sees whom", xlabel="key", ylabel="query, coloured by its rank (zigzag)")
+    axes.set(title="three documents, causal: who sees whom", xlabel="key", ylabel="query, in its rank's colour")
 
     grid = right.subplots(RANKS, RANKS, sharex=True, sharey=True)
     for s, hops in enumerate(plan.hops):
@@ -46,11 +46,11 @@ def main() -> None:
 
 
 def _block(hop, length: int) -> np.ndarray:
-    if hop.intervals is None:
-        return np.zeros((length, length), dtype=int)
-    keys = np.arange(length)
-    start, end = (x[0].numpy()[:, None] for x in (hop.intervals.start, hop.intervals.end))
-    return ((start <= keys) & (keys < end)).astype(int)
+    seen, keys = np.zeros((length, length), dtype=int), np.arange(length)
+    for intervals in hop.intervals:
+        start, end = (x[0].numpy()[:, None] for x in (intervals.start, intervals.end))
+        seen |= (start <= keys) & (keys < end)
+    return seen
 
 
 def _show(axes, ranks: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from ringflash.ring.attention import flash_attention, ring_attention
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.recompute import keep_attention
 from ringflash.ring.transport import Loopback, ProcessRing
+from ringflash.ring.ulysses import Ulysses
 
 __all__ = [
     "AttentionPlan",
@@ -23,6 +24,7 @@ __all__ = [
     "Loopback",
     "Partial",
     "ProcessRing",
+    "Ulysses",
     "flash_attention",
     "keep_attention",
     "merge",

@@ -28,6 +28,7 @@ A length that does not divide is padded at the sequence's end, with positions at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,27 +59,40 @@ class Layout:
             raise ValueError(f"{owned.numel()} chunks of {self.chunk} tokens do not hold {self.length} tokens")
 
     @classmethod
-    def contiguous(cls, length: int, ranks: int) -> Layout:
-        """Rank r holds the r-th of `ranks` runs."""
-        return cls(length, _ceil(length, ranks), torch.arange(ranks)[:, None])
+    def contiguous(cls, length: int, ranks: int, parts: int = 1) -> Layout:
+        """Rank r holds the r-th of `ranks` runs. parts, in all layouts: a rank's tokens shall divide into as many."""
+        return cls(length, _ceil(length, ranks * parts) * parts, torch.arange(ranks)[:, None])
 
     @classmethod
-    def zigzag(cls, length: int, ranks: int) -> Layout:
+    def zigzag(cls, length: int, ranks: int, parts: int = 1) -> Layout:
         """Rank r holds the r-th of 2 * ranks runs and the r-th from the end: balanced under a causal mask."""
         first = torch.arange(ranks)
-        return cls(length, _ceil(length, 2 * ranks), torch.stack([first, 2 * ranks - 1 - first], dim=1))
+        chunk = _ceil(length, 2 * ranks * parts) * parts
+        return cls(length, chunk, torch.stack([first, 2 * ranks - 1 - first], dim=1))
 
     @classmethod
-    def striped(cls, length: int, ranks: int) -> Layout:
+    def striped(cls, length: int, ranks: int, parts: int = 1) -> Layout:
         """Rank r holds tokens r, r + ranks, r + 2 ranks, ...: balanced under a causal mask and narrow windows."""
-        return cls(length, 1, torch.arange(_ceil(length, ranks) * ranks).view(-1, ranks).T.contiguous())
+        held = _ceil(length, ranks * parts) * parts
+        return cls(length, 1, torch.arange(held * ranks).view(-1, ranks).T.contiguous())
 
     @classmethod
-    def named(cls, name: str, length: int, ranks: int) -> Layout:
+    def named(cls, name: str, length: int, ranks: int, parts: int = 1) -> Layout:
         """The layout called "contiguous", "zigzag" or "striped". Raises ValueError for another name."""
         if name not in LAYOUTS:
             raise ValueError(f"layout={name} is not one of {', '.join(LAYOUTS)}")
-        return LAYOUTS[name](length, ranks)
+        return LAYOUTS[name](length, ranks, parts)
+
+    def split(self, parts: int) -> Layout:
+        """The layout of ranks * parts ranks in which each rank's tokens, in order, are divided among `parts`.
+
+        Raises ValueError where they do not divide.
+        """
+        if self.shard_length % parts:
+            raise ValueError(f"{self.shard_length} tokens of a rank do not divide into {parts} parts")
+        chunk = math.gcd(self.chunk, self.shard_length // parts)
+        finer = self.chunks[:, :, None] * (self.chunk // chunk) + torch.arange(self.chunk // chunk)
+        return Layout(self.length, chunk, finer.reshape(self.ranks * parts, -1))
 
     @property
     def ranks(self) -> int:
@@ -121,7 +135,7 @@ class Layout:
         return "\n".join(rows)
 
 
-LAYOUTS: dict[str, Callable[[int, int], Layout]] = {
+LAYOUTS: dict[str, Callable[[int, int, int], Layout]] = {
     "contiguous": Layout.contiguous,
     "zigzag": Layout.zigzag,
     "striped": Layout.striped,

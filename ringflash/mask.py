@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -107,10 +108,11 @@ class IntervalMask:
         lengths: the documents' token counts, in order; a list of such lists where batch rows differ. length: the
         sequence's, by default the longest row's sum; tokens past a row's last document see nothing.
         """
-        rows = [lengths] if not lengths or isinstance(lengths[0], int) else lengths
-        if any(count < 0 for row in rows for count in row):  # type: ignore[union-attr]
+        alike = not lengths or isinstance(lengths[0], int)
+        rows = cast(Sequence[Sequence[int]], [lengths] if alike else lengths)
+        if any(count < 0 for row in rows for count in row):
             raise ValueError(f"document lengths must not be negative, got {lengths}")
-        longest = max(sum(row) for row in rows)  # type: ignore[arg-type]
+        longest = max(sum(row) for row in rows)
         length = longest if length is None else length
         if longest > length:
             raise ValueError(f"documents hold {longest} tokens, more than the sequence's {length}")

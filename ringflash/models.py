@@ -29,6 +29,7 @@ from ringflash.mask import IntervalMask
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import Ring
+from ringflash.ring.ulysses import Ulysses
 
 # Architectures whose training is tested against their own sdpa attention.
 ARCHITECTURES = ("gemma2", "gpt_oss", "llama", "mistral", "qwen3")
@@ -133,6 +134,7 @@ def ring_inputs(
     labels: Tensor | None = None,
     *,
     ring: Ring,
+    ulysses: Ulysses | None = None,
     documents: list[list[int]] | list[int] | None = None,
     layout: str = "zigzag",
 ) -> dict[str, Any]:
@@ -144,16 +146,15 @@ def ring_inputs(
     """
     length = input_ids.shape[1]
     document = IntervalMask.full(length) if documents is None else IntervalMask.documents(documents, length)
-    plan = AttentionPlan(IntervalMask.causal(length) & document, Layout.named(layout, length, ring.size), ring)
-
-    def shard(x: Tensor, padding: int = 0) -> Tensor:
-        return torch.cat([plan.layout.shard(x, rank, padding=padding) for rank in ring.local]).to(ring.device)
-
-    inputs = {"input_ids": shard(input_ids), "position_ids": plan.position_ids(len(input_ids)), "plan": plan}
+    parts = 1 if ulysses is None else ulysses.size
+    plan = AttentionPlan(
+        IntervalMask.causal(length) & document, Layout.named(layout, length, ring.size, parts), ring, ulysses
+    )
+    inputs = {"input_ids": plan.shard(input_ids), "position_ids": plan.position_ids(len(input_ids)), "plan": plan}
     if labels is not None:
         last = document.hi <= torch.arange(1, length + 1)
         shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
-        inputs["labels"] = inputs["shift_labels"] = shard(shifted, _IGNORE)
+        inputs["labels"] = inputs["shift_labels"] = plan.shard(shifted, _IGNORE)
         inputs["num_items_in_batch"] = int((shifted != _IGNORE).sum())
     return inputs | {"use_cache": False}
 

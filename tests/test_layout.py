@@ -35,6 +35,16 @@ def test_unshard_inverts_shard(layout, dim):
     assert sum(int((shard == -100).sum()) for shard in shards) == padding
 
 
+@given(st.sampled_from(sorted(LAYOUTS)), st.integers(1, 100), st.integers(1, 8), st.integers(1, 4))
+def test_split_divides_each_ranks_tokens_in_order(name, length, ranks, parts):
+    layout = Layout.named(name, length, ranks, parts)
+    split = layout.split(parts)
+    for rank in range(ranks):
+        held = [split.positions(rank * parts + part) for part in range(parts)]
+        assert torch.equal(torch.cat(held), layout.positions(rank))
+        assert len({len(positions) for positions in held}) == 1
+
+
 def test_zigzag_and_striped_balance_causal_work():
     position = torch.arange(64)
     for name, spread in (("zigzag", 0.0), ("striped", 0.24)):
@@ -51,6 +61,7 @@ def test_zigzag_and_striped_balance_causal_work():
         (lambda: Layout(8, 2, torch.tensor([[1, 0], [2, 3]])), "ascending"),
         (lambda: Layout(9, 2, torch.tensor([[0, 1], [2, 3]])), "do not hold 9 tokens"),
         (lambda: Layout.zigzag(8, 2).shard(torch.zeros(1, 7), 0), "8 tokens"),
+        (lambda: Layout.zigzag(12, 2).split(4), "6 tokens of a rank do not divide into 4 parts"),
         (lambda: Layout.zigzag(8, 2).unshard([torch.zeros(1, 4)]), "got 1"),
     ],
 )

@@ -5,7 +5,7 @@ text, JSONL, parquet  --documents.py-->  tokens.npy, offsets.npy  --corpus.py-->
 a rank's Shard  <--Batch.shard(layout, rank)--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
 """
 
-from ringflash.data.batches import Batch, Shard, batch, stream
+from ringflash.data.batches import Batch, batch, stream
 from ringflash.data.corpus import TokenCorpus, load_corpus
 from ringflash.data.documents import DataConfig, load_tokenizer, python_stdlib, tokenised
 from ringflash.data.packing import IGNORE, Packed, pack, sequences_per_epoch
@@ -15,7 +15,6 @@ __all__ = [
     "Batch",
     "DataConfig",
     "Packed",
-    "Shard",
     "TokenCorpus",
     "batch",
     "load_corpus",

@@ -1,4 +1,4 @@
-"""Batches: which sequences make a step, their mask, and each rank's shard of them.
+"""Batches: which sequences make a step, and their mask.
 
 Row r of global step s is sequence s * batch_size + r of the stream that `pack` defines. Neither the number of ranks
 nor the way they share the rows enters, so a run resumes at any degree of parallelism with the data it would have seen.
@@ -7,7 +7,7 @@ nor the way they share the rows enters, so a run resumes at any degree of parall
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -16,23 +16,10 @@ import torch
 from torch import Tensor
 
 from ringflash.data.corpus import TokenCorpus
-from ringflash.data.packing import IGNORE, pack
-from ringflash.layout import Layout
+from ringflash.data.packing import pack
 from ringflash.mask import IntervalMask
 
 AHEAD = 2  # batches made before they are asked for
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """One rank's part of a batch, in the layout's order: tokens and labels int64 [B, n], positions int64 [1, n].
-
-    positions are the global ones, for rotary embeddings. Padding past the sequence's end has token 0 and label IGNORE.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,14 +33,6 @@ class Batch:
     def mask(self) -> IntervalMask:
         """Causal attention inside each document, none across: [B, S] queries and keys."""
         return IntervalMask.causal(self.tokens.shape[1]) & IntervalMask.documents(self.documents)
-
-    def shard(self, layout: Layout, rank: int) -> Shard:
-        """What `rank` holds of the batch. Raises ValueError if the layout is of another length than S."""
-        return Shard(
-            tokens=layout.shard(self.tokens, rank),
-            labels=layout.shard(self.labels, rank, padding=IGNORE),
-            positions=layout.positions(rank)[None],
-        )
 
     def split(self, rows: int) -> list[Batch]:
         """The batch in parts of `rows` rows, in order: the micro-batches of gradient accumulation."""
@@ -87,7 +66,7 @@ def stream(
     length: int,
     rows: range | None = None,
     start_step: int = 0,
-) -> Iterator[tuple[Batch, dict[str, int]]]:
+) -> Generator[tuple[Batch, dict[str, int]]]:
     """Endless (batch, state) from `start_step` on, made ahead in a thread.
 
     state = {"seed", "step"} is JSON and says where to go on *after* its batch:

@@ -31,9 +31,10 @@ from ringflash import kernels
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge
-from ringflash.ring.plan import AttentionPlan, Route, Run
+from ringflash.ring.plan import AttentionPlan, Run
 from ringflash.ring.recompute import kept_or_computed
 from ringflash.ring.transport import Loopback, Message, Transfer
+from ringflash.ring.ulysses import heads_refusal
 
 
 def ring_attention(
@@ -90,35 +91,55 @@ class _Call:
     scale: float
     softcap: float | None
 
+    def own_sink(self, sink: Tensor | None) -> Tensor | None:
+        """The part of a [Hq] tensor that this rank's heads have, as a view."""
+        return sink if sink is None or self.plan.ulysses is None else self.plan.ulysses.own(sink)
+
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call) -> Tensor:
-        ranks = len(call.plan.ring.local)
+        kv_heads = k.shape[2]
+        ranks, ulysses = len(call.plan.ring.local), call.plan.ulysses
+        if ulysses is not None:
+            q, k, v = ulysses.queries(q), ulysses.keys(k), ulysses.keys(v)
 
         def compute() -> tuple[Tensor, Tensor]:
-            parts = _forward(*(_by_rank(x, ranks) for x in (q, k, v)), sink, call)
-            return torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts])
+            q_, k_, v_ = (_by_rank(x, ranks) for x in (q, k, v))
+            parts = _forward(q_, k_, v_, call.own_sink(sink), call)
+            out, lse = _together([p.out for p in parts]), _together([p.lse for p in parts])
+            return out if ulysses is None else ulysses.tokens(out), lse
 
         out, lse = kept_or_computed(compute)
         ctx.save_for_backward(q, k, v, sink, out, lse)
-        ctx.call = call
+        ctx.call, ctx.kv_heads = call, kv_heads
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
         q, k, v, sink, out, lse = ctx.saved_tensors
-        ranks = len(ctx.call.plan.ring.local)
+        ranks, ulysses = len(ctx.call.plan.ring.local), ctx.call.plan.ulysses
+        # out is where the model's tokens are; everything else is where attention was computed.
+        delta = (dout.float() * out.float()).sum(-1)
+        if ulysses is not None:
+            dout, delta = ulysses.queries(dout), ulysses.queries(delta)
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        dq, dk, dv, delta = _backward(*(_by_rank(x, ranks) for x in (dout, q, k, v, out, lse)), ctx.call)
+        delta = delta.transpose(1, 2).contiguous()
+        dout_, q_, k_, v_, lse_, delta_ = (_by_rank(x, ranks) for x in (dout, q, k, v, lse, delta))
+        dq, dk, dv = _backward(dout_, q_, k_, v_, lse_, delta_, ctx.call)
         dsink = None
         if sink is not None:
             # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries.
-            weight = torch.exp(sink.float()[:, None] - lse)
-            dsink = -(weight * torch.cat(delta)).sum((0, 2)).to(sink.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None
+            weight = torch.exp(ctx.call.own_sink(sink).float()[:, None] - lse)
+            dsink = torch.zeros_like(sink)
+            ctx.call.own_sink(dsink).copy_(-(weight * delta).sum((0, 2)))
+        dq = dq.to(q.dtype)
+        if ulysses is not None:
+            dq = ulysses.tokens(dq)
+            dk, dv = (ulysses.key_gradients(x, ctx.kv_heads) for x in (dk, dv))
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsink, None
 
 
 def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | None, call: _Call) -> list[Partial]:
@@ -143,15 +164,14 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | N
 
 
 def _backward(
-    dout: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], out: list[Tensor], lse: list[Tensor],
+    dout: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], lse: list[Tensor], delta: list[Tensor],
     call: _Call,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch; and delta."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch."""
     plan = call.plan
     kv = _KeysOnTheirWay(plan, k, v)
-    kv.send_for(1)  # nothing to compute before it arrives but what follows here
+    kv.send_for(1)
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
-    delta = [(d.float() * o.float()).sum(-1).transpose(1, 2).contiguous() for d, o in zip(dout, out, strict=True)]
     parts = [(_GradientsOnTheirWay(plan, k, heads), *heads) for heads in _halves(q[0].shape[2], k[0].shape[2], plan)]
     for s in [*range(1, plan.ring.size), 0]:
         kv.arrive()
@@ -170,8 +190,8 @@ def _backward(
                     )  # fmt: skip
             if s > 0:
                 dkv.send_after(s)
-    dk, dv = (torch.cat([torch.cat([dkv.at(i)[j] for i in range(len(q))]) for dkv, *_ in parts], 2) for j in (0, 1))
-    return torch.cat(dq), dk, dv, delta
+    dk, dv = (_together([_together([dkv.at(i)[j] for i in range(len(q))]) for dkv, *_ in parts], dim=2) for j in (0, 1))
+    return _together(dq), dk, dv
 
 
 def _with_sink(state: Partial, sink: Tensor, dtype: torch.dtype) -> Partial:
@@ -202,12 +222,11 @@ class _KeysOnTheirWay:
             return
         outgoing, incoming = [], []
         for i, rank in enumerate(ring.local):
-            begin, end = routes[(rank - s + 1) % ring.size].keys[s]
-            if begin < end:
-                outgoing.append(Message(rank, (rank + 1) % ring.size, self.here[i][begin:end]))
-            begin, end = routes[(rank - s) % ring.size].keys[s]
-            if begin < end:
-                incoming.append(Message((rank - 1) % ring.size, rank, self.next[i][begin:end]))
+            leaving, coming = (routes[(rank - s + passed) % ring.size].keys[s] for passed in (1, 0))
+            if leaving.tokens:
+                outgoing.append(Message(rank, (rank + 1) % ring.size, self.here[i][slice(*leaving)]))
+            if coming.tokens:
+                incoming.append(Message((rank - 1) % ring.size, rank, self.next[i][slice(*coming)]))
         self.transfer = ring.exchange(outgoing, incoming)
 
     def arrive(self) -> None:
@@ -242,8 +261,10 @@ class _GradientsOnTheirWay:
 
         self.here = [buffer(length) for _ in k]
         self.next = [buffer(length) for _ in k] if travels else self.here
-        early = [route if 0 < route.reach < self.ring.size - 1 else None for route in map(self._route, self.ring.local)]
-        self.home = [buffer(self._returned(route).tokens) if route else None for route in early]
+        self.home: dict[int, Tensor] = {}
+        for i, rank in enumerate(self.ring.local):
+            if 0 < plan.routes[rank].reach < self.ring.size - 1:
+                self.home[i] = buffer(plan.routes[rank].returned.tokens)
         self.transfer: Transfer | None = None
 
     def arrive(self, s: int) -> None:
@@ -252,31 +273,27 @@ class _GradientsOnTheirWay:
             self.transfer.wait()
             self.here, self.next, self.transfer = self.next, self.here, None
         for i, rank in enumerate(self.ring.local):
-            route = self._route(rank - s)
+            route = self.plan.routes[(rank - s) % self.ring.size]
             if s > 0:
                 _clear_around(self.here[i], route.gradients[s], route.gradients[s - 1])
                 continue
-            run = self._returned(route)
-            if self.home[i] is not None:
-                self.here[i][run.begin : run.end] = self.home[i]
-            _clear_around(self.here[i], Run(0, len(self.here[i])), run)
+            if i in self.home:
+                self.here[i][slice(*route.returned)] = self.home[i]
+            _clear_around(self.here[i], Run(0, len(self.here[i])), route.returned)
 
     def send_after(self, s: int) -> None:
         """Send on what hop s added to: to the next rank, or home from the last hop that anyone computes."""
-        size = self.ring.size
+        size, routes = self.ring.size, self.plan.routes
         outgoing, incoming = [], []
         for i, rank in enumerate(self.ring.local):
-            source = (rank - s) % size
-            route, run = self._route(source), self._route(source).gradients[s]
-            if run.tokens and s <= route.reach:
-                to = (rank + 1) % size if s < route.reach else source
-                outgoing.append(Message(rank, to, self.here[i][run.begin : run.end]))
-            route, run = self._route(rank - s - 1), self._route(rank - s - 1).gradients[s]
-            if run.tokens and s < route.reach:
-                incoming.append(Message((rank - 1) % size, rank, self.next[i][run.begin : run.end]))
-            route, run = self._route(rank), self._route(rank).gradients[s]
-            if s == route.reach:
-                home = self.next[i][run.begin : run.end] if self.home[i] is None else self.home[i]
+            here, coming, own = routes[(rank - s) % size], routes[(rank - s - 1) % size], routes[rank]
+            if s <= here.reach and here.gradients[s].tokens:
+                to = (rank + 1) % size if s < here.reach else (rank - s) % size
+                outgoing.append(Message(rank, to, self.here[i][slice(*here.gradients[s])]))
+            if s < coming.reach and coming.gradients[s].tokens:
+                incoming.append(Message((rank - 1) % size, rank, self.next[i][slice(*coming.gradients[s])]))
+            if s == own.reach:
+                home = self.home[i] if i in self.home else self.next[i][slice(*own.returned)]
                 incoming.append(Message((rank + s) % size, rank, home))
         self.transfer = self.ring.exchange(outgoing, incoming)
 
@@ -284,13 +301,6 @@ class _GradientsOnTheirWay:
         """dk and dv [B, S, heads, D] of local rank i, to add to."""
         dk, dv = self.here[i].transpose(0, 2).unbind(1)
         return dk, dv
-
-    def _route(self, rank: int) -> Route:
-        return self.plan.routes[rank % self.ring.size]
-
-    def _returned(self, route: Route) -> Run:
-        """What comes home of a rank's gradients."""
-        return route.gradients[route.reach]
 
 
 def _clear_around(x: Tensor, run: Run, inner: Run) -> None:
@@ -307,6 +317,11 @@ def _clear_around(x: Tensor, run: Run, inner: Run) -> None:
 def _by_rank(x: Tensor, ranks: int) -> list[Tensor]:
     """The local ranks' parts of a batch, as views."""
     return list(x.chunk(ranks)) if ranks > 1 else [x]
+
+
+def _together(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """The parts as one tensor; a single one as it is."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _halves(query_heads: int, heads: int, plan: AttentionPlan) -> list[tuple[slice, slice]]:
@@ -331,8 +346,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softcap: float 
         raise TypeError(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
     if not q.device == k.device == v.device or q.device.type != plan.ring.device.type:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, the plan on {plan.ring.device}")
-    if q.shape[1] != plan.layout.shard_length:
-        raise ValueError(f"the plan's shards hold {plan.layout.shard_length} tokens, got {shapes}")
+    if q.shape[1] != plan.tokens.shard_length:
+        raise ValueError(f"the plan's shards hold {plan.tokens.shard_length} tokens, got {shapes}")
+    if plan.ulysses is not None and (reason := heads_refusal(plan.ulysses.size, q.shape[2], k.shape[2])):
+        raise ValueError(reason)
     if len(q) % len(plan.ring.local) or plan.batch not in (1, len(q) // len(plan.ring.local)):
         raise ValueError(
             f"a mask of {plan.batch} batch rows and {len(plan.ring.local)} local ranks do not fit {shapes}"

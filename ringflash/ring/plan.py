@@ -43,6 +43,7 @@ from ringflash.mask import IntervalMask, Intervals
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
+    from ringflash.ring.ulysses import Ulysses
 
 # Chunks of a rank that are told apart when working out who sees what of whom; a finer layout counts as one run.
 _CHUNKS = 64
@@ -92,19 +93,28 @@ class Route:
     keys: tuple[Run, ...]
     gradients: tuple[Run, ...]
 
+    @property
+    def returned(self) -> Run:
+        """The run of gradients that comes home."""
+        return self.gradients[self.reach]
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """One step's attention: mask, layout and ring, and the hops and routes that follow from them.
 
-    mask may be a tuple of masks that share no pair: attention is then over the union of what they show. hops[s][i] is
-    hop s of local rank ring.local[i]; routes[c] is that of rank c's keys. Raises ValueError where masks, layout and
-    ring do not fit.
+    mask may be a tuple of masks that share no pair: attention is then over the union of what they show. With ulysses,
+    each ring shard of the layout is divided among its ranks. hops[s][i] is hop s of local rank ring.local[i]; routes[c]
+    is that of rank c's keys; tokens, which rank holds which tokens outside attention, and holders, which of its ranks
+    are local. Raises ValueError where masks, layout and ring do not fit.
     """
 
     mask: IntervalMask | tuple[IntervalMask, ...]
     layout: Layout
     ring: Ring
+    ulysses: Ulysses | None = None
+    tokens: Layout = field(init=False)
+    holders: tuple[int, ...] = field(init=False)
     masks: tuple[IntervalMask, ...] = field(init=False)
     hops: tuple[tuple[Hop, ...], ...] = field(init=False)
     routes: tuple[Route, ...] = field(init=False)
@@ -114,6 +124,9 @@ class AttentionPlan:
         masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
         object.__setattr__(self, "masks", masks)
         self._check()
+        parts, part = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
+        object.__setattr__(self, "tokens", self.layout.split(parts))
+        object.__setattr__(self, "holders", tuple(rank * parts + part for rank in self.ring.local))
         hops = [tuple(self._hop(s, rank) for rank in self.ring.local) for s in range(self.ring.size)]
         object.__setattr__(self, "hops", tuple(hops))
         object.__setattr__(self, "routes", _routes(masks, self.layout))
@@ -147,17 +160,23 @@ class AttentionPlan:
         """The same plan with each query limited to itself and `left` keys before it; made once, then kept."""
         if left not in self._windows:
             narrow = IntervalMask.window(self.layout.length, left)
-            self._windows[left] = AttentionPlan(tuple(mask & narrow for mask in self.masks), self.layout, self.ring)
+            masks = tuple(mask & narrow for mask in self.masks)
+            self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
         return self._windows[left]
 
     def computed(self, i: int) -> list[int]:
         """The hops that local rank ring.local[i] computes, in order; the first is 0."""
         return [s for s, hops in enumerate(self.hops) if hops[i].intervals]
 
+    def shard(self, x: Tensor, padding: float = 0) -> Tensor:
+        """The tokens held here of x [B, length, ...]: [local ranks * B, n, ...], on the ring's device."""
+        shards = [self.tokens.shard(x, rank, padding=padding) for rank in self.holders]
+        return torch.cat(shards).to(self.ring.device, non_blocking=True)
+
     def position_ids(self, batch: int = 1) -> Tensor:
-        """Global position of each token held here, int64 [local ranks * batch, shard length], on the ring's device."""
-        positions = torch.stack([self.layout.positions(rank) for rank in self.ring.local])
-        return positions.repeat_interleave(batch, dim=0).to(self.ring.device)
+        """Global position of each token held here, int64 [local ranks * batch, n], on the ring's device."""
+        positions = torch.stack([self.tokens.positions(rank) for rank in self.holders])
+        return positions.repeat_interleave(batch, dim=0).to(self.ring.device, non_blocking=True)
 
     def __str__(self) -> str:
         rows = ["rank " + "".join(f"{f'hop {s}':>10}" for s in range(len(self.hops)))]

@@ -80,7 +80,7 @@ class ProcessRing:
         self.group = group if group is not None else dist.group.WORLD
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
-        self.local = (self.rank,)
+        self.local: tuple[int, ...] = (self.rank,)
         self.device = torch.device(device)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> Transfer:

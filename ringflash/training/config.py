@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import hydra
 import omegaconf
@@ -102,10 +102,11 @@ class Config:
     def check(self, ranks: int) -> None:
         """Raise ConfigError for what cannot work on this many ranks."""
         ring = self.parallel.ring_size(ranks)
-        self.optim.accumulation(ranks // ring)
-        if ring > 1 and self.data.sequence_length < 2 * ring:
+        sharing = ring * self.parallel.ulysses
+        self.optim.accumulation(ranks // sharing)
+        if sharing > 1 and self.data.sequence_length < 2 * sharing:
             raise ConfigError(
-                f"data.sequence_length={self.data.sequence_length} is smaller than 2 x {ring} ranks of the ring"
+                f"data.sequence_length={self.data.sequence_length} is smaller than 2 x {sharing} ranks that share it"
             )
 
 
@@ -124,20 +125,21 @@ def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Conf
         if missing:
             raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=... to the command line")
         settings = OmegaConf.to_container(raw, resolve=True)
-        return _built(Config, settings), OmegaConf.to_yaml(OmegaConf.create(settings))
+        return _built(Config, cast(dict[str, Any], settings)), OmegaConf.to_yaml(OmegaConf.create(settings))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error)) from error
 
 
 @functools.cache
-def _schema(part: type) -> type:
+def _schema(part: Any) -> type:
     """A dataclass's fields without its checks and not frozen: what Hydra fills in and OmegaConf types."""
     kinds = get_type_hints(part)
     opened: list[tuple[str, Any, Any]] = []
     for f in fields(part):
         kind = kinds[f.name]
         if is_dataclass(kind):
-            opened.append((f.name, _schema(kind), field(default_factory=_schema(kind))))
+            child = _schema(kind)  # type: ignore[arg-type]  # a class is hashable
+            opened.append((f.name, child, field(default_factory=child)))
         elif f.default_factory is not dataclasses.MISSING:
             opened.append((f.name, kind, field(default_factory=f.default_factory)))
         else:
@@ -180,7 +182,7 @@ def _unknown(key: str) -> str:
     return f"{key} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def _keys(part: type, prefix: str = "") -> Iterator[str]:
+def _keys(part: Any, prefix: str = "") -> Iterator[str]:
     """Every key below a dataclass, dotted."""
     for name, kind in get_type_hints(part).items():
         yield prefix + name

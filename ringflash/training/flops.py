@@ -8,7 +8,10 @@ could have done.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringflash.mask import IntervalMask
@@ -29,21 +32,21 @@ def matmul_parameters(model: PreTrainedModel) -> int:
     met = getattr(model.config, "num_experts_per_tok", 1)
     total = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     total += sum(p.numel() * met // experts for p in model.parameters() if p.dim() == 3)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return total if tied else total - model.get_input_embeddings().weight.numel()
+    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
+    tied = cast(nn.Linear, model.get_output_embeddings()).weight is embedding
+    return total if tied else total - embedding.numel()
 
 
 def visible_pairs(config: PreTrainedConfig, mask: IntervalMask) -> int:
     """(query, key) pairs that the mask shows, summed over layers, each with its own sliding window."""
     window = getattr(config, "sliding_window", None)
-    kinds = (
-        getattr(config, "layer_types", None)
-        or ["sliding_attention" if window and config.model_type == "mistral" else "full_attention"]
-        * config.num_hidden_layers
-    )
-    sliding = kinds.count("sliding_attention")
-    pairs = mask.area() * (len(kinds) - sliding)
+    if config.model_type == "mistral":  # one window for all layers, or none
+        sliding = config.num_hidden_layers if window else 0
+    else:
+        sliding = (getattr(config, "layer_types", None) or []).count("sliding_attention")
+    pairs = mask.area() * (config.num_hidden_layers - sliding)
     if sliding:
+        assert window is not None
         pairs += (mask & IntervalMask.window(mask.queries, window - 1)).area() * sliding
     return pairs
 

@@ -16,6 +16,7 @@ from ringflash.data.corpus import TokenCorpus
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import build_model
+from ringflash.ring.ulysses import heads_refusal
 from ringflash.training import checkpoint, flops, metrics
 from ringflash.training.config import Config
 from ringflash.training.export import export
@@ -37,7 +38,10 @@ def fit(config: Config, resolved: str) -> None:
     training, held_out = _corpora(config, world)
     model = build_model(config.model)
     _check_vocabulary(config, training, model.config.vocab_size)
-    layout = Layout.named(config.parallel.layout, config.data.sequence_length, world.ring.size)
+    _check_heads(config, model.config)
+    layout = Layout.named(
+        config.parallel.layout, config.data.sequence_length, world.ring.size, parts=config.parallel.ulysses
+    )
     speed = _Speed(model, config, world)
     engine = build_engine(model, config.optim, config.memory, world, config.model.kernel)
     start = checkpoint.resume(engine, folder / "checkpoints", world)
@@ -118,7 +122,8 @@ class _Speed:
         return (
             f"{self.model_config.model_type}, {self.parameters / 1e6:,.1f}M parameters, on {world.size} x {where}\n"
             f"{config.optim.steps} steps of {config.optim.batch} x {config.data.sequence_length:,} tokens, "
-            f"{world.replicas} replicas x {world.ring.size} ranks of a {config.parallel.layout} ring, "
+            f"{world.replicas} replicas x {world.ring.size} ranks of a {config.parallel.layout} ring "
+            f"x {config.parallel.ulysses} of Ulysses, "
             f"ZeRO {config.memory.zero}"
         )
 
@@ -132,7 +137,7 @@ class _Speed:
         if self.peak is not None:
             pairs = flops.visible_pairs(self.model_config, batch.mask())
             done = flops.step_flops(self.model_config, self.weights, batch.tokens.numel(), pairs)
-            record["mfu"] = done / seconds / (self.peak * self.world.ring.size)
+            record["mfu"] = done / seconds / (self.peak * self.world.size / self.world.replicas)
         return record
 
 
@@ -163,6 +168,12 @@ def _check_vocabulary(config: Config, corpus: TokenCorpus, vocab_size: int) -> N
             f"data.tokenizer={config.data.tokenizer} has {corpus.tokenizer_size} tokens, more than the model's "
             f"model.architecture.vocab_size={vocab_size}"
         )
+
+
+def _check_heads(config: Config, model) -> None:
+    reason = heads_refusal(config.parallel.ulysses, model.num_attention_heads, model.num_key_value_heads)
+    if reason is not None:
+        raise ConfigError(f"parallel.ulysses={config.parallel.ulysses}: {reason}")
 
 
 def _run_folder(config: Config, resolved: str, world: World) -> Path:

@@ -35,7 +35,8 @@ class LossHead(nn.Linear):
             raise ValueError("a language model's head with a bias is not supported")
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         self.weight = head.weight
-        self.tile, self.softcap = tile, softcap
+        self.tile: int = tile
+        self.softcap: float | None = softcap
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [..., V], or with labels, int64 of hidden's leading shape, their summed loss."""
@@ -49,8 +50,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, softcap: float | None) -> Tensor:
         differentiate = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if differentiate else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if differentiate else None
+        dhidden = torch.empty_like(hidden if differentiate else hidden[:0])
+        dweight = torch.zeros_like(weight if differentiate else weight[:0], dtype=torch.float32)
         for rows, target in zip(torch.arange(len(hidden)).split(tile), labels.split(tile), strict=True):
             here = slice(int(rows[0]), int(rows[-1]) + 1)
             logits, slope = _capped((hidden[here] @ weight.T).float(), softcap)

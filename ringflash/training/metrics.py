@@ -7,7 +7,7 @@ import resource
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from tqdm import tqdm
@@ -117,6 +117,7 @@ def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
     if not run_id.exists():
         run_id.write_text(secrets.token_hex(4))
     return wandb.init(
-        project=config.project, name=folder.name, id=run_id.read_text(), resume="allow", mode=config.mode,
+        project=config.project, name=folder.name, id=run_id.read_text(), resume="allow",
+        mode=cast(Literal["offline", "online", "disabled"], config.mode),
         dir=str(folder), config=settings, settings=wandb.Settings(silent=True, console="off"),
     )  # fmt: skip

@@ -188,14 +188,13 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world:
 
 def _shard(batch: Batch, world: World, layout: Layout) -> dict:
     """What this rank's model takes of a batch."""
-    shard = batch.shard(layout, world.ring.rank)
-    on_device = {
-        "tokens": shard.tokens,
-        "labels": shard.labels,
-        "position_ids": shard.positions.expand(len(shard.tokens), -1),
+    plan = AttentionPlan(batch.mask(), layout, world.ring, world.ulysses)
+    return {
+        "tokens": plan.shard(batch.tokens),
+        "labels": plan.shard(batch.labels, padding=IGNORE),
+        "position_ids": plan.position_ids(len(batch.tokens)),
+        "plan": plan,
     }
-    plan = AttentionPlan(batch.mask(), layout, world.ring)
-    return {name: x.to(world.device, non_blocking=True) for name, x in on_device.items()} | {"plan": plan}
 
 
 def _decayed(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,9 +1,12 @@
 """The processes of a run: who is there, on which device, and which of them form a ring.
 
-All ranks together are DeepSpeed's data-parallel world. Consecutive ranks form rings; each ring trains on one replica's
-sequences, sharded among its ranks:
+All ranks together are DeepSpeed's data-parallel world. Consecutive ranks form replicas of the model that each train on
+their own sequences. Inside a replica, neighbours (one node's GPUs) exchange heads, and a ring runs across them:
 
-    8 ranks, parallel.ring=4        ring 0: ranks 0 1 2 3        ring 1: ranks 4 5 6 7
+    8 ranks, parallel.ring=2 parallel.ulysses=2
+
+    replica 0    ulysses: 0 1 | 2 3     rings: 0 2 | 1 3
+    replica 1    ulysses: 4 5 | 6 7     rings: 4 6 | 5 7
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from ringflash.errors import ConfigError
 from ringflash.layout import LAYOUTS
 from ringflash.ring.transport import ProcessRing
+from ringflash.ring.ulysses import Ulysses
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class ParallelConfig:
     """How a sequence is spread over ranks."""
 
     ring: int | None = None
-    """Ranks that share a sequence; null: all of them. The rest is data parallelism over replicas."""
+    """Ranks in a ring; null: all that there are, over ulysses. A sequence is shared by ring x ulysses ranks, and the
+    rest is data parallelism over replicas."""
+
+    ulysses: int = 1
+    """Neighbouring ranks that exchange tokens for heads inside attention."""
 
     layout: str = "zigzag"
     """Which rank holds which tokens: contiguous, zigzag or striped."""
@@ -38,25 +46,32 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.ring is not None and self.ring < 1:
             raise ConfigError(f"parallel.ring={self.ring} must be 1 or more, or null for all ranks")
+        if self.ulysses < 1:
+            raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more")
         if self.layout not in LAYOUTS:
             raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join(LAYOUTS)}")
 
     def ring_size(self, ranks: int) -> int:
         """Ranks in a ring, out of `ranks`. Raises ConfigError where they do not divide."""
-        ring = self.ring or ranks
-        if ranks % ring:
-            raise ConfigError(f"parallel.ring={ring} does not divide the {ranks} ranks of this run")
+        if ranks % self.ulysses:
+            raise ConfigError(f"parallel.ulysses={self.ulysses} does not divide the {ranks} ranks of this run")
+        ring = self.ring or ranks // self.ulysses
+        if ranks % (ring * self.ulysses):
+            raise ConfigError(
+                f"parallel.ring={ring} x parallel.ulysses={self.ulysses} does not divide the {ranks} ranks of this run"
+            )
         return ring
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """This process's place: rank of size, its ring, and which of the replicas that ring trains."""
+    """This process's place: rank of size, its ring, with whom it exchanges heads, and which replica they train."""
 
     rank: int
     size: int
     device: torch.device
     ring: ProcessRing
+    ulysses: Ulysses | None
     replica: int
     replicas: int
 
@@ -94,12 +109,25 @@ def join(config: ParallelConfig) -> World:
     timeout = timedelta(minutes=config.timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    # A communicator of their own: ring transfers must not queue behind ZeRO's collectives.
-    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in range(0, ranks, size)]
-    # NCCL sets a communicator up when all its ranks first use it; later exchanges may concern only some of them.
-    dist.barrier(groups[rank // size])
-    ring = ProcessRing(groups[rank // size], device)
-    return World(rank, ranks, device, ring, replica=rank // size, replicas=ranks // size)
+    grid = torch.arange(ranks).view(-1, size, config.ulysses)  # replicas, ring, ulysses
+    ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
+    row = _group_of(rank, grid.reshape(-1, config.ulysses), timeout) if config.ulysses > 1 else None
+    return World(
+        rank, ranks, device, ProcessRing(ring, device), None if row is None else Ulysses(row),
+        replica=rank // (size * config.ulysses), replicas=len(grid),
+    )  # fmt: skip
+
+
+def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of `rank` among rows of members, each with a communicator of its own.
+
+    Ring transfers must not queue behind ZeRO's collectives. NCCL sets a communicator up when all its ranks first use
+    it; a ring's exchanges may concern only some of them, so it is used once here.
+    """
+    groups = {tuple(row): dist.new_group(row, timeout=timeout) for row in members.tolist()}
+    mine = next(group for row, group in groups.items() if rank in row)
+    dist.barrier(mine)
+    return mine
 
 
 def _device() -> torch.device:

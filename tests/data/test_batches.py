@@ -9,10 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash import Layout
-from ringflash.data import IGNORE, batch, batches, stream
+from ringflash.data import batch, batches, stream
 from ringflash.errors import ConfigError
-from ringflash.layout import LAYOUTS
 from tests.data.cases import corpus, lengths
 
 TEXTS = corpus([5, 1, 17, 3, 40, 8, 2, 9])
@@ -55,20 +53,6 @@ def test_the_mask_shows_each_token_its_own_documents_past(counts, rows, length):
     i = torch.arange(length)
     expected = (owner[:, :, None] == owner[:, None, :]) & (i[:, None] >= i)
     assert torch.equal(made.mask().dense(), expected)
-
-
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
-@pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_shards_put_together_are_the_batch_and_padding_has_no_label(name, ranks):
-    made, layout = batch(TEXTS, step=2, **SETTINGS | {"length": 13}), Layout.named(name, 13, ranks)
-    shards = [made.shard(layout, rank) for rank in range(ranks)]
-    assert torch.equal(layout.unshard([shard.tokens for shard in shards]), made.tokens)
-    assert torch.equal(layout.unshard([shard.labels for shard in shards]), made.labels)
-    for rank, shard in enumerate(shards):
-        assert shard.positions.tolist() == [layout.positions(rank).tolist()]
-        assert shard.positions.max() < layout.padded_length
-        assert (shard.labels[:, shard.positions[0] >= 13] == IGNORE).all()
-        assert {shard.tokens.dtype, shard.labels.dtype, shard.positions.dtype} == {torch.int64}
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5])

@@ -73,6 +73,7 @@ def test_every_setting_is_described_where_it_is_read():
         (["memory.loss_tile=0"], "memory.loss_tile=0"),
         (["parallel.layout=diagonal"], "parallel.layout=diagonal is not one of contiguous"),
         (["parallel.ring=0"], "parallel.ring=0"),
+        (["parallel.ulysses=0"], "parallel.ulysses=0"),
         (["logger.mode=loud"], "logger.mode=loud is not one of offline, online, disabled"),
         (["checkpoint.keep=0"], "checkpoint.keep=0"),
         (["evaluation.sequences=0"], "evaluation.sequences=0"),
@@ -92,7 +93,8 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(overrides, message
 @pytest.mark.parametrize(
     ("overrides", "ranks", "message"),
     [
-        (["parallel.ring=3"], 4, "parallel.ring=3 does not divide the 4 ranks"),
+        (["parallel.ring=3"], 4, "parallel.ring=3 x parallel.ulysses=1 does not divide the 4 ranks"),
+        (["parallel.ulysses=3"], 4, "parallel.ulysses=3 does not divide the 4 ranks"),
         (["data.sequence_length=15"], 8, "data.sequence_length=15 is smaller than 2 x 8 ranks"),
         (["optim.batch=3", "optim.micro_batch=2"], 1, "optim.batch=3 is not a multiple of 1 replicas x optim.micro"),
         (["optim.batch=1", "parallel.ring=2"], 4, "optim.batch=1 is not a multiple of 2 replicas"),

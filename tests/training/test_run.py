@@ -125,7 +125,7 @@ BAD_INPUT = {
         "data.tokenizer=bytes has 384 tokens, more than the model's model.architecture.vocab_size=100",
     ),
     "short-sequence": (
-        ["data.sequence_length=3"], "data.sequence_length=3 is smaller than 2 x 2 ranks of the ring",
+        ["data.sequence_length=3"], "data.sequence_length=3 is smaller than 2 x 2 ranks that share it",
     ),
     "heads": (
         ["model.architecture.num_key_value_heads=3"],

@@ -38,19 +38,19 @@ def sequences(case):
     return Batch(tokens, labels, DOCUMENTS)
 
 
-def joined(ring):
+def joined(ring, ulysses=1):
     """The pool's group is there already; the rest of a World as `join` makes it."""
     made = dist.init_process_group
     dist.init_process_group = lambda *args, **options: None
     try:
-        return join(ParallelConfig(ring=ring))
+        return join(ParallelConfig(ring=ring, ulysses=ulysses))
     finally:
         dist.init_process_group = made
 
 
-def gradients_on_ranks(model_type, zero, accumulation, ring, case, recompute):
+def gradients_on_ranks(model_type, zero, accumulation, ring, ulysses, case, recompute):
     """Loss and every gradient, as DeepSpeed has it when the optimizer steps."""
-    world: World = joined(ring)
+    world: World = joined(ring, ulysses)
     micro_batch = SEQUENCES // accumulation // world.replicas
     optim = OptimConfig(steps=2, batch=SEQUENCES, micro_batch=micro_batch, warmup=0, clip=0.0)
     engine = build_engine(build(model_type), optim, MemoryConfig(zero=zero, recompute=recompute, loss_tile=16), world)
@@ -65,7 +65,7 @@ def gradients_on_ranks(model_type, zero, accumulation, ring, case, recompute):
     engine.step = recording_step
     share = SEQUENCES // world.replicas
     mine = sequences(case).split(share)[world.replica]
-    layout = Layout.zigzag(LENGTH, world.ring.size)
+    layout = Layout.zigzag(LENGTH, world.ring.size, parts=ulysses)
     loss = train_step(engine, mine, world, layout)
     held_out = evaluate(engine, [sequences(case)], world, layout)
     return loss.item(), gradients, held_out
@@ -87,25 +87,30 @@ def gradients_of_one(model_type, case):
 
 
 CASES = [
-    # model, ranks, ring, zero, accumulation, labels, recompute
-    *(("qwen3", ranks, None, zero, 1, "full", False) for ranks in (1, 2, 4) for zero in (0, 1, 2, 3)),
-    *(("qwen3", ranks, None, zero, 3, "uneven", False) for ranks in (1, 2, 4) for zero in (0, 1, 2, 3)),
-    *(("llama", 4, None, zero, 1, "shard-without-labels", False) for zero in (0, 1, 2, 3)),
-    *(("mistral", 4, 2, zero, 3, "uneven", False) for zero in (0, 1, 2, 3)),
-    *(("gemma2", 2, None, zero, 1, "uneven", True) for zero in (0, 1, 2, 3)),
+    # model, ranks, ring, ulysses, zero, accumulation, labels, recompute
+    *(("qwen3", ranks, None, 1, zero, 1, "full", False) for ranks in (1, 2, 4) for zero in (0, 1, 2, 3)),
+    *(("qwen3", ranks, None, 1, zero, 3, "uneven", False) for ranks in (1, 2, 4) for zero in (0, 1, 2, 3)),
+    *(("llama", 4, None, 1, zero, 1, "shard-without-labels", False) for zero in (0, 1, 2, 3)),
+    *(("mistral", 4, 2, 1, zero, 3, "uneven", False) for zero in (0, 1, 2, 3)),
+    *(("gemma2", 2, None, 1, zero, 1, "uneven", True) for zero in (0, 1, 2, 3)),
+    *(("gpt_oss", 4, 2, 2, zero, 1, "uneven", True) for zero in (0, 3)),
+    ("qwen3", 4, 1, 4, 1, 1, "full", False),
+    ("qwen3", 4, 1, 2, 2, 3, "uneven", False),
 ]
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("model_type", "size", "ring", "zero", "accumulation", "case", "recompute"),
+    ("model_type", "size", "ring", "ulysses", "zero", "accumulation", "case", "recompute"),
     CASES,
     ids=lambda x: str(x),
 )
-def test_loss_and_every_gradient_equal_one_rank(ranks, model_type, size, ring, zero, accumulation, case, recompute):
+def test_loss_and_every_gradient_equal_one_rank(
+    ranks, model_type, size, ring, ulysses, zero, accumulation, case, recompute
+):
     loss, gradients = gradients_of_one(model_type, case)
     for rank, (on_ranks, theirs, held_out) in enumerate(
-        ranks.run(gradients_on_ranks, size, model_type, zero, accumulation, ring, case, recompute)
+        ranks.run(gradients_on_ranks, size, model_type, zero, accumulation, ring, ulysses, case, recompute)
     ):
         assert on_ranks == pytest.approx(loss, rel=2e-6), f"rank {rank}"
         assert held_out != pytest.approx(loss, rel=1e-6), "the step changed nothing"

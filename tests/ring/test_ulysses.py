@@ -1,0 +1,61 @@
+"""Any grid of Ulysses x ring gives the attention of one rank, with KV heads divided or replicated."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, Ulysses, ring_attention
+from ringflash.ring.ulysses import heads_refusal
+from tests.ring.test_attention import assert_exact, oracle, whole_inputs
+
+LENGTH = 75
+DOCUMENTS = [[1, 30, 44], [75]]
+
+
+def on_grid(ulysses, heads, kv_heads, with_sink):
+    """This rank's shards of out, dq, dk, dv, and its share of the sink's gradient."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    grid = torch.arange(ranks).view(-1, ulysses)
+    groups = {tuple(row): dist.new_group(row) for side in (grid, grid.T) for row in side.tolist()}
+    row, column = tuple(grid[rank // ulysses].tolist()), tuple(grid[:, rank % ulysses].tolist())
+    mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
+    layout = Layout.zigzag(LENGTH, ranks // ulysses, parts=ulysses)
+    plan = AttentionPlan(mask, layout, ProcessRing(groups[column]), Ulysses(groups[row]))
+    shards = [plan.shard(x) for x in whole_inputs(2, LENGTH, heads, kv_heads)]
+    sink = torch.linspace(-1, 1, heads).requires_grad_() if with_sink else None
+    arguments = [*(x.requires_grad_() for x in shards[:3]), *([sink] if with_sink else [])]
+    out = ring_attention(*shards[:3], plan, sink=sink)
+    return [out.detach(), *torch.autograd.grad(out, arguments, shards[3])]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (8, 4)], ids=lambda h: f"{h[0]}-query-{h[1]}-kv-heads")
+@pytest.mark.parametrize(("ranks_of_run", "ulysses"), [(1, 1), (2, 2), (2, 1), (4, 2), (4, 4)])
+def test_any_grid_is_exact(ranks, ranks_of_run, ulysses, heads):
+    results = ranks.run(on_grid, ranks_of_run, ulysses, *heads, False)
+    inputs = whole_inputs(2, LENGTH, *heads)
+    mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
+    layout = Layout.zigzag(LENGTH, ranks_of_run // ulysses, parts=ulysses).split(ulysses)
+    assert_exact([torch.cat(x) for x in zip(*results, strict=True)], oracle(inputs, mask.dense()), layout)
+
+
+@pytest.mark.ranks
+def test_sinks_gradients_add_up_over_any_grid(ranks):
+    alone = ranks.run(on_grid, 1, 1, 4, 2, True)[0][4]
+    for ulysses in (1, 2, 4):
+        shares = [result[4] for result in ranks.run(on_grid, 4, ulysses, 4, 2, True)]
+        torch.testing.assert_close(sum(shares), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "kv_heads", "reason"),
+    [
+        (3, 4, 4, "4 query heads do not divide among ulysses=3 ranks"),
+        (6, 12, 4, "4 KV heads neither divide among ulysses=6 ranks nor are a divisor of them"),
+        (8, 32, 8, None),
+        (8, 32, 2, None),
+        (2, 32, 8, None),
+    ],
+)
+def test_heads_that_ranks_cannot_share_are_refused_with_the_numbers(size, heads, kv_heads, reason):
+    assert heads_refusal(size, heads, kv_heads) == reason
