@@ -6,14 +6,15 @@ Every kernel has the same two functions and knows nothing of rings, layouts, doc
     backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None
 
 q, dout [B, Sq, Hq, D]; k, v [B, Skv, Hkv, D], any strides with a contiguous last dimension; Hq a multiple of Hkv.
-Scores are ``scale * q k^T``, then ``softcap * tanh(scores / softcap)`` where softcap is not None.
+Scores are ``scale * q k^T``, scale > 0, then ``softcap * tanh(scores / softcap)`` where softcap is not None. Keys and
+values that no query sees must be finite all the same: tiles reach over an interval's edge, and 0 x NaN is NaN.
 
 forward: `carry`, where given, is the Partial of keys seen before. With out_dtype fp32 it is updated in place and
 returned; with another out_dtype its lse is updated in place and the returned out is new, in that dtype. Without a carry
 the Partial is new.
 
 backward: lse and delta, fp32 [B, Hq, Sq], are those of the whole softmax, over all shards: delta = rowsum(dout * out).
-Gradients are *added* into dq [B, Sq, Hq, D], dk and dv [B, Skv, Hkv, D], all fp32.
+Gradients are *added* into dq [B, Sq, Hq, D], dk and dv [B, Skv, Hkv, D], all fp32, with a contiguous last dimension.
 """
 
 from __future__ import annotations
