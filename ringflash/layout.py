@@ -35,6 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringflash.mask import IntervalMask
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -77,6 +79,22 @@ class Layout:
         return cls(length, 1, torch.arange(held * ranks).view(-1, ranks).T.contiguous())
 
     @classmethod
+    def balanced(cls, mask: IntervalMask, ranks: int, parts: int = 1, tolerance: float = 0.03) -> Layout:
+        """Chunks dealt out so that all ranks have the same number of tokens and nearly the same (query, key) pairs.
+
+        Zigzag, where no rank has more than `tolerance` above the mean under it; else the coarsest chunks that reach
+        that, or the best that chunks of 128 tokens or more give. In rounds, each rank gets one chunk: the most work to
+        whom has least so far. Then chunks are swapped between the busiest rank and others while that helps.
+        """
+        layout = best = cls.zigzag(mask.queries, ranks, parts)
+        per_rank = 4
+        while best.imbalance(mask) > tolerance and layout.chunk >= 128 * parts:
+            layout = _dealt(mask, ranks, per_rank, parts)
+            best = min(best, layout, key=lambda candidate: candidate.imbalance(mask))
+            per_rank *= 2
+        return best
+
+    @classmethod
     def named(cls, name: str, length: int, ranks: int, parts: int = 1) -> Layout:
         """The layout called "contiguous", "zigzag" or "striped". Raises ValueError for another name."""
         if name not in LAYOUTS:
@@ -105,6 +123,11 @@ class Layout:
     @property
     def padded_length(self) -> int:
         return self.chunks.numel() * self.chunk
+
+    def imbalance(self, mask: IntervalMask) -> float:
+        """How much more (query, key) pairs the busiest rank has than the mean: 0.03 for 3 percent."""
+        work = _chunk_work(mask, self.chunk, self.chunks.numel())[self.chunks].sum(1)
+        return float(work.max() / work.mean().clamp(min=1e-9)) - 1
 
     def positions(self, rank: int) -> Tensor:
         """The global positions that a rank holds, ascending, int64 [shard_length]; at or past `length`: padding."""
@@ -144,3 +167,42 @@ LAYOUTS: dict[str, Callable[[int, int, int], Layout]] = {
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _chunk_work(mask: IntervalMask, chunk: int, count: int) -> Tensor:
+    """(query, key) pairs of the queries in each chunk, over all batch rows: float64 [count]."""
+    pairs = (mask.hi - mask.lo).sum(0).double()
+    return torch.nn.functional.pad(pairs, (0, chunk * count - len(pairs))).view(count, chunk).sum(1)
+
+
+def _dealt(mask: IntervalMask, ranks: int, per_rank: int, parts: int) -> Layout:
+    """Equal numbers of chunks to each rank, balanced by work."""
+    chunk = _ceil(mask.queries, ranks * per_rank * parts) * parts
+    work = _chunk_work(mask, chunk, ranks * per_rank)
+    load = torch.zeros(ranks, dtype=torch.float64)
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for cards in work.argsort(descending=True, stable=True).view(per_rank, ranks):
+        for card, rank in zip(cards.tolist(), load.argsort(stable=True).tolist(), strict=True):
+            hands[rank].append(card)
+            load[rank] += work[card]
+    chunks = torch.tensor(hands)
+    while _swap(chunks, work):
+        pass
+    return Layout(mask.queries, chunk, chunks.sort(1).values)
+
+
+def _swap(chunks: Tensor, work: Tensor) -> bool:
+    """Exchange one chunk of the busiest rank for another's, in place, so that the busier of the two gets least work.
+
+    Returns whether there was an exchange that helps.
+    """
+    load = work[chunks].sum(1)
+    busiest = int(load.argmax())
+    gain = work[chunks[busiest]][:, None, None] - work[chunks][None]  # [its chunks, ranks, their chunks]
+    after = torch.maximum(load[busiest] - gain, load[None, :, None] + gain)
+    best = int(after.argmin())
+    if float(after.flatten()[best]) >= float(load[busiest]) * (1 - 1e-9):
+        return False
+    mine, rank, theirs = torch.unravel_index(torch.tensor(best), after.shape)
+    chunks[busiest, mine], chunks[rank, theirs] = chunks[rank, theirs].clone(), chunks[busiest, mine].clone()
+    return True

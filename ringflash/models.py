@@ -167,9 +167,7 @@ def build_model(config: ModelConfig) -> PreTrainedModel:
 
     Raises ConfigError naming the key where the model cannot be built or cannot train on the ring.
     """
-    hf_config = _read_config(config)
-    check_supported(hf_config)
-    hf_config.use_cache = False
+    hf_config = read_config(config)
     dtype = DTYPES[config.dtype]
     if config.path is None:
         return AutoModelForCausalLM.from_config(hf_config, attn_implementation="ring", dtype=dtype)
@@ -202,7 +200,18 @@ def check_supported(config: PreTrainedConfig) -> None:
             )
 
 
-def _read_config(config: ModelConfig) -> PreTrainedConfig:
+def read_config(config: ModelConfig) -> PreTrainedConfig:
+    """The transformers configuration that a ModelConfig names.
+
+    Raises ConfigError naming the key where it cannot be read or cannot train on the ring.
+    """
+    hf_config = _configuration(config)
+    check_supported(hf_config)
+    hf_config.use_cache = False
+    return hf_config
+
+
+def _configuration(config: ModelConfig) -> PreTrainedConfig:
     if config.path is not None:
         if not (Path(config.path) / "config.json").is_file():
             raise ConfigError(f"model.path={config.path} holds no config.json: it must be a Hugging Face model folder")

@@ -129,7 +129,7 @@ class AttentionPlan:
         object.__setattr__(self, "holders", tuple(rank * parts + part for rank in self.ring.local))
         hops = [tuple(self._hop(s, rank) for rank in self.ring.local) for s in range(self.ring.size)]
         object.__setattr__(self, "hops", tuple(hops))
-        object.__setattr__(self, "routes", _routes(masks, self.layout))
+        object.__setattr__(self, "routes", routes(masks, self.layout))
 
     def _check(self) -> None:
         for mask in self.masks:
@@ -190,10 +190,10 @@ class AttentionPlan:
         return f"{hop.pairs or '.'}" + (f" > {onward}" if onward else "")
 
 
-def _routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]:
+def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]:
     """Each rank's route; the same on all ranks, since each knows the masks and the layout."""
     seen, ranks = _seen(masks, layout), layout.ranks
-    routes = []
+    found = []
     for source in range(ranks):
         by_hop = [seen[(source + s) % ranks][source] for s in range(ranks)]
         reach = max((s for s in range(1, ranks) if by_hop[s].tokens), default=0)
@@ -203,8 +203,8 @@ def _routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...
             keys[s] = later = later.cover(by_hop[s])
         for s in range(1, ranks):
             gradients[s] = gradients[s - 1].cover(by_hop[s])
-        routes.append(Route(reach, tuple(keys), tuple(gradients)))
-    return tuple(routes)
+        found.append(Route(reach, tuple(keys), tuple(gradients)))
+    return tuple(found)
 
 
 def _seen(masks: tuple[IntervalMask, ...], layout: Layout) -> list[list[Run]]:

@@ -28,8 +28,8 @@ from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig
 from ringflash.training.checkpoint import CheckpointConfig
 from ringflash.training.metrics import LoggerConfig
+from ringflash.training.parallel import ParallelConfig
 from ringflash.training.step import MemoryConfig, OptimConfig
-from ringflash.training.world import ParallelConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -102,7 +102,7 @@ class Config:
     def check(self, ranks: int) -> None:
         """Raise ConfigError for what cannot work on this many ranks."""
         ring = self.parallel.ring_size(ranks)
-        sharing = ring * self.parallel.ulysses
+        sharing = ring * (self.parallel.ulysses or 1)
         self.optim.accumulation(ranks // sharing)
         if sharing > 1 and self.data.sequence_length < 2 * sharing:
             raise ConfigError(

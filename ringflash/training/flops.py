@@ -39,16 +39,24 @@ def matmul_parameters(model: PreTrainedModel) -> int:
 
 def visible_pairs(config: PreTrainedConfig, mask: IntervalMask) -> int:
     """(query, key) pairs that the mask shows, summed over layers, each with its own sliding window."""
-    window = getattr(config, "sliding_window", None)
+    windowed = _windowed_layers(config)
+    pairs = mask.area() * (config.num_hidden_layers - windowed)
+    return pairs + (_in_window(config, mask).area() * windowed if windowed else 0)
+
+
+def narrowest(config: PreTrainedConfig, mask: IntervalMask) -> IntervalMask:
+    """The mask that all layers share: with the window, where every layer has one."""
+    return _in_window(config, mask) if _windowed_layers(config) == config.num_hidden_layers else mask
+
+
+def _windowed_layers(config: PreTrainedConfig) -> int:
     if config.model_type == "mistral":  # one window for all layers, or none
-        sliding = config.num_hidden_layers if window else 0
-    else:
-        sliding = (getattr(config, "layer_types", None) or []).count("sliding_attention")
-    pairs = mask.area() * (config.num_hidden_layers - sliding)
-    if sliding:
-        assert window is not None
-        pairs += (mask & IntervalMask.window(mask.queries, window - 1)).area() * sliding
-    return pairs
+        return config.num_hidden_layers if config.sliding_window else 0
+    return (getattr(config, "layer_types", None) or []).count("sliding_attention")
+
+
+def _in_window(config: PreTrainedConfig, mask: IntervalMask) -> IntervalMask:
+    return mask & IntervalMask.window(mask.queries, config.sliding_window - 1)
 
 
 def step_flops(config: PreTrainedConfig, weights: int, tokens: int, pairs: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -14,14 +15,13 @@ from ringflash.data import load_corpus, load_tokenizer, stream
 from ringflash.data.batches import batch as make_batch
 from ringflash.data.corpus import TokenCorpus
 from ringflash.errors import ConfigError
-from ringflash.layout import Layout
-from ringflash.models import build_model
-from ringflash.ring.ulysses import heads_refusal
+from ringflash.models import build_model, read_config
 from ringflash.training import checkpoint, flops, metrics
 from ringflash.training.config import Config
 from ringflash.training.export import export
-from ringflash.training.step import build_engine, evaluate, train_step
-from ringflash.training.world import World, join, world_size
+from ringflash.training.parallel import layouts, settle
+from ringflash.training.step import Layouts, build_engine, evaluate, train_step
+from ringflash.training.world import World, join, ranks_here, world_size
 
 
 def fit(config: Config, resolved: str) -> None:
@@ -29,8 +29,12 @@ def fit(config: Config, resolved: str) -> None:
 
     Raises ConfigError, naming the key, for whatever cannot work.
     """
+    model_config = read_config(config.model)
+    length = config.data.sequence_length
+    parallel, why = settle(config.parallel, model_config, length, world_size(), ranks_here())
+    config = dataclasses.replace(config, parallel=parallel)
     config.check(world_size())
-    world = join(config.parallel)
+    world = join(parallel)
     folder = _run_folder(config, resolved, world)
     torch.manual_seed(config.seed)
 
@@ -38,17 +42,14 @@ def fit(config: Config, resolved: str) -> None:
     training, held_out = _corpora(config, world)
     model = build_model(config.model)
     _check_vocabulary(config, training, model.config.vocab_size)
-    _check_heads(config, model.config)
-    layout = Layout.named(
-        config.parallel.layout, config.data.sequence_length, world.ring.size, parts=config.parallel.ulysses
-    )
+    layout_for = layouts(parallel, model_config, length, world.ring.size, one_node=ranks_here() == world.size)
     speed = _Speed(model, config, world)
     engine = build_engine(model, config.optim, config.memory, world, config.model.kernel)
     start = checkpoint.resume(engine, folder / "checkpoints", world)
 
     log = None
     if world.is_first:
-        print(speed.summary(), flush=True)
+        print(*filter(None, [speed.summary(), why]), sep="\n", flush=True)
         log = metrics.Metrics(config.logger, folder, yaml.safe_load(resolved), start, config.optim.steps)
     share = config.optim.batch // world.replicas
     batches = stream(
@@ -62,7 +63,7 @@ def fit(config: Config, resolved: str) -> None:
     for step in range(start + 1, config.optim.steps + 1):
         begun = time.perf_counter()
         batch, _ = next(batches)
-        loss = train_step(engine, batch, world, layout)
+        loss = train_step(engine, batch, world, layout_for)
         record = {
             "loss": loss.item(),
             "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
@@ -70,22 +71,22 @@ def fit(config: Config, resolved: str) -> None:
             **speed.record(batch, time.perf_counter() - begun),
         }
         if _due(step, config.evaluation.every):
-            record["held_out_loss"] = _held_out_loss(engine, held_out, config, world, layout)
+            record["held_out_loss"] = _held_out_loss(engine, held_out, config, world, layout_for)
         if log is not None:
             log.log(step, record)
             log.show(step, record)
         if _due(step, config.checkpoint.every):
             checkpoint.save(engine, folder / "checkpoints", step, world, config.checkpoint.keep)
     batches.close()
-    _finish(engine, config, world, layout, folder, tokenizer, held_out, start, log)
+    _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log)
 
 
-def _finish(engine, config, world, layout, folder, tokenizer, held_out, start, log) -> None:
+def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log) -> None:
     """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
     if start < config.optim.steps and not _due(config.optim.steps, config.checkpoint.every):
         checkpoint.save(engine, folder / "checkpoints", config.optim.steps, world, config.checkpoint.keep)
     exported = export(engine, folder / "model", tokenizer, world)
-    loss = _held_out_loss(engine, held_out, config, world, layout)
+    loss = _held_out_loss(engine, held_out, config, world, layout_for)
     if log is not None:
         entropy = held_out.unigram_entropy()
         log.log(config.optim.steps, {"held_out_loss": loss, "unigram_entropy": entropy})
@@ -122,9 +123,8 @@ class _Speed:
         return (
             f"{self.model_config.model_type}, {self.parameters / 1e6:,.1f}M parameters, on {world.size} x {where}\n"
             f"{config.optim.steps} steps of {config.optim.batch} x {config.data.sequence_length:,} tokens, "
-            f"{world.replicas} replicas x {world.ring.size} ranks of a {config.parallel.layout} ring "
-            f"x {config.parallel.ulysses} of Ulysses, "
-            f"ZeRO {config.memory.zero}"
+            f"{world.replicas} replicas x {world.ring.size} ranks of a ring x {config.parallel.ulysses} of Ulysses, "
+            f"{config.parallel.layout} layout, ZeRO {config.memory.zero}"
         )
 
     def record(self, batch, seconds: float) -> dict[str, float]:
@@ -145,13 +145,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _held_out_loss(engine, corpus: TokenCorpus, config: Config, world: World, layout: Layout) -> float:
+def _held_out_loss(engine, corpus: TokenCorpus, config: Config, world: World, layout_for: Layouts) -> float:
     """Mean loss over the first held-out sequences, the same ones at every evaluation."""
     batches = [
         make_batch(corpus, seed=0, step=i, batch_size=1, length=config.data.sequence_length)
         for i in range(config.evaluation.sequences)
     ]
-    return evaluate(engine, batches, world, layout)
+    return evaluate(engine, batches, world, layout_for)
 
 
 def _corpora(config: Config, world: World) -> tuple[TokenCorpus, TokenCorpus]:
@@ -168,12 +168,6 @@ def _check_vocabulary(config: Config, corpus: TokenCorpus, vocab_size: int) -> N
             f"data.tokenizer={config.data.tokenizer} has {corpus.tokenizer_size} tokens, more than the model's "
             f"model.architecture.vocab_size={vocab_size}"
         )
-
-
-def _check_heads(config: Config, model) -> None:
-    reason = heads_refusal(config.parallel.ulysses, model.num_attention_heads, model.num_key_value_heads)
-    if reason is not None:
-        raise ConfigError(f"parallel.ulysses={config.parallel.ulysses}: {reason}")
 
 
 def _run_folder(config: Config, resolved: str, world: World) -> Path:

@@ -10,7 +10,7 @@ micro-batches, is the gradient of the mean loss per predicted token, however une
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import deepspeed
@@ -22,10 +22,13 @@ from ringflash.data.batches import Batch
 from ringflash.data.packing import IGNORE
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
+from ringflash.mask import IntervalMask
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.recompute import keep_attention
 from ringflash.training.loss import LossHead
 from ringflash.training.world import World
+
+Layouts = Callable[[IntervalMask], Layout]
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,12 @@ def build_engine(
     return engine
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout: Layout) -> Tensor:
+def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> Tensor:
     """Run one optimizer step and return the mean loss per predicted token, an fp32 scalar on every rank.
 
-    batch: this replica's sequences of the step, in whole.
+    batch: this replica's sequences of the step, in whole. layout_for: gives a mask its layout.
     """
-    sharded = [_shard(part, world, layout) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
+    sharded = [_shard(part, world, layout_for) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
     valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs in sharded)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float32, device=world.device)
     for inputs in sharded:
@@ -173,12 +176,12 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, la
 
 
 @torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout: Layout) -> float:
+def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout_for: Layouts) -> float:
     """Mean loss per predicted token over batches, each given to every ring in whole."""
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in batches:
-        inputs = _shard(batch, world, layout)
+        inputs = _shard(batch, world, layout_for)
         total[0] += engine(**inputs)
         total[1] += (inputs["labels"] != IGNORE).sum()
     engine.train()
@@ -186,9 +189,10 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world:
     return loss / max(valid, 1)
 
 
-def _shard(batch: Batch, world: World, layout: Layout) -> dict:
+def _shard(batch: Batch, world: World, layout_for: Layouts) -> dict:
     """What this rank's model takes of a batch."""
-    plan = AttentionPlan(batch.mask(), layout, world.ring, world.ulysses)
+    mask = batch.mask()
+    plan = AttentionPlan(mask, layout_for(mask), world.ring, world.ulysses)
     return {
         "tokens": plan.shard(batch.tokens),
         "labels": plan.shard(batch.labels, padding=IGNORE),

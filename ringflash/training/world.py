@@ -21,46 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ConfigError
-from ringflash.layout import LAYOUTS
 from ringflash.ring.transport import ProcessRing
 from ringflash.ring.ulysses import Ulysses
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How a sequence is spread over ranks."""
-
-    ring: int | None = None
-    """Ranks in a ring; null: all that there are, over ulysses. A sequence is shared by ring x ulysses ranks, and the
-    rest is data parallelism over replicas."""
-
-    ulysses: int = 1
-    """Neighbouring ranks that exchange tokens for heads inside attention."""
-
-    layout: str = "zigzag"
-    """Which rank holds which tokens: contiguous, zigzag or striped."""
-
-    timeout_minutes: int = 10
-    """Minutes without an answer after which a collective gives up."""
-
-    def __post_init__(self) -> None:
-        if self.ring is not None and self.ring < 1:
-            raise ConfigError(f"parallel.ring={self.ring} must be 1 or more, or null for all ranks")
-        if self.ulysses < 1:
-            raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more")
-        if self.layout not in LAYOUTS:
-            raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join(LAYOUTS)}")
-
-    def ring_size(self, ranks: int) -> int:
-        """Ranks in a ring, out of `ranks`. Raises ConfigError where they do not divide."""
-        if ranks % self.ulysses:
-            raise ConfigError(f"parallel.ulysses={self.ulysses} does not divide the {ranks} ranks of this run")
-        ring = self.ring or ranks // self.ulysses
-        if ranks % (ring * self.ulysses):
-            raise ConfigError(
-                f"parallel.ring={ring} x parallel.ulysses={self.ulysses} does not divide the {ranks} ranks of this run"
-            )
-        return ring
+from ringflash.training.parallel import ParallelConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +54,22 @@ class World:
         return box[0]
 
 
+def ranks_here() -> int:
+    """Ranks of this run on this machine, as the launcher tells; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def world_size() -> int:
     """Ranks of this run, as the launcher tells; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(config: ParallelConfig) -> World:
-    """Join the other processes: NCCL and one GPU each, or gloo on the CPU where the machine has no GPU.
+    """Join the other processes where a settled configuration places this one.
 
-    Reads the environment that torchrun, deepspeed or Slurm's srun under torchrun set; alone, the world is one process.
-    Raises ConfigError for more ranks on this machine than GPUs, or a ring that does not divide the ranks.
+    NCCL and a GPU each, or gloo on the CPU where the machine has no GPU. Reads the environment that torchrun,
+    deepspeed or Slurm's srun under torchrun set; alone, the world is one process. Raises ConfigError for more ranks on
+    this machine than GPUs, or a grid that does not divide the ranks.
     """
     device = _device()
     _environment_of_one()
@@ -109,12 +78,13 @@ def join(config: ParallelConfig) -> World:
     timeout = timedelta(minutes=config.timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    grid = torch.arange(ranks).view(-1, size, config.ulysses)  # replicas, ring, ulysses
+    neighbours = config.ulysses or 1
+    grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
-    row = _group_of(rank, grid.reshape(-1, config.ulysses), timeout) if config.ulysses > 1 else None
+    row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
     return World(
         rank, ranks, device, ProcessRing(ring, device), None if row is None else Ulysses(row),
-        replica=rank // (size * config.ulysses), replicas=len(grid),
+        replica=rank // (size * neighbours), replicas=len(grid),
     )  # fmt: skip
 
 

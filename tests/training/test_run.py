@@ -151,6 +151,13 @@ def test_every_experiment_takes_two_steps_on_the_cpu_with_a_small_model(text, ex
 
 
 @pytest.mark.slow
+def test_what_is_chosen_is_said_with_its_reason(text):
+    stdout, _ = run(command(text, "parallel=auto", "optim.steps=2", "name=chosen"))
+    assert "parallel: ulysses=" in stdout
+    assert "the least predicted time of a layer's attention (1 x 2: " in stdout
+
+
+@pytest.mark.slow
 def test_an_empty_data_folder_is_refused(tmp_path):
     (tmp_path / "text").mkdir()
     _, stderr = run(command(tmp_path / "text"), code=1)
@@ -160,12 +167,13 @@ def test_an_empty_data_folder_is_refused(tmp_path):
 def test_more_ranks_than_gpus_are_refused_with_both_numbers(monkeypatch):
     from ringflash.errors import ConfigError
     from ringflash.training import world
+    from ringflash.training.parallel import ParallelConfig
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match=r"8 ranks on .* but 4 GPUs: .*--nproc-per-node 4"):
-        world.join(world.ParallelConfig())
+        world.join(ParallelConfig())
 
 
 def test_print_shows_a_configuration_that_can_be_read_back():

@@ -9,8 +9,9 @@ from torch import nn
 from ringflash.data import Batch
 from ringflash.layout import Layout
 from ringflash.models import ModelConfig, build_model
+from ringflash.training.parallel import ParallelConfig
 from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, evaluate, train_step
-from ringflash.training.world import ParallelConfig, World, join
+from ringflash.training.world import World, join
 from tests.test_models import SPECIFIC, TINY
 
 LENGTH = 40
@@ -66,8 +67,8 @@ def gradients_on_ranks(model_type, zero, accumulation, ring, ulysses, case, reco
     share = SEQUENCES // world.replicas
     mine = sequences(case).split(share)[world.replica]
     layout = Layout.zigzag(LENGTH, world.ring.size, parts=ulysses)
-    loss = train_step(engine, mine, world, layout)
-    held_out = evaluate(engine, [sequences(case)], world, layout)
+    loss = train_step(engine, mine, world, lambda mask: layout)
+    held_out = evaluate(engine, [sequences(case)], world, lambda mask: layout)
     return loss.item(), gradients, held_out
 
 
@@ -126,7 +127,7 @@ def bf16_losses(zero, accumulation):
     optim = OptimConfig(steps=3, batch=SEQUENCES, micro_batch=SEQUENCES // accumulation, warmup=0)
     engine = build_engine(build("qwen3").bfloat16(), optim, MemoryConfig(zero=zero, loss_tile=16), world)
     layout = Layout.zigzag(LENGTH, world.size)
-    return [train_step(engine, sequences("uneven"), world, layout).item() for _ in range(3)]
+    return [train_step(engine, sequences("uneven"), world, lambda mask: layout).item() for _ in range(3)]
 
 
 @pytest.mark.ranks

@@ -1,0 +1,119 @@
+"""How a sequence is spread over ranks: the settings, and what is chosen where they leave it open."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from ringflash.errors import ConfigError
+from ringflash.layout import LAYOUTS, Layout
+from ringflash.mask import IntervalMask
+from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest
+from ringflash.ring.ulysses import heads_refusal
+from ringflash.training import flops
+
+# Layouts that follow each step's documents.
+CHOSEN = ("auto", "balanced")
+# What part of a GPU's peak attention reaches, and what a CPU core does where no peak is known: orders of magnitude, on
+# which a choice between layouts depends little.
+UTILISATION, UNKNOWN_FLOPS = 0.55, 5e10
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a sequence is spread over ranks."""
+
+    ring: int | None = None
+    """Ranks in a ring; null: all that there are, over ulysses. A sequence is shared by ring x ulysses ranks, and the
+    rest is data parallelism over replicas."""
+
+    ulysses: int | None = 1
+    """Neighbouring ranks of one machine that exchange tokens for heads inside attention; null: the number with the
+    least predicted time, which is logged with its reason."""
+
+    layout: str = "zigzag"
+    """Which rank holds which tokens: contiguous, zigzag, striped; balanced, anew for each step's documents; or auto,
+    for each step the one with the least predicted time."""
+
+    node_gb_per_second: float = 300.0
+    """Gigabytes a second that a GPU sends to another of its machine; auto and null reckon with it."""
+
+    across_gb_per_second: float = 40.0
+    """Gigabytes a second that a GPU sends to another machine."""
+
+    timeout_minutes: int = 10
+    """Minutes without an answer after which a collective gives up."""
+
+    def __post_init__(self) -> None:
+        if self.ring is not None and self.ring < 1:
+            raise ConfigError(f"parallel.ring={self.ring} must be 1 or more, or null for all ranks")
+        if self.ulysses is not None and self.ulysses < 1:
+            raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more, or null to have it chosen")
+        if self.layout not in (*LAYOUTS, *CHOSEN):
+            raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join((*LAYOUTS, *CHOSEN))}")
+        for name in ("node_gb_per_second", "across_gb_per_second"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0")
+        if self.ulysses is None and self.ring is not None:
+            raise ConfigError(f"parallel.ring={self.ring} with parallel.ulysses=null: choose both or neither")
+
+    def ring_size(self, ranks: int) -> int:
+        """Ranks in a ring, out of `ranks`. Raises ConfigError where they do not divide."""
+        ulysses = self.ulysses or 1
+        if ranks % ulysses:
+            raise ConfigError(f"parallel.ulysses={ulysses} does not divide the {ranks} ranks of this run")
+        ring = self.ring or ranks // ulysses
+        if ranks % (ring * ulysses):
+            raise ConfigError(
+                f"parallel.ring={ring} x parallel.ulysses={ulysses} does not divide the {ranks} ranks of this run"
+            )
+        return ring
+
+
+def settle(
+    config: ParallelConfig, model: PreTrainedConfig, length: int, ranks: int, ranks_per_node: int
+) -> tuple[ParallelConfig, str | None]:
+    """The configuration with parallel.ulysses chosen if it was left open, and then why.
+
+    Raises ConfigError where the model's heads do not divide among the ranks of Ulysses.
+    """
+    if config.ulysses is None:
+        ulysses, why = best_ulysses(
+            length, ranks, ranks_per_node, _heads(model, 1), _machine(config, across=False),
+            config.across_gb_per_second * 1e9,
+        )  # fmt: skip
+        return dataclasses.replace(config, ulysses=ulysses), f"parallel: {why}"
+    reason = heads_refusal(config.ulysses, model.num_attention_heads, model.num_key_value_heads)
+    if reason is not None:
+        raise ConfigError(f"parallel.ulysses={config.ulysses}: {reason}")
+    return config, None
+
+
+def layouts(
+    config: ParallelConfig, model: PreTrainedConfig, length: int, ring: int, one_node: bool
+) -> Callable[[IntervalMask], Layout]:
+    """What gives a step's mask its layout, over `ring` ranks: one for all steps, or the best for each."""
+    parts = config.ulysses or 1
+    if config.layout == "balanced":
+        return lambda mask: Layout.balanced(mask, ring, parts)
+    if config.layout == "auto":
+        heads, machine = _heads(model, parts), _machine(config, across=not one_node)
+        return lambda mask: fastest(flops.narrowest(model, mask), ring, heads, machine, parts)[1]
+    fixed = Layout.named(config.layout, length, ring, parts)
+    return lambda mask: fixed
+
+
+def _heads(model: PreTrainedConfig, ulysses: int) -> Heads:
+    dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    return Heads(model.num_attention_heads // ulysses, max(1, model.num_key_value_heads // ulysses), dim)
+
+
+def _machine(config: ParallelConfig, across: bool) -> Machine:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = flops.peak_flops(device)
+    speed = UNKNOWN_FLOPS if peak is None else peak * UTILISATION
+    return Machine(speed, 1e9 * (config.across_gb_per_second if across else config.node_gb_per_second))

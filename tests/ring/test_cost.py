@@ -1,0 +1,86 @@
+"""Predicted costs follow from exact counts, and the layout that is picked is the one that computes and sends least."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
+from ringflash.layout import LAYOUTS
+from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest, pairs, predict
+from tests.strategies import masks
+
+LLAMA_8B = Heads(query=32, key=8, dim=128)
+NVLINK = Machine(flops=500e12, bytes_per_second=400e9)
+
+
+@given(st.data(), st.integers(1, 40), st.integers(1, 8), st.sampled_from(sorted(LAYOUTS)))
+def test_counted_pairs_are_those_of_the_plan(data, length, ranks, name):
+    mask, _ = data.draw(masks(length))
+    layout = Layout.named(name, length, ranks)
+    plan = AttentionPlan(mask, layout, Loopback(ranks))
+    table = pairs(mask, layout)
+    for hops in plan.hops:
+        for rank, hop in enumerate(hops):
+            assert table[rank, hop.source] == hop.pairs
+
+
+def corpus(seed, length):
+    """Documents as corpora have them: lognormal, 1k to 128k tokens."""
+    draw, documents = np.random.default_rng(seed), []
+    while (left := length - sum(documents)) > 0:
+        documents.append(int(min(left, np.clip(draw.lognormal(9, 1.2), 1024, 131072))))
+    return IntervalMask.causal(length) & IntervalMask.documents(documents)
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 16, 32])
+def test_a_balanced_layout_is_within_3_percent_on_packed_sequences(ranks):
+    for seed in range(8):
+        mask = corpus(seed, 131072)
+        layout = Layout.balanced(mask, ranks)
+        assert layout.imbalance(mask) <= 0.03, f"seed {seed}"
+        assert layout.padded_length - layout.length < layout.chunks.numel()
+
+
+def test_a_balanced_layout_is_zigzag_where_that_balances():
+    layout = Layout.balanced(IntervalMask.causal(4096), 8)
+    assert torch.equal(layout.chunks, Layout.zigzag(4096, 8).chunks)
+
+
+def test_batch_rows_with_other_documents_are_balanced_together():
+    rows = [[900, 100, 3096], [4096]]
+    mask = IntervalMask.causal(4096) & IntervalMask.documents(rows)
+    assert Layout.balanced(mask, 4).imbalance(mask) <= 0.03
+
+
+def test_slow_links_favour_layouts_that_send_less():
+    mask = corpus(0, 131072)
+    name, _ = fastest(mask, 8, LLAMA_8B, NVLINK)
+    assert name == "balanced"
+    name, _ = fastest(mask, 8, LLAMA_8B, Machine(flops=500e12, bytes_per_second=1e9))
+    assert name == "contiguous"
+
+
+def test_a_ring_of_one_costs_its_pairs_alone():
+    mask = IntervalMask.causal(1000)
+    seconds = predict(mask, Layout.contiguous(1000, 1), LLAMA_8B, NVLINK)
+    assert seconds == pytest.approx(mask.area() * 14 * 32 * 128 / 500e12)
+
+
+def test_more_bytes_a_second_never_cost_time():
+    mask, layout = corpus(1, 65536), Layout.zigzag(65536, 8)
+    times = [predict(mask, layout, LLAMA_8B, Machine(500e12, speed)) for speed in (1e9, 1e10, 1e11, 1e15)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_short_sequences_exchange_heads_and_long_ones_go_round_the_ring():
+    chosen = {length: best_ulysses(length, 8, 8, LLAMA_8B, NVLINK, 50e9)[0] for length in (4096, 1048576)}
+    assert chosen[4096] > 1
+    assert chosen[1048576] == 1
+
+
+def test_across_nodes_heads_are_exchanged_inside_them():
+    ulysses, why = best_ulysses(65536, 32, 8, LLAMA_8B, NVLINK, 25e9)
+    assert ulysses == 8
+    assert "ulysses=8 x ring=4" in why

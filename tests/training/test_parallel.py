@@ -1,0 +1,53 @@
+"""What the settings leave open is chosen from heads, GPUs, length and documents, and never what cannot work."""
+
+import pytest
+from transformers import AutoConfig
+
+from ringflash import IntervalMask, Layout
+from ringflash.errors import ConfigError
+from ringflash.training.parallel import ParallelConfig, layouts, settle
+
+LLAMA_8B = AutoConfig.for_model(
+    "llama", hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32
+)
+ODD_HEADS = AutoConfig.for_model("qwen3", num_attention_heads=14, num_key_value_heads=7, head_dim=64)
+OPEN = ParallelConfig(ulysses=None)
+
+
+def test_ulysses_stays_in_a_node_and_replicates_no_kv_heads():
+    for ranks, per_node in ((16, 8), (32, 4), (64, 8)):
+        parallel, why = settle(OPEN, LLAMA_8B, 65536, ranks, per_node)
+        assert per_node % parallel.ulysses == 0
+        assert 8 % parallel.ulysses == 0
+        assert f"ulysses={parallel.ulysses} x ring={ranks // parallel.ulysses}" in why
+    assert settle(OPEN, ODD_HEADS, 65536, 8, 8)[0].ulysses == 1
+
+
+def test_a_given_grid_stays_and_is_refused_where_heads_do_not_divide():
+    given = ParallelConfig(ulysses=2)
+    assert settle(given, LLAMA_8B, 65536, 8, 8) == (given, None)
+    with pytest.raises(ConfigError, match=r"parallel\.ulysses=4: 14 query heads do not divide among ulysses=4 ranks"):
+        settle(ParallelConfig(ulysses=4), ODD_HEADS, 65536, 8, 8)
+
+
+def test_auto_gives_each_step_the_layout_its_documents_want():
+    layout_for = layouts(ParallelConfig(layout="auto"), LLAMA_8B, 65536, 8, one_node=True)
+    causal = IntervalMask.causal(65536)
+    uneven = causal & IntervalMask.documents([40000, 1000, 24536])
+    assert layout_for(causal).chunks.equal(Layout.zigzag(65536, 8).chunks)
+    assert layout_for(uneven).imbalance(uneven) <= 0.03
+
+
+def test_auto_reckons_with_a_window_that_all_layers_have():
+    mistral = AutoConfig.for_model("mistral", sliding_window=512)
+    layout_for = layouts(ParallelConfig(layout="auto"), mistral, 65536, 8, one_node=True)
+    assert layout_for(IntervalMask.causal(65536)).chunks.equal(Layout.contiguous(65536, 8).chunks)
+
+
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped", "balanced", "auto"])
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_every_layout_divides_among_the_ranks_of_ulysses(name, ulysses):
+    layout_for = layouts(ParallelConfig(layout=name, ulysses=ulysses), LLAMA_8B, 1001, 4, one_node=True)
+    layout = layout_for(IntervalMask.causal(1001) & IntervalMask.documents([700, 301]))
+    assert layout.ranks == 4
+    assert layout.split(ulysses).ranks == 4 * ulysses
