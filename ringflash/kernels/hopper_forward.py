@@ -149,21 +149,68 @@ class Pipe:
 
 @gluon.jit
 def make_pipe(
-    dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, readers: gl.constexpr
+    dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, readers: gl.constexpr,
+    writers: gl.constexpr = 1,
 ):  # fmt: skip
-    """A Pipe of [BLOCK, D] tiles, each released by `readers` warpgroups."""
+    """A Pipe of [BLOCK, D] tiles, each released by `readers` warpgroups; writers: signals that make one full."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK, D], layout)
     full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     for slot in gl.static_range(DEPTH):
-        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=writers)
         mbarrier.init(empty.index(slot), count=readers)
     return Pipe(tiles, full, empty, DEPTH)
 
 
 # -- which tiles a program works on
+
+
+@aggregate
+class Job:
+    """A tile of rows and the tiles of columns they see: `edges` that are masked, then the full ones.
+
+    Rows and columns are queries and keys in the forward, keys and queries in the backward.
+    """
+
+    batch: gl.tensor
+    head: gl.tensor
+    head_kv: gl.tensor
+    first: gl.tensor
+    lo: gl.tensor
+    tiles: gl.tensor
+    edges: gl.tensor
+    full_from: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, batch, head, head_kv, first, lo, tiles, edges, full_from):
+        self.batch = batch
+        self.head = head
+        self.head_kv = head_kv
+        self.first = first
+        self.lo = lo
+        self.tiles = tiles
+        self.edges = edges
+        self.full_from = full_from
+
+    @gluon.jit
+    def column(self, step, BLOCK: gl.constexpr):
+        """The first column of the tile walked as number `step`."""
+        edge = gl.where(step < self.full_from, step, step + self.tiles - self.edges)
+        return self.lo + gl.where(step < self.edges, edge, self.full_from + step - self.edges) * BLOCK
+
+
+@gluon.jit
+def tile_run(start, end, first, last, BLOCK: gl.constexpr):
+    """The tiles that rows first..last see: where they begin, how many, and which and how many every row sees whole."""
+    lo = gl.load(start + first)
+    hi = gl.load(end + last)
+    all_from = gl.load(start + last)
+    all_to = gl.load(end + first)
+    tiles = gl.cdiv(hi - lo, BLOCK)
+    full_from = gl.minimum(gl.cdiv(all_from - lo, BLOCK), tiles)
+    return lo, tiles, full_from, gl.maximum((all_to - lo) // BLOCK, full_from) - full_from
 
 
 @aggregate
@@ -250,55 +297,17 @@ class Call:
         head_kv = pair % self.heads_kv
         head = head_kv * self.GROUP + index % self.GROUP
 
-        # The tiles that rows first..last see, and which of them every row sees whole.
         last = gl.minimum(first + self.CONSUMERS * ROWS, self.queries) - 1
         start = self.start + batch.to(gl.int64) * self.interval_stride_b
         end = self.end + batch.to(gl.int64) * self.interval_stride_b
-        lo = gl.load(start + first)
-        hi = gl.load(end + last)
-        all_from = gl.load(start + last)
-        all_to = gl.load(end + first)
-        tiles = gl.cdiv(hi - lo, self.BLOCK_K)
+        lo, tiles, full_from, full = tile_run(start, end, first, last, self.BLOCK_K)
         if not self.IN_PLACE:
             tiles = gl.maximum(tiles, 1)  # rows that see nothing have a result to write, too
-        full_from = gl.minimum(gl.cdiv(all_from - lo, self.BLOCK_K), tiles)
-        full = gl.maximum((all_to - lo) // self.BLOCK_K, full_from) - full_from
         # The first tile walked is masked. Where no tile needs it, that is the first of the full ones.
         full_from = gl.where(full == tiles, 1, full_from)
         full = gl.minimum(full, tiles - 1)
         tiles = gl.where(dealt < total, tiles, 0)
         return Job(batch, head, head_kv, first, lo, tiles, tiles - full, full_from)
-
-
-@aggregate
-class Job:
-    """A query tile of one head and the KV tiles its rows see: `edges` that are masked, then the full ones."""
-
-    batch: gl.tensor
-    head: gl.tensor
-    head_kv: gl.tensor
-    first: gl.tensor
-    lo: gl.tensor
-    tiles: gl.tensor
-    edges: gl.tensor
-    full_from: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, batch, head, head_kv, first, lo, tiles, edges, full_from):
-        self.batch = batch
-        self.head = head
-        self.head_kv = head_kv
-        self.first = first
-        self.lo = lo
-        self.tiles = tiles
-        self.edges = edges
-        self.full_from = full_from
-
-    @gluon.jit
-    def key(self, step, BLOCK_K: gl.constexpr):
-        """The first key of the tile walked as number `step`."""
-        edge = gl.where(step < self.full_from, step, step + self.tiles - self.edges)
-        return self.lo + gl.where(step < self.edges, edge, self.full_from + step - self.edges) * BLOCK_K
 
 
 # -- the producer: one warp
@@ -317,15 +326,15 @@ def produce(call, pipes, descriptors):
             # In the order of need: A's queries, the keys, B's queries, the values.
             q_number = worked * call.CONSUMERS
             q_pipe.load(q_number, q, job.batch, job.head, job.first)
-            k_pipe.load(loaded, k, job.batch, job.head_kv, job.key(0, call.BLOCK_K))
+            k_pipe.load(loaded, k, job.batch, job.head_kv, job.column(0, call.BLOCK_K))
             for who in gl.static_range(1, call.CONSUMERS):
                 q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
-            v_pipe.load(loaded, v, job.batch, job.head_kv, job.key(0, call.BLOCK_K))
+            v_pipe.load(loaded, v, job.batch, job.head_kv, job.column(0, call.BLOCK_K))
             if call.CARRY:
                 for who in gl.static_range(call.CONSUMERS):
                     carry_pipe.load(q_number + who, carry, job.batch, job.head, job.first + who * ROWS)
             for step in range(1, job.tiles):
-                key = job.key(step, call.BLOCK_K)
+                key = job.column(step, call.BLOCK_K)
                 k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
                 v_pipe.load(loaded + step, v, job.batch, job.head_kv, key)
             loaded += job.tiles
@@ -387,10 +396,31 @@ def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
     return p, m_new, z * alpha + gl.sum(p, 1), alpha
 
 
+@gluon.constexpr_function
+def pack_asm(dtype):
+    """PTX that rounds two fp32 to 16 bits in one register, the first below."""
+    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+
+
 @gluon.jit
-def as_operand(p, ACC: gl.constexpr, dtype: gl.constexpr):
-    """Weights as the left factor of a product whose result has layout ACC: the same registers, in 16 bits."""
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2))
+def pack(p, dtype: gl.constexpr):
+    """Neighbours in 16 bits each, in one register: [rows, keys] fp32 to [rows, keys / 2] int32.
+
+    A loop that carries 16-bit numbers carries each in a register of its own.
+    """
+    even, odd = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
+    asm: gl.constexpr = pack_asm(dtype)
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack(packed, dtype: gl.constexpr, ACC: gl.constexpr):
+    """Packed weights as the left factor of a product whose result has layout ACC: no instructions, only names."""
+    even, odd = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [packed], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    p = gl.reshape(gl.join(even, odd), [packed.shape[0], packed.shape[1] * 2]).to(dtype, bitcast=True)
+    return gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2))
 
 
 @gluon.jit
@@ -410,14 +440,15 @@ def step(
     scores = warpgroup_mma(q_tile, k_pipe.tile(number).permute((1, 0)), zeros, use_acc=False, is_async=True)
     pass_turn((WHO + 1) % call.CONSUMERS)
     v_pipe.wait_full(number - 1)  # the copy engine
-    output = warpgroup_mma(p, v_pipe.tile(number - 1), acc, is_async=True)
+    weights = unpack(p, q_tile.dtype, A)
+    output = warpgroup_mma(weights, v_pipe.tile(number - 1), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
     k_pipe.release(number)
     p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
-    p = as_operand(p, A, q_tile.dtype)
     k_pipe.wait_full(number + 1, more)  # the copy engine
     acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
     v_pipe.release(number - 1)
+    p = pack(p, q_tile.dtype)
     return acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1), p, m, z
 
 
@@ -457,15 +488,15 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
             pass_turn((WHO + 1) % call.CONSUMERS)
             s = warpgroup_mma_wait(0, deps=(scores,))  # the tensor cores
             k_pipe.release(number)
-            key = job.key(0, call.BLOCK_K)
+            key = job.column(0, call.BLOCK_K)
             p, m, z, _alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE=True)
-            p = as_operand(p, A, q.dtype)
+            p = pack(p, q.dtype)
             k_pipe.wait_full(number + 1, job.tiles > 1)
 
             # 2. The other tiles that only some rows see.
             for i in range(1, job.edges):
                 acc, p, m, z = step(
-                    acc, p, m, z, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles, job.key(i, call.BLOCK_K),
+                    acc, p, m, z, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles, job.column(i, call.BLOCK_K),
                     row_start, row_end, call, WHO, EDGE=True,
                 )  # fmt: skip
 
@@ -479,7 +510,8 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
             q_pipe.release(q_number)
             number += job.tiles
             v_pipe.wait_full(number - 1)  # the copy engine
-            output = warpgroup_mma(p, v_pipe.tile(number - 1), acc, is_async=True)
+            weights = unpack(p, q.dtype, A)
+            output = warpgroup_mma(weights, v_pipe.tile(number - 1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
             v_pipe.release(number - 1)
 

@@ -1,0 +1,470 @@
+"""Attention backward for Hopper (sm_90), in Gluon: one kernel over KV tiles, five products a tile.
+
+The mathematics is that of `portable_backward`: with p = 2^(c s - log2(e) lse) and delta = rowsum(dout * out),
+
+    dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
+
+One program holds 128 keys of one KV head and walks the queries query_start:query_end that see them, 64 at a time, for
+each query head of the group: dk and dv have one writer. dq has many; they add to it by the copy engine's fp32 reduction
+in L2, whose order differs from run to run. `deterministic=True` hands over to `portable_backward`, which has one
+writer for dq too, for seven products instead of five.
+
+Two consumers own 64 keys each and compute s, dp, p and ds transposed, [keys, queries]. dq is a sum over all keys:
+each writes its ds to shared memory and then computes half of dq's columns over both. Scores of rows that see nothing
+(lse = -inf) count as 2^-inf: their gradient is 0. The producer, one warp, brings q, dout and, by ordinary loads and
+shared memory, log2(e) lse and delta: in registers they would cost each consumer 32, and spill.
+
+What waits for what, in one step:
+
+    copy engine      q2                | dout2                              | dq += (from shared memory)
+    tensor cores     s = k q1^T        | dp = v dout1^T  | dv += p dout1    | dq = ds k . dk += ds q1
+    consumer                           | p = 2^(c s-lse) | ds = p (dp-delta)|               dq to shared memory
+"""
+
+# Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ringflash.kernels import portable_backward
+from ringflash.kernels.gluon_names import add_out, aggregate, reinterpret
+from ringflash.kernels.hopper_forward import (
+    L2_BYTES,
+    LOG2_E_,
+    NEG_INF,
+    REGISTERS,
+    ROWS,
+    Job,
+    Pipe,
+    cap,
+    check_inputs,
+    check_rows,
+    make_pipe,
+    take_turn,
+    tile_run,
+    tiles,
+    visible,
+)
+from ringflash.kernels.portable_forward import interval_stride, score_scales
+from ringflash.mask import Intervals
+
+POS_INF = gl.constexpr(float("inf"))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the launch is cut up: two consumers with 64 keys each."""
+
+    block_q: int  # queries of a step
+    stages: int  # query tiles, and tiles of dout, in shared memory
+    consumer_registers: int  # a thread, by setmaxnreg: multiples of 8
+    producer_registers: int
+
+    def __post_init__(self) -> None:
+        if self.block_q not in (64, 128):
+            raise ValueError(f"block_q must be 64 or 128, got {self.block_q}")
+        used = 128 * (2 * self.consumer_registers + self.producer_registers)
+        if used > REGISTERS or self.consumer_registers % 8 or self.producer_registers % 8:
+            raise ValueError(
+                f"registers must be multiples of 8, and 2 consumers' and a producer's within {REGISTERS}, "
+                f"got {self.consumer_registers}, {self.producer_registers}: {used}"
+            )
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers a thread at launch, before the partitions trade them."""
+        return REGISTERS // (128 * 3) // 8 * 8
+
+
+TUNINGS = {
+    64: Tuning(block_q=64, stages=2, consumer_registers=240, producer_registers=24),
+    # dk and dv take 128 registers a thread, s and dp 64, dq 32: 240 is what there is. 177 of 227 KB.
+    128: Tuning(block_q=64, stages=2, consumer_registers=240, producer_registers=24),
+}
+
+
+@aggregate
+class Call:
+    """The scalars and pointers of a call, and its constants."""
+
+    lse: gl.tensor
+    lse_stride_b: gl.tensor
+    lse_stride_h: gl.tensor
+    delta: gl.tensor
+    delta_stride_b: gl.tensor
+    delta_stride_h: gl.tensor
+    start: gl.tensor  # query_start and query_end
+    end: gl.tensor
+    interval_stride_b: gl.tensor
+    queries: gl.tensor
+    keys: gl.tensor
+    heads_kv: gl.tensor
+    pairs: gl.tensor  # batch rows x KV heads
+    section: gl.tensor  # pairs worked on at a time
+    scale: gl.tensor
+    c: gl.tensor
+    cap_scale: gl.tensor
+    GROUP: gl.constexpr
+    D: gl.constexpr
+    BLOCK_Q: gl.constexpr
+    CAPPED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
+        queries, keys, heads_kv, pairs, section, scale, c, cap_scale, GROUP, D, BLOCK_Q, CAPPED,
+    ):  # fmt: skip
+        self.lse = lse
+        self.lse_stride_b = lse_stride_b
+        self.lse_stride_h = lse_stride_h
+        self.delta = delta
+        self.delta_stride_b = delta_stride_b
+        self.delta_stride_h = delta_stride_h
+        self.start = start
+        self.end = end
+        self.interval_stride_b = interval_stride_b
+        self.queries = queries
+        self.keys = keys
+        self.heads_kv = heads_kv
+        self.pairs = pairs
+        self.section = section
+        self.scale = scale
+        self.c = c
+        self.cap_scale = cap_scale
+        self.GROUP = gl.constexpr(GROUP)
+        self.D = gl.constexpr(D)
+        self.BLOCK_Q = gl.constexpr(BLOCK_Q)
+        self.CAPPED = gl.constexpr(CAPPED)
+
+    @gluon.jit
+    def job(self):
+        """The KV tile of this program, and the query tiles that see it, the same for each head of the group.
+
+        Programs start in order: under a causal mask the first keys are seen by the most queries, so that the short
+        tiles fill the gaps at the end. `section` bounds how many KV heads' queries and dq share L2 at a time.
+        """
+        index = gl.program_id(0)
+        of_section = self.section * gl.cdiv(self.keys, 2 * ROWS)
+        section = index // of_section
+        index = index % of_section
+        pairs = gl.minimum(self.section, self.pairs - section * self.section)
+        first = index // pairs * (2 * ROWS)
+        pair = section * self.section + index % pairs
+        batch = pair // self.heads_kv
+        head_kv = pair % self.heads_kv
+
+        last = gl.minimum(first + 2 * ROWS, self.keys) - 1
+        start = self.start + batch.to(gl.int64) * self.interval_stride_b
+        end = self.end + batch.to(gl.int64) * self.interval_stride_b
+        lo, count, full_from, full = tile_run(start, end, first, last, self.BLOCK_Q)
+        # Keys past the end are zeros, whose score 0 may lie far above lse: 2^(0 - lse) = inf would make dq NaN.
+        full = gl.where(first + 2 * ROWS > self.keys, 0, full)
+        return Job(batch, head_kv * self.GROUP, head_kv, first, lo, count, count - full, full_from)
+
+
+@aggregate
+class Shared:
+    """Everything in shared memory. k and v: tiles 0, 1 and 2, 3 of kv, filled once."""
+
+    kv: Pipe
+    q: Pipe
+    dout: Pipe
+    lse: gl.shared_memory_descriptor  # beside each tile of q: log2(e) lse, +inf where a row sees nothing
+    delta: gl.shared_memory_descriptor  # beside each tile of dout
+    ds: gl.shared_memory_descriptor  # one tile a consumer, [keys, queries]
+    ds_full: gl.shared_memory_descriptor  # signalled by both consumers, when both tiles are written and when read
+    ds_empty: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor  # one tile a consumer: half of the columns
+
+    @gluon.constexpr_function
+    def __init__(self, kv, q, dout, lse, delta, ds, ds_full, ds_empty, dq):
+        self.kv = kv
+        self.q = q
+        self.dout = dout
+        self.lse = lse
+        self.delta = delta
+        self.ds = ds
+        self.ds_full = ds_full
+        self.ds_empty = ds_empty
+        self.dq = dq
+
+
+# -- the producer: one warp
+
+
+@gluon.jit
+def produce(call, shared, descriptors):
+    """Order every copy, as far ahead as there are empty slots, and bring lse and delta. Waits for consumers only."""
+    q, k, v, dout = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
+    job = call.job()
+    lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b
+    delta = call.delta + job.batch.to(gl.int64) * call.delta_stride_b
+    index = gl.arange(0, call.BLOCK_Q, layout=gl.BlockedLayout([call.BLOCK_Q // 32], [32], [1], [0]))
+    if job.tiles > 0:
+        for who in gl.static_range(2):
+            shared.kv.load(who, k, job.batch, job.head_kv, job.first + who * ROWS)
+        for who in gl.static_range(2):
+            shared.kv.load(2 + who, v, job.batch, job.head_kv, job.first + who * ROWS)
+    number = 0
+    for member in range(call.GROUP):
+        head = job.head + member
+        head_lse = lse + head.to(gl.int64) * call.lse_stride_h
+        head_delta = delta + head.to(gl.int64) * call.delta_stride_h
+        for step in range(job.tiles):
+            row = job.column(step, call.BLOCK_Q)
+            rows = row + index
+            row_lse = gl.load(head_lse + rows, rows < call.queries, NEG_INF)
+            row_delta = gl.load(head_delta + rows, rows < call.queries, 0.0)
+            shared.q.load(number, q, job.batch, head, row)
+            shared.lse.index(number % shared.q.DEPTH).store(gl.where(row_lse == NEG_INF, POS_INF, row_lse * LOG2_E_))
+            mbarrier.arrive(shared.q.full.index(number % shared.q.DEPTH), count=1)
+            shared.dout.load(number, dout, job.batch, head, row)
+            shared.delta.index(number % shared.dout.DEPTH).store(row_delta)
+            mbarrier.arrive(shared.dout.full.index(number % shared.dout.DEPTH), count=1)
+            number += 1
+
+
+# -- the consumers: a warpgroup each
+
+
+@gluon.jit
+def step(
+    dk, dv, shared, number, batch, head, row, key_start, key_end, dq, call, WHO: gl.constexpr, EDGE: gl.constexpr
+):  # fmt: skip
+    """All five products of one query tile with this consumer's keys."""
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
+    )
+    Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D // 2, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
+    HALF: gl.constexpr = call.D // 2
+    q_tile = shared.q.tile(number)
+    dout_tile = shared.dout.tile(number)
+    zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S)
+
+    shared.q.wait_full(number)  # the copy engine and the producer's lse
+    scores = warpgroup_mma(shared.kv.tile(WHO), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    shared.dout.wait_full(number)  # the copy engine and the producer's delta
+    dscores = warpgroup_mma(shared.kv.tile(2 + WHO), dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
+    lse = shared.lse.index(number % shared.q.DEPTH).load(gl.SliceLayout(0, S))
+    slope = 1.0
+    if call.CAPPED:
+        s = cap(s, call.cap_scale)
+        slope = 1.0 - s * s
+    p = gl.exp2(s * call.c - gl.expand_dims(lse, 0))
+    if EDGE:
+        p = gl.where(visible(key_start, key_end, row + gl.arange(0, call.BLOCK_Q, layout=gl.SliceLayout(0, S))), p, 0.0)
+    weights = gl.convert_layout(p.to(q_tile.dtype), LEFT)
+    dp = warpgroup_mma_wait(0, deps=(dscores,))  # the tensor cores
+    dv_next = warpgroup_mma(weights, dout_tile, dv, is_async=True)
+    delta = shared.delta.index(number % shared.dout.DEPTH).load(gl.SliceLayout(0, S))
+    ds = (p * (dp - gl.expand_dims(delta, 0)) * slope).to(q_tile.dtype)
+
+    mbarrier.wait(shared.ds_empty.index(0), (number & 1) ^ 1)  # both consumers' dq of the step before
+    shared.ds.index(WHO).store(ds)
+    fence_async_shared()  # what threads wrote, made visible to the tensor cores
+    mbarrier.arrive(shared.ds_full.index(0), count=1)
+    mbarrier.wait(shared.ds_full.index(0), number & 1)  # the other consumer
+    # This half of the columns of dq, over one consumer's keys and then over the other's.
+    k_0 = shared.kv.tile(0).slice(WHO * HALF, HALF, 1)
+    k_1 = shared.kv.tile(1).slice(WHO * HALF, HALF, 1)
+    dq_zeros = gl.zeros([call.BLOCK_Q, HALF], gl.float32, Q)
+    dq_next = warpgroup_mma(shared.ds.index(0).permute((1, 0)), k_0, dq_zeros, use_acc=False, is_async=True)
+    dq_next = warpgroup_mma(shared.ds.index(1).permute((1, 0)), k_1, dq_next, is_async=True)
+    dk_next = warpgroup_mma(gl.convert_layout(ds, LEFT), q_tile, dk, is_async=True)
+    dv, dq_half = warpgroup_mma_wait(1, deps=(dv_next, dq_next))  # the tensor cores, for all but dk
+    shared.dout.release(number)
+    mbarrier.arrive(shared.ds_empty.index(0), count=1)
+    tma.store_wait(0)  # the copy engine, reading the step before out of the same shared memory
+    shared.dq.index(WHO).store(dq_half * call.scale)
+    fence_async_shared()  # what threads wrote, made visible to the copy engine
+    add_out(dq, [batch, head, row, WHO * HALF], shared.dq.index(WHO))
+    dk = warpgroup_mma_wait(0, deps=(dk_next,))  # the tensor cores
+    shared.q.release(number)
+    return dk, dv
+
+
+@gluon.jit
+def consume(call, shared, descriptors, WHO: gl.constexpr):
+    """Keys WHO x 64 and on of this program's KV tile."""
+    dq, dk, dv = descriptors[4], descriptors[5], descriptors[6]
+    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
+    )
+    job = call.job()
+    if job.tiles > 0:
+        start = call.start + job.batch.to(gl.int64) * call.interval_stride_b
+        end = call.end + job.batch.to(gl.int64) * call.interval_stride_b
+        keys = job.first + WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        key_start = gl.load(start + keys, keys < call.keys, 0)
+        key_end = gl.load(end + keys, keys < call.keys, 0)
+        dk_acc = gl.zeros([ROWS, call.D], gl.float32, A)
+        dv_acc = gl.zeros([ROWS, call.D], gl.float32, A)
+        shared.kv.wait_full(0)  # the copy engine; dq takes both halves of k
+        shared.kv.wait_full(1)
+        shared.kv.wait_full(2 + WHO)
+        number = 0
+        for member in range(call.GROUP):
+            head = job.head + member
+
+            # 1. Query tiles that see only some of the keys.
+            for i in range(job.edges):
+                dk_acc, dv_acc = step(
+                    dk_acc, dv_acc, shared, number + i, job.batch, head, job.column(i, call.BLOCK_Q),
+                    key_start, key_end, dq, call, WHO, EDGE=True,
+                )  # fmt: skip
+
+            # 2. Query tiles that see every key: no mask.
+            for i in range(job.edges, job.tiles):
+                dk_acc, dv_acc = step(
+                    dk_acc, dv_acc, shared, number + i, job.batch, head, job.column(i, call.BLOCK_Q),
+                    0, 0, dq, call, WHO, EDGE=False,
+                )  # fmt: skip
+            number += job.tiles
+
+        # 3. k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
+        take_turn(0)
+        row = job.first + WHO * ROWS
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
+        staged = reinterpret(shared.kv.tiles, gl.float32, [2, ROWS, call.D], layout).index(WHO)
+        staged.store(dk_acc * call.scale)
+        fence_async_shared()
+        add_out(dk, [job.batch, job.head_kv, row, 0], staged)
+        tma.store_wait(0)  # the copy engine, reading
+        staged.store(dv_acc)
+        fence_async_shared()
+        add_out(dv, [job.batch, job.head_kv, row, 0], staged)
+        tma.store_wait(0)
+
+
+@gluon.jit
+def consume_0(call, shared, descriptors):
+    """The first consumer."""
+    consume(call, shared, descriptors, 0)
+
+
+@gluon.jit
+def consume_1(call, shared, descriptors):
+    """The second consumer."""
+    consume(call, shared, descriptors, 1)
+
+
+@gluon.jit(do_not_specialize=[
+    "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b",
+    "queries", "keys", "heads_kv", "pairs", "section", "scale", "c", "cap_scale",
+])  # fmt: skip
+def backward_kernel(
+    q, k, v, dout, dq, dk, dv,
+    lse, lse_stride_b, lse_stride_h,
+    delta, delta_stride_b, delta_stride_h,
+    start, end, interval_stride_b,
+    queries, keys, heads_kv, pairs, section, scale, c, cap_scale,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
+    call = Call(
+        lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
+        queries, keys, heads_kv, pairs, section, scale, c, cap_scale, GROUP, D, BLOCK_Q, CAPPED,
+    )  # fmt: skip
+    rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D // 2], gl.float32)
+    barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    shared = Shared(
+        make_pipe(q.dtype, 4, ROWS, D, readers=1),
+        make_pipe(q.dtype, STAGES, BLOCK_Q, D, readers=2, writers=2),
+        make_pipe(q.dtype, STAGES, BLOCK_Q, D, readers=2, writers=2),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
+        gl.allocate_shared_memory(q.dtype, [2, ROWS, BLOCK_Q], ds_layout),
+        gl.allocate_shared_memory(gl.int64, [1, 1], barrier_layout),
+        gl.allocate_shared_memory(gl.int64, [1, 1], barrier_layout),
+        gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, D // 2], dq_layout),
+    )
+    mbarrier.init(shared.ds_full.index(0), count=2)
+    mbarrier.init(shared.ds_empty.index(0), count=2)
+    descriptors = (q, k, v, dout, dq, dk, dv)
+    gl.warp_specialize(
+        [
+            (consume_0, (call, shared, descriptors)),
+            (consume_1, (call, shared, descriptors)),
+            (produce, (call, shared, descriptors)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+# -- launch
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    intervals: Intervals,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    deterministic: bool = False,
+    tuning: Tuning | None = None,
+) -> None:
+    """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
+
+    The sum in dq is taken in an order that differs from run to run; deterministic=True computes all three by
+    `portable_backward`, bit-equal from run to run. Raises ValueError, with the values, where `hopper_forward.supports`
+    would refuse, where a tensor does not fit q and k, and where scale is not positive. tuning replaces the table's
+    choice.
+    """
+    if deterministic:
+        portable_backward.backward(
+            dout, q, k, v, lse, delta, intervals, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv
+        )
+        return
+    check_inputs(q, k, scale, softcap, v=v, dout=dout)
+    check_rows(q, lse=lse, delta=delta, dq=dq)
+    check_rows(k, dk=dk, dv=dv)
+    if 0 in q.shape or 0 in k.shape:
+        return
+    B, Sq, Hq, D = q.shape
+    _, Skv, Hkv, _ = k.shape
+    rows = ROWS.value
+    t = tuning or TUNINGS[D]
+    with torch.cuda.device_of(q):
+        backward_kernel[(B * Hkv * triton.cdiv(Skv, 2 * rows),)](
+            *(tiles(q, t.block_q), tiles(k, rows), tiles(v, rows), tiles(dout, t.block_q)),
+            *(tiles(dq, t.block_q, D // 2), tiles(dk, rows), tiles(dv, rows)),
+            *(lse, *lse.stride()[:2]),
+            *(delta, *delta.stride()[:2]),
+            *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
+            *(Sq, Skv, Hkv, B * Hkv, section(q, k), scale, *score_scales(scale, softcap)),
+            GROUP=Hq // Hkv, D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
+            CONSUMER_REGISTERS=t.consumer_registers, PRODUCER_REGISTERS=t.producer_registers,
+            CAPPED=softcap is not None, num_warps=4, maxnreg=t.launch_registers, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def section(q: Tensor, k: Tensor) -> int:
+    """How many (batch row, KV head) pairs are worked on at a time, so that their q, dout and fp32 dq stay in L2."""
+    _, Sq, Hq, D = q.shape
+    return max(1, L2_BYTES // (Hq // k.shape[2] * Sq * D * (2 * q.element_size() + 4)))
