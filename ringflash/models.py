@@ -113,7 +113,11 @@ def ring_attention_forward(
     if sliding_window is not None:
         plan = plan.window(sliding_window - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return ring_attention(q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel), None
+    out = ring_attention(
+        q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel,
+        layer=getattr(module, "layer_idx", None),
+    )  # fmt: skip
+    return out, None
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:

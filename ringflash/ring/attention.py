@@ -47,13 +47,15 @@ def ring_attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     kernel: str = "auto",
+    layer: int | None = None,
 ) -> Tensor:
     """Attention of this rank's queries over the whole sequence, differentiable.
 
     q [B, S, Hq, D]; k, v [B, S, Hkv, D], where S is the layout's shard length and Hq a multiple of Hkv; fp16, bf16 or
     fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch, ranks outermost.
     scale defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the softmax and has
-    no value (gpt-oss), not capped. Returns out [B, S, Hq, D] in q's dtype; queries that see nothing get 0.
+    no value (gpt-oss), not capped. layer: its number, for what is said where a ring stands still. Returns out
+    [B, S, Hq, D] in q's dtype; queries that see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
     """
     _check(q, k, v, plan, softcap, sink)
@@ -62,6 +64,7 @@ def ring_attention(
         kernel=kernels.select(q, k, softcap, kernel),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
+        layer="attention" if layer is None else f"layer {layer}",
     )
     return _RingAttention.apply(q, k, v, sink, call)
 
@@ -90,6 +93,7 @@ class _Call:
     kernel: kernels.Kernel
     scale: float
     softcap: float | None
+    layer: str
 
     def own_sink(self, sink: Tensor | None) -> Tensor | None:
         """The part of a [Hq] tensor that this rank's heads have, as a view."""
@@ -147,7 +151,7 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | N
     plan = call.plan
     state: list[Partial | None] = [None] * len(q)
     last = [plan.computed(i)[-1] for i in range(len(q))]
-    kv = _KeysOnTheirWay(plan, k, v)
+    kv = _KeysOnTheirWay(plan, k, v, f"{call.layer}, forward")
     for s in range(plan.ring.size):
         kv.arrive()
         kv.send_for(s + 1)
@@ -169,10 +173,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch."""
     plan = call.plan
-    kv = _KeysOnTheirWay(plan, k, v)
+    about = f"{call.layer}, backward"
+    kv = _KeysOnTheirWay(plan, k, v, about)
     kv.send_for(1)
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
-    parts = [(_GradientsOnTheirWay(plan, k, heads), *heads) for heads in _halves(q[0].shape[2], k[0].shape[2], plan)]
+    parts = [
+        (_GradientsOnTheirWay(plan, k, heads, about), *heads) for heads in _halves(q[0].shape[2], k[0].shape[2], plan)
+    ]
     for s in [*range(1, plan.ring.size), 0]:
         kv.arrive()
         if s > 0:
@@ -208,8 +215,8 @@ class _KeysOnTheirWay:
     over the edge of a run, and 0 times what is there must be 0.
     """
 
-    def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor]) -> None:
-        self.plan, self.own = plan, list(zip(k, v, strict=True))
+    def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor], about: str) -> None:
+        self.plan, self.own, self.about = plan, list(zip(k, v, strict=True)), about
         travels = any(route.reach for route in plan.routes)
         self.here = [torch.stack(pair).permute(2, 0, 1, 3, 4).contiguous() for pair in self.own] if travels else []
         self.next = [torch.zeros_like(x) for x in self.here]
@@ -227,7 +234,7 @@ class _KeysOnTheirWay:
                 outgoing.append(Message(rank, (rank + 1) % ring.size, self.here[i][slice(*leaving)]))
             if coming.tokens:
                 incoming.append(Message((rank - 1) % ring.size, rank, self.next[i][slice(*coming)]))
-        self.transfer = ring.exchange(outgoing, incoming)
+        self.transfer = ring.exchange(outgoing, incoming, f"{self.about}, hop {s}")
 
     def arrive(self) -> None:
         """Wait for what is under way, if anything is; it is then here."""
@@ -250,8 +257,8 @@ class _GradientsOnTheirWay:
     their own, since both others are then in use; those that went all the way arrive as on any hop.
     """
 
-    def __init__(self, plan: AttentionPlan, k: list[Tensor], heads: tuple[slice, slice]) -> None:
-        self.plan, self.ring = plan, plan.ring
+    def __init__(self, plan: AttentionPlan, k: list[Tensor], heads: tuple[slice, slice], about: str) -> None:
+        self.plan, self.ring, self.about = plan, plan.ring, about
         batch, length, _, dim = k[0].shape
         count = heads[1].stop - heads[1].start
         travels = any(route.reach for route in plan.routes)
@@ -295,7 +302,7 @@ class _GradientsOnTheirWay:
             if s == own.reach:
                 home = self.home[i] if i in self.home else self.next[i][slice(*own.returned)]
                 incoming.append(Message((rank + s) % size, rank, home))
-        self.transfer = self.ring.exchange(outgoing, incoming)
+        self.transfer = self.ring.exchange(outgoing, incoming, f"{self.about}, gradients of hop {s}")
 
     def at(self, i: int) -> tuple[Tensor, Tensor]:
         """dk and dv [B, S, heads, D] of local rank i, to add to."""

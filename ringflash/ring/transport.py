@@ -1,7 +1,7 @@
 """Who sends what to whom: the two verbs that a ring needs, over processes or inside one.
 
-    transfer = ring.exchange(outgoing, incoming)     # messages between ranks set off
-    transfer.wait()                                  # incoming is there, outgoing may be overwritten
+    transfer = ring.exchange(outgoing, incoming, about)     # messages between ranks set off
+    transfer.wait()                                         # incoming is there, outgoing may be overwritten
 
 `ProcessRing` has one rank in each process and talks over NCCL or gloo. `Loopback` has all ranks in one process, for
 tests and for measuring one GPU's share of a ring: its tensors hold the ranks side by side. Code written against
@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ringflash.ring.watch import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +44,11 @@ class Ring(Protocol):
     local: tuple[int, ...]
     device: torch.device
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """Set off messages from local ranks, and receive those to local ranks; at most one between any two ranks.
 
         Both sides of a message name it in the same exchange, counting exchanges from the start. No tensor may be
-        written before the wait.
+        written before the wait. about: layer, pass and hop, for who has to be told.
         """
 
 
@@ -58,13 +60,13 @@ class Loopback:
         self.local = tuple(range(size))
         self.device = torch.device(device)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """Copy at once, in the order of the current stream."""
         sent = {(message.source, message.destination): message.tensor for message in outgoing}
         for message in incoming:
             message.tensor.copy_(sent.pop((message.source, message.destination)))
         if sent:
-            raise ValueError(f"messages between ranks {sorted(sent)} were sent and not received")
+            raise ValueError(f"{about}: messages between ranks {sorted(sent)} were sent and not received")
         return _Done()
 
 
@@ -73,23 +75,34 @@ class ProcessRing:
 
     On NCCL an exchange runs on the communicator's own stream: it waits for what the current stream has queued before
     `exchange`, and makes the current stream (not the host) wait at `wait`. So a kernel launched between the two runs
-    beside the transfer. Give the ring a group of its own, or its transfers queue behind other collectives.
+    beside the transfer. Give the ring a group of its own, or its transfers queue behind other collectives. A watch,
+    where given, is told of every wait.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
-        self.group = group if group is not None else dist.group.WORLD
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        watch: Watch | None = None,
+    ) -> None:
+        self.group: dist.ProcessGroup = group or dist.distributed_c10d._get_default_group()
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
         self.local: tuple[int, ...] = (self.rank,)
         self.device = torch.device(device)
+        self.watch = watch
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """One batch of sends and receives, in flight until waited for."""
         operations = [
             *(dist.P2POp(dist.isend, m.tensor, group=self.group, group_peer=m.destination) for m in outgoing),
             *(dist.P2POp(dist.irecv, m.tensor, group=self.group, group_peer=m.source) for m in incoming),
         ]
-        return _InFlight(dist.batch_isend_irecv(operations)) if operations else _Done()
+        if not operations:
+            return _Done()
+        sources = tuple(dist.get_global_rank(self.group, m.source) for m in incoming)
+        size = sum(m.tensor.numel() * m.tensor.element_size() for m in incoming)
+        return _InFlight(dist.batch_isend_irecv(operations), self.watch, about, sources, size)
 
 
 class _Done:
@@ -97,11 +110,18 @@ class _Done:
         """Nothing is under way."""
 
 
+@dataclass(frozen=True, eq=False)
 class _InFlight:
-    def __init__(self, works: list[dist.Work]) -> None:
-        self.works = works
+    works: list[dist.Work]
+    watch: Watch | None
+    about: str
+    sources: tuple[int, ...]
+    size: int
 
     def wait(self) -> None:
         """Wait for every work of the batch."""
+        if self.watch is not None:
+            self.watch.wait(self.works, self.about, self.sources, self.size)
+            return
         for work in self.works:
             work.wait()

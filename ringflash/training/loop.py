@@ -62,6 +62,7 @@ def fit(config: Config, resolved: str) -> None:
     )
     for step in range(start + 1, config.optim.steps + 1):
         begun = time.perf_counter()
+        world.watch.step = step
         batch, _ = next(batches)
         loss = train_step(engine, batch, world, layout_for)
         record = {
@@ -69,6 +70,8 @@ def fit(config: Config, resolved: str) -> None:
             "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
             "lr": engine.get_lr()[0],
             **speed.record(batch, time.perf_counter() - begun),
+            **world.watch.take(),
+            "imbalance": layout_for(batch.mask()).imbalance(batch.mask()),
         }
         if _due(step, config.evaluation.every):
             record["held_out_loss"] = _held_out_loss(engine, held_out, config, world, layout_for)
@@ -102,6 +105,7 @@ def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, star
             flush=True,
         )
     dist.barrier()
+    world.watch.close()
     dist.destroy_process_group()
 
 

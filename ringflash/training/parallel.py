@@ -48,6 +48,9 @@ class ParallelConfig:
     timeout_minutes: int = 10
     """Minutes without an answer after which a collective gives up."""
 
+    hop_timeout_seconds: float = 300.0
+    """Seconds for which a hop of the ring may stand still before every rank says where it is and the run ends."""
+
     def __post_init__(self) -> None:
         if self.ring is not None and self.ring < 1:
             raise ConfigError(f"parallel.ring={self.ring} must be 1 or more, or null for all ranks")
@@ -55,7 +58,7 @@ class ParallelConfig:
             raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more, or null to have it chosen")
         if self.layout not in (*LAYOUTS, *CHOSEN):
             raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join((*LAYOUTS, *CHOSEN))}")
-        for name in ("node_gb_per_second", "across_gb_per_second"):
+        for name in ("node_gb_per_second", "across_gb_per_second", "hop_timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0")
         if self.ulysses is None and self.ring is not None:

@@ -23,16 +23,18 @@ from torch import Tensor
 from ringflash.errors import ConfigError
 from ringflash.ring.transport import ProcessRing
 from ringflash.ring.ulysses import Ulysses
+from ringflash.ring.watch import Watch
 from ringflash.training.parallel import ParallelConfig
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """This process's place: rank of size, its ring, with whom it exchanges heads, and which replica they train."""
+    """This process's place: rank of size, its ring and who watches it, with whom it exchanges heads, its replica."""
 
     rank: int
     size: int
     device: torch.device
+    watch: Watch
     ring: ProcessRing
     ulysses: Ulysses | None
     replica: int
@@ -82,8 +84,9 @@ def join(config: ParallelConfig) -> World:
     grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
+    watch = Watch(config.hop_timeout_seconds, rank, dist.distributed_c10d._get_default_store())
     return World(
-        rank, ranks, device, ProcessRing(ring, device), None if row is None else Ulysses(row),
+        rank, ranks, device, watch, ProcessRing(ring, device, watch), None if row is None else Ulysses(row),
         replica=rank // (size * neighbours), replicas=len(grid),
     )  # fmt: skip
 

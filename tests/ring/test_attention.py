@@ -109,12 +109,12 @@ class Counting(Loopback):
         super().__init__(size)
         self.elements, self.messages = Counter(), Counter()
 
-    def exchange(self, outgoing, incoming):
+    def exchange(self, outgoing, incoming, about):
         for message in outgoing:
             assert message.tensor.is_contiguous()
             self.elements[message.tensor.dtype] += message.tensor.numel()
             self.messages[message.tensor.dtype] += 1
-        return super().exchange(outgoing, incoming)
+        return super().exchange(outgoing, incoming, about)
 
 
 def test_with_a_window_one_neighbour_hop_moves_in_both_passes():
@@ -144,8 +144,8 @@ def allocated_by_a_pass(size):
     layout = Layout.zigzag(size * 8, size)
     plan = AttentionPlan(IntervalMask.full(size * 8), layout, Loopback(size))
     k = [torch.zeros(1, 8, 2, 16)] * size
-    kv = attention._KeysOnTheirWay(plan, k, k)
-    dkv = [attention._GradientsOnTheirWay(plan, k, heads) for heads in attention._halves(4, 2, plan)]
+    kv = attention._KeysOnTheirWay(plan, k, k, "")
+    dkv = [attention._GradientsOnTheirWay(plan, k, heads, "") for heads in attention._halves(4, 2, plan)]
     for x in (kv, *dkv):
         shapes += [*x.here, *x.next]
         assert all(home is None for home in getattr(x, "home", []))

@@ -93,6 +93,6 @@ def test_settings_that_keep_nothing_are_refused():
 def test_a_manifest_lists_every_file(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.pt").write_bytes(b"123")
-    world = World(0, 1, torch.device("cpu"), None, None, 0, 1)
+    world = World(0, 1, torch.device("cpu"), None, None, None, 0, 1)
     digests = checkpoint._digests(tmp_path, checkpoint._share(tmp_path, world))
     assert json.loads(json.dumps(digests))["a/b.pt"][0] == 3

@@ -1,0 +1,131 @@
+"""Watch: what each hop of a ring waits for; how long, for the metrics; and who says what when a ring stands still.
+
+A rank that hangs leaves all others waiting, each for its neighbour, without a word. The watch is a thread that looks
+at the oldest wait under way. When none has ended for `limit` seconds it tells the other ranks through their store, and
+every rank says where it is:
+
+    ringflash: rank 2, step 12, layer 5, backward, hop 3: waits for rank 1 since 300 s
+    ringflash: rank 1, step 12: waits for no rank in the ring; its last hop was layer 5, backward, hop 2
+
+then all end. A layer never blocks for the watch: on CUDA two events frame each wait on the compute stream, and the
+thread asks whether they have passed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+POLL = 0.25  # seconds between two looks
+LAST_WORDS = 3.0  # seconds between what a rank says and its end: launchers end all ranks as soon as one leaves
+_KEY = "ringflash/stands-still"
+
+
+@dataclass(frozen=True, eq=False)
+class _Wait:
+    about: str
+    sources: tuple[int, ...]
+    on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None  # before and after the wait, on the compute stream
+
+
+class Watch:
+    """The waits of one process. Its methods are called by the transport, but for `step` and `take`.
+
+    limit: seconds; rank: this process's in the run, as users know it; store: the run's, or None for a process alone;
+    end: what ends the process once all has been said.
+    """
+
+    def __init__(
+        self, limit: float, rank: int = 0, store: dist.Store | None = None, end: Callable[[], None] | None = None
+    ) -> None:
+        self.limit, self.rank, self.step = limit, rank, 0
+        self._store, self._end = store, end or (lambda: os._exit(1))
+        self._waits: deque[_Wait] = deque()
+        self._moved = time.monotonic()
+        self._last = "none yet"
+        self._exposed, self._bytes, self._hops = 0.0, 0, 0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True).start()
+
+    def wait(self, works: Sequence[dist.Work], about: str, sources: Sequence[int], size: int) -> None:
+        """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes from `sources`."""
+        on_gpu = None
+        if dist.get_backend() == "nccl":
+            on_gpu = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        with self._lock:
+            if not self._waits:
+                self._moved = time.monotonic()
+            self._waits.append(_Wait(about, tuple(sources), on_gpu))
+            self._bytes, self._hops = self._bytes + size, self._hops + 1
+        start = time.perf_counter()
+        if on_gpu is not None:
+            on_gpu[0].record()
+        for work in works:
+            work.wait()
+        if on_gpu is not None:
+            on_gpu[1].record()
+            return
+        with self._lock:
+            self._exposed += time.perf_counter() - start
+            self._passed(self._waits.popleft())
+
+    def take(self) -> dict[str, float]:
+        """What the hops since the last call cost: seconds of waiting that no computing hid, GiB received, hops."""
+        with self._lock:
+            self._advance()
+            taken = {"ring_wait_seconds": self._exposed, "ring_gib": self._bytes / 2**30, "ring_hops": self._hops}
+            self._exposed, self._bytes, self._hops = 0.0, 0, 0
+        return taken
+
+    def close(self) -> None:
+        """Stop looking: the run is over."""
+        self._closed.set()
+
+    def _advance(self) -> None:
+        """Let go of waits that the GPU has passed."""
+        while self._waits and (events := self._waits[0].on_gpu) is not None and events[1].query():
+            self._exposed += events[0].elapsed_time(events[1]) / 1e3
+            self._passed(self._waits.popleft())
+
+    def _passed(self, wait: _Wait) -> None:
+        self._last, self._moved = wait.about, time.monotonic()
+
+    def _look(self, device: int | None) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        while not self._closed.wait(POLL):
+            with self._lock:
+                self._advance()
+                late = bool(self._waits) and time.monotonic() - self._moved > self.limit
+            if late or self._told():
+                if self._store is not None:
+                    self._store.set(_KEY, "1")
+                print(f"ringflash: {self.where()}", file=sys.stderr, flush=True)
+                time.sleep(LAST_WORDS)
+                self._end()
+                return
+
+    def _told(self) -> bool:
+        """Whether another rank has found the ring standing still."""
+        return self._store is not None and self._store.check([_KEY])
+
+    def where(self) -> str:
+        """Rank, step, and what the rank waits for."""
+        with self._lock:
+            if not self._waits:
+                return (
+                    f"rank {self.rank}, step {self.step}: waits for no rank in the ring; its last hop was {self._last}"
+                )
+            wait, seconds = self._waits[0], time.monotonic() - self._moved
+        neighbours = " and ".join(f"rank {source}" for source in wait.sources) or "what it sent to be taken"
+        return f"rank {self.rank}, step {self.step}, {wait.about}: waits for {neighbours} since {seconds:.0f} s"

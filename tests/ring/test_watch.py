@@ -1,0 +1,75 @@
+"""When a ring stands still every rank says where it is and whom it waits for, and all end; else waits are counted."""
+
+import contextlib
+import io
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
+from ringflash.ring import watch
+from ringflash.ring.watch import Watch
+from tests.ring.test_attention import whole_inputs
+
+
+def attend(ring):
+    plan = AttentionPlan(IntervalMask.causal(32), Layout.zigzag(32, ring.size), ring)
+    q, k, v = (plan.shard(x).requires_grad_() for x in whole_inputs(1, 32)[:3])
+    ring_attention(q, k, v, plan, layer=5).sum().backward()
+
+
+def attend_in_vain(ring):
+    with contextlib.suppress(RuntimeError):  # the connection breaks when the test is over
+        attend(ring)
+
+
+def with_one_rank_that_never_comes(hanging):
+    """What this rank says; the hanging one sleeps instead of its second layer."""
+    watch.LAST_WORDS, said, ended = 0.1, io.StringIO(), threading.Event()
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    guard = Watch(1.0, rank, store, end=ended.set)
+    guard.step = 12
+    ring = ProcessRing(watch=guard)
+    with contextlib.redirect_stderr(said):
+        attend(ring)
+        if rank != hanging:
+            threading.Thread(target=attend_in_vain, args=(ring,), daemon=True).start()
+        assert ended.wait(20)
+    time.sleep(1.0)  # all have spoken before any connection breaks
+    return said.getvalue()
+
+
+@pytest.mark.ranks
+def test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends(ranks):
+    said = ranks.run(with_one_rank_that_never_comes, 3, 1)
+    assert said[0].startswith("ringflash: rank 0, step 12, layer 5, forward, hop ")
+    assert said[2].startswith("ringflash: rank 2, step 12, layer 5, forward, hop 1: waits for rank 1 since ")
+    assert "rank 1, step 12: waits for no rank in the ring; its last hop was layer 5, backward" in said[1]
+
+
+def telemetry():
+    guard = Watch(60.0)
+    for _ in range(2):
+        attend(ProcessRing(watch=guard))
+    first, second = guard.take(), guard.take()
+    guard.close()
+    return first, second
+
+
+@pytest.mark.ranks
+def test_waits_bytes_and_hops_are_counted_and_handed_over_once(ranks):
+    for first, second in ranks.run(telemetry, 2):
+        # two layers; forward and backward one hop of keys, backward also one of gradients in two halves
+        assert first["ring_hops"] == 2 * (1 + 1 + 2)
+        assert first["ring_gib"] > 0
+        assert first["ring_wait_seconds"] > 0
+        assert second == {"ring_wait_seconds": 0.0, "ring_gib": 0.0, "ring_hops": 0}
+
+
+def test_a_watch_with_nothing_to_wait_for_stays_silent(capsys):
+    guard = Watch(0.1, end=lambda: pytest.fail("ended"))
+    time.sleep(3 * watch.POLL)
+    guard.close()
+    assert capsys.readouterr().err == ""
