@@ -110,7 +110,7 @@ class Watch:
             if late or self._told():
                 if self._store is not None:
                     self._store.set(_KEY, "1")
-                print(f"ringflash: {self.where()}", file=sys.stderr, flush=True)
+                print(f"\nringflash: {self.where()}", file=sys.stderr, flush=True)  # below a progress bar
                 time.sleep(LAST_WORDS)
                 self._end()
                 return

@@ -1,7 +1,8 @@
-"""train.py, but rank 1 raises in its third forward while rank 0 waits for it in the ring."""
+"""train.py, but in its third forward rank 1 raises, or with "hang" as its first argument sleeps."""
 
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -10,6 +11,7 @@ import train
 from ringflash.kernels import blocked
 
 calls = 0
+failure = sys.argv.pop(1)
 sound = blocked.forward
 
 
@@ -18,6 +20,8 @@ def forward(*args, **options):
     global calls
     calls += 1
     if os.environ["RANK"] == "1" and calls == 3:
+        if failure == "hang":
+            time.sleep(1000)
         raise ArithmeticError("the third tile is broken")
     return sound(*args, **options)
 

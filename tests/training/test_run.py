@@ -105,17 +105,32 @@ def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(t
     assert losses[0] == losses[1]
 
 
+def failing(text, failure, *settings):
+    """What the ranks of a run say of themselves whose rank 1 fails in the ring."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "tests/training/failing_rank.py",
+    ]
+    _, stderr = run([*launcher, failure, *command(text, "name=fails", *settings)[4:]], code=1)
+    return sorted(line for line in stderr.splitlines() if line.startswith("ringflash: "))
+
+
 @pytest.mark.slow
 def test_a_rank_that_raises_while_others_wait_in_the_ring_ends_the_run_with_its_line(text):
-    arguments = command(text, "name=raises")
-    arguments[1] = "tests/training/failing_rank.py"
-    arguments = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tests/training/failing_rank.py",
-        *arguments[4:],
-    ]  # fmt: skip
-    _, stderr = run(arguments, code=1)
-    lines = [line for line in stderr.splitlines() if line.startswith("ringflash: ")]
-    assert lines == ["ringflash: rank 1 failed: ArithmeticError: the third tile is broken"]
+    assert failing(text, "raise") == ["ringflash: rank 1 failed: ArithmeticError: the third tile is broken"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_with_a_line_of_every_rank(text):
+    waiting, hanging = failing(text, "hang", "parallel.hop_timeout_seconds=2")
+    assert waiting.startswith("ringflash: rank 0, step 1, layer 1, backward, hop 1: waits for rank 1 since ")
+    assert hanging == (
+        "ringflash: rank 1, step 1: waits for no rank in the ring; its last hop was layer 0, forward, hop 1"
+    )
 
 
 BAD_INPUT = {
