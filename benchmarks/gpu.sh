@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# What one GPU has to prove, each part under its own time limit; results go to OUT (default benchmarks/results).
+#
+#   benchmarks/gpu.sh tests        kernels against float64, every mask kind               3 minutes on an H100
+#   benchmarks/gpu.sh attention    the kernels beside their peers: table, JSON, plot      7 minutes
+#   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+case ${1:-} in
+tests)
+    timeout 240 python3 -m pytest -m gpu -n "${WORKERS:-6}" -p no:cacheprovider --tb=short tests/kernels
+    ;;
+attention)
+    timeout 540 python3 benchmarks/attention.py --out "$out" "${@:2}"
+    ;;
+training)
+    # Documents of more than 131072 bytes, so that every sequence is one causal document: the most work there can be.
+    text=$(mktemp -d)
+    python3 - "$text" <<'PY'
+import pathlib, sys, sysconfig
+source = "\n".join(p.read_text(errors="ignore") for p in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
+for i in range(4):
+    (pathlib.Path(sys.argv[1]) / f"{i}.txt").write_text(source[i * 1_000_000 : (i + 1) * 1_000_000])
+PY
+    timeout 360 python3 train.py experiment=qwen3-0.5b-128k optim.steps=10 optim.warmup=2 data=text "data.path=$text" \
+        "data.cache=$text/cache" data.held_out=0.25 "runs=$text/runs" evaluation.every=0 evaluation.sequences=1 \
+        checkpoint.every=0 logger.mode=disabled "${@:2}" || exit 1
+    cp "$text"/runs/*/metrics.jsonl "$out/training.jsonl"
+    cat "$out/training.jsonl"
+    ;;
+*)
+    sed -n '2,6p' "$0"
+    exit 2
+    ;;
+esac
