@@ -1,0 +1,259 @@
+"""The ring: what it costs a GPU beside its kernels, what it costs in precision, and where its GPUs would wait.
+
+    python benchmarks/ring.py --device cpu --quick                   # any machine, seconds: does it work here
+    python benchmarks/ring.py --timeline --tflops 500                # any machine, seconds: 128k tokens on 8 ranks
+    python benchmarks/ring.py --timeline --tflops 650/550 --gbps 50 --mask window 4096 --layout contiguous --ranks 16
+    python benchmarks/ring.py --error --device cpu                   # any machine, a minute
+    python benchmarks/ring.py                                        # a GPU, all cases, under 8 minutes
+    python benchmarks/ring.py --error                                # a GPU, under 4 minutes
+    python benchmarks/ring.py --timeline --gbps 400                  # a GPU: the kernel's speed is measured here
+
+Without a switch: efficiency. One rank's forward and backward are run on one device without its neighbours, and held
+against the whole call's share, (one causal call over all tokens by the same kernel) / ranks, or of as many pairs where
+documents are packed (benchmarks/ring_share.py). Ranks first, middle, last and the one with most pairs are timed, in
+turns with the whole call; beside them are others' figures, which are not of this run. Before that, all ranks of a small
+ring are compared with float64: one that is wrong is called WRONG and not timed, and the exit code is 1.
+
+--error: error of out, dq, dk and dv against float64 at 1 to 32 ranks, for our ring and for rings that round to 16 bits
+what they merge or send (benchmarks/ring_error.py). Exit code 1 if ours grows with the ring or is beyond the bound.
+
+--timeline: compute and transfer of every rank and hop of one layer's attention, predicted from what ring_attention
+does, the kernel's speed and the link's (benchmarks/ring_timeline.py): 400 GB/s each way is NVLink on Hopper, 50
+InfiniBand NDR. Kernel speed is --tflops FORWARD/BACKWARD, or measured, on a causal sequence of up to 32k tokens.
+
+--length, --ranks, --heads, --dim, --mask, --layout choose the case (in place of all of them). --mask is `causal`,
+`full`, `window 4096` or `packed 64`: so many documents of lognormal lengths. --out (benchmarks/results) gets
+ring-DEVICE.json and .png, ring-error-..., ring-timeline-...; the last line printed is the summary in JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import report, ring_error, ring_record, ring_share, ring_timeline, timing
+from benchmarks.attention import DTYPES
+from benchmarks.ring_cases import LAYOUT_NAMES, RingCase
+from ringflash import kernels
+
+GPU_CASES = (
+    RingCase.of("128k", 8),
+    RingCase.of("64k", 8),
+    RingCase.of("128k", 16),
+    RingCase.of("128k", 4),
+    *(RingCase.of("128k", 8, "packed", layout=layout) for layout in ("zigzag", "striped", "balanced")),
+)
+CPU_CASES = (
+    RingCase.of("2k", 8, heads=(8, 2), dim=64),
+    RingCase.of("2k", 8, "packed", heads=(8, 2), dim=64, packed=16),
+)
+CPU_QUICK = tuple(dataclasses.replace(case, length=512, heads=4, ranks=4, packed=8) for case in CPU_CASES)
+# The case of --error, by device and --quick.
+ERROR_CASES = {
+    ("cuda", False): RingCase.of("8k", 1, heads=(8, 2)),
+    ("cuda", True): RingCase.of("2k", 1, heads=(8, 2)),
+    ("cpu", False): RingCase.of("4k", 1, heads=(4, 2), dim=64),
+    ("cpu", True): RingCase.of(512, 1, heads=(4, 2), dim=32),
+}
+TIMELINE = RingCase.of("128k", 8)
+TIMELINE_QUICK = dataclasses.replace(TIMELINE, length=8192, ranks=4)
+SPEED_LENGTH = 32768  # tokens of the causal call whose speed a timeline takes
+
+
+def efficiency(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
+    """Mode 1: one rank's share of each case."""
+    listed = {("cuda", False): GPU_CASES, ("cuda", True): GPU_CASES[1:2], ("cpu", False): CPU_CASES}
+    cases = [options.case] if options.case else list(listed.get((device.type, options.quick), CPU_QUICK))
+    file = options.out / f"ring-{report.slug(device)}.json"
+    shares: list[ring_share.Share] = []
+    for case in cases:
+        share = ring_share.measure(case, options.kernel, DTYPES[options.dtype], device, options.seconds)
+        print(ring_share.table(case, share, header=not shares) + "\n", flush=True)
+        shares.append(share)
+        rows = [dataclasses.asdict(s) | {"efficiency": s.summary()} for s in shares]
+        report.write_json(file, {"benchmark": "ring", "card": facts, "dtype": options.dtype, "rows": rows})
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    title = f"{options.dtype}, {_signature(facts)}"
+    _written(file, _drawn(ring_share.draw, file, cases, shares, title))
+    wrong = [f"{s.status}: {s.case}: {s.reason}" for s in shares if s.status != "timed"]
+    return _closed("ring", facts, wrong, {"efficiency": {s.case: s.summary() for s in shares}})
+
+
+def error(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
+    """Mode 2: error against ring size."""
+    case = options.case or ERROR_CASES[device.type, options.quick]
+    described = _described(case).replace(f"/{case.ranks} ", " tokens, ", 1)
+    sizes = [size for size in ring_error.SIZES if 2 * size <= case.length]
+    found, bound = ring_error.measure(case, sizes, options.kernel, device)
+    print(ring_error.table(found, bound), end="\n\n")
+    wrong = ring_error.wrong(found, bound)
+    file = options.out / f"ring-error-{report.slug(device)}.json"
+    grown = {ring: ring_error.growth(found, ring) for ring in ring_error.RINGS}
+    contents = {"benchmark": "ring error", "card": facts, "case": described, "bound": bound}
+    report.write_json(file, contents | {"rows": [dataclasses.asdict(row) for row in found], "growth": grown})
+    title = f"error against ring size: {described}, bf16 inputs\n{_signature(facts)}"
+    _written(file, _drawn(ring_error.draw, file, found, bound, title))
+    rounded = {ring: {name: round(x, 3) for name, x in by.items()} for ring, by in grown.items()}
+    return _closed("ring error", facts, wrong, {"growth": rounded})
+
+
+def timeline(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
+    """Mode 3: compute and transfer lanes of every rank."""
+    case = options.case or (TIMELINE_QUICK if options.quick else TIMELINE)
+    if options.tflops is None:
+        forward, backward = measured_tflops(case, options, device)
+        source = f"measured on {facts['device']}, {options.dtype}"
+    else:
+        (forward, backward), source = options.tflops, "given"
+    speed = ring_timeline.Speed.of(forward, backward, case.head_dim, options.gbps)
+    records = ring_record.record(case)
+    predicted = ring_timeline.predict(case, speed, records)
+    enough = ring_timeline.sufficient_link(case, speed, records) / 1e9
+    subtitle = f"kernel {forward:.3g} TFLOP/s forward, {backward:.3g} backward ({source}); numbers are hops"
+    print(ring_timeline.heading(predicted), subtitle, "", ring_timeline.table(predicted), "", sep="\n")
+    print(f"links of {enough:.3g} GB/s or more cost under 1% of the time\n")
+    file = options.out / f"ring-timeline-{report.slug(device)}.json"
+    found = predicted.summary() | {"tflops": [forward, backward], "gbps": options.gbps, "sufficient_gbps": enough}
+    spans = {name: [dataclasses.astuple(s) for s in played.spans] for name, played in predicted.passes.items()}
+    contents = {"benchmark": "ring timeline", "card": facts, "case": _described(case), "speed": source}
+    fields = [field.name for field in dataclasses.fields(ring_timeline.Span)]
+    report.write_json(file, contents | {"found": found, "spans": {"fields": fields, **spans}})
+    _written(file, _drawn(ring_timeline.draw, file, predicted, f"{subtitle}; {facts['date']}, {facts['commit']}"))
+    rounded = {name: round(x, 4) if isinstance(x, float) else x for name, x in found.items()}
+    return _closed("ring timeline", facts, [], {"predicted": rounded})
+
+
+def measured_tflops(case: RingCase, options: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+    """The kernel's speed forward and backward on one device, on a causal case of this shape."""
+    whole = dataclasses.replace(case.whole(), length=min(case.length, SPEED_LENGTH))
+    ring = ring_share.OneRank(1, 0, device)
+    inputs = whole.inputs(DTYPES[options.dtype], device)
+    runs = dict(
+        zip(("forward", "backward"), ring_share.passes(ring, whole.plan(ring), inputs, options.kernel), strict=True)
+    )
+    speeds = []
+    for direction, took in timing.interleaved(runs, device, options.seconds).items():
+        if isinstance(took, Exception):
+            raise took
+        speeds.append(whole.flops(direction) / took.ms / 1e9)
+    return speeds[0], speeds[1]
+
+
+def _described(case: RingCase) -> str:
+    return f"{case}, {case.heads}/{case.kv_heads} heads of {case.head_dim}"
+
+
+def _signature(facts: dict[str, str]) -> str:
+    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
+
+
+def _drawn(draw: Any, file: Path, *what: Any) -> str | None:
+    """None, or why there is no picture."""
+    try:
+        draw(file.with_suffix(".png"), *what)
+    except ImportError as missing:
+        return str(missing)
+    return None
+
+
+def _written(file: Path, undrawn: str | None) -> None:
+    print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
+
+
+def _closed(benchmark: str, facts: dict[str, str], wrong: list[str], found: dict[str, Any]) -> int:
+    """Print what is wrong, then the summary; the exit code."""
+    print("".join(f"{line}\n" for line in wrong), end="")
+    print(json.dumps({"benchmark": benchmark, "device": facts["device"], "wrong": wrong} | found))
+    return 1 if wrong else 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--error", action="store_const", dest="mode", const=error, help="error against ring size")
+    mode.add_argument(
+        "--timeline", action="store_const", dest="mode", const=timeline, help="predicted lanes of a layer"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is timed (bf16; on the CPU fp32)")
+    parser.add_argument("--quick", action="store_true", help="one small case; on the CPU, tiny ones")
+    parser.add_argument("--kernel", default="auto", choices=("auto", *kernels.FASTEST_FIRST), help="(%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each figure (%(default)s)")
+    parser.add_argument("--length", help="tokens, such as 131072 or 128k")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--heads", help="query and KV heads, such as 32/8")
+    parser.add_argument("--dim", type=int, help="of a head")
+    parser.add_argument(
+        "--mask", nargs="+", metavar=("MASK", "SIZE"), help="causal, full, window SIZE, packed DOCUMENTS"
+    )
+    parser.add_argument("--layout", choices=LAYOUT_NAMES)
+    parser.add_argument("--tflops", help="the kernel's speed, FORWARD/BACKWARD or one number for both")
+    parser.add_argument("--gbps", type=float, default=400.0, help="GB/s of a rank's link, each way (%(default)g)")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
+    parser.add_argument("--commit", help="named in the report where the checkout has no .git")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
+    if options.mode is timeline and options.tflops is None and options.device == "cpu":
+        parser.error("--timeline on the CPU needs the speed of a GPU's kernel, such as --tflops 650/550")
+    if options.gbps <= 0:
+        parser.error(f"--gbps must be above 0, got {options.gbps}")
+    options.mode = options.mode or efficiency
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    try:
+        options.tflops = options.tflops and _two_numbers(options.tflops, float, "--tflops")
+        options.case = _case(options)
+    except ValueError as reason:
+        parser.error(str(reason))
+    return options
+
+
+def _case(options: argparse.Namespace) -> RingCase | None:
+    """The case that the options describe, or None where they leave it to the mode."""
+    given = (options.length, options.ranks, options.heads, options.dim, options.mask, options.layout)
+    if not any(given):
+        return None
+    kind, *size = options.mask or ["causal"]
+    if len(size) > 1 or (size and (kind not in ("window", "packed") or not size[0].isdigit())):
+        raise ValueError(f"--mask {' '.join(options.mask)} is not causal, full, window SIZE or packed DOCUMENTS")
+    sized = {} if not size else {{"window": "window", "packed": "packed"}[kind]: int(size[0])}
+    base = ERROR_CASES[options.device, options.quick] if options.mode is error else TIMELINE
+    heads = _two_numbers(options.heads, int, "--heads") if options.heads else (base.heads, base.kv_heads)
+    return RingCase.of(
+        options.length or base.length, options.ranks or base.ranks, kind, heads, options.dim or base.head_dim,
+        layout=options.layout or base.layout, **sized,
+    )  # fmt: skip
+
+
+def _two_numbers(text: str, number: type, name: str) -> tuple[Any, Any]:
+    """ "32/8", or "8" for both."""
+    parts = text.split("/")
+    try:
+        first, second = map(number, parts * 2 if len(parts) == 1 else parts)
+    except ValueError:
+        raise ValueError(f"{name} {text} is not a number, or two as in 32/8") from None
+    if min(first, second) <= 0:
+        raise ValueError(f"{name} must be above 0, got {text}")
+    return first, second
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write. Returns the exit code: 1 if the ring is wrong."""
+    options = _options(arguments)
+    device = torch.device(options.device)
+    facts = report.card(device, {}, options.commit)
+    print("; ".join(f"{name} {value}" for name, value in facts.items()), "", sep="\n")
+    return options.mode(options, device, facts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

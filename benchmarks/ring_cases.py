@@ -1,0 +1,95 @@
+"""What the three parts of benchmarks/ring.py share: a case with ranks and a layout, a ring run whole, kernels wrapped.
+
+>>> case = RingCase.of("128k", 8, "packed")
+>>> str(case), len(case.documents()), sum(case.documents())
+('128k/8 packed, zigzag', 64, 131072)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.checks import NAMES
+from ringflash import AttentionPlan, Layout, kernels, ring_attention
+from ringflash.kernels import Kernel
+from ringflash.layout import LAYOUTS
+from ringflash.ring.transport import Ring
+
+LAYOUT_NAMES = (*LAYOUTS, "balanced")
+
+
+@dataclass(frozen=True)
+class RingCase(Case):
+    """A case over `ranks`. packed: documents of a "packed" case, lognormal lengths from a fixed seed."""
+
+    ranks: int = 8
+    layout: str = "zigzag"
+    packed: int = 64
+
+    @classmethod
+    def of(
+        cls,
+        length: str | int,
+        ranks: int,
+        kind: str = "causal",
+        heads: tuple[int, int] = (32, 8),
+        dim: int = 128,
+        **rest,
+    ) -> RingCase:
+        """One sequence of so many tokens ("128k" is 131072) and (query, KV) heads."""
+        if isinstance(length, str):
+            length = int(length.removesuffix("k")) * (1024 if length.endswith("k") else 1)
+        return cls(1, *heads, length, dim, kind, ranks=ranks, **rest)
+
+    def documents(self) -> list[int]:
+        """The packed documents' lengths, in order; of any other kind, one document."""
+        return lognormal_lengths(self.packed, self.length) if self.kind == "packed" else super().documents()
+
+    def plan(self, ring: Ring) -> AttentionPlan:
+        """The plan of its mask under its layout, on a ring of its size."""
+        mask = self.mask()
+        if self.layout == "balanced":
+            return AttentionPlan(mask, Layout.balanced(mask, self.ranks), ring)
+        return AttentionPlan(mask, Layout.named(self.layout, self.length, self.ranks), ring)
+
+    def whole(self) -> RingCase:
+        """The causal case of this shape on one rank, whose speed a share of this case is held to."""
+        return replace(self, kind="causal", window=0, ranks=1, layout="contiguous")
+
+    def __str__(self) -> str:
+        length = f"{self.length // 1024}k" if self.length % 1024 == 0 else str(self.length)
+        window = f" {self.window}" if self.window else ""
+        return f"{length}/{self.ranks} {self.kind}{window}, {self.layout}"
+
+
+def lognormal_lengths(count: int, total: int) -> list[int]:
+    """Tokens of `count` documents that fill `total`: log-lengths normal with deviation 1, always the same draw."""
+    if count > total:
+        raise ValueError(f"{count} documents of 1 token or more do not fit {total} tokens")
+    drawn = torch.randn(count, generator=torch.Generator().manual_seed(0)).double().exp()
+    ends = (drawn.cumsum(0) / drawn.sum() * (total - count)).round().long() + torch.arange(1, count + 1)
+    return ends.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+
+
+def whole_ring(inputs: tuple[Tensor, ...], plan: AttentionPlan, kernel: str = "auto") -> dict[str, Tensor]:
+    """out, dq, dk and dv of the whole sequence, from q, k, v and dout, by all ranks of a Loopback."""
+    *leaves, dout = (plan.shard(x.detach()) for x in inputs)
+    q, k, v = (x.requires_grad_() for x in leaves)
+    out = ring_attention(q, k, v, plan, kernel=kernel)
+    results = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+    return {n: plan.layout.unshard(x.chunk(plan.ring.size)) for n, x in zip(NAMES, results, strict=True)}
+
+
+@contextmanager
+def kernels_wrapped(wrap: Callable[[Kernel], Kernel]) -> Iterator[None]:
+    """While entered, ring_attention runs wrap(kernel) in the place of the kernel it selects."""
+    select = kernels.select
+    with mock.patch.object(kernels, "select", lambda *args, **options: wrap(select(*args, **options))):
+        yield

@@ -1,0 +1,125 @@
+"""What ring_attention does on each rank, written down: kernel launches, messages and waits, in order.
+
+ring_attention itself runs, on a ring and a kernel that only note what they are asked. So whatever its code does first
+is first here too. Heads are one number wide, so a million tokens take megabytes; bytes are counted at the true width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.ring_cases import RingCase, kernels_wrapped
+from ringflash import AttentionPlan, Partial, ring_attention
+from ringflash.kernels import Kernel
+from ringflash.mask import Intervals
+from ringflash.ring.transport import Message
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A kernel launch: the hop whose keys it reads, and its pairs, over all its query heads."""
+
+    hop: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Messages set off together: bytes by destination and by source; kind "keys" or "gradients"."""
+
+    outgoing: dict[int, int]
+    incoming: dict[int, int]
+    kind: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The pass's exchange of this number must be over."""
+
+    exchange: int
+
+
+Event = Compute | Exchange | Wait
+Records = list[list[Event]]  # of all ranks, in one pass
+
+
+class Recorder:
+    """A ring with one rank of `size` that delivers nothing and writes down what is asked; `width` scales bytes."""
+
+    def __init__(self, size: int, rank: int, width: int) -> None:
+        self.size = size
+        self.local: tuple[int, ...] = (rank,)
+        self.device = torch.device("cpu")
+        self.events: list[Event] = []
+        self._width = width
+        self._exchanges = 0
+
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> _Awaited:
+        """Note the messages."""
+        kind = "gradients" if any(m.tensor.dtype == torch.float32 for m in (*outgoing, *incoming)) else "keys"
+        sent, received = ({end(m): self._bytes(m) for m in messages} for messages, end in (
+            (outgoing, lambda m: m.destination), (incoming, lambda m: m.source)
+        ))  # fmt: skip
+        self.events.append(Exchange(sent, received, kind))
+        self._exchanges += 1
+        return _Awaited(self, self._exchanges - 1)
+
+    def taken(self) -> list[Event]:
+        """The events so far; the next pass begins anew."""
+        events, self.events, self._exchanges = self.events, [], 0
+        return events
+
+    def _bytes(self, message: Message) -> int:
+        return message.tensor.numel() * message.tensor.element_size() * self._width
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    ring: Recorder
+    number: int
+
+    def wait(self) -> None:
+        self.ring.events.append(Wait(self.number))
+
+
+def record(case: RingCase) -> tuple[Records, Records]:
+    """What each rank does in the forward, and in the backward."""
+    passes = []
+    for rank in range(case.ranks):
+        ring = Recorder(case.ranks, rank, case.head_dim)
+        plan = case.plan(ring)
+        shape = (1, plan.layout.shard_length)
+        q, k, v = (
+            torch.zeros(*shape, heads, 1, dtype=torch.bfloat16, requires_grad=True)
+            for heads in (case.heads, case.kv_heads, case.kv_heads)
+        )
+        recording = _writing_down(ring, plan)
+        with kernels_wrapped(lambda _, recording=recording: recording):  # type: ignore[misc]
+            out = ring_attention(q, k, v, plan, kernel="blocked")
+        forward = ring.taken()
+        torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+        passes.append((forward, ring.taken()))
+    return [forward for forward, _ in passes], [backward for _, backward in passes]
+
+
+def _writing_down(ring: Recorder, plan: AttentionPlan) -> Kernel:
+    """A kernel that notes its launches in ring.events."""
+    hop_of = {id(intervals): s for s, (hop,) in enumerate(plan.hops) for intervals in hop.intervals}
+
+    def note(q: Tensor, intervals: Intervals) -> None:
+        pairs = int((intervals.end - intervals.start).sum()) * (len(q) // len(intervals.start)) * q.shape[2]
+        ring.events.append(Compute(hop_of[id(intervals)], pairs))
+
+    def forward(q, k, v, intervals, *, carry, out_dtype, **options) -> Partial:
+        note(q, intervals)
+        state = Partial.identity(q) if carry is None else carry
+        return Partial(state.out.to(out_dtype), state.lse)
+
+    def backward(dout, q, k, v, lse, delta, intervals, **options) -> None:
+        note(q, intervals)
+
+    return Kernel("recorder", forward, backward, lambda q, k, softcap: None)

@@ -1,0 +1,271 @@
+"""benchmarks/ring.py tells the truth: a share is a rank's whole work, rounding shows, keys come before compute."""
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks import ring, ring_error, ring_share, ring_timeline
+from benchmarks.ring_cases import RingCase, kernels_wrapped, lognormal_lengths
+from benchmarks.ring_record import Compute, Exchange, Wait, record
+from benchmarks.ring_share import OneRank
+from benchmarks.ring_timeline import Speed
+from ringflash import Loopback, kernels
+
+CPU = torch.device("cpu")
+TINY = {"heads": (4, 2), "dim": 16}
+# Causal balanced, documents with hops that nobody computes, a window whose gradients turn back early.
+CASES = [
+    RingCase.of(96, 4, **TINY),
+    RingCase.of(96, 3, "packed", packed=7, layout="balanced", **TINY),
+    RingCase.of(128, 8, "window", window=9, layout="contiguous", **TINY),
+]
+SPEED = Speed(forward=1e-9, backward=2.5e-9, link=1e9)
+
+
+def run(folder, *arguments):
+    """Exit code and what the run wrote as JSON."""
+    code = ring.main(["--device", "cpu", "--quick", "--seconds", "0.01", "--out", str(folder), *arguments])
+    (file,) = folder.glob("*.json")
+    return code, json.loads(file.read_text())
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# -- one rank's share
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_rank_alone_launches_what_its_plan_says_and_never_on_zeros(case):
+    launches = Counter()
+
+    def counting(kernel):
+        def forward(q, k, v, intervals, **options):
+            check("forward", k, v, intervals)
+            return kernel.forward(q, k, v, intervals, **options)
+
+        def backward(dout, q, k, v, lse, delta, intervals, **options):
+            check("backward", k, v, intervals)
+            kernel.backward(dout, q, k, v, lse, delta, intervals, **options)
+
+        return dataclasses.replace(kernel, forward=forward, backward=backward)
+
+    def check(direction, k, v, intervals):
+        launches[direction] += 1
+        read = (intervals.query_start < intervals.query_end)[0]
+        smallest = min(float(x[:, read].abs().amax(-1).min()) for x in (k, v))
+        assert 0.1 < smallest < 10
+
+    inputs = case.inputs(torch.float32, CPU)
+    for rank in range(case.ranks):
+        alone = OneRank(case.ranks, rank)
+        plan = case.plan(alone)
+        with kernels_wrapped(counting):
+            launches.clear()
+            forward, backward = ring_share.passes(alone, plan, inputs, "blocked")
+            forward()
+            backward()
+        computed = len(plan.computed(0))
+        assert launches == {"forward": 2 * computed, "backward": 2 * computed}  # 2 calls; 2 halves of the heads
+        assert sum(hops[0].pairs for hops in plan.hops) == ring_share.pairs_by_rank(plan)[rank]
+
+
+def test_times_are_held_against_the_right_share(monkeypatch):
+    case = RingCase.of(128, 4, "packed", packed=5, **TINY)
+    share = ring_share.measure(case, "auto", torch.float32, CPU, 0.01)
+    part = case.mask().area() / (128 * 129 / 2) / 4
+    both = sum(took.ms for took in share.whole.values()) * part
+    assert share.status == "timed"
+    assert share.share_ms["forward"] == pytest.approx(share.whole["forward"].ms * part)
+    assert share.efficiency("both")["slowest"] == pytest.approx(both / max(share.milliseconds("both")))
+    assert share.efficiency("both")["slowest"] <= share.efficiency("both")["mean"]
+    assert {0, 2, 3} <= share.ranks.keys()
+
+
+def test_a_quick_run_ends_with_a_table_a_plot_and_json(tmp_path, capsys):
+    code, contents = run(tmp_path)
+    printed = capsys.readouterr().out
+    last = json.loads(printed.splitlines()[-1])
+    assert code == 0
+    assert (tmp_path / "ring-cpu.png").stat().st_size > 10_000
+    for case, row in zip(ring.CPU_QUICK, contents["rows"], strict=True):
+        assert sum(line.startswith(f"{case} ") for line in printed.splitlines()) == 2
+        assert last["efficiency"][str(case)] == row["efficiency"]
+        assert max(row["errors"].values()) < 1e-5
+    assert {"device", "torch", "triton", "date", "commit"} <= contents["card"].keys()
+
+
+def test_others_figures_stand_beside_a_case_of_theirs_only():
+    assert all(ring_share.peers_of(case) for case in ring.GPU_CASES if case.layout == "zigzag")
+    assert ring_share.peers_of(RingCase.of("128k", 8, heads=(16, 16))) == {}
+
+
+def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, monkeypatch):
+    good = kernels._load("blocked")
+
+    def forgetful(*args, carry, **options):
+        """Drops what was seen on the hops before."""
+        return good.forward(*args, carry=None, **options)
+
+    monkeypatch.setattr(kernels, "_load", lambda name: dataclasses.replace(good, forward=forgetful))
+    code, contents = run(tmp_path)
+    assert code == 1
+    assert [row["status"] for row in contents["rows"]] == ["WRONG", "WRONG"]
+    assert contents["rows"][0]["ranks"] == {}
+    assert "WRONG: 512/4 causal, zigzag: out " in capsys.readouterr().out
+
+
+def test_documents_are_as_many_as_asked_and_fill_the_sequence():
+    lengths = lognormal_lengths(64, 131072)
+    assert (len(lengths), sum(lengths)) == (64, 131072)
+    assert lengths == lognormal_lengths(64, 131072)
+    assert min(lengths) >= 1
+    assert max(lengths) > 4 * 131072 / 64
+    assert lognormal_lengths(5, 5) == [1] * 5
+
+
+# -- error
+
+
+def test_our_error_is_flat_and_that_of_sixteen_bits_grows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ring_error, "SIZES", (1, 4, 16))
+    code, contents = run(tmp_path, "--error", "--length", "512", "--dim", "16")
+    growth = contents["growth"]
+    assert code == 0
+    assert max(growth["ringflash"].values()) < 1.05 < ring_error.GROWTH
+    assert min(growth["16-bit gradients"][name] for name in ("dk", "dv")) > 2
+    assert growth["16-bit merging"]["out"] > 1.5
+    assert growth["16-bit blocks"]["out"] > 1.1
+    assert max(growth["16-bit gradients"][name] for name in ("out", "dq")) < 1.05
+    assert last_line(capsys)["growth"].keys() == ring_error.RINGS.keys()
+    assert (tmp_path / "ring-error-cpu.png").stat().st_size > 10_000
+
+
+def test_a_ring_of_ours_whose_error_grows_fails_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ring_error, "SIZES", (1, 8))
+    monkeypatch.setitem(ring_error.RINGS, "ringflash", ring_error.RINGS["16-bit gradients"])
+    code, _ = run(tmp_path, "--error", "--length", "256", "--dim", "16")
+    assert code == 1
+    assert any("with the ring" in line for line in last_line(capsys)["wrong"])
+
+
+# -- timeline
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_record_holds_the_plans_pairs_and_bytes(case):
+    plan = case.plan(Loopback(case.ranks))
+    width = 2 * case.kv_heads * case.head_dim  # k and v
+    keys = sum(2 * width * run.tokens for route in plan.routes for run in route.keys[1:])
+    gradients = sum(
+        4 * width * run.tokens for route in plan.routes for s, run in enumerate(route.gradients) if 0 < s <= route.reach
+    )
+    for records, travels in zip(record(case), (keys, keys + gradients), strict=True):
+        events = [event for events in records for event in events]
+        assert sum(sum(e.outgoing.values()) for e in events if isinstance(e, Exchange)) == travels
+        for rank, own in enumerate(records):
+            pairs = Counter()
+            for event in own:
+                if isinstance(event, Compute):
+                    pairs[event.hop] += event.pairs
+            assert pairs == {s: h[rank].pairs * case.heads for s, h in enumerate(plan.hops) if h[rank].pairs}
+
+
+@pytest.mark.parametrize("link", [1e7, 1e9, float("inf")], ids=["slow", "fast", "infinite"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_is_computed_before_its_keys_arrive_and_lanes_do_not_overlap(case, link):
+    timeline = ring_timeline.predict(case, dataclasses.replace(SPEED, link=link))
+    for name, played in timeline.passes.items():
+        seconds_a_pair = getattr(SPEED, name)
+        plan = case.plan(Loopback(case.ranks))
+        for rank in range(case.ranks):
+            own = [span for span in played.spans if span.rank == rank]
+            lane = sorted((s for s in own if s.kind not in ("keys", "gradients")), key=lambda span: span.begin)
+            assert all(a.end <= b.begin + 1e-15 for a, b in itertools.pairwise(lane))
+            arrivals = sorted(span.end for span in own if span.kind == "keys")
+            received = [s for s in range(1, case.ranks) if plan.routes[(rank - s) % case.ranks].keys[s].tokens]
+            for span in lane:
+                if span.kind == "compute" and span.hop > 0 and link < float("inf"):
+                    assert span.begin >= arrivals[received.index(span.hop)]
+            pairs = sum(hops[rank].pairs for hops in plan.hops) * case.heads
+            assert played.total("compute", rank) == pytest.approx(pairs * seconds_a_pair)
+            assert played.finished[rank] >= pairs * seconds_a_pair * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_slower_link_never_ends_earlier_and_an_infinite_one_is_never_waited_for(case):
+    records = record(case)
+    links = [float("inf"), 1e11, 3e9, 1e9, 1e8, 1e6]
+    timelines = [ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), records) for link in links]
+    assert timelines[0].percent("wait for the link") == 0
+    assert timelines[-1].percent("wait for the link") > 10
+    for faster, slower in itertools.pairwise(timelines):
+        assert slower.seconds >= faster.seconds
+    enough = ring_timeline.sufficient_link(case, SPEED, records)
+    at_enough, below = (
+        ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), records) for link in (enough, enough / 1.1)
+    )
+    assert at_enough.seconds <= 1.01 * timelines[0].seconds < below.seconds
+
+
+def test_two_ranks_by_hand():
+    """3 s of own keys, 10 bytes at 1 a second meanwhile, 2 s of the other's: 3 + 7 s of waiting + 2."""
+    own = [Exchange({}, {}, "keys"), Wait(0)]
+    records = [
+        [Exchange({1 - r: 10}, {1 - r: 10}, "keys"), Compute(0, 3), Wait(0), *own[:0], Compute(1, 2)] for r in range(2)
+    ]
+    played = ring_timeline.simulate(records, 1.0, 1.0)
+    assert played.finished == [12.0, 12.0]
+    assert [(s.kind, s.begin, s.end) for s in played.spans if s.rank == 0] == [
+        ("keys", 0.0, 10.0), ("compute", 0.0, 3.0), ("wait for the link", 3.0, 10.0), ("compute", 10.0, 12.0),
+    ]  # fmt: skip
+    late = [[Compute(0, 4), *records[0]], records[1]]
+    waits = [s for s in ring_timeline.simulate(late, 1.0, 1.0).spans if s.rank == 1 and s.kind.startswith("wait")]
+    assert [(s.kind, s.begin, s.end) for s in waits] == [
+        ("wait for a rank", 3.0, 4.0),
+        ("wait for the link", 4.0, 14.0),
+    ]
+
+
+def test_ranks_that_differ_on_what_travels_are_refused():
+    one, other = [Exchange({1: 8}, {}, "keys")], [Exchange({}, {0: 4}, "keys")]
+    with pytest.raises(ValueError, match=r"sent \{\(0, 1\): 8\} are not those received \{\(0, 1\): 4\}"):
+        ring_timeline.simulate([one, other], 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"ranks \[1\] have fewer exchanges"):
+        ring_timeline.simulate([one, []], 1.0, 1.0)
+
+
+def test_a_timeline_prints_draws_and_writes(tmp_path, capsys):
+    arguments = ["--timeline", "--tflops", "600/500", "--length", "4k", "--ranks", "4", "--gbps", "50"]
+    code, contents = run(tmp_path, *arguments, "--mask", "window", "512", "--layout", "contiguous")
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "4k/4 window 512, contiguous, 32/8 heads of 128: predicted " in printed
+    assert "GB moved at 50 GB/s" in printed
+    assert json.loads(printed.splitlines()[-1])["predicted"]["tflops"] == [600, 500]
+    assert {span[1] for span in contents["spans"]["backward"]} >= {"compute", "keys", "gradients"}
+    assert (tmp_path / "ring-timeline-cpu.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--timeline"], "needs the speed of a GPU's kernel"),
+        (["--timeline", "--tflops", "fast"], "--tflops fast is not a number, or two"),
+        (["--timeline", "--tflops", "500", "--gbps", "0"], "--gbps must be above 0"),
+        (["--mask", "causal", "7"], "--mask causal 7 is not causal, full"),
+        (["--mask", "window"], "a window case, and no other, has a size"),
+        (["--heads", "6/4"], "6 query heads do not divide among 4 KV heads"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_cannot_be_is_refused_with_its_value(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        ring.main(["--device", "cpu", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
