@@ -10,15 +10,16 @@ in L2, whose order differs from run to run. `deterministic=True` hands over to `
 writer for dq too, for seven products instead of five.
 
 Two consumers own 64 keys each and compute s, dp, p and ds transposed, [keys, queries]. dq is a sum over all keys:
-each writes its ds to shared memory and then computes half of dq's columns over both. Scores of rows that see nothing
-(lse = -inf) count as 2^-inf: their gradient is 0. The producer, one warp, brings q, dout and, by ordinary loads and
-shared memory, log2(e) lse and delta: in registers they would cost each consumer 32, and spill.
+each publishes its ds in shared memory and then computes half of dq's columns over both. It does so a step late, when
+the other's ds has long been there: the consumers drift apart, and one's products run under the other's exponentials.
+Scores of rows that see nothing (lse = -inf) count as 2^-inf: their gradient is 0. The producer, one warp, brings q,
+dout and, by ordinary loads and shared memory, log2(e) lse and delta: in registers they would cost each consumer 32.
 
-What waits for what, in one step:
+What waits for what, in step 2 of a consumer:
 
-    copy engine      q2                | dout2                              | dq += (from shared memory)
-    tensor cores     s = k q1^T        | dp = v dout1^T  | dv += p dout1    | dq = ds k . dk += ds q1
-    consumer                           | p = 2^(c s-lse) | ds = p (dp-delta)|               dq to shared memory
+    copy engine      q3                         dq1 +=          | dout3                             |
+    tensor cores     dq1 = ds1 k . s2 = k q2^T      . dp2 = v dout2^T     | dv += p2 dout2 . dk += ds2 q2
+    consumer                       dq1 to shared memory | p2 = 2^(c s2 - lse) | ds2 = p2 (dp2 - delta), published
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -41,14 +42,15 @@ from ringflash.kernels import portable_backward
 from ringflash.kernels.gluon_names import add_out, aggregate, reinterpret
 from ringflash.kernels.hopper_forward import (
     L2_BYTES,
+    LAUNCH_REGISTERS,
     LOG2_E_,
     NEG_INF,
-    REGISTERS,
     ROWS,
     Job,
     Pipe,
     cap,
     check_inputs,
+    check_registers,
     check_rows,
     make_pipe,
     take_turn,
@@ -68,29 +70,19 @@ class Tuning:
 
     block_q: int  # queries of a step
     stages: int  # query tiles, and tiles of dout, in shared memory
-    consumer_registers: int  # a thread, by setmaxnreg: multiples of 8
-    producer_registers: int
+    consumer_registers: int = 240  # a thread, by setmaxnreg: multiples of 8
+    producer_registers: int = 24
 
     def __post_init__(self) -> None:
         if self.block_q not in (64, 128):
             raise ValueError(f"block_q must be 64 or 128, got {self.block_q}")
-        used = 128 * (2 * self.consumer_registers + self.producer_registers)
-        if used > REGISTERS or self.consumer_registers % 8 or self.producer_registers % 8:
-            raise ValueError(
-                f"registers must be multiples of 8, and 2 consumers' and a producer's within {REGISTERS}, "
-                f"got {self.consumer_registers}, {self.producer_registers}: {used}"
-            )
-
-    @property
-    def launch_registers(self) -> int:
-        """Registers a thread at launch, before the partitions trade them."""
-        return REGISTERS // (128 * 3) // 8 * 8
+        check_registers(self.consumer_registers, self.producer_registers)
 
 
 TUNINGS = {
-    64: Tuning(block_q=64, stages=2, consumer_registers=240, producer_registers=24),
-    # dk and dv take 128 registers a thread, s and dp 64, dq 32: 240 is what there is. 177 of 227 KB.
-    128: Tuning(block_q=64, stages=2, consumer_registers=240, producer_registers=24),
+    64: Tuning(block_q=64, stages=2),
+    # dk and dv take 128 registers a thread, s and dp 64: 240 is what there is. 193 of 227 KB.
+    128: Tuning(block_q=64, stages=2),
 }
 
 
@@ -110,12 +102,12 @@ class Call:
     queries: gl.tensor
     keys: gl.tensor
     heads_kv: gl.tensor
+    group: gl.tensor  # query heads of a KV head
     pairs: gl.tensor  # batch rows x KV heads
     section: gl.tensor  # pairs worked on at a time
     scale: gl.tensor
     c: gl.tensor
     cap_scale: gl.tensor
-    GROUP: gl.constexpr
     D: gl.constexpr
     BLOCK_Q: gl.constexpr
     CAPPED: gl.constexpr
@@ -123,7 +115,7 @@ class Call:
     @gluon.constexpr_function
     def __init__(
         self, lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        queries, keys, heads_kv, pairs, section, scale, c, cap_scale, GROUP, D, BLOCK_Q, CAPPED,
+        queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, D, BLOCK_Q, CAPPED,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -137,12 +129,12 @@ class Call:
         self.queries = queries
         self.keys = keys
         self.heads_kv = heads_kv
+        self.group = group
         self.pairs = pairs
         self.section = section
         self.scale = scale
         self.c = c
         self.cap_scale = cap_scale
-        self.GROUP = gl.constexpr(GROUP)
         self.D = gl.constexpr(D)
         self.BLOCK_Q = gl.constexpr(BLOCK_Q)
         self.CAPPED = gl.constexpr(CAPPED)
@@ -170,7 +162,7 @@ class Call:
         lo, count, full_from, full = tile_run(start, end, first, last, self.BLOCK_Q)
         # Keys past the end are zeros, whose score 0 may lie far above lse: 2^(0 - lse) = inf would make dq NaN.
         full = gl.where(first + 2 * ROWS > self.keys, 0, full)
-        return Job(batch, head_kv * self.GROUP, head_kv, first, lo, count, count - full, full_from)
+        return Job(batch, head_kv * self.group, head_kv, first, lo, count, count - full, full_from)
 
 
 @aggregate
@@ -182,8 +174,8 @@ class Shared:
     dout: Pipe
     lse: gl.shared_memory_descriptor  # beside each tile of q: log2(e) lse, +inf where a row sees nothing
     delta: gl.shared_memory_descriptor  # beside each tile of dout
-    ds: gl.shared_memory_descriptor  # one tile a consumer, [keys, queries]
-    ds_full: gl.shared_memory_descriptor  # signalled by both consumers, when both tiles are written and when read
+    ds: gl.shared_memory_descriptor  # two steps of one tile a consumer, [keys, queries]
+    ds_full: gl.shared_memory_descriptor  # a step's, signalled by both consumers: when written, and when read
     ds_empty: gl.shared_memory_descriptor
     dq: gl.shared_memory_descriptor  # one tile a consumer: half of the columns
 
@@ -217,7 +209,7 @@ def produce(call, shared, descriptors):
         for who in gl.static_range(2):
             shared.kv.load(2 + who, v, job.batch, job.head_kv, job.first + who * ROWS)
     number = 0
-    for member in range(call.GROUP):
+    for member in range(call.group):
         head = job.head + member
         head_lse = lse + head.to(gl.int64) * call.lse_stride_h
         head_delta = delta + head.to(gl.int64) * call.delta_stride_h
@@ -239,22 +231,57 @@ def produce(call, shared, descriptors):
 
 
 @gluon.jit
+def begin_dq(shared, number, call, WHO: gl.constexpr):
+    """This consumer's half of the columns of dq, over one consumer's keys and then over the other's: two products."""
+    HALF: gl.constexpr = call.D // 2
+    Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    slot = number % 2
+    zeros = gl.zeros([call.BLOCK_Q, HALF], gl.float32, Q)
+    mbarrier.wait(shared.ds_full.index(slot), number // 2 & 1)  # both consumers' ds
+    k_0 = shared.kv.tile(0).slice(WHO * HALF, HALF, 1)
+    k_1 = shared.kv.tile(1).slice(WHO * HALF, HALF, 1)
+    half = warpgroup_mma(shared.ds.index(2 * slot).permute((1, 0)), k_0, zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(shared.ds.index(2 * slot + 1).permute((1, 0)), k_1, half, is_async=True)
+
+
+@gluon.jit
+def add_dq(half, shared, number, dq, batch, head, row, call, WHO: gl.constexpr):
+    """Send half of the columns of dq off, once its products are done."""
+    mbarrier.arrive(shared.ds_empty.index(number % 2), count=1)
+    tma.store_wait(0)  # the copy engine, reading the step before out of the same shared memory
+    shared.dq.index(WHO).store(half * call.scale)
+    fence_async_shared()  # what threads wrote, made visible to the copy engine
+    add_out(dq, [batch, head, row, WHO * (call.D // 2)], shared.dq.index(WHO))
+
+
+@gluon.jit
+def publish(ds, shared, number, WHO: gl.constexpr):
+    """This consumer's ds into shared memory, for both consumers' dq. The slot must be empty."""
+    slot = number % 2
+    shared.ds.index(2 * slot + WHO).store(ds)
+    fence_async_shared()  # what threads wrote, made visible to the tensor cores
+    mbarrier.arrive(shared.ds_full.index(slot), count=1)
+
+
+@gluon.jit
 def step(
-    dk, dv, shared, number, batch, head, row, key_start, key_end, dq, call, WHO: gl.constexpr, EDGE: gl.constexpr
+    dk, dv, dq_head, dq_row, shared, number, batch, head, row, key_start, key_end, dq, call,
+    WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """All five products of one query tile with this consumer's keys."""
+    """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it."""
     S: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
     )
-    Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D // 2, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
-    HALF: gl.constexpr = call.D // 2
     q_tile = shared.q.tile(number)
     dout_tile = shared.dout.tile(number)
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S)
 
+    dq_next = begin_dq(shared, number, call, WHO)
     shared.q.wait_full(number)  # the copy engine and the producer's lse
     scores = warpgroup_mma(shared.kv.tile(WHO), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but the scores
+    add_dq(dq_half, shared, number, dq, batch, dq_head, dq_row, call, WHO)
     shared.dout.wait_full(number)  # the copy engine and the producer's delta
     dscores = warpgroup_mma(shared.kv.tile(2 + WHO), dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
@@ -267,33 +294,19 @@ def step(
     if EDGE:
         p = gl.where(visible(key_start, key_end, row + gl.arange(0, call.BLOCK_Q, layout=gl.SliceLayout(0, S))), p, 0.0)
     weights = gl.convert_layout(p.to(q_tile.dtype), LEFT)
+    # Both consumers' dq of two steps before, from the slot for this step's ds. Here, because it keeps the exponentials
+    # above the next wait, under dp: ptxas does not move code over a loop.
+    mbarrier.wait(shared.ds_empty.index((number + 1) % 2), ((number + 1) // 2 & 1) ^ 1)
     dp = warpgroup_mma_wait(0, deps=(dscores,))  # the tensor cores
     dv_next = warpgroup_mma(weights, dout_tile, dv, is_async=True)
     delta = shared.delta.index(number % shared.dout.DEPTH).load(gl.SliceLayout(0, S))
     ds = (p * (dp - gl.expand_dims(delta, 0)) * slope).to(q_tile.dtype)
-
-    mbarrier.wait(shared.ds_empty.index(0), (number & 1) ^ 1)  # both consumers' dq of the step before
-    shared.ds.index(WHO).store(ds)
-    fence_async_shared()  # what threads wrote, made visible to the tensor cores
-    mbarrier.arrive(shared.ds_full.index(0), count=1)
-    mbarrier.wait(shared.ds_full.index(0), number & 1)  # the other consumer
-    # This half of the columns of dq, over one consumer's keys and then over the other's.
-    k_0 = shared.kv.tile(0).slice(WHO * HALF, HALF, 1)
-    k_1 = shared.kv.tile(1).slice(WHO * HALF, HALF, 1)
-    dq_zeros = gl.zeros([call.BLOCK_Q, HALF], gl.float32, Q)
-    dq_next = warpgroup_mma(shared.ds.index(0).permute((1, 0)), k_0, dq_zeros, use_acc=False, is_async=True)
-    dq_next = warpgroup_mma(shared.ds.index(1).permute((1, 0)), k_1, dq_next, is_async=True)
     dk_next = warpgroup_mma(gl.convert_layout(ds, LEFT), q_tile, dk, is_async=True)
-    dv, dq_half = warpgroup_mma_wait(1, deps=(dv_next, dq_next))  # the tensor cores, for all but dk
-    shared.dout.release(number)
-    mbarrier.arrive(shared.ds_empty.index(0), count=1)
-    tma.store_wait(0)  # the copy engine, reading the step before out of the same shared memory
-    shared.dq.index(WHO).store(dq_half * call.scale)
-    fence_async_shared()  # what threads wrote, made visible to the copy engine
-    add_out(dq, [batch, head, row, WHO * HALF], shared.dq.index(WHO))
-    dk = warpgroup_mma_wait(0, deps=(dk_next,))  # the tensor cores
+    publish(ds, shared, number + 1, WHO)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk_next, dv_next))  # the tensor cores
     shared.q.release(number)
-    return dk, dv
+    shared.dout.release(number)
+    return dk, dv, head, row
 
 
 @gluon.jit
@@ -317,26 +330,35 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         shared.kv.wait_full(1)
         shared.kv.wait_full(2 + WHO)
         number = 0
-        for member in range(call.GROUP):
+        # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
+        publish(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S), shared, 0, WHO)
+        dq_head = job.head
+        dq_row = call.queries
+        for member in range(call.group):
             head = job.head + member
 
             # 1. Query tiles that see only some of the keys.
             for i in range(job.edges):
-                dk_acc, dv_acc = step(
-                    dk_acc, dv_acc, shared, number + i, job.batch, head, job.column(i, call.BLOCK_Q),
+                dk_acc, dv_acc, dq_head, dq_row = step(
+                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, job.batch, head, job.column(i, call.BLOCK_Q),
                     key_start, key_end, dq, call, WHO, EDGE=True,
                 )  # fmt: skip
 
             # 2. Query tiles that see every key: no mask.
             for i in range(job.edges, job.tiles):
-                dk_acc, dv_acc = step(
-                    dk_acc, dv_acc, shared, number + i, job.batch, head, job.column(i, call.BLOCK_Q),
+                dk_acc, dv_acc, dq_head, dq_row = step(
+                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, job.batch, head, job.column(i, call.BLOCK_Q),
                     0, 0, dq, call, WHO, EDGE=False,
                 )  # fmt: skip
             number += job.tiles
 
-        # 3. k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
-        take_turn(0)
+        # 3. dq of the last query tile.
+        dq_next = begin_dq(shared, number, call, WHO)
+        dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
+        add_dq(dq_half, shared, number, dq, job.batch, dq_head, dq_row, call, WHO)
+
+        # 4. k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
+        take_turn(0)  # the other consumer: both wait here
         row = job.first + WHO * ROWS
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
         staged = reinterpret(shared.kv.tiles, gl.float32, [2, ROWS, call.D], layout).index(WHO)
@@ -364,21 +386,21 @@ def consume_1(call, shared, descriptors):
 
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b",
-    "queries", "keys", "heads_kv", "pairs", "section", "scale", "c", "cap_scale",
+    "queries", "keys", "heads_kv", "group", "pairs", "section", "scale", "c", "cap_scale",
 ])  # fmt: skip
 def backward_kernel(
     q, k, v, dout, dq, dk, dv,
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b,
-    queries, keys, heads_kv, pairs, section, scale, c, cap_scale,
-    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+    queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        queries, keys, heads_kv, pairs, section, scale, c, cap_scale, GROUP, D, BLOCK_Q, CAPPED,
+        queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, D, BLOCK_Q, CAPPED,
     )  # fmt: skip
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
@@ -390,13 +412,14 @@ def backward_kernel(
         make_pipe(q.dtype, STAGES, BLOCK_Q, D, readers=2, writers=2),
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
-        gl.allocate_shared_memory(q.dtype, [2, ROWS, BLOCK_Q], ds_layout),
-        gl.allocate_shared_memory(gl.int64, [1, 1], barrier_layout),
-        gl.allocate_shared_memory(gl.int64, [1, 1], barrier_layout),
+        gl.allocate_shared_memory(q.dtype, [4, ROWS, BLOCK_Q], ds_layout),
+        gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout),
+        gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout),
         gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, D // 2], dq_layout),
     )
-    mbarrier.init(shared.ds_full.index(0), count=2)
-    mbarrier.init(shared.ds_empty.index(0), count=2)
+    for slot in gl.static_range(2):
+        mbarrier.init(shared.ds_full.index(slot), count=2)
+        mbarrier.init(shared.ds_empty.index(slot), count=2)
     descriptors = (q, k, v, dout, dq, dk, dv)
     gl.warp_specialize(
         [
@@ -457,10 +480,10 @@ def backward(
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
-            *(Sq, Skv, Hkv, B * Hkv, section(q, k), scale, *score_scales(scale, softcap)),
-            GROUP=Hq // Hkv, D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
+            *(Sq, Skv, Hkv, Hq // Hkv, B * Hkv, section(q, k), scale, *score_scales(scale, softcap)),
+            D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
             CONSUMER_REGISTERS=t.consumer_registers, PRODUCER_REGISTERS=t.producer_registers,
-            CAPPED=softcap is not None, num_warps=4, maxnreg=t.launch_registers, enable_fp_fusion=True,
+            CAPPED=softcap is not None, num_warps=4, maxnreg=LAUNCH_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
 
 

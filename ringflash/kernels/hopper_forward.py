@@ -1,8 +1,8 @@
 """Attention forward for Hopper (sm_90), in Gluon: the mathematics of `portable_forward`, scheduled by hand.
 
-One program an SM walks the query tiles that are its share. A query tile is CONSUMERS x 64 rows of one head; a warpgroup
-(4 warps, the unit that issues wgmma) owns 64 of them. For a row, with s = q k^T, c = scale log2(e) and the softmax
-state (m, z, acc):
+One program an SM walks the query tiles that are its share. A query tile is 2 x 64 rows of one head; a consumer, which
+is a warpgroup (4 warps, the unit that issues wgmma), owns 64 of them. For a row, with s = q k^T, c = scale log2(e) and
+the softmax state (m, z, acc):
 
     m' = max(m, c max_j s_j)    p_j = 2^(c s_j - m')    a = 2^(m - m')    z' = a z + sum_j p_j    acc' = a acc + p v
 
@@ -50,49 +50,47 @@ from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
 ROWS = gl.constexpr(64)  # of a consumer's query tile: what one wgmma computes
+CONSUMERS = gl.constexpr(2)
 LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
 NEG_INF = gl.constexpr(float("-inf"))
 FIRST_TURN_BARRIER = 9  # of the 16 named barriers, Triton takes those from 0: one a partition and two of its own
 L2_BYTES = 32 << 20  # of 50 MB: K and V of the heads worked on at a time; the rest is for what streams through
 REGISTERS = 65536  # of an SM
+LAUNCH_REGISTERS = 168  # a thread at launch: REGISTERS over three warpgroups, before these trade them
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How one launch is cut up. A consumer is a warpgroup with 64 query rows."""
+    """How one launch is cut up: two consumers with 64 query rows each."""
 
-    consumers: int
     block_k: int  # keys of a step: a power of two, 16 to 256
     stages: int  # K tiles, and V tiles, in shared memory
-    consumer_registers: int  # a thread, by setmaxnreg: multiples of 8
-    producer_registers: int
+    consumer_registers: int = 240  # a thread, by setmaxnreg: multiples of 8
+    producer_registers: int = 24
 
     def __post_init__(self) -> None:
-        if self.consumers not in (2, 3):
-            raise ValueError(f"consumers must be 2 or 3, to take turns, got {self.consumers}")
         if self.block_k not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_k must be a power of two from 16 to 256, got {self.block_k}")
-        for name in ("consumer_registers", "producer_registers"):
-            if getattr(self, name) % 8:
-                raise ValueError(f"{name} must be a multiple of 8, got {getattr(self, name)}")
-        # The producer's partition is padded to a warpgroup.
-        used = 128 * (self.consumers * self.consumer_registers + self.producer_registers)
-        if used > REGISTERS:
-            raise ValueError(f"{self.consumers} consumers and a producer take {used} registers, more than {REGISTERS}")
+        check_registers(self.consumer_registers, self.producer_registers)
 
-    @property
-    def launch_registers(self) -> int:
-        """Registers a thread at launch, before the partitions trade them."""
-        return REGISTERS // (128 * (self.consumers + 1)) // 8 * 8
+
+def check_registers(consumer: int, producer: int) -> None:
+    """Raise ValueError unless setmaxnreg takes both, and two consumers and a producer fit an SM."""
+    used = 128 * (CONSUMERS.value * consumer + producer)  # the producer's warp is padded to a warpgroup
+    if used > REGISTERS or consumer % 8 or producer % 8:
+        raise ValueError(
+            f"registers must be multiples of 8, and those of 2 consumers and a producer at most {REGISTERS}, "
+            f"got {consumer} and {producer} a thread: {used}"
+        )
 
 
 TUNINGS = {
-    # Exponentials and products take the same time at 64: a third warpgroup keeps both busy.
-    64: Tuning(consumers=3, block_k=128, stages=3, consumer_registers=160, producer_registers=32),
-    # Scores 64, acc 64 and p 32 to 64 registers a thread: two consumers is what fits. 224 of 227 KB with a carry.
-    128: Tuning(consumers=2, block_k=128, stages=2, consumer_registers=240, producer_registers=24),
+    # Three consumers of 160 registers came out the same as two of 240, within the noise, and need p packed to fit.
+    64: Tuning(block_k=128, stages=2),
+    # Scores and p 64 registers a thread, acc 64, p in flight 32. 224 of 227 KB with a carry; 64 keys: 15% slower.
+    128: Tuning(block_k=128, stages=2),
 }
 
 
@@ -225,22 +223,21 @@ class Call:
     interval_stride_b: gl.tensor
     queries: gl.tensor
     heads_kv: gl.tensor
+    group: gl.tensor  # query heads of a KV head
     pairs: gl.tensor  # batch rows x KV heads
     section: gl.tensor  # pairs worked on at a time
     c: gl.tensor
     cap_scale: gl.tensor
-    GROUP: gl.constexpr
     D: gl.constexpr
     BLOCK_K: gl.constexpr
-    CONSUMERS: gl.constexpr
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
     IN_PLACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, queries, heads_kv, pairs, section,
-        c, cap_scale, GROUP, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
+        self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, queries, heads_kv, group, pairs, section,
+        c, cap_scale, D, BLOCK_K, CAPPED, CARRY, IN_PLACE,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -250,14 +247,13 @@ class Call:
         self.interval_stride_b = interval_stride_b
         self.queries = queries
         self.heads_kv = heads_kv
+        self.group = group
         self.pairs = pairs
         self.section = section
         self.c = c
         self.cap_scale = cap_scale
-        self.GROUP = gl.constexpr(GROUP)
         self.D = gl.constexpr(D)
         self.BLOCK_K = gl.constexpr(BLOCK_K)
-        self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.CAPPED = gl.constexpr(CAPPED)
         self.CARRY = gl.constexpr(CARRY)
         self.IN_PLACE = gl.constexpr(IN_PLACE)
@@ -265,8 +261,8 @@ class Call:
     @gluon.jit
     def turns(self):
         """How often each program takes a query tile."""
-        q_tiles = gl.cdiv(self.queries, self.CONSUMERS * ROWS)
-        return gl.cdiv(self.pairs * self.GROUP * q_tiles, gl.num_programs(0))
+        q_tiles = gl.cdiv(self.queries, CONSUMERS * ROWS)
+        return gl.cdiv(self.pairs * self.group * q_tiles, gl.num_programs(0))
 
     @gluon.jit
     def job(self, turn):
@@ -282,22 +278,22 @@ class Call:
         """
         programs = gl.num_programs(0)
         program = gl.program_id(0)
-        q_tiles = gl.cdiv(self.queries, self.CONSUMERS * ROWS)
-        total = self.pairs * self.GROUP * q_tiles
+        q_tiles = gl.cdiv(self.queries, CONSUMERS * ROWS)
+        total = self.pairs * self.group * q_tiles
         dealt = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
         index = gl.minimum(dealt, total - 1)
 
-        of_section = self.section * self.GROUP * q_tiles
+        of_section = self.section * self.group * q_tiles
         section = index // of_section
         index = index % of_section
-        heads = gl.minimum(self.section, self.pairs - section * self.section) * self.GROUP
-        first = (q_tiles - 1 - index // heads) * (self.CONSUMERS * ROWS)
-        pair = section * self.section + index % heads // self.GROUP
+        heads = gl.minimum(self.section, self.pairs - section * self.section) * self.group
+        first = (q_tiles - 1 - index // heads) * (CONSUMERS * ROWS)
+        pair = section * self.section + index % heads // self.group
         batch = pair // self.heads_kv
         head_kv = pair % self.heads_kv
-        head = head_kv * self.GROUP + index % self.GROUP
+        head = head_kv * self.group + index % self.group
 
-        last = gl.minimum(first + self.CONSUMERS * ROWS, self.queries) - 1
+        last = gl.minimum(first + CONSUMERS * ROWS, self.queries) - 1
         start = self.start + batch.to(gl.int64) * self.interval_stride_b
         end = self.end + batch.to(gl.int64) * self.interval_stride_b
         lo, tiles, full_from, full = tile_run(start, end, first, last, self.BLOCK_K)
@@ -324,14 +320,14 @@ def produce(call, pipes, descriptors):
         job = call.job(turn)
         if job.tiles > 0:
             # In the order of need: A's queries, the keys, B's queries, the values.
-            q_number = worked * call.CONSUMERS
+            q_number = worked * CONSUMERS
             q_pipe.load(q_number, q, job.batch, job.head, job.first)
             k_pipe.load(loaded, k, job.batch, job.head_kv, job.column(0, call.BLOCK_K))
-            for who in gl.static_range(1, call.CONSUMERS):
+            for who in gl.static_range(1, CONSUMERS):
                 q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
             v_pipe.load(loaded, v, job.batch, job.head_kv, job.column(0, call.BLOCK_K))
             if call.CARRY:
-                for who in gl.static_range(call.CONSUMERS):
+                for who in gl.static_range(CONSUMERS):
                     carry_pipe.load(q_number + who, carry, job.batch, job.head, job.first + who * ROWS)
             for step in range(1, job.tiles):
                 key = job.column(step, call.BLOCK_K)
@@ -396,60 +392,49 @@ def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
     return p, m_new, z * alpha + gl.sum(p, 1), alpha
 
 
-@gluon.constexpr_function
-def pack_asm(dtype):
-    """PTX that rounds two fp32 to 16 bits in one register, the first below."""
-    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+@gluon.jit
+def begin_output(acc, p, alpha, v_pipe, number, dtype: gl.constexpr):
+    """Start acc = a acc + p v for KV tile `number`, p in 16 bits from registers: a product in flight."""
+    A: gl.constexpr = acc.type.layout
+    weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(operand_index=0, parent=A, k_width=2))
+    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1)
+    v_pipe.wait_full(number)  # the copy engine
+    return warpgroup_mma(weights, v_pipe.tile(number), acc, is_async=True)
 
 
 @gluon.jit
-def pack(p, dtype: gl.constexpr):
-    """Neighbours in 16 bits each, in one register: [rows, keys] fp32 to [rows, keys / 2] int32.
-
-    A loop that carries 16-bit numbers carries each in a register of its own.
-    """
-    even, odd = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
-    asm: gl.constexpr = pack_asm(dtype)
-    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def unpack(packed, dtype: gl.constexpr, ACC: gl.constexpr):
-    """Packed weights as the left factor of a product whose result has layout ACC: no instructions, only names."""
-    even, odd = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [packed], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+def begin_scores(q_tile, k_pipe, number, call, WHO: gl.constexpr):
+    """Start the scores of KV tile `number`, when it is this consumer's turn: a product in flight."""
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_K, 16]
     )
-    p = gl.reshape(gl.join(even, odd), [packed.shape[0], packed.shape[1] * 2]).to(dtype, bitcast=True)
-    return gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2))
+    zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
+    take_turn(WHO)
+    scores = warpgroup_mma(q_tile, k_pipe.tile(number).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    pass_turn(1 - WHO)
+    return scores
 
 
 @gluon.jit
 def step(
-    acc, p, m, z, q_tile, k_pipe, v_pipe, number, more, key, row_start, row_end, call,
+    acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number, more, key, row_start, row_end, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Scores of KV tile `number` and acc += p v of the one before it, under the other consumers' exponentials.
+    """Scores of KV tile `number` and acc = a acc + p v of the one before it, under the other consumer's exponentials.
 
-    more: whether another tile follows. Waiting for its keys between the softmax and the wait for acc is what keeps
-    ptxas from moving the softmax below that wait, where nothing would run under it: it does not move code over a loop.
+    Rescaling acc and rounding p wait until the scores are on their way, and run under them. more: whether another tile
+    follows. Waiting for its keys between the softmax and the wait for acc is what keeps ptxas from moving the softmax
+    below that wait, where nothing would run under it: it does not move code over a loop.
     """
-    A: gl.constexpr = acc.type.layout
-    S: gl.constexpr = m.type.layout.parent
-    zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
-    take_turn(WHO)
-    scores = warpgroup_mma(q_tile, k_pipe.tile(number).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    pass_turn((WHO + 1) % call.CONSUMERS)
-    v_pipe.wait_full(number - 1)  # the copy engine
-    weights = unpack(p, q_tile.dtype, A)
-    output = warpgroup_mma(weights, v_pipe.tile(number - 1), acc, is_async=True)
+    scores = begin_scores(q_tile, k_pipe, number, call, WHO)
+    output = begin_output(acc, p, alpha, v_pipe, number - 1, q_tile.dtype)
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
     k_pipe.release(number)
     p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
     k_pipe.wait_full(number + 1, more)  # the copy engine
     acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
     v_pipe.release(number - 1)
-    p = pack(p, q_tile.dtype)
-    return acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1), p, m, z
+    return acc, p, m, z, alpha
 
 
 @gluon.jit
@@ -461,7 +446,7 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_K, 16]
     )
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D, 16])
-    if WHO == call.CONSUMERS - 1:
+    if WHO == CONSUMERS - 1:
         pass_turn(0)
     worked = 0
     number = 0
@@ -476,42 +461,37 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
             m = gl.full([ROWS], NEG_INF, gl.float32, gl.SliceLayout(1, S))
             z = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
             acc = gl.zeros([ROWS, call.D], gl.float32, A)
-            zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
 
             # 1. The first tile: scores only.
-            q_number = worked * call.CONSUMERS + WHO
+            q_number = worked * CONSUMERS + WHO
             q_tile = q_pipe.tile(q_number)
             q_pipe.wait_full(q_number)  # the copy engine
             k_pipe.wait_full(number)
-            take_turn(WHO)
-            scores = warpgroup_mma(q_tile, k_pipe.tile(number).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            pass_turn((WHO + 1) % call.CONSUMERS)
+            scores = begin_scores(q_tile, k_pipe, number, call, WHO)
             s = warpgroup_mma_wait(0, deps=(scores,))  # the tensor cores
             k_pipe.release(number)
             key = job.column(0, call.BLOCK_K)
-            p, m, z, _alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE=True)
-            p = pack(p, q.dtype)
+            p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE=True)
             k_pipe.wait_full(number + 1, job.tiles > 1)
 
             # 2. The other tiles that only some rows see.
             for i in range(1, job.edges):
-                acc, p, m, z = step(
-                    acc, p, m, z, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles, job.column(i, call.BLOCK_K),
-                    row_start, row_end, call, WHO, EDGE=True,
+                acc, p, m, z, alpha = step(
+                    acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
+                    job.column(i, call.BLOCK_K), row_start, row_end, call, WHO, EDGE=True,
                 )  # fmt: skip
 
             # 3. Tiles that every row sees whole: no mask.
             for i in range(job.edges, job.tiles):
-                acc, p, m, z = step(
-                    acc, p, m, z, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles, 0, 0, 0, call, WHO, EDGE=False
+                acc, p, m, z, alpha = step(
+                    acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
+                    0, 0, 0, call, WHO, EDGE=False,
                 )  # fmt: skip
 
             # 4. The last tile's values.
             q_pipe.release(q_number)
             number += job.tiles
-            v_pipe.wait_full(number - 1)  # the copy engine
-            weights = unpack(p, q.dtype, A)
-            output = warpgroup_mma(weights, v_pipe.tile(number - 1), acc, is_async=True)
+            output = begin_output(acc, p, alpha, v_pipe, number - 1, q.dtype)
             acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
             v_pipe.release(number - 1)
 
@@ -567,28 +547,23 @@ def consume_1(call, pipes, descriptors):
     consume(call, pipes, descriptors, 1)
 
 
-@gluon.jit
-def consume_2(call, pipes, descriptors):
-    """The third consumer."""
-    consume(call, pipes, descriptors, 2)
-
-
 @gluon.jit(do_not_specialize=[
-    "lse_stride_b", "lse_stride_h", "interval_stride_b", "queries", "heads_kv", "pairs", "section", "c", "cap_scale",
+    "lse_stride_b", "lse_stride_h", "interval_stride_b", "queries", "heads_kv", "group", "pairs", "section",
+    "c", "cap_scale",
 ])  # fmt: skip
 def forward_kernel(
     q, k, v, carry, out,
     lse, lse_stride_b, lse_stride_h,
     start, end, interval_stride_b,
-    queries, heads_kv, pairs, section, c, cap_scale,
-    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    queries, heads_kv, group, pairs, section, c, cap_scale,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     CAPPED: gl.constexpr, CARRY: gl.constexpr, IN_PLACE: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. q, k, v, carry, out are [B, H, S, D] for TMA."""
     call = Call(
-        lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, queries, heads_kv, pairs, section, c, cap_scale,
-        GROUP, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
+        lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, queries, heads_kv, group, pairs, section,
+        c, cap_scale, D, BLOCK_K, CAPPED, CARRY, IN_PLACE,
     )  # fmt: skip
     q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, readers=1)
     k_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, readers=CONSUMERS)
@@ -596,27 +571,15 @@ def forward_kernel(
     carry_pipe = make_pipe(carry.dtype, CONSUMERS, ROWS, D, readers=1)  # out leaves through it, too
     pipes = (q_pipe, k_pipe, v_pipe, carry_pipe)
     descriptors = (q, k, v, carry, out)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (consume_0, (call, pipes, descriptors)),
-                (consume_1, (call, pipes, descriptors)),
-                (produce, (call, pipes, descriptors)),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (consume_0, (call, pipes, descriptors)),
-                (consume_1, (call, pipes, descriptors)),
-                (consume_2, (call, pipes, descriptors)),
-                (produce, (call, pipes, descriptors)),
-            ],
-            [4, 4, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+    gl.warp_specialize(
+        [
+            (consume_0, (call, pipes, descriptors)),
+            (consume_1, (call, pipes, descriptors)),
+            (produce, (call, pipes, descriptors)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
 
 
 # -- launch
@@ -648,22 +611,24 @@ def forward(
 
     B, Sq, Hq, D = q.shape
     Hkv = k.shape[2]
-    in_place = carry is not None and out_dtype == torch.float32
-    out = carry.out if in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    if carry is not None and out_dtype == torch.float32:
+        out = carry.out
+    else:
+        out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device) if carry is None else carry.lse
     t = tuning or TUNINGS[D]
-    q_tiles = triton.cdiv(Sq, t.consumers * ROWS.value)
+    q_tiles = triton.cdiv(Sq, CONSUMERS.value * ROWS.value)
     with torch.cuda.device_of(q):
         forward_kernel[(min(B * Hq * q_tiles, processors(q)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
             *(tiles(out if carry is None else carry.out, ROWS.value), tiles(out, ROWS.value)),
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
-            *(Sq, Hkv, B * Hkv, section(k), *score_scales(scale, softcap)),
-            GROUP=Hq // Hkv, D=D, BLOCK_K=t.block_k, STAGES=t.stages, CONSUMERS=t.consumers,
+            *(Sq, Hkv, Hq // Hkv, B * Hkv, section(k), *score_scales(scale, softcap)),
+            D=D, BLOCK_K=t.block_k, STAGES=t.stages,
             CONSUMER_REGISTERS=t.consumer_registers, PRODUCER_REGISTERS=t.producer_registers,
-            CAPPED=softcap is not None, CARRY=carry is not None, IN_PLACE=in_place,
-            num_warps=4, maxnreg=t.launch_registers, enable_fp_fusion=True,
+            CAPPED=softcap is not None, CARRY=carry is not None, IN_PLACE=carry is not None and out is carry.out,
+            num_warps=4, maxnreg=LAUNCH_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
     return Partial(out, lse)
 

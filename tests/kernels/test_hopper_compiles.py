@@ -1,0 +1,211 @@
+"""The Hopper kernels compile for a GPU that is not here, and their machine code is the one that was timed.
+
+Compiled in a process of its own, where kernels are never interpreted; half a minute on two cores, seconds when Triton's
+cache has them. Prints the figures that are compared here, for the triton that is installed:
+
+    python -m tests.kernels.test_hopper_compiles
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+SHARED_LIMIT = 227 * 1024
+CASES: dict[str, dict[str, Any]] = {
+    "forward-D64": {"head_dim": 64},
+    "forward-D128": {"head_dim": 128},
+    "forward-D128-in-place": {"head_dim": 128, "carry": True, "out": torch.float32},
+    "forward-D128-carry-fp16-capped": {"head_dim": 128, "carry": True, "dtype": torch.float16, "capped": True},
+    "backward-D64": {"head_dim": 64},
+    "backward-D128": {"head_dim": 128},
+}
+
+# Loads and stores of the stack in the loop over unmasked tiles, and why they are accepted.
+SPILLS_IN_LOOP = {
+    # dk and dv fill 128 of 240 registers, s and dp or dq 64. What spills are constant addresses of wgmma operands:
+    # 13 with triton 3.6.0, 14 with 3.7.1, 30 with 3.9.0.
+    "backward-D128": 32,
+    "forward-D128-carry-fp16-capped": 16,  # the divisions of tanh
+}
+
+
+# -- in the process that compiles
+
+
+def compile_case(name: str):
+    """Triton's compiled kernel for a case."""
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from ringflash.kernels import hopper_backward, hopper_forward
+
+    case = {"dtype": torch.bfloat16, "carry": False, "capped": False} | CASES[name]
+    module = hopper_forward if name.startswith("forward") else hopper_backward
+    kernel = module.forward_kernel if name.startswith("forward") else module.backward_kernel
+    head_dim, dtype, tuning = case["head_dim"], case["dtype"], module.TUNINGS[case["head_dim"]]
+    out = case.get("out", dtype)
+    rows = hopper_forward.ROWS.value
+    constants = {
+        "D": head_dim, "STAGES": tuning.stages, "CAPPED": case["capped"], "CARRY": case["carry"],
+        "BLOCK_K": getattr(tuning, "block_k", 0), "BLOCK_Q": getattr(tuning, "block_q", 0),
+        "IN_PLACE": case["carry"] and out == torch.float32,
+        "CONSUMER_REGISTERS": tuning.consumer_registers, "PRODUCER_REGISTERS": tuning.producer_registers,
+    }  # fmt: skip
+
+    def descriptor(block: int, columns: int, dtype: torch.dtype) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, block, columns], hopper_forward.DTYPES[dtype])
+        type_name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        return f"tensordesc<{type_name}[1, 1, {block}, {columns}],{layout!r}>"
+
+    keys_tile = getattr(tuning, "block_k", rows)
+    queries_tile = getattr(tuning, "block_q", rows)
+    types = {
+        "q": descriptor(queries_tile, head_dim, dtype), "dout": descriptor(queries_tile, head_dim, dtype),
+        "k": descriptor(keys_tile, head_dim, dtype), "v": descriptor(keys_tile, head_dim, dtype),
+        "carry": descriptor(rows, head_dim, torch.float32 if case["carry"] else out),
+        "out": descriptor(rows, head_dim, out), "dq": descriptor(queries_tile, head_dim // 2, torch.float32),
+        "dk": descriptor(rows, head_dim, torch.float32), "dv": descriptor(rows, head_dim, torch.float32),
+        "lse": "*fp32", "delta": "*fp32", "start": "*i32", "end": "*i32", "scale": "fp32", "c": "fp32",
+        "cap_scale": "fp32",
+    }  # fmt: skip
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    source = GluonASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(n),): value for n, value in constants.items() if n in signature},
+        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"},
+    )
+    options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def report(name: str) -> dict[str, Any]:
+    """What decides a case's speed, counted in its PTX and machine code."""
+    from tests.kernels.offline import _tool
+
+    compiled = compile_case(name)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    ptx = compiled.asm["ptx"]
+    loops = [loop for loop in product_loops(code) if "MUFU.EX2" in loop]
+    steady = min(loops, key=len)
+
+    def count(pattern: str, text: str = code) -> int:
+        return len(re.findall(pattern, text))
+
+    return {
+        "name": name, "triton": triton.__version__, "shared": compiled.metadata.shared,
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "spills": count(r"\b(?:STL|LDL)\b"),
+        "spills_in_loop": count(r"\b(?:STL|LDL)\b", steady), "instructions_in_loop": count(r";", steady),
+        "selects_in_loop": count(r"\bFSEL\b", steady),
+        "wgmma": count(r"\bHGMMA\b"), "mma_sync": count(r"\bHMMA\b"),
+        "waits": count(r"\bWARPGROUP\.DEPBAR\b"), "waits_in_ptx": ptx.count("wgmma.wait_group"),
+        "exp2_under_wgmma": exp2_between_waits(steady),
+        "registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
+        "loads": count(r"\bUTMALDG\b"), "stores": count(r"\bUTMASTG\b"), "reductions": count(r"\bUTMAREDG\b"),
+    }  # fmt: skip
+
+
+def exp2_between_waits(loop: str) -> int:
+    """The most exponentials between a wait that leaves one product in flight and the next wait."""
+    most = here = 0
+    for instruction, left in re.findall(r"\b(WARPGROUP\.DEPBAR|MUFU\.EX2)\b(?:\.LE gsb0, (0x\d))?", loop):
+        if instruction == "MUFU.EX2":
+            here += 1
+        else:
+            most, here = max(most, here), 0 if left == "0x1" else -1000
+    return most
+
+
+def product_loops(code: str) -> list[str]:
+    """The innermost loops that multiply: from a label to the branch back to it."""
+    lines = code.splitlines()
+    labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
+    spans = []
+    for i, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], i) < i and "HGMMA" in "".join(lines[labels[target[1]] : i]):
+            spans.append((labels[target[1]], i))
+    inner = [a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in spans)]
+    return ["\n".join(lines[first : last + 1]) for first, last in inner]
+
+
+# -- the claims
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """The report of every case."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.test_hopper_compiles"]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def breaking(compiled: list[dict], **rules) -> list[str]:
+    """The reports that break a rule, with all their figures."""
+    return [f"breaks {rule}: {r}" for r in compiled for rule, holds in rules.items() if not holds(r)]
+
+
+@pytest.mark.slow
+def test_products_run_on_warpgroups_and_copies_on_the_copy_engine(compiled):
+    assert len(compiled) == len(CASES)
+    assert breaking(compiled, wgmma=lambda r: r["wgmma"] > 0 == r["mma_sync"], loads=lambda r: r["loads"] >= 6) == []
+    forward = [r for r in compiled if r["name"].startswith("forward")]
+    backward = [r for r in compiled if r["name"].startswith("backward")]
+    # A consumer stores out once; dq of the loop's two forms and of its last step, dk and dv.
+    assert breaking(forward, stores=lambda r: r["stores"] == 2, reductions=lambda r: r["reductions"] == 0) == []
+    assert breaking(backward, stores=lambda r: r["stores"] == 0, reductions=lambda r: r["reductions"] == 10) == []
+
+
+@pytest.mark.slow
+def test_nothing_spills_in_the_loop_over_unmasked_tiles_but_what_is_listed(compiled):
+    assert breaking(compiled, spills=lambda r: r["spills_in_loop"] <= SPILLS_IN_LOOP.get(r["name"], 0)) == []
+
+
+@pytest.mark.slow
+def test_the_loop_over_unmasked_tiles_has_no_mask(compiled):
+    plain = [r for r in compiled if "capped" not in r["name"]]
+    assert breaking(plain, selects=lambda r: r["selects_in_loop"] == 0) == []
+
+
+@pytest.mark.slow
+def test_ptxas_waits_for_products_only_where_the_kernel_does(compiled):
+    assert breaking(compiled, waits=lambda r: r["waits"] == r["waits_in_ptx"] > 0) == []
+
+
+@pytest.mark.slow
+def test_a_tile_of_exponentials_runs_under_products(compiled):
+    # 64 x 128 scores a forward step over 128 threads, and 64 x 64 a backward step.
+    tile = {"forward": 64, "backward": 32}
+    plain = [r for r in compiled if "capped" not in r["name"]]  # divisions split a capped loop into many blocks
+    assert breaking(plain, overlap=lambda r: r["exp2_under_wgmma"] >= tile[r["name"].split("-")[0]]) == []
+
+
+@pytest.mark.slow
+def test_warps_trade_registers_and_tiles_fit_shared_memory(compiled):
+    assert breaking(compiled, registers=lambda r: {24, 240} <= set(r["registers"])) == []
+    assert breaking(compiled, shared=lambda r: r["shared"] <= SHARED_LIMIT) == []
+
+
+if __name__ == "__main__":
+    for case_name in CASES:
+        print(json.dumps(report(case_name)), flush=True)

@@ -1,0 +1,204 @@
+"""The Hopper kernels are attention: every mask, sharing of heads, length and chain of carries against float64.
+
+    pytest -m gpu tests/kernels/test_hopper_gpu.py
+
+A few minutes on an H100. Whatever the kernels allocate is filled with NaN first. A launch that hangs, as warps that
+wait for each other do, ends at the timeout.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from ringflash import IntervalMask
+from ringflash.partial import Partial
+from tests.kernels.cases import MASKS
+from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, violations
+
+
+def refused() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(refused(), reason="torch sees no CUDA device of compute capability 9.0"),
+    pytest.mark.timeout(60),
+]
+
+DTYPES = [torch.bfloat16, torch.float16]
+# One, and one less and one more than a multiple of each tile: 64 rows, 128 keys.
+LENGTHS = [1, 2, 3, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257, 1000, 2047, 5000]
+
+
+def kernels():
+    from ringflash.kernels import hopper_backward, hopper_forward
+
+    return hopper_forward.forward, hopper_backward.backward
+
+
+def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
+    """torch.empty, but what is not written over is seen."""
+    return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
+
+
+def checked(mask: IntervalMask, **options) -> list[str]:
+    p = problem(mask, device="cuda", **options)
+    with mock.patch("torch.empty", poisoned):
+        actual = by_kernel(p, *kernels())
+    return violations(p, actual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_is_within_the_bound_of_float64(name, head_dim, dtype):
+    assert checked(MASKS[name](1111), heads=(4, 2), head_dim=head_dim, dtype=dtype) == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (8, 1), (16, 1), (32, 2)], ids="{0[0]}q{0[1]}kv".format)
+def test_query_heads_share_kv_heads(heads, head_dim):
+    assert checked(MASKS["packed, window"](700), heads=heads, head_dim=head_dim, dtype=torch.bfloat16) == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_any_length(length, head_dim):
+    assert checked(MASKS["causal"](length), heads=(2, 1), head_dim=head_dim, dtype=torch.bfloat16) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+def test_softcap_and_its_derivative(softcap, head_dim, dtype):
+    assert checked(MASKS["causal"](600), heads=(2, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_far_below_zero_leave_no_nan(head_dim):
+    """lse far below the score 0 of keys past the end, whose weight would be infinite."""
+    p = problem(MASKS["causal"](200), heads=(2, 1), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    one_way = torch.ones_like(p.k[:1, :1, :1])
+    p = Problem(p.q / 8 + 3 * one_way, p.k / 8 - 3 * one_way, p.v, p.dout, p.mask, 1.0, None)
+    actual = by_kernel(p, *kernels())
+    assert actual["lse"].max() < -200
+    assert violations(p, actual) == []
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, out_dtype):
+    forward, _ = kernels()
+    p = problem(MASKS["packed"](1111), heads=(4, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    ends = torch.arange(0, 33).mul(1111).div(32).int().tolist()
+    state: Partial | None = None
+    with mock.patch("torch.empty", poisoned):
+        for begin, end in pairwise(ends):
+            part = p.mask.restrict(torch.arange(1111), torch.arange(begin, end)).intervals("cuda")
+            state = forward(
+                p.q, p.k[:, begin:end], p.v[:, begin:end], part, scale=p.scale, carry=state,
+                out_dtype=out_dtype if end == 1111 else torch.float32,
+            )  # fmt: skip
+    assert state is not None
+    exact, plain = dense(p, torch.float64), dense(p, torch.bfloat16)
+    bound = 2 * distance(plain["out"], exact["out"])
+    assert [distance(state.out, exact["out"]) <= bound, distance(state.lse, exact["lse"]) <= 1e-5] == [True, True]
+
+
+def test_query_tiles_that_see_nothing_are_not_written():
+    forward, _ = kernels()
+    mask = MASKS["causal"](300).restrict(torch.arange(300), torch.arange(290, 300))
+    p = problem(mask, batch=1, heads=(1, 1), dtype=torch.bfloat16, device="cuda")
+    carry = Partial.identity(p.q)
+    carry.out.fill_(7)  # lse -inf: this out counts for nothing, and a row that is written loses it
+    forward(p.q, p.k, p.v, p.mask.intervals("cuda"), scale=p.scale, carry=carry)
+    assert (carry.out[0, :, 0, 0] != 7).nonzero()[:, 0].tolist() == list(range(256, 300))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_views_give_the_same_bits(dtype):
+    """All but dq, which the copy engine sums in any order."""
+    forward, backward = kernels()
+    p = problem(MASKS["window"](700), heads=(4, 2), dtype=dtype, device="cuda")
+    intervals = p.mask.intervals("cuda")
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H, D] that is a slice of heads of a [B, H, S, D] tensor."""
+        held = torch.full((len(x), x.shape[2] + 3, *x.shape[1::2]), float("nan"), dtype=x.dtype, device=x.device)
+        held[:, 2:-1] = x.transpose(1, 2)
+        return held[:, 2:-1].transpose(1, 2)
+
+    results = []
+    for view in (torch.clone, strided):
+        q, k, v, dout = (view(x) for x in (p.q, p.k, p.v, p.dout))
+        state = forward(q, k, v, intervals, scale=p.scale)
+        carry = Partial(view(state.out), state.lse.clone())
+        state = forward(q, k, v, intervals, scale=p.scale, carry=carry)
+        dq, dk, dv = (view(torch.ones_like(x, dtype=torch.float32)) for x in (p.q, p.k, p.v))
+        rows = [torch.cat([x, x], dim=1)[:, 4:] for x in (state.lse, delta_of(p.dout, state))]
+        backward(dout, q, k, v, *rows, intervals, scale=p.scale, dq=dq, dk=dk, dv=dv)
+        results.append([state.out, state.lse, dk, dv, dq])
+    contiguous, strided_ = results
+    assert [torch.equal(a, b) for a, b in zip(contiguous[:4], strided_[:4], strict=True)] == [True] * 4
+    assert distance(strided_[4], contiguous[4]) < 1e-6
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_deterministic_runs_are_bit_equal(head_dim):
+    forward, backward = kernels()
+    p = problem(MASKS["packed"](3000), heads=(8, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(1)  # the noise that by_kernel adds gradients to
+        runs.append(by_kernel(p, forward, lambda *args, **options: backward(*args, **options, deterministic=True)))
+    assert [name for run in runs for name in run if not torch.equal(run[name], runs[0][name])] == []
+
+
+def test_tensors_of_more_than_2_to_the_31_elements():
+    """The last rows of 2^19 tokens x 33 heads x 128, under a window, against float64 of those rows alone."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("takes 35 GiB of GPU memory")
+    forward, backward = kernels()
+    tokens, heads, head_dim, left, checked_rows = 2**19, 33, 128, 200, 300
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(1, tokens, count, head_dim, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v, dout = draw(heads), draw(1), draw(1), draw(heads)
+    assert q.numel() > 2**31
+    scale, intervals = head_dim**-0.5, IntervalMask.window(tokens, left).intervals("cuda")
+    state = forward(q, k, v, intervals, scale=scale, out_dtype=torch.bfloat16)
+    delta = torch.stack([(dout[:, :, h].float() * state.out[:, :, h].float()).sum(-1) for h in range(heads)], dim=1)
+    dq = torch.zeros(q.shape, device="cuda")
+    dk, dv = torch.zeros(k.shape, device="cuda"), torch.zeros(v.shape, device="cuda")
+    backward(dout, q, k, v, state.lse, delta, intervals, scale=scale, dq=dq, dk=dk, dv=dv)
+
+    # The last rows see nothing before the window; keys in the last rows are seen by the last rows only.
+    rows = slice(tokens - checked_rows - left, tokens)
+    mask = IntervalMask.window(checked_rows + left, left)
+    p = Problem(q[:, rows], k[:, rows], v[:, rows], dout[:, rows], mask, scale, None)
+    exact, plain = dense(p, torch.float64), dense(p, torch.bfloat16)
+    late = {
+        name: [x[:, -checked_rows:] for x in (whole[:, rows], exact[name], plain[name])]
+        for name, whole in {"out": state.out, "dq": dq, "dk": dk, "dv": dv}.items()
+    }
+    wrong = [name for name, (x, truth, rounded) in late.items() if distance(x, truth) > 2 * distance(rounded, truth)]
+    assert wrong == []
+
+
+def test_what_cannot_be_done_is_refused_with_its_values():
+    from ringflash.kernels import hopper_forward
+
+    def told(dtype: torch.dtype, head_dim: int) -> str | None:
+        q = torch.zeros(1, 8, 2, head_dim, dtype=dtype, device="cuda")
+        return hopper_forward.supports(q, q, None)
+
+    assert told(torch.bfloat16, 128) is None
+    assert told(torch.float32, 128) == "takes float16 and bfloat16, got torch.float32; kernel=portable takes float32"
+    assert told(torch.float16, 96) == "takes head_dim 64 and 128, got 96; kernel=portable takes others"
