@@ -61,7 +61,11 @@ class ModelConfig:
     """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
 
     kernel: str = "auto"
-    """Attention kernel: auto (the fastest that fits), portable (Triton) or blocked (plain torch)."""
+    """Attention kernel: auto (the fastest that fits), hopper (Gluon), portable (Triton) or blocked (plain torch)."""
+
+    deterministic: bool = False
+    """Gradients of attention bit-equal from run to run, so that a resumed run is too. Costs speed on Hopper; the other
+    kernels are always so."""
 
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.architecture):
@@ -90,6 +94,7 @@ def ring_attention_forward(
     s_aux: Tensor | None = None,
     plan: AttentionPlan | None = None,
     kernel: str = "auto",
+    deterministic: bool = False,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention: query [B, Hq, S, D], key and value [B, Hkv, S, D] to ([B, S, Hq, D], None).
@@ -114,7 +119,7 @@ def ring_attention_forward(
         plan = plan.window(sliding_window - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = ring_attention(
-        q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel,
+        q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel, deterministic=deterministic,
         layer=getattr(module, "layer_idx", None),
     )  # fmt: skip
     return out, None

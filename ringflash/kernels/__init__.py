@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-FASTEST_FIRST = ("portable", "blocked")
+FASTEST_FIRST = ("hopper", "portable", "blocked")
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,19 @@ class Kernel:
     supports: Callable[[Tensor, Tensor, float | None], str | None]
 
 
-def select(q: Tensor, k: Tensor, softcap: float | None = None, name: str = "auto") -> Kernel:
+def select(
+    q: Tensor, k: Tensor, softcap: float | None = None, name: str = "auto", deterministic: bool = False
+) -> Kernel:
     """The fastest kernel that supports the request, or the one named.
 
+    deterministic: gradients must be bit-equal from run to run; a kernel whose fast backward is not takes a slower one.
     Raises ValueError with the reason where the named kernel (or, with "auto", every kernel) cannot.
     """
     if name != "auto" and name not in FASTEST_FIRST:
         raise ValueError(f"kernel={name} is not one of auto, {', '.join(FASTEST_FIRST)}")
     reasons = []
     for candidate in FASTEST_FIRST if name == "auto" else (name,):
-        kernel = _load(candidate)
+        kernel = _load(candidate, deterministic)
         reason = kernel.supports(q, k, softcap)
         if reason is None:
             return kernel
@@ -57,11 +60,14 @@ def select(q: Tensor, k: Tensor, softcap: float | None = None, name: str = "auto
 
 
 @functools.cache
-def _load(name: str) -> Kernel:
+def _load(name: str, deterministic: bool = False) -> Kernel:
     """Import a kernel's files only when it is asked for."""
     if name == "blocked":
         blocked = importlib.import_module("ringflash.kernels.blocked")
         return Kernel(name, blocked.forward, blocked.backward, blocked.supports)
     forward = importlib.import_module(f"ringflash.kernels.{name}_forward")
     backward = importlib.import_module(f"ringflash.kernels.{name}_backward")
-    return Kernel(name, forward.forward, backward.backward, forward.supports)
+    call = backward.backward
+    if name == "hopper":  # the other kernels' gradients have one writer each
+        call = functools.partial(call, deterministic=deterministic)
+    return Kernel(name, forward.forward, call, forward.supports)

@@ -47,6 +47,7 @@ def ring_attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     kernel: str = "auto",
+    deterministic: bool = False,
     layer: int | None = None,
 ) -> Tensor:
     """Attention of this rank's queries over the whole sequence, differentiable.
@@ -54,14 +55,15 @@ def ring_attention(
     q [B, S, Hq, D]; k, v [B, S, Hkv, D], where S is the layout's shard length and Hq a multiple of Hkv; fp16, bf16 or
     fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch, ranks outermost.
     scale defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the softmax and has
-    no value (gpt-oss), not capped. layer: its number, for what is said where a ring stands still. Returns out
-    [B, S, Hq, D] in q's dtype; queries that see nothing get 0.
+    no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly on Hopper.
+    layer: its number, for what is said where a ring stands still. Returns out [B, S, Hq, D] in q's dtype; queries that
+    see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
     """
     _check(q, k, v, plan, softcap, sink)
     call = _Call(
         plan=plan,
-        kernel=kernels.select(q, k, softcap, kernel),
+        kernel=kernels.select(q, k, softcap, kernel, deterministic),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
         layer="attention" if layer is None else f"layer {layer}",
@@ -124,6 +126,9 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         q, k, v, sink, out, lse = ctx.saved_tensors
         ranks, ulysses = len(ctx.call.plan.ring.local), ctx.call.plan.ulysses
+        q_, k_, v_, lse_ = (_by_rank(x, ranks) for x in (q, k, v, lse))
+        kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, f"{ctx.call.layer}, backward")
+        kv.send_for(1)  # own keys come last, so what follows is all there is to hide this behind
         # out is where the model's tokens are; everything else is where attention was computed.
         delta = (dout.float() * out.float()).sum(-1)
         if ulysses is not None:
@@ -131,8 +136,7 @@ class _RingAttention(torch.autograd.Function):
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         delta = delta.transpose(1, 2).contiguous()
-        dout_, q_, k_, v_, lse_, delta_ = (_by_rank(x, ranks) for x in (dout, q, k, v, lse, delta))
-        dq, dk, dv = _backward(dout_, q_, k_, v_, lse_, delta_, ctx.call)
+        dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), ctx.call)
         dsink = None
         if sink is not None:
             # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries.
@@ -168,17 +172,14 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | N
 
 
 def _backward(
-    dout: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], lse: list[Tensor], delta: list[Tensor],
-    call: _Call,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch."""
-    plan = call.plan
-    about = f"{call.layer}, backward"
-    kv = _KeysOnTheirWay(plan, k, v, about)
-    kv.send_for(1)
+    dout: list[Tensor], q: list[Tensor], kv: _KeysOnTheirWay, lse: list[Tensor], delta: list[Tensor], call: _Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch. The keys of hop 1 are on their way."""
+    plan, k = call.plan, [k for k, _ in kv.own]
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
     parts = [
-        (_GradientsOnTheirWay(plan, k, heads, about), *heads) for heads in _halves(q[0].shape[2], k[0].shape[2], plan)
+        (_GradientsOnTheirWay(plan, k, heads, kv.about), *heads)
+        for heads in _halves(q[0].shape[2], k[0].shape[2], plan)
     ]
     for s in [*range(1, plan.ring.size), 0]:
         kv.arrive()

@@ -44,7 +44,7 @@ def fit(config: Config, resolved: str) -> None:
     _check_vocabulary(config, training, model.config.vocab_size)
     layout_for = layouts(parallel, model_config, length, world.ring.size, one_node=ranks_here() == world.size)
     speed = _Speed(model, config, world)
-    engine = build_engine(model, config.optim, config.memory, world, config.model.kernel)
+    engine = build_engine(model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic)
     start = checkpoint.resume(engine, folder / "checkpoints", world)
 
     log = None

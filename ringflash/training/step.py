@@ -106,10 +106,10 @@ class MemoryConfig:
 class TrainedModel(nn.Module):
     """A causal language model that returns its summed loss, so that DeepSpeed's hooks see one call."""
 
-    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, kernel: str) -> None:
+    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, kernel: str, deterministic: bool) -> None:
         super().__init__()
         self.model = model
-        self.kernel = kernel
+        self.attention = {"kernel": kernel, "deterministic": deterministic}
         softcap = getattr(model.config, "final_logit_softcapping", None)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
         if memory.recompute:
@@ -118,13 +118,18 @@ class TrainedModel(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
         """Summed loss of this rank's shard: tokens, labels, position_ids int64 [B, S]."""
         hidden = self.model.base_model(
-            input_ids=tokens, position_ids=position_ids, plan=plan, kernel=self.kernel, use_cache=False
+            input_ids=tokens, position_ids=position_ids, plan=plan, use_cache=False, **self.attention
         ).last_hidden_state
         return self.model.lm_head(hidden, labels)
 
 
 def build_engine(
-    model: PreTrainedModel, optim: OptimConfig, memory: MemoryConfig, world: World, kernel: str = "auto"
+    model: PreTrainedModel,
+    optim: OptimConfig,
+    memory: MemoryConfig,
+    world: World,
+    kernel: str = "auto",
+    deterministic: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
     """The model under DeepSpeed, with AdamW and the schedule.
 
@@ -139,7 +144,7 @@ def build_engine(
     # On the CPU, DeepSpeed would compile an op that serves inference only, for half a minute, under a lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-    trained = TrainedModel(model, memory, kernel)
+    trained = TrainedModel(model, memory, kernel, deterministic)
     optimizer = torch.optim.AdamW(_decayed(trained, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2))
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, optim.warmup, optim.steps, min_lr_rate=optim.final_lr

@@ -67,7 +67,7 @@ def test_a_wrong_kernel_is_named_not_timed_and_fails_the_run(tmp_path, capsys, m
         return getattr(good, direction)(*args, **options | {"scale": options["scale"] * 1.01})
 
     bad = dataclasses.replace(good, **{direction: scaled})
-    monkeypatch.setattr(kernels, "_load", lambda name: bad)
+    monkeypatch.setattr(kernels, "_load", lambda name, *mode: bad)
     code, contents = run(tmp_path)
     row = row_of(contents, "ringflash blocked", extent)
     assert code == 1
@@ -86,7 +86,7 @@ def test_memory_that_a_kernel_leaves_unwritten_is_wrong(tmp_path, monkeypatch):
         out[:, :-1] = partial.out[:, :-1]
         return dataclasses.replace(partial, out=out)
 
-    monkeypatch.setattr(kernels, "_load", lambda name: dataclasses.replace(good, forward=lazy))
+    monkeypatch.setattr(kernels, "_load", lambda name, *mode: dataclasses.replace(good, forward=lazy))
     code, contents = run(tmp_path)
     assert code == 1
     assert "out inf" in row_of(contents, "ringflash blocked")["reason"]
@@ -97,7 +97,7 @@ def test_a_kernel_that_raises_has_its_error_in_the_table_and_fails_the_run(tmp_p
         raise RuntimeError("out of shared memory\nand more lines")
 
     bad = dataclasses.replace(kernels._load("blocked"), backward=broken)
-    monkeypatch.setattr(kernels, "_load", lambda name: bad)
+    monkeypatch.setattr(kernels, "_load", lambda name, *mode: bad)
     code, contents = run(tmp_path)
     assert code == 1
     assert row_of(contents, "ringflash blocked", "backward")["reason"] == "RuntimeError: out of shared memory"

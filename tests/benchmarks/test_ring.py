@@ -112,7 +112,7 @@ def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, mon
         """Drops what was seen on the hops before."""
         return good.forward(*args, carry=None, **options)
 
-    monkeypatch.setattr(kernels, "_load", lambda name: dataclasses.replace(good, forward=forgetful))
+    monkeypatch.setattr(kernels, "_load", lambda name, *mode: dataclasses.replace(good, forward=forgetful))
     code, contents = run(tmp_path)
     assert code == 1
     assert [row["status"] for row in contents["rows"]] == ["WRONG", "WRONG"]

@@ -101,14 +101,16 @@ def violations(p: Problem, actual: dict[str, Tensor]) -> list[str]:
 def distance(actual: Tensor, truth: Tensor) -> float:
     """Norm of the difference over the norm of the truth, infinite where they disagree on what is infinite or NaN.
 
-    Inputs are of unit size, and so are results as a rule. Where the truth cancels to nothing (a row that sees one key
-    has gradient 0 whatever the inputs) its norm says nothing: there it counts as 0.05 for every element.
+    Inputs are of unit size, and so are results as a rule. Where the truth nearly cancels its norm says little: there it
+    counts as 0.05 for every element. Where it cancels to nothing (rows that see one key have dq = dk = 0 whatever the
+    inputs, dp - delta of two equal numbers) it counts as what cancels does, 1: D terms of size 1, times D ** -0.5.
     """
     actual, truth = actual.double(), truth.double()
     if actual.shape != truth.shape or not torch.equal(actual == float("-inf"), truth == float("-inf")):
         return float("inf")
     finite = truth != float("-inf")
     actual, truth = actual[finite], truth[finite]
-    size = max(truth.norm().item(), 0.05 * truth.numel() ** 0.5, 1e-30)
+    least = 0.05 if truth.abs().sum() > 1e-9 else 1.0
+    size = max(truth.norm().item(), least * truth.numel() ** 0.5, 1e-30)
     error = (actual - truth).norm().item() / size
     return error if error == error else float("inf")
