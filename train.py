@@ -2,7 +2,7 @@
 
     python train.py                                                         # one GPU, or the CPU
     torchrun --nproc-per-node 8 train.py experiment=qwen3-0.5b-128k         # eight GPUs of one machine
-    sbatch launch/slurm.sh experiment=llama3-8b-256k                        # a Slurm cluster
+    sbatch launch/slurm.sh experiment=llama3-8b-256k data.path=corpus data.tokenizer=folder     # a Slurm cluster
 
 Settings are key=value, such as optim.lr=1e-4 or model=qwen3-0.5b; --print shows what they come to and ends.
 """

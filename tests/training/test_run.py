@@ -146,7 +146,7 @@ BAD_INPUT = {
         ["model.architecture.num_key_value_heads=3"],
         "model.architecture.num_attention_heads=4 is not divisible by num_key_value_heads=3",
     ),
-    "experiment": (["experiment=unknown"], "experiment=unknown is not one of qwen3-0.5b-128k"),
+    "experiment": (["experiment=unknown"], "experiment=unknown is not one of llama3-8b-256k, qwen3-0.5b-128k"),
 }  # fmt: skip
 
 
