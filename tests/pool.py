@@ -17,20 +17,21 @@ from multiprocessing.connection import Connection, wait
 import torch
 import torch.distributed as dist
 
-LARGEST = 4
-
 
 class RankError(AssertionError):
     """A rank raised; the message holds its traceback."""
 
 
 class Pool:
-    """`LARGEST` processes that wait for work."""
+    """Processes that wait for work, started when a rank is first needed."""
 
     def __init__(self) -> None:
+        self.pipes: list[Connection] = []
+        self.processes: list[multiprocessing.process.BaseProcess] = []
+
+    def _grow(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(LARGEST):
+        for rank in range(len(self.processes), size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
@@ -42,6 +43,7 @@ class Pool:
 
         Ranks that wait for one that raised never answer: then all processes are started anew.
         """
+        self._grow(size)
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self.pipes[:size]:
                 pipe.send((function, size, f"file://{folder}/store", args))
@@ -57,7 +59,6 @@ class Pool:
         if len(answers) < size:
             errors.append(f"only ranks {sorted(answers)} of {size} answered")
             self.close()
-            self.__init__()
         if errors:
             raise RankError("\n".join(errors))
         return [answers[rank] for rank in range(size)]
@@ -67,6 +68,7 @@ class Pool:
         for process in self.processes:
             process.kill()
             process.join()
+        self.pipes, self.processes = [], []
 
 
 def _serve(rank: int, pipe: Connection) -> None:

@@ -82,8 +82,9 @@ def on_processes(length, documents, name):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
+@pytest.mark.parametrize(
+    ("size", "name"), [(size, name) for size in (1, 2, 3, 4) for name in sorted(LAYOUTS)] + [(8, "zigzag")]
+)
 def test_processes_compute_what_float64_does(ranks, size, name):
     documents = [[1, 36, 60], [97]]
     results = ranks.run(on_processes, size, 97, documents, name)
