@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -37,6 +38,10 @@ def main() -> int:
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-u", str(TRAIN), *settings)
+    except SignalException as stopped:
+        name = signal.Signals(stopped.sigval).name
+        print(f"\nringflash: stopped by {name}; resume=auto goes on from the last checkpoint", file=sys.stderr)
+        return 128 + stopped.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it had no time to say anything itself

@@ -166,6 +166,8 @@ LAYOUTS: dict[str, Callable[[int, int, int], Layout]] = {
 
 
 def _ceil(a: int, b: int) -> int:
+    if b < 1:
+        raise ValueError(f"ranks and parts must be 1 or more, got a product of {b}")
     return -(-a // b)
 
 

@@ -3,6 +3,7 @@
     runs/NAME/checkpoints/step-00000100/state/           DeepSpeed's files: weights, optimizer, schedule, by rank
                           step-00000100/manifest.json    the size and SHA-256 of every file, written last
                           step-00000200.partial/         one being written, or what a killed run left
+                          step-00000150.unsound/         one whose files were not what was written, moved aside
 
 A run resumes from the newest checkpoint whose files are what its manifest says; older sound ones stand behind it.
 """
@@ -24,7 +25,14 @@ from ringflash.training.world import World
 
 STATE = "state"
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+PARTIAL, UNSOUND = ".partial", ".unsound"
+# Settings that a resumed run may change. The others are part of the state: the run would not be the one that stopped.
+FREE = (
+    "name", "runs", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
+    "memory.recompute", "model.kernel", "model.deterministic", "optim.steps", "parallel.layout",
+    "parallel.node_gb_per_second", "parallel.across_gb_per_second", "parallel.timeout_minutes",
+    "parallel.hop_timeout_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,13 @@ class CheckpointConfig:
             raise ConfigError(f"checkpoint.every={self.every} must be 0 or more, checkpoint.keep={self.keep} 1 or more")
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, world: World, keep: int) -> Path:
-    """Write the state after `step` steps under `folder`; all ranks call it. Returns the checkpoint's path."""
+def save(
+    engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, world: World, keep: int, settings: dict | None = None
+) -> Path:
+    """Write the state after `step` steps under `folder`; all ranks call it. Returns the checkpoint's path.
+
+    keep: how many stay, this one included; settings: the run's, nested, which a resumed run must share.
+    """
     path = folder / f"step-{step:08d}"
     aside = path.with_name(path.name + PARTIAL)
     if world.is_first:
@@ -54,27 +67,32 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, world: Worl
     dist.barrier()
     files = _gathered(_digests(aside, _share(aside, world)), world)
     if world.is_first:
-        manifest = {"step": step, "ranks": world.size, "ring": world.ring.size, "files": files}
+        manifest = {"step": step, "ranks": world.size, "ring": world.ring.size, "settings": _bound(settings or {})}
+        manifest["files"] = files
         _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(path, ignore_errors=True)
         os.rename(aside, path)
-        for old in _written(folder)[keep:]:
+        for old in [other for other in _written(folder) if other != path][keep - 1 :]:
             shutil.rmtree(old)
     dist.barrier()
     return path
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, say=print) -> int:
-    """Load the newest sound checkpoint under `folder`, if any, and return its step (0 without one).
+def resume(
+    engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, settings: dict | None = None, say=print
+) -> int:
+    """Load the newest sound checkpoint under `folder`, and return its step; 0 where there is no checkpoint.
 
-    Unsound ones are passed over, and rank 0 says which and why. Raises ConfigError for a checkpoint of another number
-    of ranks: its optimizer shards fit no other.
+    Unsound ones are moved aside, and rank 0 says which and why. Raises ConfigError where none of several is sound, for
+    a checkpoint of another number of ranks (its optimizer shards fit no other), and for one of other settings.
     """
-    for path in world.share(_written(folder)):
+    written = world.share(_written(folder))
+    for path in written:
         fault = _fault(path, world)
         if fault is not None:
             if world.is_first:
                 say(f"{path} is not sound ({fault}); going back to the one before")
+                os.rename(path, path.with_name(path.name + UNSOUND))
             continue
         manifest = json.loads((path / MANIFEST).read_text())
         for name, now in (("ranks", world.size), ("ring", world.ring.size)):
@@ -83,16 +101,40 @@ def resume(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, say=pr
                     f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as many, "
                     f"or start anew from its exported weights (model.path)"
                 )
+        _check_settings(path, manifest["settings"], _bound(settings or {}))
         engine.load_checkpoint(str(path), tag=STATE)
         if world.is_first:
             say(f"resumed from {path}")
         return manifest["step"]
+    if written:
+        raise ConfigError(f"{folder} holds {len(written)} checkpoints and none is sound; resume=never starts anew")
     return 0
+
+
+def _check_settings(path: Path, before: dict, now: dict) -> None:
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with the "
+                f"same, or start anew (resume=never)"
+            )
+
+
+def _bound(settings: dict, prefix: str = "") -> dict:
+    """The settings that a resumed run must share, by dotted key."""
+    bound = {}
+    for name, value in settings.items():
+        key = prefix + name
+        if isinstance(value, dict):
+            bound.update(_bound(value, f"{key}."))
+        elif not key.startswith(FREE):
+            bound[key] = value
+    return bound
 
 
 def _written(folder: Path) -> list[Path]:
     """Checkpoints that were renamed into place, newest first; what was left half-written is not among them."""
-    return sorted((p for p in folder.glob("step-*") if not p.name.endswith(PARTIAL)), reverse=True)
+    return sorted((p for p in folder.glob("step-*") if not p.name.endswith((PARTIAL, UNSOUND))), reverse=True)
 
 
 def _fault(path: Path, world: World) -> str | None:

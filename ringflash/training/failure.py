@@ -51,6 +51,8 @@ def describe(error: Exception) -> str:
     words = " ".join(str(error).split())
     if isinstance(error, ConfigError):
         return f"ringflash: {words}"
+    where = traceback.extract_tb(error.__traceback__)[-1:] if not words else []
+    words = words or " ".join(f"in {frame.name}, {frame.filename}:{frame.lineno}" for frame in where)
     return f"ringflash: rank {_rank()} failed: {type(error).__name__}: {words}"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import re
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from ringflash.data import load_corpus, load_tokenizer, stream
+from ringflash.data import load_corpus, load_tokenizer, sequences_per_epoch, stream
 from ringflash.data.batches import batch as make_batch
 from ringflash.data.corpus import TokenCorpus
 from ringflash.errors import ConfigError
@@ -35,22 +37,27 @@ def fit(config: Config, resolved: str) -> None:
     config = dataclasses.replace(config, parallel=parallel)
     config.check(world_size())
     world = join(parallel)
-    folder = _run_folder(config, resolved, world)
     torch.manual_seed(config.seed)
 
     tokenizer = load_tokenizer(config.data)
     training, held_out = _corpora(config, world)
     model = build_model(config.model)
     _check_vocabulary(config, training, model.config.vocab_size)
+    _check_length(config, training, held_out)
     layout_for = layouts(parallel, model_config, length, world.ring.size, one_node=ranks_here() == world.size)
     speed = _Speed(model, config, world)
     engine = build_engine(model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic)
-    start = checkpoint.resume(engine, folder / "checkpoints", world)
+    settings = yaml.safe_load(resolved)
+    folder = _run_folder(config, world)
+    start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
+    if start > config.optim.steps:
+        raise ConfigError(f"optim.steps={config.optim.steps} is less than the {start} steps that {folder} has done")
 
     log = None
     if world.is_first:
+        (folder / "config.yaml").write_text(resolved)
         print(*filter(None, [speed.summary(), why]), sep="\n", flush=True)
-        log = metrics.Metrics(config.logger, folder, yaml.safe_load(resolved), start, config.optim.steps)
+        log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
     share = config.optim.batch // world.replicas
     batches = stream(
         training,
@@ -79,20 +86,21 @@ def fit(config: Config, resolved: str) -> None:
             log.log(step, record)
             log.show(step, record)
         if _due(step, config.checkpoint.every):
-            checkpoint.save(engine, folder / "checkpoints", step, world, config.checkpoint.keep)
+            checkpoint.save(engine, folder / "checkpoints", step, world, config.checkpoint.keep, settings)
     batches.close()
-    _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log)
+    _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log, settings)
 
 
-def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log) -> None:
+def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log, settings) -> None:
     """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
     if start < config.optim.steps and not _due(config.optim.steps, config.checkpoint.every):
-        checkpoint.save(engine, folder / "checkpoints", config.optim.steps, world, config.checkpoint.keep)
+        checkpoint.save(engine, folder / "checkpoints", config.optim.steps, world, config.checkpoint.keep, settings)
     exported = export(engine, folder / "model", tokenizer, world)
     loss = _held_out_loss(engine, held_out, config, world, layout_for)
     if log is not None:
         entropy = held_out.unigram_entropy()
-        log.log(config.optim.steps, {"held_out_loss": loss, "unigram_entropy": entropy})
+        if start < config.optim.steps:
+            log.log(config.optim.steps, {"held_out_loss": loss, "unigram_entropy": entropy})
         log.close()
         print(
             f"held-out loss     {loss:.4f} nats per token\n"
@@ -174,24 +182,32 @@ def _check_vocabulary(config: Config, corpus: TokenCorpus, vocab_size: int) -> N
         )
 
 
-def _run_folder(config: Config, resolved: str, world: World) -> Path:
+def _check_length(config: Config, *corpora: TokenCorpus) -> None:
+    for corpus in corpora:
+        sequences_per_epoch(corpus, config.data.sequence_length)
+
+
+def _run_folder(config: Config, world: World) -> Path:
     """runs/NAME, or NAME-2, NAME-3, ... where that is taken; with resume=auto, the newest that has checkpoints."""
     folder = None
     if world.is_first:
-        taken = _numbered(config)
-        resumable = [taken[i] for i in sorted(taken, reverse=True) if (taken[i] / "checkpoints").is_dir()]
+        earlier = _earlier(config)
+        resumable = [path for path in earlier if (path / "checkpoints").is_dir()]
         if config.resume == "auto" and resumable:
-            folder = resumable[0]
+            folder = resumable[-1]
         else:
-            number = max(taken, default=0) + 1
-            folder = Path(config.runs) / (config.name if number == 1 else f"{config.name}-{number}")
+            names = itertools.chain([config.name], (f"{config.name}-{i}" for i in itertools.count(2)))
+            folder = next(path for path in (Path(config.runs) / name for name in names) if not path.exists())
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(resolved)
     return world.share(folder)
 
 
-def _numbered(config: Config) -> dict[int, Path]:
-    """The folders of earlier runs of this name, by number."""
-    pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")
-    matches = [(pattern.fullmatch(p.name), p) for p in Path(config.runs).glob(f"{config.name}*") if p.is_dir()]
-    return {int(match[1] or 1): path for match, path in matches if match}
+def _earlier(config: Config) -> list[Path]:
+    """The folders of earlier runs of this very name, oldest first."""
+    found = {}
+    for path in Path(config.runs).glob(f"{config.name}*"):
+        match = re.fullmatch(rf"{re.escape(config.name)}(?:-(\d+))?", path.name)
+        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
+            if match and yaml.safe_load((path / "config.yaml").read_text()).get("name") == config.name:
+                found[int(match[1] or 1)] = path
+    return [found[i] for i in sorted(found)]

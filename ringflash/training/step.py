@@ -143,6 +143,7 @@ def build_engine(
         )
     # On the CPU, DeepSpeed would compile an op that serves inference only, for half a minute, under a lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(verbose=False)
     trained = TrainedModel(model, memory, kernel, deterministic)
     optimizer = torch.optim.AdamW(_decayed(trained, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2))

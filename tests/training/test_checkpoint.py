@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there; a run resumes from the newest sound one, and says what it passed over."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -29,40 +30,98 @@ def write_three(folder, zero, keep):
     return losses
 
 
-def resume_and_step(folder, zero):
+def resume_and_step(folder, zero, settings=None):
     """The step resumed from, the loss of the next one, and what was said."""
     world, said = joined(None), []
     engine = engine_on(world, zero)
-    step = checkpoint.resume(engine, folder, world, said.append)
-    loss = train_step(engine, sequences("full"), world, lambda mask: Layout.zigzag(LENGTH, world.size))
+    step = checkpoint.resume(engine, folder, world, settings, said.append)
+    layout = Layout.zigzag(LENGTH, world.size)
+    loss = train_step(engine, sequences("full"), world, lambda mask: layout)
     return step, loss.item(), said
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "has other contents than were written": flip_a_bit,
+    "has 100 of ": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "is missing": lambda path: path.unlink(),
+}
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_damage_of_any_kind_goes_back_to_the_checkpoint_before(ranks, tmp_path, zero):
-    losses = ranks.run(write_three, 2, tmp_path, zero, 3)[0]
-    newest, before = tmp_path / "step-00000003", tmp_path / "step-00000002"
-    largest = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
-    (tmp_path / "step-00000004.partial").mkdir()
+    losses = ranks.run(write_three, 2, tmp_path / "whole", zero, 3)[0]
+    for number, (fault, damage) in enumerate(DAMAGE.items()):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        (folder / "step-00000004.partial").mkdir()
+        newest = folder / "step-00000003"
+        largest = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
+        damage(largest)
+        step, loss, said = ranks.run(resume_and_step, 2, folder, zero)[0]
+        assert (step, loss) == (2, losses[2])
+        assert said[0].startswith(f"{newest} is not sound ({largest.relative_to(newest)} {fault}")
+        assert newest.with_name("step-00000003.unsound").is_dir()
+        (folder / "step-00000002" / "manifest.json").unlink()
+        step, loss, said = ranks.run(resume_and_step, 2, folder, zero)[0]
+        assert (step, loss) == (1, losses[1])
+        assert "manifest.json: FileNotFoundError" in said[0]
 
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 1
-    largest.write_bytes(data)
-    step, loss, said = ranks.run(resume_and_step, 2, tmp_path, zero)[0]
-    assert (step, loss) == (2, losses[2])
-    fault = f"{largest.relative_to(newest)} has other contents than were written"
-    assert said[0] == f"{newest} is not sound ({fault}); going back to the one before"
 
-    largest.write_bytes(data[:100])
-    (before / "manifest.json").unlink()
-    step, loss, said = ranks.run(resume_and_step, 2, tmp_path, zero)[0]
-    assert (step, loss) == (1, losses[1])
-    assert f"{largest.relative_to(newest)} has 100 of {len(data)} bytes" in said[0]
-    assert "manifest.json: FileNotFoundError" in said[1]
+@pytest.mark.ranks
+def test_with_no_sound_checkpoint_left_the_run_ends_instead_of_starting_over(ranks, tmp_path):
+    ranks.run(write_three, 1, tmp_path, 1, 2)
+    for path in tmp_path.glob("step-*/manifest.json"):
+        path.unlink()
+    with pytest.raises(AssertionError, match="holds 2 checkpoints and none is sound; resume=never starts anew"):
+        ranks.run(resume_and_step, 1, tmp_path, 1)
 
-    largest.unlink()
-    assert f"{largest.relative_to(newest)} is missing" in ranks.run(resume_and_step, 2, tmp_path, zero)[0][2][0]
+
+def write_after(folder):
+    """Two more checkpoints, of steps before that of an unsound one."""
+    world = joined(None)
+    engine = engine_on(world, 1)
+    checkpoint.resume(engine, folder, world)
+    for step in (2, 3):
+        checkpoint.save(engine, folder, step, world, 2)
+
+
+@pytest.mark.ranks
+def test_a_new_checkpoint_outlives_unsound_ones_of_later_steps(ranks, tmp_path):
+    ranks.run(write_three, 1, tmp_path, 1, 3)
+    for step in (2, 3):
+        (tmp_path / f"step-0000000{step}" / "manifest.json").unlink()
+    ranks.run(write_after, 1, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith("unsound")) == [
+        "step-00000002",
+        "step-00000003",
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"optim": {"lr": 2.0, "steps": 9}}, "optim.lr=2.0 differs from 1.0"),
+        ({"optim": {"lr": 1.0, "steps": 9}, "model": {"layers": 3}}, "model.layers=3 differs from None"),
+    ],
+)
+def test_a_changed_setting_is_refused_and_more_steps_are_not(ranks, tmp_path, now, message):
+    ranks.run(write_with, 1, tmp_path, {"optim": {"lr": 1.0, "steps": 4}})
+    assert ranks.run(resume_and_step, 1, tmp_path, 1, {"optim": {"lr": 1.0, "steps": 9}})[0][0] == 1
+    with pytest.raises(AssertionError, match=message):
+        ranks.run(resume_and_step, 1, tmp_path, 1, now)
+
+
+def write_with(folder, settings):
+    """One checkpoint of these settings."""
+    world = joined(None)
+    checkpoint.save(engine_on(world, 1), folder, 1, world, 1, settings)
 
 
 @pytest.mark.ranks
