@@ -71,14 +71,14 @@ def fit(config: Config, resolved: str) -> None:
         begun = time.perf_counter()
         world.watch.step = step
         batch, _ = next(batches)
-        loss = train_step(engine, batch, world, layout_for)
+        result = train_step(engine, batch, world, layout_for)
         record = {
-            "loss": loss.item(),
+            "loss": result.loss.item(),
             "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
             "lr": engine.get_lr()[0],
             **speed.record(batch, time.perf_counter() - begun),
             **world.watch.take(),
-            "imbalance": layout_for(batch.mask()).imbalance(batch.mask()),
+            "imbalance": result.imbalance,
         }
         if _due(step, config.evaluation.every):
             record["held_out_loss"] = _held_out_loss(engine, held_out, config, world, layout_for)

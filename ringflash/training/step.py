@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -165,8 +166,16 @@ def build_engine(
     return engine
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> Tensor:
-    """Run one optimizer step and return the mean loss per predicted token, an fp32 scalar on every rank.
+class StepResult(NamedTuple):
+    """Mean loss per predicted token, an fp32 scalar alike on all ranks; and how far the busiest rank of a ring is above
+    the mean in (query, key) pairs, in the worst micro-batch."""
+
+    loss: Tensor
+    imbalance: float
+
+
+def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> StepResult:
+    """Run one optimizer step.
 
     batch: this replica's sequences of the step, in whole. layout_for: gives a mask its layout.
     """
@@ -178,7 +187,9 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, la
         engine.backward(loss * (world.size / valid), scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
-    return world.sum(total) / valid
+    plans = [inputs["plan"] for inputs in sharded]
+    imbalance = max(plan.layout.imbalance(plan.masks[0]) for plan in plans)
+    return StepResult(world.sum(total) / valid, imbalance)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def write_three(folder, zero, keep):
     layout = Layout.zigzag(LENGTH, world.size)
     losses = []
     for step in (1, 2, 3):
-        losses.append(train_step(engine, sequences("full"), world, lambda mask: layout).item())
+        losses.append(train_step(engine, sequences("full"), world, lambda mask: layout).loss.item())
         checkpoint.save(engine, folder, step, world, keep)
     return losses
 
@@ -36,7 +36,7 @@ def resume_and_step(folder, zero, settings=None):
     engine = engine_on(world, zero)
     step = checkpoint.resume(engine, folder, world, settings, said.append)
     layout = Layout.zigzag(LENGTH, world.size)
-    loss = train_step(engine, sequences("full"), world, lambda mask: layout)
+    loss = train_step(engine, sequences("full"), world, lambda mask: layout).loss
     return step, loss.item(), said
 
 

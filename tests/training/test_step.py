@@ -67,7 +67,7 @@ def gradients_on_ranks(model_type, zero, accumulation, ring, ulysses, case, reco
     share = SEQUENCES // world.replicas
     mine = sequences(case).split(share)[world.replica]
     layout = Layout.zigzag(LENGTH, world.ring.size, parts=ulysses)
-    loss = train_step(engine, mine, world, lambda mask: layout)
+    loss = train_step(engine, mine, world, lambda mask: layout).loss
     held_out = evaluate(engine, [sequences(case)], world, lambda mask: layout)
     return loss.item(), gradients, held_out
 
@@ -127,7 +127,7 @@ def bf16_losses(zero, accumulation):
     optim = OptimConfig(steps=3, batch=SEQUENCES, micro_batch=SEQUENCES // accumulation, warmup=0)
     engine = build_engine(build("qwen3").bfloat16(), optim, MemoryConfig(zero=zero, loss_tile=16), world)
     layout = Layout.zigzag(LENGTH, world.size)
-    return [train_step(engine, sequences("uneven"), world, lambda mask: layout).item() for _ in range(3)]
+    return [train_step(engine, sequences("uneven"), world, lambda mask: layout).loss.item() for _ in range(3)]
 
 
 @pytest.mark.ranks
