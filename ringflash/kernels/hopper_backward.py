@@ -10,16 +10,20 @@ in L2, whose order differs from run to run. `deterministic=True` hands over to `
 writer for dq too, for seven products instead of five.
 
 Two consumers own 64 keys each and compute s, dp, p and ds transposed, [keys, queries]. dq is a sum over all keys:
-each publishes its ds in shared memory and then computes half of dq's columns over both. It does so a step late, when
-the other's ds has long been there: the consumers drift apart, and one's products run under the other's exponentials.
-Scores of rows that see nothing (lse = -inf) count as 2^-inf: their gradient is 0. The producer, one warp, brings q,
-dout and, by ordinary loads and shared memory, log2(e) lse and delta: in registers they would cost each consumer 32.
+each publishes its ds in shared memory and computes half of dq's columns over both. It does so a step late, in the
+middle of the next one, when the other's ds has long been there: the consumers drift apart by up to half a step, and
+one's products run under the other's exponentials. Scores begin as -lse / scale, so that their power of two is p:
+the product adds for nothing what would cost each consumer 16 registers and an addition. Rows that see nothing
+(lse = -inf) count as lse = inf: p is 0. The producer, one warp, brings q, dout and the rows of lse and delta.
 
-What waits for what, in step 2 of a consumer:
+Queries are walked from the last tile back. Under a causal mask all programs then begin at the sequence's end, so that
+they read the same tiles at a time, from L2.
 
-    copy engine      q3                         dq1 +=          | dout3                             |
-    tensor cores     dq1 = ds1 k . s2 = k q2^T      . dp2 = v dout2^T     | dv += p2 dout2 . dk += ds2 q2
-    consumer                       dq1 to shared memory | p2 = 2^(c s2 - lse) | ds2 = p2 (dp2 - delta), published
+What waits for what, in step 2 of a consumer; ds1 is of the step before, both consumers':
+
+    copy engine      q3, dout3                                                                 dq1 +=
+    tensor cores     s2 = k q2^T . dp2 = v dout2^T | dv += p2 dout2 . dq1 = ds1 k       . dk += ds2 q2
+    consumer                       p2 = 2^(c s2)   | ds2 = p2 (dp2 - delta)             | dq1, ds2 to shared memory
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -39,29 +43,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels import portable_backward
-from ringflash.kernels.gluon_names import add_out, aggregate, reinterpret
+from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
 from ringflash.kernels.hopper_forward import (
+    FIRST_BARRIER,
     L2_BYTES,
     LAUNCH_REGISTERS,
-    LOG2_E_,
     NEG_INF,
     ROWS,
     Job,
     Pipe,
+    arrive,
     cap,
     check_inputs,
     check_registers,
     check_rows,
     make_pipe,
-    take_turn,
+    sync,
     tile_run,
     tiles,
     visible,
 )
-from ringflash.kernels.portable_forward import interval_stride, score_scales
+from ringflash.kernels.portable_forward import LOG2_E, interval_stride, score_scales
 from ringflash.mask import Intervals
 
-POS_INF = gl.constexpr(float("inf"))
+PUBLISHED = gl.constexpr(FIRST_BARRIER)  # 4: ds of each consumer, of even steps and of odd ones
+EMPTY = gl.constexpr(FIRST_BARRIER + 4)  # as many as there are stages, at most 3
+DONE = gl.constexpr(FIRST_BARRIER + 7)
 
 
 @dataclass(frozen=True)
@@ -69,20 +76,24 @@ class Tuning:
     """How the launch is cut up: two consumers with 64 keys each."""
 
     block_q: int  # queries of a step
-    stages: int  # query tiles, and tiles of dout, in shared memory
+    stages: int  # query tiles, and tiles of dout, in shared memory: at most 3
     consumer_registers: int = 240  # a thread, by setmaxnreg: multiples of 8
     producer_registers: int = 24
 
     def __post_init__(self) -> None:
         if self.block_q not in (64, 128):
             raise ValueError(f"block_q must be 64 or 128, got {self.block_q}")
+        if self.stages not in (2, 3):
+            raise ValueError(f"stages must be 2 or 3, got {self.stages}")
         check_registers(self.consumer_registers, self.producer_registers)
 
 
+# With 2 stages a consumer waits for the copy engine in every step: a tile is ordered when the one two before it has
+# been used up, and needed half a step later.
 TUNINGS = {
-    64: Tuning(block_q=64, stages=2),
-    # dk and dv take 128 registers a thread, s and dp 64: 240 is what there is. 193 of 227 KB.
-    128: Tuning(block_q=64, stages=2),
+    64: Tuning(block_q=64, stages=3),
+    # dk and dv take 128 registers a thread, s and dp 64: 240 is what there is. 226 of 227 KB.
+    128: Tuning(block_q=64, stages=3),
 }
 
 
@@ -108,6 +119,7 @@ class Call:
     scale: gl.tensor
     c: gl.tensor
     cap_scale: gl.tensor
+    lse_factor: gl.tensor  # of what is added to a score: -1 / scale, and after a softcap -log2(e)
     D: gl.constexpr
     BLOCK_Q: gl.constexpr
     CAPPED: gl.constexpr
@@ -115,7 +127,7 @@ class Call:
     @gluon.constexpr_function
     def __init__(
         self, lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, D, BLOCK_Q, CAPPED,
+        queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, lse_factor, D, BLOCK_Q, CAPPED,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -135,6 +147,7 @@ class Call:
         self.scale = scale
         self.c = c
         self.cap_scale = cap_scale
+        self.lse_factor = lse_factor
         self.D = gl.constexpr(D)
         self.BLOCK_Q = gl.constexpr(BLOCK_Q)
         self.CAPPED = gl.constexpr(CAPPED)
@@ -164,32 +177,48 @@ class Call:
         full = gl.where(first + 2 * ROWS > self.keys, 0, full)
         return Job(batch, head_kv * self.group, head_kv, first, lo, count, count - full, full_from)
 
+    @gluon.jit
+    def row(self, job, step):
+        """The first query of the tile walked as number `step`: the full ones from the last, then the edges."""
+        full = job.tiles - job.edges
+        edge = gl.where(step - full < job.full_from, step - full, step)
+        return job.lo + gl.where(step < full, job.full_from + full - 1 - step, edge) * self.BLOCK_Q
+
 
 @aggregate
 class Shared:
-    """Everything in shared memory. k and v: tiles 0, 1 and 2, 3 of kv, filled once."""
+    """Everything in shared memory. k and v: tiles 0, 1 and 2, 3 of kv, filled once.
+
+    A stage is a query tile, its dout and their rows of lse and delta; number n lies in slot n % DEPTH. It is full when
+    the copy engine's bytes have landed and the producer's rows are written, empty when both consumers have said so.
+    """
 
     kv: Pipe
-    q: Pipe
-    dout: Pipe
-    lse: gl.shared_memory_descriptor  # beside each tile of q: log2(e) lse, +inf where a row sees nothing
-    delta: gl.shared_memory_descriptor  # beside each tile of dout
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor  # lse_factor lse, -inf where a row sees nothing
+    delta: gl.shared_memory_descriptor  # -delta
+    full: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor  # two steps of one tile a consumer, [keys, queries]
-    ds_full: gl.shared_memory_descriptor  # a step's, signalled by both consumers: when written, and when read
-    ds_empty: gl.shared_memory_descriptor
     dq: gl.shared_memory_descriptor  # one tile a consumer: half of the columns
+    DEPTH: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, kv, q, dout, lse, delta, ds, ds_full, ds_empty, dq):
+    def __init__(self, kv, q, dout, lse, delta, full, ds, dq, DEPTH):
         self.kv = kv
         self.q = q
         self.dout = dout
         self.lse = lse
         self.delta = delta
+        self.full = full
         self.ds = ds
-        self.ds_full = ds_full
-        self.ds_empty = ds_empty
         self.dq = dq
+        self.DEPTH = gl.constexpr(DEPTH)
+
+    @gluon.jit
+    def wait_full(self, number, pred=True):
+        """Wait for a stage to be filled."""
+        mbarrier.wait(self.full.index(number % self.DEPTH), number // self.DEPTH & 1, pred=pred)
 
 
 # -- the producer: one warp
@@ -214,16 +243,20 @@ def produce(call, shared, descriptors):
         head_lse = lse + head.to(gl.int64) * call.lse_stride_h
         head_delta = delta + head.to(gl.int64) * call.delta_stride_h
         for step in range(job.tiles):
-            row = job.column(step, call.BLOCK_Q)
+            row = call.row(job, step)
             rows = row + index
             row_lse = gl.load(head_lse + rows, rows < call.queries, NEG_INF)
             row_delta = gl.load(head_delta + rows, rows < call.queries, 0.0)
-            shared.q.load(number, q, job.batch, head, row)
-            shared.lse.index(number % shared.q.DEPTH).store(gl.where(row_lse == NEG_INF, POS_INF, row_lse * LOG2_E_))
-            mbarrier.arrive(shared.q.full.index(number % shared.q.DEPTH), count=1)
-            shared.dout.load(number, dout, job.batch, head, row)
-            shared.delta.index(number % shared.dout.DEPTH).store(row_delta)
-            mbarrier.arrive(shared.dout.full.index(number % shared.dout.DEPTH), count=1)
+            slot = number % shared.DEPTH
+            if number >= shared.DEPTH:
+                sync(EMPTY + slot, 288, 1)  # both consumers
+            full = shared.full.index(slot)
+            mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes)
+            copy_in(q, [job.batch, head, row, 0], full, shared.q.index(slot))
+            copy_in(dout, [job.batch, head, row, 0], full, shared.dout.index(slot))
+            shared.lse.index(slot).store(gl.where(row_lse == NEG_INF, NEG_INF, row_lse * call.lse_factor))
+            shared.delta.index(slot).store(-row_delta)
+            mbarrier.arrive(full, count=1)
             number += 1
 
 
@@ -232,12 +265,12 @@ def produce(call, shared, descriptors):
 
 @gluon.jit
 def begin_dq(shared, number, call, WHO: gl.constexpr):
-    """This consumer's half of the columns of dq, over one consumer's keys and then over the other's: two products."""
+    """This consumer's half of dq's columns of the step before, over both consumers' keys: two products in flight."""
     HALF: gl.constexpr = call.D // 2
     Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     slot = number % 2
     zeros = gl.zeros([call.BLOCK_Q, HALF], gl.float32, Q)
-    mbarrier.wait(shared.ds_full.index(slot), number // 2 & 1)  # both consumers' ds
+    sync(PUBLISHED + 2 * (1 - WHO) + slot, 256, 4)  # the other consumer
     k_0 = shared.kv.tile(0).slice(WHO * HALF, HALF, 1)
     k_1 = shared.kv.tile(1).slice(WHO * HALF, HALF, 1)
     half = warpgroup_mma(shared.ds.index(2 * slot).permute((1, 0)), k_0, zeros, use_acc=False, is_async=True)
@@ -245,67 +278,71 @@ def begin_dq(shared, number, call, WHO: gl.constexpr):
 
 
 @gluon.jit
-def add_dq(half, shared, number, dq, batch, head, row, call, WHO: gl.constexpr):
-    """Send half of the columns of dq off, once its products are done."""
-    mbarrier.arrive(shared.ds_empty.index(number % 2), count=1)
-    tma.store_wait(0)  # the copy engine, reading the step before out of the same shared memory
-    shared.dq.index(WHO).store(half * call.scale)
-    fence_async_shared()  # what threads wrote, made visible to the copy engine
-    add_out(dq, [batch, head, row, WHO * (call.D // 2)], shared.dq.index(WHO))
+def publish(ds, shared, number, WHO: gl.constexpr):
+    """This consumer's ds into shared memory, for both consumers' dq; the caller's fence and `arrive` make it known.
+
+    The slot is empty: its last reader was the other's dq of two steps before, which was done before the other
+    published what this consumer has waited for since.
+    """
+    shared.ds.index(2 * (number % 2) + WHO).store(ds)
 
 
 @gluon.jit
-def publish(ds, shared, number, WHO: gl.constexpr):
-    """This consumer's ds into shared memory, for both consumers' dq. The slot must be empty."""
-    slot = number % 2
-    shared.ds.index(2 * slot + WHO).store(ds)
-    fence_async_shared()  # what threads wrote, made visible to the tensor cores
-    mbarrier.arrive(shared.ds_full.index(slot), count=1)
+def known(number, WHO: gl.constexpr):
+    """Tell the other consumer that ds is published, after the fence."""
+    arrive(PUBLISHED + 2 * WHO + number % 2, 256)
 
 
 @gluon.jit
 def step(
-    dk, dv, dq_head, dq_row, shared, number, batch, head, row, key_start, key_end, dq, call,
+    dk, dv, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it."""
+    """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it.
+
+    more: whether another tile follows. Waiting for it between the exponentials and the wait for dp is what keeps ptxas
+    from moving them below that wait, where nothing would run under them: it does not move code over a loop.
+    """
     S: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
     )
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
-    q_tile = shared.q.tile(number)
-    dout_tile = shared.dout.tile(number)
+    slot = number % shared.DEPTH
+    q_tile = shared.q.index(slot)
+    dout_tile = shared.dout.index(slot)
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S)
 
-    dq_next = begin_dq(shared, number, call, WHO)
-    shared.q.wait_full(number)  # the copy engine and the producer's lse
-    scores = warpgroup_mma(shared.kv.tile(WHO), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but the scores
-    add_dq(dq_half, shared, number, dq, batch, dq_head, dq_row, call, WHO)
-    shared.dout.wait_full(number)  # the copy engine and the producer's delta
+    lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
+    begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
+    scores = warpgroup_mma(shared.kv.tile(WHO), q_tile.permute((1, 0)), begin, is_async=True)
     dscores = warpgroup_mma(shared.kv.tile(2 + WHO), dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
-    lse = shared.lse.index(number % shared.q.DEPTH).load(gl.SliceLayout(0, S))
     slope = 1.0
     if call.CAPPED:
         s = cap(s, call.cap_scale)
         slope = 1.0 - s * s
-    p = gl.exp2(s * call.c - gl.expand_dims(lse, 0))
+        p = gl.exp2(s * call.c + lse)
+    else:
+        p = gl.exp2(s * call.c)
     if EDGE:
         p = gl.where(visible(key_start, key_end, row + gl.arange(0, call.BLOCK_Q, layout=gl.SliceLayout(0, S))), p, 0.0)
     weights = gl.convert_layout(p.to(q_tile.dtype), LEFT)
-    # Both consumers' dq of two steps before, from the slot for this step's ds. Here, because it keeps the exponentials
-    # above the next wait, under dp: ptxas does not move code over a loop.
-    mbarrier.wait(shared.ds_empty.index((number + 1) % 2), ((number + 1) // 2 & 1) ^ 1)
-    dp = warpgroup_mma_wait(0, deps=(dscores,))  # the tensor cores
     dv_next = warpgroup_mma(weights, dout_tile, dv, is_async=True)
-    delta = shared.delta.index(number % shared.dout.DEPTH).load(gl.SliceLayout(0, S))
-    ds = (p * (dp - gl.expand_dims(delta, 0)) * slope).to(q_tile.dtype)
+    dp = warpgroup_mma_wait(1, deps=(dscores,))  # the tensor cores, for all but dv
+    delta = gl.expand_dims(shared.delta.index(slot).load(gl.SliceLayout(0, S)), 0)
+    ds = (p * (dp + delta) * slope).to(q_tile.dtype)
+    dq_next = begin_dq(shared, number, call, WHO)
     dk_next = warpgroup_mma(gl.convert_layout(ds, LEFT), q_tile, dk, is_async=True)
+    tma.store_wait(0)  # the copy engine, reading dq of the step before out of the same shared memory
+    dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but dk
     publish(ds, shared, number + 1, WHO)
+    shared.dq.index(WHO).store(dq_half * call.scale)
+    fence_async_shared()  # what threads wrote, made visible to tensor cores and copy engine
+    known(number + 1, WHO)
+    add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
+    shared.wait_full(number + 1, more)  # the copy engine and the producer
     dk, dv = warpgroup_mma_wait(0, deps=(dk_next, dv_next))  # the tensor cores
-    shared.q.release(number)
-    shared.dout.release(number)
+    arrive(EMPTY + slot, 288)
     return dk, dv, head, row
 
 
@@ -326,39 +363,47 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         key_end = gl.load(end + keys, keys < call.keys, 0)
         dk_acc = gl.zeros([ROWS, call.D], gl.float32, A)
         dv_acc = gl.zeros([ROWS, call.D], gl.float32, A)
-        shared.kv.wait_full(0)  # the copy engine; dq takes both halves of k
-        shared.kv.wait_full(1)
-        shared.kv.wait_full(2 + WHO)
+        full = job.tiles - job.edges
+        last = job.tiles * call.group - 1
         number = 0
         # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
         publish(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S), shared, 0, WHO)
+        fence_async_shared()
+        known(0, WHO)
         dq_head = job.head
         dq_row = call.queries
+        shared.kv.wait_full(0)  # the copy engine; dq takes both halves of k
+        shared.kv.wait_full(1)
+        shared.kv.wait_full(2 + WHO)
+        shared.wait_full(0)
         for member in range(call.group):
             head = job.head + member
 
-            # 1. Query tiles that see only some of the keys.
-            for i in range(job.edges):
+            # 1. Query tiles that see every key: no mask.
+            for i in range(full):
                 dk_acc, dv_acc, dq_head, dq_row = step(
-                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, job.batch, head, job.column(i, call.BLOCK_Q),
-                    key_start, key_end, dq, call, WHO, EDGE=True,
+                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head,
+                    call.row(job, i), 0, 0, dq, call, WHO, EDGE=False,
                 )  # fmt: skip
 
-            # 2. Query tiles that see every key: no mask.
-            for i in range(job.edges, job.tiles):
+            # 2. Query tiles that see only some of the keys.
+            for i in range(full, job.tiles):
                 dk_acc, dv_acc, dq_head, dq_row = step(
-                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, job.batch, head, job.column(i, call.BLOCK_Q),
-                    0, 0, dq, call, WHO, EDGE=False,
+                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head,
+                    call.row(job, i), key_start, key_end, dq, call, WHO, EDGE=True,
                 )  # fmt: skip
             number += job.tiles
 
         # 3. dq of the last query tile.
         dq_next = begin_dq(shared, number, call, WHO)
+        tma.store_wait(0)
         dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
-        add_dq(dq_half, shared, number, dq, job.batch, dq_head, dq_row, call, WHO)
+        shared.dq.index(WHO).store(dq_half * call.scale)
+        fence_async_shared()
+        add_out(dq, [job.batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
 
         # 4. k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
-        take_turn(0)  # the other consumer: both wait here
+        sync(DONE, 256, 4)  # the other consumer
         row = job.first + WHO * ROWS
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
         staged = reinterpret(shared.kv.tiles, gl.float32, [2, ROWS, call.D], layout).index(WHO)
@@ -386,40 +431,41 @@ def consume_1(call, shared, descriptors):
 
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b",
-    "queries", "keys", "heads_kv", "group", "pairs", "section", "scale", "c", "cap_scale",
+    "queries", "keys", "heads_kv", "group", "pairs", "section", "scale", "c", "cap_scale", "lse_factor",
 ])  # fmt: skip
 def backward_kernel(
     q, k, v, dout, dq, dk, dv,
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b,
-    queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale,
+    queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, lse_factor,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, D, BLOCK_Q, CAPPED,
+        queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, lse_factor, D, BLOCK_Q, CAPPED,
     )  # fmt: skip
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
     dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D // 2], gl.float32)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D], q.dtype)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=2)
     shared = Shared(
         make_pipe(q.dtype, 4, ROWS, D, readers=1),
-        make_pipe(q.dtype, STAGES, BLOCK_Q, D, readers=2, writers=2),
-        make_pipe(q.dtype, STAGES, BLOCK_Q, D, readers=2, writers=2),
+        gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_Q, D], tile_layout),
+        gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_Q, D], tile_layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
+        full,
         gl.allocate_shared_memory(q.dtype, [4, ROWS, BLOCK_Q], ds_layout),
-        gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout),
-        gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout),
         gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, D // 2], dq_layout),
+        STAGES,
     )
-    for slot in gl.static_range(2):
-        mbarrier.init(shared.ds_full.index(slot), count=2)
-        mbarrier.init(shared.ds_empty.index(slot), count=2)
     descriptors = (q, k, v, dout, dq, dk, dv)
     gl.warp_specialize(
         [
@@ -473,6 +519,7 @@ def backward(
     _, Skv, Hkv, _ = k.shape
     rows = ROWS.value
     t = tuning or TUNINGS[D]
+    lse_factor = -1 / scale if softcap is None else -LOG2_E
     with torch.cuda.device_of(q):
         backward_kernel[(B * Hkv * triton.cdiv(Skv, 2 * rows),)](
             *(tiles(q, t.block_q), tiles(k, rows), tiles(v, rows), tiles(dout, t.block_q)),
@@ -480,7 +527,7 @@ def backward(
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
-            *(Sq, Skv, Hkv, Hq // Hkv, B * Hkv, section(q, k), scale, *score_scales(scale, softcap)),
+            *(Sq, Skv, Hkv, Hq // Hkv, B * Hkv, section(q, k), scale, *score_scales(scale, softcap), lse_factor),
             D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
             CONSUMER_REGISTERS=t.consumer_registers, PRODUCER_REGISTERS=t.producer_registers,
             CAPPED=softcap is not None, num_warps=4, maxnreg=LAUNCH_REGISTERS, enable_fp_fusion=True,

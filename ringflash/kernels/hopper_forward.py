@@ -54,7 +54,8 @@ CONSUMERS = gl.constexpr(2)
 LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
 NEG_INF = gl.constexpr(float("-inf"))
-FIRST_TURN_BARRIER = 9  # of the 16 named barriers, Triton takes those from 0: one a partition and two of its own
+FIRST_BARRIER = 8  # of the 16 that warps meet at by number. Triton takes those from 0: one a partition, two of its own
+TURN = gl.constexpr(FIRST_BARRIER)  # one a consumer, which it shares with the other
 L2_BYTES = 32 << 20  # of 50 MB: K and V of the heads worked on at a time; the rest is for what streams through
 REGISTERS = 65536  # of an SM
 LAUNCH_REGISTERS = 168  # a thread at launch: REGISTERS over three warpgroups, before these trade them
@@ -92,6 +93,31 @@ TUNINGS = {
     # Scores and p 64 registers a thread, acc 64, p in flight 32. 224 of 227 KB with a carry; 64 keys: 15% slower.
     128: Tuning(block_k=128, stages=2),
 }
+
+
+# -- barriers that warps meet at by number: a warp arrives and goes on, where an mbarrier would have its warpgroup meet
+
+
+@gluon.constexpr_function
+def barrier_asm(verb, threads):
+    """PTX for one thread."""
+    return f"bar.{verb} $1, {threads}; mov.u32 $0, $1;"
+
+
+@gluon.jit
+def sync(barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Wait, with all WARPS of this partition, until THREADS have come to the barrier. Each thread has one element."""
+    thread = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    asm: gl.constexpr = barrier_asm("sync", THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [thread * 0 + barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive(barrier, THREADS: gl.constexpr):
+    """Come to the barrier, with the four warps of this partition, without waiting."""
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    asm: gl.constexpr = barrier_asm("arrive", THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [thread * 0 + barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # -- shared memory on its way from one warp to another
@@ -146,18 +172,15 @@ class Pipe:
 
 
 @gluon.jit
-def make_pipe(
-    dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, readers: gl.constexpr,
-    writers: gl.constexpr = 1,
-):  # fmt: skip
-    """A Pipe of [BLOCK, D] tiles, each released by `readers` warpgroups; writers: signals that make one full."""
+def make_pipe(dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, readers: gl.constexpr):
+    """A Pipe of [BLOCK, D] tiles, each released by `readers` warpgroups."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK, D], layout)
     full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     for slot in gl.static_range(DEPTH):
-        mbarrier.init(full.index(slot), count=writers)
+        mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=readers)
     return Pipe(tiles, full, empty, DEPTH)
 
@@ -340,28 +363,6 @@ def produce(call, pipes, descriptors):
 # -- the consumers: a warpgroup each
 
 
-@gluon.constexpr_function
-def turn_asm(verb, who):
-    """PTX that waits for (sync) or passes on (arrive) a consumer's turn: a barrier it shares with the one before it."""
-    return f"bar.{verb} {FIRST_TURN_BARRIER + who}, 256; mov.u32 $0, $1;"
-
-
-@gluon.jit
-def take_turn(WHO: gl.constexpr):
-    """Wait until the tensor cores are this consumer's. Each thread runs the instruction once, for its one element."""
-    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    asm: gl.constexpr = turn_asm("sync", WHO)
-    gl.inline_asm_elementwise(asm, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def pass_turn(TO: gl.constexpr):
-    """Give the tensor cores to another consumer."""
-    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    asm: gl.constexpr = turn_asm("arrive", TO)
-    gl.inline_asm_elementwise(asm, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
-
-
 @gluon.jit
 def visible(start, end, index):
     """Which of the indices lie in each row's start:end, [rows, indices]. One comparison: unsigned wraps below start."""
@@ -409,9 +410,9 @@ def begin_scores(q_tile, k_pipe, number, call, WHO: gl.constexpr):
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_K, 16]
     )
     zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
-    take_turn(WHO)
+    sync(TURN + WHO, 256, 4)  # the other consumer
     scores = warpgroup_mma(q_tile, k_pipe.tile(number).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    pass_turn(1 - WHO)
+    arrive(TURN + 1 - WHO, 256)
     return scores
 
 
@@ -447,7 +448,7 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
     )
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D, 16])
     if WHO == CONSUMERS - 1:
-        pass_turn(0)
+        arrive(TURN, 256)
     worked = 0
     number = 0
     for turn in range(call.turns()):

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "forward-D128-carry-fp16-capped": {"head_dim": 128, "carry": True, "dtype": torch.float16, "capped": True},
     "backward-D64": {"head_dim": 64},
     "backward-D128": {"head_dim": 128},
+    "backward-D128-capped": {"head_dim": 128, "capped": True},
 }
 
 # Loads and stores of the stack in the loop over unmasked tiles, and why they are accepted.
@@ -79,7 +80,7 @@ def compile_case(name: str):
         "out": descriptor(rows, head_dim, out), "dq": descriptor(queries_tile, head_dim // 2, torch.float32),
         "dk": descriptor(rows, head_dim, torch.float32), "dv": descriptor(rows, head_dim, torch.float32),
         "lse": "*fp32", "delta": "*fp32", "start": "*i32", "end": "*i32", "scale": "fp32", "c": "fp32",
-        "cap_scale": "fp32",
+        "cap_scale": "fp32", "lse_factor": "fp32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     source = GluonASTSource(
