@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.ring_cases import RingCase, kernels_wrapped
 from ringflash import AttentionPlan, Partial, ring_attention
-from ringflash.kernels import Kernel
+from ringflash.kernels import Kernel, blocked
 from ringflash.mask import Intervals
 from ringflash.ring.transport import Message
 
@@ -122,4 +122,4 @@ def _writing_down(ring: Recorder, plan: AttentionPlan) -> Kernel:
     def backward(dout, q, k, v, lse, delta, intervals, **options) -> None:
         note(q, intervals)
 
-    return Kernel("recorder", forward, backward, lambda q, k, softcap: None)
+    return Kernel("recorder", forward, blocked.delta, backward, lambda q, k, softcap: None)

@@ -1,8 +1,9 @@
 """Attention of one query shard on one key/value shard, on one device.
 
-Every kernel has the same two functions and knows nothing of rings, layouts, documents or windows:
+Every kernel has the same three functions and knows nothing of rings, layouts, documents or windows:
 
     forward(q, k, v, intervals, *, scale, softcap, carry, out_dtype) -> Partial
+    delta(out, dout) -> Tensor
     backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None
 
 q, dout [B, Sq, Hq, D]; k, v [B, Skv, Hkv, D], any strides with a contiguous last dimension; Hq a multiple of Hkv.
@@ -31,10 +32,11 @@ FASTEST_FIRST = ("hopper", "portable", "blocked")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A forward, a backward, and `supports(q, k, softcap)`: None, or the reason why the kernel cannot."""
+    """The functions above, and `supports(q, k, softcap)`: None, or the reason why the kernel cannot."""
 
     name: str
     forward: Callable
+    delta: Callable[[Tensor, Tensor], Tensor]
     backward: Callable
     supports: Callable[[Tensor, Tensor, float | None], str | None]
 
@@ -64,10 +66,10 @@ def _load(name: str, deterministic: bool = False) -> Kernel:
     """Import a kernel's files only when it is asked for."""
     if name == "blocked":
         blocked = importlib.import_module("ringflash.kernels.blocked")
-        return Kernel(name, blocked.forward, blocked.backward, blocked.supports)
+        return Kernel(name, blocked.forward, blocked.delta, blocked.backward, blocked.supports)
     forward = importlib.import_module(f"ringflash.kernels.{name}_forward")
     backward = importlib.import_module(f"ringflash.kernels.{name}_backward")
     call = backward.backward
     if name == "hopper":  # the other kernels' gradients have one writer each
         call = functools.partial(call, deterministic=deterministic)
-    return Kernel(name, forward.forward, call, forward.supports)
+    return Kernel(name, forward.forward, backward.delta, call, forward.supports)

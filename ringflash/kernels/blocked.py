@@ -55,6 +55,11 @@ def forward(
     return Partial(state.out.to(out_dtype), state.lse)
 
 
+def delta(out: Tensor, dout: Tensor) -> Tensor:
+    """rowsum(out * dout), fp32 [B, H, S], of [B, S, H, D]."""
+    return (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
+
+
 def backward(
     dout: Tensor,
     q: Tensor,

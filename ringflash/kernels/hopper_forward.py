@@ -27,6 +27,7 @@ the tensor cores run one's products under the other's exponentials (two named ba
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -620,7 +621,7 @@ def forward(
     t = tuning or TUNINGS[D]
     q_tiles = triton.cdiv(Sq, CONSUMERS.value * ROWS.value)
     with torch.cuda.device_of(q):
-        forward_kernel[(min(B * Hq * q_tiles, processors(q)),)](
+        forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
             *(tiles(out if carry is None else carry.out, ROWS.value), tiles(out, ROWS.value)),
             *(lse, *lse.stride()[:2]),
@@ -639,9 +640,14 @@ def tiles(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
     B, S, H, D = x.shape
     # A dimension of size 1 may have any stride; the copy engine wants a multiple of 16 bytes all the same.
     strides = [D if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
-    block = [1, 1, rows, columns or D]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return TensorDescriptor(x, [B, H, S, D], [*strides, 1], block, layout)
+    block = (1, 1, rows, columns or D)
+    return TensorDescriptor(x, [B, H, S, D], [*strides, 1], [*block], tile_layout(block, x.dtype))
+
+
+@functools.cache
+def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How the copy engine lays a tile out in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([*block], DTYPES[dtype])
 
 
 def section(k: Tensor) -> int:
@@ -650,9 +656,10 @@ def section(k: Tensor) -> int:
     return max(1, L2_BYTES // (2 * Skv * D * k.element_size()))
 
 
-def processors(x: Tensor) -> int:
-    """Streaming multiprocessors of x's device."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # -- what can be asked for

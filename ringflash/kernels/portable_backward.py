@@ -43,6 +43,8 @@ from ringflash.kernels.portable_forward import (
 )
 from ringflash.mask import Intervals
 
+DELTA_ROWS = 64  # of a program of delta_kernel
+
 
 def dq_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
     """The tiles of dq_kernel for a head size, dtype and compute capability (80, 90, 100, ...)."""
@@ -295,7 +297,41 @@ def dkdv_kernel(
     add_to(dv, dv_acc, rows, valid, dv_stride_s, BLOCK_D, D)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def delta_kernel(
+    out, out_stride_b, out_stride_s, out_stride_h,
+    dout, dout_stride_b, dout_stride_s, dout_stride_h,
+    result, rows, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """rowsum(out * dout) for BLOCK rows of one head: one pass over memory, where torch would write fp32 copies."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (column < D)[None, :]
+    row_ = row.to(tl.int64)[:, None]
+    x = tl.load(out + batch * out_stride_b + head * out_stride_h + row_ * out_stride_s + column[None, :], inside, 0.0)
+    y = tl.load(
+        dout + batch * dout_stride_b + head * dout_stride_h + row_ * dout_stride_s + column[None, :], inside, 0.0
+    )
+    products = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+    tl.store(result + tl.program_id(1).to(tl.int64) * rows + row, products, row < rows)
+
+
 # -- launch
+
+
+def delta(out: Tensor, dout: Tensor) -> Tensor:
+    """rowsum(out * dout), fp32 [B, H, S], of [B, S, H, D] with a contiguous last dimension."""
+    B, S, H, D = out.shape
+    result = torch.empty(B, H, S, dtype=torch.float32, device=out.device)
+    with torch.cuda.device_of(out):
+        delta_kernel[(triton.cdiv(S, DELTA_ROWS), B * H)](
+            *(out, *out.stride()[:3]), *(dout, *dout.stride()[:3]), *(result, S, H),
+            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=DELTA_ROWS,
+        )  # fmt: skip
+    return result
 
 
 def backward(

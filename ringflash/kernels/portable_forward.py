@@ -24,6 +24,7 @@ What waits for what, in the full run; the tensor cores work on the next tile's s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -313,9 +314,12 @@ def forward(
 
 def arch(q: Tensor) -> int:
     """Compute capability as one number, 90 for 9.0; Triton's interpreter takes what the newest takes."""
-    if not q.is_cuda:
-        return 100
-    major, minor = torch.cuda.get_device_capability(q.device)
+    return _arch(q.device) if q.is_cuda else 100
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

@@ -8,8 +8,8 @@ kernel carries in and updates. While hop s is computed, the keys of hop s + 1 ar
 
 Backward. delta = rowsum(dout * out) and the global lse make each block's gradient independent of the others. Keys and
 values go round again; their gradients follow in fp32, one hop behind, added to by each rank's kernel. A rank computes
-its own keys last, adding to what came home. Gradients travel in two halves of the KV heads, so that one half is on its
-way while the kernel adds to the other:
+its own keys last, adding to what came home. Heads are computed in two halves, each on its own stream (`ring.lanes`), so
+that one half's gradients are on their way while the kernel adds to the other's:
 
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
@@ -31,6 +31,7 @@ from ringflash import kernels
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge
+from ringflash.ring.lanes import Lanes
 from ringflash.ring.plan import AttentionPlan, Run
 from ringflash.ring.recompute import kept_or_computed
 from ringflash.ring.transport import Loopback, Message, Transfer
@@ -130,12 +131,11 @@ class _RingAttention(torch.autograd.Function):
         kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, f"{ctx.call.layer}, backward")
         kv.send_for(1)  # own keys come last, so what follows is all there is to hide this behind
         # out is where the model's tokens are; everything else is where attention was computed.
-        delta = (dout.float() * out.float()).sum(-1)
-        if ulysses is not None:
-            dout, delta = ulysses.queries(dout), ulysses.queries(delta)
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        delta = delta.transpose(1, 2).contiguous()
+        delta = ctx.call.kernel.delta(out, dout)
+        if ulysses is not None:
+            dout, delta = ulysses.queries(dout), ulysses.queries(delta.transpose(1, 2)).transpose(1, 2).contiguous()
         dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), ctx.call)
         dsink = None
         if sink is not None:
@@ -153,22 +153,36 @@ class _RingAttention(torch.autograd.Function):
 def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | None, call: _Call) -> list[Partial]:
     """The Partial over all keys, and the sink, for each local rank; out in q's dtype."""
     plan = call.plan
-    state: list[Partial | None] = [None] * len(q)
+    parts = _halves(q[0].shape[2], k[0].shape[2], plan)
+    lanes = Lanes(len(parts), plan.ring.device)
+    state: list[list[Partial | None]] = [[None] * len(q) for _ in parts]
     last = [plan.computed(i)[-1] for i in range(len(q))]
     kv = _KeysOnTheirWay(plan, k, v, f"{call.layer}, forward")
     for s in range(plan.ring.size):
         kv.arrive()
-        kv.send_for(s + 1)
-        for i, hop in enumerate(plan.hops[s]):
-            for intervals in hop.intervals:
-                final = s == last[i] and intervals is hop.intervals[-1] and sink is None
-                state[i] = call.kernel.forward(
-                    q[i], *kv.at(s, i), intervals, scale=call.scale, softcap=call.softcap, carry=state[i],
-                    out_dtype=q[i].dtype if final else torch.float32,
-                )  # fmt: skip
-    if sink is not None:
-        return [_with_sink(p, sink, q[0].dtype) for p in state]  # type: ignore[arg-type]
-    return state  # type: ignore[return-value]  # hop 0 is always computed
+        lanes.fork()
+        with lanes.on(lanes.last):  # here all lanes are done with hop s - 1, whose buffer this fills
+            kv.send_for(s + 1)
+        for lane, (of_q, of_k) in enumerate(parts):
+            with lanes.on(lane):
+                for i, hop in enumerate(plan.hops[s]):
+                    k_here, v_here = kv.at(s, i)
+                    for intervals in hop.intervals:
+                        final = s == last[i] and intervals is hop.intervals[-1] and sink is None
+                        state[lane][i] = call.kernel.forward(
+                            q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k], intervals,
+                            scale=call.scale, softcap=call.softcap, carry=state[lane][i],
+                            out_dtype=q[i].dtype if final else torch.float32,
+                        )  # fmt: skip
+    lanes.join()
+    whole = [_heads_together(halves) for halves in zip(*state, strict=True)]
+    return whole if sink is None else [_with_sink(p, sink, q[0].dtype) for p in whole]
+
+
+def _heads_together(parts: tuple[Partial | None, ...]) -> Partial:
+    """The Partial of all heads. None of the parts is None: hop 0 is always computed."""
+    out, lse = [p.out for p in parts if p], [p.lse for p in parts if p]
+    return Partial(_together(out, dim=2), _together(lse, dim=1))
 
 
 def _backward(
@@ -181,23 +195,28 @@ def _backward(
         (_GradientsOnTheirWay(plan, k, heads, kv.about), *heads)
         for heads in _halves(q[0].shape[2], k[0].shape[2], plan)
     ]
+    lanes = Lanes(len(parts), plan.ring.device)
     for s in [*range(1, plan.ring.size), 0]:
         kv.arrive()
+        lanes.fork()
         if s > 0:
-            kv.send_for(s + 1)
-        for dkv, of_q, of_k in parts:
-            dkv.arrive(s)
-            for i, hop in enumerate(plan.hops[s]):
-                k_here, v_here = kv.at(s, i)
-                dk, dv = dkv.at(i)
-                for intervals in hop.intervals:
-                    call.kernel.backward(
-                        dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k],
-                        lse[i][:, of_q], delta[i][:, of_q], intervals,
-                        scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
-                    )  # fmt: skip
-            if s > 0:
-                dkv.send_after(s)
+            with lanes.on(lanes.last):  # as in the forward
+                kv.send_for(s + 1)
+        for lane, (dkv, of_q, of_k) in enumerate(parts):
+            with lanes.on(lane):
+                dkv.arrive(s)
+                for i, hop in enumerate(plan.hops[s]):
+                    k_here, v_here = kv.at(s, i)
+                    dk, dv = dkv.at(i)
+                    for intervals in hop.intervals:
+                        call.kernel.backward(
+                            dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k],
+                            lse[i][:, of_q], delta[i][:, of_q], intervals,
+                            scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
+                        )  # fmt: skip
+                if s > 0:
+                    dkv.send_after(s)
+    lanes.join()
     dk, dv = (_together([_together([dkv.at(i)[j] for i in range(len(q))]) for dkv, *_ in parts], dim=2) for j in (0, 1))
     return _together(dq), dk, dv
 

@@ -277,6 +277,20 @@ def test_what_cannot_be_done_is_refused_with_its_values(interpreter, change, tol
     assert told in message
 
 
+def delta_against_float64(head_dim: int) -> float:
+    from ringflash.kernels import portable_backward
+
+    out, dout = (torch.randn(2, TOKENS, 6, head_dim, dtype=torch.float16)[:, :, ::2] for _ in range(2))
+    with mock.patch("torch.empty", poisoned):
+        delta = portable_backward.delta(out, dout)
+    return float((delta.double() - (out.double() * dout.double()).sum(-1).transpose(1, 2)).abs().max())
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_delta_is_the_rows_dot_product(interpreter, head_dim):
+    assert interpreter(delta_against_float64, head_dim) < 1e-5 * head_dim
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this process interprets kernels too")
 def test_cpu_tensors_need_the_interpreter():
     from ringflash.kernels.portable_forward import supports

@@ -1,0 +1,46 @@
+"""Lanes: the two streams on which the halves of a layer's heads are computed.
+
+When a kernel's last programs run, some multiprocessors have nothing left to do: a hop of 31.03 tiles a processor takes
+the time of 32. The halves of the heads are independent, so each has a stream of its own, and one's next kernel begins
+where the other's ends:
+
+    lane 0     | hop 0, half 0 ........ | hop 1, half 0 ........ | hop 2, half 0
+    lane 1          | hop 0, half 1 ........ | hop 1, half 1 ........ | hop 2, half 1
+
+Lane 0 is the current stream, so what the caller does before and after needs no care; lane 1 waits for it at `fork`, and
+it for lane 1 at `join`. Memory allocated before the first fork may be used on both until the join.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+class Lanes:
+    """One lane or two, on a device; on the CPU there is one order of things and nothing to wait for."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.last = count - 1
+        self._other = _second_stream(device) if device.type == "cuda" and count == 2 else None
+
+    def on(self, lane: int) -> AbstractContextManager:
+        """While entered, what is launched is queued on this lane."""
+        return nullcontext() if self._other is None or lane == 0 else torch.cuda.stream(self._other)
+
+    def fork(self) -> None:
+        """Have lane 1 wait for what lane 0 has queued."""
+        if self._other is not None:
+            self._other.wait_stream(torch.cuda.current_stream(self._other.device))
+
+    def join(self) -> None:
+        """Have lane 0 wait for what lane 1 has queued."""
+        if self._other is not None:
+            torch.cuda.current_stream(self._other.device).wait_stream(self._other)
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
