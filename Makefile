@@ -7,6 +7,8 @@ BIN := .venv/bin
 ARGS ?=
 # Options for pip, as in: make train PIP_ARGS="--index-url URL" for another source of wheels
 PIP_ARGS ?=
+# The Hopper kernels are compiled with the pinned Triton and with this one: Gluon changes from version to version.
+NEWEST_TRITON := 3.9.0
 
 .PHONY: help train test check format gpu clean
 
@@ -24,7 +26,12 @@ help:  ## what there is to make
 train: .venv/installed  ## train the demo: every GPU there is, or two ranks on the CPU
 	@$(BIN)/python launch/local.py $(ARGS)
 
-test: .venv/installed  ## run the tests
+.venv/triton-$(NEWEST_TRITON): .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps --no-compile \
+	    --target $@ triton==$(NEWEST_TRITON)
+	@touch $@
+
+test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 gpu: .venv/installed  ## run the tests that need a GPU
