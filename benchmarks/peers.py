@@ -7,6 +7,7 @@ before the clock starts: our AttentionPlan, FlexAttention's BlockMask, the docum
 | name | what runs |
 |---|---|
 | ringflash NAME | `ring_attention(..., kernel=NAME)` on a ring of one: `flash_attention` with the plan made before |
+| ringflash deterministic | the same with kernel="hopper" and deterministic=True |
 | torch FA2 | SDPA, FLASH_ATTENTION, enable_gqa; windows and documents through its operator, which SDPA lacks |
 | torch cuDNN | SDPA, CUDNN_ATTENTION, enable_gqa; has neither windows nor documents |
 | FlexAttention | torch.compile, static shapes, default options, enable_gqa, a BlockMask of 128 x 128 |
@@ -53,6 +54,8 @@ def contenders(device: torch.device) -> list[Contender]:
     ours = [
         Contender(f"ringflash {name}", functools.partial(_ringflash, name), ours=True) for name in kernels.FASTEST_FIRST
     ]
+    bit_equal = functools.partial(_ringflash, "hopper", deterministic=True)  # the other kernels always are
+    ours.append(Contender("ringflash deterministic", bit_equal, ours=True))
     gpu = [
         Contender("torch FA2", _fa2),
         Contender("torch cuDNN", _cudnn),
@@ -82,7 +85,7 @@ def versions() -> dict[str, str]:
 # -- ours
 
 
-def _ringflash(name: str, case: Case, q: Tensor, k: Tensor) -> Attention:
+def _ringflash(name: str, case: Case, q: Tensor, k: Tensor, deterministic: bool = False) -> Attention:
     if name == "blocked" and q.is_cuda:
         raise Absent("plain torch for CPUs; it would take minutes here")
     try:
@@ -92,7 +95,7 @@ def _ringflash(name: str, case: Case, q: Tensor, k: Tensor) -> Attention:
     if name != "blocked" and not q.is_cuda:
         raise Absent("runs here only in Triton's interpreter, which tells nothing of its speed")
     plan = AttentionPlan(case.mask(), Layout.contiguous(case.length, 1), Loopback(1, q.device))
-    return lambda q, k, v: ring_attention(q, k, v, plan, kernel=name)
+    return lambda q, k, v: ring_attention(q, k, v, plan, kernel=name, deterministic=deterministic)
 
 
 # -- torch

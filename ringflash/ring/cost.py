@@ -1,9 +1,11 @@
 """What a layout would cost: the predicted time of one attention layer, forward and backward, on a ring.
 
-On hop s, rank r computes with the keys of rank (r - s) mod ranks while the keys of hop s + 1 and the gradients of
-hop s - 1 travel, so a hop takes as long as the slowest of its ranks' computing and sending, and
+On hop s, rank r computes with the keys of rank (r - s) mod ranks. Keys travel on whether or not a rank is done with
+them, so that a rank waits for data and never for another rank's computing:
 
-    time = sum over hops of max(pairs of a rank x time a pair, bytes of a rank x time a byte)
+    done(r, s)  = max(done(r, s - 1), arrived(s)) + pairs(r, s) x time a pair + HOP; done(r, s - 1) if it sees nothing
+    arrived(s)  = arrived(s - 1) + bytes of hop s, of the rank that sends most, x time a byte
+    time        = max(done(r, last) over r, arrived(last))
 
 Both follow from mask and layout alone. Contiguous runs send least and balance worst, zigzag balances a causal mask,
 balanced layouts balance documents and send more: which is fastest depends on documents, windows, heads and links.
@@ -25,7 +27,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
@@ -33,6 +34,9 @@ from ringflash.ring.plan import routes
 
 # Forward 4 operations a pair, head and dimension; backward 2.5 times that.
 FLOPS_A_PAIR = 4 * 3.5
+# Seconds that a hop after the first takes besides its pairs, forward and backward: launches, partly filled tiles, the
+# running result read and written once more.
+HOP = 50e-6
 # A predicted gain below this is not worth another layout than zigzag.
 WORTH = 0.02
 
@@ -94,42 +98,18 @@ def best_ulysses(
 
 
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
-    """Seconds of one layer's attention, forward and backward, without what a kernel launch costs."""
+    """Seconds of one layer's attention, forward and backward."""
     ranks = layout.ranks
-    by_source = pairs(mask, layout).double()
     hop = (torch.arange(ranks)[:, None] - torch.arange(ranks)) % ranks  # of rank and source
-    computing = torch.zeros(ranks, ranks, dtype=torch.float64).scatter_(1, hop, by_source)  # of rank and hop
-    computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
-    sending = torch.zeros(ranks, dtype=torch.float64)  # the most any rank sends during a hop
+    seen = torch.zeros(ranks, ranks, dtype=torch.int64).scatter_(1, hop, layout.pairs(mask))  # by rank and hop
+    computing = seen * (FLOPS_A_PAIR * heads.query * heads.dim / machine.flops)
+    computing[:, 1:] += HOP * (seen[:, 1:] > 0)
     ways = routes((mask,), layout)
+    arrived, done = 0.0, computing[:, 0]
     for s in range(1, ranks):
         keys = max(way.keys[s].tokens for way in ways)
         gradients = max(way.gradients[s].tokens if s <= way.reach else 0 for way in ways)
         # Keys and values, 2 bytes, in both passes; their gradients, 4 bytes.
-        sending[s - 1] += (2 * 2 * 2 * keys + 2 * 4 * gradients) * heads.key * heads.dim / machine.bytes_per_second
-    return float(torch.maximum(computing.max(0).values, sending).sum())
-
-
-def pairs(mask: IntervalMask, layout: Layout) -> Tensor:
-    """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
-
-    The keys of a source below a position are its whole chunks before it and a part of the chunk it lies in, if that is
-    the source's own. So a histogram over chunks of the intervals' bounds is enough.
-    """
-    ranks, count, chunk = layout.ranks, layout.chunks.numel(), layout.chunk
-    owner = torch.empty(count, dtype=torch.int64)
-    owner[layout.chunks] = torch.arange(ranks)[:, None].expand_as(layout.chunks)
-    owned = torch.nn.functional.one_hot(owner, ranks)  # [chunks, ranks]
-    before = owned.cumsum(0) - owned  # chunks of each rank before a chunk
-    holder = owner[torch.arange(mask.queries) // chunk]
-
-    def keys_below(bound: Tensor) -> Tensor:
-        """Summed over each rank's queries: keys of each source below the bound, [ranks, ranks]."""
-        inside = bound.clamp(max=count * chunk - 1)  # a bound at the very end lies a whole chunk into the last one
-        at, offset = inside // chunk, inside % chunk + (bound - inside)
-        cell = holder * count + at
-        number = torch.bincount(cell.flatten(), minlength=ranks * count).view(ranks, count)
-        offsets = torch.zeros(ranks * count, dtype=torch.int64).index_add_(0, cell.flatten(), offset.flatten())
-        return number @ before * chunk + offsets.view(ranks, count) @ owned
-
-    return keys_below(mask.hi) - keys_below(mask.lo)
+        arrived += (2 * 2 * 2 * keys + 2 * 4 * gradients) * heads.key * heads.dim / machine.bytes_per_second
+        done = torch.where(seen[:, s] > 0, done.clamp(min=arrived) + computing[:, s], done)
+    return max(float(done.max()), arrived)

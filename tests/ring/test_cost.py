@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash.layout import LAYOUTS
-from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest, pairs, predict
+from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest, predict
 from tests.strategies import masks
 
 LLAMA_8B = Heads(query=32, key=8, dim=128)
@@ -20,7 +20,7 @@ def test_counted_pairs_are_those_of_the_plan(data, length, ranks, name):
     mask, _ = data.draw(masks(length))
     layout = Layout.named(name, length, ranks)
     plan = AttentionPlan(mask, layout, Loopback(ranks))
-    table = pairs(mask, layout)
+    table = layout.pairs(mask)
     for hops in plan.hops:
         for rank, hop in enumerate(hops):
             assert table[rank, hop.source] == hop.pairs
