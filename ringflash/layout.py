@@ -39,11 +39,13 @@ from ringflash.mask import IntervalMask
 
 # Zigzag gives way to a layout that leaves less than this part of its pairs between ranks.
 _WORTH = 0.9
-# What two chunks of different ranks that see each other cost besides their pairs, in a rank's mean pairs: the fewest
-# hops with work of 0 to 0.1, on packed documents.
+# More take seconds: swaps look at all pairs of chunks.
+_MOST_CHUNKS = 1024
+# What two chunks of different ranks that see each other cost besides their pairs, in a rank's mean pairs. On packed
+# documents 0.01 has fewer hops with work than 0, and 0.1 often does not balance.
 _CHARGE = 0.01
-# Of balance against pairs between ranks: from next to none to nothing but balance.
-_FIRST_WEIGHT, _LAST_WEIGHT = 1e-3, 1e4
+# Of balance against pairs between ranks. Past the low weight, one that balances no better ends the search.
+_FIRST_WEIGHT, _LOW_WEIGHT = 0.1, 300.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +93,12 @@ class Layout:
         """Equal tokens for all ranks, nearly equal (query, key) pairs, and as many of those as can be inside one rank.
 
         Contiguous runs, where no rank has more than `tolerance` above the mean under them; else their coarsest chunks
-        that swaps between ranks bring within it, or the best that chunks of 128 tokens or more give. Zigzag, whose
-        runs are longest, where that balances as well and hardly more pairs lie between ranks.
+        that swaps between ranks bring within it, or the best that up to 1024 chunks of 128 tokens or more give.
+        Zigzag, whose runs are longer, where it balances as well and hardly more pairs lie between ranks.
         """
         best, zigzag = cls.contiguous(mask.queries, ranks, parts), cls.zigzag(mask.queries, ranks, parts)
-        per_rank = 8
-        while best.imbalance(mask) > tolerance and mask.queries >= 128 * parts * ranks * per_rank:
+        per_rank, most = 8, min(_MOST_CHUNKS, mask.queries // (128 * parts)) // ranks
+        while best.imbalance(mask) > tolerance and per_rank <= most:
             layout = _swapped(mask, ranks, per_rank, parts, tolerance)
             best = min(best, layout, key=lambda candidate: candidate.imbalance(mask))
             per_rank *= 2
@@ -223,10 +225,11 @@ def _swapped(mask: IntervalMask, ranks: int, per_rank: int, parts: int, toleranc
     chunk = _ceil(mask.queries, ranks * per_rank * parts) * parts
     every_chunk = Layout(mask.queries, chunk, torch.arange(ranks * per_rank)[:, None])
     swaps = _Swaps(every_chunk.pairs(mask).double(), torch.arange(ranks).repeat_interleave(per_rank), ranks)
-    weight = _FIRST_WEIGHT
-    while swaps.imbalance() > tolerance and weight <= _LAST_WEIGHT:
+    before, weight = math.inf, _FIRST_WEIGHT
+    while swaps.imbalance() > tolerance and (weight <= _LOW_WEIGHT or swaps.imbalance() < before):
+        before = swaps.imbalance()
         swaps.descend(weight)
-        weight *= 2
+        weight *= 1.5
     return Layout(mask.queries, chunk, swaps.owner.argsort(stable=True).view(ranks, per_rank))
 
 

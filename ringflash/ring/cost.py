@@ -3,9 +3,10 @@
 On hop s, rank r computes with the keys of rank (r - s) mod ranks. Keys travel on whether or not a rank is done with
 them, so that a rank waits for data and never for another rank's computing:
 
-    done(r, s)  = max(done(r, s - 1), arrived(s)) + pairs(r, s) x time a pair + HOP; done(r, s - 1) if it sees nothing
-    arrived(s)  = arrived(s - 1) + bytes of hop s, of the rank that sends most, x time a byte
-    time        = max(done(r, last) over r, arrived(last))
+    done(r, s)    = max(done(r, s - 1), arrived(r, s)) + pairs(r, s) x time a pair + HOP
+                    done(r, s - 1) where it sees none of the keys
+    arrived(r, s) = max(arrived(r, s - 1), arrived(r - 1, s - 1)) + bytes to r for hop s x time a byte
+    time          = max(done(r, last), arrived(r, last)) over all ranks
 
 Both follow from mask and layout alone. Contiguous runs send least and balance worst, zigzag balances a causal mask,
 balanced layouts balance documents and send more: which is fastest depends on documents, windows, heads and links.
@@ -37,7 +38,7 @@ FLOPS_A_PAIR = 4 * 3.5
 # Seconds that a hop after the first takes besides its pairs, forward and backward: launches, partly filled tiles, the
 # running result read and written once more.
 HOP = 50e-6
-# A predicted gain below this is not worth another layout than zigzag.
+# A predicted gain below this is not worth a layout of shorter runs.
 WORTH = 0.02
 
 
@@ -59,16 +60,15 @@ class Heads:
 
 
 def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, parts: int = 1) -> tuple[str, Layout]:
-    """The name and the layout with the least predicted time; zigzag where others gain next to nothing."""
+    """The layout with the least predicted time, and its name; of contiguous, zigzag and balanced the first near it."""
     candidates = {
-        "zigzag": Layout.zigzag(mask.queries, ranks, parts),
         "contiguous": Layout.contiguous(mask.queries, ranks, parts),
+        "zigzag": Layout.zigzag(mask.queries, ranks, parts),
         "balanced": Layout.balanced(mask, ranks, parts),
     }
     seconds = {name: predict(mask, layout, heads, machine) for name, layout in candidates.items()}
-    name = min(seconds, key=seconds.__getitem__)
-    if seconds[name] > seconds["zigzag"] * (1 - WORTH):
-        name = "zigzag"
+    least = min(seconds.values())
+    name = next(name for name in candidates if seconds[name] * (1 - WORTH) <= least)
     return name, candidates[name]
 
 
@@ -105,11 +105,12 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
     computing = seen * (FLOPS_A_PAIR * heads.query * heads.dim / machine.flops)
     computing[:, 1:] += HOP * (seen[:, 1:] > 0)
     ways = routes((mask,), layout)
-    arrived, done = 0.0, computing[:, 0]
+    done, arrived = computing[:, 0], torch.zeros(ranks, dtype=torch.float64)
     for s in range(1, ranks):
-        keys = max(way.keys[s].tokens for way in ways)
-        gradients = max(way.gradients[s].tokens if s <= way.reach else 0 for way in ways)
+        here = [ways[(rank - s) % ranks] for rank in range(ranks)]
         # Keys and values, 2 bytes, in both passes; their gradients, 4 bytes.
-        arrived += (2 * 2 * 2 * keys + 2 * 4 * gradients) * heads.key * heads.dim / machine.bytes_per_second
-        done = torch.where(seen[:, s] > 0, done.clamp(min=arrived) + computing[:, s], done)
-    return max(float(done.max()), arrived)
+        tokens = [8 * way.keys[s].tokens + (8 * way.gradients[s].tokens if s <= way.reach else 0) for way in here]
+        sending = torch.tensor(tokens, dtype=torch.float64) * heads.key * heads.dim / machine.bytes_per_second
+        arrived = torch.maximum(arrived, arrived.roll(1)) + sending
+        done = torch.where(seen[:, s] > 0, torch.maximum(done, arrived) + computing[:, s], done)
+    return float(torch.maximum(done, arrived).max())

@@ -68,6 +68,21 @@ def test_a_ring_of_one_costs_its_pairs_alone():
     assert seconds == pytest.approx(mask.area() * 14 * 32 * 128 / 500e12)
 
 
+def test_one_sequence_goes_zigzag_and_windows_stay_contiguous():
+    for ranks in (2, 8, 32):
+        assert fastest(IntervalMask.causal(131072), ranks, LLAMA_8B, NVLINK)[0] == "zigzag"
+        for left in (0, 127, 4095):
+            window = IntervalMask.window(131072, left)
+            assert fastest(window, ranks, LLAMA_8B, NVLINK)[0] == "contiguous"
+
+
+def test_a_rank_waits_for_keys_and_not_for_other_ranks():
+    # Rank 0 computes on hop 0 alone; ranks 1 and 2, with half that to do there, share a document and so have hops more.
+    mask = IntervalMask.documents([16384, 8192, 16384, 8192])
+    seconds = predict(mask, Layout.contiguous(3 * 16384, 3), LLAMA_8B, Machine(500e12, 1e15))
+    assert seconds == pytest.approx(16384**2 * 14 * 32 * 128 / 500e12)
+
+
 def test_more_bytes_a_second_never_cost_time():
     mask, layout = corpus(1, 65536), Layout.zigzag(65536, 8)
     times = [predict(mask, layout, LLAMA_8B, Machine(500e12, speed)) for speed in (1e9, 1e10, 1e11, 1e15)]
