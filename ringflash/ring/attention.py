@@ -136,7 +136,8 @@ class _RingAttention(torch.autograd.Function):
         delta = ctx.call.kernel.delta(out, dout)
         if ulysses is not None:
             dout, delta = ulysses.queries(dout), ulysses.queries(delta.transpose(1, 2)).transpose(1, 2).contiguous()
-        dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), ctx.call)
+        exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
+        dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call)
         dsink = None
         if sink is not None:
             # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries.
@@ -186,9 +187,18 @@ def _heads_together(parts: tuple[Partial | None, ...]) -> Partial:
 
 
 def _backward(
-    dout: list[Tensor], q: list[Tensor], kv: _KeysOnTheirWay, lse: list[Tensor], delta: list[Tensor], call: _Call
+    dout: list[Tensor],
+    q: list[Tensor],
+    kv: _KeysOnTheirWay,
+    lse: list[Tensor],
+    delta: list[Tensor],
+    dtype: torch.dtype,
+    call: _Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of all local ranks, fp32, ranks outermost in the batch. The keys of hop 1 are on their way."""
+    """dq, fp32, and dk and dv in `dtype`, of all local ranks, ranks outermost in the batch.
+
+    The keys of hop 1 are on their way.
+    """
     plan, k = call.plan, [k for k, _ in kv.own]
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
     parts = [
@@ -217,7 +227,11 @@ def _backward(
                 if s > 0:
                     dkv.send_after(s)
     lanes.join()
-    dk, dv = (_together([_together([dkv.at(i)[j] for i in range(len(q))]) for dkv, *_ in parts], dim=2) for j in (0, 1))
+    dk, dv = (torch.empty(len(k) * k[0].shape[0], *k[0].shape[1:], dtype=dtype, device=k[0].device) for _ in range(2))
+    for dkv, _, of_k in parts:
+        for i, into in enumerate(zip(_by_rank(dk, len(k)), _by_rank(dv, len(k)), strict=True)):
+            for whole, part in zip(into, dkv.at(i), strict=True):
+                whole[:, :, of_k] = part
     return _together(dq), dk, dv
 
 
@@ -238,7 +252,7 @@ class _KeysOnTheirWay:
     def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor], about: str) -> None:
         self.plan, self.own, self.about = plan, list(zip(k, v, strict=True)), about
         travels = any(route.reach for route in plan.routes)
-        self.here = [torch.stack(pair).permute(2, 0, 1, 3, 4).contiguous() for pair in self.own] if travels else []
+        self.here = [_interleaved(*pair) for pair in self.own] if travels else []
         self.next = [torch.zeros_like(x) for x in self.here]
         self.transfer: Transfer | None = None
 
@@ -268,6 +282,14 @@ class _KeysOnTheirWay:
             return self.own[i]
         k, v = self.here[i].transpose(0, 2).unbind(1)
         return k, v
+
+
+def _interleaved(k: Tensor, v: Tensor) -> Tensor:
+    """k and v [B, S, H, D] as one [S, 2, B, H, D]."""
+    both = torch.empty(k.shape[1], 2, k.shape[0], *k.shape[2:], dtype=k.dtype, device=k.device)
+    for i, x in enumerate((k, v)):
+        both[:, i] = x.transpose(0, 1)
+    return both
 
 
 class _GradientsOnTheirWay:
