@@ -164,7 +164,9 @@ def ring_inputs(
         last = document.hi <= torch.arange(1, length + 1)
         shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
         inputs["labels"] = inputs["shift_labels"] = plan.shard(shifted, _IGNORE)
-        inputs["num_items_in_batch"] = int((shifted != _IGNORE).sum())
+        inputs["num_items_in_batch"] = max(
+            1, int((shifted != _IGNORE).sum())
+        )  # where nothing is predicted: a loss of 0
     return inputs | {"use_cache": False}
 
 
@@ -201,6 +203,8 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise ConfigError(
             f"model.architecture.attention_dropout={config.attention_dropout} is not supported; set it to 0"
         )
+    if not getattr(config, "is_causal", True):
+        raise ConfigError("model.architecture.is_causal=False is not supported: the trainer's masks are causal")
     for rope in _rope_parameters(config):
         if rope.get("rope_type", "default") in ("dynamic", "longrope"):
             raise ConfigError(

@@ -69,7 +69,8 @@ def ring_attention(
         softcap=softcap,
         layer="attention" if layer is None else f"layer {layer}",
     )
-    return _RingAttention.apply(q, k, v, sink, call)
+    with torch.autocast(q.device.type, enabled=False):  # what is fp32 here is so for a reason
+        return _RingAttention.apply(q, k, v, sink, call)
 
 
 def flash_attention(
@@ -125,30 +126,36 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        ranks, ulysses = len(ctx.call.plan.ring.local), ctx.call.plan.ulysses
-        q_, k_, v_, lse_ = (_by_rank(x, ranks) for x in (q, k, v, lse))
-        kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, f"{ctx.call.layer}, backward")
-        kv.send_for(1)  # own keys come last, so what follows is all there is to hide this behind
-        # out is where the model's tokens are; everything else is where attention was computed.
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        delta = ctx.call.kernel.delta(out, dout)
-        if ulysses is not None:
-            dout, delta = ulysses.queries(dout), ulysses.queries(delta.transpose(1, 2)).transpose(1, 2).contiguous()
-        exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
-        dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call)
-        dsink = None
-        if sink is not None:
-            # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries.
-            weight = torch.exp(ctx.call.own_sink(sink).float()[:, None] - lse)
-            dsink = torch.zeros_like(sink)
-            ctx.call.own_sink(dsink).copy_(-(weight * delta).sum((0, 2)))
-        dq = dq.to(q.dtype)
-        if ulysses is not None:
-            dq = ulysses.tokens(dq)
-            dk, dv = (ulysses.key_gradients(x, ctx.kv_heads) for x in (dk, dv))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dsink, None
+        with torch.autocast(dout.device.type, enabled=False):
+            return *_gradients(ctx, dout), None
+
+
+def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Those of q, k, v and the sink."""
+    q, k, v, sink, out, lse = ctx.saved_tensors
+    ranks, ulysses = len(ctx.call.plan.ring.local), ctx.call.plan.ulysses
+    q_, k_, v_, lse_ = (_by_rank(x, ranks) for x in (q, k, v, lse))
+    kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, f"{ctx.call.layer}, backward")
+    kv.send_for(1)  # own keys come last, so what follows is all there is to hide this behind
+    # out is where the model's tokens are; everything else is where attention was computed.
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    delta = ctx.call.kernel.delta(out, dout)
+    if ulysses is not None:
+        dout, delta = ulysses.queries(dout), ulysses.queries(delta.transpose(1, 2)).transpose(1, 2).contiguous()
+    exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
+    dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call)
+    dsink = None
+    if sink is not None:
+        # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries.
+        weight = torch.exp(ctx.call.own_sink(sink).float()[:, None] - lse)
+        dsink = torch.zeros_like(sink)
+        ctx.call.own_sink(dsink).copy_(-(weight * delta).sum((0, 2)))
+    dq = dq.to(q.dtype)
+    if ulysses is not None:
+        dq = ulysses.tokens(dq)
+        dk, dv = (ulysses.key_gradients(x, ctx.kv_heads) for x in (dk, dv))
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
 
 
 def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | None, call: _Call) -> list[Partial]:

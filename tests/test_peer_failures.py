@@ -1,0 +1,499 @@
+"""What went wrong in other libraries for ring attention and long-context training goes right here, or is refused.
+
+failure of a peer                                               -> the test that it would fail here
+
+wrong keys seen
+documents must divide by twice the ranks                        -> ring/test_attention.py::test_any_mask_layout_and_ring_size_is_exact
+documents leak into each other                                  -> test_models.py::test_packed_documents_give_the_loss_of_the_documents_alone
+a window is passed unchanged into every block                   -> test_a_window_passed_unchanged_into_every_block
+packing, window, softcap and sinks exclude each other           -> test_packing_window_softcap_and_sinks_that_exclude_each_other
+a sink is dropped                                               -> ring/test_attention.py::test_a_sink_is_one_more_key_without_a_value_and_has_a_gradient
+a softcap is dropped                                            -> ring/test_attention.py::test_head_groups_and_softcap_are_exact
+a mask is dropped in silence                                    -> test_models.py::test_a_keyword_that_could_change_the_mask_is_refused
+a mask that the configuration asks for is dropped in silence    -> test_a_bidirectional_configuration_trained_as_causal
+a cache whose keys the mask does not know                       -> test_a_key_cache_that_the_mask_does_not_know
+what a kernel cannot do is done by another, or wrongly          -> kernels/test_portable.py::test_what_cannot_be_done_is_refused_with_its_values
+
+wrong numbers
+dk and dv are wrong over processes                              -> ring/test_attention.py::test_processes_compute_what_float64_does
+the check of gradients prints a tick whatever they are          -> test_a_check_that_ticks_wrong_gradients
+precision falls with the ring: state or blocks in 16 bits       -> benchmarks/test_ring.py::test_our_error_is_flat_and_that_of_sixteen_bits_grows
+gradients travel in 16 bits                                     -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once
+the merge of lse overflows                                      -> test_an_lse_that_overflows_in_the_merge
+rows that see nothing have lse 0                                -> test_a_zero_lse_of_rows_that_see_nothing
+gradients are bf16 whatever the inputs                          -> test_a_dtype_written_into_the_code
+a comment says fp32 above a product in bf16                     -> test_fp32_in_the_comment_and_bf16_in_the_product
+buffers have the size of the first call                         -> test_buffers_sized_by_the_first_call
+
+wrong loss
+labels are shifted after sharding                               -> test_labels_shifted_after_sharding
+positions are those of the shard                                -> ring/test_plan.py::test_position_ids_are_global_and_in_shard_order
+positions that were left out are made up from the shard         -> test_positions_left_out_and_made_up_from_the_shard
+zigzag's positions are read as packed documents                 -> test_zigzag_positions_read_as_packed_documents
+RoPE depends on the longest position of a shard                 -> test_models.py::test_a_model_that_would_train_wrongly_is_refused_with_its_field
+loss and gradients are off by the number of ranks               -> test_a_loss_off_by_the_number_of_ranks
+the same under ZeRO and accumulation; ZeRO 3's hooks bypassed   -> training/test_step.py::test_loss_and_every_gradient_equal_one_rank
+NaN on a shard that has no label                                -> test_nan_on_a_shard_without_labels
+NaN in a batch that has no label                                -> test_nan_in_a_batch_without_labels
+padding is counted, or needed                                   -> test_models.py::test_loss_and_every_gradient_equal_the_models_own_eager_attention
+a fused loss ignores the scale of what comes back to it         -> training/test_loss.py::test_any_tile_gives_the_loss_and_gradients_of_whole_logits
+a tiled loss sums the head's gradient in bf16                   -> training/test_loss.py::test_the_weights_gradient_is_summed_over_tiles_in_fp32
+micro-batches are summed in bf16                                -> training/test_step.py::test_bf16_at_zero_0_refuses_to_accumulate_in_bf16
+a resumed run sees other data                                   -> data/test_batches.py::test_a_stream_resumed_from_its_state_equals_one_that_ran_on
+a resumed run at another degree sees other data                 -> data/test_batches.py::test_rows_are_the_same_however_many_ranks_share_them
+
+slow, large, or standing still
+query-sized gradients travel under GQA                          -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once
+masked keys travel                                              -> ring/test_attention.py::test_with_a_window_one_neighbour_hop_moves_in_both_passes
+masked blocks are computed                                      -> ring/test_attention.py::test_hops_that_see_nothing_launch_no_kernel
+the ring runs again under recomputation                         -> ring/test_recompute.py::test_one_forward_and_one_backward_ring_a_layer_a_step
+nothing overlaps                                                -> test_transfers_that_wait_for_the_kernel
+a value is read back to the host in each layer                  -> test_a_host_read_in_each_layer
+a barrier on each hop                                           -> test_a_barrier_on_each_hop
+every hop's buffers are kept                                    -> ring/test_attention.py::test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring
+deadlock where ranks skip different hops                        -> test_deadlock_of_ranks_that_skip_different_hops
+a hang without a word of where                                  -> ring/test_watch.py::test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends
+a stale compiler lock hangs every later run                     -> test_a_compiler_lock_that_hangs_every_later_run
+a launcher adds an argument that the configuration rejects      -> test_launch.py::test_a_launcher_trains_with_its_ranks_and_settings
+"""  # noqa: E501
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import find_packed_sequence_indices
+
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, Partial, ProcessRing, kernels, ring_attention
+from ringflash.errors import ConfigError
+from ringflash.layout import LAYOUTS
+from ringflash.models import ModelConfig, build_model, ring_inputs
+from ringflash.ring.transport import Transfer
+from tests.ring.test_attention import assert_exact, on_ring, oracle, whole_inputs
+from tests.test_models import loss_and_gradients, tiny
+
+TESTS = Path(__file__).parent
+TABLE = re.findall(r"-> (?:(\S+\.py)::)?(test_\w+)$", __doc__, re.MULTILINE)
+
+
+def test_every_failure_in_the_table_has_its_test():
+    sources = {file: (TESTS / (file or Path(__file__).name)).read_text() for file, _ in TABLE}
+    missing = [f"{file}::{name}" for file, name in TABLE if f"def {name}(" not in sources[file]]
+    here = set(re.findall(r"^def (test_\w+)", sources[""], re.MULTILINE))
+    assert missing == []
+    assert here - {name for file, name in TABLE if not file} == {"test_every_failure_in_the_table_has_its_test"}
+    assert len(TABLE) == __doc__.count("->") - 1, "a line of the table that cannot be read"
+
+
+# -- wrong keys seen
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_a_window_passed_unchanged_into_every_block(name):
+    """Two ring libraries gave each pair of shards the window of a whole sequence, from local indices: silently wrong.
+
+    Windows that end just before, at and just behind the edges of chunks and shards.
+    """
+    length, ranks = 48, 4  # shards of 12 tokens; under zigzag, of two chunks of 6
+    inputs, layout = whole_inputs(1, length), Layout.named(name, length, ranks)
+    for left in (0, 5, 6, 7, 11, 12, 13, 24):
+        results = on_ring(inputs, AttentionPlan(IntervalMask.causal(length), layout, Loopback(ranks)).window(left))
+        i = torch.arange(length)
+        visible = (i <= i[:, None]) & (i >= i[:, None] - left)
+        assert_exact(results, oracle(inputs, visible[None]), layout, f"left={left}")
+
+
+def dense(q, k, v, visible, softcap, sink):
+    """The definition in float64: [B, S, Hq, D] with the sink as one more score, behind the cap."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = softcap * torch.tanh(torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5 / softcap)
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    last = sink[:, None, None].expand(len(q), -1, q.shape[1], 1)
+    return torch.einsum("bhij,bjhd->bihd", torch.softmax(torch.cat([scores, last], -1), -1)[..., :-1], v)
+
+
+def test_packing_window_softcap_and_sinks_that_exclude_each_other():
+    """In all peers some pair of packing, sliding window, softcap, sinks and GQA was missing or silently ignored."""
+    length, ranks, softcap, sink = 53, 4, 1.5, torch.linspace(-1, 2, 4)
+    mask = IntervalMask.documents([[3, 1, 30, 19], [50]], length) & IntervalMask.window(length, 8)
+    layout, inputs = Layout.zigzag(length, ranks), whole_inputs(2, length)
+    plan = AttentionPlan(mask, layout, Loopback(ranks))
+    arguments = [*(plan.shard(x).requires_grad_() for x in inputs[:3]), sink.clone().requires_grad_()]
+    out = ring_attention(*arguments[:3], plan, softcap=softcap, sink=arguments[3])
+    results = [out.detach(), *torch.autograd.grad(out, arguments, plan.shard(inputs[3]))]
+
+    exact = [x.double().requires_grad_() for x in (*inputs[:3], sink)]
+    reference = dense(*exact[:3], mask.dense(), softcap, exact[3])
+    expected = [reference.detach(), *torch.autograd.grad(reference, exact, inputs[3].double())]
+    assert_exact(results[:4], expected[:4], layout)
+    torch.testing.assert_close(results[4].double(), expected[4], rtol=1e-5, atol=1e-5)
+
+
+def test_a_bidirectional_configuration_trained_as_causal(tmp_path):
+    """transformers and trainers on it dropped masks that their attention did not know (transformers#48442).
+
+    is_causal=false in a model's configuration makes transformers' own attention see both ways.
+    """
+    model = tiny("llama")
+    model.config.is_causal = False
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is_causal"):
+        build_model(ModelConfig(path=str(tmp_path), dtype="fp32"))
+
+
+def test_a_key_cache_that_the_mask_does_not_know():
+    """transformers hands an attention function keys of earlier calls; a shard's are not those just before it."""
+    tokens = torch.randint(1, 97, (1, 16))
+    inputs = ring_inputs(tokens, ring=Loopback(2)) | {"use_cache": True}
+    model = tiny("qwen3")
+    cache = model(**inputs).past_key_values
+    with pytest.raises(ValueError, match=r"q, k and v must agree on .*length.*\[2, 8, 4, 8\].*\[2, 16, 2, 8\]"):
+        model(**inputs, past_key_values=cache)
+
+
+# -- wrong numbers
+
+
+def test_a_check_that_ticks_wrong_gradients():
+    """A ring library's own check printed a tick over dk and dv that were wrong by more than their size."""
+    layout, inputs = Layout.zigzag(40, 4), whole_inputs(1, 40)
+    results = on_ring(inputs, AttentionPlan(IntervalMask.causal(40), layout, Loopback(4)))
+    expected = oracle(inputs, IntervalMask.causal(40).dense())
+    assert_exact(results, expected, layout)
+    for i, name in enumerate(("out", "dq", "dk", "dv")):
+        for wrong in (0.0, 1.001, float("nan")):  # on one rank of four
+            spoilt = [x.clone() for x in results]
+            spoilt[i][2] *= wrong
+            with pytest.raises(AssertionError, match=name):
+                assert_exact(spoilt, expected, layout)
+
+
+def with_scores_about(levels):
+    """q, k, v, dout whose scores with scale 1 lie about levels[j] for key j, all of them exact in fp32."""
+    inputs = [(8 * x).round() / 8 for x in whole_inputs(1, len(levels))]
+    inputs[0][..., 0] = 1
+    inputs[1][..., 0] = levels[:, None]
+    return inputs
+
+
+def beside_float64(inputs, mask, layout):
+    """out, dq, dk and dv on a Loopback ring with scale 1, and their distances from float64.
+
+    Without the dimension that holds the levels: there dq is a sum that cancels, times 600.
+    """
+    results = on_ring(inputs, AttentionPlan(mask, layout, Loopback(layout.ranks)), scale=1.0)
+    q, k, v = (x.double().requires_grad_() for x in inputs[:3])
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)).masked_fill(~mask.dense(), -torch.inf)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    out = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2))
+    expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3].double())]
+    wholes = [layout.unshard(x.chunk(layout.ranks))[..., 1:] for x in results]
+    return wholes, [((x - y[..., 1:]).norm() / y.norm()).item() for x, y in zip(wholes, expected, strict=True)]
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_an_lse_that_overflows_in_the_merge(name):
+    """A trainer's ring took exp(lse) of whole blocks in the merge, infinite or 0 above 88 (EasyContext#14)."""
+    levels = 300.0 * (torch.arange(48) // 6 % 5 - 2)  # -600 to 600, by chunk: some rows see nothing above -600
+    _, errors = beside_float64(with_scores_about(levels), IntervalMask.causal(48), Layout.named(name, 48, 4))
+    assert max(errors) < 1e-4, errors  # fp32 holds an lse of 600 to 3e-5
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_a_zero_lse_of_rows_that_see_nothing(name):
+    """Some backends give rows that see nothing lse 0 instead of -inf, which outweighs all scores far below 0.
+
+    Each query sees keys 10 to 20 before it: most see nothing of their own shard, the first see nothing at all.
+    """
+    i = torch.arange(48)
+    mask = IntervalMask((i - 20).clamp(min=0)[None], (i - 9).clamp(min=0)[None], 48)
+    inputs = with_scores_about(torch.full((48,), -60.0))
+    (out, dq, _, _), errors = beside_float64(inputs, mask, Layout.named(name, 48, 4))
+    assert max(errors) < 1e-4, errors
+    assert out[:, :9].abs().max() == dq[:, :9].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_dtype_written_into_the_code(dtype):
+    """Ring libraries rounded gradients to bf16 whatever the dtype of the inputs, which autograd then cast back."""
+    layout, inputs = Layout.zigzag(32, 2), [x.to(dtype) for x in whole_inputs(1, 32)]
+    results = on_ring(inputs, AttentionPlan(IntervalMask.causal(32), layout, Loopback(2)))
+    assert [x.dtype for x in results] == [dtype] * 4
+    for x, exact in zip(results, oracle(inputs, IntervalMask.causal(32).dense()), strict=True):
+        error = (layout.unshard(x.chunk(2)) - exact).norm() / exact.norm()
+        assert error <= max(torch.finfo(dtype).eps, 1e-5)
+
+
+def test_fp32_in_the_comment_and_bf16_in_the_product():
+    """A ring library's comment said fp32 above a cast to bf16. Here torch.autocast makes it of a product in fp32."""
+    layout, inputs = Layout.zigzag(64, 4), whole_inputs(1, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = on_ring(inputs, AttentionPlan(IntervalMask.causal(64), layout, Loopback(4)))
+    assert_exact(results, oracle(inputs, IntervalMask.causal(64).dense()), layout)
+
+
+def test_buffers_sized_by_the_first_call():
+    """A ring library kept global buffers of the first call's size and dtype.
+
+    Calls of three sizes and dtypes on one ring, all forward first, then all backward.
+    """
+    ring, calls = Loopback(4), []
+    for length, heads, kv_heads, dtype in ((16, 2, 1, torch.float16), (81, 4, 2, torch.float32), (33, 4, 4, None)):
+        inputs, layout = whole_inputs(1, length, heads, kv_heads), Layout.zigzag(length, 4)
+        plan = AttentionPlan(IntervalMask.causal(length), layout, ring)
+        q, k, v, dout = (plan.shard(x).to(dtype or torch.float32).requires_grad_() for x in inputs)
+        calls.append((inputs, layout, (q, k, v), ring_attention(q, k, v, plan), dout))
+    for inputs, layout, arguments, out, dout in calls:
+        results = [out.detach(), *torch.autograd.grad(out, arguments, dout)]
+        if out.dtype == torch.float32:
+            assert_exact(results, oracle(inputs, IntervalMask.causal(layout.length).dense()), layout)
+        for x, whole in zip(results, [inputs[0], *inputs[:3]], strict=True):
+            assert layout.unshard(x.chunk(4)).shape == whole.shape
+
+
+# -- wrong loss
+
+
+def test_labels_shifted_after_sharding():
+    """Trainers shifted a shard's labels: at each edge of a shard a token was given another one's successor, or none."""
+    documents = [5, 1, 15]
+    tokens = torch.arange(21)[None]
+    inputs = ring_inputs(tokens, tokens, ring=Loopback(3), documents=documents)
+    ends = torch.tensor(documents).cumsum(0) - 1
+    real = inputs["position_ids"] < 21
+    expected = torch.where(real & ~torch.isin(inputs["position_ids"], ends), inputs["position_ids"] + 1, -100)
+    assert torch.equal(inputs["shift_labels"], expected)
+    assert inputs["num_items_in_batch"] == (expected != -100).sum() == 21 - 3
+
+
+@pytest.mark.xfail(strict=True, reason="position_ids are not compared with the plan's")
+def test_positions_left_out_and_made_up_from_the_shard():
+    """Without position_ids transformers counts a shard's tokens from 0, so RoPE is wrong on all ranks but the first."""
+    tokens = torch.randint(1, 97, (1, 16))
+    inputs = ring_inputs(tokens, ring=Loopback(2))
+    del inputs["position_ids"]
+    with pytest.raises(ValueError, match="position_ids"):
+        tiny("qwen3")(**inputs)
+
+
+def on_processes(tokens, labels):
+    """This rank's share of the loss and gradients of a small Qwen3, through gloo, and its positions."""
+    inputs = ring_inputs(torch.tensor(tokens), torch.tensor(labels), ring=ProcessRing())
+    return *loss_and_gradients(tiny("qwen3"), inputs), inputs["position_ids"], inputs["labels"]
+
+
+def assert_shares_add_up(shares, tokens, labels):
+    """The ranks' losses and gradients sum to those of the model's own attention on one rank."""
+    model = tiny("qwen3")
+    model.set_attn_implementation("eager")
+    loss, gradients = loss_and_gradients(model, {"input_ids": tokens, "labels": labels})
+    torch.testing.assert_close(sum(share[0] for share in shares), loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(sum(share[1][name] for share in shares), gradient, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.ranks
+def test_a_loss_off_by_the_number_of_ranks(ranks):
+    """Loss or gradients were off by the sequence-parallel degree in three trainers (DeepSpeed#5248, tmax#9).
+
+    The labels lie unevenly: a mean of the ranks' means would be wrong too (transformers#46775).
+    """
+    tokens = torch.randint(1, 97, (2, 29))
+    labels = tokens.masked_fill(torch.arange(29) % 11 > 3, -100)
+    assert_shares_add_up(ranks.run(on_processes, 2, tokens.tolist(), labels.tolist(), timeout=90.0), tokens, labels)
+
+
+@pytest.mark.ranks
+def test_nan_on_a_shard_without_labels(ranks):
+    """In several trainers a shard whose tokens all had the label -100 divided 0 by 0, and all ranks got the NaN."""
+    tokens = torch.randint(1, 97, (1, 24))
+    labels = tokens.masked_fill(torch.arange(24) > 5, -100)  # rank 1 of 2 holds tokens 6 to 17
+    shares = ranks.run(on_processes, 2, tokens.tolist(), labels.tolist(), timeout=90.0)
+    assert [(share[3] != -100).any().item() for share in shares] == [True, False]
+    assert_shares_add_up(shares, tokens, labels)
+
+
+@pytest.mark.parametrize("documents", [None, [1] * 16], ids=["labels of -100", "documents of one token"])
+def test_nan_in_a_batch_without_labels(documents):
+    """The same where no shard has a label, as in a long prompt that is masked, or documents of one token."""
+    tokens = torch.randint(1, 97, (1, 16))
+    labels = tokens if documents else torch.full_like(tokens, -100)
+    loss, gradients = loss_and_gradients(
+        tiny("qwen3"), ring_inputs(tokens, labels, ring=Loopback(2), documents=documents)
+    )
+    assert loss == 0
+    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+
+@pytest.mark.ranks
+def test_zigzag_positions_read_as_packed_documents(ranks):
+    """transformers takes a jump in the positions of one sequence for the next document's start, and hides the rest."""
+    tokens = torch.randint(1, 97, (1, 32))
+    shares = ranks.run(on_processes, 2, tokens.tolist(), tokens.tolist(), timeout=90.0)
+    assert find_packed_sequence_indices(shares[0][2]).max() == 1  # it is two documents for transformers
+    assert_shares_add_up(shares, tokens, tokens)
+
+
+# -- slow, or standing still
+
+
+class Recording(Loopback):
+    """A Loopback that notes when each exchange is set off and when it is waited for."""
+
+    def __init__(self, size, events):
+        super().__init__(size)
+        self.events = events
+
+    def exchange(self, outgoing, incoming, about):
+        transfer, number = super().exchange(outgoing, incoming, about), len(self.events)
+        if outgoing:
+            self.events.append(("sent", number, about))
+        return Noted(transfer, lambda: self.events.append(("waited for", number, about)))
+
+
+@dataclasses.dataclass
+class Noted:
+    """A transfer that tells when it is waited for."""
+
+    transfer: Transfer
+    tell: Callable[[], None]
+
+    def wait(self):
+        self.transfer.wait()
+        self.tell()
+
+
+def test_transfers_that_wait_for_the_kernel(monkeypatch):
+    """In practice nothing overlapped: peers sent after a kernel or waited before it (AI_analysis#2, nanotron#236)."""
+    events, real = [], kernels.select
+
+    def noting(*args):
+        kernel = real(*args)
+
+        def noted(run):
+            return lambda *a, **k: (events.append(("kernel", 0, "")), run(*a, **k))[1]
+
+        return dataclasses.replace(kernel, forward=noted(kernel.forward), backward=noted(kernel.backward))
+
+    monkeypatch.setattr(kernels, "select", noting)
+    on_ring(whole_inputs(1, 64), AttentionPlan(IntervalMask.full(64), Layout.zigzag(64, 4), Recording(4, events)))
+    exposed = []
+    for i, (what, number, about) in enumerate(events):
+        if what == "sent":
+            until = events.index(("waited for", number, about))
+            exposed += [] if "kernel" in [what for what, *_ in events[i:until]] else [about]
+    assert {about for _, _, about in events if "gradients of hop" in about}
+    assert set(exposed) <= {"attention, backward, hop 1"}  # own keys come last: only delta is computed meanwhile
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where a tensor's value, or a size that depends on it, is asked for: on a GPU the host would wait."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert not name.startswith(self.READS), f"{name} makes the host wait for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_host_read_in_each_layer(monkeypatch):
+    """Ring libraries called .item() on document bounds in each layer, so that the host never ran ahead of the GPU."""
+
+    def forward(q, k, v, intervals, *, scale, softcap, carry, out_dtype):
+        state = Partial.identity(q) if carry is None else carry
+        return Partial(state.out.to(out_dtype), state.lse)
+
+    def selected(*args):  # the CPU's own kernel does read bounds
+        return dataclasses.replace(real(*args), forward=forward, backward=lambda *args, **options: None)
+
+    real = kernels.select
+    monkeypatch.setattr(kernels, "select", selected)
+    mask = IntervalMask.documents([[10, 54], [64]]) & IntervalMask.window(64, 20)
+    plan = AttentionPlan(mask, Layout.zigzag(64, 4), Loopback(4))
+    q, k, v, dout = (plan.shard(x).requires_grad_() for x in whole_inputs(2, 64))
+    sink = torch.zeros(4, requires_grad=True)
+    with NoHostReads():
+        out = ring_attention(q, k, v, plan, sink=sink, softcap=2.0)
+        torch.autograd.grad(out, (q, k, v, sink), dout)
+        with pytest.raises(AssertionError, match="_local_scalar_dense makes the host wait"):
+            out.sum().item()
+
+
+COLLECTIVES = ("barrier", "all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast")
+
+
+def calls_of_a_pass():
+    """The torch.distributed functions, and synchronisations, that ring attention calls on this rank."""
+    called = []
+
+    def note(owner, name):
+        real = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **options: (called.append(name), real(*args, **options))[1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*COLLECTIVES, "batch_isend_irecv"):
+            note(dist, name)
+        patch.setattr(torch.cuda, "synchronize", lambda *args: called.append("synchronize"))
+        plan = AttentionPlan(IntervalMask.causal(32), Layout.zigzag(32, dist.get_world_size()), ProcessRing())
+        on_ring(whole_inputs(1, 32), plan)
+    return called
+
+
+@pytest.mark.ranks
+def test_a_barrier_on_each_hop(ranks):
+    """Ring libraries met at a barrier, or synchronised the device, on each hop."""
+    for called in ranks.run(calls_of_a_pass, 2):
+        assert set(called) == {"batch_isend_irecv"}
+
+
+UNEVEN = {
+    "documents that end with shards": IntervalMask.causal(64) & IntervalMask.documents([22, 30, 12]),
+    "a window into one neighbour": IntervalMask.window(64, 5),
+    "only the first rank's tokens": IntervalMask.causal(64) & IntervalMask.documents([20], 64),
+    "no tokens at all": IntervalMask.documents([0], 64),
+    "only the last ranks' keys": IntervalMask.documents([40, 24]) & IntervalMask.window(64, 0, 63),
+}
+
+
+def passes_over_uneven_masks():
+    """One rank's results under each mask and layout, one after another without a meeting point between them."""
+    size = dist.get_world_size()
+    return [
+        on_ring(whole_inputs(1, 64), AttentionPlan(mask, Layout.named(name, 64, size), ProcessRing()))
+        for mask in UNEVEN.values()
+        for name in sorted(LAYOUTS)
+    ]
+
+
+@pytest.mark.ranks
+def test_deadlock_of_ranks_that_skip_different_hops(ranks):
+    """Rings hung where some ranks had nothing to do on a hop, or nothing to send (EasyContext#47)."""
+    by_rank = iter(zip(*ranks.run(passes_over_uneven_masks, 3, timeout=60.0), strict=True))
+    for case, mask in UNEVEN.items():
+        for name in sorted(LAYOUTS):
+            side_by_side = [torch.cat(shards) for shards in zip(*next(by_rank), strict=True)]
+            expected = oracle(whole_inputs(1, 64), mask.dense())
+            assert_exact(side_by_side, expected, Layout.named(name, 64, 3), f"{case}, {name}")
+
+
+def compiled_by_an_engine(folder):
+    """What building DeepSpeed's engine leaves in the folder for compiled extensions."""
+    from ringflash.training.step import MemoryConfig, OptimConfig, build_engine
+    from tests.training.test_step import build, joined
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "TORCH_EXTENSIONS_DIR", str(folder))
+        build_engine(build("llama"), OptimConfig(), MemoryConfig(), joined(None))
+    return [path.name for path in folder.iterdir()]
+
+
+@pytest.mark.ranks
+def test_a_compiler_lock_that_hangs_every_later_run(ranks, tmp_path):
+    """DeepSpeed on a CPU compiles an op under a lock at first use; a killed build left it, and all later runs hung."""
+    assert ranks.run(compiled_by_an_engine, 1, tmp_path) == [[]]
