@@ -3,7 +3,8 @@
 A GPU at its power limit slows down by 10 to 20 percent, and so does the next thing it runs. So the variants take
 turns, in an order that is shuffled in every round (fixed seed), and each is described by the median of its rounds and
 their 20th and 80th percentile. On a GPU the time is between CUDA events on the stream, and the whole queue is sent
-without waiting: the host's work hides behind the GPU's.
+without waiting: the host's work hides behind the GPU's. A run that the host takes long to launch is preceded by
+matrix products of that length: the GPU then neither waits for the host nor cools down.
 """
 
 from __future__ import annotations
@@ -21,22 +22,23 @@ HEAD_START_CYCLES = 20_000_000  # about 10 ms in which the host gets ahead of th
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: median, 20th and 80th percentile, and how many rounds they are of."""
+    """Milliseconds: median, 20th and 80th percentile, how many rounds they are of, and the host's, to launch one."""
 
     ms: float
     p20: float
     p80: float
     rounds: int
+    host_ms: float = 0.0
 
     @classmethod
-    def of(cls, times: list[float]) -> Timing:
+    def of(cls, times: list[float], host_ms: float = 0.0) -> Timing:
         """What describes these milliseconds."""
         ordered = sorted(times)
 
         def at(fraction: float) -> float:
             return ordered[round(fraction * (len(ordered) - 1))]
 
-        return cls(at(0.5), at(0.2), at(0.8), len(ordered))
+        return cls(at(0.5), at(0.2), at(0.8), len(ordered), host_ms)
 
 
 def interleaved(
@@ -44,16 +46,18 @@ def interleaved(
 ) -> dict[str, Timing | Exception]:
     """Each variant's times, from about `seconds` of measuring a variant; or what it raised instead.
 
-    Each runs once untimed, then once to see how many rounds fit.
+    Each runs twice untimed, then once to see how many rounds fit.
     """
     clock = _gpu_times if device.type == "cuda" else _cpu_times
     found: dict[str, Timing | Exception] = {}
     runnable: dict[str, Callable[[], object]] = {}
+    host: dict[str, float] = {}
     estimate = 0.0
     for name, run in variants.items():
         try:
             run()
-            estimate += clock([run], device)[0] / 1e3
+            host[name] = _launching(run, device)
+            estimate += clock([(run, host[name])], device)[0] / 1e3
             runnable[name] = run
         except Exception as error:  # a peer may raise anything; the table says what
             found[name] = error
@@ -64,16 +68,29 @@ def interleaved(
     shuffle = random.Random(0)
     turns = [name for _ in range(rounds) for name in shuffle.sample(list(runnable), len(runnable))]
     times: dict[str, list[float]] = {name: [] for name in runnable}
-    for name, ms in zip(turns, clock([runnable[name] for name in turns], device), strict=True):
+    for name, ms in zip(turns, clock([(runnable[name], host[name]) for name in turns], device), strict=True):
         times[name].append(ms)
-    return found | {name: Timing.of(values) for name, values in times.items()}
+    return found | {name: Timing.of(values, host[name]) for name, values in times.items()}
 
 
-def _gpu_times(runs: list[Callable[[], object]], device: torch.device) -> list[float]:
+def _launching(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds until the host has launched a run; on the CPU, 0."""
+    if device.type == "cpu":
+        return 0.0
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _gpu_times(runs: list[tuple[Callable[[], object], float]], device: torch.device) -> list[float]:
+    """Milliseconds of each run; with each, the host's to launch it."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
+    keep_busy = _matrix_products(device)
     torch.cuda.synchronize(device)
     torch.cuda._sleep(HEAD_START_CYCLES)
-    for run, (begin, end) in zip(runs, events, strict=True):
+    for (run, host_ms), (begin, end) in zip(runs, events, strict=True):
+        keep_busy(host_ms)
         begin.record()
         run()
         end.record()
@@ -81,9 +98,21 @@ def _gpu_times(runs: list[Callable[[], object]], device: torch.device) -> list[f
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def _cpu_times(runs: list[Callable[[], object]], device: torch.device) -> list[float]:
+def _matrix_products(device: torch.device) -> Callable[[float], None]:
+    """A function that queues so many milliseconds of matrix products, in steps of about one and a half."""
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+
+    def keep_busy(ms: float) -> None:
+        for _ in range(round(ms / 1.5)):
+            torch.mm(a, b, out=out)
+
+    return keep_busy
+
+
+def _cpu_times(runs: list[tuple[Callable[[], object], float]], device: torch.device) -> list[float]:
     times = []
-    for run in runs:
+    for run, _ in runs:
         begin = time.perf_counter()
         run()
         times.append((time.perf_counter() - begin) * 1e3)

@@ -8,8 +8,8 @@ kernel carries in and updates. While hop s is computed, the keys of hop s + 1 ar
 
 Backward. delta = rowsum(dout * out) and the global lse make each block's gradient independent of the others. Keys and
 values go round again; their gradients follow in fp32, one hop behind, added to by each rank's kernel. A rank computes
-its own keys last, adding to what came home. Heads are computed in two halves, each on its own stream (`ring.lanes`), so
-that one half's gradients are on their way while the kernel adds to the other's:
+its own keys last, adding to what came home. Heads are computed in two halves, each on a stream of its own (`ring.lanes`),
+so that one half's gradients are on their way while the kernel adds to the other's:
 
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
@@ -161,36 +161,22 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
 def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | None, call: _Call) -> list[Partial]:
     """The Partial over all keys, and the sink, for each local rank; out in q's dtype."""
     plan = call.plan
-    parts = _halves(q[0].shape[2], k[0].shape[2], plan)
-    lanes = Lanes(len(parts), plan.ring.device)
-    state: list[list[Partial | None]] = [[None] * len(q) for _ in parts]
+    state: list[Partial | None] = [None] * len(q)
     last = [plan.computed(i)[-1] for i in range(len(q))]
     kv = _KeysOnTheirWay(plan, k, v, f"{call.layer}, forward")
     for s in range(plan.ring.size):
         kv.arrive()
-        lanes.fork()
-        with lanes.on(lanes.last):  # here all lanes are done with hop s - 1, whose buffer this fills
-            kv.send_for(s + 1)
-        for lane, (of_q, of_k) in enumerate(parts):
-            with lanes.on(lane):
-                for i, hop in enumerate(plan.hops[s]):
-                    k_here, v_here = kv.at(s, i)
-                    for intervals in hop.intervals:
-                        final = s == last[i] and intervals is hop.intervals[-1] and sink is None
-                        state[lane][i] = call.kernel.forward(
-                            q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k], intervals,
-                            scale=call.scale, softcap=call.softcap, carry=state[lane][i],
-                            out_dtype=q[i].dtype if final else torch.float32,
-                        )  # fmt: skip
-    lanes.join()
-    whole = [_heads_together(halves) for halves in zip(*state, strict=True)]
-    return whole if sink is None else [_with_sink(p, sink, q[0].dtype) for p in whole]
-
-
-def _heads_together(parts: tuple[Partial | None, ...]) -> Partial:
-    """The Partial of all heads. None of the parts is None: hop 0 is always computed."""
-    out, lse = [p.out for p in parts if p], [p.lse for p in parts if p]
-    return Partial(_together(out, dim=2), _together(lse, dim=1))
+        kv.send_for(s + 1)
+        for i, hop in enumerate(plan.hops[s]):
+            for intervals in hop.intervals:
+                final = s == last[i] and intervals is hop.intervals[-1] and sink is None
+                state[i] = call.kernel.forward(
+                    q[i], *kv.at(s, i), intervals, scale=call.scale, softcap=call.softcap, carry=state[i],
+                    out_dtype=q[i].dtype if final else torch.float32,
+                )  # fmt: skip
+    if sink is not None:
+        return [_with_sink(p, sink, q[0].dtype) for p in state]  # type: ignore[arg-type]
+    return state  # type: ignore[return-value]  # hop 0 is always computed
 
 
 def _backward(
@@ -217,7 +203,7 @@ def _backward(
         kv.arrive()
         lanes.fork()
         if s > 0:
-            with lanes.on(lanes.last):  # as in the forward
+            with lanes.on(lanes.last):  # here both are done with hop s - 1, whose buffer this fills
                 kv.send_for(s + 1)
         for lane, (dkv, of_q, of_k) in enumerate(parts):
             with lanes.on(lane):
