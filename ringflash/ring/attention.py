@@ -8,8 +8,8 @@ kernel carries in and updates. While hop s is computed, the keys of hop s + 1 ar
 
 Backward. delta = rowsum(dout * out) and the global lse make each block's gradient independent of the others. Keys and
 values go round again; their gradients follow in fp32, one hop behind, added to by each rank's kernel. A rank computes
-its own keys last, adding to what came home. Heads are computed in two halves, each on a stream of its own (`ring.lanes`),
-so that one half's gradients are on their way while the kernel adds to the other's:
+its own keys last, adding to what came home. Heads are computed in two halves, each on a stream of its own
+(`ring.lanes`), so that one half's gradients are on their way while the kernel adds to the other's:
 
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
