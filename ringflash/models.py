@@ -115,6 +115,10 @@ def ring_attention_forward(
     if refused:
         name, value = next(iter(refused.items()))
         raise ValueError(f"{name}={value!r} is not supported by ring attention: it may change who sees whom")
+    if unknown.get("output_attentions"):
+        raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
+    if getattr(module, "layer_idx", 0) == 0 and (position_ids := unknown.get("position_ids")) is not None:
+        _check_positions(position_ids, plan)
     if sliding_window is not None:
         plan = plan.window(sliding_window - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -123,6 +127,26 @@ def ring_attention_forward(
         layer=getattr(module, "layer_idx", None),
     )  # fmt: skip
     return out, None
+
+
+def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
+    """Refuse positions that transformers made up for lack of any: counted from 0 on every shard.
+
+    A token that sees earlier ones is not at 0. On a GPU the comparison is left to the device, which stops the program:
+    nothing waits for it here.
+    """
+    told = "position_ids must be those of the sequence (plan.position_ids), but they begin at 0 where a shard does not"
+    inside, begins = plan.begins_inside, position_ids[:, 0]
+    if len(begins) % len(inside) == 0:
+        inside = inside.repeat_interleave(len(begins) // len(inside))
+    else:  # one row of positions for all
+        inside = inside.any(0, keepdim=True)
+    wrong = (inside & (begins == 0)).any()
+    if not wrong.is_cuda:
+        if wrong:
+            raise ValueError(told)
+        return
+    torch._assert_async(~wrong, told)
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:

@@ -29,6 +29,7 @@ wrong loss
 labels are shifted after sharding                               -> test_labels_shifted_after_sharding
 positions are those of the shard                                -> ring/test_plan.py::test_position_ids_are_global_and_in_shard_order
 positions that were left out are made up from the shard         -> test_positions_left_out_and_made_up_from_the_shard
+positions that begin again with each document are refused       -> test_positions_that_begin_again_with_each_document
 zigzag's positions are read as packed documents                 -> test_zigzag_positions_read_as_packed_documents
 RoPE depends on the longest position of a shard                 -> test_models.py::test_a_model_that_would_train_wrongly_is_refused_with_its_field
 loss and gradients are off by the number of ranks               -> test_a_loss_off_by_the_number_of_ranks
@@ -72,7 +73,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, Partial, ProcessRing, kernels, ring_attention
 from ringflash.errors import ConfigError
 from ringflash.layout import LAYOUTS
-from ringflash.models import ModelConfig, build_model, ring_inputs
+from ringflash.models import ARCHITECTURES, ModelConfig, build_model, ring_inputs
 from ringflash.ring.transport import Transfer
 from tests.ring.test_attention import assert_exact, on_ring, oracle, whole_inputs
 from tests.test_models import loss_and_gradients, tiny
@@ -271,14 +272,24 @@ def test_labels_shifted_after_sharding():
     assert inputs["num_items_in_batch"] == (expected != -100).sum() == 21 - 3
 
 
-@pytest.mark.xfail(strict=True, reason="position_ids are not compared with the plan's")
 def test_positions_left_out_and_made_up_from_the_shard():
     """Without position_ids transformers counts a shard's tokens from 0, so RoPE is wrong on all ranks but the first."""
+    for model_type in ARCHITECTURES:
+        for batch in (1, 3):
+            inputs = ring_inputs(torch.randint(1, 97, (batch, 16)), ring=Loopback(2))
+            tiny(model_type)(**inputs)
+            del inputs["position_ids"]
+            with pytest.raises(ValueError, match="position_ids"):
+                tiny(model_type)(**inputs)
+
+
+def test_positions_that_begin_again_with_each_document():
+    """They are as good as the sequence's own, where a document begins with a shard, too."""
     tokens = torch.randint(1, 97, (1, 16))
-    inputs = ring_inputs(tokens, ring=Loopback(2))
-    del inputs["position_ids"]
-    with pytest.raises(ValueError, match="position_ids"):
-        tiny("qwen3")(**inputs)
+    inputs = ring_inputs(tokens, tokens, ring=Loopback(2), documents=[8, 8], layout="contiguous")
+    expected = tiny("qwen3")(**inputs).loss
+    inputs["position_ids"] = inputs["position_ids"] % 8
+    torch.testing.assert_close(tiny("qwen3")(**inputs).loss, expected)
 
 
 def on_processes(tokens, labels):

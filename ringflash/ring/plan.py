@@ -31,6 +31,7 @@ without a host synchronisation.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
@@ -177,6 +178,18 @@ class AttentionPlan:
         """Global position of each token held here, int64 [local ranks * batch, n], on the ring's device."""
         positions = torch.stack([self.tokens.positions(rank) for rank in self.holders])
         return positions.repeat_interleave(batch, dim=0).to(self.ring.device, non_blocking=True)
+
+    @functools.cached_property
+    def begins_inside(self) -> Tensor:
+        """Whether the first token held sees earlier ones, bool [local ranks * batch], on the ring's device."""
+        first = [int(self.tokens.positions(rank)[0]) for rank in self.holders]
+        sees = [
+            torch.stack([mask.lo[:, i].expand(self.batch) < i for mask in self.masks]).any(0)
+            if i < self.layout.length
+            else torch.zeros(self.batch, dtype=torch.bool)
+            for i in first
+        ]
+        return torch.cat(sees).to(self.ring.device, non_blocking=True)
 
     def __str__(self) -> str:
         rows = ["rank " + "".join(f"{f'hop {s}':>10}" for s in range(len(self.hops)))]
