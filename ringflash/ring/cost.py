@@ -1,11 +1,12 @@
 """What a layout would cost: the predicted time of one attention layer, forward and backward, on a ring.
 
-On hop s, rank r computes with the keys of rank (r - s) mod ranks. Keys travel on whether or not a rank is done with
-them, so that a rank waits for data and never for another rank's computing:
+On hop s, rank r computes with the keys of rank (r - s) mod ranks. Keys for a hop set off when both ranks have those of
+the hop before and are done with the one before that, whose buffer they fill; a rank never waits for all others:
 
+    ready(r, s)   = max(done(r, s - 2), arrived(r, s - 1))
+    arrived(r, s) = max(ready(r, s), ready(r - 1, s)) + bytes to r for hop s x time a byte
     done(r, s)    = max(done(r, s - 1), arrived(r, s)) + pairs(r, s) x time a pair + HOP
                     done(r, s - 1) where it sees none of the keys
-    arrived(r, s) = max(arrived(r, s - 1), arrived(r - 1, s - 1)) + bytes to r for hop s x time a byte
     time          = max(done(r, last), arrived(r, last)) over all ranks
 
 Both follow from mask and layout alone. Contiguous runs send least and balance worst, zigzag balances a causal mask,
@@ -105,12 +106,15 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
     computing = seen * (FLOPS_A_PAIR * heads.query * heads.dim / machine.flops)
     computing[:, 1:] += HOP * (seen[:, 1:] > 0)
     ways = routes((mask,), layout)
-    done, arrived = computing[:, 0], torch.zeros(ranks, dtype=torch.float64)
+    before = arrived = torch.zeros(ranks, dtype=torch.float64)  # before: done(s - 2), at the head of the loop
+    done = computing[:, 0]
     for s in range(1, ranks):
         here = [ways[(rank - s) % ranks] for rank in range(ranks)]
         # Keys and values, 2 bytes, in both passes; their gradients, 4 bytes.
         tokens = [8 * way.keys[s].tokens + (8 * way.gradients[s].tokens if s <= way.reach else 0) for way in here]
         sending = torch.tensor(tokens, dtype=torch.float64) * heads.key * heads.dim / machine.bytes_per_second
-        arrived = torch.maximum(arrived, arrived.roll(1)) + sending
+        ready = torch.maximum(before, arrived)
+        arrived = torch.maximum(ready, ready.roll(1)) + sending
+        before = done
         done = torch.where(seen[:, s] > 0, torch.maximum(done, arrived) + computing[:, s], done)
     return float(torch.maximum(done, arrived).max())

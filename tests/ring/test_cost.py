@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash.layout import LAYOUTS
-from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest, predict
+from ringflash.ring.cost import HOP, Heads, Machine, best_ulysses, fastest, predict
 from tests.strategies import masks
 
 LLAMA_8B = Heads(query=32, key=8, dim=128)
@@ -76,10 +76,17 @@ def test_one_sequence_goes_zigzag_and_windows_stay_contiguous():
             assert fastest(window, ranks, LLAMA_8B, NVLINK)[0] == "contiguous"
 
 
-def test_a_rank_waits_for_keys_and_not_for_other_ranks():
-    # Rank 0 computes on hop 0 alone; ranks 1 and 2, with half that to do there, share a document and so have hops more.
+def test_a_rank_waits_for_those_that_pass_its_keys_on():
+    # Rank 0 computes on hop 0 alone. Ranks 1 and 2, with half of that to do there, share a document: 2's keys come to 1
+    # by way of 0, which passes them on when it is done.
     mask = IntervalMask.documents([16384, 8192, 16384, 8192])
-    seconds = predict(mask, Layout.contiguous(3 * 16384, 3), LLAMA_8B, Machine(500e12, 1e15))
+    seconds = predict(mask, Layout.contiguous(3 * 16384, 3), LLAMA_8B, Machine(500e12, 1e30))
+    assert seconds == pytest.approx((16384**2 + 8192**2) * 14 * 32 * 128 / 500e12 + HOP)
+
+
+def test_ranks_that_need_nobody_do_not_wait():
+    mask = IntervalMask.documents([16384, 8192, 8192])
+    seconds = predict(mask, Layout.contiguous(2 * 16384, 2), LLAMA_8B, Machine(500e12, 1.0))
     assert seconds == pytest.approx(16384**2 * 14 * 32 * 128 / 500e12)
 
 
