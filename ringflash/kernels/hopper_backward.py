@@ -281,7 +281,7 @@ def begin_dq(shared, number, call, WHO: gl.constexpr):
 
 @gluon.jit
 def publish(ds, shared, number, WHO: gl.constexpr):
-    """This consumer's ds into shared memory, for both consumers' dq; the caller's fence and `arrive` make it known.
+    """This consumer's ds into shared memory, for both consumers' dq, who may read it once it is fenced and announced.
 
     The slot is empty: its last reader was the other's dq of two steps before, which was done before the other
     published what this consumer has waited for since.
@@ -290,8 +290,8 @@ def publish(ds, shared, number, WHO: gl.constexpr):
 
 
 @gluon.jit
-def known(number, WHO: gl.constexpr):
-    """Tell the other consumer that ds is published, after the fence."""
+def announce(number, WHO: gl.constexpr):
+    """Tell the other consumer that ds is there, after the fence."""
     arrive(PUBLISHED + 2 * WHO + number % 2, 256)
 
 
@@ -302,8 +302,8 @@ def step(
 ):  # fmt: skip
     """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it.
 
-    more: whether another tile follows. Waiting for it between the exponentials and the wait for dp is what keeps ptxas
-    from moving them below that wait, where nothing would run under them: it does not move code over a loop.
+    dv begins before the wait for dp: a product that needs p is what keeps ptxas from moving the exponentials below that
+    wait, where nothing would run under them. more: whether another tile follows.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
@@ -340,7 +340,7 @@ def step(
     publish(ds, shared, number + 1, WHO)
     shared.dq.index(WHO).store(dq_half * call.scale)
     fence_async_shared()  # what threads wrote, made visible to tensor cores and copy engine
-    known(number + 1, WHO)
+    announce(number + 1, WHO)
     add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
     shared.wait_full(number + 1, more)  # the copy engine and the producer
     dk, dv = warpgroup_mma_wait(0, deps=(dk_next, dv_next))  # the tensor cores
@@ -371,7 +371,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
         publish(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S), shared, 0, WHO)
         fence_async_shared()
-        known(0, WHO)
+        announce(0, WHO)
         dq_head = job.head
         dq_row = call.queries
         shared.kv.wait_full(0)  # the copy engine; dq takes both halves of k
