@@ -13,6 +13,7 @@ this file does not know) is refused by name.
 from __future__ import annotations
 
 import contextlib
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,14 @@ class ModelConfig:
     kernels are always so."""
 
     def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.architecture):
+        if self.path and self.architecture:
             raise ConfigError(
                 f"model.path={self.path} and model.architecture with {len(self.architecture)} fields: "
                 f"set one of the two (model=pretrained has a path and no architecture)"
+            )
+        if not self.path and not self.architecture:
+            raise ConfigError(
+                "model.path is not set: model=pretrained starts from model.path=FOLDER, a Hugging Face model"
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
@@ -260,7 +265,11 @@ def _configuration(config: ModelConfig) -> PreTrainedConfig:
     known = AutoConfig.for_model(model_type)
     for name in fields:
         if not hasattr(known, name):
-            raise ConfigError(f"model.architecture.{name} is not a field of a {model_type} configuration")
+            close = difflib.get_close_matches(name, known.to_dict(), n=1)
+            raise ConfigError(
+                f"model.architecture.{name} is not a field of a {model_type} configuration"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # transformers raises its own validation types

@@ -68,6 +68,7 @@ def test_every_setting_is_described_where_it_is_read():
         (["model=foo"], "model=foo is not one of llama3-8b, pretrained, qwen3"),
         (["data=text"], "data.path is not set"),
         (["model.path=folder"], "model.path=folder and model.architecture"),
+        (["model=pretrained"], "model.path is not set"),
         (["model.dtype=fp8"], "model.dtype=fp8 is not one of"),
         (["memory.zero=4"], "memory.zero=4 is not one of 0, 1, 2, 3"),
         (["memory.loss_tile=0"], "memory.loss_tile=0"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ringflash.data import batch, load_corpus
@@ -194,6 +195,12 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers(monkeypatch):
 def test_print_shows_a_configuration_that_can_be_read_back():
     stdout, _ = run([sys.executable, "train.py", "--print", "optim.lr=1e-5"])
     assert "lr: 1.0e-05" in stdout
+    assert OmegaConf.create(stdout).optim.lr == 1e-5
+
+
+def test_print_refuses_what_a_run_would():
+    _, stderr = run([sys.executable, "train.py", "--print", "+model.architecture.attention_dropout=0.1"], code=1)
+    assert "attention_dropout=0.1 is not supported" in stderr
 
 
 def test_a_metrics_line_cut_short_by_a_kill_is_passed_over(tmp_path):
