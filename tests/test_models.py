@@ -102,7 +102,7 @@ def test_attention_dropout_is_refused_while_training():
     ("fields", "message"),
     [
         ({"model_type": "gpt2"}, "model_type=gpt2 is not one of gemma2, gpt_oss, llama"),
-        ({"model_type": "llama", "hiden_size": 8}, r"architecture\.hiden_size is not a field .*; did you mean hidden_size\?"),
+        ({"model_type": "llama", "hiden_size": 8}, r"hiden_size is not a field .*; did you mean hidden_size\?"),
         ({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}, "num_attention_heads=4 is not"),
         ({"model_type": "llama", "attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported"),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
