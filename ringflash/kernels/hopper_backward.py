@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels import portable_backward
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
-from ringflash.kernels.hopper_forward import (
+from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
     L2_BYTES,
     LAUNCH_REGISTERS,
@@ -503,7 +503,7 @@ def backward(
     """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
 
     The sum in dq is taken in an order that differs from run to run; deterministic=True computes all three by
-    `portable_backward`, bit-equal from run to run. Raises ValueError, with the values, where `hopper_forward.supports`
+    `portable_backward`, bit-equal from run to run. Raises ValueError, with the values, where `hopper_parts.supports`
     would refuse, where a tensor does not fit q and k, and where scale is not positive. tuning replaces the table's
     choice.
     """

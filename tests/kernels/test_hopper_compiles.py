@@ -56,14 +56,14 @@ def compile_case(name: str):
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from ringflash.kernels import hopper_backward, hopper_forward
+    from ringflash.kernels import hopper_backward, hopper_forward, hopper_parts
 
     case = {"dtype": torch.bfloat16, "carry": False, "capped": False} | CASES[name]
     module = hopper_forward if name.startswith("forward") else hopper_backward
     kernel = module.forward_kernel if name.startswith("forward") else module.backward_kernel
     head_dim, dtype, tuning = case["head_dim"], case["dtype"], module.TUNINGS[case["head_dim"]]
     out = case.get("out", dtype)
-    rows = hopper_forward.ROWS.value
+    rows = hopper_parts.ROWS.value
     constants = {
         "D": head_dim, "STAGES": tuning.stages, "CAPPED": case["capped"], "CARRY": case["carry"],
         "BLOCK_K": getattr(tuning, "block_k", 0), "BLOCK_Q": getattr(tuning, "block_q", 0),
@@ -72,7 +72,7 @@ def compile_case(name: str):
     }  # fmt: skip
 
     def descriptor(block: int, columns: int, dtype: torch.dtype) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for([1, 1, block, columns], hopper_forward.DTYPES[dtype])
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, block, columns], hopper_parts.DTYPES[dtype])
         type_name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         return f"tensordesc<{type_name}[1, 1, {block}, {columns}],{layout!r}>"
 
@@ -94,7 +94,7 @@ def compile_case(name: str):
         constexprs={(kernel.arg_names.index(n),): value for n, value in constants.items() if n in signature},
         attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"},
     )
-    options = {"num_warps": 4, "maxnreg": hopper_forward.LAUNCH_REGISTERS, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "maxnreg": hopper_parts.LAUNCH_REGISTERS, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

@@ -1,0 +1,250 @@
+"""What both Hopper kernels are made of: barriers, pipes between warps, tiles of a program and of the copy engine.
+
+And what either refuses. The kernels are in `hopper_forward` and `hopper_backward`.
+"""
+
+# Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
+import functools
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ringflash.kernels import portable_forward
+from ringflash.kernels.gluon_names import TESTED, aggregate, copy_in, triton_version
+from ringflash.kernels.portable_forward import arch, tma_refusal
+
+ROWS = gl.constexpr(64)  # of a consumer's tile: what one wgmma computes
+CONSUMERS = gl.constexpr(2)
+NEG_INF = gl.constexpr(float("-inf"))
+FIRST_BARRIER = 8  # of the 16 that warps meet at by number. Triton takes those from 0: one a partition, two of its own
+L2_BYTES = 32 << 20  # of 50 MB: what a program's heads read again and again; the rest is for what streams through
+REGISTERS = 65536  # of an SM
+LAUNCH_REGISTERS = 168  # a thread at launch: REGISTERS over three warpgroups, before these trade them
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+HEAD_DIMS = (64, 128)
+
+
+# -- barriers that warps meet at by number: a warp arrives and goes on, where an mbarrier would have its warpgroup meet
+
+
+@gluon.constexpr_function
+def barrier_asm(verb, threads):
+    """PTX for one thread."""
+    return f"bar.{verb} $1, {threads}; mov.u32 $0, $1;"
+
+
+@gluon.jit
+def sync(barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Wait, with all WARPS of this partition, until THREADS have come to the barrier. Each thread has one element."""
+    thread = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    asm: gl.constexpr = barrier_asm("sync", THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [thread * 0 + barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive(barrier, THREADS: gl.constexpr):
+    """Come to the barrier, with the four warps of this partition, without waiting."""
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    asm: gl.constexpr = barrier_asm("arrive", THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [thread * 0 + barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# -- shared memory on its way from one warp to another
+
+
+@aggregate
+class Pipe:
+    """DEPTH tiles of shared memory. Tiles are numbered from 0 as they come; number n lies in slot n % DEPTH.
+
+    full[slot] is signalled by the copy engine when all bytes have landed, empty[slot] by each reader when it is done.
+    """
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    DEPTH: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, full, empty, DEPTH):
+        self.tiles = tiles
+        self.full = full
+        self.empty = empty
+        self.DEPTH = gl.constexpr(DEPTH)
+
+    @gluon.jit
+    def tile(self, number):
+        """The shared memory of a tile."""
+        return self.tiles.index(number % self.DEPTH)
+
+    @gluon.jit
+    def wait_full(self, number, pred=True):
+        """Wait for the copy engine to have filled a tile."""
+        mbarrier.wait(self.full.index(number % self.DEPTH), number // self.DEPTH & 1, pred=pred)
+
+    @gluon.jit
+    def wait_empty(self, number):
+        """Wait for the readers of the tile that had the slot before."""
+        mbarrier.wait(self.empty.index(number % self.DEPTH), (number // self.DEPTH & 1) ^ 1)
+
+    @gluon.jit
+    def release(self, number):
+        """Say that this warpgroup has read a tile."""
+        mbarrier.arrive(self.empty.index(number % self.DEPTH), count=1)
+
+    @gluon.jit
+    def load(self, number, descriptor, batch, head, row):
+        """Order the copy of a tile from row `row` of a [B, H, S, D] tensor, once its slot is empty."""
+        self.wait_empty(number)
+        full = self.full.index(number % self.DEPTH)
+        mbarrier.expect(full, descriptor.block_type.nbytes)
+        copy_in(descriptor, [batch, head, row, 0], full, self.tiles.index(number % self.DEPTH))
+
+
+@gluon.jit
+def make_pipe(dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, readers: gl.constexpr):
+    """A Pipe of [BLOCK, D] tiles, each released by `readers` warpgroups."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
+    barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    tiles = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK, D], layout)
+    full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
+    empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
+    for slot in gl.static_range(DEPTH):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=readers)
+    return Pipe(tiles, full, empty, DEPTH)
+
+
+# -- which tiles a program works on
+
+
+@aggregate
+class Job:
+    """A tile of rows and the tiles of columns they see: `edges` that are masked, then the full ones.
+
+    Rows and columns are queries and keys in the forward, keys and queries in the backward.
+    """
+
+    batch: gl.tensor
+    head: gl.tensor
+    head_kv: gl.tensor
+    first: gl.tensor
+    lo: gl.tensor
+    tiles: gl.tensor
+    edges: gl.tensor
+    full_from: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, batch, head, head_kv, first, lo, tiles, edges, full_from):
+        self.batch = batch
+        self.head = head
+        self.head_kv = head_kv
+        self.first = first
+        self.lo = lo
+        self.tiles = tiles
+        self.edges = edges
+        self.full_from = full_from
+
+
+@gluon.jit
+def tile_run(start, end, first, last, BLOCK: gl.constexpr):
+    """The tiles that rows first..last see: where they begin, how many, and which and how many every row sees whole."""
+    lo = gl.load(start + first)
+    hi = gl.load(end + last)
+    all_from = gl.load(start + last)
+    all_to = gl.load(end + first)
+    tiles = gl.cdiv(hi - lo, BLOCK)
+    full_from = gl.minimum(gl.cdiv(all_from - lo, BLOCK), tiles)
+    return lo, tiles, full_from, gl.maximum((all_to - lo) // BLOCK, full_from) - full_from
+
+
+# -- scores
+
+
+@gluon.jit
+def visible(start, end, index):
+    """Which of the indices lie in each row's start:end, [rows, indices]. One comparison: unsigned wraps below start."""
+    past_start = (gl.expand_dims(index, 0) - gl.expand_dims(start, 1)).to(gl.uint32, bitcast=True)
+    return past_start < gl.expand_dims((end - start).to(gl.uint32, bitcast=True), 1)
+
+
+@gluon.jit
+def cap(s, cap_scale):
+    """tanh(s scale / softcap), with cap_scale = 2 log2(e) scale / softcap."""
+    return 1.0 - 2.0 / (1.0 + gl.exp2(s * cap_scale))
+
+
+# -- launch
+
+
+def check_registers(consumer: int, producer: int) -> None:
+    """Raise ValueError unless setmaxnreg takes both, and two consumers and a producer fit an SM."""
+    used = 128 * (CONSUMERS.value * consumer + producer)  # the producer's warp is padded to a warpgroup
+    if used > REGISTERS or consumer % 8 or producer % 8:
+        raise ValueError(
+            f"registers must be multiples of 8, and those of 2 consumers and a producer at most {REGISTERS}, "
+            f"got {consumer} and {producer} a thread: {used}"
+        )
+
+
+def tiles(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """x [B, S, H, D] as the copy engine addresses it: [B, H, S, D] in tiles of rows x columns, by default all of D."""
+    B, S, H, D = x.shape
+    # A dimension of size 1 may have any stride; the copy engine wants a multiple of 16 bytes all the same.
+    strides = [D if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
+    block = (1, 1, rows, columns or D)
+    return TensorDescriptor(x, [B, H, S, D], [*strides, 1], [*block], tile_layout(block, x.dtype))
+
+
+@functools.cache
+def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How the copy engine lays a tile out in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([*block], DTYPES[dtype])
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# -- what can be asked for
+
+
+def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
+    """None, or why not: the tail of "kernel=hopper ..." for queries like q and keys and values like k."""
+    if not q.is_cuda or arch(q) != 90:
+        where = f"one of {arch(q) / 10}" if q.is_cuda else f"device {q.device}"
+        return f"needs a GPU of compute capability 9.0, got {where}; kernel=portable runs on others"
+    if triton_version() not in TESTED:
+        return f"was tested with triton {', '.join(TESTED)}, got {triton.__version__}; kernel=portable takes any"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, got {q.dtype}; kernel=portable takes float32"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"takes head_dim {' and '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}; kernel=portable takes others"
+    return portable_forward.supports(q, k, softcap)
+
+
+def check_inputs(q: Tensor, k: Tensor, scale: float, softcap: float | None, **others: Tensor) -> None:
+    """Raise ValueError unless the kernels take these; others: v as k is, dout as q is."""
+    if reason := supports(q, k, softcap):
+        raise ValueError(f"kernel=hopper {reason}")
+    portable_forward.check_inputs(q, k, scale, softcap, **others)
+    check_addresses(**others)
+
+
+def check_rows(like: Tensor, **tensors: Tensor) -> None:
+    """Raise ValueError unless each is fp32 and [B, S, H, D] or [B, H, S] of `like`, the former as TMA takes it."""
+    portable_forward.check_rows(like, **tensors)
+    check_addresses(**{name: x for name, x in tensors.items() if x.dim() == 4})
+
+
+def check_addresses(**tensors: Tensor) -> None:
+    """Raise ValueError unless the copy engine can address each."""
+    for name, x in tensors.items():
+        if reason := tma_refusal(name, x):
+            raise ValueError(f"kernel=hopper {reason}")
