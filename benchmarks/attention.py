@@ -4,6 +4,7 @@
     python benchmarks/attention.py --quick                           # a GPU, two cases, under 2 minutes
     python benchmarks/attention.py                                   # a GPU, all cases, under 8 minutes
     python benchmarks/attention.py --cases packed '1,8,8,64k,128 causal' --only ringflash cuDNN
+    python benchmarks/attention.py --against ../other --only hopper  # this version and another, in turns
     python benchmarks/attention.py --sweep                           # tile sizes of the portable kernels, best first
 
 A case is `B,Hq,Hkv,S,D mask` (benchmarks/cases.py); --cases takes parts of the listed names, or a case of your own.
@@ -183,6 +184,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=[], metavar="CASE", help="parts of names, or whole cases")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of kernels' names")
     parser.add_argument("--seconds", type=float, default=0.4, help="of measuring, for each figure (%(default)s)")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="another version of ringflash, timed beside this"
+    )
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
     parser.add_argument("--commit", help="named in the report where the checkout has no .git")
     parser.add_argument(
@@ -211,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("; ".join(f"{name} {value}" for name, value in facts.items()), f"inputs {options.dtype}", "", sep="\n")
     if options.sweep is not None:
         return sweep.main(options.sweep or list(sweep.TARGETS), dtype, device, options.out, facts)
-    entrants = peers.contenders(device)
+    entrants = peers.contenders(device, options.against and peers.imported(options.against))
     unwanted = [c.name for c in entrants if options.only and not any(part in c.name for part in options.only)]
     absent = dict.fromkeys(unwanted, "not asked for (--only)")
     file = options.out / f"attention-{report.slug(device)}.json"

@@ -8,6 +8,7 @@ before the clock starts: our AttentionPlan, FlexAttention's BlockMask, the docum
 |---|---|
 | ringflash NAME | `ring_attention(..., kernel=NAME)` on a ring of one: `flash_attention` with the plan made before |
 | ringflash deterministic | the same with kernel="hopper" and deterministic=True |
+| other NAME | the same of another checkout: `git worktree add ../other REVISION`, then `--against ../other` |
 | torch FA2 | SDPA, FLASH_ATTENTION, enable_gqa; windows and documents through its operator, which SDPA lacks |
 | torch cuDNN | SDPA, CUDNN_ATTENTION, enable_gqa; has neither windows nor documents |
 | FlexAttention | torch.compile, static shapes, default options, enable_gqa, a BlockMask of 128 x 128 |
@@ -17,19 +18,28 @@ before the clock starts: our AttentionPlan, FlexAttention's BlockMask, the docum
 
 from __future__ import annotations
 
+import atexit
 import functools
+import importlib
 import itertools
+import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import ringflash
 from benchmarks.cases import Case
 from benchmarks.checks import Attention
-from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, kernels, ring_attention
+from ringflash import IntervalMask, kernels
 
 BASELINE = {"cuda": "torch cuDNN", "cpu": "torch flash"}  # what the table's ratios are to
 FLEX_BLOCK = 128
@@ -49,13 +59,18 @@ class Contender:
     ours: bool = False
 
 
-def contenders(device: torch.device) -> list[Contender]:
-    """All of them, ours first, fastest first."""
+def contenders(device: torch.device, other: ModuleType | None = None) -> list[Contender]:
+    """All of them, ours first, fastest first; other: another version of ringflash, from `imported`."""
     ours = [
         Contender(f"ringflash {name}", functools.partial(_ringflash, name), ours=True) for name in kernels.FASTEST_FIRST
     ]
     bit_equal = functools.partial(_ringflash, "hopper", deterministic=True)  # the other kernels always are
     ours.append(Contender("ringflash deterministic", bit_equal, ours=True))
+    if other is not None:
+        ours += [
+            Contender(f"other {name}", functools.partial(_ringflash, name, package=other))
+            for name in kernels.FASTEST_FIRST
+        ]
     gpu = [
         Contender("torch FA2", _fa2),
         Contender("torch cuDNN", _cudnn),
@@ -85,17 +100,33 @@ def versions() -> dict[str, str]:
 # -- ours
 
 
-def _ringflash(name: str, case: Case, q: Tensor, k: Tensor, deterministic: bool = False) -> Attention:
+def _ringflash(
+    name: str, case: Case, q: Tensor, k: Tensor, deterministic: bool = False, package: ModuleType = ringflash
+) -> Attention:
     if name == "blocked" and q.is_cuda:
         raise Absent("plain torch for CPUs; it would take minutes here")
     try:
-        kernels.select(q, k, None, name)
+        package.kernels.select(q, k, None, name)
     except (ValueError, ImportError) as error:
         raise Absent(str(error)) from error
     if name != "blocked" and not q.is_cuda:
         raise Absent("runs here only in Triton's interpreter, which tells nothing of its speed")
-    plan = AttentionPlan(case.mask(), Layout.contiguous(case.length, 1), Loopback(1, q.device))
-    return lambda q, k, v: ring_attention(q, k, v, plan, kernel=name, deterministic=deterministic)
+    mask = package.IntervalMask(case.mask().lo, case.mask().hi, case.length)
+    plan = package.AttentionPlan(mask, package.Layout.contiguous(case.length, 1), package.Loopback(1, q.device))
+    return lambda q, k, v: package.ring_attention(q, k, v, plan, kernel=name, deterministic=deterministic)
+
+
+def imported(checkout: Path) -> ModuleType:
+    """The ringflash of another checkout: a copy of its files in which the package is called ringflash_other."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)  # not before: kernels are compiled from their source when first called
+    shutil.copytree(checkout / "ringflash", folder / "ringflash_other", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in folder.rglob("*.py"):
+        file.write_text(re.sub(r"\bringflash\b", "ringflash_other", file.read_text()))
+    sys.path.insert(0, str(folder))
+    other = importlib.import_module("ringflash_other")
+    importlib.import_module("ringflash_other.kernels")
+    return other
 
 
 # -- torch

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.cases import CPU_QUICK, GPU_CASES, Case
 from ringflash import kernels
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(folder, *arguments):
@@ -24,6 +26,13 @@ def run(folder, *arguments):
 
 def row_of(contents, kernel, direction="both"):
     return next(r for r in contents["rows"] if r["kernel"] == kernel and r["direction"] == direction)
+
+
+def test_another_checkout_is_timed_beside_this_one(tmp_path):
+    code, contents = run(tmp_path, "--against", str(ROOT), "--only", "blocked")
+    assert code == 0
+    for name in ("ringflash blocked", "other blocked"):
+        assert row_of(contents, name, "backward")["status"] == "timed"
 
 
 def test_a_quick_run_ends_with_a_table_a_plot_and_json(tmp_path, capsys):
