@@ -3,6 +3,8 @@
 #
 #   benchmarks/gpu.sh tests        kernels against float64, every mask kind               4 minutes on an H100 with pytest-xdist, else 15
 #   benchmarks/gpu.sh attention    the kernels beside their peers: table, JSON, plot      7 minutes
+#   benchmarks/gpu.sh ring         one rank's share of rings: table, JSON, plot           3 minutes
+#   benchmarks/gpu.sh sanitizer    memcheck and racecheck on small sizes                  1 minute
 #   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +19,16 @@ tests)
     ;;
 attention)
     timeout 540 python3 benchmarks/attention.py --out "$out" "${@:2}"
+    ;;
+ring)
+    timeout 480 python3 benchmarks/ring.py --out "$out" "${@:2}"
+    ;;
+sanitizer)
+    # racecheck reports one hazard, in Triton's own dispatch of warp groups: docs/kernels.md.
+    for tool in memcheck racecheck; do
+        timeout 120 compute-sanitizer --tool "$tool" python3 -m pytest -m gpu -p no:cacheprovider \
+            tests/kernels/test_hopper_gpu.py -k "written or strided" | tee "$out/$tool.txt"
+    done
     ;;
 training)
     # Documents of more than 131072 bytes, so that every sequence is one causal document: the most work there can be.
@@ -34,7 +46,7 @@ PY
     cat "$out/training.jsonl"
     ;;
 *)
-    sed -n '2,6p' "$0"
+    sed -n '2,8p' "$0"
     exit 2
     ;;
 esac
