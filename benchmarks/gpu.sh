@@ -15,7 +15,7 @@ tests)
     # Most of it is compiling, which workers share where pytest-xdist is installed.
     workers=()
     if python3 -c "import xdist" 2> /dev/null; then workers=(-n "${WORKERS:-6}"); fi
-    timeout 1200 python3 -m pytest -m gpu "${workers[@]}" -p no:cacheprovider --tb=short tests/kernels
+    timeout 1200 python3 -m pytest -m gpu "${workers[@]}" -p no:cacheprovider --tb=short tests/kernels tests/ring
     ;;
 attention)
     timeout 540 python3 benchmarks/attention.py --out "$out" "${@:2}"
