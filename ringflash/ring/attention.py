@@ -198,28 +198,31 @@ def _backward(
         (_GradientsOnTheirWay(plan, k, heads, kv.about), *heads)
         for heads in _halves(q[0].shape[2], k[0].shape[2], plan)
     ]
-    lanes = Lanes(len(parts), plan.ring.device)
-    for s in [*range(1, plan.ring.size), 0]:
-        kv.arrive()
-        lanes.fork()
-        if s > 0:
-            with lanes.on(lanes.last):  # here both are done with hop s - 1, whose buffer this fills
-                kv.send_for(s + 1)
-        for lane, (dkv, of_q, of_k) in enumerate(parts):
-            with lanes.on(lane):
-                dkv.arrive(s)
-                for i, hop in enumerate(plan.hops[s]):
-                    k_here, v_here = kv.at(s, i)
-                    dk, dv = dkv.at(i)
-                    for intervals in hop.intervals:
-                        call.kernel.backward(
-                            dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k],
-                            lse[i][:, of_q], delta[i][:, of_q], intervals,
-                            scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
-                        )  # fmt: skip
-                if s > 0:
-                    dkv.send_after(s)
-    lanes.join()
+
+    def add(s: int, i: int, dkv: _GradientsOnTheirWay, of_q: slice, of_k: slice) -> None:
+        """What hop s gives local rank i, for some of the heads."""
+        (k_here, v_here), (dk, dv) = kv.at(s, i), dkv.at(i)
+        for intervals in plan.hops[s][i].intervals:
+            call.kernel.backward(
+                dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k],
+                lse[i][:, of_q], delta[i][:, of_q], intervals,
+                scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
+            )  # fmt: skip
+
+    with Lanes(len(parts), plan.ring.device) as lanes:
+        for s in [*range(1, plan.ring.size), 0]:
+            kv.arrive()
+            lanes.fork()
+            if s > 0:
+                with lanes.on(lanes.last):  # here both are done with hop s - 1, whose buffer this fills
+                    kv.send_for(s + 1)
+            for lane, (dkv, of_q, of_k) in enumerate(parts):
+                with lanes.on(lane):
+                    dkv.arrive(s)
+                    for i in range(len(q)):
+                        add(s, i, dkv, of_q, of_k)
+                    if s > 0:
+                        dkv.send_after(s)
     dk, dv = (torch.empty(len(k) * k[0].shape[0], *k[0].shape[1:], dtype=dtype, device=k[0].device) for _ in range(2))
     for dkv, _, of_k in parts:
         for i, into in enumerate(zip(_by_rank(dk, len(k)), _by_rank(dv, len(k)), strict=True)):

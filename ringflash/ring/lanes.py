@@ -10,7 +10,7 @@ other's ends:
 (The forward runs whole: it gains 1 percent by halves where a hop is short, and loses 3 where it is long.)
 
 Lane 0 is the current stream, so what the caller does before and after needs no care; lane 1 waits for it at `fork`, and
-it for lane 1 at `join`. Memory allocated before the first fork may be used on both until the join.
+it for lane 1 at the end. Memory allocated before the first fork may be used on both until then.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import torch
 
 
 class Lanes:
-    """One lane or two, on a device; on the CPU there is one order of things and nothing to wait for."""
+    """One lane or two, on a device, as a context; on the CPU there is one order of things and nothing to wait for."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.last = count - 1
-        self._other = _second_stream(device) if device.type == "cuda" and count == 2 else None
+        self._other = None
+        if device.type == "cuda" and count == 2:
+            self._other = _second_stream(torch.cuda.current_device() if device.index is None else device.index)
 
     def on(self, lane: int) -> AbstractContextManager:
         """While entered, what is launched is queued on this lane."""
@@ -37,12 +39,15 @@ class Lanes:
         if self._other is not None:
             self._other.wait_stream(torch.cuda.current_stream(self._other.device))
 
-    def join(self) -> None:
-        """Have lane 0 wait for what lane 1 has queued."""
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Have lane 0 wait for what lane 1 has queued, also where something went wrong on the way."""
         if self._other is not None:
             torch.cuda.current_stream(self._other.device).wait_stream(self._other)
 
 
 @functools.cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
+def _second_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

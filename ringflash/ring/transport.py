@@ -61,13 +61,15 @@ class Loopback:
         self.device = torch.device(device)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
-        """Copy at once, in the order of the current stream."""
+        """Copy at once, in the order of the current stream; whatever stream waits, waits for that."""
         sent = {(message.source, message.destination): message.tensor for message in outgoing}
         for message in incoming:
             message.tensor.copy_(sent.pop((message.source, message.destination)))
         if sent:
             raise ValueError(f"{about}: messages between ranks {sorted(sent)} were sent and not received")
-        return _Done()
+        if self.device.type == "cpu":
+            return _Done()
+        return _Copied(torch.cuda.current_stream(self.device).record_event())
 
 
 class ProcessRing:
@@ -108,6 +110,15 @@ class ProcessRing:
 class _Done:
     def wait(self) -> None:
         """Nothing is under way."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Copied:
+    event: torch.cuda.Event
+
+    def wait(self) -> None:
+        """Have the current stream wait for the copies."""
+        self.event.wait()
 
 
 @dataclass(frozen=True, eq=False)

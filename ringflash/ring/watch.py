@@ -80,7 +80,11 @@ class Watch:
             self._passed(self._waits.popleft())
 
     def take(self) -> dict[str, float]:
-        """What the hops since the last call cost: seconds of waiting that no computing hid, GiB received, hops."""
+        """What the hops since the last call cost: seconds of waiting, GiB received, hops.
+
+        Waiting is that of streams for transfers. In the backward, where two lanes take turns, one may have computed
+        while the other waited: there it is an upper bound of what no computing hid.
+        """
         with self._lock:
             self._advance()
             taken = {"ring_wait_seconds": self._exposed, "ring_gib": self._bytes / 2**30, "ring_hops": self._hops}

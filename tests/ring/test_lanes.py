@@ -1,4 +1,4 @@
-"""Two lanes are two streams, ordered only by fork and join; on the CPU there is one order."""
+"""Two lanes are two streams, ordered only by the fork and the end; on the CPU there is one order."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ import pytest
 import torch
 
 from ringflash.ring.lanes import Lanes
+from ringflash.ring.transport import Loopback, Message
 
 CYCLES = 50_000_000  # about 30 ms: long beside what is launched meanwhile
 
 
 def test_on_the_cpu_lanes_are_one_after_the_other():
-    lanes, order = Lanes(2, torch.device("cpu")), []
-    lanes.fork()
-    for lane in (0, 1):
-        with lanes.on(lane):
-            order.append(lane)
-    lanes.join()
+    order = []
+    with Lanes(2, torch.device("cpu")) as lanes:
+        lanes.fork()
+        for lane in (0, 1):
+            with lanes.on(lane):
+                order.append(lane)
     assert order == [0, 1]
     assert lanes.last == 1
 
 
 @pytest.mark.gpu
-def test_lane_1_waits_at_the_fork_and_lane_0_at_the_join():
+def test_lane_1_waits_at_the_fork_and_lane_0_at_the_end():
     device = torch.device("cuda")
-    lanes, x = Lanes(2, device), torch.zeros(1, device=device)
-    torch.cuda._sleep(CYCLES)
-    x.fill_(1)
-    lanes.fork()
-    with lanes.on(1):
-        seen = x.clone()
+    x = torch.zeros(1, device=device)
+    with Lanes(2, device) as lanes:
         torch.cuda._sleep(CYCLES)
-        x.fill_(2)
-    lanes.join()
+        x.fill_(1)
+        lanes.fork()
+        with lanes.on(1):
+            seen = x.clone()
+            torch.cuda._sleep(CYCLES)
+            x.fill_(2)
     assert (seen.item(), x.clone().item()) == (1, 2)
 
 
@@ -51,3 +52,16 @@ def test_lanes_run_beside_each_other_and_one_lane_is_the_current_stream():
     with Lanes(1, device).on(0):
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_a_loopback_copy_is_waited_for_by_whatever_stream_waits():
+    device = torch.device("cuda")
+    source, target = torch.ones(1, device=device), torch.zeros(1, device=device)
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(CYCLES)
+        transfer = Loopback(2, device).exchange([Message(0, 1, source)], [Message(0, 1, target)], "test")
+    transfer.wait()
+    assert target.clone().item() == 1
