@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ringflash.errors import ConfigError
+from ringflash.kernels import FASTEST_FIRST
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.attention import ring_attention
@@ -78,6 +79,8 @@ class ModelConfig:
             raise ConfigError(
                 "model.path is not set: model=pretrained starts from model.path=FOLDER, a Hugging Face model"
             )
+        if self.kernel not in ("auto", *FASTEST_FIRST):
+            raise ConfigError(f"model.kernel={self.kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
 
@@ -127,6 +130,8 @@ def ring_attention_forward(
     if sliding_window is not None:
         plan = plan.window(sliding_window - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:  # rotated in fp32, projected not
+        q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
     out = ring_attention(
         q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel, deterministic=deterministic,
         layer=getattr(module, "layer_idx", None),
@@ -135,23 +140,21 @@ def ring_attention_forward(
 
 
 def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
-    """Refuse positions that transformers made up for lack of any: counted from 0 on every shard.
+    """Refuse positions that are neither the sequence's nor a document's own, such as those that transformers makes up
+    for lack of any, counted from 0 on every shard.
 
-    A token that sees earlier ones is not at 0. On a GPU the comparison is left to the device, which stops the program:
-    nothing waits for it here.
+    On a GPU the comparison is left to the device, which stops the program: nothing waits for it here.
     """
-    told = "position_ids must be those of the sequence (plan.position_ids), but they begin at 0 where a shard does not"
-    inside, begins = plan.begins_inside, position_ids[:, 0]
-    if len(begins) % len(inside) == 0:
-        inside = inside.repeat_interleave(len(begins) // len(inside))
-    else:  # one row of positions for all
-        inside = inside.any(0, keepdim=True)
-    wrong = (inside & (begins == 0)).any()
-    if not wrong.is_cuda:
-        if wrong:
-            raise ValueError(told)
-        return
-    torch._assert_async(~wrong, told)
+    told = "position_ids must count from the beginning of the sequence (plan.position_ids) or of each document"
+    rows = max(len(position_ids), len(plan.positions_seen))
+    of_sequence = plan.position_ids(rows // len(plan.holders))
+    of_document = plan.positions_seen.repeat_interleave(rows // len(plan.positions_seen), dim=0)
+    past_end = of_sequence >= plan.layout.length
+    right = ((position_ids == of_sequence) | (position_ids == of_document) | past_end).all()
+    if right.is_cuda:
+        torch._assert_async(right, told)
+    elif not right:
+        raise ValueError(told)
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:

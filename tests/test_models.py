@@ -119,3 +119,14 @@ def test_a_model_that_would_train_wrongly_is_refused_with_its_field(fields, mess
         del architecture["head_dim"]
     with pytest.raises(ConfigError, match=message):
         build_model(ModelConfig(architecture=architecture))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_under_autocast_attention_takes_what_sdpa_takes(model_type):
+    tokens = torch.randint(1, 97, (1, 32))
+    ring, sdpa = tiny(model_type), tiny(model_type)
+    sdpa.set_attn_implementation("sdpa")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ring(**ring_inputs(tokens, tokens, ring=Loopback(2))).loss
+        expected = sdpa(input_ids=tokens, labels=tokens).loss
+    torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)

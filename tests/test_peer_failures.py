@@ -281,15 +281,20 @@ def test_positions_left_out_and_made_up_from_the_shard():
             del inputs["position_ids"]
             with pytest.raises(ValueError, match="position_ids"):
                 tiny(model_type)(**inputs)
+    for documents in ([4, 12], [4, 4, 8], [8, 8]):
+        inputs = ring_inputs(torch.randint(1, 97, (1, 16)), ring=Loopback(2), documents=documents)
+        del inputs["position_ids"]
+        with pytest.raises(ValueError, match="position_ids"):
+            tiny("qwen3")(**inputs)
 
 
 def test_positions_that_begin_again_with_each_document():
-    """They are as good as the sequence's own, where a document begins with a shard, too."""
-    tokens = torch.randint(1, 97, (1, 16))
-    inputs = ring_inputs(tokens, tokens, ring=Loopback(2), documents=[8, 8], layout="contiguous")
+    """They are as good as the sequence's own."""
+    tokens, documents = torch.randint(1, 97, (1, 16)), [3, 8, 5]
+    inputs = ring_inputs(tokens, tokens, ring=Loopback(2), documents=documents)
     expected = tiny("qwen3")(**inputs).loss
-    inputs["position_ids"] = inputs["position_ids"] % 8
-    torch.testing.assert_close(tiny("qwen3")(**inputs).loss, expected)
+    own = torch.cat([torch.arange(length) for length in documents])[None]
+    torch.testing.assert_close(tiny("qwen3")(**inputs | {"position_ids": inputs["plan"].shard(own)}).loss, expected)
 
 
 def on_processes(tokens, labels):

@@ -219,7 +219,7 @@ def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
     """None, or why not: the tail of "kernel=hopper ..." for queries like q and keys and values like k."""
     if not q.is_cuda or arch(q) != 90:
         where = f"one of {arch(q) / 10}" if q.is_cuda else f"device {q.device}"
-        return f"needs a GPU of compute capability 9.0, got {where}; kernel=portable runs on others"
+        return f"needs a GPU of compute capability 9.0, got {where}; kernel=auto takes what runs there"
     if triton_version() not in TESTED:
         return f"was tested with triton {', '.join(TESTED)}, got {triton.__version__}; kernel=portable takes any"
     if q.dtype not in (torch.float16, torch.bfloat16):

@@ -1,13 +1,14 @@
 """What a layout would cost: the predicted time of one attention layer, forward and backward, on a ring.
 
-On hop s, rank r computes with the keys of rank (r - s) mod ranks. Keys for a hop set off when both ranks have those of
-the hop before and are done with the one before that, whose buffer they fill; a rank never waits for all others:
+On hop s, rank r computes with the keys of rank (r - s) mod ranks; the forward begins with its own, hop 0, and the
+backward ends with them. Keys for a hop set off when both ranks have those of the hop before and are done with the one
+before that, whose buffer they fill; a rank never waits for all others:
 
     ready(r, s)   = max(done(r, s - 2), arrived(r, s - 1))
     arrived(r, s) = max(ready(r, s), ready(r - 1, s)) + bytes to r for hop s x time a byte
     done(r, s)    = max(done(r, s - 1), arrived(r, s)) + pairs(r, s) x time a pair + HOP
                     done(r, s - 1) where it sees none of the keys
-    time          = max(done(r, last), arrived(r, last)) over all ranks
+    time          = max(done(r, last), arrived(r, last)) over all ranks, of the forward and of the backward
 
 Both follow from mask and layout alone. Contiguous runs send least and balance worst, zigzag balances a causal mask,
 balanced layouts balance documents and send more: which is fastest depends on documents, windows, heads and links.
@@ -29,16 +30,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.plan import routes
 
-# Forward 4 operations a pair, head and dimension; backward 2.5 times that.
-FLOPS_A_PAIR = 4 * 3.5
-# Seconds that a hop after the first takes besides its pairs, forward and backward: launches, partly filled tiles, the
-# running result read and written once more.
-HOP = 50e-6
+# Operations a pair, head and dimension, forward and backward.
+FORWARD, BACKWARD = 4, 10
+# Seconds that a hop other than 0 takes besides its pairs, in either pass: launches, partly filled tiles, the running
+# result read and written once more.
+HOP = 25e-6
 # A predicted gain below this is not worth a layout of shorter runs.
 WORTH = 0.02
 
@@ -103,18 +105,30 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
     ranks = layout.ranks
     hop = (torch.arange(ranks)[:, None] - torch.arange(ranks)) % ranks  # of rank and source
     seen = torch.zeros(ranks, ranks, dtype=torch.int64).scatter_(1, hop, layout.pairs(mask))  # by rank and hop
-    computing = seen * (FLOPS_A_PAIR * heads.query * heads.dim / machine.flops)
-    computing[:, 1:] += HOP * (seen[:, 1:] > 0)
     ways = routes((mask,), layout)
+    keys, gradients = torch.zeros(2, ranks, ranks, dtype=torch.float64)  # tokens that come to a rank for a hop
+    for rank in range(ranks):
+        for s in range(1, ranks):
+            way = ways[(rank - s) % ranks]
+            keys[rank, s] = way.keys[s].tokens
+            gradients[rank, s] = way.gradients[s].tokens if s <= way.reach else 0
+    a_pair, a_token = heads.query * heads.dim / machine.flops, heads.key * heads.dim / machine.bytes_per_second
+    # Keys and values take 2 bytes a number, their gradients 4.
+    forward = _pass(seen * FORWARD * a_pair, seen, 4 * keys * a_token, own_keys_first=True)
+    backward = _pass(seen * BACKWARD * a_pair, seen, (4 * keys + 8 * gradients) * a_token, own_keys_first=False)
+    return forward + backward
+
+
+def _pass(computing: Tensor, seen: Tensor, sending: Tensor, own_keys_first: bool) -> float:
+    """Seconds of one pass; all by rank and hop: seconds of computing, pairs seen, seconds of receiving."""
+    ranks = len(seen)
     before = arrived = torch.zeros(ranks, dtype=torch.float64)  # before: done(s - 2), at the head of the loop
-    done = computing[:, 0]
+    done = computing[:, 0] if own_keys_first else before
     for s in range(1, ranks):
-        here = [ways[(rank - s) % ranks] for rank in range(ranks)]
-        # Keys and values, 2 bytes, in both passes; their gradients, 4 bytes.
-        tokens = [8 * way.keys[s].tokens + (8 * way.gradients[s].tokens if s <= way.reach else 0) for way in here]
-        sending = torch.tensor(tokens, dtype=torch.float64) * heads.key * heads.dim / machine.bytes_per_second
         ready = torch.maximum(before, arrived)
-        arrived = torch.maximum(ready, ready.roll(1)) + sending
+        arrived = torch.maximum(ready, ready.roll(1)) + sending[:, s]
         before = done
-        done = torch.where(seen[:, s] > 0, torch.maximum(done, arrived) + computing[:, s], done)
+        done = torch.where(seen[:, s] > 0, torch.maximum(done, arrived) + computing[:, s] + HOP, done)
+    if not own_keys_first:
+        done = done + computing[:, 0]
     return float(torch.maximum(done, arrived).max())

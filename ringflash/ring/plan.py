@@ -180,21 +180,20 @@ class AttentionPlan:
         return positions.repeat_interleave(batch, dim=0).to(self.ring.device, non_blocking=True)
 
     @functools.cached_property
-    def begins_inside(self) -> Tensor:
-        """Whether the first token held sees earlier ones, bool [local ranks * batch], on the ring's device."""
-        first = [int(self.tokens.positions(rank)[0]) for rank in self.holders]
-        sees = [
-            torch.stack([mask.lo[:, i].expand(self.batch) < i for mask in self.masks]).any(0)
-            if i < self.layout.length
-            else torch.zeros(self.batch, dtype=torch.bool)
-            for i in first
-        ]
-        return torch.cat(sees).to(self.ring.device, non_blocking=True)
+    def positions_seen(self) -> Tensor:
+        """How many positions before each token held the earliest that it sees is: its place in its document, where no
+        window hides the beginning. int64 [local ranks * batch, n], on the ring's device; padding past the end has 0.
+        """
+        lo = torch.stack([mask.lo.expand(self.batch, -1) for mask in self.masks]).amin(0)
+        before = torch.arange(self.layout.length) - lo
+        return self.shard(before.clamp(min=0))
 
     def __str__(self) -> str:
-        rows = ["rank " + "".join(f"{f'hop {s}':>10}" for s in range(len(self.hops)))]
+        cells = [[self._summary(s, hop) for hop in hops] for s, hops in enumerate(self.hops)]
+        width = max(10, 2 + max(len(cell) for column in cells for cell in column))
+        rows = ["rank " + "".join(f"{f'hop {s}':>{width}}" for s in range(len(cells)))]
         for i, rank in enumerate(self.ring.local):
-            rows.append(f"{rank:>4} " + "".join(f"{self._summary(s, hops[i]):>10}" for s, hops in enumerate(self.hops)))
+            rows.append(f"{rank:>4} " + "".join(f"{column[i]:>{width}}" for column in cells))
         return "\n".join(rows)
 
     def _summary(self, s: int, hop: Hop) -> str:

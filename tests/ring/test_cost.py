@@ -78,10 +78,11 @@ def test_one_sequence_goes_zigzag_and_windows_stay_contiguous():
 
 def test_a_rank_waits_for_those_that_pass_its_keys_on():
     # Rank 0 computes on hop 0 alone. Ranks 1 and 2, with half of that to do there, share a document: 2's keys come to 1
-    # by way of 0, which passes them on when it is done.
+    # by way of 0, which in the forward passes them on when it is done.
     mask = IntervalMask.documents([16384, 8192, 16384, 8192])
     seconds = predict(mask, Layout.contiguous(3 * 16384, 3), LLAMA_8B, Machine(500e12, 1e30))
-    assert seconds == pytest.approx((16384**2 + 8192**2) * 14 * 32 * 128 / 500e12 + HOP)
+    whole, quarter = (tokens**2 * 32 * 128 / 500e12 for tokens in (16384, 8192))
+    assert seconds == pytest.approx(4 * (whole + quarter) + 10 * whole + HOP)
 
 
 def test_ranks_that_need_nobody_do_not_wait():

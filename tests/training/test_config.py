@@ -70,6 +70,7 @@ def test_every_setting_is_described_where_it_is_read():
         (["model.path=folder"], "model.path=folder and model.architecture"),
         (["model=pretrained"], "model.path is not set"),
         (["model.dtype=fp8"], "model.dtype=fp8 is not one of"),
+        (["model.kernel=hoper"], "model.kernel=hoper is not one of auto, hopper, portable, blocked"),
         (["memory.zero=4"], "memory.zero=4 is not one of 0, 1, 2, 3"),
         (["memory.loss_tile=0"], "memory.loss_tile=0"),
         (["parallel.layout=diagonal"], "parallel.layout=diagonal is not one of contiguous, zigzag, striped, auto"),
