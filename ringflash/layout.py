@@ -37,16 +37,6 @@ from torch import Tensor
 
 from ringflash.mask import IntervalMask
 
-# Zigzag gives way to a layout that leaves less than this part of its pairs between ranks.
-_WORTH = 0.9
-# More take seconds: swaps look at all pairs of chunks.
-_MOST_CHUNKS = 1024
-# What two chunks of different ranks that see each other cost besides their pairs, in a rank's mean pairs. On packed
-# documents 0.01 has fewer hops with work than 0, and 0.1 often does not balance.
-_CHARGE = 0.01
-# Of balance against pairs between ranks. Past the low weight, one that balances no better ends the search.
-_FIRST_WEIGHT, _LOW_WEIGHT = 0.1, 300.0
-
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -90,22 +80,21 @@ class Layout:
 
     @classmethod
     def balanced(cls, mask: IntervalMask, ranks: int, parts: int = 1, tolerance: float = 0.03) -> Layout:
-        """Equal tokens for all ranks, nearly equal (query, key) pairs, and as many of those as can be inside one rank.
+        """Chunks dealt out so that all ranks have the same number of tokens and nearly the same (query, key) pairs.
 
-        Contiguous runs, where no rank has more than `tolerance` above the mean under them; else their coarsest chunks
-        that swaps between ranks bring within it, or the best that up to 1024 chunks of 128 tokens or more give.
-        Zigzag, whose runs are longer, where it balances as well and hardly more pairs lie between ranks.
+        Zigzag, where no rank has more than `tolerance` above the mean under it; else the coarsest chunks that reach
+        that, or the best that chunks of 128 tokens or more give. In rounds, each rank gets one chunk: the most work to
+        whom has least so far. Then chunks are swapped between the busiest rank and others while that helps.
+        Dealing spreads a document over all ranks, which balances each hop as well: a ring goes hop by hop, gradients
+        from rank to rank, so that work kept inside one rank has the others wait for it.
         """
-        best, zigzag = cls.contiguous(mask.queries, ranks, parts), cls.zigzag(mask.queries, ranks, parts)
-        per_rank, most = 8, min(_MOST_CHUNKS, mask.queries // (128 * parts)) // ranks
-        while best.imbalance(mask) > tolerance and per_rank <= most:
-            layout = _swapped(mask, ranks, per_rank, parts, tolerance)
+        layout = best = cls.zigzag(mask.queries, ranks, parts)
+        per_rank = 4
+        while best.imbalance(mask) > tolerance and layout.chunk >= 128 * parts:
+            layout = _dealt(mask, ranks, per_rank, parts)
             best = min(best, layout, key=lambda candidate: candidate.imbalance(mask))
             per_rank *= 2
-        if zigzag.imbalance(mask) > tolerance:
-            return min(best, zigzag, key=lambda candidate: candidate.imbalance(mask))
-        unbalanced = best.imbalance(mask) > tolerance
-        return zigzag if unbalanced or _WORTH * zigzag._apart(mask) <= best._apart(mask) else best
+        return best
 
     @classmethod
     def named(cls, name: str, length: int, ranks: int, parts: int = 1) -> Layout:
@@ -141,33 +130,6 @@ class Layout:
         """How much more (query, key) pairs the busiest rank has than the mean: 0.03 for 3 percent."""
         work = _chunk_work(mask, self.chunk, self.chunks.numel())[self.chunks].sum(1)
         return float(work.max() / work.mean().clamp(min=1e-9)) - 1
-
-    def pairs(self, mask: IntervalMask) -> Tensor:
-        """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
-
-        A rank's keys below a bound are those of its chunks before the bound's chunk, and some of that chunk's own.
-        """
-        ranks, count, chunk = self.ranks, self.chunks.numel(), self.chunk
-        owner = torch.empty(count, dtype=torch.int64)
-        owner[self.chunks] = torch.arange(ranks)[:, None].expand_as(self.chunks)
-        owned = torch.nn.functional.one_hot(owner, ranks).double()  # [chunks, ranks]
-        before = owned.cumsum(0) - owned  # chunks of each rank before a chunk
-        holder = owner[torch.arange(mask.queries) // chunk]
-
-        def keys_below(bound: Tensor) -> Tensor:
-            """Summed over each rank's queries: keys of each source below the bound, [ranks, ranks]."""
-            at = (bound // chunk).clamp(max=count - 1)  # a bound at the very end lies a whole chunk into the last one
-            cell, offset = (holder * count + at).flatten(), (bound - at * chunk).flatten()
-            number = torch.bincount(cell, minlength=ranks * count).view(ranks, count)
-            offsets = torch.bincount(cell, offset.double(), minlength=ranks * count).view(ranks, count)
-            return number.double() @ before * chunk + offsets @ owned  # whole numbers, exact below 2 ** 53
-
-        return (keys_below(mask.hi) - keys_below(mask.lo)).long()
-
-    def _apart(self, mask: IntervalMask) -> float:
-        """The share of (query, key) pairs whose query and key are on different ranks."""
-        pairs = self.pairs(mask)
-        return 1 - float(pairs.diagonal().sum()) / max(1, mask.area())
 
     def positions(self, rank: int) -> Tensor:
         """The global positions that a rank holds, ascending, int64 [shard_length]; at or past `length`: padding."""
@@ -217,73 +179,34 @@ def _chunk_work(mask: IntervalMask, chunk: int, count: int) -> Tensor:
     return torch.nn.functional.pad(pairs, (0, chunk * count - len(pairs))).view(count, chunk).sum(1)
 
 
-def _swapped(mask: IntervalMask, ranks: int, per_rank: int, parts: int, tolerance: float) -> Layout:
-    """Contiguous runs of per_rank chunks each, after swaps of chunks between ranks.
-
-    Balance weighs little at first and more until it is within `tolerance`, so that it costs as little as it can.
-    """
+def _dealt(mask: IntervalMask, ranks: int, per_rank: int, parts: int) -> Layout:
+    """Equal numbers of chunks to each rank, balanced by work."""
     chunk = _ceil(mask.queries, ranks * per_rank * parts) * parts
-    every_chunk = Layout(mask.queries, chunk, torch.arange(ranks * per_rank)[:, None])
-    swaps = _Swaps(every_chunk.pairs(mask).double(), torch.arange(ranks).repeat_interleave(per_rank), ranks)
-    before, weight = math.inf, _FIRST_WEIGHT
-    while swaps.imbalance() > tolerance and (weight <= _LOW_WEIGHT or swaps.imbalance() < before):
-        before = swaps.imbalance()
-        swaps.descend(weight)
-        weight *= 1.5
-    return Layout(mask.queries, chunk, swaps.owner.argsort(stable=True).view(ranks, per_rank))
+    work = _chunk_work(mask, chunk, ranks * per_rank)
+    load = torch.zeros(ranks, dtype=torch.float64)
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for cards in work.argsort(descending=True, stable=True).view(per_rank, ranks):
+        for card, rank in zip(cards.tolist(), load.argsort(stable=True).tolist(), strict=True):
+            hands[rank].append(card)
+            load[rank] += work[card]
+    chunks = torch.tensor(hands)
+    while _swap(chunks, work):
+        pass
+    return Layout(mask.queries, chunk, chunks.sort(1).values)
 
 
-class _Swaps:
-    """Chunks and the ranks that own them, improved by swapping two chunks of different ranks while that helps.
+def _swap(chunks: Tensor, work: Tensor) -> bool:
+    """Exchange one chunk of the busiest rank for another's, in place, so that the busier of the two gets least work.
 
-    What is lowered, in pairs, with `mean` the pairs of a rank if all had the same:
-
-        pairs between ranks + charge x chunk pairs between ranks + weight / mean x sum over ranks of (pairs - mean)^2
-
-    The charge is for rectangles that show next to nothing and yet are hops to compute. Sums are of whole numbers, so
-    exact in any order: every rank of a ring, whatever its CPU and threads, does the same swaps.
+    Returns whether there was an exchange that helps.
     """
-
-    def __init__(self, pairs: Tensor, owner: Tensor, ranks: int) -> None:
-        """pairs: float64 [chunks, chunks], of one's queries with the other's keys; owner: int64 [chunks]."""
-        self.owner, self.work = owner, pairs.sum(1)
-        self.load = torch.zeros(ranks, dtype=torch.float64).index_add_(0, owner, self.work)
-        self.mean = float(self.load.mean())
-        between = pairs + pairs.T
-        self.between = (between + (between > 0) * float(int(_CHARGE * self.mean))).fill_diagonal_(0)
-        # Between each chunk and all of each rank's chunks.
-        self.to_rank = self.between @ torch.nn.functional.one_hot(owner, ranks).double()
-
-    def imbalance(self) -> float:
-        return float(self.load.max()) / self.mean - 1
-
-    def descend(self, weight: float) -> None:
-        """The swap that helps most, again and again until none helps."""
-        change = self._change(torch.arange(len(self.owner)), weight)
-        while True:
-            a, b = divmod(int(change.argmin()), len(self.owner))
-            if float(change[a, b]) > -1e-6 * self.mean:
-                return
-            ranks = self.owner[[a, b]]
-            self._swap(a, b)
-            changed = torch.isin(self.owner, ranks).nonzero().flatten()
-            change[changed] = self._change(changed, weight)
-            change[:, changed] = change[changed].T
-
-    def _swap(self, a: int, b: int) -> None:
-        ranks = self.owner[[a, b]]
-        gain = self.work[b] - self.work[a]
-        self.load[ranks] += torch.stack([gain, -gain])
-        moved = self.between[:, b] - self.between[:, a]
-        self.to_rank[:, ranks] += torch.stack([moved, -moved], dim=1)
-        self.owner[[a, b]] = ranks.flip(0)
-
-    def _change(self, rows: Tensor, weight: float) -> Tensor:
-        """What swapping each chunk of `rows` with every chunk would add to what is lowered: [rows, chunks]."""
-        mine, theirs = self.owner[rows], self.owner
-        inside = self.to_rank.gather(1, self.owner[:, None])  # between a chunk and the rest of its rank
-        parted = inside[rows] - self.to_rank[rows][:, theirs] + inside.T - self.to_rank[:, mine].T
-        parted += 2 * self.between[rows]  # these two stay apart
-        gain = self.work - self.work[rows, None]
-        squares = 2 * gain * (self.load[mine, None] - self.load[theirs] + gain)
-        return (parted + squares * (weight / self.mean)).masked_fill_(mine[:, None] == theirs, 0)
+    load = work[chunks].sum(1)
+    busiest = int(load.argmax())
+    gain = work[chunks[busiest]][:, None, None] - work[chunks][None]  # [its chunks, ranks, their chunks]
+    after = torch.maximum(load[busiest] - gain, load[None, :, None] + gain)
+    best = int(after.argmin())
+    if float(after.flatten()[best]) >= float(load[busiest]) * (1 - 1e-9):
+        return False
+    mine, rank, theirs = torch.unravel_index(torch.tensor(best), after.shape)
+    chunks[busiest, mine], chunks[rank, theirs] = chunks[rank, theirs].clone(), chunks[busiest, mine].clone()
+    return True

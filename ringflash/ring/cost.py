@@ -1,14 +1,9 @@
 """What a layout would cost: the predicted time of one attention layer, forward and backward, on a ring.
 
-On hop s, rank r computes with the keys of rank (r - s) mod ranks; the forward begins with its own, hop 0, and the
-backward ends with them. Keys for a hop set off when both ranks have those of the hop before and are done with the one
-before that, whose buffer they fill; a rank never waits for all others:
+On hop s, rank r computes with the keys of rank (r - s) mod ranks while the keys of hop s + 1 and the gradients of
+hop s - 1 travel, so a hop takes as long as the slowest of its ranks' computing and sending, and
 
-    ready(r, s)   = max(done(r, s - 2), arrived(r, s - 1))
-    arrived(r, s) = max(ready(r, s), ready(r - 1, s)) + bytes to r for hop s x time a byte
-    done(r, s)    = max(done(r, s - 1), arrived(r, s)) + pairs(r, s) x time a pair + HOP
-                    done(r, s - 1) where it sees none of the keys
-    time          = max(done(r, last), arrived(r, last)) over all ranks, of the forward and of the backward
+    time = sum over hops of max(pairs of a rank x time a pair, bytes of a rank x time a byte)
 
 Both follow from mask and layout alone. Contiguous runs send least and balance worst, zigzag balances a causal mask,
 balanced layouts balance documents and send more: which is fastest depends on documents, windows, heads and links.
@@ -36,12 +31,9 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.plan import routes
 
-# Operations a pair, head and dimension, forward and backward.
-FORWARD, BACKWARD = 4, 10
-# Seconds that a hop other than 0 takes besides its pairs, in either pass: launches, partly filled tiles, the running
-# result read and written once more.
-HOP = 25e-6
-# A predicted gain below this is not worth a layout of shorter runs.
+# Forward 4 operations a pair, head and dimension; backward 2.5 times that.
+FLOPS_A_PAIR = 4 * 3.5
+# A predicted gain below this is not worth another layout than zigzag.
 WORTH = 0.02
 
 
@@ -63,15 +55,16 @@ class Heads:
 
 
 def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, parts: int = 1) -> tuple[str, Layout]:
-    """The layout with the least predicted time, and its name; of contiguous, zigzag and balanced the first near it."""
+    """The name and the layout with the least predicted time; zigzag where others gain next to nothing."""
     candidates = {
-        "contiguous": Layout.contiguous(mask.queries, ranks, parts),
         "zigzag": Layout.zigzag(mask.queries, ranks, parts),
+        "contiguous": Layout.contiguous(mask.queries, ranks, parts),
         "balanced": Layout.balanced(mask, ranks, parts),
     }
     seconds = {name: predict(mask, layout, heads, machine) for name, layout in candidates.items()}
-    least = min(seconds.values())
-    name = next(name for name in candidates if seconds[name] * (1 - WORTH) <= least)
+    name = min(seconds, key=seconds.__getitem__)
+    if seconds[name] > seconds["zigzag"] * (1 - WORTH):
+        name = "zigzag"
     return name, candidates[name]
 
 
@@ -101,34 +94,42 @@ def best_ulysses(
 
 
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
-    """Seconds of one layer's attention, forward and backward."""
+    """Seconds of one layer's attention, forward and backward, without what a kernel launch costs."""
     ranks = layout.ranks
+    by_source = pairs(mask, layout).double()
     hop = (torch.arange(ranks)[:, None] - torch.arange(ranks)) % ranks  # of rank and source
-    seen = torch.zeros(ranks, ranks, dtype=torch.int64).scatter_(1, hop, layout.pairs(mask))  # by rank and hop
+    computing = torch.zeros(ranks, ranks, dtype=torch.float64).scatter_(1, hop, by_source)  # of rank and hop
+    computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
+    sending = torch.zeros(ranks, dtype=torch.float64)  # the most any rank sends during a hop
     ways = routes((mask,), layout)
-    keys, gradients = torch.zeros(2, ranks, ranks, dtype=torch.float64)  # tokens that come to a rank for a hop
-    for rank in range(ranks):
-        for s in range(1, ranks):
-            way = ways[(rank - s) % ranks]
-            keys[rank, s] = way.keys[s].tokens
-            gradients[rank, s] = way.gradients[s].tokens if s <= way.reach else 0
-    a_pair, a_token = heads.query * heads.dim / machine.flops, heads.key * heads.dim / machine.bytes_per_second
-    # Keys and values take 2 bytes a number, their gradients 4.
-    forward = _pass(seen * FORWARD * a_pair, seen, 4 * keys * a_token, own_keys_first=True)
-    backward = _pass(seen * BACKWARD * a_pair, seen, (4 * keys + 8 * gradients) * a_token, own_keys_first=False)
-    return forward + backward
-
-
-def _pass(computing: Tensor, seen: Tensor, sending: Tensor, own_keys_first: bool) -> float:
-    """Seconds of one pass; all by rank and hop: seconds of computing, pairs seen, seconds of receiving."""
-    ranks = len(seen)
-    before = arrived = torch.zeros(ranks, dtype=torch.float64)  # before: done(s - 2), at the head of the loop
-    done = computing[:, 0] if own_keys_first else before
     for s in range(1, ranks):
-        ready = torch.maximum(before, arrived)
-        arrived = torch.maximum(ready, ready.roll(1)) + sending[:, s]
-        before = done
-        done = torch.where(seen[:, s] > 0, torch.maximum(done, arrived) + computing[:, s] + HOP, done)
-    if not own_keys_first:
-        done = done + computing[:, 0]
-    return float(torch.maximum(done, arrived).max())
+        keys = max(way.keys[s].tokens for way in ways)
+        gradients = max(way.gradients[s].tokens if s <= way.reach else 0 for way in ways)
+        # Keys and values, 2 bytes, in both passes; their gradients, 4 bytes.
+        sending[s - 1] += (2 * 2 * 2 * keys + 2 * 4 * gradients) * heads.key * heads.dim / machine.bytes_per_second
+    return float(torch.maximum(computing.max(0).values, sending).sum())
+
+
+def pairs(mask: IntervalMask, layout: Layout) -> Tensor:
+    """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
+
+    The keys of a source below a position are its whole chunks before it and a part of the chunk it lies in, if that is
+    the source's own. So a histogram over chunks of the intervals' bounds is enough.
+    """
+    ranks, count, chunk = layout.ranks, layout.chunks.numel(), layout.chunk
+    owner = torch.empty(count, dtype=torch.int64)
+    owner[layout.chunks] = torch.arange(ranks)[:, None].expand_as(layout.chunks)
+    owned = torch.nn.functional.one_hot(owner, ranks)  # [chunks, ranks]
+    before = owned.cumsum(0) - owned  # chunks of each rank before a chunk
+    holder = owner[torch.arange(mask.queries) // chunk]
+
+    def keys_below(bound: Tensor) -> Tensor:
+        """Summed over each rank's queries: keys of each source below the bound, [ranks, ranks]."""
+        inside = bound.clamp(max=count * chunk - 1)  # a bound at the very end lies a whole chunk into the last one
+        at, offset = inside // chunk, inside % chunk + (bound - inside)
+        cell = holder * count + at
+        number = torch.bincount(cell.flatten(), minlength=ranks * count).view(ranks, count)
+        offsets = torch.zeros(ranks * count, dtype=torch.int64).index_add_(0, cell.flatten(), offset.flatten())
+        return number @ before * chunk + offsets.view(ranks, count) @ owned
+
+    return keys_below(mask.hi) - keys_below(mask.lo)
