@@ -45,8 +45,8 @@ def test_a_balanced_layout_is_within_3_percent_on_packed_sequences(ranks):
 
 
 def test_a_balanced_layout_balances_hops_too():
-    # One document has 72 percent of all pairs. Balanced as a whole but not by hop, ranks would wait for each other twice
-    # as long again.
+    # One document has 72 percent of all pairs. Balanced as a whole but not by hop, ranks would wait for each other as
+    # long again.
     mask = IntervalMask.causal(131072) & IntervalMask.documents(lognormal_lengths(64, 131072))
     seconds = predict(mask, Layout.balanced(mask, 8), LLAMA_8B, Machine(500e12, 1e15))
     assert seconds <= 1.6 * mask.area() * 14 * 32 * 128 / 500e12 / 8
