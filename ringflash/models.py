@@ -146,9 +146,8 @@ def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
     On a GPU the comparison is left to the device, which stops the program: nothing waits for it here.
     """
     told = "position_ids must count from the beginning of the sequence (plan.position_ids) or of each document"
-    rows = max(len(position_ids), len(plan.positions_seen))
-    of_sequence = plan.position_ids(rows // len(plan.holders))
-    of_document = plan.positions_seen.repeat_interleave(rows // len(plan.positions_seen), dim=0)
+    known = plan.places.shape[1]
+    of_sequence, of_document = plan.places.repeat_interleave(max(1, len(position_ids) // known), dim=1)
     past_end = of_sequence >= plan.layout.length
     right = ((position_ids == of_sequence) | (position_ids == of_document) | past_end).all()
     if right.is_cuda:

@@ -67,10 +67,11 @@ from ringflash.kernels.portable_backward import delta
 from ringflash.kernels.portable_forward import LOG2_E, interval_stride, score_scales
 from ringflash.mask import Intervals
 
+__all__ = ["backward", "delta"]
+
 PUBLISHED = gl.constexpr(FIRST_BARRIER)  # 4: ds of each consumer, of even steps and of odd ones
 EMPTY = gl.constexpr(FIRST_BARRIER + 4)  # as many as there are stages, at most 3
 DONE = gl.constexpr(FIRST_BARRIER + 7)
-__all__ = ["backward", "delta"]
 
 
 @dataclass(frozen=True)

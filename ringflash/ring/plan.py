@@ -175,18 +175,25 @@ class AttentionPlan:
         return torch.cat(shards).to(self.ring.device, non_blocking=True)
 
     def position_ids(self, batch: int = 1) -> Tensor:
-        """Global position of each token held here, int64 [local ranks * batch, n], on the ring's device."""
-        positions = torch.stack([self.tokens.positions(rank) for rank in self.holders])
-        return positions.repeat_interleave(batch, dim=0).to(self.ring.device, non_blocking=True)
+        """Global position of each token held here, int64 [local ranks * batch, n], on the ring's device.
+
+        Called where a step's inputs are made, so that no layer waits for what is sent to the device.
+        """
+        return self.places[0, :: self.batch].repeat_interleave(batch, dim=0)
 
     @functools.cached_property
-    def positions_seen(self) -> Tensor:
-        """How many positions before each token held the earliest that it sees is: its place in its document, where no
-        window hides the beginning. int64 [local ranks * batch, n], on the ring's device; padding past the end has 0.
+    def places(self) -> Tensor:
+        """Where each token held is in the sequence, and how far before it the earliest that it sees is.
+
+        The latter is its place in its document, where no window hides the beginning. int64 [2, local ranks * batch, n],
+        on the ring's device.
         """
         lo = torch.stack([mask.lo.expand(self.batch, -1) for mask in self.masks]).amin(0)
-        before = torch.arange(self.layout.length) - lo
-        return self.shard(before.clamp(min=0))
+        seen_before = (torch.arange(self.layout.length) - lo).clamp(min=0)
+        positions = torch.stack([self.tokens.positions(rank) for rank in self.holders])
+        in_document = torch.cat([self.tokens.shard(seen_before, rank) for rank in self.holders])
+        both = torch.stack([positions.repeat_interleave(self.batch, dim=0), in_document])
+        return both.to(self.ring.device, non_blocking=True)
 
     def __str__(self) -> str:
         cells = [[self._summary(s, hop) for hop in hops] for s, hops in enumerate(self.hops)]
