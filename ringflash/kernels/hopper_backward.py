@@ -57,6 +57,7 @@ from ringflash.kernels.hopper_parts import (
     check_inputs,
     check_registers,
     check_rows,
+    column_tiles,
     make_pipe,
     sync,
     tile_run,
@@ -72,6 +73,9 @@ __all__ = ["backward", "delta"]
 PUBLISHED = gl.constexpr(FIRST_BARRIER)  # 4: ds of each consumer, of even steps and of odd ones
 EMPTY = gl.constexpr(FIRST_BARRIER + 4)  # as many as there are stages, at most 3
 DONE = gl.constexpr(FIRST_BARRIER + 7)
+# dq lies in shared memory 8 columns wide, [columns / 8, queries, 8]: 32 bytes a row, so that four rows, which is what
+# half a warp stores at a time, are 128 bytes in a row. Rows of 64 columns would meet in a bank, two by two.
+COLUMNS = gl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ class Shared:
     delta: gl.shared_memory_descriptor  # -delta
     full: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor  # two steps of one tile a consumer, [keys, queries]
-    dq: gl.shared_memory_descriptor  # one tile a consumer: half of the columns
+    dq: gl.shared_memory_descriptor  # a consumer's half of the columns, COLUMNS wide
     DEPTH: gl.constexpr
 
     @gluon.constexpr_function
@@ -297,6 +301,13 @@ def announce(number, WHO: gl.constexpr):
 
 
 @gluon.jit
+def stage_dq(dq_half, shared, call, WHO: gl.constexpr):
+    """This consumer's half of dq's columns into shared memory, as the copy engine will add it to dq."""
+    columns = dq_half.reshape([call.BLOCK_Q, call.D // 2 // COLUMNS, COLUMNS])
+    shared.dq.index(WHO).store((columns * call.scale).permute((1, 0, 2)))
+
+
+@gluon.jit
 def step(
     dk, dv, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
@@ -339,10 +350,10 @@ def step(
     tma.store_wait(0)  # the copy engine, reading dq of the step before out of the same shared memory
     dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but dk
     publish(ds, shared, number + 1, WHO)
-    shared.dq.index(WHO).store(dq_half * call.scale)
+    stage_dq(dq_half, shared, call, WHO)
     fence_async_shared()  # what threads wrote, made visible to tensor cores and copy engine
     announce(number + 1, WHO)
-    add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
+    add_out(dq, [batch, dq_head, WHO * (call.D // 2 // COLUMNS), dq_row, 0], shared.dq.index(WHO))
     shared.wait_full(number + 1, more)  # the copy engine and the producer
     dk, dv = warpgroup_mma_wait(0, deps=(dk_next, dv_next))  # the tensor cores
     arrive(EMPTY + slot, 288)
@@ -401,9 +412,9 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         dq_next = begin_dq(shared, number, call, WHO)
         tma.store_wait(0)
         dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
-        shared.dq.index(WHO).store(dq_half * call.scale)
+        stage_dq(dq_half, shared, call, WHO)
         fence_async_shared()
-        add_out(dq, [job.batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
+        add_out(dq, [job.batch, dq_head, WHO * (call.D // 2 // COLUMNS), dq_row, 0], shared.dq.index(WHO))
 
         # 4. k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
         sync(DONE, 256, 4)  # the other consumer
@@ -445,14 +456,17 @@ def backward_kernel(
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
+    """Shared memory, barriers, and a function for each group of warps.
+
+    For TMA, dq is [B, H, D / 8, S, 8] and all others are [B, H, S, D].
+    """
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
         queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, lse_factor, D, BLOCK_Q, CAPPED,
     )  # fmt: skip
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D // 2], gl.float32)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D // 2 // COLUMNS, BLOCK_Q, COLUMNS], gl.float32)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D], q.dtype)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
@@ -466,7 +480,7 @@ def backward_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
         full,
         gl.allocate_shared_memory(q.dtype, [4, ROWS, BLOCK_Q], ds_layout),
-        gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, D // 2], dq_layout),
+        gl.allocate_shared_memory(gl.float32, [2, D // 2 // COLUMNS, BLOCK_Q, COLUMNS], dq_layout),
         STAGES,
     )
     descriptors = (q, k, v, dout, dq, dk, dv)
@@ -526,7 +540,7 @@ def backward(
     with torch.cuda.device_of(q):
         backward_kernel[(B * Hkv * triton.cdiv(Skv, 2 * rows),)](
             *(tiles(q, t.block_q), tiles(k, rows), tiles(v, rows), tiles(dout, t.block_q)),
-            *(tiles(dq, t.block_q, D // 2), tiles(dk, rows), tiles(dv, rows)),
+            *(column_tiles(dq, t.block_q, COLUMNS.value), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),

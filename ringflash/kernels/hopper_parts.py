@@ -191,13 +191,29 @@ def check_registers(consumer: int, producer: int) -> None:
         )
 
 
-def tiles(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """x [B, S, H, D] as the copy engine addresses it: [B, H, S, D] in tiles of rows x columns, by default all of D."""
+def tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """x [B, S, H, D] as the copy engine addresses it: [B, H, S, D] in tiles of some rows and all of D."""
     B, S, H, D = x.shape
-    # A dimension of size 1 may have any stride; the copy engine wants a multiple of 16 bytes all the same.
-    strides = [D if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
-    block = (1, 1, rows, columns or D)
-    return TensorDescriptor(x, [B, H, S, D], [*strides, 1], [*block], tile_layout(block, x.dtype))
+    batch, head, row = _strides(x)
+    block = (1, 1, rows, D)
+    return TensorDescriptor(x, [B, H, S, D], [batch, head, row, 1], [*block], tile_layout(block, x.dtype))
+
+
+def column_tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x [B, S, H, D] as the copy engine addresses it: [B, H, D / columns, S, columns] in tiles of half of D."""
+    B, S, H, D = x.shape
+    batch, head, row = _strides(x)
+    block = (1, 1, D // 2 // columns, rows, columns)
+    shape, strides = [B, H, D // columns, S, columns], [batch, head, columns, row, 1]
+    return TensorDescriptor(x, shape, strides, [*block], tile_layout(block, x.dtype))
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of a [B, S, H, D] tensor, in the order B, H, S.
+
+    A dimension of size 1 may have any; the copy engine wants a multiple of 16 bytes all the same.
+    """
+    return [x.shape[3] if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
 
 
 @functools.cache
