@@ -47,17 +47,15 @@ from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpr
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
     L2_BYTES,
-    LAUNCH_REGISTERS,
     NEG_INF,
+    REGISTERS,
     ROWS,
     Job,
     Pipe,
     arrive,
     cap,
     check_inputs,
-    check_registers,
     check_rows,
-    column_tiles,
     make_pipe,
     sync,
     tile_run,
@@ -73,9 +71,6 @@ __all__ = ["backward", "delta"]
 PUBLISHED = gl.constexpr(FIRST_BARRIER)  # 4: ds of each consumer, of even steps and of odd ones
 EMPTY = gl.constexpr(FIRST_BARRIER + 4)  # as many as there are stages, at most 3
 DONE = gl.constexpr(FIRST_BARRIER + 7)
-# dq lies in shared memory 8 columns wide, [columns / 8, queries, 8]: 32 bytes a row, so that four rows, which is what
-# half a warp stores at a time, are 128 bytes in a row. Rows of 64 columns would meet in a bank, two by two.
-COLUMNS = gl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -84,22 +79,19 @@ class Tuning:
 
     block_q: int  # queries of a step
     stages: int  # query tiles, and tiles of dout, in shared memory: at most 3
-    consumer_registers: int = 240  # a thread, by setmaxnreg: multiples of 8
-    producer_registers: int = 24
 
     def __post_init__(self) -> None:
         if self.block_q not in (64, 128):
             raise ValueError(f"block_q must be 64 or 128, got {self.block_q}")
         if self.stages not in (2, 3):
             raise ValueError(f"stages must be 2 or 3, got {self.stages}")
-        check_registers(self.consumer_registers, self.producer_registers)
 
 
 # With 2 stages a consumer waits for the copy engine in every step: a tile is ordered when the one two before it has
 # been used up, and needed half a step later.
 TUNINGS = {
     64: Tuning(block_q=64, stages=3),
-    # dk and dv take 128 registers a thread, s and dp 64: 240 is what there is. 226 of 227 KB.
+    # dk and dv take 128 registers a thread, s and dp 64: two consumers' 240 is what there is. 226 of 227 KB.
     128: Tuning(block_q=64, stages=3),
 }
 
@@ -207,7 +199,7 @@ class Shared:
     delta: gl.shared_memory_descriptor  # -delta
     full: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor  # two steps of one tile a consumer, [keys, queries]
-    dq: gl.shared_memory_descriptor  # a consumer's half of the columns, COLUMNS wide
+    dq: gl.shared_memory_descriptor  # one tile a consumer: half of the columns
     DEPTH: gl.constexpr
 
     @gluon.constexpr_function
@@ -300,11 +292,39 @@ def announce(number, WHO: gl.constexpr):
     arrive(PUBLISHED + 2 * WHO + number % 2, 256)
 
 
+@gluon.constexpr_function
+def swapped(rows, columns):
+    """A [rows, columns] fp32 tile in the copy engine's 128-byte swizzle, columns 0..15 and 16..31 swapped in odd rows.
+
+    By bits of the offset: 32 columns, the rows, the next 32 columns. The swizzle moves a row's 16-byte pieces: piece i
+    of row r lies at i ^ (r % 8).
+    """
+    bases = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
+    row = 1
+    while row < rows:
+        bases.append([row, 4 * row % 32 ^ (16 if row == 1 else 0)])
+        row *= 2
+    if columns == 64:
+        bases.append([0, 32])
+    return gl.SharedLinearLayout(bases, alignment=1024)
+
+
 @gluon.jit
 def stage_dq(dq_half, shared, call, WHO: gl.constexpr):
-    """This consumer's half of dq's columns into shared memory, as the copy engine will add it to dq."""
-    columns = dq_half.reshape([call.BLOCK_Q, call.D // 2 // COLUMNS, COLUMNS])
-    shared.dq.index(WHO).store((columns * call.scale).permute((1, 0, 2)))
+    """This consumer's half of dq's columns into shared memory, as the copy engine will add it to dq.
+
+    Half a warp writes 32 bytes of each of four rows at a time, and under the swizzle rows 0 and 1, and 2 and 3, would
+    meet in the same banks. So odd rows write the columns 16 from those that even rows write: what a thread holds is
+    swapped in its registers, and the layout swaps where it goes.
+    """
+    HALF: gl.constexpr = call.D // 2
+    low, high = (dq_half * call.scale).reshape([call.BLOCK_Q, HALF // 32, 2, 16]).permute((0, 1, 3, 2)).split()
+    rows = gl.arange(0, call.BLOCK_Q, layout=gl.SliceLayout(1, gl.SliceLayout(2, low.type.layout)))
+    odd = gl.expand_dims(gl.expand_dims(rows, 1), 2) % 2 == 1
+    both = gl.join(gl.where(odd, high, low), gl.where(odd, low, high)).permute((0, 1, 3, 2))
+    layout: gl.constexpr = swapped(call.BLOCK_Q, HALF)
+    tile = reinterpret(shared.dq.index(WHO), gl.float32, [call.BLOCK_Q, HALF], layout)
+    tile.store(both.reshape([call.BLOCK_Q, HALF]))
 
 
 @gluon.jit
@@ -353,7 +373,7 @@ def step(
     stage_dq(dq_half, shared, call, WHO)
     fence_async_shared()  # what threads wrote, made visible to tensor cores and copy engine
     announce(number + 1, WHO)
-    add_out(dq, [batch, dq_head, WHO * (call.D // 2 // COLUMNS), dq_row, 0], shared.dq.index(WHO))
+    add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
     shared.wait_full(number + 1, more)  # the copy engine and the producer
     dk, dv = warpgroup_mma_wait(0, deps=(dk_next, dv_next))  # the tensor cores
     arrive(EMPTY + slot, 288)
@@ -414,7 +434,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
         stage_dq(dq_half, shared, call, WHO)
         fence_async_shared()
-        add_out(dq, [job.batch, dq_head, WHO * (call.D // 2 // COLUMNS), dq_row, 0], shared.dq.index(WHO))
+        add_out(dq, [job.batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
 
         # 4. k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
         sync(DONE, 256, 4)  # the other consumer
@@ -456,31 +476,28 @@ def backward_kernel(
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers, and a function for each group of warps.
-
-    For TMA, dq is [B, H, D / 8, S, 8] and all others are [B, H, S, D].
-    """
+    """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
         queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, lse_factor, D, BLOCK_Q, CAPPED,
     )  # fmt: skip
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D // 2 // COLUMNS, BLOCK_Q, COLUMNS], gl.float32)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D // 2], gl.float32)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D], q.dtype)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=2)
     shared = Shared(
-        make_pipe(q.dtype, 4, ROWS, D, readers=1),
+        make_pipe(q.dtype, 4, ROWS, D),
         gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_Q, D], tile_layout),
         gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_Q, D], tile_layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
         full,
         gl.allocate_shared_memory(q.dtype, [4, ROWS, BLOCK_Q], ds_layout),
-        gl.allocate_shared_memory(gl.float32, [2, D // 2 // COLUMNS, BLOCK_Q, COLUMNS], dq_layout),
+        gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, D // 2], dq_layout),
         STAGES,
     )
     descriptors = (q, k, v, dout, dq, dk, dv)
@@ -535,19 +552,19 @@ def backward(
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
     rows = ROWS.value
-    t = tuning or TUNINGS[D]
+    t, registers = tuning or TUNINGS[D], REGISTERS[2]
     lse_factor = -1 / scale if softcap is None else -LOG2_E
     with torch.cuda.device_of(q):
         backward_kernel[(B * Hkv * triton.cdiv(Skv, 2 * rows),)](
             *(tiles(q, t.block_q), tiles(k, rows), tiles(v, rows), tiles(dout, t.block_q)),
-            *(column_tiles(dq, t.block_q, COLUMNS.value), tiles(dk, rows), tiles(dv, rows)),
+            *(tiles(dq, t.block_q, D // 2), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
             *(Sq, Skv, Hkv, Hq // Hkv, B * Hkv, section(q, k), scale, *score_scales(scale, softcap), lse_factor),
             D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
-            CONSUMER_REGISTERS=t.consumer_registers, PRODUCER_REGISTERS=t.producer_registers,
-            CAPPED=softcap is not None, num_warps=4, maxnreg=LAUNCH_REGISTERS, enable_fp_fusion=True,
+            CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
+            CAPPED=softcap is not None, num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """Attention forward for Hopper (sm_90), in Gluon: the mathematics of `portable_forward`, scheduled by hand.
 
-One program an SM walks the query tiles that are its share. A query tile is 2 x 64 rows of one head; a consumer, which
-is a warpgroup (4 warps, the unit that issues wgmma), owns 64 of them. For a row, with s = q k^T, c = scale log2(e) and
-the softmax state (m, z, acc):
+One program an SM walks the query tiles that are its share. A query tile is 2 or 3 x 64 rows of one head; a consumer,
+which is a warpgroup (4 warps, the unit that issues wgmma), owns 64 of them. For a row, with s = q k^T,
+c = scale log2(e) and the softmax state (m, z, acc):
 
-    m' = max(m, c max_j s_j)    p_j = 2^(c s_j - m')    a = 2^(m - m')    z' = a z + sum_j p_j    acc' = a acc + p v
+    m' >= c max_j s_j - 8    p_j = 2^(c s_j - m')    a = 2^(m - m')    z' = a z + sum_j p_j    acc' = a acc + p v
 
-at the end out = acc / z, lse = ln(2) (m + log2 z); a carried Partial is such a state and joins there. See
+at the end out = acc / z, lse = ln(2) (m + log2 z); a carried Partial is such a state and joins there. Any m' near the
+maximum does, so m stays until a score is 2^8 times larger than what it was taken from; then it becomes the maximum. So
+a is 1 in almost every step, and a warp whose rows have all a = 1 skips a acc, an eighth of its instructions. See
 `portable_forward` for the softcap. `start` and `end` never decrease, so a tile's bounds say which KV tiles its rows
 see whole (full) and which only in part (edges):
 
@@ -17,13 +19,17 @@ see whole (full) and which only in part (edges):
 Edges come first: the first tile is computed before the loops begin and masked in any case, and a row's bounds are out
 of the registers when the full tiles run. Their loop is the same code whatever the mask.
 
-Who waits for what. The producer is one warp that does nothing but order copies; consumers A and B take turns, so that
-the tensor cores run one's products under the other's exponentials (two named barriers, the ping-pong):
+Who waits for what. The producer is one warp that does nothing but order copies; consumers take turns in starting their
+products (barriers by number). At head_dim 128 there are two, A and B, whose registers hold p of one tile and the scores
+of the next. The tensor cores run one's products under the other's exponentials:
 
     copy engine     k3 v2             k4 v3             k5 v4
     tensor cores    A: q k2, p1 v1  | B: q k2, p1 v1  | A: q k3, p2 v2  | B: q k3, p2 v2
     A               ............... | p2 = 2^(..)     | ............... | p3 = 2^(..)
     B               p1 = 2^(..)     | ............... | p2 = 2^(..)     | ...............
+
+At head_dim 64 a step has half the products for the same exponentials. There are three consumers, each of which does one
+thing after the other: p1 v1 and q k2, wait for both, p2 = 2^(..).
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -43,17 +49,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.gluon_names import aggregate, copy_out, reinterpret
 from ringflash.kernels.hopper_parts import (
-    CONSUMERS,
     FIRST_BARRIER,
     L2_BYTES,
-    LAUNCH_REGISTERS,
     NEG_INF,
+    REGISTERS,
     ROWS,
     Job,
     arrive,
     cap,
     check_inputs,
-    check_registers,
     check_rows,
     make_pipe,
     processors,
@@ -71,29 +75,32 @@ __all__ = ["forward", "supports"]
 
 LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
-TURN = gl.constexpr(FIRST_BARRIER)  # one a consumer, which it shares with the other
+SLACK = gl.constexpr(8.0)  # how far log2 of a weight may grow before the row's maximum is taken anew; fp16 ends at 16
+STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
+# Of the barriers by number, TURN has one a consumer, which it shares with the one before it.
+TURN = gl.constexpr(FIRST_BARRIER)
+K_EMPTY = gl.constexpr(FIRST_BARRIER + 3)
+V_EMPTY = gl.constexpr(FIRST_BARRIER + 3 + STAGES.value)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How one launch is cut up: two consumers with 64 query rows each."""
+    """How one launch is cut up: consumers with 64 query rows each."""
 
-    block_k: int  # keys of a step: a power of two, 16 to 256
-    stages: int  # K tiles, and V tiles, in shared memory
-    consumer_registers: int = 240  # a thread, by setmaxnreg: multiples of 8
-    producer_registers: int = 24
+    consumers: int
+    block_k: int  # keys of a step
 
     def __post_init__(self) -> None:
+        if self.consumers not in REGISTERS:
+            raise ValueError(f"consumers must be 2 or 3, got {self.consumers}")
         if self.block_k not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_k must be a power of two from 16 to 256, got {self.block_k}")
-        check_registers(self.consumer_registers, self.producer_registers)
 
 
 TUNINGS = {
-    # Three consumers of 160 registers came out the same as two of 240, within the noise, and need p packed to fit.
-    64: Tuning(block_k=128, stages=2),
+    64: Tuning(consumers=3, block_k=128),
     # Scores and p 64 registers a thread, acc 64, p in flight 32. 224 of 227 KB with a carry; 64 keys: 15% slower.
-    128: Tuning(block_k=128, stages=2),
+    128: Tuning(consumers=2, block_k=128),
 }
 
 
@@ -116,6 +123,7 @@ class Call:
     cap_scale: gl.tensor
     D: gl.constexpr
     BLOCK_K: gl.constexpr
+    CONSUMERS: gl.constexpr
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
     IN_PLACE: gl.constexpr
@@ -123,7 +131,7 @@ class Call:
     @gluon.constexpr_function
     def __init__(
         self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, queries, heads_kv, group, pairs, section,
-        c, cap_scale, D, BLOCK_K, CAPPED, CARRY, IN_PLACE,
+        c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -140,6 +148,7 @@ class Call:
         self.cap_scale = cap_scale
         self.D = gl.constexpr(D)
         self.BLOCK_K = gl.constexpr(BLOCK_K)
+        self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.CAPPED = gl.constexpr(CAPPED)
         self.CARRY = gl.constexpr(CARRY)
         self.IN_PLACE = gl.constexpr(IN_PLACE)
@@ -153,7 +162,7 @@ class Call:
     @gluon.jit
     def turns(self):
         """How often each program takes a query tile."""
-        q_tiles = gl.cdiv(self.queries, CONSUMERS * ROWS)
+        q_tiles = gl.cdiv(self.queries, self.CONSUMERS * ROWS)
         return gl.cdiv(self.pairs * self.group * q_tiles, gl.num_programs(0))
 
     @gluon.jit
@@ -170,7 +179,7 @@ class Call:
         """
         programs = gl.num_programs(0)
         program = gl.program_id(0)
-        q_tiles = gl.cdiv(self.queries, CONSUMERS * ROWS)
+        q_tiles = gl.cdiv(self.queries, self.CONSUMERS * ROWS)
         total = self.pairs * self.group * q_tiles
         dealt = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
         index = gl.minimum(dealt, total - 1)
@@ -179,13 +188,13 @@ class Call:
         section = index // of_section
         index = index % of_section
         heads = gl.minimum(self.section, self.pairs - section * self.section) * self.group
-        first = (q_tiles - 1 - index // heads) * (CONSUMERS * ROWS)
+        first = (q_tiles - 1 - index // heads) * (self.CONSUMERS * ROWS)
         pair = section * self.section + index % heads // self.group
         batch = pair // self.heads_kv
         head_kv = pair % self.heads_kv
         head = head_kv * self.group + index % self.group
 
-        last = gl.minimum(first + CONSUMERS * ROWS, self.queries) - 1
+        last = gl.minimum(first + self.CONSUMERS * ROWS, self.queries) - 1
         start = self.start + batch.to(gl.int64) * self.interval_stride_b
         end = self.end + batch.to(gl.int64) * self.interval_stride_b
         lo, tiles, full_from, full = tile_run(start, end, first, last, self.BLOCK_K)
@@ -211,15 +220,15 @@ def produce(call, pipes, descriptors):
     for turn in range(call.turns()):
         job = call.job(turn)
         if job.tiles > 0:
-            # In the order of need: A's queries, the keys, B's queries, the values.
-            q_number = worked * CONSUMERS
+            # In the order of need: the first consumer's queries, the keys, the others' queries, the values.
+            q_number = worked * call.CONSUMERS
             q_pipe.load(q_number, q, job.batch, job.head, job.first)
             k_pipe.load(loaded, k, job.batch, job.head_kv, call.key(job, 0))
-            for who in gl.static_range(1, CONSUMERS):
+            for who in gl.static_range(1, call.CONSUMERS):
                 q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
             v_pipe.load(loaded, v, job.batch, job.head_kv, call.key(job, 0))
             if call.CARRY:
-                for who in gl.static_range(CONSUMERS):
+                for who in gl.static_range(call.CONSUMERS):
                     carry_pipe.load(q_number + who, carry, job.batch, job.head, job.first + who * ROWS)
             for step in range(1, job.tiles):
                 key = call.key(job, step)
@@ -234,13 +243,14 @@ def produce(call, pipes, descriptors):
 
 @gluon.jit
 def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
-    """Fold a tile of scores into a row's maximum and sum: the weights p, the new m and z, and what acc is scaled by."""
+    """Fold a tile of scores into a row's m and z: the weights p, the new m and z, and what acc is scaled by."""
     if call.CAPPED:
         s = cap(s, call.cap_scale)
     if EDGE:
         keys = key + gl.arange(0, call.BLOCK_K, layout=gl.SliceLayout(0, s.type.layout))
         s = gl.where(visible(row_start, row_end, keys), s, NEG_INF)
-    m_new = gl.maximum(m, gl.max(s, 1) * call.c)
+    best = gl.max(s, 1) * call.c
+    m_new = gl.where(best > m + SLACK, best, m)
     shift = m_new
     if EDGE:
         shift = gl.where(m_new == NEG_INF, 0.0, m_new)  # a row that has seen nothing: -inf - -inf would be NaN
@@ -249,14 +259,62 @@ def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
     return p, m_new, z * alpha + gl.sum(p, 1), alpha
 
 
+@gluon.constexpr_function
+def scale_asm(count):
+    """PTX: scale `count` registers $0.. in place by $2count.. unless all of a warp's factors are 1.
+
+    A thread has two rows, whose factors alternate in pairs.
+    """
+    scale = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    return f"""{{
+        .reg .pred some, other;
+        setp.neu.f32 some, ${2 * count}, 0f3F800000;
+        setp.neu.f32 other, ${2 * count + 2}, 0f3F800000;
+        or.pred some, some, other;
+        vote.sync.any.pred some, some, 0xffffffff;
+        @!some bra DONE;
+        {scale}
+        DONE:
+    }}"""
+
+
+@gluon.constexpr_function
+def scale_operands(count):
+    """`count` results, which begin as the first `count` operands, and as many factors."""
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
 @gluon.jit
-def begin_output(acc, p, alpha, v_pipe, number, dtype: gl.constexpr):
-    """Start acc = a acc + p v for KV tile `number`, p in 16 bits from registers: a product in flight."""
+def scale_rows(acc, alpha):
+    """acc, each row times its alpha. A branch of every warp for itself: Triton's `if` takes the same way in all."""
     A: gl.constexpr = acc.type.layout
-    weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(operand_index=0, parent=A, k_width=2))
-    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1)
+    factors = gl.broadcast(gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1), acc)[0]
+    COUNT: gl.constexpr = acc.shape[1] // 2  # registers of a thread: 64 rows over 128 threads
+    return gl.inline_asm_elementwise(
+        scale_asm(COUNT), scale_operands(COUNT), [acc, factors], dtype=gl.float32, is_pure=True, pack=COUNT
+    )
+
+
+@gluon.jit
+def begin_output(acc, weights, alpha, v_pipe, number):
+    """Start acc = a acc + p v for KV tile `number`, p in registers as an operand: a product in flight."""
+    acc = scale_rows(acc, alpha)
     v_pipe.wait_full(number)  # the copy engine
     return warpgroup_mma(weights, v_pipe.tile(number), acc, is_async=True)
+
+
+@gluon.jit
+def operand(p, acc, dtype: gl.constexpr):
+    """p in 16 bits as the left operand of p v. Volatile, so that it is not put off until two tiles are in registers."""
+    if dtype == gl.bfloat16:
+        p = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [p], dtype=gl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        p = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [p], dtype=gl.float16, is_pure=False, pack=2
+        )
+    return gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2))
 
 
 @gluon.jit
@@ -266,9 +324,9 @@ def begin_scores(q_tile, k_pipe, number, call, WHO: gl.constexpr):
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_K, 16]
     )
     zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
-    sync(TURN + WHO, 256, 4)  # the other consumer
+    sync(TURN + WHO, 256, 4)  # the consumer before this one
     scores = warpgroup_mma(q_tile, k_pipe.tile(number).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    arrive(TURN + 1 - WHO, 256)
+    arrive(TURN + (WHO + 1) % call.CONSUMERS, 256)
     return scores
 
 
@@ -277,20 +335,30 @@ def step(
     acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number, more, key, row_start, row_end, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Scores of KV tile `number` and acc = a acc + p v of the one before it, under the other consumer's exponentials.
+    """Scores and weights of KV tile `number`, and acc = a acc + p v of the one before it.
 
-    Rescaling acc and rounding p wait until the scores are on their way, and run under them. more: whether another tile
-    follows. Waiting for its keys between the softmax and the wait for acc is what keeps ptxas from moving the softmax
-    below that wait, where nothing would run under it: it does not move code over a loop.
+    more: whether another tile follows. Waiting for its keys right after the softmax is what keeps ptxas from moving the
+    softmax further down, where nothing would run under it: it does not move code over a loop.
     """
-    scores = begin_scores(q_tile, k_pipe, number, call, WHO)
-    output = begin_output(acc, p, alpha, v_pipe, number - 1, q_tile.dtype)
-    s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
-    k_pipe.release(number)
-    p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
-    k_pipe.wait_full(number + 1, more)  # the copy engine
-    acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
-    v_pipe.release(number - 1)
+    if call.CONSUMERS == 2:
+        # Scaling acc and rounding p wait until the scores are on their way, and run under them.
+        scores = begin_scores(q_tile, k_pipe, number, call, WHO)
+        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+        output = begin_output(acc, gl.convert_layout(p.to(q_tile.dtype), A), alpha, v_pipe, number - 1)
+        s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
+        k_pipe.release(number)
+        p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
+        k_pipe.wait_full(number + 1, more)  # the copy engine
+        acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
+        v_pipe.release(number - 1)
+    else:
+        output = begin_output(acc, operand(p, acc, q_tile.dtype), alpha, v_pipe, number - 1)
+        scores = begin_scores(q_tile, k_pipe, number, call, WHO)
+        acc, s = warpgroup_mma_wait(0, deps=(output, scores))  # the tensor cores
+        v_pipe.release(number - 1)
+        k_pipe.release(number)
+        p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
+        k_pipe.wait_full(number + 1, more)  # the copy engine
     return acc, p, m, z, alpha
 
 
@@ -303,7 +371,7 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_K, 16]
     )
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D, 16])
-    if WHO == CONSUMERS - 1:
+    if WHO == call.CONSUMERS - 1:
         arrive(TURN, 256)
     worked = 0
     number = 0
@@ -320,7 +388,7 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
             acc = gl.zeros([ROWS, call.D], gl.float32, A)
 
             # 1. The first tile: scores only.
-            q_number = worked * CONSUMERS + WHO
+            q_number = worked * call.CONSUMERS + WHO
             q_tile = q_pipe.tile(q_number)
             q_pipe.wait_full(q_number)  # the copy engine
             k_pipe.wait_full(number)
@@ -348,7 +416,7 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
             # 4. The last tile's values.
             q_pipe.release(q_number)
             number += job.tiles
-            output = begin_output(acc, p, alpha, v_pipe, number - 1, q.dtype)
+            output = begin_output(acc, operand(p, acc, q.dtype), alpha, v_pipe, number - 1)
             acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
             v_pipe.release(number - 1)
 
@@ -404,6 +472,12 @@ def consume_1(call, pipes, descriptors):
     consume(call, pipes, descriptors, 1)
 
 
+@gluon.jit
+def consume_2(call, pipes, descriptors):
+    """The third consumer, where there is one."""
+    consume(call, pipes, descriptors, 2)
+
+
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "interval_stride_b", "queries", "heads_kv", "group", "pairs", "section",
     "c", "cap_scale",
@@ -413,30 +487,42 @@ def forward_kernel(
     lse, lse_stride_b, lse_stride_h,
     start, end, interval_stride_b,
     queries, heads_kv, group, pairs, section, c, cap_scale,
-    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     CAPPED: gl.constexpr, CARRY: gl.constexpr, IN_PLACE: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. q, k, v, carry, out are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, queries, heads_kv, group, pairs, section,
-        c, cap_scale, D, BLOCK_K, CAPPED, CARRY, IN_PLACE,
+        c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
     )  # fmt: skip
-    q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, readers=1)
-    k_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, readers=CONSUMERS)
-    v_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, readers=CONSUMERS)
-    carry_pipe = make_pipe(carry.dtype, CONSUMERS, ROWS, D, readers=1)  # out leaves through it, too
+    q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D)
+    k_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, K_EMPTY)
+    v_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, V_EMPTY)
+    carry_pipe = make_pipe(carry.dtype, CONSUMERS, ROWS, D)  # out leaves through it, too
     pipes = (q_pipe, k_pipe, v_pipe, carry_pipe)
     descriptors = (q, k, v, carry, out)
-    gl.warp_specialize(
-        [
-            (consume_0, (call, pipes, descriptors)),
-            (consume_1, (call, pipes, descriptors)),
-            (produce, (call, pipes, descriptors)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume_0, (call, pipes, descriptors)),
+                (consume_1, (call, pipes, descriptors)),
+                (produce, (call, pipes, descriptors)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume_0, (call, pipes, descriptors)),
+                (consume_1, (call, pipes, descriptors)),
+                (consume_2, (call, pipes, descriptors)),
+                (produce, (call, pipes, descriptors)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
 
 
 # -- launch
@@ -474,7 +560,8 @@ def forward(
         out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device) if carry is None else carry.lse
     t = tuning or TUNINGS[D]
-    q_tiles = triton.cdiv(Sq, CONSUMERS.value * ROWS.value)
+    registers = REGISTERS[t.consumers]
+    q_tiles = triton.cdiv(Sq, t.consumers * ROWS.value)
     with torch.cuda.device_of(q):
         forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
@@ -482,10 +569,10 @@ def forward(
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(Sq, Hkv, Hq // Hkv, B * Hkv, section(k), *score_scales(scale, softcap)),
-            D=D, BLOCK_K=t.block_k, STAGES=t.stages,
-            CONSUMER_REGISTERS=t.consumer_registers, PRODUCER_REGISTERS=t.producer_registers,
+            D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
+            CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
             CAPPED=softcap is not None, CARRY=carry is not None, IN_PLACE=carry is not None and out is carry.out,
-            num_warps=4, maxnreg=LAUNCH_REGISTERS, enable_fp_fusion=True,
+            num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
     return Partial(out, lse)
 

@@ -5,6 +5,7 @@ And what either refuses. The kernels are in `hopper_forward` and `hopper_backwar
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,14 +20,23 @@ from ringflash.kernels.gluon_names import TESTED, aggregate, copy_in, triton_ver
 from ringflash.kernels.portable_forward import arch, tma_refusal
 
 ROWS = gl.constexpr(64)  # of a consumer's tile: what one wgmma computes
-CONSUMERS = gl.constexpr(2)
 NEG_INF = gl.constexpr(float("-inf"))
 FIRST_BARRIER = 8  # of the 16 that warps meet at by number. Triton takes those from 0: one a partition, two of its own
 L2_BYTES = 32 << 20  # of 50 MB: what a program's heads read again and again; the rest is for what streams through
-REGISTERS = 65536  # of an SM
-LAUNCH_REGISTERS = 168  # a thread at launch: REGISTERS over three warpgroups, before these trade them
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 HEAD_DIMS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Registers:
+    """A thread's registers: at launch an equal share of an SM's 65536, then what setmaxnreg gives each kind of warp."""
+
+    launch: int
+    consumer: int
+    producer: int  # its warp is padded to a warpgroup
+
+
+REGISTERS = {2: Registers(168, 240, 24), 3: Registers(128, 160, 32)}  # by the number of consumers
 
 
 # -- barriers that warps meet at by number: a warp arrives and goes on, where an mbarrier would have its warpgroup meet
@@ -61,20 +71,25 @@ def arrive(barrier, THREADS: gl.constexpr):
 class Pipe:
     """DEPTH tiles of shared memory. Tiles are numbered from 0 as they come; number n lies in slot n % DEPTH.
 
-    full[slot] is signalled by the copy engine when all bytes have landed, empty[slot] by each reader when it is done.
+    full[slot] is signalled by the copy engine when all bytes have landed. That a slot is empty its one reader, a
+    warpgroup, says by empty[slot]; several READERS, by the barrier EMPTY + slot, at which their warps need not meet.
     """
 
     tiles: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     DEPTH: gl.constexpr
+    READERS: gl.constexpr
+    EMPTY: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, tiles, full, empty, DEPTH):
+    def __init__(self, tiles, full, empty, DEPTH, READERS, EMPTY):
         self.tiles = tiles
         self.full = full
         self.empty = empty
         self.DEPTH = gl.constexpr(DEPTH)
+        self.READERS = gl.constexpr(READERS)
+        self.EMPTY = gl.constexpr(EMPTY)
 
     @gluon.jit
     def tile(self, number):
@@ -88,13 +103,19 @@ class Pipe:
 
     @gluon.jit
     def wait_empty(self, number):
-        """Wait for the readers of the tile that had the slot before."""
-        mbarrier.wait(self.empty.index(number % self.DEPTH), (number // self.DEPTH & 1) ^ 1)
+        """Wait for the readers of the tile that had the slot before. For the producer, a warp."""
+        if self.READERS == 1:
+            mbarrier.wait(self.empty.index(number % self.DEPTH), (number // self.DEPTH & 1) ^ 1)
+        elif number >= self.DEPTH:
+            sync(self.EMPTY + number % self.DEPTH, 32 + 128 * self.READERS, 1)
 
     @gluon.jit
     def release(self, number):
         """Say that this warpgroup has read a tile."""
-        mbarrier.arrive(self.empty.index(number % self.DEPTH), count=1)
+        if self.READERS == 1:
+            mbarrier.arrive(self.empty.index(number % self.DEPTH), count=1)
+        else:
+            arrive(self.EMPTY + number % self.DEPTH, 32 + 128 * self.READERS)
 
     @gluon.jit
     def load(self, number, descriptor, batch, head, row):
@@ -106,8 +127,11 @@ class Pipe:
 
 
 @gluon.jit
-def make_pipe(dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, readers: gl.constexpr):
-    """A Pipe of [BLOCK, D] tiles, each released by `readers` warpgroups."""
+def make_pipe(
+    dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
+    READERS: gl.constexpr = 1, EMPTY: gl.constexpr = 0,
+):  # fmt: skip
+    """A Pipe of [BLOCK, D] tiles. EMPTY: for several readers, the first of DEPTH barriers."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK, D], layout)
@@ -115,8 +139,8 @@ def make_pipe(dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: 
     empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     for slot in gl.static_range(DEPTH):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=readers)
-    return Pipe(tiles, full, empty, DEPTH)
+        mbarrier.init(empty.index(slot), count=1)
+    return Pipe(tiles, full, empty, DEPTH, READERS, EMPTY)
 
 
 # -- which tiles a program works on
@@ -181,39 +205,13 @@ def cap(s, cap_scale):
 # -- launch
 
 
-def check_registers(consumer: int, producer: int) -> None:
-    """Raise ValueError unless setmaxnreg takes both, and two consumers and a producer fit an SM."""
-    used = 128 * (CONSUMERS.value * consumer + producer)  # the producer's warp is padded to a warpgroup
-    if used > REGISTERS or consumer % 8 or producer % 8:
-        raise ValueError(
-            f"registers must be multiples of 8, and those of 2 consumers and a producer at most {REGISTERS}, "
-            f"got {consumer} and {producer} a thread: {used}"
-        )
-
-
-def tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    """x [B, S, H, D] as the copy engine addresses it: [B, H, S, D] in tiles of some rows and all of D."""
+def tiles(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """x [B, S, H, D] as the copy engine addresses it: [B, H, S, D] in tiles of rows x columns, by default all of D."""
     B, S, H, D = x.shape
-    batch, head, row = _strides(x)
-    block = (1, 1, rows, D)
-    return TensorDescriptor(x, [B, H, S, D], [batch, head, row, 1], [*block], tile_layout(block, x.dtype))
-
-
-def column_tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """x [B, S, H, D] as the copy engine addresses it: [B, H, D / columns, S, columns] in tiles of half of D."""
-    B, S, H, D = x.shape
-    batch, head, row = _strides(x)
-    block = (1, 1, D // 2 // columns, rows, columns)
-    shape, strides = [B, H, D // columns, S, columns], [batch, head, columns, row, 1]
-    return TensorDescriptor(x, shape, strides, [*block], tile_layout(block, x.dtype))
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Of a [B, S, H, D] tensor, in the order B, H, S.
-
-    A dimension of size 1 may have any; the copy engine wants a multiple of 16 bytes all the same.
-    """
-    return [x.shape[3] if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
+    # A dimension of size 1 may have any stride; the copy engine wants a multiple of 16 bytes all the same.
+    strides = [D if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
+    block = (1, 1, rows, columns or D)
+    return TensorDescriptor(x, [B, H, S, D], [*strides, 1], [*block], tile_layout(block, x.dtype))
 
 
 @functools.cache

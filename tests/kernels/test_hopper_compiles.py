@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,24 @@ CASES: dict[str, dict[str, Any]] = {
 
 # Loads and stores of the stack in the loop over unmasked tiles, and why they are accepted.
 SPILLS_IN_LOOP = {
-    # dk and dv fill 128 of 240 registers, s and dp 64. What spills are constant addresses of wgmma operands: 5 with
-    # triton 3.6.0, 10 with 3.7.1, 24 with 3.9.0.
-    "backward-D128": 24,
-    "backward-D128-capped": 113,  # and the divisions of tanh
-    "forward-D128-carry-fp16-capped": 16,
+    # dk and dv fill 128 of 240 registers, s and dp 64. What spills are constant addresses of wgmma operands: 8 with
+    # triton 3.6.0, 22 with 3.7.1, 36 with 3.9.0.
+    "backward-D128": 36,
+    "backward-D128-capped": 112,  # and the divisions of tanh
+    "forward-D128-carry-fp16-capped": 9,
+    # With triton 3.9.0; none with the others.
+    "forward-D128": 7,
+    "forward-D128-in-place": 13,
+}
+
+# Selects in that loop: the forward's keep a row's maximum, two rows a thread; the backward's swap half of dq's columns.
+# A mask would take one a score: 64 in a forward step, 32 in a backward step.
+SELECTS_IN_LOOP = {
+    "forward-D64": 2,
+    "forward-D128": 2,
+    "forward-D128-in-place": 2,
+    "backward-D64": 16,
+    "backward-D128": 32,
 }
 
 
@@ -63,12 +77,13 @@ def compile_case(name: str):
     head_dim, dtype, tuning = case["head_dim"], case["dtype"], module.TUNINGS[case["head_dim"]]
     out = case.get("out", dtype)
     rows = hopper_parts.ROWS.value
+    registers = hopper_parts.REGISTERS[getattr(tuning, "consumers", 2)]
     constants = {
-        "D": head_dim, "STAGES": tuning.stages, "CAPPED": case["capped"], "CARRY": case["carry"],
-        "BLOCK_K": getattr(tuning, "block_k", 0), "BLOCK_Q": getattr(tuning, "block_q", 0),
+        "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"],
         "IN_PLACE": case["carry"] and out == torch.float32,
-        "CONSUMER_REGISTERS": tuning.consumer_registers, "PRODUCER_REGISTERS": tuning.producer_registers,
+        "CONSUMER_REGISTERS": registers.consumer, "PRODUCER_REGISTERS": registers.producer,
     }  # fmt: skip
+    constants |= {name.upper(): value for name, value in asdict(tuning).items()}
 
     def descriptor(*block: int, dtype: torch.dtype) -> str:
         layout = hopper_parts.tile_layout((1, 1, *block), dtype)
@@ -77,13 +92,12 @@ def compile_case(name: str):
 
     keys_tile = getattr(tuning, "block_k", rows)
     queries_tile = getattr(tuning, "block_q", rows)
-    columns = hopper_backward.COLUMNS.value
     types = {
         "q": descriptor(queries_tile, head_dim, dtype=dtype), "dout": descriptor(queries_tile, head_dim, dtype=dtype),
         "k": descriptor(keys_tile, head_dim, dtype=dtype), "v": descriptor(keys_tile, head_dim, dtype=dtype),
         "carry": descriptor(rows, head_dim, dtype=torch.float32 if case["carry"] else out),
         "out": descriptor(rows, head_dim, dtype=out),
-        "dq": descriptor(head_dim // 2 // columns, queries_tile, columns, dtype=torch.float32),
+        "dq": descriptor(queries_tile, head_dim // 2, dtype=torch.float32),
         "dk": descriptor(rows, head_dim, dtype=torch.float32), "dv": descriptor(rows, head_dim, dtype=torch.float32),
         "lse": "*fp32", "delta": "*fp32", "start": "*i32", "end": "*i32", "scale": "fp32", "c": "fp32",
         "cap_scale": "fp32", "lse_factor": "fp32",
@@ -95,7 +109,7 @@ def compile_case(name: str):
         constexprs={(kernel.arg_names.index(n),): value for n, value in constants.items() if n in signature},
         attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"},
     )
-    options = {"num_warps": 4, "maxnreg": hopper_parts.LAUNCH_REGISTERS, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "maxnreg": registers.launch, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -170,6 +184,11 @@ def compiled(request) -> list[dict]:
     return reports
 
 
+def consumers(report: dict) -> int:
+    """Warpgroups that multiply."""
+    return 3 if report["name"] == "forward-D64" else 2
+
+
 def breaking(compiled: list[dict], **rules) -> list[str]:
     """The reports that break a rule, with all their figures."""
     return [f"breaks {rule}: {r}" for r in compiled for rule, holds in rules.items() if not holds(r)]
@@ -182,8 +201,8 @@ def test_products_run_on_warpgroups_and_copies_on_the_copy_engine(compiled):
     forward = [r for r in compiled if r["name"].startswith("forward")]
     backward = [r for r in compiled if r["name"].startswith("backward")]
     # A consumer stores out once; dq of the loop's two forms and of its last step, dk and dv.
-    assert breaking(forward, stores=lambda r: r["stores"] == 2, reductions=lambda r: r["reductions"] == 0) == []
-    assert breaking(backward, stores=lambda r: r["stores"] == 0, reductions=lambda r: r["reductions"] == 10) == []
+    assert breaking(forward, stores=lambda r: r["stores"] == consumers(r), none=lambda r: r["reductions"] == 0) == []
+    assert breaking(backward, none=lambda r: r["stores"] == 0, reductions=lambda r: r["reductions"] == 10) == []
 
 
 @pytest.mark.slow
@@ -194,7 +213,7 @@ def test_nothing_spills_in_the_loop_over_unmasked_tiles_but_what_is_listed(compi
 @pytest.mark.slow
 def test_the_loop_over_unmasked_tiles_has_no_mask(compiled):
     plain = [r for r in compiled if "capped" not in r["name"]]
-    assert breaking(plain, selects=lambda r: r["selects_in_loop"] == 0) == []
+    assert breaking(plain, selects=lambda r: r["selects_in_loop"] == SELECTS_IN_LOOP[r["name"]]) == []
 
 
 @pytest.mark.slow
@@ -204,15 +223,17 @@ def test_ptxas_waits_for_products_only_where_the_kernel_does(compiled):
 
 @pytest.mark.slow
 def test_a_tile_of_exponentials_runs_under_products(compiled):
-    # 64 x 128 scores a forward step over 128 threads, and 64 x 64 a backward step.
+    # 64 x 128 scores a forward step over 128 threads, and 64 x 64 a backward step. The forward's three consumers at
+    # head_dim 64 run under each other's products, not their own; divisions split a capped loop into many blocks.
     tile = {"forward": 64, "backward": 32}
-    plain = [r for r in compiled if "capped" not in r["name"]]  # divisions split a capped loop into many blocks
+    plain = [r for r in compiled if "capped" not in r["name"] and consumers(r) == 2]
     assert breaking(plain, overlap=lambda r: r["exp2_under_wgmma"] >= tile[r["name"].split("-")[0]]) == []
 
 
 @pytest.mark.slow
 def test_warps_trade_registers_and_tiles_fit_shared_memory(compiled):
-    assert breaking(compiled, registers=lambda r: {24, 240} <= set(r["registers"])) == []
+    wanted = {2: {24, 240}, 3: {32, 160}}
+    assert breaking(compiled, registers=lambda r: wanted[consumers(r)] <= set(r["registers"])) == []
     assert breaking(compiled, shared=lambda r: r["shared"] <= SHARED_LIMIT) == []
 
 
