@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 DTYPES = [torch.bfloat16, torch.float16]
-# One, and one less and one more than a multiple of each tile: 64 rows, 128 keys.
+# One, and one less and one more than a multiple of each tile: 64 rows, of which two or three go together, 128 keys.
 LENGTHS = [1, 2, 3, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257, 1000, 2047, 5000]
 
 
@@ -91,6 +91,17 @@ def test_scores_far_below_zero_leave_no_nan(head_dim):
     assert violations(p, actual) == []
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rise", [-0.2, 0.02, 0.04, 0.06, 0.1, 3.0])
+def test_scores_that_rise_from_key_to_key(rise, head_dim, dtype):
+    """A row's maximum is taken anew when a weight passes 2^8: never, every few tiles of 128 keys, in each tile."""
+    p = problem(MASKS["causal"](1500), heads=(2, 1), head_dim=head_dim, dtype=torch.float32, device="cuda")
+    p.q[..., 0], p.k[..., 0] = 1.0, rise / p.scale * torch.arange(1500, device="cuda")[:, None]
+    p = Problem(*(x.to(dtype) for x in (p.q, p.k, p.v, p.dout)), p.mask, p.scale, None)
+    assert violations(p, by_kernel(p, *kernels())) == []
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, out_dtype):
@@ -111,14 +122,15 @@ def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, out_dtyp
     assert [distance(state.out, exact["out"]) <= bound, distance(state.lse, exact["lse"]) <= 1e-5] == [True, True]
 
 
-def test_query_tiles_that_see_nothing_are_not_written():
+@pytest.mark.parametrize(("head_dim", "begin"), [(64, 192), (128, 256)])
+def test_query_tiles_that_see_nothing_are_not_written(head_dim, begin):
     forward, _ = kernels()
     mask = MASKS["causal"](300).restrict(torch.arange(300), torch.arange(290, 300))
-    p = problem(mask, batch=1, heads=(1, 1), dtype=torch.bfloat16, device="cuda")
+    p = problem(mask, batch=1, heads=(1, 1), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
     carry = Partial.identity(p.q)
     carry.out.fill_(7)  # lse -inf: this out counts for nothing, and a row that is written loses it
     forward(p.q, p.k, p.v, p.mask.intervals("cuda"), scale=p.scale, carry=carry)
-    assert (carry.out[0, :, 0, 0] != 7).nonzero()[:, 0].tolist() == list(range(256, 300))
+    assert (carry.out[0, :, 0, 0] != 7).nonzero()[:, 0].tolist() == list(range(begin, 300))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
