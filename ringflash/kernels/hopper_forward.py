@@ -181,7 +181,8 @@ class Call:
         program = gl.program_id(0)
         q_tiles = gl.cdiv(self.queries, self.CONSUMERS * ROWS)
         total = self.pairs * self.group * q_tiles
-        dealt = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
+        back = (self.turns() - turn) % 2 == 0
+        dealt = turn * programs + gl.where(back, programs - 1 - program, program)
         index = gl.minimum(dealt, total - 1)
 
         of_section = self.section * self.group * q_tiles

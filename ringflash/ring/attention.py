@@ -161,22 +161,41 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
 def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | None, call: _Call) -> list[Partial]:
     """The Partial over all keys, and the sink, for each local rank; out in q's dtype."""
     plan = call.plan
-    state: list[Partial | None] = [None] * len(q)
+    parts = _halves(q[0].shape[2], k[0].shape[2], plan)
+    state: list[list[Partial | None]] = [[None] * len(parts) for _ in q]
     last = [plan.computed(i)[-1] for i in range(len(q))]
     kv = _KeysOnTheirWay(plan, k, v, f"{call.layer}, forward")
-    for s in range(plan.ring.size):
-        kv.arrive()
-        kv.send_for(s + 1)
-        for i, hop in enumerate(plan.hops[s]):
-            for intervals in hop.intervals:
-                final = s == last[i] and intervals is hop.intervals[-1] and sink is None
-                state[i] = call.kernel.forward(
-                    q[i], *kv.at(s, i), intervals, scale=call.scale, softcap=call.softcap, carry=state[i],
-                    out_dtype=q[i].dtype if final else torch.float32,
-                )  # fmt: skip
-    if sink is not None:
-        return [_with_sink(p, sink, q[0].dtype) for p in state]  # type: ignore[arg-type]
-    return state  # type: ignore[return-value]  # hop 0 is always computed
+
+    def add(s: int, i: int, lane: int) -> None:
+        """Merge hop s into local rank i's state, for some of the heads."""
+        of_q, of_k = parts[lane]
+        (k_here, v_here), hop = kv.at(s, i), plan.hops[s][i]
+        for intervals in hop.intervals:
+            final = s == last[i] and intervals is hop.intervals[-1] and sink is None
+            state[i][lane] = call.kernel.forward(
+                q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k], intervals,
+                scale=call.scale, softcap=call.softcap, carry=state[i][lane],
+                out_dtype=q[i].dtype if final else torch.float32,
+            )  # fmt: skip
+
+    with Lanes(len(parts), plan.ring.device) as lanes:
+        for s in range(plan.ring.size):
+            kv.arrive()
+            lanes.fork()
+            with lanes.on(lanes.last):  # here both are done with hop s - 1, whose buffer this fills
+                kv.send_for(s + 1)
+            for lane in range(len(parts)):
+                with lanes.on(lane):
+                    for i in range(len(q)):
+                        add(s, i, lane)
+    whole = [_heads_together(halves) for halves in state]
+    return whole if sink is None else [_with_sink(p, sink, q[0].dtype) for p in whole]
+
+
+def _heads_together(parts: list[Partial | None]) -> Partial:
+    """The Partial of all heads. None of the parts is None: hop 0 is always computed."""
+    out, lse = [p.out for p in parts if p], [p.lse for p in parts if p]
+    return Partial(_together(out, dim=2), _together(lse, dim=1))
 
 
 def _backward(
@@ -214,7 +233,7 @@ def _backward(
             kv.arrive()
             lanes.fork()
             if s > 0:
-                with lanes.on(lanes.last):  # here both are done with hop s - 1, whose buffer this fills
+                with lanes.on(lanes.last):  # as in the forward
                     kv.send_for(s + 1)
             for lane, (dkv, of_q, of_k) in enumerate(parts):
                 with lanes.on(lane):

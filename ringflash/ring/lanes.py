@@ -1,13 +1,11 @@
-"""Lanes: the two streams on which the halves of a layer's heads are computed in the backward.
+"""Lanes: the two streams on which the halves of a layer's heads are computed.
 
-When a kernel's last programs run, some multiprocessors have nothing left to do: 7.76 tiles a processor take the time
-of 8. The halves of the heads are independent, so each has a stream of its own, and one's next kernel begins where the
-other's ends:
+When a kernel's last programs run, some multiprocessors have nothing left to do: a hop of 31.03 tiles a processor takes
+the time of 32. The halves of the heads are independent, so each has a stream of its own, and one's next kernel begins
+where the other's ends:
 
-    lane 0     | hop 1, half 0 ........ | hop 2, half 0 ........ | hop 3, half 0
-    lane 1          | hop 1, half 1 ........ | hop 2, half 1 ........ | hop 3, half 1
-
-(The forward runs whole: it gains 1 percent by halves where a hop is short, and loses 3 where it is long.)
+    lane 0     | hop 0, half 0 ........ | hop 1, half 0 ........ | hop 2, half 0
+    lane 1          | hop 0, half 1 ........ | hop 1, half 1 ........ | hop 2, half 1
 
 Lane 0 is the current stream, so what the caller does before and after needs no care; lane 1 waits for it at `fork`, and
 it for lane 1 at the end. Memory allocated before the first fork may be used on both until then.
