@@ -97,10 +97,26 @@ def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.Proc
     Ring transfers must not queue behind ZeRO's collectives. NCCL sets a communicator up when all its ranks first use
     it; a ring's exchanges may concern only some of them, so it is used once here.
     """
-    groups = {tuple(row): dist.new_group(row, timeout=timeout) for row in members.tolist()}
+    groups = {
+        tuple(row): dist.new_group(row, timeout=timeout, pg_options=_urgent(timeout) if len(row) > 1 else None)
+        for row in members.tolist()
+    }
     mine = next(group for row, group in groups.items() if rank in row)
     dist.barrier(mine)
     return mine
+
+
+def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
+    """NCCL options of a group whose transfers run beside attention: a stream of high priority; None on gloo.
+
+    NCCL moves data by a kernel of its own, for which an attention kernel, that fills every multiprocessor, leaves no
+    room. Of high priority, it takes the first ones that come free, and not those that the next attention kernel leaves.
+    """
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # new_group warns where it differs from its own
+    return options
 
 
 def _device() -> torch.device:

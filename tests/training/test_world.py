@@ -1,0 +1,41 @@
+"""The processes' groups, as NCCL makes them. (`test_step.py` and `test_run.py` join over gloo.)"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+TWO_RANKS = """
+import torch
+from ringflash.training import world
+from ringflash.training.parallel import ParallelConfig
+
+joined = world.join(ParallelConfig(ring=2, layout="zigzag"))
+options = joined.ring.group._get_backend(joined.device).options
+print("high priority", options.is_high_priority_stream)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes a GPU for each of two ranks")
+def test_a_rings_transfers_run_on_a_stream_of_high_priority(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.stdout.split("\n")[:2] == ["high priority True"] * 2, run.stderr[-2000:]
