@@ -77,9 +77,9 @@ class ProcessRing:
 
     On NCCL an exchange runs on the communicator's own stream: it waits for what the current stream has queued before
     `exchange`, and makes the current stream (not the host) wait at `wait`. So a kernel launched between the two runs
-    beside the transfer. Give the ring a group of its own, or its transfers queue behind other collectives, and one whose
-    stream has high priority (`pg_options`), or they queue behind kernels that fill the GPU. A watch, where given, is told
-    of every wait.
+    beside the transfer. Give the ring a group of its own, or its transfers queue behind other collectives, and one
+    whose stream has high priority (`pg_options`), or they queue behind kernels that fill the GPU. A watch, where given,
+    is told of every wait.
     """
 
     def __init__(
