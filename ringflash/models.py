@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,16 @@ def ring_inputs(
     """This rank's keyword arguments for a causal language model's forward, from whole sequences.
 
     input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted. documents: token counts
-    of packed documents, one list or one a row; no token sees or predicts another document's. The returned loss is this
-    rank's share of the mean: summed over the ring it is the loss of the whole batch.
+    of packed documents, one list or one a row, that sum to S; no token sees or predicts another document's. Any S will
+    do for any ring. The returned loss is this rank's share of the mean: summed over the ring it is the loss of the
+    whole batch.
+
+    Raises ValueError or TypeError naming the argument that does not fit.
     """
-    length = input_ids.shape[1]
+    _check_tokens(input_ids, labels)
+    rows, length = input_ids.shape
+    if documents is not None:
+        _check_documents(documents, rows, length)
     document = IntervalMask.full(length) if documents is None else IntervalMask.documents(documents, length)
     parts = 1 if ulysses is None else ulysses.size
     plan = AttentionPlan(
@@ -199,6 +206,38 @@ def ring_inputs(
             1, int((shifted != _IGNORE).sum())
         )  # where nothing is predicted: a loss of 0
     return inputs | {"use_cache": False}
+
+
+def _check_tokens(input_ids: Tensor, labels: Tensor | None) -> None:
+    """Refuse what is not [B, S], or not alike, before it is cut into shards that would hide where it came from."""
+    # What torch's embedding and cross entropy take. They would refuse the rest too, but name neither argument.
+    for name, x, taken in (("input_ids", input_ids, (torch.int64, torch.int32)), ("labels", labels, (torch.int64,))):
+        if x is not None and not (isinstance(x, Tensor) and x.dtype in taken):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a tensor of {' or '.join(map(str, taken))}, got {kind}")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be [B, S] with a token or more, got {[*input_ids.shape]}")
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(f"labels {[*labels.shape]} must have the shape of input_ids, {[*input_ids.shape]}")
+
+
+def _check_documents(documents: Sequence[Any], rows: int, length: int) -> None:
+    """Refuse counts that leave tokens out, which would train on less than was given and say nothing."""
+    alike = _are_counts(documents)
+    if not alike and not (isinstance(documents, Sequence) and all(map(_are_counts, documents))):
+        raise TypeError(f"documents must be a list of ints, or a list of such lists, one a row, got {documents!r:.200}")
+    if not alike and len(documents) not in (1, rows):
+        raise ValueError(f"documents has lists for {len(documents)} rows, input_ids has {rows} rows")
+    for row, counts in enumerate([documents] if alike else documents):
+        if sum(counts) != length:
+            raise ValueError(
+                f"sum(documents{'' if alike else f'[{row}]'})={sum(counts)} must be the {length} tokens of a row of "
+                f"input_ids; padding is a document of its own, its labels {_IGNORE}"
+            )
+
+
+def _are_counts(documents: Any) -> bool:
+    return isinstance(documents, Sequence) and all(isinstance(count, int) for count in documents)
 
 
 # -- building

@@ -72,6 +72,44 @@ def test_a_model_from_a_folder_has_its_weights(tmp_path):
     assert plain.config._attn_implementation != "ring"
 
 
+TOKENS = torch.ones(2, 12, dtype=torch.int64)
+WRONG_INPUTS = {
+    "one row without its dimension": ((TOKENS[0],), {}, r"input_ids must be \[B, S\] .*, got \[12\]"),
+    "no row": ((TOKENS[:0],), {}, r"input_ids must be \[B, S\] with a token or more, got \[0, 12\]"),
+    "no token": ((TOKENS[:, :0],), {}, r"input_ids must be \[B, S\] with a token or more, got \[2, 0\]"),
+    "a list": ((TOKENS.tolist(),), {}, "input_ids must be a tensor of torch.int64 or torch.int32, got list"),
+    "floats": ((TOKENS.float(),), {}, r"input_ids must be a tensor of .*, got torch\.float32"),
+    "short labels": ((TOKENS, TOKENS[:, 1:]), {}, r"labels \[2, 11\] must have the shape of input_ids, \[2, 12\]"),
+    "labels of one row": ((TOKENS, TOKENS[:1]), {}, r"labels \[1, 12\] must have the shape of input_ids, \[2, 12\]"),
+    "int32 labels": ((TOKENS, TOKENS.int()), {}, r"labels must be a tensor of torch\.int64, got torch\.int32"),
+    "documents too short": ((TOKENS,), {"documents": [5, 6]}, r"sum\(documents\)=11 must be the 12 tokens"),
+    "documents too long": ((TOKENS,), {"documents": [5, 8]}, r"sum\(documents\)=13 must be the 12 tokens"),
+    "no documents": ((TOKENS,), {"documents": []}, r"sum\(documents\)=0 must be the 12 tokens"),
+    "a short row": ((TOKENS,), {"documents": [[12], [5, 6]]}, r"sum\(documents\[1\]\)=11 must be the 12 tokens"),
+    "rows of documents": ((TOKENS,), {"documents": [[12]] * 3}, "documents has lists for 3 rows, input_ids has 2 rows"),
+    "a number": ((TOKENS,), {"documents": 12}, "documents must be a list of ints, .*, got 12"),
+    "a tensor": ((TOKENS,), {"documents": torch.tensor([5, 7])}, r"documents must .* got tensor\(\[5, 7\]\)"),
+    "lists and numbers": ((TOKENS,), {"documents": [12, [12]]}, r"documents must be a list of .* got \[12, \[12\]\]"),
+    "fractions": ((TOKENS,), {"documents": [6.0, 6.0]}, r"documents must be a list of ints, .*, got \[6\.0, 6\.0\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "options", "message"), WRONG_INPUTS.values(), ids=WRONG_INPUTS)
+def test_inputs_that_do_not_fit_are_refused_with_their_argument_and_values(tokens, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ring_inputs(*tokens, ring=Loopback(2), **options)
+
+
+@pytest.mark.parametrize("documents", [[[5, 8]], ((5, 8), (13,))], ids=["one list for all rows", "tuples"])
+def test_any_length_of_int32_tokens_is_shared_by_any_ring(documents):
+    tokens = torch.randint(1, 97, (2, 13), dtype=torch.int32)
+    losses = [
+        tiny("llama")(**ring_inputs(tokens, tokens.long(), ring=Loopback(ranks), documents=documents)).loss
+        for ranks in (1, 5, 16)
+    ]
+    torch.testing.assert_close(losses, losses[:1] * 3, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
