@@ -7,10 +7,12 @@ c = scale log2(e) and the softmax state (m, z, acc):
     m' >= c max_j s_j - 8    p_j = 2^(c s_j - m')    a = 2^(m - m')    z' = a z + sum_j p_j    acc' = a acc + p v
 
 at the end out = acc / z, lse = ln(2) (m + log2 z); a carried Partial is such a state and joins there. Any m' near the
-maximum does, so m stays until a score is 2^8 times larger than what it was taken from; then it becomes the maximum. So
-a is 1 in almost every step, and a warp whose rows have all a = 1 skips a acc, an eighth of its instructions. See
-`portable_forward` for the softcap. `start` and `end` never decrease, so a tile's bounds say which KV tiles its rows
-see whole (full) and which only in part (edges):
+maximum does, so m stays until a weight would pass 2^8; then it becomes the maximum. So a is 1 in almost every step, and
+a warp whose rows have all a = 1 skips a acc, at head_dim 128 an eighth of its instructions. See `portable_forward` for
+the softcap.
+
+`start` and `end` never decrease, so a tile's bounds say which KV tiles its rows see whole (full) and which only in part
+(edges):
 
     keys      lo ......... full_from ........................ hi
     tiles     | edge | edge |  full  |  full  |  full  | edge | edge |
@@ -169,10 +171,11 @@ class Call:
     def job(self, turn):
         """What this program works on in a turn.
 
-        Tiles are dealt out longest first, back and forth (0 1 2, 2 1 0, 0 1 2), so that every program gets its share
-        of the long ones. Under a causal mask a tile is longer the later it begins; under documents its length is
-        anybody's guess, but a long document's tiles are neighbours, and neighbours go to different programs. Which
-        is enough: no counter in memory, no order computed before the launch.
+        Tiles are dealt out longest first, back and forth (0 1 2, 2 1 0, 0 1 2), so that every program gets its share of
+        the long ones; the last turn forwards, so that what does not fill it goes to the programs that start first.
+        Under a causal mask a tile is longer the later it begins; under documents its length is anybody's guess, but a
+        long document's tiles are neighbours, and neighbours go to different programs. Which is enough: no counter in
+        memory, no order computed before the launch.
 
         Heads run fastest, those of a group first, so that the tiles of K and V that all SMs read at a time come from
         L2; `section` bounds how many KV heads that are.

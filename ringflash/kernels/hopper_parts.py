@@ -71,8 +71,9 @@ def arrive(barrier, THREADS: gl.constexpr):
 class Pipe:
     """DEPTH tiles of shared memory. Tiles are numbered from 0 as they come; number n lies in slot n % DEPTH.
 
-    full[slot] is signalled by the copy engine when all bytes have landed. That a slot is empty its one reader, a
-    warpgroup, says by empty[slot]; several READERS, by the barrier EMPTY + slot, at which their warps need not meet.
+    full[slot] is signalled by the copy engine when all bytes have landed. A slot's one reader, a warpgroup, reports it
+    empty through empty[slot]; several READERS do so at the barrier EMPTY + slot, at which their warps arrive one by
+    one.
     """
 
     tiles: gl.shared_memory_descriptor

@@ -1,22 +1,23 @@
 """ring_attention: exact attention over a sequence sharded across ranks.
 
 Forward. Keys and values travel round the ring; the queries stay, with their running (out, lse), which each hop's
-kernel carries in and updates. While hop s is computed, the keys of hop s + 1 are on their way:
+kernel carries in and updates. While hop s is computed, the keys of hop s + 1 are on their way. Heads are computed in
+two halves, each on a stream of its own (`ring.lanes`):
 
     rank r      compute   | own keys      | keys of r - 1 | keys of r - 2 | ...
                 transfer  | keys of r - 1 | keys of r - 2 | keys of r - 3 | ...
 
 Backward. delta = rowsum(dout * out) and the global lse make each block's gradient independent of the others. Keys and
 values go round again; their gradients follow in fp32, one hop behind, added to by each rank's kernel. A rank computes
-its own keys last, adding to what came home. Heads are computed in two halves, each on a stream of its own
-(`ring.lanes`), so that one half's gradients are on their way while the kernel adds to the other's:
+its own keys last, adding to what came home. One half's gradients are on their way while the kernel adds to the
+other's:
 
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
-Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, and in the
-backward two of their gradients, whatever the ring's size; where keys turn back before the end of the ring, also room
-for the gradients that come home early.
+Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, in the
+forward its result in halves, and in the backward two shards of gradients, whatever the ring's size; where keys turn
+back before the end of the ring, also room for the gradients that come home early.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | N
     """The Partial over all keys, and the sink, for each local rank; out in q's dtype."""
     plan = call.plan
     parts = _halves(q[0].shape[2], k[0].shape[2], plan)
-    state: list[list[Partial | None]] = [[None] * len(parts) for _ in q]
+    state: list[list[Partial | None]] = [[None] * len(parts) for _ in q]  # hop 0, always computed, fills it
     last = [plan.computed(i)[-1] for i in range(len(q))]
     kv = _KeysOnTheirWay(plan, k, v, f"{call.layer}, forward")
 
@@ -188,14 +189,14 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | N
                 with lanes.on(lane):
                     for i in range(len(q)):
                         add(s, i, lane)
-    whole = [_heads_together(halves) for halves in state]
+    whole = [_heads_together(halves) for halves in state]  # type: ignore[arg-type]
+    lanes.fork()  # lane 1's memory was read here, and may be given out there as soon as this returns
     return whole if sink is None else [_with_sink(p, sink, q[0].dtype) for p in whole]
 
 
-def _heads_together(parts: list[Partial | None]) -> Partial:
-    """The Partial of all heads. None of the parts is None: hop 0 is always computed."""
-    out, lse = [p.out for p in parts if p], [p.lse for p in parts if p]
-    return Partial(_together(out, dim=2), _together(lse, dim=1))
+def _heads_together(parts: list[Partial]) -> Partial:
+    """The Partial of all heads."""
+    return Partial(_together([p.out for p in parts], dim=2), _together([p.lse for p in parts], dim=1))
 
 
 def _backward(

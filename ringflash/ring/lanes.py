@@ -8,7 +8,8 @@ where the other's ends:
     lane 1          | hop 0, half 1 ........ | hop 1, half 1 ........ | hop 2, half 1
 
 Lane 0 is the current stream, so what the caller does before and after needs no care; lane 1 waits for it at `fork`, and
-it for lane 1 at the end. Memory allocated before the first fork may be used on both until then.
+it for lane 1 at the end. Memory allocated before the first fork may be used on both until the end. Memory allocated on
+lane 1 goes back to lane 1 when it is freed: whoever reads it on lane 0 forks once more before that.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ class Watch:
     def take(self) -> dict[str, float]:
         """What the hops since the last call cost: seconds of waiting, GiB received, hops.
 
-        Waiting is that of streams for transfers. In the backward, where two lanes take turns, one may have computed
-        while the other waited: there it is an upper bound of what no computing hid.
+        Waiting is that of streams for transfers. Of two lanes one may have computed while the other waited, so it is an
+        upper bound of what no computing hid.
         """
         with self._lock:
             self._advance()

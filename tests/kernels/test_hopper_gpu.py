@@ -122,6 +122,22 @@ def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, out_dtyp
     assert [distance(state.out, exact["out"]) <= bound, distance(state.lse, exact["lse"]) <= 1e-5] == [True, True]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_carry_over_many_tiles_of_which_half_are_skipped(head_dim, dtype):
+    """Each program takes several tiles, so that the carry's shared memory is used again, also over skipped ones."""
+    forward, _ = kernels()
+    p = problem(MASKS["causal"](3000), batch=1, heads=(32, 4), head_dim=head_dim, dtype=dtype, device="cuda")
+    state: Partial | None = None
+    for begin, end in ((0, 1500), (1500, 3000)):
+        part = p.mask.restrict(torch.arange(3000), torch.arange(begin, end)).intervals("cuda")
+        state = forward(p.q, p.k[:, begin:end], p.v[:, begin:end], part, scale=p.scale, carry=state)
+    assert state is not None
+    exact, plain = dense(p, torch.float64), dense(p, dtype)
+    assert distance(state.out, exact["out"]) <= 2 * distance(plain["out"], exact["out"])
+    assert distance(state.lse, exact["lse"]) <= 1e-5
+
+
 @pytest.mark.parametrize(("head_dim", "begin"), [(64, 192), (128, 256)])
 def test_query_tiles_that_see_nothing_are_not_written(head_dim, begin):
     forward, _ = kernels()
