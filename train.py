@@ -20,13 +20,12 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; the environment tells
     arguments = parser.parse_args()
     with failure.one_line():
-        from ringflash.models import read_config
         from ringflash.training.config import compose
-        from ringflash.training.loop import fit
+        from ringflash.training.loop import check_here, fit
 
         config, resolved = compose(arguments.settings)
         if arguments.print:
-            read_config(config.model)  # what the model refuses is said here as in a run
+            check_here(config)
             print(resolved.rstrip())
             return
         fit(config, resolved)

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ringflash import kernels
 from ringflash.errors import ConfigError
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.layout import Layout
@@ -281,6 +282,22 @@ def check_supported(config: PreTrainedConfig) -> None:
                 f"model.architecture.rope_parameters.rope_type={rope['rope_type']} is not supported: it depends on the "
                 f"longest position of a shard, not of the sequence; default, linear, yarn and llama3 are supported"
             )
+
+
+def check_kernel(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device) -> None:
+    """Raise ConfigError with the reason where model.kernel cannot run this model's attention on `device`.
+
+    The kernel is asked as a layer asks it, of one token: before there is a model.
+    """
+    q, k = (
+        torch.empty(1, 1, heads, hf_config.head_dim, dtype=DTYPES[config.dtype], device=device)
+        for heads in (hf_config.num_attention_heads, hf_config.num_key_value_heads)
+    )
+    softcap = getattr(hf_config, "attn_logit_softcapping", None) or None
+    try:
+        kernels.select(q, k, softcap, config.kernel, config.deterministic)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("kernel=", "model.kernel=")) from error
 
 
 def read_config(config: ModelConfig) -> PreTrainedConfig:

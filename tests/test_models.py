@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from ringflash import Loopback
 from ringflash.errors import ConfigError
-from ringflash.models import ARCHITECTURES, ModelConfig, build_model, ring_inputs
+from ringflash.models import ARCHITECTURES, ModelConfig, build_model, check_kernel, read_config, ring_inputs
 
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -168,3 +168,16 @@ def test_under_autocast_attention_takes_what_sdpa_takes(model_type):
         loss = ring(**ring_inputs(tokens, tokens, ring=Loopback(2))).loss
         expected = sdpa(input_ids=tokens, labels=tokens).loss
     torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["hopper", "portable"])
+def test_a_kernel_that_cannot_run_on_the_device_is_refused_with_its_reason(kernel):
+    config = ModelConfig(architecture={"model_type": "llama", **TINY}, dtype="bf16", kernel=kernel)
+    with pytest.raises(ConfigError, match=rf"^model\.kernel={kernel} .*(got device cpu|Triton's interpreter)"):
+        check_kernel(config, read_config(config), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "blocked"])
+def test_a_kernel_for_every_device_is_not_refused(kernel):
+    config = ModelConfig(architecture={"model_type": "gemma2", **TINY}, kernel=kernel)
+    check_kernel(config, read_config(config), torch.device("cpu"))

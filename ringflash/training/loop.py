@@ -17,13 +17,24 @@ from ringflash.data import load_corpus, load_tokenizer, sequences_per_epoch, str
 from ringflash.data.batches import batch as make_batch
 from ringflash.data.corpus import TokenCorpus
 from ringflash.errors import ConfigError
-from ringflash.models import build_model, read_config
+from ringflash.models import build_model, check_kernel, read_config
 from ringflash.training import checkpoint, flops, metrics
 from ringflash.training.config import Config
 from ringflash.training.export import export
 from ringflash.training.parallel import layouts, settle
 from ringflash.training.step import Layouts, build_engine, evaluate, train_step
 from ringflash.training.world import World, join, ranks_here, world_size
+
+
+def check_here(config: Config) -> None:
+    """Raise ConfigError for what a run would refuse of the model, as far as this machine can tell.
+
+    Where there is a GPU, a run would be on such a one. Where there is none, this may well be a cluster's login node:
+    whether model.kernel can run is then left to the run, whose device and whose dtype=auto are not known here.
+    """
+    model_config = read_config(config.model)
+    if torch.cuda.is_available():
+        check_kernel(config.model, model_config, torch.device("cuda"))
 
 
 def fit(config: Config, resolved: str) -> None:
@@ -37,6 +48,7 @@ def fit(config: Config, resolved: str) -> None:
     config = dataclasses.replace(config, parallel=parallel)
     config.check(world_size())
     world = join(parallel)
+    check_kernel(config.model, model_config, world.device)
     torch.manual_seed(config.seed)
 
     tokenizer = load_tokenizer(config.data)

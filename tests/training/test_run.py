@@ -10,10 +10,14 @@ import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ringflash.data import batch, load_corpus
+from ringflash.errors import ConfigError
+from ringflash.kernels import portable_forward
 from ringflash.training.config import compose
+from ringflash.training.loop import check_here
 from ringflash.training.metrics import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +151,11 @@ BAD_INPUT = {
         ["model.architecture.num_key_value_heads=3"],
         "model.architecture.num_attention_heads=4 is not divisible by num_key_value_heads=3",
     ),
+    "kernel": (
+        ["model.kernel=hopper"],
+        "model.kernel=hopper needs a GPU of compute capability 9.0, got device cpu; "
+        "model.kernel=auto takes what runs there",
+    ),
     "experiment": (["experiment=unknown"], "experiment=unknown is not one of llama3-8b-256k, qwen3-0.5b-128k"),
 }  # fmt: skip
 
@@ -181,7 +190,6 @@ def test_an_empty_data_folder_is_refused(tmp_path):
 
 
 def test_more_ranks_than_gpus_are_refused_with_both_numbers(monkeypatch):
-    from ringflash.errors import ConfigError
     from ringflash.training import world
     from ringflash.training.parallel import ParallelConfig
 
@@ -201,6 +209,19 @@ def test_print_shows_a_configuration_that_can_be_read_back():
 def test_print_refuses_what_a_run_would():
     _, stderr = run([sys.executable, "train.py", "--print", "+model.architecture.attention_dropout=0.1"], code=1)
     assert "attention_dropout=0.1 is not supported" in stderr
+
+
+def test_print_leaves_it_to_the_run_whether_a_kernel_can_run_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_here(compose(["model.kernel=hopper"])[0])
+
+
+def test_print_refuses_a_kernel_that_this_machines_gpu_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(portable_forward, "_arch", lambda device: 80)
+    config, _ = compose(["model.kernel=hopper"])
+    with FakeTensorMode(), pytest.raises(ConfigError, match=r"^model\.kernel=hopper needs .* 9\.0, got one of 8\.0;"):
+        check_here(config)
 
 
 def test_a_metrics_line_cut_short_by_a_kill_is_passed_over(tmp_path):
