@@ -266,9 +266,16 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"other architectures are not tested on the ring"
         )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:
+    if kv_heads < 1 or heads % kv_heads:
         raise ConfigError(
             f"model.architecture.num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}"
+        )
+    if config.head_dim < 2 or config.head_dim % 2:
+        derived = config.head_dim == config.hidden_size // heads  # as llama's is where it is not set
+        raise ConfigError(
+            f"model.architecture.head_dim={config.head_dim}"
+            + (f" (hidden_size={config.hidden_size} / num_attention_heads={heads})" if derived else "")
+            + " must be even and 2 or more: rotary positions turn pairs of a head's dimensions"
         )
     if getattr(config, "attention_dropout", 0.0):
         raise ConfigError(
