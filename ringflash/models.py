@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -323,22 +323,30 @@ def _configuration(config: ModelConfig) -> PreTrainedConfig:
         if not (Path(config.path) / "config.json").is_file():
             raise ConfigError(f"model.path={config.path} holds no config.json: it must be a Hugging Face model folder")
         return AutoConfig.from_pretrained(config.path, local_files_only=True)
-    fields = dict(config.architecture)
-    model_type = fields.pop("model_type", None)
+    settings = dict(config.architecture)
+    model_type = settings.pop("model_type", None)
     if model_type not in ARCHITECTURES:
         raise ConfigError(f"model.architecture.model_type={model_type} is not one of {', '.join(ARCHITECTURES)}")
-    known = AutoConfig.for_model(model_type)
-    for name in fields:
-        if not hasattr(known, name):
-            close = difflib.get_close_matches(name, known.to_dict(), n=1)
-            raise ConfigError(
-                f"model.architecture.{name} is not a field of a {model_type} configuration"
-                + (f"; did you mean {close[0]}?" if close else "")
-            )
+    for name in settings:
+        if (reason := field_refusal(model_type, name)) is not None:
+            raise ConfigError(reason)
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        return AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # transformers raises its own validation types
         raise ConfigError(f"model.architecture is refused by transformers: {' '.join(str(error).split())}") from error
+
+
+def field_refusal(model_type: str, name: str) -> str | None:
+    """None, or why model.architecture.NAME cannot be set, with the nearest field that can."""
+    known = AutoConfig.for_model(model_type)
+    if hasattr(known, name):
+        return None
+    # What all of transformers' configurations have is bookkeeping, and nothing that a typing error was meant for.
+    own = {f.name for f in fields(known)} - {f.name for f in fields(PreTrainedConfig)}
+    close = difflib.get_close_matches(name, sorted(own), n=1)
+    return f"model.architecture.{name} is not a field of a {model_type} configuration" + (
+        f"; did you mean model.architecture.{close[0]}?" if close else ""
+    )
 
 
 def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:

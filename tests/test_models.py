@@ -140,7 +140,10 @@ def test_attention_dropout_is_refused_while_training():
     ("fields", "message"),
     [
         ({"model_type": "gpt2"}, "model_type=gpt2 is not one of gemma2, gpt_oss, llama"),
-        ({"model_type": "llama", "hiden_size": 8}, r"hiden_size is not a field .*; did you mean hidden_size\?"),
+        ({"model_type": "llama", "hiden_size": 8}, r"hiden_size is .* mean model\.architecture\.hidden_size\?$"),
+        ({"model_type": "llama", "typo": 8}, r"^model\.architecture\.typo is not a field of a llama configuration$"),
+        ({"model_type": "llama", "slide_window": 8}, r"slide_window is not a field of a llama configuration$"),
+        ({"model_type": "mistral", "slide_window": 8}, r"did you mean model\.architecture\.sliding_window\?$"),
         ({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}, "num_attention_heads=4 is not"),
         ({"model_type": "llama", "num_key_value_heads": 0}, "num_attention_heads=4 is not .* num_key_value_heads=0"),
         ({"model_type": "llama", "head_dim": 33}, r"^model\.architecture\.head_dim=33 must be even and 2 or more: "),

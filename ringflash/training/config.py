@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ringflash.data.documents import DataConfig, python_stdlib
 from ringflash.errors import ConfigError
-from ringflash.models import ModelConfig
+from ringflash.models import ARCHITECTURES, ModelConfig, field_refusal
 from ringflash.training.checkpoint import CheckpointConfig
 from ringflash.training.metrics import LoggerConfig
 from ringflash.training.parallel import ParallelConfig
@@ -168,16 +168,21 @@ def _in_one_line(error: Exception) -> str:
     cause: BaseException = error
     while isinstance(cause.__cause__, OmegaConfBaseException):
         cause = cause.__cause__
-    key = getattr(cause, "full_key", None)
+    key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
     reason = str(cause).split("\n", 1)[0]
     if key and re.search(r"not in (struct|')", reason):
-        return _unknown(key)
+        return _unknown_field(key, parent) if key.startswith("model.architecture.") else _unknown(key)
     return f"{key}: {reason}" if key else " ".join(str(error).split())
 
 
+def _unknown_field(key: str, parent: Any) -> str:
+    """Of a key below model.architecture, in `parent`, that the model's YAML does not have: transformers may have it."""
+    name, model_type = key.removeprefix("model.architecture."), parent.get("model_type")
+    reason = field_refusal(model_type, name) if model_type in ARCHITECTURES and "." not in name else None
+    return reason or f"{key} is not in this model's architecture; +{key}=... adds it"
+
+
 def _unknown(key: str) -> str:
-    if key.startswith("model.architecture."):
-        return f"{key} is not in this model's architecture; +{key}=... adds it"
     close = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.75)
     return f"{key} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
 

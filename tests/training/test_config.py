@@ -61,6 +61,13 @@ def test_every_setting_is_described_where_it_is_read():
     [
         (["optim.lrr=1"], "optim.lrr is not a setting; did you mean optim.lr?"),
         (["+optim.foo=1"], "optim.foo is not a setting"),
+        (["model.architecture.hiden_size=8"], "did you mean model.architecture.hidden_size?"),
+        (["model.architecture.typo=8"], "model.architecture.typo is not a field of a llama configuration"),
+        (["model.architecture.attention_bias=true"], "+model.architecture.attention_bias=... adds it"),
+        (
+            ["model=qwen3-0.5b", "model.architecture.rope_parameters.factor=2"],
+            "+model.architecture.rope_parameters.factor",
+        ),
         (["optim.lr=abc"], "optim.lr: Value 'abc'"),
         (["optim.steps=0"], "optim.steps=0 must be 1 or more"),
         (["optim.clip=-1"], "optim.clip=-1.0 must not be negative"),
