@@ -126,7 +126,7 @@ def failing(text, failure, *settings):
 
 @pytest.mark.slow
 def test_a_rank_that_raises_while_others_wait_in_the_ring_ends_the_run_with_its_line(text):
-    assert failing(text, "raise") == ["ringflash: rank 1 failed: ArithmeticError: the third tile is broken"]
+    assert failing(text, "raise") == ["ringflash: rank 1 failed: ArithmeticError: the fifth tile is broken"]
 
 
 @pytest.mark.slow
