@@ -6,6 +6,7 @@ is first here too. Heads are one number wide, so a million tokens take megabytes
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,9 +62,11 @@ class Recorder:
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> _Awaited:
         """Note the messages."""
         kind = "gradients" if any(m.tensor.dtype == torch.float32 for m in (*outgoing, *incoming)) else "keys"
-        sent, received = ({end(m): self._bytes(m) for m in messages} for messages, end in (
-            (outgoing, lambda m: m.destination), (incoming, lambda m: m.source)
-        ))  # fmt: skip
+        sent, received = Counter[int](), Counter[int]()
+        for message in outgoing:
+            sent[message.destination] += self._bytes(message)
+        for message in incoming:
+            received[message.source] += self._bytes(message)
         self.events.append(Exchange(sent, received, kind))
         self._exchanges += 1
         return _Awaited(self, self._exchanges - 1)
@@ -114,10 +117,10 @@ def _writing_down(ring: Recorder, plan: AttentionPlan) -> Kernel:
         pairs = int((intervals.end - intervals.start).sum()) * (len(q) // len(intervals.start)) * q.shape[2]
         ring.events.append(Compute(hop_of[id(intervals)], pairs))
 
-    def forward(q, k, v, intervals, *, carry, out_dtype, **options) -> Partial:
+    def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
         note(q, intervals)
         state = Partial.identity(q) if carry is None else carry
-        return Partial(state.out.to(out_dtype), state.lse)
+        return state if out is None else Partial(out, state.lse)
 
     def backward(dout, q, k, v, lse, delta, intervals, **options) -> None:
         note(q, intervals)

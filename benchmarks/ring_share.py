@@ -54,12 +54,24 @@ PEERS: dict[tuple[int, int, str], dict[str, tuple[float | None, ...]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """What a rank receives: there once the copies before this event are done."""
+
+    event: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        """Have the current stream wait for them."""
+        if self.event is not None:
+            self.event.wait()
+
+
 class OneRank:
     """A rank of a ring of `size` without the others: what it would receive is random, and there at once.
 
-    Receive buffers begin as zeros or as whatever was in memory, and nothing is to be timed on that (zeros draw less
-    power, so a GPU clocks higher). The first message into a buffer fills all of it with random numbers, later ones
-    leave what is there. So a pass copies one shard of keys, or of gradients, within the rank's time. Call `fresh`
+    Receive buffers begin as whatever was in memory, and nothing is to be timed on that (zeros draw less power, so a GPU
+    clocks higher). The first message into a buffer fills all of it with random numbers, later ones leave what is there.
+    So a pass copies two shards of keys, and of gradients, on a stream of its own, as a transfer would. Call `fresh`
     before each pass, whose buffers are new.
     """
 
@@ -69,23 +81,29 @@ class OneRank:
         self.device = torch.device(device)
         self._noise: dict[tuple[torch.dtype, int], Tensor] = {}
         self._written: set[int] = set()
+        self._stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
 
     def fresh(self) -> None:
         """Forget which buffers have been written to."""
         self._written.clear()
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> OneRank:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Arrival:
         """Fill buffers that nobody has written to."""
         self._written.update(_storage(message.tensor) for message in outgoing)
+        if self._stream is None:
+            self._fill(incoming)
+            return Arrival(None)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._fill(incoming)
+            return Arrival(self._stream.record_event())
+
+    def _fill(self, incoming: Sequence[Message]) -> None:
         for message in incoming:
             if _storage(message.tensor) not in self._written:
                 buffer = message.tensor.new_empty(0).set_(message.tensor.untyped_storage())
                 buffer.copy_(self._random(buffer))
                 self._written.add(_storage(buffer))
-        return self
-
-    def wait(self) -> None:
-        """Everything is there."""
 
     def _random(self, like: Tensor) -> Tensor:
         key = (like.dtype, len(like))

@@ -111,7 +111,7 @@ def _runner(target: str, case: Case, dtype: torch.dtype, device: torch.device) -
 
     q, k, v, dout = (x.detach() for x in case.inputs(dtype, device))
     intervals, scale = case.mask().intervals(device), case.head_dim**-0.5
-    forward = functools.partial(portable_forward.forward, q, k, v, intervals, scale=scale, out_dtype=dtype)
+    forward = functools.partial(portable_forward.forward, q, k, v, intervals, scale=scale, out=torch.empty_like(q))
     if target == "forward":
         return lambda tuning: (forward(tuning=tuning).out,)
     state = forward()

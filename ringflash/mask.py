@@ -30,6 +30,25 @@ from typing import cast
 import torch
 from torch import Tensor
 
+# Rows of the tiles that kernels take in the order of an Order.
+ORDERED_TILES = (128, 192)
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Tiles of queries, or of keys, that walk the most keys, or queries, first.
+
+    A tile walks all that lie between what its first row and what its last row sees; nothing where no row sees anything.
+    Fields: tiles int32 [B|1, ceil(rows / rows of a tile)], on the kernel's device. On the host: busy, how many of them
+    walk anything, at most in a batch row; longest, how much the longest walks; total, how much all of them do, on
+    average over batch rows.
+    """
+
+    tiles: Tensor
+    busy: int
+    longest: int
+    total: float
+
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
@@ -37,13 +56,16 @@ class Intervals:
 
     Shapes: B is the batch, or 1 where all rows of the batch agree. All int32, on the kernel's device, contiguous.
     Query i sees keys ``start[i]:end[i]``; key j is seen by queries ``query_start[j]:query_end[j]``. All four vectors
-    are non-decreasing, and ``start <= end``, so a tile's bounds are read at its first and last row.
+    are non-decreasing, and ``start <= end``, so a tile's bounds are read at its first and last row. The orders say
+    which rows to begin with, so that the longest tiles do not come last, and which see nothing.
     """
 
     start: Tensor  # [B|1, Sq]
     end: Tensor  # [B|1, Sq]
     query_start: Tensor  # [B|1, Skv]
     query_end: Tensor  # [B|1, Skv]
+    query_order: dict[int, Order]  # by the rows of a tile
+    key_order: dict[int, Order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +196,24 @@ class IntervalMask:
     def intervals(self, device: torch.device | str = "cpu") -> Intervals:
         """The mask and its transpose as a kernel reads them, on `device`, copied there without waiting."""
         back = self.transpose()
-        on_device = [_to_device(bound, device) for bound in (self.lo, self.hi, back.lo, back.hi)]
-        return Intervals(*on_device)
+        start, end, query_start, query_end = (_to_device(x, device) for x in (self.lo, self.hi, back.lo, back.hi))
+        orders = ({rows: mask._order(rows, device) for rows in ORDERED_TILES} for mask in (self, back))
+        return Intervals(start, end, query_start, query_end, *orders)
+
+    def _order(self, rows: int, device: torch.device | str) -> Order:
+        """Tiles of so many queries, the longest first; among equals the last, as under a causal mask."""
+        if not self.queries:
+            return Order(torch.zeros(self.batch, 0, dtype=torch.int32, device=device), 0, 0, 0.0)
+        first = torch.arange(0, self.queries, rows)
+        last = (first + rows).clamp(max=self.queries) - 1
+        pairs = torch.nn.functional.pad((self.hi - self.lo).cumsum(1), (1, 0))
+        seen = pairs[:, last + 1] > pairs[:, first]
+        walked = (self.hi[:, last] - self.lo[:, first]) * seen
+        tiles = len(first) - 1 - walked.flip(1).argsort(dim=1, descending=True, stable=True)
+        return Order(
+            _to_device(tiles, device), busy=int((walked > 0).sum(1).max()), longest=int(walked.max()),
+            total=float(walked.sum()) / self.batch,
+        )  # fmt: skip
 
     def dense(self) -> Tensor:
         """The mask as booleans [B|1, Sq, Skv]; for tests and pictures."""

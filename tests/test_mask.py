@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringflash import IntervalMask
+from ringflash.mask import ORDERED_TILES
 from tests.strategies import masks
 
 lengths = st.integers(1, 40)
@@ -68,3 +69,28 @@ def test_intervals_hold_the_mask_and_its_transpose_as_int32(case):
 def test_what_is_not_an_interval_mask_is_refused_with_its_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(st.data(), st.integers(1, 900), st.sampled_from(ORDERED_TILES))
+def test_orders_list_every_tile_once_and_the_longest_first(data, length, rows):
+    mask, _ = data.draw(masks(length))
+    x = mask.intervals()
+    for order, starts, ends in (
+        (x.query_order[rows], x.start, x.end),
+        (x.key_order[rows], x.query_start, x.query_end),
+    ):
+        listed = order.tiles.tolist()
+        walked = [
+            [
+                int(end[tile * rows :][:rows][-1] - start[tile * rows])
+                if (end > start)[tile * rows :][:rows].any()
+                else 0
+                for tile in row
+            ]
+            for row, start, end in zip(listed, starts, ends, strict=True)
+        ]
+        assert all(sorted(row) == list(range(-(-length // rows))) for row in listed)
+        assert all(row == sorted(row, reverse=True) for row in walked)
+        assert order.busy == max(sum(span > 0 for span in row) for row in walked)
+        assert order.longest == max(max(row) for row in walked)
+        assert order.total == pytest.approx(sum(map(sum, walked)) / len(walked))

@@ -2,7 +2,7 @@
 
 Every kernel has the same three functions and knows nothing of rings, layouts, documents or windows:
 
-    forward(q, k, v, intervals, *, scale, softcap, carry, out_dtype) -> Partial
+    forward(q, k, v, intervals, *, scale, softcap, carry, out) -> Partial
     delta(out, dout) -> Tensor
     backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None
 
@@ -10,9 +10,9 @@ q, dout [B, Sq, Hq, D]; k, v [B, Skv, Hkv, D], any strides with a contiguous las
 Scores are ``scale * q k^T``, scale > 0, then ``softcap * tanh(scores / softcap)`` where softcap is not None. Keys and
 values that no query sees must be finite all the same: tiles reach over an interval's edge, and 0 x NaN is NaN.
 
-forward: `carry`, where given, is the Partial of keys seen before. With out_dtype fp32 it is updated in place and
-returned; with another out_dtype its lse is updated in place and the returned out is new, in that dtype. Without a carry
-the Partial is new.
+forward: `carry`, where given, is the Partial of keys seen before; it is updated in place and returned. `out`, where
+given, [B, Sq, Hq, D] of q's dtype or fp32 and any strides with a contiguous last dimension, is written in the place of
+carry.out, all of it; lse is updated in place all the same. Without a carry the Partial is new, in fp32 but for `out`.
 
 backward: lse and delta, fp32 [B, Hq, Sq], are those of the whole softmax, over all shards: delta = rowsum(dout * out).
 Gradients are *added* into dq [B, Sq, Hq, D], dk and dv [B, Skv, Hkv, D], all fp32, with a contiguous last dimension.

@@ -38,7 +38,7 @@ def forward(
     scale: float,
     softcap: float | None = None,
     carry: Partial | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract."""
     state = Partial.identity(q) if carry is None else carry
@@ -47,12 +47,11 @@ def forward(
         scores = scores.masked_fill(~_per_group(visible, q, k), float("-inf"))
         lse = scores.logsumexp(-1)
         weights = torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1))
-        out = _unfold(weights @ _keys(v, keys), q)
-        block = Partial(out, lse.reshape(len(q), q.shape[2], -1))
+        block = Partial(_unfold(weights @ _keys(v, keys), q), lse.reshape(len(q), q.shape[2], -1))
         merged = merge(Partial(state.out[:, rows], state.lse[:, :, rows]), block)
         state.out[:, rows] = merged.out
         state.lse[:, :, rows] = merged.lse
-    return Partial(state.out.to(out_dtype), state.lse)
+    return state if out is None else Partial(out.copy_(state.out), state.lse)
 
 
 def delta(out: Tensor, dout: Tensor) -> Tensor:

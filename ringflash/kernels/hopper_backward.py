@@ -5,9 +5,10 @@ The mathematics is that of `portable_backward`: with p = 2^(c s - log2(e) lse) a
     dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
 
 One program holds 128 keys of one KV head and walks the queries query_start:query_end that see them, 64 at a time, for
-each query head of the group: dk and dv have one writer. dq has many; they add to it by the copy engine's fp32 reduction
-in L2, whose order differs from run to run. `deterministic=True` hands over to `portable_backward`, which has one
-writer for dq too, for seven products instead of five.
+each query head of the group, or for some of them where whole groups would end unevenly (`programs_a_group`). dq has
+many writers, dk and dv then some; they add by the copy engine's fp32 reduction in L2, whose order differs from run to
+run. `deterministic=True` hands over to `portable_backward`, with one writer for each and seven products instead of
+five.
 
 Two consumers own 64 keys each and compute s, dp, p and ds transposed, [keys, queries]. dq is a sum over all keys:
 each publishes its ds in shared memory and computes half of dq's columns over both. It does so a step late, in the
@@ -30,7 +31,6 @@ What waits for what, in step 2 of a consumer; ds1 is of the step before, both co
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -57,6 +57,7 @@ from ringflash.kernels.hopper_parts import (
     check_inputs,
     check_rows,
     make_pipe,
+    processors,
     sync,
     tile_run,
     tiles,
@@ -109,10 +110,14 @@ class Call:
     start: gl.tensor  # query_start and query_end
     end: gl.tensor
     interval_stride_b: gl.tensor
+    order: gl.tensor
+    order_stride_b: gl.tensor
+    tiles: gl.tensor  # KV tiles of a head that are looked at
     queries: gl.tensor
     keys: gl.tensor
     heads_kv: gl.tensor
     group: gl.tensor  # query heads of a KV head
+    split: gl.tensor  # programs they are divided among
     pairs: gl.tensor  # batch rows x KV heads
     section: gl.tensor  # pairs worked on at a time
     scale: gl.tensor
@@ -126,7 +131,8 @@ class Call:
     @gluon.constexpr_function
     def __init__(
         self, lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, lse_factor, D, BLOCK_Q, CAPPED,
+        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, section, scale, c, cap_scale,
+        lse_factor, D, BLOCK_Q, CAPPED,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -137,10 +143,14 @@ class Call:
         self.start = start
         self.end = end
         self.interval_stride_b = interval_stride_b
+        self.order = order
+        self.order_stride_b = order_stride_b
+        self.tiles = tiles
         self.queries = queries
         self.keys = keys
         self.heads_kv = heads_kv
         self.group = group
+        self.split = split
         self.pairs = pairs
         self.section = section
         self.scale = scale
@@ -152,21 +162,29 @@ class Call:
         self.CAPPED = gl.constexpr(CAPPED)
 
     @gluon.jit
-    def job(self):
-        """The KV tile of this program, and the query tiles that see it, the same for each head of the group.
+    def heads(self):
+        """Query heads of a program."""
+        return self.group // self.split
 
-        Programs start in order: under a causal mask the first keys are seen by the most queries, so that the short
-        tiles fill the gaps at the end. `section` bounds how many KV heads' queries and dq share L2 at a time.
+    @gluon.jit
+    def job(self):
+        """The KV tile of this program, and the query tiles that see it, the same for each of its heads.
+
+        Programs start in order, those with the most to do first (`Order`), so that the short ones fill the gaps at the
+        end. `section` bounds how many KV heads' queries and dq share L2 at a time.
         """
         index = gl.program_id(0)
-        of_section = self.section * gl.cdiv(self.keys, 2 * ROWS)
+        of_section = self.section * self.split * self.tiles
         section = index // of_section
         index = index % of_section
         pairs = gl.minimum(self.section, self.pairs - section * self.section)
-        first = index // pairs * (2 * ROWS)
-        pair = section * self.section + index % pairs
+        pair = section * self.section + index % (pairs * self.split) // self.split
+        head = self.heads() * (index % self.split)
         batch = pair // self.heads_kv
         head_kv = pair % self.heads_kv
+        first = gl.load(self.order + batch.to(gl.int64) * self.order_stride_b + index // (pairs * self.split)) * (
+            2 * ROWS
+        )
 
         last = gl.minimum(first + 2 * ROWS, self.keys) - 1
         start = self.start + batch.to(gl.int64) * self.interval_stride_b
@@ -174,7 +192,7 @@ class Call:
         lo, count, full_from, full = tile_run(start, end, first, last, self.BLOCK_Q)
         # Keys past the end are zeros, whose score 0 may lie far above lse: 2^(0 - lse) = inf would make dq NaN.
         full = gl.where(first + 2 * ROWS > self.keys, 0, full)
-        return Job(batch, head_kv * self.group, head_kv, first, lo, count, count - full, full_from)
+        return Job(batch, head_kv * self.group + head, head_kv, first, lo, count, count - full, full_from)
 
     @gluon.jit
     def row(self, job, step):
@@ -237,7 +255,7 @@ def produce(call, shared, descriptors):
         for who in gl.static_range(2):
             shared.kv.load(2 + who, v, job.batch, job.head_kv, job.first + who * ROWS)
     number = 0
-    for member in range(call.group):
+    for member in range(call.heads()):
         head = job.head + member
         head_lse = lse + head.to(gl.int64) * call.lse_stride_h
         head_delta = delta + head.to(gl.int64) * call.delta_stride_h
@@ -398,7 +416,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         dk_acc = gl.zeros([ROWS, call.D], gl.float32, A)
         dv_acc = gl.zeros([ROWS, call.D], gl.float32, A)
         full = job.tiles - job.edges
-        last = job.tiles * call.group - 1
+        last = job.tiles * call.heads() - 1
         number = 0
         # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
         publish(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S), shared, 0, WHO)
@@ -410,7 +428,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         shared.kv.wait_full(1)
         shared.kv.wait_full(2 + WHO)
         shared.wait_full(0)
-        for member in range(call.group):
+        for member in range(call.heads()):
             head = job.head + member
 
             # 1. Query tiles that see every key: no mask.
@@ -464,22 +482,24 @@ def consume_1(call, shared, descriptors):
 
 
 @gluon.jit(do_not_specialize=[
-    "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b",
-    "queries", "keys", "heads_kv", "group", "pairs", "section", "scale", "c", "cap_scale", "lse_factor",
+    "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b", "order_stride_b",
+    "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs", "section", "scale", "c", "cap_scale",
+    "lse_factor",
 ])  # fmt: skip
 def backward_kernel(
     q, k, v, dout, dq, dk, dv,
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
-    start, end, interval_stride_b,
-    queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, lse_factor,
+    start, end, interval_stride_b, order, order_stride_b, tiles,
+    queries, keys, heads_kv, group, split, pairs, section, scale, c, cap_scale, lse_factor,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        queries, keys, heads_kv, group, pairs, section, scale, c, cap_scale, lse_factor, D, BLOCK_Q, CAPPED,
+        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, section, scale, c, cap_scale,
+        lse_factor, D, BLOCK_Q, CAPPED,
     )  # fmt: skip
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
@@ -534,7 +554,7 @@ def backward(
 ) -> None:
     """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
 
-    The sum in dq is taken in an order that differs from run to run; deterministic=True computes all three by
+    Sums are taken in an order that differs from run to run; deterministic=True computes all three by
     `portable_backward`, bit-equal from run to run. Raises ValueError, with the values, where `hopper_parts.supports`
     would refuse, where a tensor does not fit q and k, and where scale is not positive. tuning replaces the table's
     choice.
@@ -553,19 +573,36 @@ def backward(
     _, Skv, Hkv, _ = k.shape
     rows = ROWS.value
     t, registers = tuning or TUNINGS[D], REGISTERS[2]
+    order = intervals.key_order[2 * rows]
+    if not order.busy:
+        return
+    split = programs_a_group(Hq // Hkv, order.longest / order.total, B * Hkv, processors(q.device))
     lse_factor = -1 / scale if softcap is None else -LOG2_E
     with torch.cuda.device_of(q):
-        backward_kernel[(B * Hkv * triton.cdiv(Skv, 2 * rows),)](
+        backward_kernel[(B * Hkv * split * order.busy,)](
             *(tiles(q, t.block_q), tiles(k, rows), tiles(v, rows), tiles(dout, t.block_q)),
             *(tiles(dq, t.block_q, D // 2), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
-            *(Sq, Skv, Hkv, Hq // Hkv, B * Hkv, section(q, k), scale, *score_scales(scale, softcap), lse_factor),
+            *(order.tiles, interval_stride(order.tiles), order.busy),
+            *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, section(q, k), scale, *score_scales(scale, softcap), lse_factor),
             D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
             CAPPED=softcap is not None, num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def programs_a_group(group: int, longest: float, pairs: int, processors: int) -> int:
+    """Among how many programs the query heads of a KV tile are divided: more than one where tiles would end unevenly.
+
+    longest: what a head's longest tile is of all its tiles; pairs: batch rows x KV heads. Dividing costs each program
+    the copies of k, v, dk and dv: some 3 steps.
+    """
+    split = 1
+    while group % (2 * split) == 0 and longest / split > 0.6 * pairs / processors:
+        split *= 2
+    return split
 
 
 def section(q: Tensor, k: Tensor) -> int:

@@ -38,12 +38,12 @@ thing after the other: p1 v1 and q k2, wait for both, p2 = 2^(..).
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -59,8 +59,10 @@ from ringflash.kernels.hopper_parts import (
     Job,
     arrive,
     cap,
+    check_addresses,
     check_inputs,
     check_rows,
+    handed_over,
     make_pipe,
     processors,
     supports,
@@ -69,7 +71,7 @@ from ringflash.kernels.hopper_parts import (
     tiles,
     visible,
 )
-from ringflash.kernels.portable_forward import LOG2_E, interval_stride, score_scales
+from ringflash.kernels.portable_forward import LOG2_E, check_out, interval_stride, nothing_seen, score_scales
 from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
@@ -116,6 +118,9 @@ class Call:
     start: gl.tensor
     end: gl.tensor
     interval_stride_b: gl.tensor
+    order: gl.tensor
+    order_stride_b: gl.tensor
+    tiles: gl.tensor  # query tiles of a head that are looked at
     queries: gl.tensor
     heads_kv: gl.tensor
     group: gl.tensor  # query heads of a KV head
@@ -132,8 +137,8 @@ class Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, queries, heads_kv, group, pairs, section,
-        c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
+        self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, order, order_stride_b, tiles, queries,
+        heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -141,6 +146,9 @@ class Call:
         self.start = start
         self.end = end
         self.interval_stride_b = interval_stride_b
+        self.order = order
+        self.order_stride_b = order_stride_b
+        self.tiles = tiles
         self.queries = queries
         self.heads_kv = heads_kv
         self.group = group
@@ -164,41 +172,38 @@ class Call:
     @gluon.jit
     def turns(self):
         """How often each program takes a query tile."""
-        q_tiles = gl.cdiv(self.queries, self.CONSUMERS * ROWS)
-        return gl.cdiv(self.pairs * self.group * q_tiles, gl.num_programs(0))
+        return gl.cdiv(self.pairs * self.group * self.tiles, gl.num_programs(0))
 
     @gluon.jit
     def job(self, turn):
         """What this program works on in a turn.
 
         Tiles are dealt out longest first, back and forth (0 1 2, 2 1 0, 0 1 2), so that every program gets its share of
-        the long ones; the last turn forwards, so that what does not fill it goes to the programs that start first.
-        Under a causal mask a tile is longer the later it begins; under documents its length is anybody's guess, but a
-        long document's tiles are neighbours, and neighbours go to different programs. Which is enough: no counter in
-        memory, no order computed before the launch.
+        the long ones; the last turn forwards, so that what does not fill it goes to the programs that start first. The
+        order is the mask's (`Order`), so no counter in memory has to be zeroed and read.
 
         Heads run fastest, those of a group first, so that the tiles of K and V that all SMs read at a time come from
         L2; `section` bounds how many KV heads that are.
         """
+        TILE: gl.constexpr = self.CONSUMERS * ROWS
         programs = gl.num_programs(0)
         program = gl.program_id(0)
-        q_tiles = gl.cdiv(self.queries, self.CONSUMERS * ROWS)
-        total = self.pairs * self.group * q_tiles
+        total = self.pairs * self.group * self.tiles
         back = (self.turns() - turn) % 2 == 0
         dealt = turn * programs + gl.where(back, programs - 1 - program, program)
         index = gl.minimum(dealt, total - 1)
 
-        of_section = self.section * self.group * q_tiles
+        of_section = self.section * self.group * self.tiles
         section = index // of_section
         index = index % of_section
         heads = gl.minimum(self.section, self.pairs - section * self.section) * self.group
-        first = (q_tiles - 1 - index // heads) * (self.CONSUMERS * ROWS)
         pair = section * self.section + index % heads // self.group
         batch = pair // self.heads_kv
         head_kv = pair % self.heads_kv
         head = head_kv * self.group + index % self.group
+        first = gl.load(self.order + batch.to(gl.int64) * self.order_stride_b + index // heads) * TILE
 
-        last = gl.minimum(first + self.CONSUMERS * ROWS, self.queries) - 1
+        last = gl.minimum(first + TILE, self.queries) - 1
         start = self.start + batch.to(gl.int64) * self.interval_stride_b
         end = self.end + batch.to(gl.int64) * self.interval_stride_b
         lo, tiles, full_from, full = tile_run(start, end, first, last, self.BLOCK_K)
@@ -215,7 +220,15 @@ class Call:
 
 
 @gluon.jit
-def produce(call, pipes, descriptors):
+def hand_over(fields, jobs, q_pipe, number, call):
+    """Tell a consumer, with its queries of this number, what to work on."""
+    slot = number % call.CONSUMERS
+    jobs.index(slot).store(fields)
+    mbarrier.arrive(q_pipe.full.index(slot), count=1)
+
+
+@gluon.jit
+def produce(call, pipes, jobs, descriptors):
     """Order every copy of every turn, as far ahead as there are empty slots: waits for consumers only."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
     q, k, v, carry = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
@@ -227,19 +240,28 @@ def produce(call, pipes, descriptors):
             # In the order of need: the first consumer's queries, the keys, the others' queries, the values.
             q_number = worked * call.CONSUMERS
             q_pipe.load(q_number, q, job.batch, job.head, job.first)
+            hand_over(job.fields(), jobs, q_pipe, q_number, call)
             k_pipe.load(loaded, k, job.batch, job.head_kv, call.key(job, 0))
             for who in gl.static_range(1, call.CONSUMERS):
                 q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
+                hand_over(job.fields(), jobs, q_pipe, q_number + who, call)
             v_pipe.load(loaded, v, job.batch, job.head_kv, call.key(job, 0))
-            if call.CARRY:
-                for who in gl.static_range(call.CONSUMERS):
-                    carry_pipe.load(q_number + who, carry, job.batch, job.head, job.first + who * ROWS)
             for step in range(1, job.tiles):
                 key = call.key(job, step)
                 k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
                 v_pipe.load(loaded + step, v, job.batch, job.head_kv, key)
+            if call.CARRY:
+                # Emptied when the consumer has begun with the tile, a use ahead of what the pipe counts.
+                for who in gl.static_range(call.CONSUMERS):
+                    carry_pipe.wait_empty(q_number + who + call.CONSUMERS)
+                    carry_pipe.copy(q_number + who, carry, job.batch, job.head, job.first + who * ROWS)
             loaded += job.tiles
             worked += 1
+    for who in gl.static_range(call.CONSUMERS):
+        number = worked * call.CONSUMERS + who
+        q_pipe.wait_empty(number)
+        mbarrier.arrive(q_pipe.full.index(number % call.CONSUMERS), count=1)
+        hand_over(gl.zeros([8], gl.int32, gl.BlockedLayout([1], [32], [1], [0])), jobs, q_pipe, number, call)
 
 
 # -- the consumers: a warpgroup each
@@ -367,7 +389,7 @@ def step(
 
 
 @gluon.jit
-def consume(call, pipes, descriptors, WHO: gl.constexpr):
+def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
     """Rows WHO x 64 and on of every query tile of this program."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
     q, out = descriptors[0], descriptors[4]
@@ -377,67 +399,73 @@ def consume(call, pipes, descriptors, WHO: gl.constexpr):
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D, 16])
     if WHO == call.CONSUMERS - 1:
         arrive(TURN, 256)
-    worked = 0
-    number = 0
-    for turn in range(call.turns()):
-        job = call.job(turn)
-        if job.tiles > 0:
-            start = call.start + job.batch.to(gl.int64) * call.interval_stride_b
-            end = call.end + job.batch.to(gl.int64) * call.interval_stride_b
-            rows = job.first + WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-            row_start = gl.load(start + rows, rows < call.queries, 0)
-            row_end = gl.load(end + rows, rows < call.queries, 0)
-            m = gl.full([ROWS], NEG_INF, gl.float32, gl.SliceLayout(1, S))
-            z = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-            acc = gl.zeros([ROWS, call.D], gl.float32, A)
+    q_number = 0 * call.queries + WHO
+    number = 0 * call.queries
+    q_pipe.wait_full(q_number)  # the copy engine and the producer
+    job = handed_over(jobs.index(WHO))
+    while job.tiles > 0:
+        start = call.start + job.batch.to(gl.int64) * call.interval_stride_b
+        end = call.end + job.batch.to(gl.int64) * call.interval_stride_b
+        rows = job.first + WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        row_start = gl.load(start + rows, rows < call.queries, 0)
+        row_end = gl.load(end + rows, rows < call.queries, 0)
+        m = gl.full([ROWS], NEG_INF, gl.float32, gl.SliceLayout(1, S))
+        z = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+        acc = gl.zeros([ROWS, call.D], gl.float32, A)
 
-            # 1. The first tile: scores only.
-            q_number = worked * call.CONSUMERS + WHO
-            q_tile = q_pipe.tile(q_number)
-            q_pipe.wait_full(q_number)  # the copy engine
-            k_pipe.wait_full(number)
-            scores = begin_scores(q_tile, k_pipe, number, call, WHO)
-            s = warpgroup_mma_wait(0, deps=(scores,))  # the tensor cores
-            k_pipe.release(number)
-            key = call.key(job, 0)
-            p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE=True)
-            k_pipe.wait_full(number + 1, job.tiles > 1)
+        # 1. The first tile: scores only. Under them, the result of the tile before leaves.
+        q_tile = q_pipe.tile(q_number)
+        k_pipe.wait_full(number)  # the copy engine
+        scores = begin_scores(q_tile, k_pipe, number, call, WHO)
+        tma.store_wait(0)  # the copy engine, reading that result
+        if call.CARRY:
+            carry_pipe.release(q_number)
+        s = warpgroup_mma_wait(0, deps=(scores,))  # the tensor cores
+        k_pipe.release(number)
+        key = call.key(job, 0)
+        p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE=True)
+        k_pipe.wait_full(number + 1, job.tiles > 1)
 
-            # 2. The other tiles that only some rows see.
-            for i in range(1, job.edges):
-                acc, p, m, z, alpha = step(
-                    acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
-                    call.key(job, i), row_start, row_end, call, WHO, EDGE=True,
-                )  # fmt: skip
+        # 2. The other tiles that only some rows see.
+        for i in range(1, job.edges):
+            acc, p, m, z, alpha = step(
+                acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
+                call.key(job, i), row_start, row_end, call, WHO, EDGE=True,
+            )  # fmt: skip
 
-            # 3. Tiles that every row sees whole: no mask.
-            for i in range(job.edges, job.tiles):
-                acc, p, m, z, alpha = step(
-                    acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
-                    0, 0, 0, call, WHO, EDGE=False,
-                )  # fmt: skip
+        # 3. Tiles that every row sees whole: no mask.
+        for i in range(job.edges, job.tiles):
+            acc, p, m, z, alpha = step(
+                acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
+                0, 0, 0, call, WHO, EDGE=False,
+            )  # fmt: skip
 
-            # 4. The last tile's values.
-            q_pipe.release(q_number)
-            number += job.tiles
-            output = begin_output(acc, operand(p, acc, q.dtype), alpha, v_pipe, number - 1)
-            acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
-            v_pipe.release(number - 1)
+        # 4. The last tile's values. Under them, the carried lse arrives.
+        q_pipe.release(q_number)
+        number += job.tiles
+        output = begin_output(acc, operand(p, acc, q.dtype), alpha, v_pipe, number - 1)
+        valid = rows < call.queries
+        lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b + job.head.to(gl.int64) * call.lse_stride_h
+        m_carry = m
+        if call.CARRY:
+            m_carry = gl.load(lse + rows, valid, NEG_INF) * LOG2_E_
+        acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
+        v_pipe.release(number - 1)
+        acc, total = result(acc, m, z, m_carry, carry_pipe, q_number, call)
+        gl.store(lse + rows, total, valid)
+        put(acc, [job.batch, job.head, job.first + WHO * ROWS, 0], carry_pipe.tile(q_number), out)
 
-            finish(acc, m, z, rows, job, carry_pipe, q_number, out, call, WHO)
-            worked += 1
+        q_number += call.CONSUMERS
+        q_pipe.wait_full(q_number)  # the copy engine and the producer
+        job = handed_over(jobs.index(WHO))
     tma.store_wait(0)
 
 
 @gluon.jit
-def finish(acc, m, z, rows, job, carry_pipe, number, out, call, WHO: gl.constexpr):
-    """Join the carried state and write out and lse. The copy engine clips rows past the end."""
+def result(acc, m, z, m_carry, carry_pipe, number, call):
+    """out and lse of rows whose softmax state is (m, z, acc), joined with the carried state."""
     A: gl.constexpr = acc.type.layout
-    valid = rows < call.queries
-    lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b + job.head.to(gl.int64) * call.lse_stride_h
-    staged = carry_pipe.tile(number)
     if call.CARRY:
-        m_carry = gl.load(lse + rows, valid, NEG_INF) * LOG2_E_
         m_new = gl.maximum(m, m_carry)
         shift = gl.where(m_new == NEG_INF, 0.0, m_new)
         alpha = gl.exp2(m - shift)
@@ -446,50 +474,51 @@ def finish(acc, m, z, rows, job, carry_pipe, number, out, call, WHO: gl.constexp
         m = m_new
         carry_pipe.wait_full(number)  # the copy engine
         acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1)
-        acc += staged.load(A) * gl.expand_dims(gl.convert_layout(alpha_carry, gl.SliceLayout(1, A)), 1)
-    else:
-        tma.store_wait(0)  # the copy engine, reading the tile before out of the same shared memory
+        carried = carry_pipe.tile(number).load(A)
+        acc += carried * gl.expand_dims(gl.convert_layout(alpha_carry, gl.SliceLayout(1, A)), 1)
     seen = z > 0
     z = gl.where(seen, z, 1.0)  # a row that has seen nothing: acc is 0 already
-    gl.store(lse + rows, gl.where(seen, (m + gl.log2(z)) * LN_2, NEG_INF), valid)
     acc = acc * gl.expand_dims(gl.convert_layout(1.0 / z, gl.SliceLayout(1, A)), 1)
+    return acc, gl.where(seen, (m + gl.log2(z)) * LN_2, NEG_INF)
+
+
+@gluon.jit
+def put(acc, place, staged, out):
+    """Send rows of out on their way, through shared memory. The copy engine clips rows past the end."""
     if staged.dtype != out.dtype:
-        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], out.dtype)
-        staged = reinterpret(staged, out.dtype, [ROWS, call.D], layout)
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([acc.shape[0], acc.shape[1]], out.dtype)
+        staged = reinterpret(staged, out.dtype, acc.shape, layout)
     staged.store(acc.to(out.dtype))
     fence_async_shared()  # what threads wrote, made visible to the copy engine
-    copy_out(out, [job.batch, job.head, job.first + WHO * ROWS, 0], staged)
-    if call.CARRY:
-        tma.store_wait(0)  # the copy engine, before the next carry may land here
-        carry_pipe.release(number)
+    copy_out(out, place, staged)
 
 
 @gluon.jit
-def consume_0(call, pipes, descriptors):
+def consume_0(call, pipes, jobs, descriptors):
     """The first consumer."""
-    consume(call, pipes, descriptors, 0)
+    consume(call, pipes, jobs, descriptors, 0)
 
 
 @gluon.jit
-def consume_1(call, pipes, descriptors):
+def consume_1(call, pipes, jobs, descriptors):
     """The second consumer."""
-    consume(call, pipes, descriptors, 1)
+    consume(call, pipes, jobs, descriptors, 1)
 
 
 @gluon.jit
-def consume_2(call, pipes, descriptors):
+def consume_2(call, pipes, jobs, descriptors):
     """The third consumer, where there is one."""
-    consume(call, pipes, descriptors, 2)
+    consume(call, pipes, jobs, descriptors, 2)
 
 
 @gluon.jit(do_not_specialize=[
-    "lse_stride_b", "lse_stride_h", "interval_stride_b", "queries", "heads_kv", "group", "pairs", "section",
-    "c", "cap_scale",
+    "lse_stride_b", "lse_stride_h", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
+    "pairs", "section", "c", "cap_scale",
 ])  # fmt: skip
 def forward_kernel(
     q, k, v, carry, out,
     lse, lse_stride_b, lse_stride_h,
-    start, end, interval_stride_b,
+    start, end, interval_stride_b, order, order_stride_b, tiles,
     queries, heads_kv, group, pairs, section, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -497,10 +526,11 @@ def forward_kernel(
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. q, k, v, carry, out are [B, H, S, D] for TMA."""
     call = Call(
-        lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, queries, heads_kv, group, pairs, section,
-        c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
+        lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, order, order_stride_b, tiles, queries,
+        heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
     )  # fmt: skip
-    q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D)
+    q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, WRITERS=2)
+    jobs = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, K_EMPTY)
     v_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, V_EMPTY)
     carry_pipe = make_pipe(carry.dtype, CONSUMERS, ROWS, D)  # out leaves through it, too
@@ -509,9 +539,9 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume_0, (call, pipes, descriptors)),
-                (consume_1, (call, pipes, descriptors)),
-                (produce, (call, pipes, descriptors)),
+                (consume_0, (call, pipes, jobs, descriptors)),
+                (consume_1, (call, pipes, jobs, descriptors)),
+                (produce, (call, pipes, jobs, descriptors)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -519,10 +549,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume_0, (call, pipes, descriptors)),
-                (consume_1, (call, pipes, descriptors)),
-                (consume_2, (call, pipes, descriptors)),
-                (produce, (call, pipes, descriptors)),
+                (consume_0, (call, pipes, jobs, descriptors)),
+                (consume_1, (call, pipes, jobs, descriptors)),
+                (consume_2, (call, pipes, jobs, descriptors)),
+                (produce, (call, pipes, jobs, descriptors)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -541,7 +571,7 @@ def forward(
     scale: float,
     softcap: float | None = None,
     carry: Partial | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract.
@@ -552,30 +582,35 @@ def forward(
     check_inputs(q, k, scale, softcap, v=v)
     if carry is not None:
         check_rows(q, **{"carry.out": carry.out, "carry.lse": carry.lse})
+    if out is not None:
+        check_out(q, out)
+        check_addresses(out=out)
     if 0 in q.shape or 0 in k.shape:
-        state = Partial.identity(q) if carry is None else carry
-        return Partial(state.out.to(out_dtype), state.lse)
+        return nothing_seen(q, carry, out)
 
     B, Sq, Hq, D = q.shape
     Hkv = k.shape[2]
-    if carry is not None and out_dtype == torch.float32:
-        out = carry.out
-    else:
-        out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    in_place = carry is not None and out is None
+    if out is None:
+        out = torch.empty(q.shape, dtype=torch.float32, device=q.device) if carry is None else carry.out
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device) if carry is None else carry.lse
     t = tuning or TUNINGS[D]
     registers = REGISTERS[t.consumers]
-    q_tiles = triton.cdiv(Sq, t.consumers * ROWS.value)
+    order = intervals.query_order[t.consumers * ROWS.value]
+    q_tiles = order.busy if in_place else order.tiles.shape[1]
+    if not q_tiles:
+        return Partial(out, lse)
     with torch.cuda.device_of(q):
         forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
             *(tiles(out if carry is None else carry.out, ROWS.value), tiles(out, ROWS.value)),
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
+            *(order.tiles, interval_stride(order.tiles), q_tiles),
             *(Sq, Hkv, Hq // Hkv, B * Hkv, section(k), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
-            CAPPED=softcap is not None, CARRY=carry is not None, IN_PLACE=carry is not None and out is carry.out,
+            CAPPED=softcap is not None, CARRY=carry is not None, IN_PLACE=in_place,
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
     return Partial(out, lse)

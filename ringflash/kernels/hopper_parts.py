@@ -122,6 +122,11 @@ class Pipe:
     def load(self, number, descriptor, batch, head, row):
         """Order the copy of a tile from row `row` of a [B, H, S, D] tensor, once its slot is empty."""
         self.wait_empty(number)
+        self.copy(number, descriptor, batch, head, row)
+
+    @gluon.jit
+    def copy(self, number, descriptor, batch, head, row):
+        """Order the copy of a tile whose slot is empty."""
         full = self.full.index(number % self.DEPTH)
         mbarrier.expect(full, descriptor.block_type.nbytes)
         copy_in(descriptor, [batch, head, row, 0], full, self.tiles.index(number % self.DEPTH))
@@ -130,16 +135,19 @@ class Pipe:
 @gluon.jit
 def make_pipe(
     dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
-    READERS: gl.constexpr = 1, EMPTY: gl.constexpr = 0,
+    READERS: gl.constexpr = 1, EMPTY: gl.constexpr = 0, WRITERS: gl.constexpr = 1,
 ):  # fmt: skip
-    """A Pipe of [BLOCK, D] tiles. EMPTY: for several readers, the first of DEPTH barriers."""
+    """A Pipe of [BLOCK, D] tiles. EMPTY: for several readers, the first of DEPTH barriers.
+
+    WRITERS: 2 where a tile is full when its producer, too, has arrived at full[slot], beside the copy engine.
+    """
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK, D], layout)
     full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     for slot in gl.static_range(DEPTH):
-        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=WRITERS)
         mbarrier.init(empty.index(slot), count=1)
     return Pipe(tiles, full, empty, DEPTH, READERS, EMPTY)
 
@@ -173,6 +181,27 @@ class Job:
         self.tiles = tiles
         self.edges = edges
         self.full_from = full_from
+
+    @gluon.jit
+    def fields(self):
+        """The job as a vector of 8, for `handed_over`."""
+        i = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [1], [0]))
+        where = gl.where(i == 0, self.batch, gl.where(i == 1, self.head, gl.where(i == 2, self.head_kv, self.first)))
+        what = gl.where(i == 4, self.lo, gl.where(i == 5, self.tiles, gl.where(i == 6, self.edges, self.full_from)))
+        return gl.where(i < 4, where, what)
+
+
+@gluon.jit
+def handed_over(fields):
+    """The job whose fields are these 8, in shared memory. For a warpgroup."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # each thread reads them all
+    i = gl.arange(0, 8, layout=layout)
+    x = fields.load(layout)
+    return Job(
+        gl.sum(gl.where(i == 0, x, 0), 0), gl.sum(gl.where(i == 1, x, 0), 0), gl.sum(gl.where(i == 2, x, 0), 0),
+        gl.sum(gl.where(i == 3, x, 0), 0), gl.sum(gl.where(i == 4, x, 0), 0), gl.sum(gl.where(i == 5, x, 0), 0),
+        gl.sum(gl.where(i == 6, x, 0), 0), gl.sum(gl.where(i == 7, x, 0), 0),
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -268,7 +268,7 @@ def forward(
     scale: float,
     softcap: float | None = None,
     carry: Partial | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract.
@@ -280,9 +280,10 @@ def forward(
     check_intervals(q, k, intervals)
     if carry is not None:
         check_rows(q, **{"carry.out": carry.out, "carry.lse": carry.lse})
+    if out is not None:
+        check_out(q, out)
     if 0 in q.shape or 0 in k.shape:
-        state = Partial.identity(q) if carry is None else carry
-        return Partial(state.out.to(out_dtype), state.lse)
+        return nothing_seen(q, carry, out)
 
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
@@ -292,8 +293,9 @@ def forward(
     else:
         lse = carry.lse
         carried = (carry.out, carry.out.stride(0), carry.out.stride(1), carry.out.stride(2))
-    in_place = carry is not None and out_dtype == torch.float32
-    out = carried[0] if in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    in_place = carry is not None and out is None
+    if out is None:
+        out = torch.empty(q.shape, dtype=torch.float32, device=q.device) if carry is None else carry.out
     t = tuning or tuning_for(D, q.dtype, arch(q))
     with torch.cuda.device_of(q):
         forward_kernel[(B * Hq * triton.cdiv(Sq, t.block_q),)](
@@ -415,6 +417,21 @@ def check_rows(like: Tensor, **tensors: Tensor) -> None:
                 f"kernel=portable takes {name} as {[*shape]}, torch.float32, last dimension contiguous, "
                 f"got {[*x.shape]}, {x.dtype}, strides {x.stride()}"
             )
+
+
+def check_out(q: Tensor, out: Tensor) -> None:
+    """Raise ValueError unless out is of q's shape, in a dtype that kernels write, contiguous in its last dimension."""
+    if out.shape != q.shape or out.dtype not in DTYPES or out.stride(3) != 1:
+        raise ValueError(
+            f"kernel=portable takes out as {[*q.shape]}, float16, bfloat16 or float32, last dimension contiguous, "
+            f"got {[*out.shape]}, {out.dtype}, strides {out.stride()}"
+        )
+
+
+def nothing_seen(q: Tensor, carry: Partial | None, out: Tensor | None) -> Partial:
+    """The result where there are no queries or no keys: the carry, or a Partial that has seen nothing."""
+    state = Partial.identity(q) if carry is None else carry
+    return state if out is None else Partial(out.copy_(state.out), state.lse)
 
 
 def check_intervals(q: Tensor, k: Tensor, intervals: Intervals) -> None:

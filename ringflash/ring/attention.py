@@ -152,9 +152,8 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
         weight = torch.exp(ctx.call.own_sink(sink).float()[:, None] - lse)
         dsink = torch.zeros_like(sink)
         ctx.call.own_sink(dsink).copy_(-(weight * delta).sum((0, 2)))
-    dq = dq.to(q.dtype)
     if ulysses is not None:
-        dq = ulysses.tokens(dq)
+        dq = ulysses.tokens(dq.to(q.dtype))
         dk, dv = (ulysses.key_gradients(x, ctx.kv_heads) for x in (dk, dv))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
 
@@ -165,18 +164,20 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | N
     parts = _halves(q[0].shape[2], k[0].shape[2], plan)
     state: list[list[Partial | None]] = [[None] * len(parts) for _ in q]  # hop 0, always computed, fills it
     last = [plan.computed(i)[-1] for i in range(len(q))]
+    out = [torch.empty(x.shape, dtype=x.dtype if sink is None else torch.float32, device=x.device) for x in q]
     kv = _KeysOnTheirWay(plan, k, v, f"{call.layer}, forward")
 
     def add(s: int, i: int, lane: int) -> None:
-        """Merge hop s into local rank i's state, for some of the heads."""
+        """Merge hop s into local rank i's state, for some of the heads; the last one's result is that part of out."""
         of_q, of_k = parts[lane]
-        (k_here, v_here), hop = kv.at(s, i), plan.hops[s][i]
+        hop = plan.hops[s][i]
         for intervals in hop.intervals:
-            final = s == last[i] and intervals is hop.intervals[-1] and sink is None
+            k_here, v_here = kv.at(s, i)
+            final = s == last[i] and intervals is hop.intervals[-1]
             state[i][lane] = call.kernel.forward(
                 q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k], intervals,
                 scale=call.scale, softcap=call.softcap, carry=state[i][lane],
-                out_dtype=q[i].dtype if final else torch.float32,
+                out=out[i][:, :, of_q] if final else None,
             )  # fmt: skip
 
     with Lanes(len(parts), plan.ring.device) as lanes:
@@ -189,14 +190,10 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | N
                 with lanes.on(lane):
                     for i in range(len(q)):
                         add(s, i, lane)
-    whole = [_heads_together(halves) for halves in state]  # type: ignore[arg-type]
+    lse = [_together([part.lse for part in heads], dim=1) for heads in state]  # type: ignore[union-attr]
     lanes.fork()  # lane 1's memory was read here, and may be given out there as soon as this returns
+    whole = [Partial(*pair) for pair in zip(out, lse, strict=True)]
     return whole if sink is None else [_with_sink(p, sink, q[0].dtype) for p in whole]
-
-
-def _heads_together(parts: list[Partial]) -> Partial:
-    """The Partial of all heads."""
-    return Partial(_together([p.out for p in parts], dim=2), _together([p.lse for p in parts], dim=1))
 
 
 def _backward(
@@ -208,12 +205,13 @@ def _backward(
     dtype: torch.dtype,
     call: _Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, fp32, and dk and dv in `dtype`, of all local ranks, ranks outermost in the batch.
+    """dq, dk and dv in `dtype`, of all local ranks, ranks outermost in the batch.
 
     The keys of hop 1 are on their way.
     """
     plan, k = call.plan, [k for k, _ in kv.own]
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
+    whole = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs] for xs in (q, k, k)]
     parts = [
         (_GradientsOnTheirWay(plan, k, heads, kv.about), *heads)
         for heads in _halves(q[0].shape[2], k[0].shape[2], plan)
@@ -221,8 +219,9 @@ def _backward(
 
     def add(s: int, i: int, dkv: _GradientsOnTheirWay, of_q: slice, of_k: slice) -> None:
         """What hop s gives local rank i, for some of the heads."""
-        (k_here, v_here), (dk, dv) = kv.at(s, i), dkv.at(i)
+        dk, dv = dkv.at(i)
         for intervals in plan.hops[s][i].intervals:
+            k_here, v_here = kv.at(s, i)
             call.kernel.backward(
                 dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k],
                 lse[i][:, of_q], delta[i][:, of_q], intervals,
@@ -243,12 +242,12 @@ def _backward(
                         add(s, i, dkv, of_q, of_k)
                     if s > 0:
                         dkv.send_after(s)
-    dk, dv = (torch.empty(len(k) * k[0].shape[0], *k[0].shape[1:], dtype=dtype, device=k[0].device) for _ in range(2))
-    for dkv, _, of_k in parts:
-        for i, into in enumerate(zip(_by_rank(dk, len(k)), _by_rank(dv, len(k)), strict=True)):
-            for whole, part in zip(into, dkv.at(i), strict=True):
-                whole[:, :, of_k] = part
-    return _together(dq), dk, dv
+        for lane, (dkv, of_q, of_k) in enumerate(parts):
+            with lanes.on(lane):  # of the half that is done first, under the other's last kernel
+                for i, (into_q, into_k, into_v) in enumerate(zip(*whole, strict=True)):
+                    dk, dv = dkv.at(i)
+                    into_q[:, :, of_q], into_k[:, :, of_k], into_v[:, :, of_k] = dq[i][:, :, of_q], dk, dv
+    return _together(whole[0]), _together(whole[1]), _together(whole[2])
 
 
 def _with_sink(state: Partial, sink: Tensor, dtype: torch.dtype) -> Partial:
@@ -261,51 +260,73 @@ def _with_sink(state: Partial, sink: Tensor, dtype: torch.dtype) -> Partial:
 class _KeysOnTheirWay:
     """Keys and values of every hop: a rank's own, and two buffers that take turns in receiving and sending on.
 
-    Buffers are [S, 2, B, Hkv, D], so that a run of tokens is contiguous. They begin as zeros: a kernel's tiles reach
-    over the edge of a run, and 0 times what is there must be 0.
+    Those of hop s lie in buffer s % 2, [S, B, Hkv, D], so that a run of tokens is contiguous. Own keys that do not lie
+    like that are copied into buffer 0, which receives nothing before hop 2.
     """
 
     def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor], about: str) -> None:
         self.plan, self.own, self.about = plan, list(zip(k, v, strict=True)), about
-        travels = any(route.reach for route in plan.routes)
-        self.here = [_interleaved(*pair) for pair in self.own] if travels else []
-        self.next = [torch.zeros_like(x) for x in self.here]
+        self.buffers: tuple[list[list[Tensor]], ...] = ([], [])  # two, of each local rank, of keys and of values
+        self.leaving: list[list[Tensor]] = []  # own keys and values, as they are sent
         self.transfer: Transfer | None = None
+        if not any(route.reach for route in plan.routes):
+            return
+        for i, pair in enumerate(self.own):
+            by_token = [x.transpose(0, 1) for x in pair]
+            ready = all(x.is_contiguous() for x in by_token)
+            copies = by_token if ready else [x.clone(memory_format=torch.contiguous_format) for x in by_token]
+            self.leaving.append(copies)
+            self.buffers[0].append(self._receiving(2, i, by_token) if ready else self.leaving[i])
+            self.buffers[1].append(self._receiving(1, i, by_token))
+
+    def _receiving(self, first: int, i: int, like: list[Tensor]) -> list[Tensor]:
+        """Memory for what arrives with hops first, first + 2, ...
+
+        Zeros where the first of them leaves it as it is: a kernel's tiles reach over the edge of a run, and 0 times
+        what is there must be 0.
+        """
+        runs = [self._coming(s, i) for s in range(first, self.plan.ring.size, 2)]
+        run = next((run for run in runs if run.tokens), None)
+        if run is None:
+            return []
+        buffers = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+        for buffer in buffers:
+            _clear_around(buffer, Run(0, len(buffer)), run)
+        return buffers
+
+    def _coming(self, s: int, i: int) -> Run:
+        """The run of tokens that local rank i receives with hop s."""
+        ring = self.plan.ring
+        return self.plan.routes[(ring.local[i] - s) % ring.size].keys[s]
 
     def send_for(self, s: int) -> None:
         """Set off what hop s needs, from where it is on hop s - 1."""
-        ring, routes = self.plan.ring, self.plan.routes
+        ring = self.plan.ring
         if s == ring.size:
             return
         outgoing, incoming = [], []
         for i, rank in enumerate(ring.local):
-            leaving, coming = (routes[(rank - s + passed) % ring.size].keys[s] for passed in (1, 0))
+            leaving, coming = self.plan.routes[(rank - s + 1) % ring.size].keys[s], self._coming(s, i)
             if leaving.tokens:
-                outgoing.append(Message(rank, (rank + 1) % ring.size, self.here[i][slice(*leaving)]))
+                here = self.leaving[i] if s == 1 else self.buffers[(s - 1) % 2][i]
+                outgoing += [Message(rank, (rank + 1) % ring.size, x[slice(*leaving)]) for x in here]
             if coming.tokens:
-                incoming.append(Message((rank - 1) % ring.size, rank, self.next[i][slice(*coming)]))
+                into = self.buffers[s % 2][i]
+                incoming += [Message((rank - 1) % ring.size, rank, x[slice(*coming)]) for x in into]
         self.transfer = ring.exchange(outgoing, incoming, f"{self.about}, hop {s}")
 
     def arrive(self) -> None:
         """Wait for what is under way, if anything is; it is then here."""
         if self.transfer is not None:
             self.transfer.wait()
-            self.here, self.next, self.transfer = self.next, self.here, None
+            self.transfer = None
 
     def at(self, s: int, i: int) -> tuple[Tensor, Tensor]:
         """k and v [B, S, Hkv, D] of local rank i on hop s, if it computes anything on it."""
-        if s == 0 or not self.here:
+        if s == 0:
             return self.own[i]
-        k, v = self.here[i].transpose(0, 2).unbind(1)
+        k, v = (x.transpose(0, 1) for x in self.buffers[s % 2][i])
         return k, v
-
-
-def _interleaved(k: Tensor, v: Tensor) -> Tensor:
-    """k and v [B, S, H, D] as one [S, 2, B, H, D]."""
-    both = torch.empty(k.shape[1], 2, k.shape[0], *k.shape[2:], dtype=k.dtype, device=k.device)
-    for i, x in enumerate((k, v)):
-        both[:, i] = x.transpose(0, 1)
-    return both
 
 
 class _GradientsOnTheirWay:

@@ -45,10 +45,11 @@ class Ring(Protocol):
     device: torch.device
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
-        """Set off messages from local ranks, and receive those to local ranks; at most one between any two ranks.
+        """Set off messages from local ranks, and receive those to local ranks.
 
-        Both sides of a message name it in the same exchange, counting exchanges from the start. No tensor may be
-        written before the wait. about: layer, pass and hop, for who has to be told.
+        Both sides of a message name it in the same exchange, counting exchanges from the start, and several between the
+        same two ranks in the same order. No tensor may be written before the wait. about: layer, pass and hop, for who
+        has to be told.
         """
 
 
@@ -62,11 +63,13 @@ class Loopback:
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """Copy at once, in the order of the current stream; whatever stream waits, waits for that."""
-        sent = {(message.source, message.destination): message.tensor for message in outgoing}
+        sent: dict[tuple[int, int], list[Tensor]] = {}
+        for message in outgoing:
+            sent.setdefault((message.source, message.destination), []).append(message.tensor)
         for message in incoming:
-            message.tensor.copy_(sent.pop((message.source, message.destination)))
-        if sent:
-            raise ValueError(f"{about}: messages between ranks {sorted(sent)} were sent and not received")
+            message.tensor.copy_(sent[message.source, message.destination].pop(0))
+        if left := sorted(pair for pair, tensors in sent.items() if tensors):
+            raise ValueError(f"{about}: messages between ranks {left} were sent and not received")
         if self.device.type == "cpu":
             return _Done()
         return _Copied(torch.cuda.current_stream(self.device).record_event())
@@ -103,7 +106,7 @@ class ProcessRing:
         ]
         if not operations:
             return _Done()
-        sources = tuple(dist.get_global_rank(self.group, m.source) for m in incoming)
+        sources = tuple(dict.fromkeys(dist.get_global_rank(self.group, m.source) for m in incoming))
         size = sum(m.tensor.numel() * m.tensor.element_size() for m in incoming)
         return _InFlight(dist.batch_isend_irecv(operations), self.watch, about, sources, size)
 

@@ -72,7 +72,7 @@ def dense(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
 def by_kernel(p: Problem, forward: Callable, backward: Callable) -> dict[str, Tensor]:
     """out, lse, dq, dk and dv by a kernel, forward then backward; gradients are added to buffers that hold noise."""
     intervals = p.mask.intervals(p.q.device)
-    state = forward(p.q, p.k, p.v, intervals, scale=p.scale, softcap=p.softcap, carry=None, out_dtype=torch.float32)
+    state = forward(p.q, p.k, p.v, intervals, scale=p.scale, softcap=p.softcap)
     delta = delta_of(p.dout, state)
     held = {name: torch.randn(x.shape, device=x.device) for name, x in (("dq", p.q), ("dk", p.k), ("dv", p.v))}
     sums = {name: x.clone() for name, x in held.items()}

@@ -102,9 +102,9 @@ def test_scores_that_rise_from_key_to_key(rise, head_dim, dtype):
     assert violations(p, by_kernel(p, *kernels())) == []
 
 
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "16 bits"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, out_dtype):
+def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, in_place):
     forward, _ = kernels()
     p = problem(MASKS["packed"](1111), heads=(4, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
     ends = torch.arange(0, 33).mul(1111).div(32).int().tolist()
@@ -114,7 +114,7 @@ def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, out_dtyp
             part = p.mask.restrict(torch.arange(1111), torch.arange(begin, end)).intervals("cuda")
             state = forward(
                 p.q, p.k[:, begin:end], p.v[:, begin:end], part, scale=p.scale, carry=state,
-                out_dtype=out_dtype if end == 1111 else torch.float32,
+                out=torch.empty_like(p.q) if end == 1111 and not in_place else None,
             )  # fmt: skip
     assert state is not None
     exact, plain = dense(p, torch.float64), dense(p, torch.bfloat16)
@@ -151,9 +151,9 @@ def test_query_tiles_that_see_nothing_are_not_written(head_dim, begin):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_views_give_the_same_bits(dtype):
-    """All but dq, which the copy engine sums in any order."""
+    """All but dq, which the copy engine sums in any order, as it does dk and dv of a group of query heads."""
     forward, backward = kernels()
-    p = problem(MASKS["window"](700), heads=(4, 2), dtype=dtype, device="cuda")
+    p = problem(MASKS["window"](700), heads=(2, 2), dtype=dtype, device="cuda")
     intervals = p.mask.intervals("cuda")
 
     def strided(x: torch.Tensor) -> torch.Tensor:
@@ -201,7 +201,7 @@ def test_tensors_of_more_than_2_to_the_31_elements():
     q, k, v, dout = draw(heads), draw(1), draw(1), draw(heads)
     assert q.numel() > 2**31
     scale, intervals = head_dim**-0.5, IntervalMask.window(tokens, left).intervals("cuda")
-    state = forward(q, k, v, intervals, scale=scale, out_dtype=torch.bfloat16)
+    state = forward(q, k, v, intervals, scale=scale, out=torch.empty_like(q))
     delta = torch.stack([(dout[:, :, h].float() * state.out[:, :, h].float()).sum(-1) for h in range(heads)], dim=1)
     dq = torch.zeros(q.shape, device="cuda")
     dk, dv = torch.zeros(k.shape, device="cuda"), torch.zeros(v.shape, device="cuda")

@@ -94,6 +94,21 @@ def test_processes_compute_what_float64_does(ranks, size, name):
     assert_exact(side_by_side, oracle(inputs, mask.dense()), Layout.named(name, 97, size), name)
 
 
+@pytest.mark.parametrize("heads_first", [(), (2,), (1, 2)], ids=["none", "v", "k and v"])
+def test_keys_with_any_strides_travel_and_are_left_as_they_were(heads_first):
+    layout, mask = Layout.zigzag(48, 3), IntervalMask.causal(48)
+    inputs = whole_inputs(1, 48)
+    shards = [torch.cat([layout.shard(x, rank) for rank in range(3)]) for x in inputs]
+    for i in heads_first:  # in memory [B, H, S, D]
+        shards[i] = shards[i].transpose(1, 2).contiguous().transpose(1, 2)
+    q, k, v = (x.requires_grad_() for x in shards[:3])
+    kept = [x.detach().clone() for x in (q, k, v)]
+    out = ring_attention(q, k, v, AttentionPlan(mask, layout, Loopback(3)))
+    results = [out.detach(), *torch.autograd.grad(out, (q, k, v), shards[3])]
+    assert_exact(results, oracle(inputs, mask.dense()), layout)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), kept, strict=True))
+
+
 def test_the_error_does_not_grow_with_the_ring():
     inputs = whole_inputs(1, 256)
     expected = oracle(inputs, IntervalMask.causal(256).dense())
@@ -126,7 +141,8 @@ def test_with_a_window_one_neighbour_hop_moves_in_both_passes():
     on_ring(inputs, plan)
     tail = (ranks - 1) * left * 2 * 2 * 16  # all ranks but the last send 7 tokens' k and v, 2 heads of 16
     assert ring.elements == {torch.float16: 2 * tail, torch.float32: tail}
-    assert ring.messages == {torch.float16: 2 * (ranks - 1), torch.float32: 2 * (ranks - 1)}  # gradients in halves
+    # In both passes k and v; gradients in halves.
+    assert ring.messages == {torch.float16: 4 * (ranks - 1), torch.float32: 2 * (ranks - 1)}
 
 
 def test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once():
@@ -147,7 +163,8 @@ def allocated_by_a_pass(size):
     k = [torch.zeros(1, 8, 2, 16)] * size
     kv = attention._KeysOnTheirWay(plan, k, k, "")
     dkv = [attention._GradientsOnTheirWay(plan, k, heads, "") for heads in attention._halves(4, 2, plan)]
-    for x in (kv, *dkv):
+    shapes += [x for buffer in kv.buffers for rank in buffer for x in rank]
+    for x in dkv:
         shapes += [*x.here, *x.next]
         assert all(home is None for home in getattr(x, "home", []))
     return sum(x.numel() for x in shapes) / size
@@ -155,7 +172,8 @@ def allocated_by_a_pass(size):
 
 def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring():
     shard_of_k_and_v = 2 * 8 * 2 * 16
-    assert allocated_by_a_pass(2) == allocated_by_a_pass(32) == (2 + 2) * shard_of_k_and_v
+    assert allocated_by_a_pass(3) == allocated_by_a_pass(32) == (2 + 2) * shard_of_k_and_v
+    assert allocated_by_a_pass(2) == (1 + 2) * shard_of_k_and_v
 
 
 def test_nothing_that_was_never_written_is_read(monkeypatch):

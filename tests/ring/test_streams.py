@@ -76,12 +76,12 @@ class Clocks:
     def kernel(self) -> Kernel:
         """A kernel that touches what a real one does."""
 
-        def forward(q, k, v, intervals, *, carry, out_dtype, **options) -> Partial:
+        def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
             with _disable_current_modes():
                 self.tick(self.now)
-                out = torch.zeros(q.shape, dtype=out_dtype)
-                lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-                state = Partial(out, lse) if carry is None else Partial(carry.out.to(out_dtype), carry.lse)
+                state = Partial.identity(q) if carry is None else carry
+                if out is not None:
+                    state = Partial(out.zero_(), state.lse)
                 for x in (q, k, v) if carry is None else (q, k, v, carry.out, carry.lse):
                     self.access(x, False, "forward kernel")
                 for x in (state.out, state.lse):
