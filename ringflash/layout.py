@@ -35,7 +35,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringflash.dealing import by_hop, deal
 from ringflash.mask import IntervalMask
+
+# Rows of a kernel's tile of queries: shorter chunks would cut tiles.
+_TILE = 128
+# Chunks that are dealt at most: the time that takes grows with their square.
+_CHUNKS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,21 +85,27 @@ class Layout:
         return cls(length, 1, torch.arange(held * ranks).view(-1, ranks).T.contiguous())
 
     @classmethod
-    def balanced(cls, mask: IntervalMask, ranks: int, parts: int = 1, tolerance: float = 0.03) -> Layout:
-        """Chunks dealt out so that all ranks have the same number of tokens and nearly the same (query, key) pairs.
+    def balanced(
+        cls, mask: IntervalMask, ranks: int, parts: int = 1, tolerance: float = 0.03, waiting: float = 0.12
+    ) -> Layout:
+        """Chunks dealt out so that all ranks have the same number of tokens and nearly the same work on every hop.
 
-        Zigzag, where no rank has more than `tolerance` above the mean under it; else the coarsest chunks that reach
-        that, or the best that chunks of 128 tokens or more give. In rounds, each rank gets one chunk: the most work to
-        whom has least so far. Then chunks are swapped between the busiest rank and others while that helps.
-        Dealing spreads a document over all ranks, which balances each hop as well: a ring goes hop by hop, gradients
-        from rank to rank, so that work kept inside one rank has the others wait for it.
+        Zigzag, where no rank has more than `tolerance` above the mean of (query, key) pairs under it and its
+        `lockstep` is at most `waiting`; else 16 chunks a rank, or 32 where 16 do not reach that. Finer ones balance
+        better, but more keys are sent and each hop touches more tiles of queries. Chunks have 128 tokens or more, and
+        256 unless `tolerance` takes less.
         """
-        layout = best = cls.zigzag(mask.queries, ranks, parts)
-        per_rank = 4
-        while best.imbalance(mask) > tolerance and layout.chunk >= 128 * parts:
-            layout = _dealt(mask, ranks, per_rank, parts)
-            best = min(best, layout, key=lambda candidate: candidate.imbalance(mask))
-            per_rank *= 2
+
+        def rating(layout: Layout) -> tuple[bool, float]:
+            return layout.imbalance(mask) > tolerance, max(layout.lockstep(mask), waiting)
+
+        best = cls.zigzag(mask.queries, ranks, parts)
+        finest = max(1, min(mask.queries // (_TILE * ranks * parts), _CHUNKS // ranks))
+        for per_rank in sorted({min(16, finest), min(32, finest)}):
+            uneven, waits = rating(best)
+            if not uneven and (waits <= waiting or best.chunk < 4 * _TILE):
+                break
+            best = min(best, _dealt(mask, ranks, per_rank, parts), key=rating)
         return best
 
     @classmethod
@@ -126,10 +138,46 @@ class Layout:
     def padded_length(self) -> int:
         return self.chunks.numel() * self.chunk
 
+    def pairs(self, mask: IntervalMask) -> Tensor:
+        """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
+
+        Bounds never decrease, so queries come in runs of one chunk whose bounds also lie in one chunk: few, where
+        chunks are long. Keys below such a bound are all of the chunks before it and a part of the chunk it lies in.
+        """
+        ranks, count, chunk = self.ranks, self.chunks.numel(), self.chunk
+        owner = torch.empty(count, dtype=torch.int64)
+        owner[self.chunks] = torch.arange(ranks)[:, None].expand_as(self.chunks)
+        edges = (torch.arange(count + 1) * chunk).expand(mask.batch, -1).contiguous()
+
+        def keys_below(bound: Tensor) -> Tensor:
+            """Summed over each rank's queries: keys of each chunk below the bound, [ranks, chunks]."""
+            crossed = torch.searchsorted(bound.contiguous(), edges[:, 1:-1].contiguous())
+            cuts = torch.cat([edges.clamp(max=mask.queries), crossed], dim=1).sort(1).values
+            queries, first = cuts.diff(dim=1), cuts[:, :-1].clamp(max=mask.queries - 1)
+            at = (bound.gather(1, first) // chunk).clamp(max=count - 1)
+            bounds = torch.nn.functional.pad(bound.cumsum(1), (1, 0)).gather(1, cuts).diff(dim=1)
+            cell = (owner[first // chunk] * count + at).flatten()
+            inside, later = torch.zeros(2, ranks * count, dtype=torch.int64)
+            inside.index_add_(0, cell, (bounds - queries * at * chunk).flatten())
+            later.index_add_(0, cell, (queries * chunk).flatten())
+            whole = later.view(ranks, count)
+            return inside.view(ranks, count) + whole.sum(1, keepdim=True) - whole.cumsum(1)
+
+        by_chunk = keys_below(mask.hi) - keys_below(mask.lo)
+        return torch.zeros(ranks, ranks, dtype=torch.int64).index_add_(1, owner, by_chunk)
+
     def imbalance(self, mask: IntervalMask) -> float:
         """How much more (query, key) pairs the busiest rank has than the mean: 0.03 for 3 percent."""
-        work = _chunk_work(mask, self.chunk, self.chunks.numel())[self.chunks].sum(1)
+        work = self.pairs(mask).sum(1).double()
         return float(work.max() / work.mean().clamp(min=1e-9)) - 1
+
+    def lockstep(self, mask: IntervalMask) -> float:
+        """How much more pairs the busiest rank of each hop has, summed over hops, than a mean rank in all.
+
+        0.12: ranks that wait for each other on every hop take 12 percent longer than perfectly balanced ones.
+        """
+        work = by_hop(self.pairs(mask)).double()
+        return float(work.amax(1).sum() / work.sum(0).mean().clamp(min=1e-9)) - 1
 
     def positions(self, rank: int) -> Tensor:
         """The global positions that a rank holds, ascending, int64 [shard_length]; at or past `length`: padding."""
@@ -173,40 +221,8 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _chunk_work(mask: IntervalMask, chunk: int, count: int) -> Tensor:
-    """(query, key) pairs of the queries in each chunk, over all batch rows: float64 [count]."""
-    pairs = (mask.hi - mask.lo).sum(0).double()
-    return torch.nn.functional.pad(pairs, (0, chunk * count - len(pairs))).view(count, chunk).sum(1)
-
-
 def _dealt(mask: IntervalMask, ranks: int, per_rank: int, parts: int) -> Layout:
-    """Equal numbers of chunks to each rank, balanced by work."""
-    chunk = _ceil(mask.queries, ranks * per_rank * parts) * parts
-    work = _chunk_work(mask, chunk, ranks * per_rank)
-    load = torch.zeros(ranks, dtype=torch.float64)
-    hands: list[list[int]] = [[] for _ in range(ranks)]
-    for cards in work.argsort(descending=True, stable=True).view(per_rank, ranks):
-        for card, rank in zip(cards.tolist(), load.argsort(stable=True).tolist(), strict=True):
-            hands[rank].append(card)
-            load[rank] += work[card]
-    chunks = torch.tensor(hands)
-    while _swap(chunks, work):
-        pass
-    return Layout(mask.queries, chunk, chunks.sort(1).values)
-
-
-def _swap(chunks: Tensor, work: Tensor) -> bool:
-    """Exchange one chunk of the busiest rank for another's, in place, so that the busier of the two gets least work.
-
-    Returns whether there was an exchange that helps.
-    """
-    load = work[chunks].sum(1)
-    busiest = int(load.argmax())
-    gain = work[chunks[busiest]][:, None, None] - work[chunks][None]  # [its chunks, ranks, their chunks]
-    after = torch.maximum(load[busiest] - gain, load[None, :, None] + gain)
-    best = int(after.argmin())
-    if float(after.flatten()[best]) >= float(load[busiest]) * (1 - 1e-9):
-        return False
-    mine, rank, theirs = torch.unravel_index(torch.tensor(best), after.shape)
-    chunks[busiest, mine], chunks[rank, theirs] = chunks[rank, theirs].clone(), chunks[busiest, mine].clone()
-    return True
+    """Equally many chunks to each rank, as `deal` deals them."""
+    runs = Layout.contiguous(mask.queries, ranks * per_rank, parts)
+    owner = deal(runs.pairs(mask), ranks)
+    return Layout(mask.queries, runs.chunk, owner.argsort(stable=True).view(ranks, per_rank))

@@ -25,8 +25,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from ringflash.dealing import by_hop
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.plan import routes
@@ -96,9 +96,7 @@ def best_ulysses(
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
     """Seconds of one layer's attention, forward and backward, without what a kernel launch costs."""
     ranks = layout.ranks
-    by_source = pairs(mask, layout).double()
-    hop = (torch.arange(ranks)[:, None] - torch.arange(ranks)) % ranks  # of rank and source
-    computing = torch.zeros(ranks, ranks, dtype=torch.float64).scatter_(1, hop, by_source)  # of rank and hop
+    computing = by_hop(layout.pairs(mask)).max(1).values.double()
     computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
     sending = torch.zeros(ranks, dtype=torch.float64)  # the most any rank sends during a hop
     ways = routes((mask,), layout)
@@ -107,29 +105,4 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
         gradients = max(way.gradients[s].tokens if s <= way.reach else 0 for way in ways)
         # Keys and values, 2 bytes, in both passes; their gradients, 4 bytes.
         sending[s - 1] += (2 * 2 * 2 * keys + 2 * 4 * gradients) * heads.key * heads.dim / machine.bytes_per_second
-    return float(torch.maximum(computing.max(0).values, sending).sum())
-
-
-def pairs(mask: IntervalMask, layout: Layout) -> Tensor:
-    """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
-
-    The keys of a source below a position are its whole chunks before it and a part of the chunk it lies in, if that is
-    the source's own. So a histogram over chunks of the intervals' bounds is enough.
-    """
-    ranks, count, chunk = layout.ranks, layout.chunks.numel(), layout.chunk
-    owner = torch.empty(count, dtype=torch.int64)
-    owner[layout.chunks] = torch.arange(ranks)[:, None].expand_as(layout.chunks)
-    owned = torch.nn.functional.one_hot(owner, ranks)  # [chunks, ranks]
-    before = owned.cumsum(0) - owned  # chunks of each rank before a chunk
-    holder = owner[torch.arange(mask.queries) // chunk]
-
-    def keys_below(bound: Tensor) -> Tensor:
-        """Summed over each rank's queries: keys of each source below the bound, [ranks, ranks]."""
-        inside = bound.clamp(max=count * chunk - 1)  # a bound at the very end lies a whole chunk into the last one
-        at, offset = inside // chunk, inside % chunk + (bound - inside)
-        cell = holder * count + at
-        number = torch.bincount(cell.flatten(), minlength=ranks * count).view(ranks, count)
-        offsets = torch.zeros(ranks * count, dtype=torch.int64).index_add_(0, cell.flatten(), offset.flatten())
-        return number @ before * chunk + offsets.view(ranks, count) @ owned
-
-    return keys_below(mask.hi) - keys_below(mask.lo)
+    return float(torch.maximum(computing, sending).sum())

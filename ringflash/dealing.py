@@ -1,0 +1,96 @@
+"""Dealing chunks of a sequence to the ranks of a ring so that ranks wait little for each other.
+
+On hop s, rank r computes with the keys of rank (r - s) mod ranks, and gradients travel on from rank to rank: a ring
+waits on every hop for the rank that has most to do on it. In a forward, where only keys travel, ranks may run ahead,
+and the one that has most in all ends last. So what is made small here is, in (query, key) pairs,
+
+    sum over hops of max over ranks of pairs(rank, hop)  +  max over ranks of sum over hops of pairs(rank, hop)
+
+All counts are whole numbers in float64, hence exact: every rank of a ring deals for itself, and all deal alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Entries of a table [exchanges, hops, ranks] that is tried at once: more take longer than they gain.
+_ENTRIES = 2**15
+
+
+def deal(pairs: Tensor, ranks: int) -> Tensor:
+    """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
+
+    pairs: visible (query, key) pairs of each chunk's queries with each chunk's keys, [chunks, chunks]. Rounds of
+    neighbouring chunks are dealt one to a rank, which spreads a document over all hops. Then each chunk in turn, those
+    with most work first, is exchanged for the one that helps most of those near it in the sequence and in work.
+    """
+    pairs = pairs.double()
+    work = pairs.sum(1)
+    heaviest = work.argsort(descending=True, stable=True)
+    owned = torch.nn.functional.one_hot(_rounds(work, ranks), ranks).double()  # [chunks, ranks]
+    both = torch.stack([pairs, pairs.T])
+    shared = both @ owned  # of each chunk's queries, and keys, with the keys, and queries, of each rank
+    table = by_hop(owned.T @ shared[0])
+    least = _time(table)
+    for place, chunk in enumerate(heaviest.tolist()):
+        others = torch.cat([_near(chunk, torch.arange(len(work)), ranks), _near(place, heaviest, ranks)])
+        after = _exchanged(table, owned, pairs, shared, chunk, others)
+        times = _time(after)
+        best = int(times.argmin())
+        if times[best] < least:
+            table, least, other = after[best], times[best], int(others[best])
+            shared += (both[:, :, chunk] - both[:, :, other])[..., None] * (owned[other] - owned[chunk])
+            owned[[chunk, other]] = owned[[other, chunk]]
+    return owned.argmax(1)
+
+
+def by_hop(pairs: Tensor) -> Tensor:
+    """[ranks, ranks], of a rank and the rank whose keys it has, to [hops, ranks]."""
+    rank = torch.arange(len(pairs))
+    return pairs[rank, (rank - rank[:, None]) % len(pairs)]
+
+
+def _time(table: Tensor) -> Tensor:
+    """What deal makes small, of pairs [..., hops, ranks]."""
+    return table.amax(-1).sum(-1) + table.sum(-2).amax(-1)
+
+
+def _rounds(work: Tensor, ranks: int) -> Tensor:
+    """The heaviest chunk of each round to the rank with least so far, heaviest rounds first: int64 [chunks]."""
+    rounds = work.view(-1, ranks)
+    owner = torch.empty(rounds.shape, dtype=torch.int64)
+    load = torch.zeros(ranks, dtype=work.dtype)
+    for r in rounds.sum(1).argsort(descending=True, stable=True).tolist():
+        cards, hands = rounds[r].argsort(descending=True, stable=True), load.argsort(stable=True)
+        owner[r, cards] = hands
+        load[hands] += rounds[r, cards]
+    return owner.flatten()
+
+
+def _near(place: int, chunks: Tensor, ranks: int) -> Tensor:
+    """A round's worth of chunks around a place in their order [chunks]; fewer where there are many ranks."""
+    width = min(len(chunks), ranks, max(2, _ENTRIES // ranks**2 // 2))
+    start = max(0, min(len(chunks) - width, place - width // 2))
+    return chunks[start : start + width]
+
+
+def _exchanged(table: Tensor, owned: Tensor, pairs: Tensor, shared: Tensor, chunk: int, others: Tensor) -> Tensor:
+    """The table [hops, ranks] after `chunk` and each of others [n] have changed owners: [n, hops, ranks].
+
+    With e the difference of two chunks' one-hot vectors and d that of their owners', owned becomes owned + e d', and
+    owned' pairs owned gains d (e' pairs owned) + (owned' pairs e + d (e' pairs e)) d'.
+    """
+    d = owned[others] - owned[chunk]
+    as_queries, as_keys = shared[:, [chunk]] - shared[:, others]
+    inside = pairs[chunk, chunk] - pairs[chunk, others] - pairs[others, chunk] + pairs.diagonal()[others]
+    as_keys = as_keys + inside[:, None] * d
+    gained = d[:, None] * _turned(as_queries)
+    return gained.addcmul_(as_keys[:, None], _turned(d)).add_(table)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """x [n, ranks] of the rank whose keys each rank has on each hop: [n, hops, ranks]."""
+    ranks = x.shape[1]
+    # Window w of x twice over begins with x[w]; hop s turns x by s places the other way.
+    return torch.cat([x, x], 1).unfold(1, ranks, 1)[:, 1:].flip(1)
