@@ -36,8 +36,9 @@ ORDERED_TILES = (128, 192)
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Tiles of queries, or of keys, that walk the most keys, or queries, first.
+    """Tiles of queries, or of keys, that walk the most keys, or queries, first, a document's one after the other.
 
+    Long tiles that come last keep a GPU waiting; tiles of one document read the same, and find it in L2.
     A tile walks all that lie between what its first row and what its last row sees; nothing where no row sees anything.
     Fields: tiles int32 [B|1, ceil(rows / rows of a tile)], on the kernel's device. On the host: busy, how many of them
     walk anything, at most in a batch row; longest, how much the longest walks; total, how much all of them do, on
@@ -201,15 +202,22 @@ class IntervalMask:
         return Intervals(start, end, query_start, query_end, *orders)
 
     def _order(self, rows: int, device: torch.device | str) -> Order:
-        """Tiles of so many queries, the longest first; among equals the last, as under a causal mask."""
+        """Tiles of so many queries: those of the documents with the longest tile first, and each one's longest first.
+
+        A document is here a run of tiles whose last queries begin, or whose last queries end, at the same key.
+        """
         if not self.queries:
             return Order(torch.zeros(self.batch, 0, dtype=torch.int32, device=device), 0, 0, 0.0)
         first = torch.arange(0, self.queries, rows)
         last = (first + rows).clamp(max=self.queries) - 1
         pairs = torch.nn.functional.pad((self.hi - self.lo).cumsum(1), (1, 0))
-        seen = pairs[:, last + 1] > pairs[:, first]
-        walked = (self.hi[:, last] - self.lo[:, first]) * seen
-        tiles = len(first) - 1 - walked.flip(1).argsort(dim=1, descending=True, stable=True)
+        walked = (self.hi[:, last] - self.lo[:, first]) * (pairs[:, last + 1] > pairs[:, first])
+        goes_on = (self.lo[:, last].diff(dim=1) == 0) | (self.hi[:, last].diff(dim=1) == 0)
+        document = torch.nn.functional.pad((~goes_on).cumsum(1), (1, 0))
+        longest = torch.zeros_like(walked).scatter_reduce(1, document, walked, "amax").gather(1, document)
+        tiles = torch.arange(len(first)).expand(self.batch, -1)
+        for key in (-walked, document, -longest, walked == 0):  # the last decides, then the one before it
+            tiles = tiles.gather(1, key.gather(1, tiles).argsort(dim=1, stable=True))
         return Order(
             _to_device(tiles, device), busy=int((walked > 0).sum(1).max()), longest=int(walked.max()),
             total=float(walked.sum()) / self.batch,

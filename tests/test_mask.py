@@ -90,7 +90,15 @@ def test_orders_list_every_tile_once_and_the_longest_first(data, length, rows):
             for row, start, end in zip(listed, starts, ends, strict=True)
         ]
         assert all(sorted(row) == list(range(-(-length // rows))) for row in listed)
-        assert all(row == sorted(row, reverse=True) for row in walked)
+        assert all(row[0] == max(row) for row in walked)
+        assert all(sorted(row, key=bool, reverse=True) == row for row in walked), "what walks nothing comes last"
         assert order.busy == max(sum(span > 0 for span in row) for row in walked)
         assert order.longest == max(max(row) for row in walked)
         assert order.total == pytest.approx(sum(map(sum, walked)) / len(walked))
+
+
+def test_a_documents_tiles_follow_one_another_and_the_longest_document_comes_first():
+    mask = IntervalMask.causal(128 * 9) & IntervalMask.documents([128 * 2, 128 * 4, 128 * 3])
+    x = mask.intervals()
+    assert x.query_order[128].tiles.tolist() == [[5, 4, 3, 2, 8, 7, 6, 1, 0]]
+    assert x.key_order[128].tiles.tolist() == [[2, 3, 4, 5, 6, 7, 8, 0, 1]]
