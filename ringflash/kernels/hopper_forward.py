@@ -623,4 +623,4 @@ def section(q: Tensor, k: Tensor) -> int:
     same keys at the same time: 16 query and KV heads, 32k tokens: 2 heads 591 TFLOP/s, 4 660, 8 712, 16 684.
     """
     _, Skv, Hkv, D = k.shape
-    return max(triton.cdiv(8, q.shape[2] // Hkv), L2_BYTES // (2 * Skv * D * k.element_size()))
+    return max(-(-8 * Hkv // q.shape[2]), L2_BYTES // (2 * Skv * D * k.element_size()))

@@ -162,7 +162,7 @@ def refusal(change: str) -> str:
     """What the kernels say to a request that is wrong in one thing."""
     forward, backward = kernels()
     p = problem(MASKS["causal"](16), heads=(4, 2), head_dim=32)
-    q, k, v, dout, mask, scale, softcap = p.q, p.k, p.v, p.dout, p.mask, p.scale, None
+    q, k, v, dout, mask, scale, softcap, out = p.q, p.k, p.v, p.dout, p.mask, p.scale, None, None
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     match change:
         case "bfloat16":
@@ -187,10 +187,12 @@ def refusal(change: str) -> str:
             dout = torch.ones(()).expand(q.shape)
         case "dq":
             dq = dq.half()
+        case "out":
+            out = torch.zeros_like(q)[:, 1:]
         case "intervals":
             mask = MASKS["causal"](15)
     try:
-        state = forward(q, k, v, mask.intervals(), scale=scale, softcap=softcap)
+        state = forward(q, k, v, mask.intervals(), scale=scale, softcap=softcap, out=out)
         delta = torch.zeros_like(state.lse)
         backward(dout, q, k, v, state.lse, delta, mask.intervals(), scale=scale, dq=dq, dk=dk, dv=dv)
     except ValueError as error:
@@ -268,6 +270,10 @@ def test_no_keys_at_all(interpreter):
         ("softcap", "takes a positive softcap, got -1.0"),
         ("dout", "takes dout as [2, 16, 4, 32]"),
         ("intervals", "takes intervals.start as [1 or 2, 16], torch.int32, contiguous, got [1, 15]"),
+        (
+            "out",
+            "takes out as [2, 16, 4, 32], float16, bfloat16 or float32, last dimension contiguous, got [2, 15, 4, 32]",
+        ),
         ("dq", "takes dq as [2, 16, 4, 32], torch.float32"),
     ],
 )
