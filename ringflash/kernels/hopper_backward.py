@@ -56,12 +56,12 @@ from ringflash.kernels.hopper_parts import (
     cap,
     check_inputs,
     check_rows,
+    hide,
     make_pipe,
     processors,
     sync,
     tile_run,
     tiles,
-    visible,
 )
 from ringflash.kernels.portable_backward import delta
 from ringflash.kernels.portable_forward import LOG2_E, interval_stride, score_scales
@@ -377,7 +377,7 @@ def step(
     else:
         p = gl.exp2(s * call.c)
     if EDGE:
-        p = gl.where(visible(key_start, key_end, row + gl.arange(0, call.BLOCK_Q, layout=gl.SliceLayout(0, S))), p, 0.0)
+        p = hide(p, key_start, key_end, row, "0f00000000")
     weights = gl.convert_layout(p.to(q_tile.dtype), LEFT)
     dv_next = warpgroup_mma(weights, dout_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dscores,))  # the tensor cores, for all but dv
@@ -600,7 +600,7 @@ def programs_a_group(group: int, longest: float, pairs: int, processors: int) ->
     the copies of k, v, dk and dv: some 3 steps.
     """
     split = 1
-    while group % (2 * split) == 0 and longest / split > 0.6 * pairs / processors:
+    while group % (2 * split) == 0 and longest / split > 0.9 * pairs / processors:
         split *= 2
     return split
 

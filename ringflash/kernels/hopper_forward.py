@@ -63,13 +63,14 @@ from ringflash.kernels.hopper_parts import (
     check_inputs,
     check_rows,
     handed_over,
+    hide,
     make_pipe,
     processors,
     supports,
     sync,
+    take,
     tile_run,
     tiles,
-    visible,
 )
 from ringflash.kernels.portable_forward import LOG2_E, check_out, interval_stride, nothing_seen, score_scales
 from ringflash.mask import Intervals
@@ -118,6 +119,7 @@ class Call:
     start: gl.tensor
     end: gl.tensor
     interval_stride_b: gl.tensor
+    counter: gl.tensor  # 0, for `take`
     order: gl.tensor
     order_stride_b: gl.tensor
     tiles: gl.tensor  # query tiles of a head that are looked at
@@ -137,8 +139,8 @@ class Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, order, order_stride_b, tiles, queries,
-        heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
+        self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles,
+        queries, heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -146,6 +148,7 @@ class Call:
         self.start = start
         self.end = end
         self.interval_stride_b = interval_stride_b
+        self.counter = counter
         self.order = order
         self.order_stride_b = order_stride_b
         self.tiles = tiles
@@ -170,28 +173,16 @@ class Call:
         return job.lo + gl.where(step < job.edges, edge, job.full_from + step - job.edges) * self.BLOCK_K
 
     @gluon.jit
-    def turns(self):
-        """How often each program takes a query tile."""
-        return gl.cdiv(self.pairs * self.group * self.tiles, gl.num_programs(0))
+    def job(self, index):
+        """Query tile number `index`, and the KV tiles it sees; none past the last.
 
-    @gluon.jit
-    def job(self, turn):
-        """What this program works on in a turn.
-
-        Tiles are dealt out longest first, back and forth (0 1 2, 2 1 0, 0 1 2), so that every program gets its share of
-        the long ones; the last turn forwards, so that what does not fill it goes to the programs that start first. The
-        order is the mask's (`Order`), so no counter in memory has to be zeroed and read.
-
-        Heads run fastest, those of a group first, so that the tiles of K and V that all SMs read at a time come from
-        L2; `section` bounds how many KV heads that are.
+        Those that see the most come first (`Order`). Heads run fastest, those of a group first, so that the tiles of K
+        and V that all SMs read at a time come from L2; `section` bounds how many KV heads that are.
         """
         TILE: gl.constexpr = self.CONSUMERS * ROWS
-        programs = gl.num_programs(0)
-        program = gl.program_id(0)
         total = self.pairs * self.group * self.tiles
-        back = (self.turns() - turn) % 2 == 0
-        dealt = turn * programs + gl.where(back, programs - 1 - program, program)
-        index = gl.minimum(dealt, total - 1)
+        taken = index < total
+        index = gl.minimum(index, total - 1)
 
         of_section = self.section * self.group * self.tiles
         section = index // of_section
@@ -212,7 +203,7 @@ class Call:
         # The first tile walked is masked. Where no tile needs it, that is the first of the full ones.
         full_from = gl.where(full == tiles, 1, full_from)
         full = gl.minimum(full, tiles - 1)
-        tiles = gl.where(dealt < total, tiles, 0)
+        tiles = gl.where(taken, tiles, 0)
         return Job(batch, head, head_kv, first, lo, tiles, tiles - full, full_from)
 
 
@@ -229,39 +220,39 @@ def hand_over(fields, jobs, q_pipe, number, call):
 
 @gluon.jit
 def produce(call, pipes, jobs, descriptors):
-    """Order every copy of every turn, as far ahead as there are empty slots: waits for consumers only."""
+    """Order every copy of every query tile, as far ahead as there are empty slots: waits for consumers only."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
     q, k, v, carry = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
-    worked = 0
-    loaded = 0
-    for turn in range(call.turns()):
-        job = call.job(turn)
-        if job.tiles > 0:
-            # In the order of need: the first consumer's queries, the keys, the others' queries, the values.
-            q_number = worked * call.CONSUMERS
-            q_pipe.load(q_number, q, job.batch, job.head, job.first)
-            hand_over(job.fields(), jobs, q_pipe, q_number, call)
-            k_pipe.load(loaded, k, job.batch, job.head_kv, call.key(job, 0))
-            for who in gl.static_range(1, call.CONSUMERS):
-                q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
-                hand_over(job.fields(), jobs, q_pipe, q_number + who, call)
-            v_pipe.load(loaded, v, job.batch, job.head_kv, call.key(job, 0))
-            for step in range(1, job.tiles):
-                key = call.key(job, step)
-                k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
-                v_pipe.load(loaded + step, v, job.batch, job.head_kv, key)
-            if call.CARRY:
-                # Emptied when the consumer has begun with the tile, a use ahead of what the pipe counts.
-                for who in gl.static_range(call.CONSUMERS):
-                    carry_pipe.wait_empty(q_number + who + call.CONSUMERS)
-                    carry_pipe.copy(q_number + who, carry, job.batch, job.head, job.first + who * ROWS)
-            loaded += job.tiles
-            worked += 1
+    q_number = 0 * call.queries
+    loaded = 0 * call.queries
+    job = call.job(gl.program_id(0))
+    while job.tiles > 0:
+        # In the order of need: the first consumer's queries, the keys, the others' queries, the values.
+        q_pipe.load(q_number, q, job.batch, job.head, job.first)
+        hand_over(job.fields(), jobs, q_pipe, q_number, call)
+        k_pipe.load(loaded, k, job.batch, job.head_kv, call.key(job, 0))
+        for who in gl.static_range(1, call.CONSUMERS):
+            q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
+            hand_over(job.fields(), jobs, q_pipe, q_number + who, call)
+        v_pipe.load(loaded, v, job.batch, job.head_kv, call.key(job, 0))
+        following = take(call.counter)  # early, for memory is slow to answer
+        for step in range(1, job.tiles):
+            key = call.key(job, step)
+            k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
+            v_pipe.load(loaded + step, v, job.batch, job.head_kv, key)
+        if call.CARRY:
+            # Emptied when the consumer has begun with the tile, a use ahead of what the pipe counts.
+            for who in gl.static_range(call.CONSUMERS):
+                carry_pipe.wait_empty(q_number + who + call.CONSUMERS)
+                carry_pipe.copy(q_number + who, carry, job.batch, job.head, job.first + who * ROWS)
+        loaded += job.tiles
+        q_number += call.CONSUMERS
+        job = call.job(following)
     for who in gl.static_range(call.CONSUMERS):
-        number = worked * call.CONSUMERS + who
+        number = q_number + who
         q_pipe.wait_empty(number)
         mbarrier.arrive(q_pipe.full.index(number % call.CONSUMERS), count=1)
-        hand_over(gl.zeros([8], gl.int32, gl.BlockedLayout([1], [32], [1], [0])), jobs, q_pipe, number, call)
+        hand_over(job.fields(), jobs, q_pipe, number, call)
 
 
 # -- the consumers: a warpgroup each
@@ -273,8 +264,7 @@ def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
     if call.CAPPED:
         s = cap(s, call.cap_scale)
     if EDGE:
-        keys = key + gl.arange(0, call.BLOCK_K, layout=gl.SliceLayout(0, s.type.layout))
-        s = gl.where(visible(row_start, row_end, keys), s, NEG_INF)
+        s = hide(s, row_start, row_end, key, "0fFF800000")
     best = gl.max(s, 1) * call.c
     m_new = gl.where(best > m + SLACK, best, m)
     shift = m_new
@@ -518,7 +508,7 @@ def consume_2(call, pipes, jobs, descriptors):
 def forward_kernel(
     q, k, v, carry, out,
     lse, lse_stride_b, lse_stride_h,
-    start, end, interval_stride_b, order, order_stride_b, tiles,
+    start, end, interval_stride_b, counter, order, order_stride_b, tiles,
     queries, heads_kv, group, pairs, section, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -526,8 +516,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. q, k, v, carry, out are [B, H, S, D] for TMA."""
     call = Call(
-        lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, order, order_stride_b, tiles, queries,
-        heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
+        lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles,
+        queries, heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
     )  # fmt: skip
     q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, WRITERS=2)
     jobs = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -601,12 +591,13 @@ def forward(
     if not q_tiles:
         return Partial(out, lse)
     with torch.cuda.device_of(q):
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
         forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
             *(tiles(out if carry is None else carry.out, ROWS.value), tiles(out, ROWS.value)),
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
-            *(order.tiles, interval_stride(order.tiles), q_tiles),
+            *(counter, order.tiles, interval_stride(order.tiles), q_tiles),
             *(Sq, Hkv, Hq // Hkv, B * Hkv, section(q, k), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,

@@ -205,6 +205,17 @@ def handed_over(fields):
 
 
 @gluon.jit
+def take(counter):
+    """The next number of those that programs take as they come, each having begun with its own. For a warp.
+
+    So one that starts late, because its SM had another kernel's work to finish, takes fewer.
+    """
+    thread = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    taken = gl.atomic_add(counter + thread, thread * 0 + 1, mask=thread == 0, sem="relaxed")
+    return gl.num_programs(0) + gl.sum(gl.where(thread == 0, taken, 0), 0)
+
+
+@gluon.jit
 def tile_run(start, end, first, last, BLOCK: gl.constexpr):
     """The tiles that rows first..last see: where they begin, how many, and which and how many every row sees whole."""
     lo = gl.load(start + first)
@@ -219,11 +230,49 @@ def tile_run(start, end, first, last, BLOCK: gl.constexpr):
 # -- scores
 
 
+@gluon.constexpr_function
+def hide_asm(count, value):
+    """PTX: registers $0.. of a thread's two rows become `value` where a row does not see their column.
+
+    A thread has columns 2 (lane % 4) + 8 k and the one after it, of its first row and then of its second, for k = 0,
+    1, ... Operands, after those of the tile: start - first, then end - start, `count` each. One comparison a column:
+    unsigned wraps below start.
+    """
+    before = f"""
+        mov.u32 lane, %laneid;
+        and.b32 lane, lane, 3;
+        shl.b32 lane, lane, 1;
+        sub.s32 from0, lane, ${2 * count};
+        sub.s32 from1, lane, ${2 * count + 2};
+    """
+    lines = []
+    for i in range(count):
+        row, column = i % 4 // 2, 8 * (i // 4) + i % 2
+        lines.append(f"add.s32 at, from{row}, {column};")
+        lines.append(f"setp.ge.u32 unseen, at, ${3 * count + 2 * row};")
+        lines.append(f"selp.f32 ${i}, {value}, ${i}, unseen;")
+    return "{.reg .pred unseen; .reg .b32 lane, at, from0, from1;" + before + " ".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def hide_operands(count):
+    """`count` results, which begin as the first `count` operands, and twice as many others."""
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * 2 * count)
+
+
 @gluon.jit
-def visible(start, end, index):
-    """Which of the indices lie in each row's start:end, [rows, indices]. One comparison: unsigned wraps below start."""
-    past_start = (gl.expand_dims(index, 0) - gl.expand_dims(start, 1)).to(gl.uint32, bitcast=True)
-    return past_start < gl.expand_dims((end - start).to(gl.uint32, bitcast=True), 1)
+def hide(s, start, end, first, value: gl.constexpr):
+    """s [rows, columns], of a wgmma, with `value` (PTX) where column `first` + j is not in the row's start:end.
+
+    In PTX, for Triton would make each thread's columns from the bits of its number anew: 237 instructions instead of
+    104 in a step of the backward.
+    """
+    COUNT: gl.constexpr = s.shape[1] // 2  # registers of a thread: 64 rows over 128 threads
+    begin = gl.broadcast(gl.expand_dims(start - first, 1), s)[0]
+    size = gl.broadcast(gl.expand_dims(end - start, 1), s)[0]
+    return gl.inline_asm_elementwise(
+        hide_asm(COUNT, value), hide_operands(COUNT), [s, begin, size], dtype=gl.float32, is_pure=True, pack=COUNT
+    )
 
 
 @gluon.jit

@@ -102,7 +102,7 @@ def compile_case(name: str):
         "dq": descriptor(queries_tile, head_dim // 2, dtype=torch.float32),
         "dk": descriptor(rows, head_dim, dtype=torch.float32), "dv": descriptor(rows, head_dim, dtype=torch.float32),
         "lse": "*fp32", "delta": "*fp32", "start": "*i32", "end": "*i32", "order": "*i32", "scale": "fp32",
-        "c": "fp32", "cap_scale": "fp32", "lse_factor": "fp32",
+        "c": "fp32", "cap_scale": "fp32", "lse_factor": "fp32", "counter": "*i32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     source = GluonASTSource(
