@@ -53,6 +53,14 @@ def test_a_balanced_layout_is_within_12_percent_hop_by_hop(ranks):
         assert Layout.balanced(mask, ranks).lockstep(mask) <= 0.12, f"seed {seed}"
 
 
+def test_a_million_tokens_are_balanced_over_64_ranks():
+    for seed in (1, 3):
+        mask = corpus(seed, 2**20)
+        layout = Layout.balanced(mask, 64)
+        assert layout.imbalance(mask) <= 0.03, f"seed {seed}"
+        assert layout.lockstep(mask) <= 0.25, f"seed {seed}"
+
+
 def test_a_balanced_layout_takes_little_longer_than_a_perfect_one():
     # One document has 72 percent of all pairs.
     mask = IntervalMask.causal(131072) & IntervalMask.documents(lognormal_lengths(64, 131072))
