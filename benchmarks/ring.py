@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report, ring_error, ring_record, ring_share, ring_timeline, timing
 from benchmarks.attention import DTYPES
-from benchmarks.ring_cases import LAYOUT_NAMES, RingCase
+from benchmarks.ring_cases import RingCase
 from ringflash import kernels
+from ringflash.layout import LAYOUT_NAMES
 
 GPU_CASES = (
     RingCase.of("128k", 8),

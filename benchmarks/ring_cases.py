@@ -19,10 +19,7 @@ from benchmarks.cases import Case
 from benchmarks.checks import NAMES
 from ringflash import AttentionPlan, Layout, kernels, ring_attention
 from ringflash.kernels import Kernel
-from ringflash.layout import LAYOUTS
 from ringflash.ring.transport import Ring
-
-LAYOUT_NAMES = (*LAYOUTS, "balanced")
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,7 @@ class RingCase(Case):
     def plan(self, ring: Ring) -> AttentionPlan:
         """The plan of its mask under its layout, on a ring of its size."""
         mask = self.mask()
-        if self.layout == "balanced":
-            return AttentionPlan(mask, Layout.balanced(mask, self.ranks), ring)
-        return AttentionPlan(mask, Layout.named(self.layout, self.length, self.ranks), ring)
+        return AttentionPlan(mask, Layout.of(self.layout, mask, self.ranks), ring)
 
     def whole(self) -> RingCase:
         """The causal case of this shape on one rank, whose speed a share of this case is held to."""

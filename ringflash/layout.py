@@ -115,6 +115,13 @@ class Layout:
             raise ValueError(f"layout={name} is not one of {', '.join(LAYOUTS)}")
         return LAYOUTS[name](length, ranks, parts)
 
+    @classmethod
+    def of(cls, name: str, mask: IntervalMask, ranks: int, parts: int = 1) -> Layout:
+        """The layout of that name, "balanced" or one of `named`, for a mask. Raises ValueError for another name."""
+        if name not in LAYOUT_NAMES:
+            raise ValueError(f"layout={name} is not one of {', '.join(LAYOUT_NAMES)}")
+        return cls.balanced(mask, ranks, parts) if name == "balanced" else cls.named(name, mask.queries, ranks, parts)
+
     def split(self, parts: int) -> Layout:
         """The layout of ranks * parts ranks in which each rank's tokens, in order, are divided among `parts`.
 
@@ -213,6 +220,7 @@ LAYOUTS: dict[str, Callable[[int, int, int], Layout]] = {
     "zigzag": Layout.zigzag,
     "striped": Layout.striped,
 }
+LAYOUT_NAMES = (*LAYOUTS, "balanced")  # the last needs a mask
 
 
 def _ceil(a: int, b: int) -> int:

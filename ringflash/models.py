@@ -184,8 +184,9 @@ def ring_inputs(
 
     input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted. documents: token counts
     of packed documents, one list or one a row, that sum to S; no token sees or predicts another document's. Any S will
-    do for any ring. The returned loss is this rank's share of the mean: summed over the ring it is the loss of the
-    whole batch.
+    do for any ring. layout: "contiguous", "zigzag", "striped" or, for packed documents, "balanced".
+
+    The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
@@ -194,10 +195,11 @@ def ring_inputs(
     if documents is not None:
         _check_documents(documents, rows, length)
     document = IntervalMask.full(length) if documents is None else IntervalMask.documents(documents, length)
+    if not hasattr(ring, "exchange"):
+        raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
+    mask = IntervalMask.causal(length) & document
     parts = 1 if ulysses is None else ulysses.size
-    plan = AttentionPlan(
-        IntervalMask.causal(length) & document, Layout.named(layout, length, ring.size, parts), ring, ulysses
-    )
+    plan = AttentionPlan(mask, Layout.of(layout, mask, ring.size, parts), ring, ulysses)
     inputs = {"input_ids": plan.shard(input_ids), "position_ids": plan.position_ids(len(input_ids)), "plan": plan}
     if labels is not None:
         last = document.hi <= torch.arange(1, length + 1)

@@ -90,6 +90,8 @@ WRONG_INPUTS = {
     "a number": ((TOKENS,), {"documents": 12}, "documents must be a list of ints, .*, got 12"),
     "a tensor": ((TOKENS,), {"documents": torch.tensor([5, 7])}, r"documents must .* got tensor\(\[5, 7\]\)"),
     "lists and numbers": ((TOKENS,), {"documents": [12, [12]]}, r"documents must be a list of .* got \[12, \[12\]\]"),
+    "a layout that is none": ((TOKENS,), {"layout": "even"}, "layout=even is not one of .*, striped, balanced"),
+    "the size of a ring": ((TOKENS,), {"ring": 4}, "ring must be a ProcessRing or a Loopback, got 4"),
     "fractions": ((TOKENS,), {"documents": [6.0, 6.0]}, r"documents must be a list of ints, .*, got \[6\.0, 6\.0\]"),
 }  # fmt: skip
 
@@ -97,7 +99,16 @@ WRONG_INPUTS = {
 @pytest.mark.parametrize(("tokens", "options", "message"), WRONG_INPUTS.values(), ids=WRONG_INPUTS)
 def test_inputs_that_do_not_fit_are_refused_with_their_argument_and_values(tokens, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        ring_inputs(*tokens, ring=Loopback(2), **options)
+        ring_inputs(*tokens, **{"ring": Loopback(2)} | options)
+
+
+def test_packed_documents_in_a_balanced_layout_give_the_loss_of_one_rank():
+    tokens, documents = torch.randint(1, 97, (1, 4096)), [3000, 96, 1000]
+    options = ({"ring": Loopback(1)}, {"ring": Loopback(4), "layout": "balanced"})
+    losses = [tiny("qwen3")(**ring_inputs(tokens, tokens, documents=documents, **o)).loss for o in options]
+    plan = ring_inputs(tokens, documents=documents, **options[1])["plan"]
+    assert plan.layout.chunks.shape[1] > 2  # not zigzag
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("documents", [[[5, 8]], ((5, 8), (13,))], ids=["one list for all rows", "tuples"])
