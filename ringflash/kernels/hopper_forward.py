@@ -135,12 +135,11 @@ class Call:
     CONSUMERS: gl.constexpr
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
-    IN_PLACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles,
-        queries, heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
+        queries, heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -164,7 +163,6 @@ class Call:
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.CAPPED = gl.constexpr(CAPPED)
         self.CARRY = gl.constexpr(CARRY)
-        self.IN_PLACE = gl.constexpr(IN_PLACE)
 
     @gluon.jit
     def key(self, job, step):
@@ -174,7 +172,7 @@ class Call:
 
     @gluon.jit
     def job(self, index):
-        """Query tile number `index`, and the KV tiles it sees; none past the last.
+        """Query tile number `index`, and the KV tiles it walks: one or more, or, past the last query tile, none.
 
         Those that see the most come first (`Order`). Heads run fastest, those of a group first, so that the tiles of K
         and V that all SMs read at a time come from L2; `section` bounds how many KV heads that are.
@@ -198,8 +196,9 @@ class Call:
         start = self.start + batch.to(gl.int64) * self.interval_stride_b
         end = self.end + batch.to(gl.int64) * self.interval_stride_b
         lo, tiles, full_from, full = tile_run(start, end, first, last, self.BLOCK_K)
-        if not self.IN_PLACE:
-            tiles = gl.maximum(tiles, 1)  # rows that see nothing have a result to write, too
+        # Rows that see nothing have a result to write, too, and where batch rows differ, some have fewer tiles to look
+        # at than are counted. They walk one that is masked throughout: no tile would say that this is the end.
+        tiles = gl.where(tiles > 0, tiles, 1)  # not maximum, after which ptxas spills at D64
         # The first tile walked is masked. Where no tile needs it, that is the first of the full ones.
         full_from = gl.where(full == tiles, 1, full_from)
         full = gl.minimum(full, tiles - 1)
@@ -223,7 +222,7 @@ def produce(call, pipes, jobs, descriptors):
     """Order every copy of every query tile, as far ahead as there are empty slots: waits for consumers only."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
     q, k, v, carry = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
-    q_number = 0 * call.queries
+    q_number = 0 * call.queries  # a tensor, as a loop's variables are
     loaded = 0 * call.queries
     job = call.job(gl.program_id(0))
     while job.tiles > 0:
@@ -235,7 +234,7 @@ def produce(call, pipes, jobs, descriptors):
             q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
             hand_over(job.fields(), jobs, q_pipe, q_number + who, call)
         v_pipe.load(loaded, v, job.batch, job.head_kv, call.key(job, 0))
-        following = take(call.counter)  # early, for memory is slow to answer
+        following = take(call.counter)  # not at the end, where the next tile's queries would wait for it
         for step in range(1, job.tiles):
             key = call.key(job, step)
             k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
@@ -512,12 +511,12 @@ def forward_kernel(
     queries, heads_kv, group, pairs, section, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    CAPPED: gl.constexpr, CARRY: gl.constexpr, IN_PLACE: gl.constexpr,
+    CAPPED: gl.constexpr, CARRY: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. q, k, v, carry, out are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles,
-        queries, heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, IN_PLACE,
+        queries, heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY,
     )  # fmt: skip
     q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, WRITERS=2)
     jobs = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -587,7 +586,7 @@ def forward(
     t = tuning or TUNINGS[D]
     registers = REGISTERS[t.consumers]
     order = intervals.query_order[t.consumers * ROWS.value]
-    q_tiles = order.busy if in_place else order.tiles.shape[1]
+    q_tiles = order.busy if in_place else order.tiles.shape[1]  # in place, what sees nothing has its result
     if not q_tiles:
         return Partial(out, lse)
     with torch.cuda.device_of(q):
@@ -598,10 +597,10 @@ def forward(
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(counter, order.tiles, interval_stride(order.tiles), q_tiles),
-            *(Sq, Hkv, Hq // Hkv, B * Hkv, section(q, k), *score_scales(scale, softcap)),
+            *(Sq, Hkv, Hq // Hkv, B * Hkv, min(section(q, k), B * Hkv), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
-            CAPPED=softcap is not None, CARRY=carry is not None, IN_PLACE=in_place,
+            CAPPED=softcap is not None, CARRY=carry is not None,
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
     return Partial(out, lse)

@@ -16,8 +16,8 @@ other's:
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
 Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, in the
-forward its result in halves, and in the backward two shards of gradients, whatever the ring's size; where keys turn
-back before the end of the ring, also room for the gradients that come home early.
+forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size; where keys
+turn back before the end of the ring, also room for the gradients that come home early.
 """
 
 from __future__ import annotations

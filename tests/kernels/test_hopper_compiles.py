@@ -79,7 +79,6 @@ def compile_case(name: str):
     registers = hopper_parts.REGISTERS[getattr(tuning, "consumers", 2)]
     constants = {
         "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"],
-        "IN_PLACE": case["carry"] and out == torch.float32,
         "CONSUMER_REGISTERS": registers.consumer, "PRODUCER_REGISTERS": registers.producer,
     }  # fmt: skip
     constants |= {name.upper(): value for name, value in asdict(tuning).items()}

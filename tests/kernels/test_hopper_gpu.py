@@ -138,6 +138,25 @@ def test_a_carry_over_many_tiles_of_which_half_are_skipped(head_dim, dtype):
     assert distance(state.lse, exact["lse"]) <= 1e-5
 
 
+@pytest.mark.parametrize("longest_last", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_carry_in_batch_rows_of_which_one_has_many_tiles_more(head_dim, longest_last):
+    """More tiles than programs, and most of one row see nothing of the first half: the others must not be left out."""
+    forward, _ = kernels()
+    length = 6000
+    rows = [[length], [length // 16] * 16]
+    mask = IntervalMask.causal(length) & IntervalMask.documents(rows[::-1] if longest_last else rows)
+    p = problem(mask, heads=(16, 4), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    whole = forward(p.q, p.k, p.v, mask.intervals("cuda"), scale=p.scale)
+    state: Partial | None = None
+    for begin, end in ((length // 2, length), (0, length // 2)):
+        part = mask.restrict(torch.arange(length), torch.arange(begin, end)).intervals("cuda")
+        state = forward(p.q, p.k[:, begin:end], p.v[:, begin:end], part, scale=p.scale, carry=state)
+    assert state is not None
+    assert distance(state.out, whole.out) <= 1e-2
+    assert distance(state.lse, whole.lse) <= 1e-5
+
+
 @pytest.mark.parametrize(("head_dim", "begin"), [(64, 192), (128, 256)])
 def test_query_tiles_that_see_nothing_are_not_written(head_dim, begin):
     forward, _ = kernels()
