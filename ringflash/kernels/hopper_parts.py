@@ -265,7 +265,7 @@ def hide(s, start, end, first, value: gl.constexpr):
     """s [rows, columns], of a wgmma, with `value` (PTX) where column `first` + j is not in the row's start:end.
 
     In PTX, for Triton would make each thread's columns from the bits of its number anew: 237 instructions instead of
-    104 in a step of the backward.
+    112 in a step of the backward.
     """
     COUNT: gl.constexpr = s.shape[1] // 2  # registers of a thread: 64 rows over 128 threads
     begin = gl.broadcast(gl.expand_dims(start - first, 1), s)[0]
