@@ -62,6 +62,7 @@ from ringflash.kernels.hopper_parts import (
     check_addresses,
     check_inputs,
     check_rows,
+    counter,
     handed_over,
     hide,
     make_pipe,
@@ -119,7 +120,7 @@ class Call:
     start: gl.tensor
     end: gl.tensor
     interval_stride_b: gl.tensor
-    counter: gl.tensor  # 0, for `take`
+    counter: gl.tensor  # of `take`
     order: gl.tensor
     order_stride_b: gl.tensor
     tiles: gl.tensor  # query tiles of a head that are looked at
@@ -171,6 +172,11 @@ class Call:
         return job.lo + gl.where(step < job.edges, edge, job.full_from + step - job.edges) * self.BLOCK_K
 
     @gluon.jit
+    def total(self):
+        """Query tiles of all heads."""
+        return self.pairs * self.group * self.tiles
+
+    @gluon.jit
     def job(self, index):
         """Query tile number `index`, and the KV tiles it walks: one or more, or, past the last query tile, none.
 
@@ -178,7 +184,7 @@ class Call:
         and V that all SMs read at a time come from L2; `section` bounds how many KV heads that are.
         """
         TILE: gl.constexpr = self.CONSUMERS * ROWS
-        total = self.pairs * self.group * self.tiles
+        total = self.total()
         taken = index < total
         index = gl.minimum(index, total - 1)
 
@@ -234,7 +240,7 @@ def produce(call, pipes, jobs, descriptors):
             q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
             hand_over(job.fields(), jobs, q_pipe, q_number + who, call)
         v_pipe.load(loaded, v, job.batch, job.head_kv, call.key(job, 0))
-        following = take(call.counter)  # not at the end, where the next tile's queries would wait for it
+        following = take(call.counter, call.total())  # not at the end, where the next tile's queries would wait for it
         for step in range(1, job.tiles):
             key = call.key(job, step)
             k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
@@ -590,13 +596,12 @@ def forward(
     if not q_tiles:
         return Partial(out, lse)
     with torch.cuda.device_of(q):
-        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
         forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
             *(tiles(out if carry is None else carry.out, ROWS.value), tiles(out, ROWS.value)),
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
-            *(counter, order.tiles, interval_stride(order.tiles), q_tiles),
+            *(counter(q.device), order.tiles, interval_stride(order.tiles), q_tiles),
             *(Sq, Hkv, Hq // Hkv, B * Hkv, min(section(q, k), B * Hkv), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,

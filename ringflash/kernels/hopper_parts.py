@@ -205,14 +205,17 @@ def handed_over(fields):
 
 
 @gluon.jit
-def take(counter):
-    """The next number of those that programs take as they come, each having begun with its own. For a warp.
+def take(counter, total):
+    """The next number of those below `total` that programs take as they come, each having begun with its own.
 
-    So one that starts late, because its SM had another kernel's work to finish, takes fewer.
+    So one that starts late, because its SM had another kernel's work to finish, takes fewer. For a warp. Each of the
+    numbers begun is followed by one take, so that the last one is known: it leaves the counter at 0, as it was found.
     """
     thread = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     taken = gl.atomic_add(counter + thread, thread * 0 + 1, mask=thread == 0, sem="relaxed")
-    return gl.num_programs(0) + gl.sum(gl.where(thread == 0, taken, 0), 0)
+    taken = gl.sum(gl.where(thread == 0, taken, 0), 0)
+    gl.store(counter + thread, thread * 0, mask=(thread == 0) & (taken == total - 1))
+    return gl.num_programs(0) + taken
 
 
 @gluon.jit
@@ -303,6 +306,18 @@ def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLay
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def counter(device: torch.device) -> Tensor:
+    """An int32 that is 0 between two launches on the current stream, and its alone: made once, see `take`."""
+    if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream, and fills what it keeps by itself
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return _counter_of(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.cache
+def _counter_of(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 # -- what can be asked for

@@ -239,6 +239,46 @@ def test_tensors_of_more_than_2_to_the_31_elements():
     assert wrong == []
 
 
+def carried(tokens: int = 3000) -> tuple[Problem, Partial]:
+    """A problem of more query tiles than an H100 has processors, and a carry for it."""
+    p = problem(MASKS["packed"](tokens), heads=(16, 4), dtype=torch.bfloat16, device="cuda")
+    forward, _ = kernels()
+    return p, forward(p.q, p.k, p.v, p.mask.intervals("cuda"), scale=p.scale)
+
+
+def test_a_forward_in_place_allocates_nothing():
+    forward, _ = kernels()
+    p, carry = carried()
+    intervals, counts = p.mask.intervals("cuda"), []
+    for _ in range(3):
+        forward(p.q, p.k, p.v, intervals, scale=p.scale, carry=carry)
+        counts.append(torch.cuda.memory_stats()["allocation.all.allocated"])
+    assert counts == counts[:1] * 3
+
+
+def test_a_graph_of_forwards_gives_the_same_bits_each_time():
+    forward, _ = kernels()
+    p, carry = carried()
+    intervals, out = p.mask.intervals("cuda"), torch.empty_like(p.q)
+
+    def twice() -> None:
+        for _ in range(2):
+            forward(p.q, p.k, p.v, intervals, scale=p.scale, carry=state, out=out)
+
+    state = Partial(carry.out.clone(), carry.lse.clone())
+    twice()
+    expected = out.clone(), state.lse.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        twice()
+    for _ in range(3):
+        out.fill_(float("nan"))
+        state.lse.copy_(carry.lse)
+        graph.replay()
+        assert torch.equal(out, expected[0])
+        assert torch.equal(state.lse, expected[1])
+
+
 def test_what_cannot_be_done_is_refused_with_its_values():
     from ringflash.kernels import hopper_forward
 
