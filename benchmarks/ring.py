@@ -31,6 +31,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -206,7 +208,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
     if options.mode is timeline and options.tflops is None and options.device == "cpu":
         parser.error("--timeline on the CPU needs the speed of a GPU's kernel, such as --tflops 650/550")
-    if options.gbps <= 0:
+    if not 0 < options.gbps < math.inf:
         parser.error(f"--gbps must be above 0, got {options.gbps}")
     options.mode = options.mode or efficiency
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
@@ -221,8 +223,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _case(options: argparse.Namespace) -> RingCase | None:
     """The case that the options describe, or None where they leave it to the mode."""
     given = (options.length, options.ranks, options.heads, options.dim, options.mask, options.layout)
-    if not any(given):
+    if all(option is None for option in given):
         return None
+    for name in ("ranks", "dim"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {number}")
+    if options.length is not None and not re.fullmatch("[1-9][0-9]*k?", options.length):
+        raise ValueError(f"--length {options.length} is not a number of tokens, such as 131072 or 128k")
     kind, *size = options.mask or ["causal"]
     if len(size) > 1 or (size and (kind not in ("window", "packed") or not size[0].isdigit())):
         raise ValueError(f"--mask {' '.join(options.mask)} is not causal, full, window SIZE or packed DOCUMENTS")
@@ -242,7 +249,7 @@ def _two_numbers(text: str, number: type, name: str) -> tuple[Any, Any]:
         first, second = map(number, parts * 2 if len(parts) == 1 else parts)
     except ValueError:
         raise ValueError(f"{name} {text} is not a number, or two as in 32/8") from None
-    if min(first, second) <= 0:
+    if not all(0 < x < math.inf for x in (first, second)):
         raise ValueError(f"{name} must be above 0, got {text}")
     return first, second
 

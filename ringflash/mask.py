@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import cast
 
 import torch
@@ -131,7 +132,9 @@ class IntervalMask:
         lengths: the documents' token counts, in order; a list of such lists where batch rows differ. length: the
         sequence's, by default the longest row's sum; tokens past a row's last document see nothing.
         """
-        alike = not lengths or isinstance(lengths[0], int)
+        if not isinstance(lengths, Sequence):
+            raise TypeError(f"document lengths must be a list of ints, or a list of such lists, got {lengths!r:.200}")
+        alike = not lengths or isinstance(lengths[0], Integral)
         rows = cast(Sequence[Sequence[int]], [lengths] if alike else lengths)
         if any(count < 0 for row in rows for count in row):
             raise ValueError(f"document lengths must not be negative, got {lengths}")

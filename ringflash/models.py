@@ -7,7 +7,8 @@ keyword `plan`, the step's AttentionPlan, which its attention layers hand to `ri
     loss = model(**ring_inputs(input_ids, labels, ring=ProcessRing())).loss     # sums over ranks to the mean loss
 
 The plan is the mask. Whatever else transformers could use to change a mask (padding masks, dropout, a cache, keywords
-this file does not know) is refused by name.
+this file does not know) is refused by name, and so is a model that would come out wrong on shards: one of another
+architecture, whose layers may mix tokens by other means than attention, or one whose loss or positions need them all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from ringflash.ring.transport import Ring
 from ringflash.ring.ulysses import Ulysses
 
 # Architectures whose training is tested against their own sdpa attention.
-ARCHITECTURES = ("gemma2", "gpt_oss", "llama", "mistral", "qwen3")
+ARCHITECTURES = ("gemma2", "gpt_oss", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 DTYPES = {
     "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     "bf16": torch.bfloat16,
@@ -47,7 +49,7 @@ _IGNORE = -100  # the label that transformers' loss skips
 # What transformers passes to every attention function and what does not change attention.
 _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "shift_labels", "use_cache",
+    "position_ids", "return_dict", "shift_labels", "use_cache",
 }  # fmt: skip
 
 
@@ -117,6 +119,9 @@ def ring_attention_forward(
         raise ValueError(
             'attn_implementation="ring" needs plan=..., an AttentionPlan; ringflash.models.ring_inputs makes the inputs'
         )
+    config = getattr(module, "config", None)
+    if config is not None and (reason := refusal(config, bool(unknown.pop("output_router_logits", False)))) is not None:
+        raise ValueError(f"config.{reason}")
     if attention_mask is not None:
         raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom")
     if dropout:
@@ -240,7 +245,7 @@ def _check_documents(documents: Sequence[Any], rows: int, length: int) -> None:
 
 
 def _are_counts(documents: Any) -> bool:
-    return isinstance(documents, Sequence) and all(isinstance(count, int) for count in documents)
+    return isinstance(documents, Sequence) and all(isinstance(count, Integral) for count in documents)
 
 
 # -- building
@@ -260,23 +265,41 @@ def build_model(config: ModelConfig) -> PreTrainedModel:
     )
 
 
+def refusal(config: PreTrainedConfig, router_logits: bool = False) -> str | None:
+    """None, or what of a model would come out wrong on shards: "FIELD=VALUE is not supported ...".
+
+    router_logits: whether the model is asked for them, whatever its configuration says.
+    """
+    if config.model_type not in ARCHITECTURES:
+        return (
+            f"model_type={config.model_type} is not one of {', '.join(ARCHITECTURES)}: other architectures are not "
+            f"tested on the ring"
+        )
+    if router_logits or getattr(config, "output_router_logits", False):
+        return "output_router_logits=True is not supported: the auxiliary loss of experts needs all tokens of a batch"
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+            return (
+                f"rope_parameters.rope_type={rope['rope_type']} is not supported: it depends on the longest position "
+                f"of a shard, not of the sequence; default, linear, yarn and llama3 are supported"
+            )
+    return None
+
+
 def check_supported(config: PreTrainedConfig) -> None:
     """Raise ConfigError, naming the field and its value, for what would train wrongly on the ring."""
-    if config.model_type not in ARCHITECTURES:
-        raise ConfigError(
-            f"model.architecture.model_type={config.model_type} is not one of {', '.join(ARCHITECTURES)}: "
-            f"other architectures are not tested on the ring"
-        )
+    if (reason := refusal(config)) is not None:
+        raise ConfigError(f"model.architecture.{reason}")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if kv_heads < 1 or heads % kv_heads:
         raise ConfigError(
             f"model.architecture.num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}"
         )
-    if config.head_dim < 2 or config.head_dim % 2:
-        derived = config.head_dim == config.hidden_size // heads  # as llama's is where it is not set
+    dim, derived = head_dim(config), config.hidden_size // heads
+    if dim < 2 or dim % 2:
         raise ConfigError(
-            f"model.architecture.head_dim={config.head_dim}"
-            + (f" (hidden_size={config.hidden_size} / num_attention_heads={heads})" if derived else "")
+            f"model.architecture.head_dim={dim}"
+            + (f" (hidden_size={config.hidden_size} / num_attention_heads={heads})" if dim == derived else "")
             + " must be even and 2 or more: rotary positions turn pairs of a head's dimensions"
         )
     if getattr(config, "attention_dropout", 0.0):
@@ -285,12 +308,12 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
     if not getattr(config, "is_causal", True):
         raise ConfigError("model.architecture.is_causal=False is not supported: the trainer's masks are causal")
-    for rope in _rope_parameters(config):
-        if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-            raise ConfigError(
-                f"model.architecture.rope_parameters.rope_type={rope['rope_type']} is not supported: it depends on the "
-                f"longest position of a shard, not of the sequence; default, linear, yarn and llama3 are supported"
-            )
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """The size of a head, which some architectures leave to be derived."""
+    given = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if given is None else given
 
 
 def check_kernel(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device) -> None:
@@ -299,7 +322,7 @@ def check_kernel(config: ModelConfig, hf_config: PreTrainedConfig, device: torch
     The kernel is asked as a layer asks it, of one token: before there is a model.
     """
     q, k = (
-        torch.empty(1, 1, heads, hf_config.head_dim, dtype=DTYPES[config.dtype], device=device)
+        torch.empty(1, 1, heads, head_dim(hf_config), dtype=DTYPES[config.dtype], device=device)
         for heads in (hf_config.num_attention_heads, hf_config.num_key_value_heads)
     )
     softcap = getattr(hf_config, "attn_logit_softcapping", None) or None

@@ -1,5 +1,6 @@
 """An IntervalMask shows exactly the pairs that its definition says, through every operation."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -102,3 +103,10 @@ def test_a_documents_tiles_follow_one_another_and_the_longest_document_comes_fir
     x = mask.intervals()
     assert x.query_order[128].tiles.tolist() == [[5, 4, 3, 2, 8, 7, 6, 1, 0]]
     assert x.key_order[128].tiles.tolist() == [[2, 3, 4, 5, 6, 7, 8, 0, 1]]
+
+
+def test_document_lengths_may_be_numpys_and_a_tensor_is_refused_by_name():
+    counts = list(np.array([3, 5]))
+    assert torch.equal(IntervalMask.documents(counts).dense(), IntervalMask.documents([3, 5]).dense())
+    with pytest.raises(TypeError, match=r"document lengths must be a list of ints, .*, got tensor\(\[3, 5\]\)"):
+        IntervalMask.documents(torch.tensor([3, 5]))

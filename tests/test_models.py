@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash import Loopback
 from ringflash.errors import ConfigError
-from ringflash.models import ARCHITECTURES, ModelConfig, build_model, check_kernel, read_config, ring_inputs
+from ringflash.models import (
+    ARCHITECTURES,
+    ModelConfig,
+    build_model,
+    check_kernel,
+    field_refusal,
+    read_config,
+    ring_inputs,
+)
 
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -19,14 +27,20 @@ SPECIFIC = {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
     "qwen3": {},
     "mistral": {"sliding_window": 7},
+    "olmo2": {},
+    "phi3": {"sliding_window": 6, "eos_token_id": 1, "bos_token_id": 2},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "smollm3": {"eos_token_id": 1, "bos_token_id": 2, "no_rope_layer_interval": 2},
     "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
 }  # fmt: skip
 
 
 def tiny(model_type, **fields):
     torch.manual_seed(0)
-    return build_model(ModelConfig(architecture={"model_type": model_type, **TINY, **SPECIFIC[model_type], **fields},
-                                   dtype="fp32"))  # fmt: skip
+    architecture = {"model_type": model_type, **TINY, **SPECIFIC[model_type], **fields}
+    if field_refusal(model_type, "head_dim"):  # hidden_size / num_attention_heads
+        del architecture["head_dim"]
+    return build_model(ModelConfig(architecture=architecture, dtype="fp32"))
 
 
 def loss_and_gradients(model, inputs):
@@ -147,9 +161,33 @@ def test_attention_dropout_is_refused_while_training():
         model.train()(**ring_inputs(torch.ones(1, 4, dtype=torch.int64), ring=Loopback(1)))
 
 
+WRONG_ON_SHARDS = {
+    "chunked attention": ("llama4_text", {"attention_chunk_size": 8}, {}, r"^config\.model_type=llama4_text is not"),
+    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, {}, r"^config\.model_type=lfm2 is not"),
+    "positions of the longest": (
+        "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {},
+        r"^config\.rope_parameters\.rope_type=dynamic is not supported",
+    ),
+    "experts' loss": ("gpt_oss", {**SPECIFIC["gpt_oss"], "output_router_logits": True}, {}, "router_logits=True"),
+    "experts' loss, asked for": ("gpt_oss", SPECIFIC["gpt_oss"], {"output_router_logits": True}, "router_logits=True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "fields", "asked", "message"), WRONG_ON_SHARDS.values(), ids=WRONG_ON_SHARDS)
+def test_a_model_that_plain_transformers_built_is_refused_where_shards_would_change_it(
+    model_type, fields, asked, message
+):
+    config = AutoConfig.for_model(model_type, **TINY, **fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="ring")
+    tokens = torch.randint(1, 97, (1, 20))
+    with pytest.raises(ValueError, match=message):
+        model(**ring_inputs(tokens, tokens, ring=Loopback(2)), **asked)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"model_type": "gpt_oss", "output_router_logits": True}, r"^model\.architecture\.output_router_logits="),
         ({"model_type": "gpt2"}, "model_type=gpt2 is not one of gemma2, gpt_oss, llama"),
         ({"model_type": "llama", "hiden_size": 8}, r"hiden_size is .* mean model\.architecture\.hidden_size\?$"),
         ({"model_type": "llama", "typo": 8}, r"^model\.architecture\.typo is not a field of a llama configuration$"),

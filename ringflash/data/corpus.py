@@ -20,7 +20,8 @@ class TokenCorpus:
 
     Fields: tokens uint16 or uint32 [all tokens]; offsets int64 [all documents + 1]; selection int64 [documents], the
     numbers of the documents in this split, ascending; vocabulary, the highest token id of the whole corpus + 1, which
-    the model must have; tokenizer_size, the ids that the tokenizer can give; source and split, for messages.
+    the model must have; tokenizer_size, the ids that the tokenizer can give; digest, of all documents' tokens; source
+    and split, for messages.
     """
 
     tokens: np.ndarray
@@ -28,6 +29,7 @@ class TokenCorpus:
     selection: np.ndarray
     vocabulary: int
     tokenizer_size: int
+    digest: str = ""
     source: str = "memory"
     split: str = "training"
 
@@ -85,6 +87,7 @@ def load_corpus(config: DataConfig) -> tuple[TokenCorpus, TokenCorpus]:
             selection=np.sort(selection),
             vocabulary=contents["vocabulary"],
             tokenizer_size=contents["tokenizer_size"],
+            digest=contents["digest"],
             source=config.path,
             split=split,
         )

@@ -2,7 +2,7 @@
 
     <data.cache>/<fingerprint>/tokens.npy    uint16, or uint32 for large vocabularies: all documents, end to end
                                offsets.npy   int64 [documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
-                               corpus.json   what they were made of, and the vocabulary they use
+                               corpus.json   what they were made of, the vocabulary they use, and a digest of them
 
 The fingerprint covers all that decides the tokens: files, sizes, times of change, field, tokenizer. The folder is
 written aside and renamed when complete, so a killed build leaves nothing that looks finished (only `*.unfinished-*`, to
@@ -32,7 +32,7 @@ from ringflash.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # of the cache; to be raised when the same input gives other arrays
+FORMAT = 2  # of the cache; to be raised when the same input gives other arrays
 GROUP = 1 << 20  # characters tokenised at once: enough documents for a tokenizer's threads, bounded memory
 
 
@@ -59,7 +59,8 @@ class DataConfig:
     """Folder for tokenised text, 2 or 4 bytes a token; entries may be deleted at any time between runs."""
 
     held_out: float = 0.05
-    """Fraction of the documents kept apart for evaluation, at least one document; 0 keeps none."""
+    """Fraction of the documents kept apart for evaluation, at least one document; 0 keeps none, and nothing is
+    evaluated."""
 
     seed: int = 0
     """Decides which documents are held out, and the order of training."""
@@ -153,12 +154,14 @@ def _build(folder: Path, config: DataConfig, files: list[Path], tokenizer: PreTr
     """Writes the three files of the cache into `folder`. The tokens stream to disk; only the lengths are in memory."""
     size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
-    lengths, highest = [0], -1
+    lengths, highest, digest = [0], -1, hashlib.sha256()
     with open(folder / "tokens.npy", "wb") as out:
         _write_header(out, dtype, 0)
         for texts in _groups(_documents(files, config.field, scratch=folder.parent)):
             for tokens in _encode(tokenizer, texts):
-                out.write(tokens.astype(dtype).tobytes())
+                written = tokens.astype(dtype).tobytes()
+                out.write(written)
+                digest.update(len(written).to_bytes(8, "little") + written)
                 lengths.append(len(tokens))
                 highest = max(highest, int(tokens.max()))
         if highest < 0:
@@ -174,6 +177,7 @@ def _build(folder: Path, config: DataConfig, files: list[Path], tokenizer: PreTr
         "tokens": sum(lengths),
         "vocabulary": highest + 1,
         "tokenizer_size": size,
+        "digest": digest.hexdigest()[:16],
     }
     (folder / "corpus.json").write_text(json.dumps(contents, indent=1) + "\n")
 

@@ -56,13 +56,13 @@ def ring_attention(
 
     q [B, S, Hq, D]; k, v [B, S, Hkv, D], where S is the layout's shard length and Hq a multiple of Hkv; fp16, bf16 or
     fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch, ranks outermost.
-    scale defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the softmax and has
-    no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly on Hopper.
-    layer: its number, for what is said where a ring stands still. Returns out [B, S, Hq, D] in q's dtype; queries that
-    see nothing get 0.
+    scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the
+    softmax and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly
+    on Hopper. layer: its number, for what is said where a ring stands still. Returns out [B, S, Hq, D] in q's dtype;
+    queries that see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
     """
-    _check(q, k, v, plan, softcap, sink)
+    _check(q, k, v, plan, scale, softcap, sink)
     call = _Call(
         plan=plan,
         kernel=kernels.select(q, k, softcap, kernel, deterministic),
@@ -417,7 +417,15 @@ def _halves(query_heads: int, heads: int, plan: AttentionPlan) -> list[tuple[sli
     return [(slice(part.start * group, part.stop * group), part) for part in parts]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softcap: float | None, sink: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> None:
     """Refuse what does not fit, with the values."""
     shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
@@ -440,6 +448,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softcap: float 
         raise ValueError(
             f"a mask of {plan.batch} batch rows and {len(plan.ring.local)} local ranks do not fit {shapes}"
         )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be above 0, or None for head_dim ** -0.5, got {scale}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be above 0, or None for no cap, got {softcap}")
     if sink is not None and sink.shape != q.shape[2:3]:

@@ -57,6 +57,8 @@ class Loopback:
     """All ranks of a ring in this process. A batch of B sequences is a tensor whose dim 0 holds ranks x B."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        if size < 1:
+            raise ValueError(f"a ring has 1 rank or more, got size={size}")
         self.size = size
         self.local = tuple(range(size))
         self.device = torch.device(device)

@@ -29,9 +29,7 @@ PARTIAL, UNSOUND = ".partial", ".unsound"
 # Settings that a resumed run may change. The others are part of the state: the run would not be the one that stopped.
 FREE = (
     "name", "runs", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
-    "memory.recompute", "model.kernel", "model.deterministic", "optim.steps", "parallel.layout",
-    "parallel.node_gb_per_second", "parallel.across_gb_per_second", "parallel.timeout_minutes",
-    "parallel.hop_timeout_seconds",
+    "memory.recompute", "model.kernel", "model.deterministic", "optim.steps", "parallel.",
 )  # fmt: skip
 
 
@@ -67,8 +65,7 @@ def save(
     dist.barrier()
     files = _gathered(_digests(aside, _share(aside, world)), world)
     if world.is_first:
-        manifest = {"step": step, "ranks": world.size, "ring": world.ring.size, "settings": _bound(settings or {})}
-        manifest["files"] = files
+        manifest = {"step": step, **_grid(world), "settings": _bound(settings or {}), "files": files}
         _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(path, ignore_errors=True)
         os.rename(aside, path)
@@ -95,11 +92,11 @@ def resume(
                 os.rename(path, path.with_name(path.name + UNSOUND))
             continue
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, now in (("ranks", world.size), ("ring", world.ring.size)):
-            if manifest[name] != now:
+        for name, now in _grid(world).items():
+            if manifest.get(name) != now:
                 raise ConfigError(
-                    f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as many, "
-                    f"or start anew from its exported weights (model.path)"
+                    f"{path} was written with {name}={manifest.get(name)}, this run has {name}={now}: resume with as "
+                    f"many, or start anew from its exported weights (model.path)"
                 )
         _check_settings(path, manifest["settings"], _bound(settings or {}))
         engine.load_checkpoint(str(path), tag=STATE)
@@ -109,6 +106,11 @@ def resume(
     if written:
         raise ConfigError(f"{folder} holds {len(written)} checkpoints and none is sound; resume=never starts anew")
     return 0
+
+
+def _grid(world: World) -> dict[str, int]:
+    """How the ranks are divided, however that was asked for."""
+    return {"ranks": world.size, "ring": world.ring.size, "ulysses": world.size // world.replicas // world.ring.size}
 
 
 def _check_settings(path: Path, before: dict, now: dict) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringflash.mask import IntervalMask
+from ringflash.models import head_dim
 
 # Dense bf16 tensor-core peak, FLOP/s, by what the device's name contains (vendor datasheets, no sparsity).
 PEAKS = {
@@ -50,7 +51,7 @@ def narrowest(config: PreTrainedConfig, mask: IntervalMask) -> IntervalMask:
 
 
 def _windowed_layers(config: PreTrainedConfig) -> int:
-    if config.model_type == "mistral":  # one window for all layers, or none
+    if config.model_type in ("mistral", "phi3"):  # one window for all layers, or none
         return config.num_hidden_layers if config.sliding_window else 0
     return (getattr(config, "layer_types", None) or []).count("sliding_attention")
 
@@ -61,8 +62,7 @@ def _in_window(config: PreTrainedConfig, mask: IntervalMask) -> IntervalMask:
 
 def step_flops(config: PreTrainedConfig, weights: int, tokens: int, pairs: int) -> float:
     """Operations of a step: `weights` as matmul_parameters counts them, `pairs` as visible_pairs does."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6.0 * weights * tokens + 12.0 * pairs * config.num_attention_heads * head_dim
+    return 6.0 * weights * tokens + 12.0 * pairs * config.num_attention_heads * head_dim(config)
 
 
 def peak_flops(device: torch.device) -> float | None:

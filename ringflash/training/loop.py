@@ -55,11 +55,12 @@ def fit(config: Config, resolved: str) -> None:
     training, held_out = _corpora(config, world)
     model = build_model(config.model)
     _check_vocabulary(config, training, model.config.vocab_size)
-    _check_length(config, training, held_out)
+    _check_length(config, training, *([held_out] if config.data.held_out else []))
     layout_for = layouts(parallel, model_config, length, world.ring.size, one_node=ranks_here() == world.size)
     speed = _Speed(model, config, world)
     engine = build_engine(model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic)
     settings = yaml.safe_load(resolved)
+    settings["data"]["digest"] = training.digest  # so that a run is not resumed on other text of the same name
     folder = _run_folder(config, world)
     start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
     if start > config.optim.steps:
@@ -92,7 +93,7 @@ def fit(config: Config, resolved: str) -> None:
             **world.watch.take(),
             "imbalance": result.imbalance,
         }
-        if _due(step, config.evaluation.every):
+        if config.data.held_out and _due(step, config.evaluation.every):
             record["held_out_loss"] = _held_out_loss(engine, held_out, config, world, layout_for)
         if log is not None:
             log.log(step, record)
@@ -108,15 +109,20 @@ def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, star
     if start < config.optim.steps and not _due(config.optim.steps, config.checkpoint.every):
         checkpoint.save(engine, folder / "checkpoints", config.optim.steps, world, config.checkpoint.keep, settings)
     exported = export(engine, folder / "model", tokenizer, world)
-    loss = _held_out_loss(engine, held_out, config, world, layout_for)
+    loss = _held_out_loss(engine, held_out, config, world, layout_for) if config.data.held_out else None
     if log is not None:
-        entropy = held_out.unigram_entropy()
-        if start < config.optim.steps:
-            log.log(config.optim.steps, {"held_out_loss": loss, "unigram_entropy": entropy})
+        entropy, told = None, ""
+        if loss is not None:
+            entropy = held_out.unigram_entropy()
+            if start < config.optim.steps:
+                log.log(config.optim.steps, {"held_out_loss": loss, "unigram_entropy": entropy})
+            told = (
+                f"held-out loss     {loss:.4f} nats per token\n"
+                f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context\n"
+            )
         log.close()
         print(
-            f"held-out loss     {loss:.4f} nats per token\n"
-            f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context\n"
+            f"{told}"
             f"model             {exported}\n"
             f"loss plot         {metrics.plot(folder, entropy)}\n"
             f"metrics           {log.path}\n"

@@ -84,8 +84,8 @@ def read(path: Path) -> list[dict[str, float]]:
     return records
 
 
-def plot(folder: Path, unigram: float) -> Path:
-    """Draw the run's training and held-out loss, and the unigram entropy of the held-out text, as loss.png."""
+def plot(folder: Path, unigram: float | None) -> Path:
+    """Draw the run's training loss and, if any is held out, that text's loss and unigram entropy, as loss.png."""
     from matplotlib.figure import Figure
 
     records = read(folder / "metrics.jsonl")
@@ -95,7 +95,8 @@ def plot(folder: Path, unigram: float) -> Path:
         points = [(r["step"], r[name]) for r in records if name in r]
         if points:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", "-").replace("-loss", " loss"), **style)
-    axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy, held out")
+    if unigram is not None:
+        axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy, held out")
     axes.set(xlabel="step", ylabel="nats per token", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()

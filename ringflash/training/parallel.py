@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedConfig
 from ringflash.errors import ConfigError
 from ringflash.layout import LAYOUTS, Layout
 from ringflash.mask import IntervalMask
+from ringflash.models import head_dim
 from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest
 from ringflash.ring.ulysses import heads_refusal
 from ringflash.training import flops
@@ -59,8 +61,10 @@ class ParallelConfig:
         if self.layout not in (*LAYOUTS, *CHOSEN):
             raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join((*LAYOUTS, *CHOSEN))}")
         for name in ("node_gb_per_second", "across_gb_per_second", "hop_timeout_seconds"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be a number above 0")
+        if self.timeout_minutes < 1:
+            raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more")
         if self.ulysses is None and self.ring is not None:
             raise ConfigError(f"parallel.ring={self.ring} with parallel.ulysses=null: choose both or neither")
 
@@ -111,8 +115,8 @@ def layouts(
 
 
 def _heads(model: PreTrainedConfig, ulysses: int) -> Heads:
-    dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    return Heads(model.num_attention_heads // ulysses, max(1, model.num_key_value_heads // ulysses), dim)
+    kv_heads = max(1, model.num_key_value_heads // ulysses)
+    return Heads(model.num_attention_heads // ulysses, kv_heads, head_dim(model))
 
 
 def _machine(config: ParallelConfig, across: bool) -> Machine:

@@ -10,6 +10,7 @@ micro-batches, is the gradient of the mean loss per predicted token, however une
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,8 +72,11 @@ class OptimConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
         for name in ("lr", "warmup", "final_lr", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be a number, 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and below 1")
 
     def accumulation(self, replicas: int) -> int:
         """Micro-batches of a step. Raises ConfigError where the batch does not divide."""

@@ -162,6 +162,17 @@ def test_the_second_load_does_not_tokenise_again(tmp_path, calls):
     assert len(calls) == 1
 
 
+def test_the_digest_is_of_the_tokens_wherever_they_lie(tmp_path):
+    digests = {}
+    for name, texts in (("a", None), ("b", None), ("c", "longer than it was")):
+        folder = write_texts(tmp_path / name)
+        if texts:
+            (folder / "000.txt").write_text(texts)
+        digests[name] = load_corpus(config(tmp_path, folder))[0].digest
+    assert len(digests["a"]) == 16
+    assert digests["a"] == digests["b"] != digests["c"]
+
+
 @pytest.mark.parametrize("change", ["content", "time", "new file", "vocabulary", "eos", "field"])
 def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, change):
     folder, tokenizer = write_texts(tmp_path / "text"), tmp_path / "tokenizer"

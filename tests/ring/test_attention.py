@@ -266,6 +266,7 @@ def tensors(q=(1, 8, 4, 16), k=(1, 8, 2, 16), dtype=torch.float32):
         (tensors(q=(1, 9, 4, 16), k=(1, 9, 2, 16)), {}, "shards hold 8 tokens"),
         (tensors(dtype=torch.float64), {}, "got torch.float64"),
         (tensors(), {"softcap": 0.0}, "softcap must be above 0"),
+        (tensors(), {"scale": 0.0}, "scale must be above 0, or None for head_dim"),
         (tensors(), {"sink": torch.zeros(2)}, r"sink must hold a logit for each of 4 heads, got \[2\]"),
         (tensors(), {"kernel": "fastest"}, "kernel=fastest is not one of auto, "),
     ],
@@ -289,3 +290,8 @@ def test_two_lanes_on_a_gpu_are_exact_again_and_again(head_dim):
         for shards, reference in zip(run, expected, strict=True):
             whole = plan.layout.unshard(shards.chunk(4)).double()
             assert (whole - reference).norm() <= 1e-2 * reference.norm()
+
+
+def test_a_ring_of_no_ranks_is_refused():
+    with pytest.raises(ValueError, match="got size=0"):
+        Loopback(0)

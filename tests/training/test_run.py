@@ -176,6 +176,17 @@ def test_every_experiment_takes_two_steps_on_the_cpu_with_a_small_model(text, ex
 
 
 @pytest.mark.slow
+def test_a_corpus_of_one_document_trains_with_nothing_held_out(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "book.txt").write_text("a long book. " * 100)
+    stdout, _ = run(command(tmp_path / "text", "data.held_out=0", "evaluation.every=1", "optim.steps=2", "name=one"))
+    assert "held-out loss" not in stdout
+    assert "loss plot" in stdout
+    records = read(tmp_path / "runs" / "one" / "metrics.jsonl")
+    assert [(r["step"], "held_out_loss" in r) for r in records] == [(1, False), (2, False)]
+
+
+@pytest.mark.slow
 def test_what_is_chosen_is_said_with_its_reason(text):
     stdout, _ = run(command(text, "parallel=auto", "optim.steps=2", "name=chosen"))
     assert "parallel: ulysses=" in stdout
