@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -34,7 +35,7 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
-from ringflash.ring.transport import Ring
+from ringflash.ring.transport import ProcessRing, Ring
 from ringflash.ring.ulysses import Ulysses
 
 # Architectures whose training is tested against their own sdpa attention.
@@ -193,7 +194,8 @@ def ring_inputs(
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
-    Raises ValueError or TypeError naming the argument that does not fit.
+    Raises ValueError or TypeError naming the argument that does not fit. On a GPU it is the device that stops the
+    program where ranks have other sequences than each other: nothing waits for it here.
     """
     _check_tokens(input_ids, labels)
     rows, length = input_ids.shape
@@ -202,6 +204,7 @@ def ring_inputs(
     document = IntervalMask.full(length) if documents is None else IntervalMask.documents(documents, length)
     if not hasattr(ring, "exchange"):
         raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
+    _check_agreed(ring, ulysses, input_ids, labels, document)
     mask = IntervalMask.causal(length) & document
     parts = 1 if ulysses is None else ulysses.size
     plan = AttentionPlan(mask, Layout.of(layout, mask, ring.size, parts), ring, ulysses)
@@ -246,6 +249,36 @@ def _check_documents(documents: Sequence[Any], rows: int, length: int) -> None:
 
 def _are_counts(documents: Any) -> bool:
     return isinstance(documents, Sequence) and all(isinstance(count, Integral) for count in documents)
+
+
+def _check_agreed(
+    ring: Ring, ulysses: Ulysses | None, input_ids: Tensor, labels: Tensor | None, document: IntervalMask
+) -> None:
+    """Refuse ranks that were given different sequences, as a sampler for data parallelism gives them.
+
+    Each would take its shard of its own, and train on a sequence that nobody wrote.
+    """
+    groups = [shared.group for shared in (ring, ulysses) if isinstance(shared, ProcessRing | Ulysses)]
+    if not groups:
+        return
+    told_apart_by = [x for x in (input_ids, labels, document.lo, document.hi) if x is not None]
+    checksum = torch.stack([_checksum(x).to(ring.device) for x in told_apart_by]).sum()
+    extremes = torch.stack([checksum, -checksum])
+    for group in groups:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    told = "input_ids, labels and documents must be the same on every rank of a ring: each takes its shard of them"
+    agreed = extremes[0] == -extremes[1]
+    if agreed.is_cuda:
+        torch._assert_async(agreed, told)
+    elif not agreed:
+        raise ValueError(told)
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """An int64 scalar, 0 or more, that other numbers, other places or another length would almost surely change."""
+    places = torch.arange(1, x.numel() + 1, device=x.device)
+    mixed = (x.flatten().long() + 0x9E3779B9) * (places * 0x85EBCA6B + x.shape[-1])
+    return (mixed ^ (mixed >> 29)).sum() & (2**60 - 1)
 
 
 # -- building

@@ -31,9 +31,11 @@ positions are those of the shard                                -> ring/test_pla
 positions that were left out are made up from the shard         -> test_positions_left_out_and_made_up_from_the_shard
 positions that begin again with each document are refused       -> test_positions_that_begin_again_with_each_document
 zigzag's positions are read as packed documents                 -> test_zigzag_positions_read_as_packed_documents
+layers that mix tokens otherwise see their shard alone          -> test_models.py::test_a_model_that_plain_transformers_built_is_refused_where_shards_would_change_it
 RoPE depends on the longest position of a shard                 -> test_models.py::test_a_model_that_would_train_wrongly_is_refused_with_its_field
 loss and gradients are off by the number of ranks               -> test_a_loss_off_by_the_number_of_ranks
 the same under ZeRO and accumulation; ZeRO 3's hooks bypassed   -> training/test_step.py::test_loss_and_every_gradient_equal_one_rank
+ranks join shards of different texts                            -> test_a_sampler_that_gives_each_rank_its_own_text
 NaN on a shard that has no label                                -> test_nan_on_a_shard_without_labels
 NaN in a batch that has no label                                -> test_nan_in_a_batch_without_labels
 padding is counted, or needed                                   -> test_models.py::test_loss_and_every_gradient_equal_the_models_own_eager_attention
@@ -322,6 +324,24 @@ def test_a_loss_off_by_the_number_of_ranks(ranks):
     tokens = torch.randint(1, 97, (2, 29))
     labels = tokens.masked_fill(torch.arange(29) % 11 > 3, -100)
     assert_shares_add_up(ranks.run(on_processes, 2, tokens.tolist(), labels.tolist(), timeout=90.0), tokens, labels)
+
+
+def on_sequences_of_its_own(same):
+    """What ring_inputs says on a rank whose sequence is its own, or all ranks' but for one label."""
+    seed = 0 if same else dist.get_rank()
+    tokens = torch.randint(1, 97, (2, 29), generator=torch.Generator().manual_seed(seed))
+    labels = tokens.clone()
+    labels[1, 28] += dist.get_rank() if same else 0
+    with pytest.raises(ValueError, match="must be the same on every rank of a ring") as caught:
+        ring_inputs(tokens, labels, ring=ProcessRing())
+    return str(caught.value)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("same", [False, True], ids=["all other", "one label"])
+def test_a_sampler_that_gives_each_rank_its_own_text(ranks, same):
+    """A data-parallel sampler under sequence parallelism: ranks joined shards of different texts into one sequence."""
+    assert len(ranks.run(on_sequences_of_its_own, 3, same)) == 3
 
 
 @pytest.mark.ranks
