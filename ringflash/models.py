@@ -194,8 +194,7 @@ def ring_inputs(
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
-    Raises ValueError or TypeError naming the argument that does not fit. On a GPU it is the device that stops the
-    program where ranks have other sequences than each other: nothing waits for it here.
+    Raises ValueError or TypeError naming the argument that does not fit, on every rank where theirs are not the same.
     """
     _check_tokens(input_ids, labels)
     rows, length = input_ids.shape
@@ -266,12 +265,10 @@ def _check_agreed(
     extremes = torch.stack([checksum, -checksum])
     for group in groups:
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    told = "input_ids, labels and documents must be the same on every rank of a ring: each takes its shard of them"
-    agreed = extremes[0] == -extremes[1]
-    if agreed.is_cuda:
-        torch._assert_async(agreed, told)
-    elif not agreed:
-        raise ValueError(told)
+    if extremes[0] != -extremes[1]:
+        raise ValueError(
+            "input_ids, labels and documents must be the same on every rank of a ring: each takes its shard of them"
+        )
 
 
 def _checksum(x: Tensor) -> Tensor:
