@@ -138,7 +138,7 @@ class IntervalMask:
         rows = cast(Sequence[Sequence[int]], [lengths] if alike else lengths)
         if any(count < 0 for row in rows for count in row):
             raise ValueError(f"document lengths must not be negative, got {lengths}")
-        longest = max(sum(row) for row in rows)
+        longest = max(sum(map(int, row)) for row in rows)
         length = longest if length is None else length
         if longest > length:
             raise ValueError(f"documents hold {longest} tokens, more than the sequence's {length}")

@@ -121,7 +121,7 @@ def ring_attention_forward(
             'attn_implementation="ring" needs plan=..., an AttentionPlan; ringflash.models.ring_inputs makes the inputs'
         )
     config = getattr(module, "config", None)
-    if config is not None and (reason := refusal(config, bool(unknown.pop("output_router_logits", False)))) is not None:
+    if config is not None and (reason := refusal(config, unknown.pop("output_router_logits", None))) is not None:
         raise ValueError(f"config.{reason}")
     if attention_mask is not None:
         raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom")
@@ -194,7 +194,8 @@ def ring_inputs(
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
-    Raises ValueError or TypeError naming the argument that does not fit, on every rank where theirs are not the same.
+    A collective: every rank of the ring calls it, and none while another thread uses the ring. Raises ValueError or
+    TypeError naming the argument that does not fit; on every rank, where all fit but are not the same.
     """
     _check_tokens(input_ids, labels)
     rows, length = input_ids.shape
@@ -239,9 +240,9 @@ def _check_documents(documents: Sequence[Any], rows: int, length: int) -> None:
     if not alike and len(documents) not in (1, rows):
         raise ValueError(f"documents has lists for {len(documents)} rows, input_ids has {rows} rows")
     for row, counts in enumerate([documents] if alike else documents):
-        if sum(counts) != length:
+        if (total := sum(map(int, counts))) != length:  # numpy's own would wrap
             raise ValueError(
-                f"sum(documents{'' if alike else f'[{row}]'})={sum(counts)} must be the {length} tokens of a row of "
+                f"sum(documents{'' if alike else f'[{row}]'})={total} must be the {length} tokens of a row of "
                 f"input_ids; padding is a document of its own, its labels {_IGNORE}"
             )
 
@@ -295,17 +296,17 @@ def build_model(config: ModelConfig) -> PreTrainedModel:
     )
 
 
-def refusal(config: PreTrainedConfig, router_logits: bool = False) -> str | None:
+def refusal(config: PreTrainedConfig, router_logits: bool | None = None) -> str | None:
     """None, or what of a model would come out wrong on shards: "FIELD=VALUE is not supported ...".
 
-    router_logits: whether the model is asked for them, whatever its configuration says.
+    router_logits: whether the model is asked for them; None: as its configuration says.
     """
     if config.model_type not in ARCHITECTURES:
         return (
             f"model_type={config.model_type} is not one of {', '.join(ARCHITECTURES)}: other architectures are not "
             f"tested on the ring"
         )
-    if router_logits or getattr(config, "output_router_logits", False):
+    if getattr(config, "output_router_logits", False) if router_logits is None else router_logits:
         return "output_router_logits=True is not supported: the auxiliary loss of experts needs all tokens of a batch"
     for rope in _rope_parameters(config):
         if rope.get("rope_type", "default") in ("dynamic", "longrope"):
@@ -321,7 +322,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     if (reason := refusal(config)) is not None:
         raise ConfigError(f"model.architecture.{reason}")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if kv_heads < 1 or heads % kv_heads:
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ConfigError(
             f"model.architecture.num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}"
         )

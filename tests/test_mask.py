@@ -106,7 +106,7 @@ def test_a_documents_tiles_follow_one_another_and_the_longest_document_comes_fir
 
 
 def test_document_lengths_may_be_numpys_and_a_tensor_is_refused_by_name():
-    counts = list(np.array([3, 5]))
-    assert torch.equal(IntervalMask.documents(counts).dense(), IntervalMask.documents([3, 5]).dense())
+    counts = list(np.array([120, 200], np.uint8))  # whose sum is 64
+    assert torch.equal(IntervalMask.documents(counts).dense(), IntervalMask.documents([120, 200]).dense())
     with pytest.raises(TypeError, match=r"document lengths must be a list of ints, .*, got tensor\(\[3, 5\]\)"):
         IntervalMask.documents(torch.tensor([3, 5]))

@@ -194,6 +194,7 @@ def test_a_model_that_plain_transformers_built_is_refused_where_shards_would_cha
         ({"model_type": "llama", "slide_window": 8}, r"slide_window is not a field of a llama configuration$"),
         ({"model_type": "mistral", "slide_window": 8}, r"did you mean model\.architecture\.sliding_window\?$"),
         ({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}, "num_attention_heads=4 is not"),
+        ({"model_type": "qwen3", "num_attention_heads": 0}, "num_attention_heads=0 is not"),
         ({"model_type": "llama", "num_key_value_heads": 0}, "num_attention_heads=4 is not .* num_key_value_heads=0"),
         ({"model_type": "llama", "head_dim": 33}, r"^model\.architecture\.head_dim=33 must be even and 2 or more: "),
         ({"model_type": "gpt_oss", "head_dim": 0}, r"^model\.architecture\.head_dim=0 must be even and 2 or more: "),

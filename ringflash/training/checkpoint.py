@@ -92,10 +92,12 @@ def resume(
                 os.rename(path, path.with_name(path.name + UNSOUND))
             continue
         manifest = json.loads((path / MANIFEST).read_text())
+        if "ulysses" not in manifest:
+            raise ConfigError(f"{path} was written by an earlier version of ringflash; resume=never starts anew")
         for name, now in _grid(world).items():
-            if manifest.get(name) != now:
+            if manifest[name] != now:
                 raise ConfigError(
-                    f"{path} was written with {name}={manifest.get(name)}, this run has {name}={now}: resume with as "
+                    f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as "
                     f"many, or start anew from its exported weights (model.path)"
                 )
         _check_settings(path, manifest["settings"], _bound(settings or {}))

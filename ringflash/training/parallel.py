@@ -62,7 +62,7 @@ class ParallelConfig:
             raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join((*LAYOUTS, *CHOSEN))}")
         for name in ("node_gb_per_second", "across_gb_per_second", "hop_timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be a number above 0")
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0 and finite")
         if self.timeout_minutes < 1:
             raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more")
         if self.ulysses is None and self.ring is not None:

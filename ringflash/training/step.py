@@ -73,7 +73,7 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
         for name in ("lr", "warmup", "final_lr", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be a number, 0 or more")
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and finite")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and below 1")
