@@ -1,6 +1,7 @@
 """Hugging Face models on the ring: attn_implementation="ring".
 
-Importing this module registers "ring" with transformers. A model then takes a shard of each sequence and, as the
+Importing this module registers "ring" with transformers, and has gradient_checkpointing_enable keep attention's results
+for such models. A model then takes a shard of each sequence and, as the
 keyword `plan`, the step's AttentionPlan, which its attention layers hand to `ring_attention`:
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="ring")
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -35,6 +37,7 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.recompute import keep_attention
 from ringflash.ring.transport import ProcessRing, Ring
 from ringflash.ring.ulysses import Ulysses
 
@@ -175,6 +178,32 @@ def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) ->
 
 AttentionInterface.register("ring", ring_attention_forward)
 AttentionMaskInterface.register("ring", _no_mask)
+
+
+_enable_checkpointing = PreTrainedModel.gradient_checkpointing_enable
+
+
+@functools.wraps(_enable_checkpointing)
+def _keep_attention_in_checkpoints(
+    self: PreTrainedModel, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+) -> None:
+    """transformers' own, by which the layers of a model on the ring keep attention's result.
+
+    Its caller may be transformers' Trainer, which knows nothing of a ring; without this, recomputing a layer would send
+    keys round again. Raises ValueError for use_reentrant=True, which has no place to keep anything.
+    """
+    if self.config._attn_implementation == "ring":
+        given = gradient_checkpointing_kwargs or {}
+        if given.get("use_reentrant"):
+            raise ValueError(
+                'gradient_checkpointing_kwargs={"use_reentrant": True} is not supported by ring attention: it would '
+                "run the ring again for each layer; leave it out"
+            )
+        gradient_checkpointing_kwargs = {"use_reentrant": False, "context_fn": keep_attention} | given
+    _enable_checkpointing(self, gradient_checkpointing_kwargs, *args, **kwargs)
+
+
+PreTrainedModel.gradient_checkpointing_enable = _keep_attention_in_checkpoints  # type: ignore[method-assign]
 
 
 def ring_inputs(

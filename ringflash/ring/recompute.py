@@ -1,7 +1,7 @@
 """Activation checkpointing that keeps attention's results, so that recomputing a layer does not run the ring again.
 
     checkpoint(layer, x, use_reentrant=False, context_fn=keep_attention)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
+    model.gradient_checkpointing_enable()    # a Hugging Face model on the ring: the same, by ringflash.models
 
 A checkpointed layer forgets its activations and is run again in the backward. Everything in it is local and cheap to
 repeat but attention, whose ring would travel a third time. `ring_attention` therefore leaves its (out, lse) with the

@@ -26,7 +26,6 @@ from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.plan import AttentionPlan
-from ringflash.ring.recompute import keep_attention
 from ringflash.training.loss import LossHead
 from ringflash.training.world import World
 
@@ -118,7 +117,7 @@ class TrainedModel(nn.Module):
         softcap = getattr(model.config, "final_logit_softcapping", None)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
         if memory.recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
+            model.gradient_checkpointing_enable()
 
     def forward(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
         """Summed loss of this rank's shard: tokens, labels, position_ids int64 [B, S]."""

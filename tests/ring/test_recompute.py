@@ -30,27 +30,51 @@ def launches(monkeypatch):
     return counts
 
 
+class Telling(Loopback):
+    """A Loopback that knows what each exchange was about."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.told = []
+
+    def exchange(self, outgoing, incoming, about):
+        self.told.append(about)
+        return super().exchange(outgoing, incoming, about)
+
+
+PLAIN, KEPT = {"use_reentrant": False}, {"use_reentrant": False, "context_fn": keep_attention}
+
+
+@pytest.mark.parametrize("given", [(), (None,), ({},), (PLAIN,), (KEPT,)], ids=["-", "none", "empty", "plain", "kept"])
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma2"])
-def test_one_forward_and_one_backward_ring_a_layer_a_step(launches, model_type):
-    model, tokens, ranks = tiny(model_type), torch.randint(1, 97, (1, 32)), 2
-    inputs = ring_inputs(tokens, tokens, ring=Loopback(ranks))
+def test_one_forward_and_one_backward_ring_a_layer_a_step(launches, model_type, given):
+    model, tokens, ring = tiny(model_type), torch.randint(1, 97, (1, 32)), Telling(2)
+    inputs = ring_inputs(tokens, tokens, ring=ring)
     loss, gradients = loss_and_gradients(model.train(), inputs)
     plain = dict(launches)
     launches.clear()
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
+    ring.told.clear()
+    model.gradient_checkpointing_enable(*given)
     again, recomputed = loss_and_gradients(model, inputs)
     assert launches == plain
+    once = [f"layer {layer}, {what}, hop 1" for layer in range(2) for what in ("forward", "backward")]
+    assert sorted(about for about in ring.told if "gradients" not in about) == sorted(once)
+    assert sum("gradients" in about for about in ring.told) == 2 * 2  # layers, halves of the heads
     assert torch.equal(loss, again)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, recomputed[name]), name
 
 
-def test_without_keeping_the_ring_would_run_again(launches):
-    model, tokens = tiny("qwen3"), torch.randint(1, 97, (1, 32))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss_and_gradients(model.train(), ring_inputs(tokens, tokens, ring=Loopback(2)))
-    layers, halves, computed = 2, 2, 4
-    assert launches["forward"] == 2 * layers * halves * computed
+def test_checkpointing_that_cannot_keep_anything_is_refused():
+    with pytest.raises(ValueError, match='"use_reentrant": True} is not supported by ring attention'):
+        tiny("qwen3").gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_a_model_on_its_own_attention_is_checkpointed_as_ever():
+    model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))
+    model.set_attn_implementation("sdpa")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(input_ids=tokens, labels=tokens).loss.backward()
 
 
 def test_a_graph_that_is_kept_can_be_run_backward_twice(launches):
