@@ -56,7 +56,7 @@ def fit(config: Config, resolved: str) -> None:
     model = build_model(config.model)
     _check_vocabulary(config, training, model.config.vocab_size)
     _check_length(config, training, *([held_out] if config.data.held_out else []))
-    layout_for = layouts(parallel, model_config, length, world.ring.size, one_node=ranks_here() == world.size)
+    layout_for = layouts(parallel, model_config, length, world.ring.size, ranks_here())
     speed = _Speed(model, config, world)
     engine = build_engine(model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic)
     settings = yaml.safe_load(resolved)

@@ -86,7 +86,7 @@ def settle(
 ) -> tuple[ParallelConfig, str | None]:
     """The configuration with parallel.ulysses chosen if it was left open, and then why.
 
-    Raises ConfigError where the model's heads do not divide among the ranks of Ulysses.
+    Raises ConfigError where the heads do not divide among the ranks of Ulysses, or those are not of one machine.
     """
     if config.ulysses is None:
         ulysses, why = best_ulysses(
@@ -97,18 +97,23 @@ def settle(
     reason = heads_refusal(config.ulysses, model.num_attention_heads, model.num_key_value_heads)
     if reason is not None:
         raise ConfigError(f"parallel.ulysses={config.ulysses}: {reason}")
+    if ranks_per_node % config.ulysses:
+        raise ConfigError(
+            f"parallel.ulysses={config.ulysses} does not divide the {ranks_per_node} ranks of this machine: heads are "
+            f"exchanged inside a machine, between machines runs the ring"
+        )
     return config, None
 
 
 def layouts(
-    config: ParallelConfig, model: PreTrainedConfig, length: int, ring: int, one_node: bool
+    config: ParallelConfig, model: PreTrainedConfig, length: int, ring: int, ranks_per_node: int
 ) -> Callable[[IntervalMask], Layout]:
     """What gives a step's mask its layout, over `ring` ranks: one for all steps, or the best for each."""
     parts = config.ulysses or 1
     if config.layout == "balanced":
         return lambda mask: Layout.balanced(mask, ring, parts)
     if config.layout == "auto":
-        heads, machine = _heads(model, parts), _machine(config, across=not one_node)
+        heads, machine = _heads(model, parts), _machine(config, across=ranks_per_node % (ring * parts) != 0)
         return lambda mask: fastest(flops.narrowest(model, mask), ring, heads, machine, parts)[1]
     fixed = Layout.named(config.layout, length, ring, parts)
     return lambda mask: fixed

@@ -57,8 +57,9 @@ class World:
 
 
 def ranks_here() -> int:
-    """Ranks of this run on this machine, as the launcher tells; all of them where it does not."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    """Ranks of this run on this machine, as torchrun or deepspeed tells; all of them where neither does."""
+    told = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    return int(next(filter(None, told), world_size()))
 
 
 def world_size() -> int:
@@ -122,8 +123,7 @@ def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)  # deepspeed's launcher sets no size
+    local_rank, here = int(os.environ.get("LOCAL_RANK", "0")), ranks_here()
     if here > torch.cuda.device_count():
         raise ConfigError(
             f"{here} ranks on {socket.gethostname()} but {torch.cuda.device_count()} GPUs: "

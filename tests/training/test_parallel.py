@@ -30,8 +30,33 @@ def test_a_given_grid_stays_and_is_refused_where_heads_do_not_divide():
         settle(ParallelConfig(ulysses=4), ODD_HEADS, 65536, 8, 8)
 
 
+def test_heads_are_not_exchanged_between_machines():
+    with pytest.raises(ConfigError, match=r"parallel\.ulysses=8 does not divide the 4 ranks of this machine"):
+        settle(ParallelConfig(ulysses=8), LLAMA_8B, 65536, ranks=32, ranks_per_node=4)
+
+
+@pytest.mark.parametrize(
+    ("grid", "ranks_per_node", "link"),
+    [
+        ((8, 1), 8, "node"),  # replicas of 8 on machines of 8, however many there are
+        ((4, 2), 16, "node"),
+        ((4, 2), 4, "across"),  # a replica on two machines: its rings cross
+        ((16, 1), 8, "across"),
+        ((4, 1), 6, "across"),  # ranks 4 to 7 form a ring
+    ],
+)
+def test_a_ring_inside_a_machine_is_reckoned_with_its_link(grid, ranks_per_node, link):
+    """Over the slow link of the two, packed documents are better left in contiguous runs."""
+    mask = IntervalMask.causal(65536) & IntervalMask.documents([40000, 1000, 24536])
+    speeds = {"node_gb_per_second": 300.0, "across_gb_per_second": 1e-4}
+    config = ParallelConfig(layout="auto", ulysses=grid[1], **speeds)
+    layout = layouts(config, LLAMA_8B, 65536, grid[0], ranks_per_node)(mask)
+    slow = layout.chunks.equal(Layout.contiguous(65536, grid[0], grid[1]).chunks)
+    assert slow == (link == "across")
+
+
 def test_auto_gives_each_step_the_layout_its_documents_want():
-    layout_for = layouts(ParallelConfig(layout="auto"), LLAMA_8B, 65536, 8, one_node=True)
+    layout_for = layouts(ParallelConfig(layout="auto"), LLAMA_8B, 65536, 8, ranks_per_node=8)
     causal = IntervalMask.causal(65536)
     uneven = causal & IntervalMask.documents([40000, 1000, 24536])
     assert layout_for(causal).chunks.equal(Layout.zigzag(65536, 8).chunks)
@@ -40,14 +65,14 @@ def test_auto_gives_each_step_the_layout_its_documents_want():
 
 def test_auto_reckons_with_a_window_that_all_layers_have():
     mistral = AutoConfig.for_model("mistral", sliding_window=512)
-    layout_for = layouts(ParallelConfig(layout="auto"), mistral, 65536, 8, one_node=True)
+    layout_for = layouts(ParallelConfig(layout="auto"), mistral, 65536, 8, ranks_per_node=8)
     assert layout_for(IntervalMask.causal(65536)).chunks.equal(Layout.contiguous(65536, 8).chunks)
 
 
 @pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped", "balanced", "auto"])
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_every_layout_divides_among_the_ranks_of_ulysses(name, ulysses):
-    layout_for = layouts(ParallelConfig(layout=name, ulysses=ulysses), LLAMA_8B, 1001, 4, one_node=True)
+    layout_for = layouts(ParallelConfig(layout=name, ulysses=ulysses), LLAMA_8B, 1001, 4, ranks_per_node=8)
     layout = layout_for(IntervalMask.causal(1001) & IntervalMask.documents([700, 301]))
     assert layout.ranks == 4
     assert layout.split(ulysses).ranks == 4 * ulysses

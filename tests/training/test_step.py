@@ -97,6 +97,7 @@ CASES = [
     *(("gpt_oss", 4, 2, 2, zero, 1, "uneven", True) for zero in (0, 3)),
     ("qwen3", 4, 1, 4, 1, 1, "full", False),
     ("qwen3", 4, 1, 2, 2, 3, "uneven", False),
+    ("qwen3", 8, 4, 2, 1, 1, "uneven", True),
 ]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ringflash.training import world
+
 ROOT = Path(__file__).parents[2]
 TWO_RANKS = """
 import torch
@@ -21,6 +23,23 @@ options = joined.ring.group._get_backend(joined.device).options
 print("high priority", options.is_high_priority_stream)
 torch.distributed.destroy_process_group()
 """
+
+
+@pytest.mark.parametrize(
+    ("launcher", "here"),
+    [
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8),  # torchrun
+        ({"WORLD_SIZE": "16", "LOCAL_SIZE": "8"}, 8),  # deepspeed
+        ({"WORLD_SIZE": "16"}, 16),
+        ({}, 1),
+    ],
+)
+def test_the_launcher_tells_how_many_ranks_a_machine_has(monkeypatch, launcher, here):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert world.ranks_here() == here
 
 
 @pytest.mark.gpu
