@@ -148,8 +148,9 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call)
     dsink = None
     if sink is not None:
-        # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries.
-        weight = torch.exp(ctx.call.own_sink(sink).float()[:, None] - lse)
+        # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries. Where nothing is seen and the
+        # sink is -inf too, there is no softmax.
+        weight = torch.exp(ctx.call.own_sink(sink).float()[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)
         dsink = torch.zeros_like(sink)
         ctx.call.own_sink(dsink).copy_(-(weight * delta).sum((0, 2)))
     if ulysses is not None:

@@ -110,7 +110,7 @@ class ProcessRing:
             return _Done()
         sources = tuple(dict.fromkeys(dist.get_global_rank(self.group, m.source) for m in incoming))
         size = sum(m.tensor.numel() * m.tensor.element_size() for m in incoming)
-        return _InFlight(dist.batch_isend_irecv(operations), self.watch, about, sources, size)
+        return _InFlight(dist.batch_isend_irecv(operations), self.watch, about, sources, size, self.device)
 
 
 class _Done:
@@ -134,11 +134,12 @@ class _InFlight:
     about: str
     sources: tuple[int, ...]
     size: int
+    device: torch.device
 
     def wait(self) -> None:
         """Wait for every work of the batch."""
         if self.watch is not None:
-            self.watch.wait(self.works, self.about, self.sources, self.size)
+            self.watch.wait(self.works, self.about, self.sources, self.size, self.device)
             return
         for work in self.works:
             work.wait()

@@ -57,10 +57,12 @@ class Watch:
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True).start()
 
-    def wait(self, works: Sequence[dist.Work], about: str, sources: Sequence[int], size: int) -> None:
+    def wait(
+        self, works: Sequence[dist.Work], about: str, sources: Sequence[int], size: int, device: torch.device
+    ) -> None:
         """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes from `sources`."""
         on_gpu = None
-        if dist.get_backend() == "nccl":
+        if device.type == "cuda":
             on_gpu = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         with self._lock:
             if not self._waits:

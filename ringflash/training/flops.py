@@ -38,11 +38,11 @@ def matmul_parameters(model: PreTrainedModel) -> int:
     return total if tied else total - embedding.numel()
 
 
-def visible_pairs(config: PreTrainedConfig, mask: IntervalMask) -> int:
-    """(query, key) pairs that the mask shows, summed over layers, each with its own sliding window."""
+def masks_of_layers(config: PreTrainedConfig, mask: IntervalMask) -> list[tuple[IntervalMask, int]]:
+    """The mask that layers have, each with its own sliding window, and how many layers have it."""
     windowed = _windowed_layers(config)
-    pairs = mask.area() * (config.num_hidden_layers - windowed)
-    return pairs + (_in_window(config, mask).area() * windowed if windowed else 0)
+    found = [(mask, config.num_hidden_layers - windowed)]
+    return [*found, (_in_window(config, mask), windowed)] if windowed else found
 
 
 def narrowest(config: PreTrainedConfig, mask: IntervalMask) -> IntervalMask:
@@ -60,8 +60,8 @@ def _in_window(config: PreTrainedConfig, mask: IntervalMask) -> IntervalMask:
     return mask & IntervalMask.window(mask.queries, config.sliding_window - 1)
 
 
-def step_flops(config: PreTrainedConfig, weights: int, tokens: int, pairs: int) -> float:
-    """Operations of a step: `weights` as matmul_parameters counts them, `pairs` as visible_pairs does."""
+def step_flops(config: PreTrainedConfig, weights: int, tokens: int, pairs: float) -> float:
+    """Operations of a step: `weights` as matmul_parameters counts them; visible pairs, summed over layers."""
     return 6.0 * weights * tokens + 12.0 * pairs * config.num_attention_heads * head_dim(config)
 
 

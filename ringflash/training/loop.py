@@ -89,12 +89,12 @@ def fit(config: Config, resolved: str) -> None:
             "loss": result.loss.item(),
             "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
             "lr": engine.get_lr()[0],
-            **speed.record(batch, time.perf_counter() - begun),
-            **world.watch.take(),
-            "imbalance": result.imbalance,
+            **speed.record(result.pairs.item(), time.perf_counter() - begun),
+            **_ring_record(world, result.imbalance),
         }
         if config.data.held_out and _due(step, config.evaluation.every):
             record["held_out_loss"] = _held_out_loss(engine, held_out, config, world, layout_for)
+            world.watch.take()  # the next step's record is of that step alone
         if log is not None:
             log.log(step, record)
             log.show(step, record)
@@ -157,18 +157,30 @@ class _Speed:
             f"{config.parallel.layout} layout, ZeRO {config.memory.zero}"
         )
 
-    def record(self, batch, seconds: float) -> dict[str, float]:
-        """The step's figures; FLOPs are those of this replica's share, times the replicas."""
+    def record(self, pairs: float, seconds: float) -> dict[str, float]:
+        """The step's figures, over all ranks; pairs: of (query, key), over all sequences and layers."""
         record = {
             "tokens_per_second": self.tokens / seconds,
             "seconds": seconds,
+            "pairs": pairs,
             "memory_gib": metrics.memory_gib(self.world.device),
         }
         if self.peak is not None:
-            pairs = flops.visible_pairs(self.model_config, batch.mask())
-            done = flops.step_flops(self.model_config, self.weights, batch.tokens.numel(), pairs)
-            record["mfu"] = done / seconds / (self.peak * self.world.size / self.world.replicas)
+            done = flops.step_flops(self.model_config, self.weights, self.tokens, pairs)
+            record["mfu"] = done / seconds / (self.peak * self.world.size)
         return record
+
+
+def _ring_record(world: World, imbalance: float) -> dict[str, float]:
+    """What rings did since the last call: wait, hops and imbalance of the rank that has most; GiB that all received.
+
+    Called where the step's loss has been read, so that what the GPU waited is known.
+    """
+    taken = world.watch.take()
+    gib = world.sum(torch.tensor(taken["ring_gib"], dtype=torch.float64, device=world.device))
+    most = torch.tensor([taken["ring_wait_seconds"], taken["ring_hops"], imbalance], dtype=torch.float64)
+    wait, hops, imbalance = world.max(most.to(world.device)).tolist()
+    return {"ring_wait_seconds": wait, "ring_gib": gib.item(), "ring_hops": int(hops), "imbalance": imbalance}
 
 
 def _due(step: int, every: int) -> bool:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import PreTrainedConfig, PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from ringflash.data.batches import Batch
 from ringflash.data.packing import IGNORE
@@ -26,6 +26,7 @@ from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.plan import AttentionPlan
+from ringflash.training import flops
 from ringflash.training.loss import LossHead
 from ringflash.training.world import World
 
@@ -170,10 +171,15 @@ def build_engine(
 
 
 class StepResult(NamedTuple):
-    """Mean loss per predicted token, an fp32 scalar alike on all ranks; and how far the busiest rank of a ring is above
-    the mean in (query, key) pairs, in the worst micro-batch."""
+    """What a step came to.
+
+    loss, pairs: float64 scalars, alike on all ranks: the mean loss per predicted token, and the (query, key) pairs that
+    attention computed, over all sequences and layers. imbalance: how far the busiest rank of this ring is above the
+    mean in pairs, in the worst micro-batch.
+    """
 
     loss: Tensor
+    pairs: Tensor
     imbalance: float
 
 
@@ -184,15 +190,28 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, la
     """
     sharded = [_shard(part, world, layout_for) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
     valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs in sharded)).clamp(min=1)
-    total = torch.zeros((), dtype=torch.float32, device=world.device)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
     for inputs in sharded:
         loss = engine(**inputs)
         engine.backward(loss * (world.size / valid), scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
-    plans = [inputs["plan"] for inputs in sharded]
-    imbalance = max(plan.layout.imbalance(plan.masks[0]) for plan in plans)
-    return StepResult(world.sum(total) / valid, imbalance)
+    work = torch.stack(
+        [_work(engine.module.model.config, inputs["plan"]) for inputs in sharded]
+    )  # [micro-batches, ranks]
+    imbalance = float((work.amax(1) / work.mean(1).clamp(min=1e-9)).max()) - 1
+    mine = (
+        work.sum(0)[world.ring.rank].to(world.device) * world.ring.size * world.replicas / world.size
+    )  # each head's once
+    loss, pairs = world.sum(torch.stack([total / valid, mine]))
+    return StepResult(loss, pairs, imbalance)
+
+
+def _work(config: PreTrainedConfig, plan: AttentionPlan) -> Tensor:
+    """(query, key) pairs of each rank of the ring, over batch rows and layers: float64 [ranks]."""
+    layers = (flops.masks_of_layers(config, mask) for mask in plan.masks)
+    tables = [count * plan.layout.pairs(mask).sum(1) for found in layers for mask, count in found]
+    return torch.stack(tables).sum(0).double()
 
 
 @torch.no_grad()

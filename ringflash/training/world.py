@@ -49,6 +49,11 @@ class World:
         dist.all_reduce(x)
         return x
 
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of all ranks, entry by entry, in place."""
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
     def share(self, value):
         """Rank 0's value, on every rank; any picklable object."""
         box = [value]

@@ -244,6 +244,19 @@ def test_a_sink_is_one_more_key_without_a_value_and_has_a_gradient(size):
     torch.testing.assert_close(results[4].double(), expected[4], rtol=1e-5, atol=1e-5)
 
 
+def test_a_sink_of_minus_infinity_is_none_also_for_queries_that_see_nothing():
+    mask = IntervalMask.causal(50) & IntervalMask.documents([20, 13], 50)
+    q, k, v, dout = whole_inputs(1, 50)
+    arguments = [x.requires_grad_() for x in (q, k, v)]
+    sink = torch.tensor([-torch.inf, 0.5, -torch.inf, -1.0], requires_grad=True)
+    with_sink = flash_attention(*arguments, mask, sink=sink)
+    without = flash_attention(*arguments, mask)
+    torch.testing.assert_close(with_sink[:, :, ::2], without[:, :, ::2])
+    gradient = torch.autograd.grad(with_sink, sink, dout)[0]
+    assert gradient.isfinite().all()
+    assert (gradient != 0).tolist() == [False, True, False, True]
+
+
 def test_flash_attention_is_a_ring_of_one():
     mask = IntervalMask.causal(40) & IntervalMask.documents([7, 33])
     inputs = whole_inputs(1, 40)

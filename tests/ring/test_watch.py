@@ -60,10 +60,14 @@ def telemetry():
 
 @pytest.mark.ranks
 def test_waits_bytes_and_hops_are_counted_and_handed_over_once(ranks):
-    for first, second in ranks.run(telemetry, 2):
+    # Under zigzag, rank 1 sees 8 of rank 0's 16 tokens and rank 0 all of rank 1's: both come in the forward and in the
+    # backward, and the gradients go back.
+    tokens_received = (2 * 16 + 8, 2 * 8 + 16)
+    of_a_token = 2 * 2 * 16 * 4  # keys and values, two KV heads of 16, fp32
+    for (first, second), tokens in zip(ranks.run(telemetry, 2), tokens_received, strict=True):
         # two layers; forward and backward one hop of keys, backward also one of gradients in two halves
         assert first["ring_hops"] == 2 * (1 + 1 + 2)
-        assert first["ring_gib"] > 0
+        assert first["ring_gib"] * 2**30 == 2 * tokens * of_a_token
         assert first["ring_wait_seconds"] > 0
         assert second == {"ring_wait_seconds": 0.0, "ring_gib": 0.0, "ring_hops": 0}
 

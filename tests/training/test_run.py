@@ -57,6 +57,13 @@ def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_m
     config, _ = compose([], folder=_as_config(folder))
     assert config.optim.steps == 6
     assert [r["step"] for r in read(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 6]
+    for record in read(folder / "metrics.jsonl")[:6]:
+        # two layers, two ranks: a hop of keys each way, one of gradients for each half of the heads
+        assert record["ring_hops"] == 2 * (1 + 1 + 2)
+        assert record["ring_wait_seconds"] > 0
+        assert record["ring_gib"] > 0
+        assert 0 < record["pairs"] <= 2 * 64 * 65 / 2
+        assert 0 <= record["imbalance"] < 1
     assert (folder / "loss.png").stat().st_size > 1000
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))

@@ -122,6 +122,38 @@ def test_loss_and_every_gradient_equal_one_rank(
             assert error < 2e-5, f"rank {rank} {name}: relative error {error:.1e}"
 
 
+def telemetry_on_ranks(model_type, ring, ulysses, accumulation):
+    """Pairs and imbalance of a step."""
+    world = joined(ring, ulysses)
+    micro_batch = SEQUENCES // accumulation // world.replicas
+    optim = OptimConfig(batch=SEQUENCES, micro_batch=micro_batch)
+    engine = build_engine(build(model_type), optim, MemoryConfig(), world)
+    mine = sequences("full").split(SEQUENCES // world.replicas)[world.replica]
+    layout = Layout.contiguous(LENGTH, world.ring.size, parts=ulysses)
+    result = train_step(engine, mine, world, lambda mask: layout)
+    return result.pairs.item(), result.imbalance
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("model_type", "size", "ring", "ulysses", "accumulation"),
+    [("qwen3", 1, 1, 1, 1), ("mistral", 2, 2, 1, 3), ("gemma2", 4, 2, 1, 1), ("gpt_oss", 4, 2, 2, 2)],
+)
+def test_pairs_are_those_of_all_sequences_and_each_layers_window(ranks, model_type, size, ring, ulysses, accumulation):
+    windows = {"qwen3": [None, None], "mistral": [7, 7], "gemma2": [5, None], "gpt_oss": [6, None]}[model_type]
+    seen = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)  # keys that each query sees, over both layers
+    for row, lengths in enumerate(DOCUMENTS):
+        places = torch.cat([torch.arange(n) for n in lengths]) + 1
+        seen[row] = sum(places.clamp(max=window) if window else places for window in windows)
+    results = ranks.run(telemetry_on_ranks, size, model_type, ring, ulysses, accumulation)
+    assert {pairs for pairs, _ in results} == {float(seen.sum())}
+    replicas = size // ring // ulysses
+    for rank, (_, imbalance) in enumerate(results):
+        rows = seen.chunk(replicas)[rank // (ring * ulysses)].chunk(accumulation)
+        work = [micro.unflatten(1, (ring, -1)).sum((0, 2)).double() for micro in rows]
+        assert imbalance == pytest.approx(max(float(w.max() / w.mean()) for w in work) - 1)
+
+
 def bf16_losses(zero, accumulation):
     """Losses of three steps with bf16 weights."""
     world = joined(None)
