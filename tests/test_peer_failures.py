@@ -53,7 +53,7 @@ the ring runs again under recomputation                         -> ring/test_rec
 nothing overlaps                                                -> test_transfers_that_wait_for_the_kernel
 a value is read back to the host in each layer                  -> test_a_host_read_in_each_layer
 a barrier on each hop                                           -> test_a_barrier_on_each_hop
-every hop's buffers are kept                                    -> ring/test_attention.py::test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring
+every hop's buffers are kept                                    -> ring/test_memory.py::test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring
 deadlock where ranks skip different hops                        -> test_deadlock_of_ranks_that_skip_different_hops
 a hang without a word of where                                  -> ring/test_watch.py::test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends
 a stale compiler lock hangs every later run                     -> test_a_compiler_lock_that_hangs_every_later_run

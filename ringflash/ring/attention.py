@@ -16,8 +16,9 @@ other's:
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
 Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, in the
-forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size; where keys
-turn back before the end of the ring, also room for the gradients that come home early.
+forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size; a third where
+a rank's own gradients come home while it still passes on those of others, as over contiguous runs can be.
+With one KV head there are no halves, and the gradients' transfers are not hidden.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge
 from ringflash.ring.lanes import Lanes
-from ringflash.ring.plan import AttentionPlan, Run
+from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.recompute import kept_or_computed
+from ringflash.ring.runs import Run, Runs
 from ringflash.ring.transport import Loopback, Message, Transfer
 from ringflash.ring.ulysses import heads_refusal
 
@@ -286,34 +288,32 @@ class _KeysOnTheirWay:
         Zeros where the first of them leaves it as it is: a kernel's tiles reach over the edge of a run, and 0 times
         what is there must be 0.
         """
-        runs = [self._coming(s, i) for s in range(first, self.plan.ring.size, 2)]
-        run = next((run for run in runs if run.tokens), None)
-        if run is None:
+        arriving = (self._coming(s, i) for s in range(first, self.plan.ring.size, 2))
+        written = next(filter(None, arriving), None)
+        if written is None:
             return []
         buffers = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
         for buffer in buffers:
-            _clear_around(buffer, Run(0, len(buffer)), run)
+            _clear(buffer, _all(buffer).without(written))
         return buffers
 
-    def _coming(self, s: int, i: int) -> Run:
-        """The run of tokens that local rank i receives with hop s."""
+    def _coming(self, s: int, i: int) -> Runs:
+        """The tokens that local rank i receives with hop s."""
         ring = self.plan.ring
         return self.plan.routes[(ring.local[i] - s) % ring.size].keys[s]
 
     def send_for(self, s: int) -> None:
         """Set off what hop s needs, from where it is on hop s - 1."""
         ring = self.plan.ring
-        if s == ring.size:
+        if s == ring.size or not self.leaving:
             return
         outgoing, incoming = [], []
         for i, rank in enumerate(ring.local):
+            here = self.leaving[i] if s == 1 else self.buffers[(s - 1) % 2][i]
+            into = self.buffers[s % 2][i]
             leaving, coming = self.plan.routes[(rank - s + 1) % ring.size].keys[s], self._coming(s, i)
-            if leaving.tokens:
-                here = self.leaving[i] if s == 1 else self.buffers[(s - 1) % 2][i]
-                outgoing += [Message(rank, (rank + 1) % ring.size, x[slice(*leaving)]) for x in here]
-            if coming.tokens:
-                into = self.buffers[s % 2][i]
-                incoming += [Message((rank - 1) % ring.size, rank, x[slice(*coming)]) for x in into]
+            outgoing += [Message(rank, (rank + 1) % ring.size, x[slice(*run)]) for run in leaving for x in here]
+            incoming += [Message((rank - 1) % ring.size, rank, x[slice(*run)]) for run in coming for x in into]
         self.transfer = ring.exchange(outgoing, incoming, f"{self.about}, hop {s}")
 
     def arrive(self) -> None:
@@ -333,8 +333,8 @@ class _KeysOnTheirWay:
 class _GradientsOnTheirWay:
     """dk and dv of some KV heads, fp32: they follow their keys one hop behind, then return to the keys' rank.
 
-    Buffers are [S, 2, B, heads, D]. Gradients that turn back before the end of the ring come home into a buffer of
-    their own, since both others are then in use; those that went all the way arrive as on any hop.
+    Of two buffers [S, 2, B, heads, D] a rank, one is added to and sent while the other receives. A rank's own gradients
+    come home into the latter too, but where it still has others' to pass on: into memory apart, then.
     """
 
     def __init__(self, plan: AttentionPlan, k: list[Tensor], heads: tuple[slice, slice], about: str) -> None:
@@ -343,45 +343,56 @@ class _GradientsOnTheirWay:
         count = heads[1].stop - heads[1].start
         travels = any(route.reach for route in plan.routes)
 
-        def buffer(tokens: int) -> Tensor:
-            return torch.empty(tokens, 2, batch, count, dim, dtype=torch.float32, device=k[0].device)
+        def buffer() -> Tensor:
+            return torch.empty(length, 2, batch, count, dim, dtype=torch.float32, device=k[0].device)
 
-        self.here = [buffer(length) for _ in k]
-        self.next = [buffer(length) for _ in k] if travels else self.here
-        self.home: dict[int, Tensor] = {}
-        for i, rank in enumerate(self.ring.local):
-            if 0 < plan.routes[rank].reach < self.ring.size - 1:
-                self.home[i] = buffer(plan.routes[rank].returned.tokens)
+        self.here = [buffer() for _ in k]
+        self.next = [buffer() for _ in k] if travels else self.here
+        self.home = {i: buffer() for i in range(len(k)) if self._passes_on_after_its_own(i)}
+        self.arriving: list[int] = []  # local ranks whose next buffer receives
         self.transfer: Transfer | None = None
+
+    def _passes_on_after_its_own(self, i: int) -> bool:
+        """Whether local rank i carries others' gradients on a hop after its own have come home."""
+        rank, size, routes = self.ring.local[i], self.ring.size, self.plan.routes
+        home = routes[rank].reach
+        return home > 0 and any(s <= routes[(rank - s) % size].reach for s in range(home + 1, size))
 
     def arrive(self, s: int) -> None:
         """Have the gradients of hop s's keys here, with zeros where a kernel adds for the first time."""
         if self.transfer is not None:
             self.transfer.wait()
-            self.here, self.next, self.transfer = self.next, self.here, None
+            self.transfer = None
+        for i in self.arriving:
+            self.here[i], self.next[i] = self.next[i], self.here[i]
         for i, rank in enumerate(self.ring.local):
             route = self.plan.routes[(rank - s) % self.ring.size]
             if s > 0:
-                _clear_around(self.here[i], route.gradients[s], route.gradients[s - 1])
+                _clear(self.here[i], route.gradients[s].without(route.gradients[s - 1]))
                 continue
             if i in self.home:
-                self.here[i][slice(*route.returned)] = self.home[i]
-            _clear_around(self.here[i], Run(0, len(self.here[i])), route.returned)
+                self.here[i] = self.home[i]
+            _clear(self.here[i], _all(self.here[i]).without(route.returned))
 
     def send_after(self, s: int) -> None:
         """Send on what hop s added to: to the next rank, or home from the last hop that anyone computes."""
         size, routes = self.ring.size, self.plan.routes
         outgoing, incoming = [], []
+        self.arriving = []
         for i, rank in enumerate(self.ring.local):
             here, coming, own = routes[(rank - s) % size], routes[(rank - s - 1) % size], routes[rank]
-            if s <= here.reach and here.gradients[s].tokens:
+            if s <= here.reach:
                 to = (rank + 1) % size if s < here.reach else (rank - s) % size
-                outgoing.append(Message(rank, to, self.here[i][slice(*here.gradients[s])]))
-            if s < coming.reach and coming.gradients[s].tokens:
-                incoming.append(Message((rank - 1) % size, rank, self.next[i][slice(*coming.gradients[s])]))
+                outgoing += [Message(rank, to, self.here[i][slice(*run)]) for run in here.gradients[s]]
+            if s < coming.reach and coming.gradients[s]:
+                self.arriving.append(i)
+                into, runs = self.next[i], coming.gradients[s]
+                incoming += [Message((rank - 1) % size, rank, into[slice(*run)]) for run in runs]
             if s == own.reach:
-                home = self.home[i] if i in self.home else self.next[i][slice(*own.returned)]
-                incoming.append(Message((rank + s) % size, rank, home))
+                if i not in self.home:
+                    self.arriving.append(i)
+                into = self.home.get(i, self.next[i])
+                incoming += [Message((rank + s) % size, rank, into[slice(*run)]) for run in own.returned]
         self.transfer = self.ring.exchange(outgoing, incoming, f"{self.about}, gradients of hop {s}")
 
     def at(self, i: int) -> tuple[Tensor, Tensor]:
@@ -390,15 +401,15 @@ class _GradientsOnTheirWay:
         return dk, dv
 
 
-def _clear_around(x: Tensor, run: Run, inner: Run) -> None:
-    """Zero x over `run` but not over the part of it that is `inner`."""
-    if not inner.tokens:
-        x[run.begin : run.end].zero_()
-        return
-    if run.begin < inner.begin:
-        x[run.begin : inner.begin].zero_()
-    if inner.end < run.end:
-        x[inner.end : run.end].zero_()
+def _all(x: Tensor) -> Runs:
+    """Every row of x."""
+    return Runs([Run(0, len(x))])
+
+
+def _clear(x: Tensor, runs: Runs) -> None:
+    """Zero the rows of x that are in runs."""
+    for begin, end in runs:
+        x[begin:end].zero_()
 
 
 def _by_rank(x: Tensor, ranks: int) -> list[Tensor]:

@@ -34,13 +34,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, Intervals
+from ringflash.ring.runs import Run, Runs, of_intervals
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
@@ -48,23 +49,8 @@ if TYPE_CHECKING:
 
 # Chunks of a rank that are told apart when working out who sees what of whom; a finer layout counts as one run.
 _CHUNKS = 64
-
-
-class Run(NamedTuple):
-    """Local indices begin..end - 1 of a shard."""
-
-    begin: int
-    end: int
-
-    @property
-    def tokens(self) -> int:
-        return max(0, self.end - self.begin)
-
-    def cover(self, other: Run) -> Run:
-        """The smallest run that holds both."""
-        if not self.tokens or not other.tokens:
-            return self if self.tokens else other
-        return Run(min(self.begin, other.begin), max(self.end, other.end))
+# Gaps in what is needed that are shorter than this part of a shard are sent along: every run is a message.
+_GAP = 1 / 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,18 +71,17 @@ class Hop:
 class Route:
     """How far one rank's keys travel, and which of them.
 
-    reach: the last hop on which any rank sees them; after it their gradients return in one message. keys[s]: the run
-    that arrives with hop s, all that hops s and later see. gradients[s]: the run that has gradients after hop s, all
-    that hops 1 to s see.
+    reach: the last hop on which any rank sees them; after it their gradients return. keys[s]: what arrives with hop s,
+    all that hops s and later see. gradients[s]: what has gradients after hop s, all that hops 1 to s see.
     """
 
     reach: int
-    keys: tuple[Run, ...]
-    gradients: tuple[Run, ...]
+    keys: tuple[Runs, ...]
+    gradients: tuple[Runs, ...]
 
     @property
-    def returned(self) -> Run:
-        """The run of gradients that comes home."""
+    def returned(self) -> Runs:
+        """The gradients that come home."""
         return self.gradients[self.reach]
 
 
@@ -211,23 +196,24 @@ class AttentionPlan:
 
 def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]:
     """Each rank's route; the same on all ranks, since each knows the masks and the layout."""
-    seen, ranks = _seen(masks, layout), layout.ranks
+    ranks, gap = layout.ranks, max(1, int(layout.shard_length * _GAP))
+    seen = _seen(masks, layout, gap)
     found = []
     for source in range(ranks):
         by_hop = [seen[(source + s) % ranks][source] for s in range(ranks)]
-        reach = max((s for s in range(1, ranks) if by_hop[s].tokens), default=0)
-        keys, gradients = [Run(0, layout.shard_length)] * ranks, [Run(0, 0)] * ranks
-        later = Run(0, 0)
+        reach = max((s for s in range(1, ranks) if by_hop[s]), default=0)
+        keys, gradients = [Runs([Run(0, layout.shard_length)])] * ranks, [Runs()] * ranks
+        later = Runs()
         for s in reversed(range(1, ranks)):
-            keys[s] = later = later.cover(by_hop[s])
+            keys[s] = later = later.union(by_hop[s], gap)
         for s in range(1, ranks):
-            gradients[s] = gradients[s - 1].cover(by_hop[s])
+            gradients[s] = gradients[s - 1].union(by_hop[s], gap)
         found.append(Route(reach, tuple(keys), tuple(gradients)))
     return tuple(found)
 
 
-def _seen(masks: tuple[IntervalMask, ...], layout: Layout) -> list[list[Run]]:
-    """seen[rank][source]: the smallest run of source's local keys that holds all that rank's queries see of them.
+def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[list[Runs]]:
+    """seen[rank][source]: source's local keys that rank's queries see, and gaps between them shorter than `gap`.
 
     Bounds never decrease, so the keys that a run of queries sees lie between the first one's lo and the last one's hi.
     """
@@ -239,14 +225,12 @@ def _seen(masks: tuple[IntervalMask, ...], layout: Layout) -> list[list[Run]]:
         hi = torch.cat([torch.tensor([0]), mask.hi.max(0).values])[(last + 1).clamp(max=mask.queries)]
         bounds.append((lo, torch.maximum(lo, hi)))
     lo, hi = (torch.cat(side, dim=1) for side in zip(*bounds, strict=True))  # [ranks, runs]
-    seen: list[list[Run]] = [[] for _ in range(layout.ranks)]
+    seen: list[list[Runs]] = [[] for _ in range(layout.ranks)]
     for source in range(layout.ranks):
         begin, end = torch.searchsorted(layout.positions(source), torch.stack([lo, hi]))
-        nothing = begin >= end
-        begins = begin.masked_fill(nothing, layout.shard_length).min(1).values.tolist()
-        ends = end.masked_fill(nothing, 0).max(1).values.tolist()
-        for rank, (b, e) in enumerate(zip(begins, ends, strict=True)):
-            seen[rank].append(Run(b, e) if b < e else Run(0, 0))
+        for rank in range(layout.ranks):
+            some = begin[rank] < end[rank]
+            seen[rank].append(of_intervals(begin[rank, some].tolist(), end[rank, some].tolist(), gap))
     return seen
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, flash_attention, ring_attention
 from ringflash.layout import LAYOUTS
-from ringflash.ring import attention
 from tests.strategies import masks
 
 
@@ -145,6 +144,20 @@ def test_with_a_window_one_neighbour_hop_moves_in_both_passes():
     assert ring.messages == {torch.float16: 4 * (ranks - 1), torch.float32: 2 * (ranks - 1)}
 
 
+def test_with_a_window_and_first_tokens_these_go_round_and_nothing_between():
+    """What StreamingLLM keeps: the first rank's tail goes to its neighbour, its first four tokens to all."""
+    length, ranks, left, first = 256, 8, 7, 4
+    ring = Counting(ranks)
+    beginning = (torch.arange(length) - left).clamp(0, first)[None]
+    masks = (IntervalMask.window(length, left), IntervalMask(torch.zeros_like(beginning), beginning, length))
+    plan = AttentionPlan(masks, Layout.contiguous(length, ranks), ring)
+    on_ring([x.half() for x in whole_inputs(1, length)], plan)
+    tail, head = (ranks - 1) * left, (ranks - 1) * first
+    assert ring.elements[torch.float16] == 2 * (tail + head) * 2 * 2 * 16
+    # After the first hop the tail's gradients ride along with the first tokens', which come home from the last rank.
+    assert ring.elements[torch.float32] == (tail + (ranks - 2) * left + head) * 2 * 2 * 16
+
+
 def test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once():
     length, ranks = 64, 4
     ring = Counting(ranks)
@@ -153,27 +166,6 @@ def test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once():
     shard = length // ranks * 2 * 2 * 16
     assert ring.elements[torch.float16] == 2 * ranks * (ranks - 1) * shard
     assert ring.elements[torch.float32] == ranks * (ranks - 1) * shard
-
-
-def allocated_by_a_pass(size):
-    """Elements, over two ring passes, in buffers that a rank allocates for what travels."""
-    shapes = []
-    layout = Layout.zigzag(size * 8, size)
-    plan = AttentionPlan(IntervalMask.full(size * 8), layout, Loopback(size))
-    k = [torch.zeros(1, 8, 2, 16)] * size
-    kv = attention._KeysOnTheirWay(plan, k, k, "")
-    dkv = [attention._GradientsOnTheirWay(plan, k, heads, "") for heads in attention._halves(4, 2, plan)]
-    shapes += [x for buffer in kv.buffers for rank in buffer for x in rank]
-    for x in dkv:
-        shapes += [*x.here, *x.next]
-        assert all(home is None for home in getattr(x, "home", []))
-    return sum(x.numel() for x in shapes) / size
-
-
-def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring():
-    shard_of_k_and_v = 2 * 8 * 2 * 16
-    assert allocated_by_a_pass(3) == allocated_by_a_pass(32) == (2 + 2) * shard_of_k_and_v
-    assert allocated_by_a_pass(2) == (1 + 2) * shard_of_k_and_v
 
 
 def test_nothing_that_was_never_written_is_read(monkeypatch):

@@ -1,0 +1,154 @@
+"""What a layer allocates on one rank: two shards of keys and values, two of gradients, whatever the ring's size.
+
+Every storage that is made during a forward and a backward is followed until it is let go. The kernels are those of the
+contract and allocate nothing but a first hop's result; the other ranks are not there, their messages are as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ringflash import AttentionPlan, IntervalMask, Layout, Partial, ring_attention
+from ringflash.kernels import Kernel
+from ringflash.ring import attention
+
+SHARD, HEADS, KV_HEADS, DIM = 64, 4, 2, 8
+KEYS = 2 * SHARD * KV_HEADS * DIM * 2  # bytes of a shard of keys and values in 16 bits
+GRADIENTS = 2 * SHARD * KV_HEADS * DIM * 4
+QUERIES = SHARD * HEADS * DIM * 2
+ROWS = SHARD * HEADS * 4  # of lse or delta
+
+
+@dataclass
+class Following(TorchDispatchMode):
+    """Bytes that live, at most, and the largest storage made since that was last set to 0."""
+
+    known: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
+    most: int = 0
+    largest_made: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        self.known = {key: entry for key, entry in self.known.items() if not entry[0].expired()}
+        for x in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in (given | self.known.keys()):
+                storage = x.untyped_storage()
+                self.known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.largest_made = max(self.largest_made, storage.nbytes())
+        self.most = max(self.most, self.now())
+        return out
+
+    def now(self) -> int:
+        return sum(size for ref, size in self.known.values() if not ref.expired())
+
+    def measure(self, run):
+        """run(), and how many bytes more than before it lived at most."""
+        before, self.most = self.now(), 0
+        result = run()
+        return result, self.most - before
+
+
+class Alone:
+    """One rank of a ring whose others say nothing."""
+
+    def __init__(self, size: int, rank: int, following: Following) -> None:
+        self.size, self.local, self.device, self.following = size, (rank,), torch.device("cpu"), following
+        self.made_on_hops: dict[str, int] = {}
+        self.about = "before"
+
+    def exchange(self, outgoing, incoming, about):
+        self.made_on_hops[self.about] = self.following.largest_made
+        self.about, self.following.largest_made = about, 0
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
+    state = Partial.identity(q) if carry is None else carry
+    return state if out is None else Partial(out, state.lse)
+
+
+def backward(*tensors, **options) -> None:
+    pass
+
+
+def delta(out, dout) -> torch.Tensor:
+    return torch.zeros(out.shape[0], out.shape[2], out.shape[1])
+
+
+def passes(monkeypatch, mask, layout, rank):
+    """Bytes that the forward and the backward add at most, and the largest allocation on each hop."""
+    monkeypatch.setattr(
+        attention.kernels, "select", lambda *args: Kernel("none", forward, delta, backward, lambda *args: None)
+    )
+    following = Following()
+    ring = Alone(layout.ranks, rank, following)
+    plan = AttentionPlan(mask, layout, ring)
+    shapes = [(1, SHARD, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    q, k, v = (torch.zeros(shape, dtype=torch.float16, requires_grad=True) for shape in shapes)
+    with following:
+        out, in_forward = following.measure(lambda: ring_attention(q, k, v, plan))
+        dout = torch.zeros_like(out)
+        _, in_backward = following.measure(lambda: torch.autograd.grad(out, (q, k, v), dout))
+    return in_forward, in_backward, ring.made_on_hops
+
+
+MASKS = {
+    "full": lambda n: (IntervalMask.full(n * SHARD), Layout.zigzag(n * SHARD, n)),
+    "causal": lambda n: (IntervalMask.causal(n * SHARD), Layout.zigzag(n * SHARD, n)),
+    "window": lambda n: (IntervalMask.window(n * SHARD, SHARD // 2), Layout.contiguous(n * SHARD, n)),
+    "window of two shards": lambda n: (IntervalMask.window(n * SHARD, 2 * SHARD), Layout.contiguous(n * SHARD, n)),
+    "causal, contiguous": lambda n: (IntervalMask.causal(n * SHARD), Layout.contiguous(n * SHARD, n)),
+}
+
+
+IN_FORWARD = 2 * KEYS + 2 * QUERIES + QUERIES + ROWS  # and the running result in fp32, the result, lse
+IN_BACKWARD = 2 * KEYS + 2 * GRADIENTS + 2 * QUERIES + QUERIES + KEYS + ROWS  # and dq in fp32, dq, dk and dv, delta
+# Where a rank's own gradients come home while it still has others' to pass on, they need a third place.
+THIRD = {"window of two shards", "causal, contiguous"}
+
+
+@pytest.mark.parametrize("size", [3, 8, 32])
+@pytest.mark.parametrize("mask", MASKS)
+def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring(monkeypatch, mask, size):
+    in_forward, in_backward = zip(*(passes(monkeypatch, *MASKS[mask](size), r)[:2] for r in range(size)), strict=True)
+    unused = KEYS if mask == "window" else 0  # the second buffer, of keys that nobody needs on hop 2
+    assert max(in_forward) == IN_FORWARD - unused
+    assert max(in_backward) == IN_BACKWARD - unused + (GRADIENTS if mask in THIRD and size > 3 else 0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_no_hop_allocates_anything(monkeypatch, mask):
+    layout = MASKS[mask](8)
+    for rank in range(8):
+        *_, made = passes(monkeypatch, *layout, rank)
+        hops = [f"attention, forward, hop {s}" for s in range(2, 7)]
+        hops += [f"attention, backward, {what}hop {s}" for s in range(2, 7) for what in ("", "gradients of ")]
+        assert {about: made[about] for about in hops} == dict.fromkeys(hops, 0)
+
+
+def test_buffers_that_are_kept_are_found(monkeypatch):
+    """A ring that received into fresh memory would not pass."""
+    send_for = attention._KeysOnTheirWay.send_for
+
+    def into_fresh_memory(self, s):
+        self.kept = [*getattr(self, "kept", []), *self.buffers[s % 2]]
+        for i, pair in enumerate(self.buffers[s % 2]):
+            self.buffers[s % 2][i] = [torch.empty_like(x) for x in pair]
+        send_for(self, s)
+
+    monkeypatch.setattr(attention._KeysOnTheirWay, "send_for", into_fresh_memory)
+    in_forward, _, made = passes(monkeypatch, *MASKS["full"](8), 0)
+    assert in_forward > IN_FORWARD
+    assert made["attention, forward, hop 3"] > 0

@@ -1,0 +1,50 @@
+"""Runs are sets of local indices: unions, gaps and differences are those of the sets."""
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringflash.ring.runs import Run, Runs, of_intervals
+
+bounds = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=6)
+
+
+def made(drawn, gap=1):
+    return of_intervals([begin for begin, _ in drawn], [begin + n for begin, n in drawn], gap)
+
+
+def held(runs):
+    return {token for begin, end in runs for token in range(begin, end)}
+
+
+def drawn_tokens(drawn):
+    return {begin + i for begin, n in drawn for i in range(n)}
+
+
+@given(bounds, bounds)
+def test_union_and_difference_are_those_of_sets(a, b):
+    assert held(made(a)) == drawn_tokens(a)
+    assert held(made(a).union(made(b))) == drawn_tokens(a) | drawn_tokens(b)
+    assert held(made(a).without(made(b))) == drawn_tokens(a) - drawn_tokens(b)
+
+
+@given(bounds, bounds, st.integers(1, 5))
+def test_runs_ascend_with_gaps_between_and_short_gaps_are_filled(a, b, gap):
+    for runs in (made(a, gap), made(a).union(made(b), gap), made(a).without(made(b))):
+        assert all(begin < end for begin, end in runs)
+        assert runs.tokens == len(held(runs))
+    for runs in (made(a, gap), made(a).union(made(b), gap)):
+        gaps = [later.begin - run.end for run, later in pairwise(runs)]
+        assert all(length >= gap for length in gaps)
+    exact, filled = drawn_tokens(a), held(made(a, gap))
+    for token in filled - exact:
+        after = min(t for t in exact if t > token)
+        before = max(t for t in exact if t < token)
+        assert after - before - 1 < gap
+
+
+def test_nothing_is_no_run():
+    assert not Runs()
+    assert not Runs([Run(3, 5)]).without(Runs([Run(0, 9)]))
+    assert repr(Runs()) == "none"
