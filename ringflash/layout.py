@@ -40,8 +40,10 @@ from ringflash.mask import IntervalMask
 
 # Rows of a kernel's tile of queries: shorter chunks would cut tiles.
 _TILE = 128
-# Chunks that are dealt at most: the time that takes grows with their square, to 0.9 s for these.
-_CHUNKS = 2048
+# Chunks that a rank is dealt, each of so many tokens at least, in the order in which they are tried.
+_GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
+# Chunks that are dealt at most: the time that takes grows with their square, to 1.5 s for these.
+_CHUNKS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,20 +94,21 @@ class Layout:
 
         Zigzag, where no rank has more than `tolerance` above the mean of (query, key) pairs under it and its
         `lockstep` is at most `waiting`; else 16 chunks a rank, or 32 where 16 do not reach that. Finer ones balance
-        better, but more keys are sent and each hop touches more tiles of queries. Chunks have 128 tokens or more, and
-        256 unless `tolerance` takes less.
+        better, but more keys are sent and each hop touches more tiles of queries. Chunks have 256 tokens or more; 128,
+        64 or 32 where shards are so short that `tolerance` takes as little.
         """
 
         def rating(layout: Layout) -> tuple[bool, float]:
             return layout.imbalance(mask) > tolerance, max(layout.lockstep(mask), waiting)
 
         best = cls.zigzag(mask.queries, ranks, parts)
-        finest = max(1, min(mask.queries // (_TILE * ranks * parts), _CHUNKS // ranks))
-        for per_rank in sorted({min(16, finest), min(32, finest)}):
+        for per_rank, least in _GRAINS:
             uneven, waits = rating(best)
-            if not uneven and (waits <= waiting or best.chunk < 4 * _TILE):
+            if not uneven and (waits <= waiting or best.chunk < 4 * _TILE or least < _TILE):
                 break
-            best = min(best, _dealt(mask, ranks, per_rank, parts), key=rating)
+            count = max(1, min(per_rank, mask.queries // (least * ranks * parts), _CHUNKS // ranks))
+            if count != best.chunks.shape[1]:
+                best = min(best, _dealt(mask, ranks, count, parts), key=rating)
         return best
 
     @classmethod

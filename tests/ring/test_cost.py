@@ -37,10 +37,19 @@ def corpus(seed, length):
     return IntervalMask.causal(length) & IntervalMask.documents(documents)
 
 
-@pytest.mark.parametrize("ranks", [4, 8, 16, 32])
-def test_a_balanced_layout_is_within_3_percent_on_packed_sequences(ranks):
-    for seed in range(8):
-        mask = corpus(seed, 131072)
+@pytest.mark.parametrize(
+    ("length", "ranks", "seeds"),
+    [
+        *((131072, ranks, range(8)) for ranks in (2, 4, 8, 16, 32)),
+        (131072, 64, (0, 2)),  # 2048 tokens a rank: no tile of 128 is small enough
+        (65536, 8, range(4)),
+        (65536, 32, (11, 15, 21)),
+        (32768, 16, (14, 16, 18)),
+    ],
+)
+def test_a_balanced_layout_is_within_3_percent_on_packed_sequences(length, ranks, seeds):
+    for seed in seeds:
+        mask = corpus(seed, length)
         layout = Layout.balanced(mask, ranks)
         assert layout.imbalance(mask) <= 0.03, f"seed {seed}"
         assert layout.padded_length - layout.length < layout.chunks.numel()
