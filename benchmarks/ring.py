@@ -208,12 +208,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
     if options.mode is timeline and options.tflops is None and options.device == "cpu":
         parser.error("--timeline on the CPU needs the speed of a GPU's kernel, such as --tflops 650/550")
-    if not 0 < options.gbps < math.inf:
-        parser.error(f"--gbps must be above 0, got {options.gbps}")
+    for name in ("gbps", "seconds"):
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name} must be above 0, got {getattr(options, name)}")
     options.mode = options.mode or efficiency
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     try:
-        options.tflops = options.tflops and _two_numbers(options.tflops, float, "--tflops")
+        if options.tflops is not None:
+            options.tflops = _two_numbers(options.tflops, float, "--tflops")
         options.case = _case(options)
     except ValueError as reason:
         parser.error(str(reason))
@@ -231,7 +233,7 @@ def _case(options: argparse.Namespace) -> RingCase | None:
     if options.length is not None and not re.fullmatch("[1-9][0-9]*k?", options.length):
         raise ValueError(f"--length {options.length} is not a number of tokens, such as 131072 or 128k")
     kind, *size = options.mask or ["causal"]
-    if len(size) > 1 or (size and (kind not in ("window", "packed") or not size[0].isdigit())):
+    if len(size) > 1 or (size and (kind not in ("window", "packed") or not re.fullmatch("[1-9][0-9]*", size[0]))):
         raise ValueError(f"--mask {' '.join(options.mask)} is not causal, full, window SIZE or packed DOCUMENTS")
     sized = {} if not size else {{"window": "window", "packed": "packed"}[kind]: int(size[0])}
     base = ERROR_CASES[options.device, options.quick] if options.mode is error else TIMELINE

@@ -60,6 +60,8 @@ class Layout:
     chunks: Tensor
 
     def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"a sequence has 1 token or more, got length={self.length}")
         owned = self.chunks.flatten().sort().values
         if not torch.equal(owned, torch.arange(self.chunks.numel())):
             raise ValueError("every chunk must have exactly one owner")

@@ -50,6 +50,7 @@ DTYPES = {
 }
 
 _IGNORE = -100  # the label that transformers' loss skips
+_REFUSED = -1  # no checksum: what a rank was given does not fit
 # What transformers passes to every attention function and what does not change attention.
 _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
@@ -224,19 +225,23 @@ def ring_inputs(
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
     A collective: every rank of the ring calls it, and none while another thread uses the ring. Raises ValueError or
-    TypeError naming the argument that does not fit; on every rank, where all fit but are not the same.
+    TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and, for the
+    others not to wait in vain, where another rank's do not fit.
     """
-    _check_tokens(input_ids, labels)
-    rows, length = input_ids.shape
-    if documents is not None:
-        _check_documents(documents, rows, length)
-    document = IntervalMask.full(length) if documents is None else IntervalMask.documents(documents, length)
     if not hasattr(ring, "exchange"):
         raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
-    _check_agreed(ring, ulysses, input_ids, labels, document)
-    mask = IntervalMask.causal(length) & document
-    parts = 1 if ulysses is None else ulysses.size
-    plan = AttentionPlan(mask, Layout.of(layout, mask, ring.size, parts), ring, ulysses)
+    shared = [group for group in (ring, ulysses) if isinstance(group, ProcessRing | Ulysses)]
+    try:
+        _check_tokens(input_ids, labels)
+        rows, length = input_ids.shape
+        document = _documents_mask(documents, rows, length)
+        mask = IntervalMask.causal(length) & document
+        chosen = Layout.of(layout, mask, ring.size, 1 if ulysses is None else ulysses.size)
+    except (ValueError, TypeError):
+        _agree(torch.tensor(_REFUSED, device=ring.device), shared)
+        raise
+    _agree(_checksum(ring.device, input_ids, labels, document.lo, document.hi, chosen.chunks), shared)
+    plan = AttentionPlan(mask, chosen, ring, ulysses)
     inputs = {"input_ids": plan.shard(input_ids), "position_ids": plan.position_ids(len(input_ids)), "plan": plan}
     if labels is not None:
         last = document.hi <= torch.arange(1, length + 1)
@@ -261,8 +266,10 @@ def _check_tokens(input_ids: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"labels {[*labels.shape]} must have the shape of input_ids, {[*input_ids.shape]}")
 
 
-def _check_documents(documents: Sequence[Any], rows: int, length: int) -> None:
-    """Refuse counts that leave tokens out, which would train on less than was given and say nothing."""
+def _documents_mask(documents: Sequence[Any] | None, rows: int, length: int) -> IntervalMask:
+    """Who is in whose document. Refuses counts that leave tokens out, which would train on less than was given."""
+    if documents is None:
+        return IntervalMask.full(length)
     alike = _are_counts(documents)
     if not alike and not (isinstance(documents, Sequence) and all(map(_are_counts, documents))):
         raise TypeError(f"documents must be a list of ints, or a list of such lists, one a row, got {documents!r:.200}")
@@ -274,38 +281,40 @@ def _check_documents(documents: Sequence[Any], rows: int, length: int) -> None:
                 f"sum(documents{'' if alike else f'[{row}]'})={total} must be the {length} tokens of a row of "
                 f"input_ids; padding is a document of its own, its labels {_IGNORE}"
             )
+    return IntervalMask.documents(documents, length)
 
 
 def _are_counts(documents: Any) -> bool:
     return isinstance(documents, Sequence) and all(isinstance(count, Integral) for count in documents)
 
 
-def _check_agreed(
-    ring: Ring, ulysses: Ulysses | None, input_ids: Tensor, labels: Tensor | None, document: IntervalMask
-) -> None:
+def _agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
     """Refuse ranks that were given different sequences, as a sampler for data parallelism gives them.
 
-    Each would take its shard of its own, and train on a sequence that nobody wrote.
+    Each would take its shard of its own, and train on a sequence that nobody wrote. checksum: of what this rank was
+    given; _REFUSED where that did not fit, of which only the others need to be told.
     """
-    groups = [shared.group for shared in (ring, ulysses) if isinstance(shared, ProcessRing | Ulysses)]
-    if not groups:
-        return
-    told_apart_by = [x for x in (input_ids, labels, document.lo, document.hi) if x is not None]
-    checksum = torch.stack([_checksum(x).to(ring.device) for x in told_apart_by]).sum()
     extremes = torch.stack([checksum, -checksum])
-    for group in groups:
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    if extremes[0] != -extremes[1]:
-        raise ValueError(
-            "input_ids, labels and documents must be the same on every rank of a ring: each takes its shard of them"
-        )
+    for group in shared:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group.group)
+    greatest, least = extremes[0].item(), -extremes[1].item()
+    if greatest == least or checksum == _REFUSED:
+        return
+    if least == _REFUSED:
+        raise ValueError("another rank of the ring refused its input_ids, labels, documents or layout: see its error")
+    raise ValueError(
+        "input_ids, labels, documents and layout must be the same on every rank of a ring: each takes its shard of them"
+    )
 
 
-def _checksum(x: Tensor) -> Tensor:
-    """An int64 scalar, 0 or more, that other numbers, other places or another length would almost surely change."""
-    places = torch.arange(1, x.numel() + 1, device=x.device)
-    mixed = (x.flatten().long() + 0x9E3779B9) * (places * 0x85EBCA6B + x.shape[-1])
-    return (mixed ^ (mixed >> 29)).sum() & (2**60 - 1)
+def _checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
+    """An int64 scalar, 0 or more, that other numbers, other places or another shape would almost surely change."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for x in (x for x in tensors if x is not None):
+        places = torch.arange(1, x.numel() + 1, device=x.device)
+        mixed = (x.flatten().long() + 0x9E3779B9) * (places * 0x85EBCA6B + x.shape[-1])
+        total += ((mixed ^ (mixed >> 29)).sum() & (2**58 - 1)).to(device)
+    return total
 
 
 # -- building

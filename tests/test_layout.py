@@ -57,6 +57,8 @@ def test_zigzag_and_striped_balance_causal_work():
     ("make", "message"),
     [
         (lambda: Layout.named("diagonal", 8, 2), "layout=diagonal is not one of contiguous, zigzag, striped"),
+        (lambda: Layout.zigzag(-3, 2), "1 token or more, got length=-3"),
+        (lambda: Layout.striped(0, 2), "1 token or more, got length=0"),
         (lambda: Layout(8, 2, torch.tensor([[0, 1], [1, 2]])), "exactly one owner"),
         (lambda: Layout(8, 2, torch.tensor([[1, 0], [2, 3]])), "ascending"),
         (lambda: Layout(9, 2, torch.tensor([[0, 1], [2, 3]])), "do not hold 9 tokens"),

@@ -55,6 +55,7 @@ a value is read back to the host in each layer                  -> test_a_host_r
 a barrier on each hop                                           -> test_a_barrier_on_each_hop
 every hop's buffers are kept                                    -> ring/test_memory.py::test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring
 deadlock where ranks skip different hops                        -> test_deadlock_of_ranks_that_skip_different_hops
+a rank refuses its input, and the others wait for it            -> test_a_rank_that_refuses_its_input_leaves_the_others_waiting
 a hang without a word of where                                  -> ring/test_watch.py::test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends
 a stale compiler lock hangs every later run                     -> test_a_compiler_lock_that_hangs_every_later_run
 a launcher adds an argument that the configuration rejects      -> test_launch.py::test_a_launcher_trains_with_its_ranks_and_settings
@@ -342,6 +343,36 @@ def on_sequences_of_its_own(same):
 def test_a_sampler_that_gives_each_rank_its_own_text(ranks, same):
     """A data-parallel sampler under sequence parallelism: ranks joined shards of different texts into one sequence."""
     assert len(ranks.run(on_sequences_of_its_own, 3, same)) == 3
+
+
+def where_one_rank_is_given(wrong):
+    """What ring_inputs says on every rank, whose rank 1 has an argument of its own."""
+    arguments = {"input_ids": torch.ones(1, 24, dtype=torch.int64), "documents": [24], "layout": "zigzag"}
+    if dist.get_rank() == 1:
+        arguments |= wrong
+    with pytest.raises((ValueError, TypeError)) as caught:
+        ring_inputs(**arguments, ring=ProcessRing())
+    return str(caught.value)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("wrong", "own"),
+    [
+        ({"documents": [23]}, "=23 must be the 24 tokens"),
+        ({"layout": "diagonal"}, "layout=diagonal is not one of"),
+        ({"input_ids": torch.ones(24, dtype=torch.int64)}, "input_ids must be"),
+        ({"input_ids": [[1]]}, "input_ids must be"),
+        ({"layout": "striped"}, None),
+        ({"documents": [20, 4]}, None),
+    ],
+    ids=["documents", "layout", "shape", "type", "other layout", "other documents"],
+)
+def test_a_rank_that_refuses_its_input_leaves_the_others_waiting(ranks, wrong, own):
+    """One rank raised, and the others waited for it until the communicator's timeout."""
+    said = ranks.run(where_one_rank_is_given, 3, wrong, timeout=20.0)
+    other = "another rank of the ring refused" if own else "must be the same on every rank of a ring"
+    assert all((own if rank == 1 and own else other) in line for rank, line in enumerate(said))
 
 
 @pytest.mark.ranks

@@ -92,7 +92,7 @@ class AttentionPlan:
     mask may be a tuple of masks that share no pair: attention is then over the union of what they show. With ulysses,
     each ring shard of the layout is divided among its ranks. hops[s][i] is hop s of local rank ring.local[i]; routes[c]
     is that of rank c's keys; tokens, which rank holds which tokens outside attention, and holders, which of its ranks
-    are local. Raises ValueError where masks, layout and ring do not fit.
+    are local. Raises ValueError where masks, layout and ring do not fit, TypeError where they are none.
     """
 
     mask: IntervalMask | tuple[IntervalMask, ...]
@@ -118,6 +118,10 @@ class AttentionPlan:
         object.__setattr__(self, "routes", routes(masks, self.layout))
 
     def _check(self) -> None:
+        if not self.masks or not all(isinstance(mask, IntervalMask) for mask in self.masks):
+            raise TypeError(f"mask must be an IntervalMask, or a tuple of them, got {self.mask!r:.100}")
+        if not isinstance(self.layout, Layout):
+            raise TypeError(f"layout must be a Layout, such as Layout.zigzag(length, ranks), got {self.layout!r:.100}")
         for mask in self.masks:
             if (mask.queries, mask.keys) != (self.layout.length, self.layout.length):
                 raise ValueError(

@@ -118,8 +118,9 @@ def _grid(world: World) -> dict[str, int]:
 def _check_settings(path: Path, before: dict, now: dict) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
+            name = "the text of data.path, by its digest" if key == "data.digest" else key
             raise ConfigError(
-                f"{key}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with the "
+                f"{name}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with the "
                 f"same, or start anew (resume=never)"
             )
 

@@ -144,8 +144,11 @@ def test_position_ids_are_global_and_in_shard_order():
     [
         (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(9, 2), Loopback(2)), "8 x 8 does not fit"),
         (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(3)), "2 ranks .* ring of 3"),
+        (lambda: AttentionPlan("causal", Layout.zigzag(8, 2), Loopback(2)), "mask must be an .* got 'causal'"),
+        (lambda: AttentionPlan((), Layout.zigzag(8, 2), Loopback(2)), r"mask must be an .* got \(\)"),
+        (lambda: AttentionPlan(IntervalMask.causal(8), "zigzag", Loopback(2)), "layout must be a .* got 'zigzag'"),
     ],
 )
 def test_mask_layout_and_ring_that_do_not_fit_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()

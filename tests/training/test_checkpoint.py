@@ -108,7 +108,7 @@ def test_a_new_checkpoint_outlives_unsound_ones_of_later_steps(ranks, tmp_path):
     ("now", "message"),
     [
         ({"optim": {"lr": 2.0, "steps": 9}}, "optim.lr=2.0 differs from 1.0"),
-        ({"optim": {"lr": 1.0}, "data": {"digest": "b"}}, "data.digest=b differs from None"),
+        ({"optim": {"lr": 1.0}, "data": {"digest": "b"}}, "the text of data.path, by its digest=b differs from None"),
         ({"optim": {"lr": 1.0, "steps": 9}, "model": {"layers": 3}}, "model.layers=3 differs from None"),
     ],
 )
