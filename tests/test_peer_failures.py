@@ -435,7 +435,9 @@ class Noted:
         self.tell()
 
 
-def test_transfers_that_wait_for_the_kernel(monkeypatch):
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 3), (4, 1)], ids=str)
+@pytest.mark.parametrize("mask", [IntervalMask.full(64), IntervalMask.causal(64)], ids=["full", "causal"])
+def test_transfers_that_wait_for_the_kernel(monkeypatch, mask, heads):
     """In practice nothing overlapped: peers sent after a kernel or waited before it (AI_analysis#2, nanotron#236)."""
     events, real = [], kernels.select
 
@@ -448,7 +450,7 @@ def test_transfers_that_wait_for_the_kernel(monkeypatch):
         return dataclasses.replace(kernel, forward=noted(kernel.forward), backward=noted(kernel.backward))
 
     monkeypatch.setattr(kernels, "select", noting)
-    on_ring(whole_inputs(1, 64), AttentionPlan(IntervalMask.full(64), Layout.zigzag(64, 4), Recording(4, events)))
+    on_ring(whole_inputs(1, 64, *heads), AttentionPlan(mask, Layout.zigzag(64, 4), Recording(4, events)))
     exposed = []
     for i, (what, number, about) in enumerate(events):
         if what == "sent":

@@ -18,7 +18,7 @@ other's:
 Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, in the
 forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size; a third where
 a rank's own gradients come home while it still passes on those of others, as over contiguous runs can be.
-With one KV head there are no halves, and the gradients' transfers are not hidden.
+With one KV head, what takes turns in the backward is a quarter of the keys and the rest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge
 from ringflash.ring.lanes import Lanes
-from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.plan import AttentionPlan, Part
 from ringflash.ring.recompute import kept_or_computed
 from ringflash.ring.runs import Run, Runs
 from ringflash.ring.transport import Loopback, Message, Transfer
@@ -215,41 +215,44 @@ def _backward(
     plan, k = call.plan, [k for k, _ in kv.own]
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
     whole = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs] for xs in (q, k, k)]
+    halves = _halves(q[0].shape[2], k[0].shape[2], plan)
     parts = [
-        (_GradientsOnTheirWay(plan, k, heads, kv.about), *heads)
-        for heads in _halves(q[0].shape[2], k[0].shape[2], plan)
+        (lane, _GradientsOnTheirWay(plan, part, k, of_k, kv.about), part, of_q, of_k)
+        for lane, (of_q, of_k) in enumerate(halves)
+        for part in _parts(plan, len(halves))
     ]
 
-    def add(s: int, i: int, dkv: _GradientsOnTheirWay, of_q: slice, of_k: slice) -> None:
-        """What hop s gives local rank i, for some of the heads."""
+    def add(s: int, i: int, dkv: _GradientsOnTheirWay, part: Part, of_q: slice, of_k: slice) -> None:
+        """What hop s gives local rank i, for some of the heads or keys."""
         dk, dv = dkv.at(i)
-        for intervals in plan.hops[s][i].intervals:
+        for intervals in part.hops[s][i].intervals:
             k_here, v_here = kv.at(s, i)
             call.kernel.backward(
-                dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k],
+                dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, part.rows, of_k], v_here[:, part.rows, of_k],
                 lse[i][:, of_q], delta[i][:, of_q], intervals,
                 scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
             )  # fmt: skip
 
-    with Lanes(len(parts), plan.ring.device) as lanes:
+    with Lanes(len(halves), plan.ring.device) as lanes:  # parts of the keys add to the same dq, one after another
         for s in [*range(1, plan.ring.size), 0]:
             kv.arrive()
             lanes.fork()
             if s > 0:
                 with lanes.on(lanes.last):  # as in the forward
                     kv.send_for(s + 1)
-            for lane, (dkv, of_q, of_k) in enumerate(parts):
+            for lane, dkv, part, of_q, of_k in parts:
                 with lanes.on(lane):
                     dkv.arrive(s)
                     for i in range(len(q)):
-                        add(s, i, dkv, of_q, of_k)
+                        add(s, i, dkv, part, of_q, of_k)
                     if s > 0:
                         dkv.send_after(s)
-        for lane, (dkv, of_q, of_k) in enumerate(parts):
+        for lane, dkv, part, of_q, of_k in parts:
             with lanes.on(lane):  # of the half that is done first, under the other's last kernel
                 for i, (into_q, into_k, into_v) in enumerate(zip(*whole, strict=True)):
-                    dk, dv = dkv.at(i)
-                    into_q[:, :, of_q], into_k[:, :, of_k], into_v[:, :, of_k] = dq[i][:, :, of_q], dk, dv
+                    into_k[:, part.rows, of_k], into_v[:, part.rows, of_k] = dkv.at(i)
+                    if part.rows.start == 0:
+                        into_q[:, :, of_q] = dq[i][:, :, of_q]
     return _together(whole[0]), _together(whole[1]), _together(whole[2])
 
 
@@ -331,17 +334,17 @@ class _KeysOnTheirWay:
 
 
 class _GradientsOnTheirWay:
-    """dk and dv of some KV heads, fp32: they follow their keys one hop behind, then return to the keys' rank.
+    """dk and dv of some KV heads and keys, fp32: they follow their keys one hop behind, then return to the keys' rank.
 
-    Of two buffers [S, 2, B, heads, D] a rank, one is added to and sent while the other receives. A rank's own gradients
-    come home into the latter too, but where it still has others' to pass on: into memory apart, then.
+    Of two buffers [rows, 2, B, heads, D] a rank, one is added to and sent while the other receives. A rank's own
+    gradients come home into the latter too, but where it still has others' to pass on: into memory apart, then.
     """
 
-    def __init__(self, plan: AttentionPlan, k: list[Tensor], heads: tuple[slice, slice], about: str) -> None:
-        self.plan, self.ring, self.about = plan, plan.ring, about
-        batch, length, _, dim = k[0].shape
-        count = heads[1].stop - heads[1].start
-        travels = any(route.reach for route in plan.routes)
+    def __init__(self, plan: AttentionPlan, part: Part, k: list[Tensor], heads: slice, about: str) -> None:
+        self.routes, self.ring, self.about = part.routes, plan.ring, about
+        batch, _, _, dim = k[0].shape
+        length, count = part.rows.stop - part.rows.start, heads.stop - heads.start
+        travels = any(route.reach for route in part.routes)
 
         def buffer() -> Tensor:
             return torch.empty(length, 2, batch, count, dim, dtype=torch.float32, device=k[0].device)
@@ -354,7 +357,7 @@ class _GradientsOnTheirWay:
 
     def _passes_on_after_its_own(self, i: int) -> bool:
         """Whether local rank i carries others' gradients on a hop after its own have come home."""
-        rank, size, routes = self.ring.local[i], self.ring.size, self.plan.routes
+        rank, size, routes = self.ring.local[i], self.ring.size, self.routes
         home = routes[rank].reach
         return home > 0 and any(s <= routes[(rank - s) % size].reach for s in range(home + 1, size))
 
@@ -366,7 +369,7 @@ class _GradientsOnTheirWay:
         for i in self.arriving:
             self.here[i], self.next[i] = self.next[i], self.here[i]
         for i, rank in enumerate(self.ring.local):
-            route = self.plan.routes[(rank - s) % self.ring.size]
+            route = self.routes[(rank - s) % self.ring.size]
             if s > 0:
                 _clear(self.here[i], route.gradients[s].without(route.gradients[s - 1]))
                 continue
@@ -376,7 +379,7 @@ class _GradientsOnTheirWay:
 
     def send_after(self, s: int) -> None:
         """Send on what hop s added to: to the next rank, or home from the last hop that anyone computes."""
-        size, routes = self.ring.size, self.plan.routes
+        size, routes = self.ring.size, self.routes
         outgoing, incoming = [], []
         self.arriving = []
         for i, rank in enumerate(self.ring.local):
@@ -427,6 +430,18 @@ def _halves(query_heads: int, heads: int, plan: AttentionPlan) -> list[tuple[sli
     group, middle = query_heads // heads, heads // 2
     parts = [slice(0, middle), slice(middle, heads)] if plan.ring.size > 1 and heads > 1 else [slice(0, heads)]
     return [(slice(part.start * group, part.stop * group), part) for part in parts]
+
+
+def _parts(plan: AttentionPlan, halves: int) -> list[Part]:
+    """All keys; or, where heads come in one part, two parts of the keys, one's gradients to travel under the other.
+
+    A quarter: under zigzag a hop sees the first half of the keys or all of them, and so something of both parts.
+    """
+    length = plan.layout.shard_length
+    if halves > 1 or plan.ring.size == 1 or length < 2:
+        return [plan.part(0, length)]
+    quarter = max(1, length // 4)
+    return [plan.part(0, quarter), plan.part(quarter, length)]
 
 
 def _check(

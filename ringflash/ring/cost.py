@@ -5,9 +5,6 @@ hop s - 1 travel, so a hop takes as long as the slowest of its ranks' computing 
 
     time = sum over hops of max(pairs of a rank x time a pair, bytes of a rank x time a byte)
 
-With one KV head a rank there is no second half of the heads whose kernel would hide the gradients' transfers: these
-come on top.
-
 Both follow from mask and layout alone. Contiguous runs send least and balance worst, zigzag balances a causal mask,
 balanced layouts balance documents and send more: which is fastest depends on documents, windows, heads and links.
 
@@ -101,13 +98,11 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
     ranks = layout.ranks
     computing = by_hop(layout.pairs(mask)).max(1).values.double()
     computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
-    keys, gradients = torch.zeros(2, ranks, dtype=torch.float64)  # seconds of the rank that sends most on a hop
-    a_byte = heads.key * heads.dim / machine.bytes_per_second
+    sending = torch.zeros(ranks, dtype=torch.float64)  # the most any rank sends during a hop
     ways = routes((mask,), layout)
     for s in range(1, ranks):
+        keys = max(way.keys[s].tokens for way in ways)
+        gradients = max(way.gradients[s].tokens if s <= way.reach else 0 for way in ways)
         # Keys and values, 2 bytes, in both passes; their gradients, 4 bytes.
-        keys[s - 1] = max(way.keys[s].tokens for way in ways) * 2 * 2 * 2 * a_byte
-        gradients[s - 1] = max(way.gradients[s].tokens if s <= way.reach else 0 for way in ways) * 2 * 4 * a_byte
-    if heads.key == 1:
-        return float((torch.maximum(computing, keys) + gradients).sum())
-    return float(torch.maximum(computing, keys + gradients).sum())
+        sending[s - 1] += (2 * 2 * 2 * keys + 2 * 4 * gradients) * heads.key * heads.dim / machine.bytes_per_second
+    return float(torch.maximum(computing, sending).sum())

@@ -84,6 +84,20 @@ class Route:
         """The gradients that come home."""
         return self.gradients[self.reach]
 
+    def within(self, begin: int, end: int) -> Route:
+        """The same of tokens begin..end - 1 alone, counted from begin."""
+        keys, gradients = (tuple(runs.within(begin, end) for runs in side) for side in (self.keys, self.gradients))
+        return Route(self.reach, keys, gradients)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A plan for some of the keys of every shard, `rows`, whose routes count from the first of them."""
+
+    rows: slice
+    hops: tuple[tuple[Hop, ...], ...]
+    routes: tuple[Route, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
@@ -105,6 +119,7 @@ class AttentionPlan:
     hops: tuple[tuple[Hop, ...], ...] = field(init=False)
     routes: tuple[Route, ...] = field(init=False)
     _windows: dict[int, AttentionPlan] = field(init=False, default_factory=dict)
+    _parts: dict[tuple[int, int], Part] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
@@ -113,8 +128,7 @@ class AttentionPlan:
         parts, part = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
         object.__setattr__(self, "tokens", self.layout.split(parts))
         object.__setattr__(self, "holders", tuple(rank * parts + part for rank in self.ring.local))
-        hops = [tuple(self._hop(s, rank) for rank in self.ring.local) for s in range(self.ring.size)]
-        object.__setattr__(self, "hops", tuple(hops))
+        object.__setattr__(self, "hops", self._hops(slice(0, self.layout.shard_length)))
         object.__setattr__(self, "routes", routes(masks, self.layout))
 
     def _check(self) -> None:
@@ -133,9 +147,12 @@ class AttentionPlan:
             if shared := (a & b).area():
                 raise ValueError(f"masks of one plan must share no pair, but two of them share {shared}")
 
-    def _hop(self, s: int, rank: int) -> Hop:
+    def _hops(self, rows: slice) -> tuple[tuple[Hop, ...], ...]:
+        return tuple(tuple(self._hop(s, rank, rows) for rank in self.ring.local) for s in range(self.ring.size))
+
+    def _hop(self, s: int, rank: int, rows: slice) -> Hop:
         source = (rank - s) % self.ring.size
-        queries, keys = self.layout.positions(rank), self.layout.positions(source)
+        queries, keys = self.layout.positions(rank), self.layout.positions(source)[rows]
         blocks = [mask.restrict(queries, keys) for mask in self.masks]
         computed = [block for block in blocks if block.area()] or (blocks[:1] if s == 0 else [])
         pairs = sum(block.area() * (self.batch // block.batch) for block in blocks)
@@ -153,6 +170,17 @@ class AttentionPlan:
             masks = tuple(mask & narrow for mask in self.masks)
             self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
         return self._windows[left]
+
+    def part(self, begin: int, end: int) -> Part:
+        """What concerns local keys begin..end - 1 of every shard; made once, then kept."""
+        if (begin, end) not in self._parts:
+            rows, whole = slice(begin, end), end - begin == self.layout.shard_length
+            self._parts[begin, end] = Part(
+                rows,
+                self.hops if whole else self._hops(rows),
+                self.routes if whole else tuple(route.within(begin, end) for route in self.routes),
+            )
+        return self._parts[begin, end]
 
     def computed(self, i: int) -> list[int]:
         """The hops that local rank ring.local[i] computes, in order; the first is 0."""

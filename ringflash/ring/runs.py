@@ -49,6 +49,11 @@ class Runs(tuple[Run, ...]):
             found.append(Run(begin, end))
         return Runs(run for run in found if run.begin < run.end)
 
+    def within(self, begin: int, end: int) -> Runs:
+        """What lies in begin..end - 1, counted from begin."""
+        cut = (Run(max(run.begin, begin) - begin, min(run.end, end) - begin) for run in self)
+        return Runs(run for run in cut if run.begin < run.end)
+
     def __repr__(self) -> str:
         return " ".join(f"{begin}..{end - 1}" for begin, end in self) or "none"
 

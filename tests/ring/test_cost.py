@@ -129,17 +129,6 @@ def test_more_bytes_a_second_never_cost_time():
     assert times == sorted(times, reverse=True)
 
 
-def test_gradients_of_a_single_kv_head_travel_for_all_to_see():
-    """They wait for the kernel that makes them, and the next kernel waits for them."""
-    mask, layout = IntervalMask.causal(65536), Layout.zigzag(65536, 8)
-    fast = predict(mask, layout, Heads(8, 1, 128), Machine(500e12, 1e15))
-    slower = predict(mask, layout, Heads(8, 1, 128), Machine(500e12, 400e9))
-    sent = 7 * 65536 // 8 * 2 * 4 * 128 / 400e9
-    assert slower - fast == pytest.approx(sent, rel=1e-3)
-    hidden = [predict(mask, layout, Heads(16, 2, 128), Machine(500e12, speed)) for speed in (1e15, 400e9)]
-    assert hidden[0] == hidden[1]
-
-
 def test_short_sequences_exchange_heads_and_long_ones_go_round_the_ring():
     chosen = {length: best_ulysses(length, 8, 8, LLAMA_8B, NVLINK, 50e9)[0] for length in (4096, 1048576)}
     assert chosen[4096] > 1

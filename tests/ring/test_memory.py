@@ -17,9 +17,9 @@ from ringflash import AttentionPlan, IntervalMask, Layout, Partial, ring_attenti
 from ringflash.kernels import Kernel
 from ringflash.ring import attention
 
-SHARD, HEADS, KV_HEADS, DIM = 64, 4, 2, 8
-KEYS = 2 * SHARD * KV_HEADS * DIM * 2  # bytes of a shard of keys and values in 16 bits
-GRADIENTS = 2 * SHARD * KV_HEADS * DIM * 4
+SHARD, HEADS, DIM = 64, 4, 8
+KEYS = 2 * SHARD * DIM * 2  # bytes of a shard of keys and values in 16 bits, for each KV head
+GRADIENTS = 2 * SHARD * DIM * 4
 QUERIES = SHARD * HEADS * DIM * 2
 ROWS = SHARD * HEADS * 4  # of lse or delta
 
@@ -87,7 +87,7 @@ def delta(out, dout) -> torch.Tensor:
     return torch.zeros(out.shape[0], out.shape[2], out.shape[1])
 
 
-def passes(monkeypatch, mask, layout, rank):
+def passes(monkeypatch, mask, layout, rank, kv_heads=2):
     """Bytes that the forward and the backward add at most, and the largest allocation on each hop."""
     monkeypatch.setattr(
         attention.kernels, "select", lambda *args: Kernel("none", forward, delta, backward, lambda *args: None)
@@ -95,13 +95,13 @@ def passes(monkeypatch, mask, layout, rank):
     following = Following()
     ring = Alone(layout.ranks, rank, following)
     plan = AttentionPlan(mask, layout, ring)
-    shapes = [(1, SHARD, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    shapes = [(1, SHARD, heads, DIM) for heads in (HEADS, kv_heads, kv_heads)]
     q, k, v = (torch.zeros(shape, dtype=torch.float16, requires_grad=True) for shape in shapes)
     with following:
-        out, in_forward = following.measure(lambda: ring_attention(q, k, v, plan))
+        out, forward_bytes = following.measure(lambda: ring_attention(q, k, v, plan))
         dout = torch.zeros_like(out)
-        _, in_backward = following.measure(lambda: torch.autograd.grad(out, (q, k, v), dout))
-    return in_forward, in_backward, ring.made_on_hops
+        _, backward_bytes = following.measure(lambda: torch.autograd.grad(out, (q, k, v), dout))
+    return forward_bytes, backward_bytes, ring.made_on_hops
 
 
 MASKS = {
@@ -113,19 +113,30 @@ MASKS = {
 }
 
 
-IN_FORWARD = 2 * KEYS + 2 * QUERIES + QUERIES + ROWS  # and the running result in fp32, the result, lse
-IN_BACKWARD = 2 * KEYS + 2 * GRADIENTS + 2 * QUERIES + QUERIES + KEYS + ROWS  # and dq in fp32, dq, dk and dv, delta
 # Where a rank's own gradients come home while it still has others' to pass on, they need a third place.
 THIRD = {"window of two shards", "causal, contiguous"}
 
 
+def in_forward(kv_heads):
+    """And the running result in fp32, the result, lse."""
+    return 2 * KEYS * kv_heads + 2 * QUERIES + QUERIES + ROWS
+
+
+def in_backward(kv_heads):
+    """And dq in fp32, the results dq, dk and dv, delta."""
+    return (2 * KEYS + 2 * GRADIENTS) * kv_heads + 2 * QUERIES + QUERIES + KEYS * kv_heads + ROWS
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("size", [3, 8, 32])
 @pytest.mark.parametrize("mask", MASKS)
-def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring(monkeypatch, mask, size):
-    in_forward, in_backward = zip(*(passes(monkeypatch, *MASKS[mask](size), r)[:2] for r in range(size)), strict=True)
-    unused = KEYS if mask == "window" else 0  # the second buffer, of keys that nobody needs on hop 2
-    assert max(in_forward) == IN_FORWARD - unused
-    assert max(in_backward) == IN_BACKWARD - unused + (GRADIENTS if mask in THIRD and size > 3 else 0)
+def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring(monkeypatch, mask, size, kv_heads):
+    found = [passes(monkeypatch, *MASKS[mask](size), rank, kv_heads)[:2] for rank in range(size)]
+    forward_bytes, backward_bytes = (max(most) for most in zip(*found, strict=True))
+    unused = KEYS * kv_heads if mask == "window" else 0  # the second buffer, of keys that nobody needs on hop 2
+    third = GRADIENTS * kv_heads if mask in THIRD and size > 3 else 0
+    assert forward_bytes == in_forward(kv_heads) - unused
+    assert backward_bytes == in_backward(kv_heads) - unused + third
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -149,6 +160,6 @@ def test_buffers_that_are_kept_are_found(monkeypatch):
         send_for(self, s)
 
     monkeypatch.setattr(attention._KeysOnTheirWay, "send_for", into_fresh_memory)
-    in_forward, _, made = passes(monkeypatch, *MASKS["full"](8), 0)
-    assert in_forward > IN_FORWARD
+    most, _, made = passes(monkeypatch, *MASKS["full"](8), 0)
+    assert most > in_forward(2)
     assert made["attention, forward, hop 3"] > 0

@@ -29,6 +29,12 @@ def test_union_and_difference_are_those_of_sets(a, b):
     assert held(made(a).without(made(b))) == drawn_tokens(a) - drawn_tokens(b)
 
 
+@given(bounds, st.integers(0, 30), st.integers(0, 30))
+def test_what_lies_within_is_counted_from_its_beginning(a, begin, length):
+    expected = {token - begin for token in drawn_tokens(a) if begin <= token < begin + length}
+    assert held(made(a).within(begin, begin + length)) == expected
+
+
 @given(bounds, bounds, st.integers(1, 5))
 def test_runs_ascend_with_gaps_between_and_short_gaps_are_filled(a, b, gap):
     for runs in (made(a, gap), made(a).union(made(b), gap), made(a).without(made(b))):
