@@ -97,6 +97,7 @@ def passes(monkeypatch, mask, layout, rank, kv_heads=2):
     plan = AttentionPlan(mask, layout, ring)
     shapes = [(1, SHARD, heads, DIM) for heads in (HEADS, kv_heads, kv_heads)]
     q, k, v = (torch.zeros(shape, dtype=torch.float16, requires_grad=True) for shape in shapes)
+    ring_attention(q, k, v, plan).sum().backward()  # the first layer of a step makes what its plan then keeps
     with following:
         out, forward_bytes = following.measure(lambda: ring_attention(q, k, v, plan))
         dout = torch.zeros_like(out)
@@ -128,10 +129,11 @@ def in_backward(kv_heads):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("size", [3, 8, 32])
+@pytest.mark.parametrize("size", [3, 32])
 @pytest.mark.parametrize("mask", MASKS)
 def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring(monkeypatch, mask, size, kv_heads):
-    found = [passes(monkeypatch, *MASKS[mask](size), rank, kv_heads)[:2] for rank in range(size)]
+    ranks = sorted({0, 1, size // 2, size - 2, size - 1})
+    found = [passes(monkeypatch, *MASKS[mask](size), rank, kv_heads)[:2] for rank in ranks]
     forward_bytes, backward_bytes = (max(most) for most in zip(*found, strict=True))
     unused = KEYS * kv_heads if mask == "window" else 0  # the second buffer, of keys that nobody needs on hop 2
     third = GRADIENTS * kv_heads if mask in THIRD and size > 3 else 0
