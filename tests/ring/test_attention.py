@@ -283,11 +283,11 @@ def test_what_does_not_fit_is_refused_with_its_value(inputs, options, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_two_lanes_on_a_gpu_are_exact_again_and_again(head_dim):
+@pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 8), (128, 8), (128, 1)])
+def test_two_lanes_on_a_gpu_are_exact_again_and_again(head_dim, kv_heads):
     """Five layers' worth of work is queued without waiting, so that memory is used again while streams still run."""
     plan = AttentionPlan(IntervalMask.causal(2048), Layout.zigzag(2048, 4), Loopback(4, "cuda"))
-    inputs = [x.cuda().bfloat16() for x in whole_inputs(1, 2048, 32, 8, head_dim)]
+    inputs = [x.cuda().bfloat16() for x in whole_inputs(1, 2048, 32, kv_heads, head_dim)]
     runs = [on_ring(inputs, plan) for _ in range(5)]
     expected = oracle(inputs, plan.mask.dense().cuda())
     assert all(torch.equal(out, runs[0][0]) for out, *_ in runs)
