@@ -38,11 +38,11 @@ def matmul_parameters(model: PreTrainedModel) -> int:
     return total if tied else total - embedding.numel()
 
 
-def masks_of_layers(config: PreTrainedConfig, mask: IntervalMask) -> list[tuple[IntervalMask, int]]:
-    """The mask that layers have, each with its own sliding window, and how many layers have it."""
+def windows_of_layers(config: PreTrainedConfig) -> list[tuple[int | None, int]]:
+    """The sliding windows that layers have (None: they have none), and how many layers have each."""
     windowed = _windowed_layers(config)
-    found = [(mask, config.num_hidden_layers - windowed)]
-    return [*found, (_in_window(config, mask), windowed)] if windowed else found
+    found = [(None, config.num_hidden_layers - windowed), (config.sliding_window if windowed else None, windowed)]
+    return [(window, layers) for window, layers in found if layers]
 
 
 def narrowest(config: PreTrainedConfig, mask: IntervalMask) -> IntervalMask:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
@@ -196,22 +197,26 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, la
         engine.backward(loss * (world.size / valid), scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
-    work = torch.stack(
-        [_work(engine.module.model.config, inputs["plan"]) for inputs in sharded]
-    )  # [micro-batches, ranks]
-    imbalance = float((work.amax(1) / work.mean(1).clamp(min=1e-9)).max()) - 1
-    mine = (
-        work.sum(0)[world.ring.rank].to(world.device) * world.ring.size * world.replicas / world.size
-    )  # each head's once
-    loss, pairs = world.sum(torch.stack([total / valid, mine]))
-    return StepResult(loss, pairs, imbalance)
+    pairs = torch.tensor([_pairs(engine.module.model.config, inputs["plan"]) for inputs in sharded])
+    mine = pairs.double().to(world.device)  # of each micro-batch
+    neighbours = 1 if world.ulysses is None else world.ulysses.size  # they compute the same pairs, for other heads
+    loss, computed = world.sum(torch.stack([total / valid, mine.sum() / neighbours]))
+    return StepResult(loss, computed, _imbalance(mine, world))
 
 
-def _work(config: PreTrainedConfig, plan: AttentionPlan) -> Tensor:
-    """(query, key) pairs of each rank of the ring, over batch rows and layers: float64 [ranks]."""
-    layers = (flops.masks_of_layers(config, mask) for mask in plan.masks)
-    tables = [count * plan.layout.pairs(mask).sum(1) for found in layers for mask, count in found]
-    return torch.stack(tables).sum(0).double()
+def _pairs(config: PreTrainedConfig, plan: AttentionPlan) -> int:
+    """(query, key) pairs that this rank computes, over batch rows and layers."""
+    windows = flops.windows_of_layers(config)
+    plans = [(plan if window is None else plan.window(window - 1), layers) for window, layers in windows]
+    return sum(layers * hop.pairs for seen, layers in plans for hops in seen.hops for hop in hops)
+
+
+def _imbalance(pairs: Tensor, world: World) -> float:
+    """How far the busiest rank of this ring is above the mean in pairs [micro-batches], in the worst of them."""
+    most, of_all = pairs.clone(), pairs.clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=world.ring.group)
+    dist.all_reduce(of_all, group=world.ring.group)
+    return float((most * world.ring.size / of_all.clamp(min=1)).max()) - 1
 
 
 @torch.no_grad()

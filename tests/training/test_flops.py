@@ -3,25 +3,17 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringflash import IntervalMask
-from ringflash.training.flops import masks_of_layers, matmul_parameters, peak_flops, step_flops
+from ringflash.training.flops import matmul_parameters, peak_flops, step_flops, windows_of_layers
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
 
 
-def visible(config, mask):
-    """Pairs, over layers."""
-    return sum(layers * seen.area() for seen, layers in masks_of_layers(config, mask))
-
-
-def test_layers_with_a_window_count_the_windows_pairs():
-    mask = IntervalMask.causal(100)
-    causal, window = mask.area(), IntervalMask.window(100, 9).area()
+def test_layers_with_a_window_are_counted_apart():
     sizes = SIZES | {"sliding_window": 10}
-    assert visible(AutoConfig.for_model("llama", **SIZES), mask) == 4 * causal
-    assert visible(AutoConfig.for_model("mistral", **sizes), mask) == 4 * window
-    assert visible(AutoConfig.for_model("gemma2", **sizes), mask) == 2 * causal + 2 * window
+    assert windows_of_layers(AutoConfig.for_model("llama", **SIZES)) == [(None, 4)]
+    assert windows_of_layers(AutoConfig.for_model("mistral", **sizes)) == [(10, 4)]
+    assert windows_of_layers(AutoConfig.for_model("gemma2", **sizes)) == [(None, 2), (10, 2)]
 
 
 def test_weights_that_are_looked_up_only_do_not_count():
