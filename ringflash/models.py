@@ -191,16 +191,19 @@ def _keep_attention_in_checkpoints(
     """transformers' own, by which the layers of a model on the ring keep attention's result.
 
     Its caller may be transformers' Trainer, which knows nothing of a ring; without this, recomputing a layer would send
-    keys round again. Raises ValueError for use_reentrant=True, which has no place to keep anything.
+    keys round again. Raises ValueError for use_reentrant=True and another context_fn, which leave no place to keep
+    anything. A model that gets this attention later needs the call again.
     """
     if self.config._attn_implementation == "ring":
-        given = gradient_checkpointing_kwargs or {}
-        if given.get("use_reentrant"):
-            raise ValueError(
-                'gradient_checkpointing_kwargs={"use_reentrant": True} is not supported by ring attention: it would '
-                "run the ring again for each layer; leave it out"
-            )
-        gradient_checkpointing_kwargs = {"use_reentrant": False, "context_fn": keep_attention} | given
+        ours = {"use_reentrant": False, "context_fn": keep_attention}
+        given = {name: x for name, x in (gradient_checkpointing_kwargs or {}).items() if x is not None}
+        for name, value in ours.items():
+            if given.get(name, value) is not value:
+                raise ValueError(
+                    f'gradient_checkpointing_kwargs={{"{name}": {given[name]!r}}} is not supported by ring attention: '
+                    f"recomputing a layer would run the ring again; leave it out"
+                )
+        gradient_checkpointing_kwargs = given | ours
     _enable_checkpointing(self, gradient_checkpointing_kwargs, *args, **kwargs)
 
 

@@ -356,7 +356,10 @@ class _GradientsOnTheirWay:
         self.transfer: Transfer | None = None
 
     def _passes_on_after_its_own(self, i: int) -> bool:
-        """Whether local rank i carries others' gradients on a hop after its own have come home."""
+        """Whether local rank i carries others' gradients on a hop after its own have come home.
+
+        Where it does not, nothing else arrives when its own do or later: they stay where the swap puts them.
+        """
         rank, size, routes = self.ring.local[i], self.ring.size, self.routes
         home = routes[rank].reach
         return home > 0 and any(s <= routes[(rank - s) % size].reach for s in range(home + 1, size))
@@ -374,7 +377,7 @@ class _GradientsOnTheirWay:
                 _clear(self.here[i], route.gradients[s].without(route.gradients[s - 1]))
                 continue
             if i in self.home:
-                self.here[i] = self.home[i]
+                self.here[i] = self.home[i]  # both from before the first fork, so free on any lane
             _clear(self.here[i], _all(self.here[i]).without(route.returned))
 
     def send_after(self, s: int) -> None:

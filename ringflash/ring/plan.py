@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, Intervals
-from ringflash.ring.runs import Run, Runs, of_intervals
+from ringflash.ring.runs import Run, Runs
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
@@ -262,7 +262,7 @@ def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[lis
         begin, end = torch.searchsorted(layout.positions(source), torch.stack([lo, hi]))
         for rank in range(layout.ranks):
             some = begin[rank] < end[rank]
-            seen[rank].append(of_intervals(begin[rank, some].tolist(), end[rank, some].tolist(), gap))
+            seen[rank].append(Runs.covering(map(Run, begin[rank, some].tolist(), end[rank, some].tolist()), gap))
     return seen
 
 

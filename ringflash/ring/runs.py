@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -24,19 +25,24 @@ class Run(NamedTuple):
 class Runs(tuple[Run, ...]):
     """Runs that are not empty, ascending, with gaps between them."""
 
+    @classmethod
+    def covering(cls, runs: Iterable[Run], gap: int = 1) -> Runs:
+        """Those of any runs, in any order, and the gaps between that are shorter than `gap`."""
+        found: list[Run] = []
+        for begin, end in sorted(runs):
+            if found and begin - found[-1].end < gap:
+                found[-1] = Run(found[-1].begin, max(found[-1].end, end))
+            else:
+                found.append(Run(begin, end))
+        return cls(found)
+
     @property
     def tokens(self) -> int:
         return sum(end - begin for begin, end in self)
 
     def union(self, other: Runs, gap: int = 1) -> Runs:
         """What either holds, and the gaps between that are shorter than `gap`."""
-        found: list[Run] = []
-        for begin, end in sorted(self + other):
-            if found and begin - found[-1].end < gap:
-                found[-1] = Run(found[-1].begin, max(found[-1].end, end))
-            else:
-                found.append(Run(begin, end))
-        return Runs(found)
+        return Runs.covering([*self, *other], gap)
 
     def without(self, other: Runs) -> Runs:
         """What is here and not in the other."""
@@ -56,8 +62,3 @@ class Runs(tuple[Run, ...]):
 
     def __repr__(self) -> str:
         return " ".join(f"{begin}..{end - 1}" for begin, end in self) or "none"
-
-
-def of_intervals(begin: list[int], end: list[int], gap: int) -> Runs:
-    """Those that cover begin[i]..end[i] - 1 for all i, as `union` covers them."""
-    return Runs().union(Runs(map(Run, begin, end)), gap)

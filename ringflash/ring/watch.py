@@ -67,7 +67,7 @@ class Watch:
         with self._lock:
             if not self._waits:
                 self._moved = time.monotonic()
-            self._waits.append(_Wait(about, tuple(sources), on_gpu))
+            self._waits.append(wait := _Wait(about, tuple(sources), on_gpu))
             self._bytes, self._hops = self._bytes + size, self._hops + 1
         start = time.perf_counter()
         if on_gpu is not None:
@@ -79,7 +79,8 @@ class Watch:
             return
         with self._lock:
             self._exposed += time.perf_counter() - start
-            self._passed(self._waits.popleft())
+            self._waits.remove(wait)  # before it there may be some that a GPU has not passed yet
+            self._passed(wait)
 
     def take(self) -> dict[str, float]:
         """What the hops since the last call cost: seconds of waiting, GiB received, hops.

@@ -56,7 +56,8 @@ def fit(config: Config, resolved: str) -> None:
     model = build_model(config.model)
     _check_vocabulary(config, training, model.config.vocab_size)
     _check_length(config, training, *([held_out] if config.data.held_out else []))
-    layout_for = layouts(parallel, model_config, length, world.ring.size, ranks_here())
+    ranks_per_node = world.share(ranks_here())  # all ranks of a ring must choose alike, also where machines differ
+    layout_for = layouts(parallel, model_config, length, world.ring.size, ranks_per_node)
     speed = _Speed(model, config, world)
     engine = build_engine(model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic)
     settings = yaml.safe_load(resolved)

@@ -62,9 +62,16 @@ class World:
 
 
 def ranks_here() -> int:
-    """Ranks of this run on this machine, as torchrun or deepspeed tells; all of them where neither does."""
+    """Ranks of this run on this machine, as torchrun or deepspeed tells; else all, or as many as there are GPUs."""
+    told = _told_ranks_here()
+    if told is not None:
+        return told
+    return min(world_size(), torch.cuda.device_count()) if torch.cuda.is_available() else world_size()
+
+
+def _told_ranks_here() -> int | None:
     told = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    return int(next(filter(None, told), world_size()))
+    return next((int(size) for size in told if size), None)
 
 
 def world_size() -> int:
@@ -128,7 +135,8 @@ def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, here = int(os.environ.get("LOCAL_RANK", "0")), ranks_here()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    here = max(_told_ranks_here() or 1, local_rank + 1)
     if here > torch.cuda.device_count():
         raise ConfigError(
             f"{here} ranks on {socket.gethostname()} but {torch.cuda.device_count()} GPUs: "

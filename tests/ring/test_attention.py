@@ -117,6 +117,12 @@ def test_the_error_does_not_grow_with_the_ring():
         assert_exact(on_ring(inputs, plan), expected, layout, f"{size} ranks")
 
 
+def window_and_first_tokens(length, left, first):
+    """What StreamingLLM keeps: a window and, for tokens further on, the first few; they share no pair."""
+    beginning = (torch.arange(length) - left).clamp(0, first)[None]
+    return IntervalMask.window(length, left), IntervalMask(torch.zeros_like(beginning), beginning, length)
+
+
 class Counting(Loopback):
     """A Loopback that counts what travels, by dtype."""
 
@@ -145,12 +151,10 @@ def test_with_a_window_one_neighbour_hop_moves_in_both_passes():
 
 
 def test_with_a_window_and_first_tokens_these_go_round_and_nothing_between():
-    """What StreamingLLM keeps: the first rank's tail goes to its neighbour, its first four tokens to all."""
+    """The first rank's tail goes to its neighbour, its first four tokens to all."""
     length, ranks, left, first = 256, 8, 7, 4
     ring = Counting(ranks)
-    beginning = (torch.arange(length) - left).clamp(0, first)[None]
-    masks = (IntervalMask.window(length, left), IntervalMask(torch.zeros_like(beginning), beginning, length))
-    plan = AttentionPlan(masks, Layout.contiguous(length, ranks), ring)
+    plan = AttentionPlan(window_and_first_tokens(length, left, first), Layout.contiguous(length, ranks), ring)
     on_ring([x.half() for x in whole_inputs(1, length)], plan)
     tail, head = (ranks - 1) * left, (ranks - 1) * first
     assert ring.elements[torch.float16] == 2 * (tail + head) * 2 * 2 * 16
@@ -168,29 +172,46 @@ def test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once():
     assert ring.elements[torch.float32] == ranks * (ranks - 1) * shard
 
 
-def test_nothing_that_was_never_written_is_read(monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    for mask in (IntervalMask.window(64, 5), IntervalMask.causal(64) & IntervalMask.documents([3, 40, 21])):
-        for name in sorted(LAYOUTS):
-            layout = Layout.named(name, 64, 4)
-            inputs = whole_inputs(1, 64)
-            assert_exact(
-                on_ring(inputs, AttentionPlan(mask, layout, Loopback(4))), oracle(inputs, mask.dense()), layout, name
-            )
+def shuffled(length, ranks, per_rank):
+    """A layout of chunks dealt at random, so that what is needed of a shard lies in several runs."""
+    dealt = torch.randperm(ranks * per_rank, generator=torch.Generator().manual_seed(ranks)).view(ranks, per_rank)
+    return Layout(length, -(-length // dealt.numel()), dealt.sort(1).values)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        IntervalMask.window(128, 5),
+        IntervalMask.causal(128) & IntervalMask.documents([3, 72, 10, 43]),
+        IntervalMask.causal(128) & IntervalMask.documents([[3, 72, 10, 43], [3, 60, 22, 43]]),
+        window_and_first_tokens(128, 9, 4),
+    ],
+    ids=["window", "documents", "rows", "first tokens"],
+)
+def test_nothing_that_was_never_written_is_read(monkeypatch, masks, kv_heads):
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+        nan = lambda *a, real=real, **k: torch.Tensor.fill_(real(*a, **k), float("nan"))  # noqa: E731
+        monkeypatch.setattr(torch, name, nan)
+    several = 0
+    for layout in (*(Layout.named(name, 128, 4) for name in sorted(LAYOUTS)), shuffled(128, 4, 8), shuffled(128, 5, 6)):
+        plan = AttentionPlan(masks, layout, Loopback(layout.ranks))
+        several += any(len(runs) > 1 for route in plan.routes for runs in route.keys)
+        inputs = whole_inputs(2, 128, 4, kv_heads)
+        visible = sum(mask.dense() for mask in plan.masks).bool()
+        assert_exact(on_ring(inputs, plan), oracle(inputs, visible), layout, str(layout.chunks.shape))
+    assert several
 
 
 def test_the_union_of_disjoint_masks_is_one_attention():
-    """A window and, for tokens further on, the first four tokens: what StreamingLLM keeps."""
-    length, left, first = 60, 9, 4
-    i = torch.arange(length)
-    beginning = IntervalMask(torch.zeros(1, length, dtype=torch.int64), (i - left).clamp(0, first)[None], length)
-    window = IntervalMask.window(length, left)
+    length = 60
+    masks = window_and_first_tokens(length, 9, 4)
     for ranks, name in ((1, "contiguous"), (4, "zigzag"), (5, "contiguous")):
         layout = Layout.named(name, length, ranks)
         inputs = whole_inputs(2, length)
-        results = on_ring(inputs, AttentionPlan((window, beginning), layout, Loopback(ranks)))
-        assert_exact(results, oracle(inputs, window.dense() | beginning.dense()), layout, name)
+        results = on_ring(inputs, AttentionPlan(masks, layout, Loopback(ranks)))
+        assert_exact(results, oracle(inputs, masks[0].dense() | masks[1].dense()), layout, name)
 
 
 def test_hops_that_see_nothing_launch_no_kernel(monkeypatch):

@@ -1,5 +1,7 @@
 """A plan covers every visible (query, key) pair by exactly one hop, and computes no hop that sees nothing."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash.layout import LAYOUTS
+from tests.ring.test_attention import window_and_first_tokens
 from tests.strategies import masks
 
 
@@ -81,11 +84,6 @@ def needed(plan):
     return total
 
 
-def window_and_first_tokens(length, left, first):
-    beginning = (torch.arange(length) - left).clamp(0, first)[None]
-    return IntervalMask.window(length, left), IntervalMask(torch.zeros_like(beginning), beginning, length)
-
-
 LENGTH = 32768
 PACKED = IntervalMask.causal(LENGTH) & IntervalMask.documents([900, 9000, 3100, 14000, 700, 5068])
 
@@ -109,7 +107,10 @@ def test_no_more_keys_travel_than_ranks_further_on_see(mask, layout, excess):
     """But for gaps below 1/32 of a shard, which are not worth a message."""
     plan = AttentionPlan(mask, layout, Loopback(8))
     assert sum(sent(plan)) <= needed(plan) * (1 + excess)
-    assert max(len(runs) for route in plan.routes for runs in (*route.keys, *route.gradients)) <= 6
+    messages = [runs for route in plan.routes for runs in (*route.keys, *route.gradients)]
+    assert max(map(len, messages)) <= 6
+    for runs in messages:
+        assert all(later.begin - run.end >= layout.shard_length // 32 for run, later in pairwise(runs))
 
 
 def test_documents_that_end_with_a_shard_send_nothing():

@@ -42,10 +42,11 @@ class Telling(Loopback):
         return super().exchange(outgoing, incoming, about)
 
 
+OPEN = {"use_reentrant": None, "context_fn": None}
 PLAIN, KEPT = {"use_reentrant": False}, {"use_reentrant": False, "context_fn": keep_attention}
 
 
-@pytest.mark.parametrize("given", [(), (None,), ({},), (PLAIN,), (KEPT,)], ids=["-", "none", "empty", "plain", "kept"])
+@pytest.mark.parametrize("given", [(), (None,), (OPEN,), (PLAIN,), (KEPT,)], ids=["-", "none", "open", "plain", "kept"])
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma2"])
 def test_one_forward_and_one_backward_ring_a_layer_a_step(launches, model_type, given):
     model, tokens, ring = tiny(model_type), torch.randint(1, 97, (1, 32)), Telling(2)
@@ -65,9 +66,17 @@ def test_one_forward_and_one_backward_ring_a_layer_a_step(launches, model_type, 
         assert torch.equal(gradient, recomputed[name]), name
 
 
-def test_checkpointing_that_cannot_keep_anything_is_refused():
-    with pytest.raises(ValueError, match='"use_reentrant": True} is not supported by ring attention'):
-        tiny("qwen3").gradient_checkpointing_enable({"use_reentrant": True})
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"use_reentrant": True}, '"use_reentrant": True} is not supported by ring attention'),
+        ({"context_fn": torch.utils.checkpoint.noop_context_fn}, '"context_fn": <function noop_context_fn'),
+    ],
+    ids=["reentrant", "context"],
+)
+def test_checkpointing_that_cannot_keep_anything_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("qwen3").gradient_checkpointing_enable(given)
 
 
 def test_a_model_on_its_own_attention_is_checkpointed_as_ever():

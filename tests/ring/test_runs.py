@@ -5,13 +5,13 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash.ring.runs import Run, Runs, of_intervals
+from ringflash.ring.runs import Run, Runs
 
 bounds = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=6)
 
 
 def made(drawn, gap=1):
-    return of_intervals([begin for begin, _ in drawn], [begin + n for begin, n in drawn], gap)
+    return Runs.covering((Run(begin, begin + n) for begin, n in drawn), gap)
 
 
 def held(runs):

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
@@ -70,6 +71,37 @@ def test_waits_bytes_and_hops_are_counted_and_handed_over_once(ranks):
         assert first["ring_gib"] * 2**30 == 2 * tokens * of_a_token
         assert first["ring_wait_seconds"] > 0
         assert second == {"ring_wait_seconds": 0.0, "ring_gib": 0.0, "ring_hops": 0}
+
+
+class Passing:
+    """An event on a GPU that comes when it is told to."""
+
+    passed = False
+
+    def __init__(self, enable_timing=True):
+        pass
+
+    def record(self):
+        pass
+
+    def query(self):
+        return Passing.passed
+
+    def elapsed_time(self, end):
+        return 5.0
+
+
+def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Passing)
+    monkeypatch.setattr(Passing, "passed", False)
+    guard = Watch(60.0, end=lambda: pytest.fail("ended"))
+    guard.wait([], "on the GPU", [1], 8, torch.device("cuda"))
+    guard.wait([], "on the host", [2], 8, torch.device("cpu"))
+    assert "on the GPU: waits for rank 1" in guard.where()
+    Passing.passed = True
+    assert guard.take()["ring_wait_seconds"] == pytest.approx(5e-3, abs=1e-3)
+    assert "waits for no rank in the ring" in guard.where()
+    guard.close()
 
 
 def test_a_watch_with_nothing_to_wait_for_stays_silent(capsys):

@@ -42,6 +42,21 @@ def test_the_launcher_tells_how_many_ranks_a_machine_has(monkeypatch, launcher, 
     assert world.ranks_here() == here
 
 
+def test_a_launcher_that_tells_a_rank_its_number_alone_gets_its_gpu(monkeypatch):
+    """Slurm's srun or mpirun without torchrun: 16 ranks of two machines, 8 GPUs on each."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert world._device() == torch.device("cuda", 3)
+    assert taken == [3]
+    assert world.ranks_here() == 8
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes a GPU for each of two ranks")
 def test_a_rings_transfers_run_on_a_stream_of_high_priority(tmp_path):
