@@ -595,10 +595,12 @@ def forward(
     q_tiles = order.busy if in_place else order.tiles.shape[1]  # in place, what sees nothing has its result
     if not q_tiles:
         return Partial(out, lse)
+    out_tiles = tiles(out, ROWS.value)
+    carry_tiles = out_tiles if carry is None or in_place else tiles(carry.out, ROWS.value)
     with torch.cuda.device_of(q):
         forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
-            *(tiles(out if carry is None else carry.out, ROWS.value), tiles(out, ROWS.value)),
+            *(carry_tiles, out_tiles),
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(counter(q.device), order.tiles, interval_stride(order.tiles), q_tiles),

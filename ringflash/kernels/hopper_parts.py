@@ -341,7 +341,7 @@ def check_inputs(q: Tensor, k: Tensor, scale: float, softcap: float | None, **ot
     """Raise ValueError unless the kernels take these; others: v as k is, dout as q is."""
     if reason := supports(q, k, softcap):
         raise ValueError(f"kernel=hopper {reason}")
-    portable_forward.check_inputs(q, k, scale, softcap, **others)
+    portable_forward.check_alike(q, k, scale, **others)
     check_addresses(**others)
 
 

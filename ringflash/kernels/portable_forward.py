@@ -384,9 +384,10 @@ def tma_refusal(name: str, x: Tensor) -> str | None:
     """Why the copy engine cannot address x, if it cannot."""
     if x.data_ptr() % 16:
         return f"takes tensors that begin at a multiple of 16 bytes, got {name} at {x.data_ptr() % 16} past one"
-    for dimension in range(3):
-        size = x.stride(dimension) * x.element_size()
-        if x.shape[dimension] > 1 and size % 16:
+    width = x.element_size()
+    for dimension, (count, stride) in enumerate(zip(x.shape[:3], x.stride(), strict=False)):
+        if count > 1 and stride * width % 16:
+            size = stride * width
             return f"takes strides that are multiples of 16 bytes, got {name} with stride({dimension}) of {size} bytes"
     return None
 
@@ -395,6 +396,11 @@ def check_inputs(q: Tensor, k: Tensor, scale: float, softcap: float | None, **ot
     """Raise ValueError unless the kernels take these; others: v as k is, dout as q is."""
     if reason := supports(q, k, softcap):
         raise ValueError(f"kernel=portable {reason}")
+    check_alike(q, k, scale, **others)
+
+
+def check_alike(q: Tensor, k: Tensor, scale: float, **others: Tensor) -> None:
+    """What is left of check_inputs where `supports` has been asked."""
     if scale <= 0:
         raise ValueError(f"kernel=portable takes a positive scale, got {scale}")
     for name, x in others.items():
