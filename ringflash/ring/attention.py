@@ -164,15 +164,15 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
 def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | None, call: _Call) -> list[Partial]:
     """The Partial over all keys, and the sink, for each local rank; out in q's dtype."""
     plan = call.plan
-    parts = _halves(q[0].shape[2], k[0].shape[2], plan)
-    state: list[list[Partial | None]] = [[None] * len(parts) for _ in q]  # hop 0, always computed, fills it
+    halves = _halves(q[0].shape[2], k[0].shape[2], plan)
+    state: list[list[Partial | None]] = [[None] * len(halves) for _ in q]  # hop 0, always computed, fills it
     last = [plan.computed(i)[-1] for i in range(len(q))]
     out = [torch.empty(x.shape, dtype=x.dtype if sink is None else torch.float32, device=x.device) for x in q]
     kv = _KeysOnTheirWay(plan, k, v, f"{call.layer}, forward")
 
     def add(s: int, i: int, lane: int) -> None:
         """Merge hop s into local rank i's state, for some of the heads; the last one's result is that part of out."""
-        of_q, of_k = parts[lane]
+        of_q, of_k = halves[lane]
         hop = plan.hops[s][i]
         for intervals in hop.intervals:
             k_here, v_here = kv.at(s, i)
@@ -183,17 +183,17 @@ def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | N
                 out=out[i][:, :, of_q] if final else None,
             )  # fmt: skip
 
-    with Lanes(len(parts), plan.ring.device) as lanes:
+    with Lanes(len(halves), plan.ring.device) as lanes:
         for s in range(plan.ring.size):
             kv.arrive()
             lanes.fork()
             with lanes.on(lanes.last):  # here both are done with hop s - 1, whose buffer this fills
                 kv.send_for(s + 1)
-            for lane in range(len(parts)):
+            for lane in range(len(halves)):
                 with lanes.on(lane):
                     for i in range(len(q)):
                         add(s, i, lane)
-    lse = [_together([part.lse for part in heads], dim=1) for heads in state]  # type: ignore[union-attr]
+    lse = [_together([half.lse for half in heads], dim=1) for heads in state]  # type: ignore[union-attr]
     lanes.fork()  # lane 1's memory was read here, and may be given out there as soon as this returns
     whole = [Partial(*pair) for pair in zip(out, lse, strict=True)]
     return whole if sink is None else [_with_sink(p, sink, q[0].dtype) for p in whole]
