@@ -42,7 +42,7 @@ from ringflash.mask import IntervalMask
 _TILE = 128
 # Chunks that a rank is dealt, each of so many tokens at least, in the order in which they are tried.
 _GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
-# Chunks that are dealt at most: the time that takes grows with their square, to 1.5 s for these.
+# Chunks that are dealt at most: the time that takes grows with their square, to seconds for these.
 _CHUNKS = 4096
 
 
