@@ -113,13 +113,15 @@ class _RingAttention(torch.autograd.Function):
         kv_heads = k.shape[2]
         ranks, ulysses = len(call.plan.ring.local), call.plan.ulysses
         if ulysses is not None:
-            q, k, v = ulysses.queries(q), ulysses.keys(k), ulysses.keys(v)
+            about = f"{call.layer}, forward, exchange of"
+            q = ulysses.queries(q, f"{about} queries")
+            k, v = ulysses.keys(k, f"{about} keys"), ulysses.keys(v, f"{about} values")
 
         def compute() -> tuple[Tensor, Tensor]:
             q_, k_, v_ = (_by_rank(x, ranks) for x in (q, k, v))
             parts = _forward(q_, k_, v_, call.own_sink(sink), call)
             out, lse = _together([p.out for p in parts]), _together([p.lse for p in parts])
-            return out if ulysses is None else ulysses.tokens(out), lse
+            return out if ulysses is None else ulysses.tokens(out, f"{call.layer}, forward, exchange of results"), lse
 
         out, lse = kept_or_computed(compute)
         ctx.save_for_backward(q, k, v, sink, out, lse)
@@ -145,7 +147,9 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
         dout = dout.contiguous()
     delta = ctx.call.kernel.delta(out, dout)
     if ulysses is not None:
-        dout, delta = ulysses.queries(dout), ulysses.queries(delta.transpose(1, 2)).transpose(1, 2).contiguous()
+        about = f"{ctx.call.layer}, backward, exchange of"
+        dout = ulysses.queries(dout, f"{about} results' gradients")
+        delta = ulysses.queries(delta.transpose(1, 2), f"{about} delta").transpose(1, 2).contiguous()
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
     dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call)
     dsink = None
@@ -156,8 +160,9 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
         dsink = torch.zeros_like(sink)
         ctx.call.own_sink(dsink).copy_(-(weight * delta).sum((0, 2)))
     if ulysses is not None:
-        dq = ulysses.tokens(dq.to(q.dtype))
-        dk, dv = (ulysses.key_gradients(x, ctx.kv_heads) for x in (dk, dv))
+        dq = ulysses.tokens(dq.to(q.dtype), f"{about} queries' gradients")
+        dk = ulysses.key_gradients(dk, ctx.kv_heads, f"{about} keys' gradients")
+        dv = ulysses.key_gradients(dv, ctx.kv_heads, f"{about} values' gradients")
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
 
 

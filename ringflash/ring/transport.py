@@ -139,7 +139,7 @@ class _InFlight:
     def wait(self) -> None:
         """Wait for every work of the batch."""
         if self.watch is not None:
-            self.watch.wait(self.works, self.about, self.sources, self.size, self.device)
+            self.watch.wait(self.works, "ring", self.about, self.sources, self.size, self.device)
             return
         for work in self.works:
             work.wait()

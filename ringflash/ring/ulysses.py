@@ -18,41 +18,55 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringflash.ring.watch import Watch
+
 
 class Ulysses:
-    """The ranks that share a ring shard; one process a rank, over a torch.distributed group."""
+    """The ranks that share a ring shard; one process a rank, over a torch.distributed group.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    A watch, where given, is told of every exchange, `about` which is layer, pass and what is exchanged.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, watch: Watch | None = None) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
+        self.watch = watch
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor, about: str) -> Tensor:
         """[B, s, H, ...] of this rank's tokens to [B, size * s, H / size, ...] of the ring shard's."""
         batch, tokens, heads, *rest = x.shape
-        by_rank = x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0).contiguous()
-        gathered = torch.empty_like(by_rank)
-        dist.all_to_all_single(gathered, by_rank, group=self.group)
+        gathered = self._exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), about)
         return gathered.movedim(0, 1).reshape(batch, self.size * tokens, heads // self.size, *rest)
 
-    def tokens(self, x: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, about: str) -> Tensor:
         """The inverse of `queries`."""
-        by_rank = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
-        gathered = torch.empty_like(by_rank)
-        dist.all_to_all_single(gathered, by_rank, group=self.group)
-        return gathered.movedim(0, 2).flatten(2, 3)
+        return self._exchange(x.unflatten(1, (self.size, -1)).movedim(1, 0), about).movedim(0, 2).flatten(2, 3)
 
-    def keys(self, x: Tensor) -> Tensor:
+    def keys(self, x: Tensor, about: str) -> Tensor:
         """As `queries`, for KV heads: with fewer than ranks, each goes to size / H ranks."""
-        return self.queries(x.repeat_interleave(max(1, self.size // x.shape[2]), dim=2))
+        return self.queries(x.repeat_interleave(max(1, self.size // x.shape[2]), dim=2), about)
 
-    def key_gradients(self, x: Tensor, heads: int) -> Tensor:
+    def key_gradients(self, x: Tensor, heads: int, about: str) -> Tensor:
         """The inverse of `keys` for fp32 gradients, to `heads` heads: what several ranks found for one is summed."""
-        return self.tokens(x).unflatten(2, (heads, -1)).sum(3)
+        return self.tokens(x, about).unflatten(2, (heads, -1)).sum(3)
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of something that has an entry a query head, [Hq]."""
         return x.unflatten(0, (self.size, -1))[self.rank]
+
+    def _exchange(self, x: Tensor, about: str) -> Tensor:
+        """Entry r of x [size, ...] goes to rank r, and what comes from it takes its place; nothing hides this."""
+        outgoing = x.contiguous()
+        incoming = torch.empty_like(outgoing)
+        work = dist.all_to_all_single(incoming, outgoing, group=self.group, async_op=True)
+        if self.watch is None:
+            work.wait()
+            return incoming
+        others = [rank for rank in dist.get_process_group_ranks(self.group) if rank != dist.get_rank()]
+        size = incoming.nbytes // self.size * len(others)
+        self.watch.wait([work], "ulysses", about, others, size, incoming.device)
+        return incoming
 
 
 def heads_refusal(size: int, heads: int, kv_heads: int) -> str | None:

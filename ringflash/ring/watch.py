@@ -1,11 +1,11 @@
-"""Watch: what each hop of a ring waits for; how long, for the metrics; and who says what when a ring stands still.
+"""Watch: what attention waits for; how long, for the metrics; and who says what when a ring stands still.
 
-A rank that hangs leaves all others waiting, each for its neighbour, without a word. The watch is a thread that looks
-at the oldest wait under way. When none has ended for `limit` seconds it tells the other ranks through their store, and
-every rank says where it is:
+A rank that hangs leaves all others waiting, in a hop of the ring or an exchange of heads, without a word. The watch is
+a thread that looks at the oldest wait under way. When none has ended for `limit` seconds it tells the other ranks
+through their store, and every rank says where it is:
 
     ringflash: rank 2, step 12, layer 5, backward, hop 3: waits for rank 1 since 300 s
-    ringflash: rank 1, step 12: waits for no rank in the ring; its last hop was layer 5, backward, hop 2
+    ringflash: rank 1, step 12: waits for no rank; its last wait was in layer 5, backward, hop 2
 
 then all end. A layer never blocks for the watch: on CUDA two events frame each wait on the compute stream, and the
 thread asks whether they have passed.
@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -28,16 +29,28 @@ POLL = 0.25  # seconds between two looks
 LAST_WORDS = 3.0  # seconds between what a rank says and its end: launchers end all ranks as soon as one leaves
 _KEY = "ringflash/stands-still"
 
+Kind = Literal["ring", "ulysses"]
+
+
+@dataclass
+class Traffic:
+    """What this rank's exchanges of one kind cost: seconds of waiting, bytes received, exchanges."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+    exchanges: int = 0
+
 
 @dataclass(frozen=True, eq=False)
 class _Wait:
+    kind: Kind
     about: str
     sources: tuple[int, ...]
     on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None  # before and after the wait, on the compute stream
 
 
 class Watch:
-    """The waits of one process. Its methods are called by the transport, but for `step` and `take`.
+    """The waits of one process, of which ring and Ulysses tell it. `step` is the caller's to set.
 
     limit: seconds; rank: this process's in the run, as users know it; store: the run's, or None for a process alone;
     end: what ends the process once all has been said.
@@ -50,16 +63,17 @@ class Watch:
         self._store, self._end = store, end or (lambda: os._exit(1))
         self._waits: deque[_Wait] = deque()
         self._moved = time.monotonic()
-        self._last = "none yet"
-        self._exposed, self._bytes, self._hops = 0.0, 0, 0
+        self._last = "no layer yet"
+        self._traffic: dict[Kind, Traffic] = {"ring": Traffic(), "ulysses": Traffic()}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True).start()
 
     def wait(
-        self, works: Sequence[dist.Work], about: str, sources: Sequence[int], size: int, device: torch.device
-    ) -> None:
+        self, works: Sequence[dist.Work], kind: Kind, about: str, sources: Sequence[int], size: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes from `sources`."""
         on_gpu = None
         if device.type == "cuda":
@@ -67,8 +81,9 @@ class Watch:
         with self._lock:
             if not self._waits:
                 self._moved = time.monotonic()
-            self._waits.append(wait := _Wait(about, tuple(sources), on_gpu))
-            self._bytes, self._hops = self._bytes + size, self._hops + 1
+            self._waits.append(wait := _Wait(kind, about, tuple(sources), on_gpu))
+            self._traffic[kind].bytes += size
+            self._traffic[kind].exchanges += 1
         start = time.perf_counter()
         if on_gpu is not None:
             on_gpu[0].record()
@@ -78,20 +93,18 @@ class Watch:
             on_gpu[1].record()
             return
         with self._lock:
-            self._exposed += time.perf_counter() - start
             self._waits.remove(wait)  # before it there may be some that a GPU has not passed yet
-            self._passed(wait)
+            self._passed(wait, time.perf_counter() - start)
 
-    def take(self) -> dict[str, float]:
-        """What the hops since the last call cost: seconds of waiting, GiB received, hops.
+    def take(self) -> dict[Kind, Traffic]:
+        """What exchanges since the last call cost.
 
         Waiting is that of streams for transfers. Of two lanes one may have computed while the other waited, so it is an
         upper bound of what no computing hid.
         """
         with self._lock:
             self._advance()
-            taken = {"ring_wait_seconds": self._exposed, "ring_gib": self._bytes / 2**30, "ring_hops": self._hops}
-            self._exposed, self._bytes, self._hops = 0.0, 0, 0
+            taken, self._traffic = self._traffic, {"ring": Traffic(), "ulysses": Traffic()}
         return taken
 
     def close(self) -> None:
@@ -101,10 +114,10 @@ class Watch:
     def _advance(self) -> None:
         """Let go of waits that the GPU has passed."""
         while self._waits and (events := self._waits[0].on_gpu) is not None and events[1].query():
-            self._exposed += events[0].elapsed_time(events[1]) / 1e3
-            self._passed(self._waits.popleft())
+            self._passed(self._waits.popleft(), events[0].elapsed_time(events[1]) / 1e3)
 
-    def _passed(self, wait: _Wait) -> None:
+    def _passed(self, wait: _Wait, seconds: float) -> None:
+        self._traffic[wait.kind].seconds += seconds
         self._last, self._moved = wait.about, time.monotonic()
 
     def _look(self, device: int | None) -> None:
@@ -130,9 +143,7 @@ class Watch:
         """Rank, step, and what the rank waits for."""
         with self._lock:
             if not self._waits:
-                return (
-                    f"rank {self.rank}, step {self.step}: waits for no rank in the ring; its last hop was {self._last}"
-                )
+                return f"rank {self.rank}, step {self.step}: waits for no rank; its last wait was in {self._last}"
             wait, seconds = self._waits[0], time.monotonic() - self._moved
         neighbours = " and ".join(f"rank {source}" for source in wait.sources) or "what it sent to be taken"
         return f"rank {self.rank}, step {self.step}, {wait.about}: waits for {neighbours} since {seconds:.0f} s"

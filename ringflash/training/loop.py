@@ -91,7 +91,7 @@ def fit(config: Config, resolved: str) -> None:
             "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
             "lr": engine.get_lr()[0],
             **speed.record(result.pairs.item(), time.perf_counter() - begun),
-            **_ring_record(world, result.imbalance),
+            **_traffic_record(world, result.imbalance),
         }
         if config.data.held_out and _due(step, config.evaluation.every):
             record["held_out_loss"] = _held_out_loss(engine, held_out, config, world, layout_for)
@@ -172,16 +172,21 @@ class _Speed:
         return record
 
 
-def _ring_record(world: World, imbalance: float) -> dict[str, float]:
-    """What rings did since the last call: wait, hops and imbalance of the rank that has most; GiB that all received.
+def _traffic_record(world: World, imbalance: float) -> dict[str, float]:
+    """What was exchanged since the last call: wait, hops and imbalance of the rank that has most; GiB of all ranks.
 
     Called where the step's loss has been read, so that what the GPU waited is known.
     """
     taken = world.watch.take()
-    gib = world.sum(torch.tensor(taken["ring_gib"], dtype=torch.float64, device=world.device))
-    most = torch.tensor([taken["ring_wait_seconds"], taken["ring_hops"], imbalance], dtype=torch.float64)
-    wait, hops, imbalance = world.max(most.to(world.device)).tolist()
-    return {"ring_wait_seconds": wait, "ring_gib": gib.item(), "ring_hops": int(hops), "imbalance": imbalance}
+    ring, ulysses = taken["ring"], taken["ulysses"]
+    received = torch.tensor([ring.bytes, ulysses.bytes], dtype=torch.float64, device=world.device)
+    ring_gib, ulysses_gib = (world.sum(received) / 2**30).tolist()
+    most = torch.tensor([ring.seconds, ulysses.seconds, ring.exchanges, imbalance], dtype=torch.float64)
+    ring_wait, ulysses_wait, hops, imbalance = world.max(most.to(world.device)).tolist()
+    record = {"ring_wait_seconds": ring_wait, "ring_gib": ring_gib, "ring_hops": int(hops), "imbalance": imbalance}
+    if world.ulysses is not None:
+        record |= {"ulysses_wait_seconds": ulysses_wait, "ulysses_gib": ulysses_gib}
+    return record
 
 
 def _due(step: int, every: int) -> bool:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
 from ringflash.ring import watch
-from ringflash.ring.watch import Watch
+from ringflash.ring.watch import Traffic, Watch
 from tests.ring.test_attention import whole_inputs
 
 
@@ -47,7 +47,7 @@ def test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends(ranks):
     said = ranks.run(with_one_rank_that_never_comes, 3, 1)
     assert said[0].startswith("ringflash: rank 0, step 12, layer 5, forward, hop ")
     assert said[2].startswith("ringflash: rank 2, step 12, layer 5, forward, hop 1: waits for rank 1 since ")
-    assert "rank 1, step 12: waits for no rank in the ring; its last hop was layer 5, backward" in said[1]
+    assert "rank 1, step 12: waits for no rank; its last wait was in layer 5, backward" in said[1]
 
 
 def telemetry():
@@ -67,10 +67,10 @@ def test_waits_bytes_and_hops_are_counted_and_handed_over_once(ranks):
     of_a_token = 2 * 2 * 16 * 4  # keys and values, two KV heads of 16, fp32
     for (first, second), tokens in zip(ranks.run(telemetry, 2), tokens_received, strict=True):
         # two layers; forward and backward one hop of keys, backward also one of gradients in two halves
-        assert first["ring_hops"] == 2 * (1 + 1 + 2)
-        assert first["ring_gib"] * 2**30 == 2 * tokens * of_a_token
-        assert first["ring_wait_seconds"] > 0
-        assert second == {"ring_wait_seconds": 0.0, "ring_gib": 0.0, "ring_hops": 0}
+        assert first["ring"].exchanges == 2 * (1 + 1 + 2)
+        assert first["ring"].bytes == 2 * tokens * of_a_token
+        assert first["ring"].seconds > 0
+        assert first["ulysses"] == second["ring"] == second["ulysses"] == Traffic()
 
 
 class Passing:
@@ -95,12 +95,12 @@ def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Passing)
     monkeypatch.setattr(Passing, "passed", False)
     guard = Watch(60.0, end=lambda: pytest.fail("ended"))
-    guard.wait([], "on the GPU", [1], 8, torch.device("cuda"))
-    guard.wait([], "on the host", [2], 8, torch.device("cpu"))
+    guard.wait([], "ring", "on the GPU", [1], 8, torch.device("cuda"))
+    guard.wait([], "ring", "on the host", [2], 8, torch.device("cpu"))
     assert "on the GPU: waits for rank 1" in guard.where()
     Passing.passed = True
-    assert guard.take()["ring_wait_seconds"] == pytest.approx(5e-3, abs=1e-3)
-    assert "waits for no rank in the ring" in guard.where()
+    assert guard.take()["ring"].seconds == pytest.approx(5e-3, abs=1e-3)
+    assert "waits for no rank; its last wait was in on the GPU" in guard.where()
     guard.close()
 
 

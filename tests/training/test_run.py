@@ -62,6 +62,7 @@ def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_m
         assert record["ring_hops"] == 2 * (1 + 1 + 2)
         assert record["ring_wait_seconds"] > 0
         assert record["ring_gib"] > 0
+        assert "ulysses_gib" not in record
         assert 0 < record["pairs"] <= 2 * 64 * 65 / 2
         assert 0 <= record["imbalance"] < 1
     assert (folder / "loss.png").stat().st_size > 1000
@@ -137,12 +138,21 @@ def test_a_rank_that_raises_while_others_wait_in_the_ring_ends_the_run_with_its_
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_run_with_a_line_of_every_rank(text):
-    waiting, hanging = failing(text, "hang", "parallel.hop_timeout_seconds=2")
-    assert waiting.startswith("ringflash: rank 0, step 1, layer 1, backward, hop 1: waits for rank 1 since ")
-    assert hanging == (
-        "ringflash: rank 1, step 1: waits for no rank in the ring; its last hop was layer 0, forward, hop 1"
-    )
+@pytest.mark.parametrize(
+    ("ulysses", "waiting", "hanging"),
+    [
+        (1, "step 1, layer 1, backward, hop 1", "step 1: waits for no rank; its last wait was in layer 0, forward, hop 1"),
+        (
+            2, "step 3, layer 0, forward, exchange of results",
+            "step 3: waits for no rank; its last wait was in layer 0, forward, exchange of values",
+        ),
+    ],
+    ids=["ring", "ulysses"],
+)  # fmt: skip
+def test_a_rank_that_hangs_ends_the_run_with_a_line_of_every_rank(text, ulysses, waiting, hanging):
+    said = failing(text, "hang", "parallel.hop_timeout_seconds=2", f"parallel.ulysses={ulysses}")
+    assert said[0].startswith(f"ringflash: rank 0, {waiting}: waits for rank 1 since ")
+    assert said[1:] == [f"ringflash: rank 1, {hanging}"]
 
 
 BAD_INPUT = {
@@ -191,6 +201,21 @@ def test_a_corpus_of_one_document_trains_with_nothing_held_out(tmp_path):
     assert "loss plot" in stdout
     records = read(tmp_path / "runs" / "one" / "metrics.jsonl")
     assert [(r["step"], "held_out_loss" in r) for r in records] == [(1, False), (2, False)]
+
+
+@pytest.mark.slow
+def test_the_record_counts_what_all_ranks_of_ring_and_ulysses_received(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "book.txt").write_text("a long book. " * 100)
+    settings = ["data.held_out=0", "optim.steps=1", "parallel.ulysses=2", "parallel.layout=contiguous", "name=counted"]
+    run(command(tmp_path / "text", *settings, ranks=4))
+    (record,) = read(tmp_path / "runs" / "counted" / "metrics.jsonl")
+    # Of 64 tokens the second half sees the first: its keys move twice, its gradients once. Two layers; of each token,
+    # keys and values of two heads of 8 in fp32, of which either of a row's two ranks has one.
+    assert record["ring_gib"] * 2**30 == 2 * (3 * 32) * (2 * 2 * 8 * 4)
+    # Four ranks swap half of their 16 tokens' q, out and their gradients, keys, values and theirs; and delta.
+    assert record["ulysses_gib"] * 2**30 == 2 * 4 * 16 // 2 * (4 * 4 * 8 + 4 * 2 * 8 + 4) * 4
+    assert record["ulysses_wait_seconds"] > 0
 
 
 @pytest.mark.slow
