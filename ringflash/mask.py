@@ -164,6 +164,21 @@ class IntervalMask:
         lo = torch.maximum(self.lo, other.lo)
         return IntervalMask(lo, torch.maximum(lo, torch.minimum(self.hi, other.hi)), self.keys)
 
+    def windowed(self, left: int, first: int = 0) -> tuple[IntervalMask, ...]:
+        """What each query sees of itself and `left` keys before it; and of the first keys that it sees, those before.
+
+        The `first` tokens of a sequence, or a document, that every window shows besides are StreamingLLM's attention
+        sinks (arXiv:2309.17453). The masks share no pair: attention is over their union.
+        """
+        near = self & IntervalMask.window(self.queries, left)
+        if first == 0:
+            return (near,)
+        if first < 0:
+            raise ValueError(f"a window shows 0 or more first tokens, got first={first}")
+        before = (torch.arange(self.queries) - left).clamp(min=0)
+        end = torch.minimum(torch.minimum(self.lo + first, before), self.hi)
+        return near, IntervalMask(self.lo, torch.maximum(self.lo, end), self.keys)
+
     def restrict(self, queries: Tensor, keys: Tensor) -> IntervalMask:
         """The mask among some queries and keys, renumbered: what one shard sees of another.
 

@@ -192,7 +192,7 @@ def _keep_attention_in_checkpoints(
 
     Its caller may be transformers' Trainer, which knows nothing of a ring; without this, recomputing a layer would send
     keys round again. Raises ValueError for use_reentrant=True and another context_fn, which leave no place to keep
-    anything. A model that gets this attention later needs the call again.
+    anything. A model that gets this attention later needs the call again, as its first backward then says.
     """
     if self.config._attn_implementation == "ring":
         ours = {"use_reentrant": False, "context_fn": keep_attention}
@@ -217,13 +217,16 @@ def ring_inputs(
     ring: Ring,
     ulysses: Ulysses | None = None,
     documents: list[list[int]] | list[int] | None = None,
+    first: int = 0,
     layout: str = "zigzag",
 ) -> dict[str, Any]:
     """This rank's keyword arguments for a causal language model's forward, from whole sequences.
 
     input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted. documents: token counts
     of packed documents, one list or one a row, that sum to S; no token sees or predicts another document's. Any S will
-    do for any ring. layout: "contiguous", "zigzag", "striped" or, for packed documents, "balanced".
+    do for any ring. first: how many of a document's first tokens layers
+    with a sliding window see besides it. layout: "contiguous", "zigzag", "striped" or, for packed documents,
+    "balanced".
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
@@ -240,11 +243,12 @@ def ring_inputs(
         document = _documents_mask(documents, rows, length)
         mask = IntervalMask.causal(length) & document
         chosen = Layout.of(layout, mask, ring.size, 1 if ulysses is None else ulysses.size)
+        plan = AttentionPlan(mask, chosen, ring, ulysses, first)
     except (ValueError, TypeError):
         _agree(torch.tensor(_REFUSED, device=ring.device), shared)
         raise
-    _agree(_checksum(ring.device, input_ids, labels, document.lo, document.hi, chosen.chunks), shared)
-    plan = AttentionPlan(mask, chosen, ring, ulysses)
+    given = (input_ids, labels, document.lo, document.hi, chosen.chunks, torch.tensor([first]))
+    _agree(_checksum(ring.device, *given), shared)
     inputs = {"input_ids": plan.shard(input_ids), "position_ids": plan.position_ids(len(input_ids)), "plan": plan}
     if labels is not None:
         last = document.hi <= torch.arange(1, length + 1)
@@ -304,9 +308,12 @@ def _agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
     if greatest == least or checksum == _REFUSED:
         return
     if least == _REFUSED:
-        raise ValueError("another rank of the ring refused its input_ids, labels, documents or layout: see its error")
+        raise ValueError(
+            "another rank of the ring refused its input_ids, labels, documents, first or layout: see its error"
+        )
     raise ValueError(
-        "input_ids, labels, documents and layout must be the same on every rank of a ring: each takes its shard of them"
+        "input_ids, labels, documents, first and layout must be the same on every rank of a ring: each takes its shard "
+        "of them"
     )
 
 

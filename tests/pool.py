@@ -44,7 +44,8 @@ class Pool:
         Ranks that wait for one that raised never answer: then all processes are started anew.
         """
         self._grow(size)
-        with tempfile.TemporaryDirectory() as folder:
+        # A rank's store may write a last time after the rank has answered.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for pipe in self.pipes[:size]:
                 pipe.send((function, size, f"file://{folder}/store", args))
             answers: dict[int, object] = {}

@@ -19,6 +19,15 @@ def test_any_combination_of_masks_shows_what_its_ingredients_show(case):
     assert torch.equal(mask.dense(), dense)
 
 
+@given(st.data(), lengths, st.integers(0, 12), st.integers(0, 5))
+def test_windows_and_first_tokens_share_no_pair_and_show_what_they_say(data, length, left, first):
+    mask, dense = data.draw(masks(length))
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    earliest = torch.where(dense.any(2), dense.int().argmax(2), length)[..., None]
+    shown = dense & (j <= i) & ((j >= i - left) | (j < earliest + first))
+    assert torch.equal(sum(part.dense().int() for part in mask.windowed(left, first)), shown.int())
+
+
 @given(lengths.flatmap(masks))
 def test_transpose_gives_the_queries_that_see_each_key(case):
     mask, dense = case
@@ -58,6 +67,7 @@ def test_intervals_hold_the_mask_and_its_transpose_as_int32(case):
     [
         (lambda: IntervalMask(torch.tensor([[0, 2, 1]]), torch.tensor([[3, 3, 3]]), 3), "lo must not decrease"),
         (lambda: IntervalMask(torch.tensor([[2]]), torch.tensor([[1]]), 3), "lo must not exceed hi"),
+        (lambda: IntervalMask.causal(8).windowed(3, first=-1), "0 or more first tokens, got first=-1"),
         (lambda: IntervalMask(torch.tensor([[0]]), torch.tensor([[4]]), 3), r"hi must lie in 0\.\.3, got 4"),
         (lambda: IntervalMask.documents([5, 4], length=8), "documents hold 9 tokens, more than the sequence's 8"),
         (lambda: IntervalMask.documents([5, -1]), "must not be negative"),

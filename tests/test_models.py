@@ -238,3 +238,27 @@ def test_a_kernel_that_cannot_run_on_the_device_is_refused_with_its_reason(kerne
 def test_a_kernel_for_every_device_is_not_refused(kernel):
     config = ModelConfig(architecture={"model_type": "gemma2", **TINY}, kernel=kernel)
     check_kernel(config, read_config(config), torch.device("cpu"))
+
+
+def test_windows_of_layers_show_first_tokens_where_ring_inputs_is_told_to():
+    model, tokens = tiny("mistral").eval(), torch.randint(1, 97, (1, 32))
+    found = model(**ring_inputs(tokens, ring=Loopback(1), documents=[20, 12], first=2)).logits
+    i, j = torch.arange(32)[:, None], torch.arange(32)
+    document = (i < 20) == (j < 20)
+    seen = (j <= i) & document & ((i - j < 7) | (j < 2) | ((j >= 20) & (j < 22)))
+    bias = torch.zeros(1, 1, 32, 32).masked_fill(~seen, torch.finfo(torch.float32).min)
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=tokens, attention_mask=bias, position_ids=torch.arange(32)[None], use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_gives_the_same_gradients():
+    """Attention runs as it is between graphs, which are compiled."""
+    model, tokens = tiny("llama"), torch.randint(1, 97, (1, 32))
+    inputs = ring_inputs(tokens, tokens, ring=Loopback(2))
+    loss, gradients = loss_and_gradients(model, inputs)
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    again, compiled = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(again, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[name], gradient, msg=name)

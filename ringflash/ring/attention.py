@@ -123,7 +123,7 @@ class _RingAttention(torch.autograd.Function):
             out, lse = _together([p.out for p in parts]), _together([p.lse for p in parts])
             return out if ulysses is None else ulysses.tokens(out, f"{call.layer}, forward, exchange of results"), lse
 
-        out, lse = kept_or_computed(compute)
+        out, lse = kept_or_computed(compute, travels=call.plan.ring.size > 1 or ulysses is not None)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.call, ctx.kv_heads = call, kv_heads
         return out

@@ -89,7 +89,7 @@ def best_ulysses(
         moved = (4 * 2 * heads.query + 2 * (2 + 4) * heads.key) * heads.dim * length / ranks * (1 - 1 / ulysses)
         seconds[ulysses] = hops + moved / in_node.bytes_per_second
     best = min(seconds, key=seconds.__getitem__)
-    told = ", ".join(f"{u} x {ranks // u}: {1e3 * t:.2f} ms" for u, t in seconds.items())
+    told = ", ".join(f"{u} x {ranks // u}: {1e3 * t:.4g} ms" for u, t in seconds.items())
     return best, f"ulysses={best} x ring={ranks // best}, the least predicted time of a layer's attention ({told})"
 
 

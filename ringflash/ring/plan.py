@@ -34,6 +34,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from itertools import combinations
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,15 +105,17 @@ class AttentionPlan:
     """One step's attention: mask, layout and ring, and the hops and routes that follow from them.
 
     mask may be a tuple of masks that share no pair: attention is then over the union of what they show. With ulysses,
-    each ring shard of the layout is divided among its ranks. hops[s][i] is hop s of local rank ring.local[i]; routes[c]
-    is that of rank c's keys; tokens, which rank holds which tokens outside attention, and holders, which of its ranks
-    are local. Raises ValueError where masks, layout and ring do not fit, TypeError where they are none.
+    each ring shard of the layout is divided among its ranks. first: how many of a document's first tokens the windows
+    of layers (`window`) show besides. hops[s][i] is hop s of local rank ring.local[i]; routes[c] is that of rank c's
+    keys; tokens, which rank holds which tokens outside attention, and holders, which of its ranks are local. Raises
+    ValueError where masks, layout and ring do not fit, TypeError where they are none.
     """
 
     mask: IntervalMask | tuple[IntervalMask, ...]
     layout: Layout
     ring: Ring
     ulysses: Ulysses | None = None
+    first: int = 0
     tokens: Layout = field(init=False)
     holders: tuple[int, ...] = field(init=False)
     masks: tuple[IntervalMask, ...] = field(init=False)
@@ -141,6 +144,10 @@ class AttentionPlan:
                 raise ValueError(
                     f"a mask of {mask.queries} x {mask.keys} does not fit a layout of {self.layout.length} tokens"
                 )
+        if not isinstance(self.first, Integral):
+            raise TypeError(f"first must be a number of tokens, got {self.first!r:.100}")
+        if self.first < 0:
+            raise ValueError(f"first must be 0 or more tokens, got {self.first}")
         if self.layout.ranks != self.ring.size:
             raise ValueError(f"a layout for {self.layout.ranks} ranks does not fit a ring of {self.ring.size}")
         for a, b in combinations(self.masks, 2):
@@ -164,10 +171,17 @@ class AttentionPlan:
         return max(mask.batch for mask in self.masks)
 
     def window(self, left: int) -> AttentionPlan:
-        """The same plan with each query limited to itself and `left` keys before it; made once, then kept."""
+        """The same plan with each query limited to itself, `left` keys before it and `first` tokens; made once.
+
+        Raises ValueError for a plan of several masks, of which a window would hide what they were given to show.
+        """
+        if len(self.masks) > 1:
+            raise ValueError(
+                f"a plan of {len(self.masks)} masks cannot be limited to windows of {left + 1}: for layers with "
+                f"windows that show first tokens besides, give one mask and first=N"
+            )
         if left not in self._windows:
-            narrow = IntervalMask.window(self.layout.length, left)
-            masks = tuple(mask & narrow for mask in self.masks)
+            masks = self.masks[0].windowed(left, self.first)
             self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
         return self._windows[left]
 

@@ -6,6 +6,7 @@
 A checkpointed layer forgets its activations and is run again in the backward. Everything in it is local and cheap to
 repeat but attention, whose ring would travel a third time. `ring_attention` therefore leaves its (out, lse) with the
 checkpoint, [B, S, Hq, D] in the model's dtype and fp32 [B, Hq, S] a layer, and takes it from there when run again.
+A checkpoint that does not keep it is met with an error in the backward, where the ring would run again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
 _active = threading.local()
@@ -25,10 +27,21 @@ def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
     return _Keep(kept), _Replay(kept)
 
 
-def kept_or_computed(compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """compute(), or what it gave when the checkpointed layer first ran."""
+def kept_or_computed(compute: Callable[[], tuple[Tensor, Tensor]], travels: bool) -> tuple[Tensor, Tensor]:
+    """compute(), or what it gave when the checkpointed layer first ran.
+
+    travels: whether compute() sends anything. Raises RuntimeError where it would in a recomputation.
+    """
     role = getattr(_active, "role", None)
-    return compute() if role is None else role.result(compute)
+    if role is not None:
+        return role.result(compute)
+    if travels and torch._C._current_graph_task_id() != -1:  # a forward inside a backward
+        raise RuntimeError(
+            "attention is recomputed in the backward, and the ring would run again: checkpoint layers with "
+            "use_reentrant=False and context_fn=ringflash.keep_attention, or call "
+            'model.gradient_checkpointing_enable() after set_attn_implementation("ring")'
+        )
+    return compute()
 
 
 class _Role:

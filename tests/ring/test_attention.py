@@ -117,12 +117,6 @@ def test_the_error_does_not_grow_with_the_ring():
         assert_exact(on_ring(inputs, plan), expected, layout, f"{size} ranks")
 
 
-def window_and_first_tokens(length, left, first):
-    """What StreamingLLM keeps: a window and, for tokens further on, the first few; they share no pair."""
-    beginning = (torch.arange(length) - left).clamp(0, first)[None]
-    return IntervalMask.window(length, left), IntervalMask(torch.zeros_like(beginning), beginning, length)
-
-
 class Counting(Loopback):
     """A Loopback that counts what travels, by dtype."""
 
@@ -154,7 +148,7 @@ def test_with_a_window_and_first_tokens_these_go_round_and_nothing_between():
     """The first rank's tail goes to its neighbour, its first four tokens to all."""
     length, ranks, left, first = 256, 8, 7, 4
     ring = Counting(ranks)
-    plan = AttentionPlan(window_and_first_tokens(length, left, first), Layout.contiguous(length, ranks), ring)
+    plan = AttentionPlan(IntervalMask.causal(length).windowed(left, first), Layout.contiguous(length, ranks), ring)
     on_ring([x.half() for x in whole_inputs(1, length)], plan)
     tail, head = (ranks - 1) * left, (ranks - 1) * first
     assert ring.elements[torch.float16] == 2 * (tail + head) * 2 * 2 * 16
@@ -185,7 +179,7 @@ def shuffled(length, ranks, per_rank):
         IntervalMask.window(128, 5),
         IntervalMask.causal(128) & IntervalMask.documents([3, 72, 10, 43]),
         IntervalMask.causal(128) & IntervalMask.documents([[3, 72, 10, 43], [3, 60, 22, 43]]),
-        window_and_first_tokens(128, 9, 4),
+        IntervalMask.causal(128).windowed(9, first=4),
     ],
     ids=["window", "documents", "rows", "first tokens"],
 )
@@ -206,7 +200,7 @@ def test_nothing_that_was_never_written_is_read(monkeypatch, masks, kv_heads):
 
 def test_the_union_of_disjoint_masks_is_one_attention():
     length = 60
-    masks = window_and_first_tokens(length, 9, 4)
+    masks = IntervalMask.causal(length).windowed(9, first=4)
     for ranks, name in ((1, "contiguous"), (4, "zigzag"), (5, "contiguous")):
         layout = Layout.named(name, length, ranks)
         inputs = whole_inputs(2, length)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.ring_cases import lognormal_lengths
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash.layout import LAYOUTS
+from ringflash.ring import cost
 from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest, predict
 from tests.strategies import masks
 
@@ -115,6 +116,14 @@ def test_slow_links_favour_layouts_that_send_less():
     assert name == "balanced"
     name, _ = fastest(mask, 8, LLAMA_8B, Machine(flops=500e12, bytes_per_second=1e9))
     assert name == "contiguous"
+
+
+@pytest.mark.parametrize(("gain", "picked"), [(0.015, "zigzag"), (0.025, "contiguous")])
+def test_a_gain_below_2_percent_is_not_worth_another_layout_than_zigzag(monkeypatch, gain, picked):
+    mask = IntervalMask.causal(1024)
+    contiguous = Layout.contiguous(1024, 4).chunks
+    monkeypatch.setattr(cost, "predict", lambda mask, layout, *_: 1 - gain * torch.equal(layout.chunks, contiguous))
+    assert fastest(mask, 4, LLAMA_8B, NVLINK)[0] == picked
 
 
 def test_a_ring_of_one_costs_its_pairs_alone():

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash.layout import LAYOUTS
-from tests.ring.test_attention import window_and_first_tokens
 from tests.strategies import masks
 
 
@@ -93,8 +92,8 @@ PACKED = IntervalMask.causal(LENGTH) & IntervalMask.documents([900, 9000, 3100, 
     [
         (IntervalMask.window(LENGTH, 1023), Layout.contiguous(LENGTH, 8), 0.0),
         (IntervalMask.window(LENGTH, 1023), Layout.zigzag(LENGTH, 8), 0.0),
-        (window_and_first_tokens(LENGTH, 1023, 4), Layout.contiguous(LENGTH, 8), 0.0),
-        (window_and_first_tokens(LENGTH, 1023, 4), Layout.zigzag(LENGTH, 8), 0.0),
+        (IntervalMask.causal(LENGTH).windowed(1023, first=4), Layout.contiguous(LENGTH, 8), 0.0),
+        (IntervalMask.causal(LENGTH).windowed(1023, first=4), Layout.zigzag(LENGTH, 8), 0.0),
         (IntervalMask.causal(LENGTH), Layout.zigzag(LENGTH, 8), 0.0),
         (PACKED, Layout.contiguous(LENGTH, 8), 0.0),
         (PACKED, Layout.zigzag(LENGTH, 8), 0.01),
@@ -135,6 +134,22 @@ def test_a_windowed_plan_is_made_once_and_limits_every_query():
     assert torch.equal(narrow.masks[0].dense(), IntervalMask.window(32, 3).dense())
 
 
+def test_windows_show_first_tokens_besides_where_the_plan_says_so():
+    mask, layout = IntervalMask.causal(32) & IntervalMask.documents([20, 12]), Layout.zigzag(32, 2)
+    narrow = AttentionPlan(mask, layout, Loopback(2), first=2).window(3)
+    i, j = torch.arange(32)[:, None], torch.arange(32)
+    shown = mask.dense()[0] & ((j >= i - 3) | (j < 2) | ((j >= 20) & (j < 22)))
+    assert torch.equal(sum(mask.dense()[0].int() for mask in narrow.masks), shown.int())
+    assert sum(hop.pairs for hops in narrow.hops for hop in hops) == shown.sum()
+
+
+def test_a_plan_of_several_masks_is_not_limited_to_windows():
+    """What one of them was given to show, as first tokens far back, would be hidden without a word."""
+    plan = AttentionPlan(IntervalMask.causal(32).windowed(9, first=4), Layout.zigzag(32, 2), Loopback(2))
+    with pytest.raises(ValueError, match=r"a plan of 2 masks cannot be limited to windows of 4: .* first=N"):
+        plan.window(3)
+
+
 def test_position_ids_are_global_and_in_shard_order():
     plan = AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2))
     assert plan.position_ids(batch=2).tolist() == [[0, 1, 6, 7]] * 2 + [[2, 3, 4, 5]] * 2
@@ -145,6 +160,11 @@ def test_position_ids_are_global_and_in_shard_order():
     [
         (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(9, 2), Loopback(2)), "8 x 8 does not fit"),
         (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(3)), "2 ranks .* ring of 3"),
+        (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), first=-1), "first must .* -1"),
+        (
+            lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), first=0.5),
+            "first must .* 0.5",
+        ),
         (lambda: AttentionPlan("causal", Layout.zigzag(8, 2), Loopback(2)), "mask must be an .* got 'causal'"),
         (lambda: AttentionPlan((), Layout.zigzag(8, 2), Loopback(2)), r"mask must be an .* got \(\)"),
         (lambda: AttentionPlan(IntervalMask.causal(8), "zigzag", Loopback(2)), "layout must be a .* got 'zigzag'"),

@@ -79,6 +79,29 @@ def test_checkpointing_that_cannot_keep_anything_is_refused(given, message):
         tiny("qwen3").gradient_checkpointing_enable(given)
 
 
+def test_a_checkpoint_that_keeps_nothing_is_refused_where_the_ring_would_run_again():
+    model, tokens, ring = tiny("qwen3").train(), torch.randint(1, 97, (1, 32)), Telling(2)
+    model.set_attn_implementation("sdpa")
+    model.gradient_checkpointing_enable()
+    model.set_attn_implementation("ring")
+    inputs = ring_inputs(tokens, tokens, ring=ring)
+    loss = model(**inputs).loss
+    with pytest.raises(RuntimeError, match=r"the ring would run again: .* after set_attn_implementation"):
+        loss.backward()
+    assert not any("backward" in about for about in ring.told)
+    assert len(ring.told) == 2  # of the forwards
+    model.gradient_checkpointing_enable()
+    model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_ring_of_one_may_be_recomputed(launches, reentrant):
+    q, k, v = (torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3))
+    out = checkpoint(flash_attention, q, k, v, IntervalMask.causal(16), use_reentrant=reentrant)
+    out.sum().backward()
+    assert launches["forward"] == 2
+
+
 def test_a_model_on_its_own_attention_is_checkpointed_as_ever():
     model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))
     model.set_attn_implementation("sdpa")

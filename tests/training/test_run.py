@@ -141,7 +141,10 @@ def test_a_rank_that_raises_while_others_wait_in_the_ring_ends_the_run_with_its_
 @pytest.mark.parametrize(
     ("ulysses", "waiting", "hanging"),
     [
-        (1, "step 1, layer 1, backward, hop 1", "step 1: waits for no rank; its last wait was in layer 0, forward, hop 1"),
+        (
+            1, "step 1, layer 1, backward, hop 1",
+            "step 1: waits for no rank; its last wait was in layer 0, forward, hop 1",
+        ),
         (
             2, "step 3, layer 0, forward, exchange of results",
             "step 3: waits for no rank; its last wait was in layer 0, forward, exchange of values",
