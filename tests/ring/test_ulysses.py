@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, Ulysses, ring_attention
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
 from ringflash.ring.ulysses import heads_refusal
+from ringflash.ring.watch import Watch
 from tests.ring.test_attention import assert_exact, oracle, whole_inputs
 
 LENGTH = 75
@@ -87,3 +88,31 @@ def test_sinks_gradients_add_up_over_any_grid(ranks):
 )
 def test_heads_that_ranks_cannot_share_are_refused_with_the_numbers(size, heads, kv_heads, reason):
     assert heads_refusal(size, heads, kv_heads) == reason
+
+
+@pytest.fixture
+def nccl_of_one():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    yield dist.distributed_c10d._get_default_group()
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_stream_waits_for_an_exchange_and_the_watch_is_told(nccl_of_one):
+    guard = Watch(60.0, end=lambda: pytest.fail("ended"))
+    mask, length = IntervalMask.causal(512), 512
+    rings = [ProcessRing(nccl_of_one, "cuda"), Loopback(1, "cuda")]
+    rows = [Ulysses(nccl_of_one, guard), None]
+    inputs = [x.cuda().bfloat16() for x in whole_inputs(1, length)]
+    results = []
+    for ring, row in zip(rings, rows, strict=True):
+        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+        out = ring_attention(q, k, v, AttentionPlan(mask, Layout.contiguous(length, 1), ring, row))
+        results.append([out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])])
+    for exchanged, direct in zip(*results, strict=True):
+        torch.testing.assert_close(exchanged, direct)
+    torch.cuda.synchronize()
+    taken = guard.take()["ulysses"]
+    assert (taken.exchanges, taken.bytes) == (4 + 5, 0)  # q, k, v, out; dout, delta, dq, dk, dv: nothing from others
+    assert taken.seconds > 0
+    guard.close()
