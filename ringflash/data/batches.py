@@ -7,10 +7,11 @@ nor the way they share the rows enters, so a run resumes at any degree of parall
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,8 +67,9 @@ def stream(
     length: int,
     rows: range | None = None,
     start_step: int = 0,
-) -> Generator[tuple[Batch, dict[str, int]]]:
-    """Endless (batch, state) from `start_step` on, made ahead in a thread.
+    prepare: Callable[[Batch], Any] = lambda batch: batch,
+) -> Generator[tuple[Any, dict[str, int]]]:
+    """Endless (prepare(batch), state) from `start_step` on, made ahead in a thread.
 
     state = {"seed", "step"} is JSON and says where to go on *after* its batch:
     `stream(..., seed=state["seed"], start_step=state["step"])` continues as if there had been no interruption.
@@ -75,8 +77,8 @@ def stream(
     An error in the thread is raised here. Closing the iterator (or dropping it) ends the thread.
     """
 
-    def make(step: int) -> Batch:
-        return batch(corpus, seed=seed, step=step, batch_size=batch_size, length=length, rows=rows)
+    def make(step: int) -> Any:
+        return prepare(batch(corpus, seed=seed, step=step, batch_size=batch_size, length=length, rows=rows))
 
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
     try:

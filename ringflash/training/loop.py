@@ -22,7 +22,7 @@ from ringflash.training import checkpoint, flops, metrics
 from ringflash.training.config import Config
 from ringflash.training.export import export
 from ringflash.training.parallel import layouts, settle
-from ringflash.training.step import Layouts, build_engine, evaluate, train_step
+from ringflash.training.step import Layouts, build_engine, evaluate, prepare, train_step
 from ringflash.training.world import World, join, ranks_here, world_size
 
 
@@ -80,12 +80,13 @@ def fit(config: Config, resolved: str) -> None:
         length=config.data.sequence_length,
         rows=range(world.replica * share, (world.replica + 1) * share),
         start_step=start,
+        prepare=lambda batch: prepare(engine, batch, world, layout_for),
     )
     for step in range(start + 1, config.optim.steps + 1):
         begun = time.perf_counter()
         world.watch.step = step
-        batch, _ = next(batches)
-        result = train_step(engine, batch, world, layout_for)
+        shares, _ = next(batches)
+        result = train_step(engine, shares, world)
         record = {
             "loss": result.loss.item(),
             "gradient_norm": float(engine.get_global_grad_norm() or 0.0),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -184,21 +184,35 @@ class StepResult(NamedTuple):
     imbalance: float
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> StepResult:
-    """Run one optimizer step.
+class Share(NamedTuple):
+    """This rank's of a micro-batch: what its model takes, and the (query, key) pairs it computes in all layers."""
 
+    inputs: dict[str, Any]
+    pairs: int
+
+
+def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> list[Share]:
+    """What train_step takes of a step, by micro-batch: layouts and plans are made here, windows of layers among them.
+
+    That is the host's work, seconds where ranks are many, so a thread may do it while the step before is computed.
     batch: this replica's sequences of the step, in whole. layout_for: gives a mask its layout.
     """
-    sharded = [_shard(part, world, layout_for) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
-    valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs in sharded)).clamp(min=1)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)  # of this thread: memory would be pinned through the first GPU
+    parts = [_shard(part, world, layout_for) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
+    return [Share(inputs, _pairs(engine.module.model.config, inputs["plan"])) for inputs in parts]
+
+
+def train_step(engine: deepspeed.DeepSpeedEngine, shares: list[Share], world: World) -> StepResult:
+    """Run one optimizer step on what `prepare` made of it."""
+    valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs, _ in shares)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for inputs in sharded:
+    for inputs, _ in shares:
         loss = engine(**inputs)
         engine.backward(loss * (world.size / valid), scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
-    pairs = torch.tensor([_pairs(engine.module.model.config, inputs["plan"]) for inputs in sharded])
-    mine = pairs.double().to(world.device)  # of each micro-batch
+    mine = torch.tensor([pairs for _, pairs in shares], dtype=torch.float64, device=world.device)
     neighbours = 1 if world.ulysses is None else world.ulysses.size  # they compute the same pairs, for other heads
     loss, computed = world.sum(torch.stack([total / valid, mine.sum() / neighbours]))
     return StepResult(loss, computed, _imbalance(mine, world))

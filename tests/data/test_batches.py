@@ -84,6 +84,21 @@ def test_a_stream_makes_no_more_than_it_may_ahead_and_closing_ends_its_thread(mo
     assert threads() == []
 
 
+def test_batches_are_prepared_ahead_in_the_thread():
+    prepared = []
+
+    def prepare(batch):
+        prepared.append(threading.current_thread().name)
+        return batch.tokens.sum()
+
+    plain, running = stream(TEXTS, **SETTINGS), stream(TEXTS, **SETTINGS, prepare=prepare)
+    assert next(running)[0] == next(plain)[0].tokens.sum()
+    running.close()
+    plain.close()
+    assert len(prepared) > 1
+    assert all(name.startswith("batches") for name in prepared)
+
+
 def test_an_error_in_the_thread_reaches_the_consumer_and_ends_the_thread(monkeypatch):
     running, make = stream(TEXTS, **SETTINGS), batches.batch
 

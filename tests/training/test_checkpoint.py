@@ -8,7 +8,7 @@ import torch
 
 from ringflash.errors import ConfigError
 from ringflash.training import checkpoint
-from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, train_step
+from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, prepare, train_step
 from ringflash.training.world import World
 from tests.training.test_step import LENGTH, SEQUENCES, Layout, build, joined, sequences
 
@@ -25,7 +25,9 @@ def write_three(folder, zero, keep):
     layout = Layout.zigzag(LENGTH, world.size)
     losses = []
     for step in (1, 2, 3):
-        losses.append(train_step(engine, sequences("full"), world, lambda mask: layout).loss.item())
+        losses.append(
+            train_step(engine, prepare(engine, sequences("full"), world, lambda mask: layout), world).loss.item()
+        )
         checkpoint.save(engine, folder, step, world, keep)
     return losses
 
@@ -36,7 +38,7 @@ def resume_and_step(folder, zero, settings=None):
     engine = engine_on(world, zero)
     step = checkpoint.resume(engine, folder, world, settings, said.append)
     layout = Layout.zigzag(LENGTH, world.size)
-    loss = train_step(engine, sequences("full"), world, lambda mask: layout).loss
+    loss = train_step(engine, prepare(engine, sequences("full"), world, lambda mask: layout), world).loss
     return step, loss.item(), said
 
 

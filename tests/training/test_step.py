@@ -10,7 +10,7 @@ from ringflash.data import Batch
 from ringflash.layout import Layout
 from ringflash.models import ModelConfig, build_model
 from ringflash.training.parallel import ParallelConfig
-from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, evaluate, train_step
+from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, evaluate, prepare, train_step
 from ringflash.training.world import World, join
 from tests.test_models import SPECIFIC, TINY
 
@@ -67,7 +67,7 @@ def gradients_on_ranks(model_type, zero, accumulation, ring, ulysses, case, reco
     share = SEQUENCES // world.replicas
     mine = sequences(case).split(share)[world.replica]
     layout = Layout.zigzag(LENGTH, world.ring.size, parts=ulysses)
-    loss = train_step(engine, mine, world, lambda mask: layout).loss
+    loss = train_step(engine, prepare(engine, mine, world, lambda mask: layout), world).loss
     held_out = evaluate(engine, [sequences(case)], world, lambda mask: layout)
     return loss.item(), gradients, held_out
 
@@ -130,7 +130,7 @@ def telemetry_on_ranks(model_type, ring, ulysses, accumulation):
     engine = build_engine(build(model_type), optim, MemoryConfig(), world)
     mine = sequences("full").split(SEQUENCES // world.replicas)[world.replica]
     layout = Layout.contiguous(LENGTH, world.ring.size, parts=ulysses)
-    result = train_step(engine, mine, world, lambda mask: layout)
+    result = train_step(engine, prepare(engine, mine, world, lambda mask: layout), world)
     return result.pairs.item(), result.imbalance
 
 
@@ -160,7 +160,10 @@ def bf16_losses(zero, accumulation):
     optim = OptimConfig(steps=3, batch=SEQUENCES, micro_batch=SEQUENCES // accumulation, warmup=0)
     engine = build_engine(build("qwen3").bfloat16(), optim, MemoryConfig(zero=zero, loss_tile=16), world)
     layout = Layout.zigzag(LENGTH, world.size)
-    return [train_step(engine, sequences("uneven"), world, lambda mask: layout).loss.item() for _ in range(3)]
+    return [
+        train_step(engine, prepare(engine, sequences("uneven"), world, lambda mask: layout), world).loss.item()
+        for _ in range(3)
+    ]
 
 
 @pytest.mark.ranks
