@@ -76,10 +76,10 @@ class Entry:
         if self.refused("forward"):
             return
         q, k, v, dout = inputs
-        poison = checks.Poisoned() if self.contender.ours else contextlib.nullcontext()
+        poison = checks.poisoned if self.contender.ours else contextlib.nullcontext
         try:
             attention = self.contender.build(case, q, k)
-            with poison:
+            with poison():
                 out = attention(q, k, v)
             self.runs["forward"] = functools.partial(attention, q, k, v)
             self.runs["backward"] = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
@@ -91,7 +91,7 @@ class Entry:
         if self.refused("backward"):
             return
         try:
-            with poison:
+            with poison():
                 gradients = self.runs["backward"]()
             found = dict(zip(checks.NAMES[1:], gradients, strict=True))
             self._judge("backward", reference.errors(**found), case)

@@ -10,12 +10,13 @@ some rows of out and dq are, which need no other row; dk and dv must be finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from benchmarks.cases import Case
 
@@ -23,16 +24,32 @@ FP32_BOUND = 1e-5
 ROWS_AT_FULL_SIZE = 16
 NAMES = ("out", "dq", "dk", "dv")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-UNINITIALISED = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty}
+UNINITIALISED = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
 
 
-class Poisoned(TorchFunctionMode):
-    """While active, memory that Python code asks for uninitialised holds NaN: what a kernel leaves unwritten shows."""
+@contextmanager
+def allocating(wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """While entered, wrap(f) stands for each f by which Python code asks for uninitialised memory, in all threads.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Run func, and poison what it allocates."""
-        result = func(*args, **(kwargs or {}))
-        return result.fill_(float("nan")) if func in UNINITIALISED and result.is_floating_point() else result
+    Not a TorchFunctionMode, which is not there in a backward that torch.autograd.grad runs.
+    """
+    with ExitStack() as patches:
+        for owner, name in UNINITIALISED:
+            patches.enter_context(mock.patch.object(owner, name, wrap(getattr(owner, name))))
+        yield
+
+
+def poisoned() -> AbstractContextManager[None]:
+    """While entered, memory that is asked for uninitialised holds NaN: what a kernel leaves unwritten shows."""
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args, **options) -> Tensor:
+            x = allocate(*args, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return filled
+
+    return allocating(poison)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ gradients' return and the conversion to the inputs' dtype are in it.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,46 +71,57 @@ class OneRank:
     """A rank of a ring of `size` without the others: what it would receive is random, and there at once.
 
     Receive buffers begin as whatever was in memory, and nothing is to be timed on that (zeros draw less power, so a GPU
-    clocks higher). The first message into a buffer fills all of it with random numbers, later ones leave what is there.
-    So a pass copies two shards of keys, and of gradients, on a stream of its own, as a transfer would. Call `fresh`
-    before each pass, whose buffers are new.
+    clocks higher). So the first message into a buffer fills all of it with random numbers; later ones leave what is
+    there. In passes that are run `again`, whose buffers lie where they lay before, only the first one copies anything.
     """
 
     def __init__(self, size: int, rank: int, device: torch.device | str = "cpu") -> None:
         self.size = size
         self.local: tuple[int, ...] = (rank,)
         self.device = torch.device(device)
-        self._noise: dict[tuple[torch.dtype, int], Tensor] = {}
-        self._written: set[int] = set()
-        self._stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
-
-    def fresh(self) -> None:
-        """Forget which buffers have been written to."""
-        self._written.clear()
+        self._written: dict[int, torch.UntypedStorage] = {}  # kept, so that no other gets such an address
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Arrival:
-        """Fill buffers that nobody has written to."""
-        self._written.update(_storage(message.tensor) for message in outgoing)
-        if self._stream is None:
-            self._fill(incoming)
-            return Arrival(None)
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            self._fill(incoming)
-            return Arrival(self._stream.record_event())
-
-    def _fill(self, incoming: Sequence[Message]) -> None:
+        """Fill buffers that nobody has written to, in the order of the current stream."""
+        filled = False
+        for message in outgoing:
+            self._note(message.tensor)
         for message in incoming:
-            if _storage(message.tensor) not in self._written:
-                buffer = message.tensor.new_empty(0).set_(message.tensor.untyped_storage())
-                buffer.copy_(self._random(buffer))
-                self._written.add(_storage(buffer))
+            if self._note(message.tensor):
+                message.tensor.new_empty(0).set_(message.tensor.untyped_storage()).normal_()
+                filled = True
+        on_gpu = filled and self.device.type == "cuda"
+        return Arrival(torch.cuda.current_stream(self.device).record_event() if on_gpu else None)
 
-    def _random(self, like: Tensor) -> Tensor:
-        key = (like.dtype, len(like))
-        if key not in self._noise:
-            self._noise[key] = torch.randn_like(like)
-        return self._noise[key]
+    def _note(self, x: Tensor) -> bool:
+        """Whether this memory has not been in any message before."""
+        storage = x.untyped_storage()
+        return self._written.setdefault(storage.data_ptr(), storage) is storage
+
+
+def again(work: Callable[[], object]) -> Callable[[], object]:
+    """work, whose n-th uninitialised tensor lies in every run where it lay in the first.
+
+    As in training, where what a layer gets from torch's allocator lies where it lay a layer before, too.
+    """
+    made: list[Tensor] = []
+
+    def run() -> object:
+        count = itertools.count()
+
+        def kept(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def same(*args, **options) -> Tensor:
+                number = next(count)
+                if number == len(made):
+                    made.append(allocate(*args, **options))
+                return made[number].detach()  # what autograd hangs on it is a run's own
+
+            return same
+
+        with checks.allocating(kept):
+            return work()
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -169,7 +181,7 @@ def check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device)
     small = case.shrunk(CHECKED_LENGTH)
     assert isinstance(small, RingCase)
     inputs = small.inputs(dtype, device)
-    with checks.Poisoned():
+    with checks.poisoned():
         results = whole_ring(inputs, small.plan(Loopback(small.ranks, device)), kernel)
     return checks.whole(small, inputs).errors(**results)
 
@@ -222,24 +234,16 @@ def passes(
     *leaves, dout = (plan.shard(x.detach()) for x in inputs)
     q, k, v = (x.requires_grad_() for x in leaves)
 
-    def run(work: Callable[[], object]) -> object:
-        ring.fresh()
-        return work()
-
     attend = functools.partial(ring_attention, q, k, v, plan, kernel=kernel)
-    out = run(attend)
+    out = attend()
     gradients = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
-    return functools.partial(run, attend), functools.partial(run, gradients)
+    return again(attend), again(gradients)
 
 
 def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """A small q and k of the case's heads."""
     q, k, *_ = case.shrunk(1).inputs(dtype, device)
     return q, k
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
 
 
 # -- what is printed and drawn

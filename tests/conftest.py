@@ -22,6 +22,14 @@ def ranks():
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def gpus():
+    """A pool of NCCL processes, one a GPU."""
+    pool = Pool("nccl")
+    yield pool
+    pool.close()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same random numbers, whatever ran before."""

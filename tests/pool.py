@@ -1,4 +1,4 @@
-"""Ranks for tests: processes started once, that run any function as N ranks of a fresh gloo group.
+"""Ranks for tests: processes started once, that run any function as N ranks of a fresh group: gloo, or NCCL on GPUs.
 
 def total(x):                       # a module-level function: it travels by name
     ...torch.distributed as usual...
@@ -23,9 +23,10 @@ class RankError(AssertionError):
 
 
 class Pool:
-    """Processes that wait for work, started when a rank is first needed."""
+    """Processes that wait for work, started when a rank is first needed; on "nccl" each has a GPU of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo") -> None:
+        self.backend = backend
         self.pipes: list[Connection] = []
         self.processes: list[multiprocessing.process.BaseProcess] = []
 
@@ -33,7 +34,7 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         for rank in range(len(self.processes), size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs, self.backend), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -72,13 +73,16 @@ class Pool:
         self.pipes, self.processes = [], []
 
 
-def _serve(rank: int, pipe: Connection) -> None:
+def _serve(rank: int, pipe: Connection, backend: str) -> None:
     torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
     while True:
         function, size, store, args = pipe.recv()
         try:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+            dist.init_process_group(backend, init_method=store, rank=rank, world_size=size, device_id=device)
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, f"rank {rank} of {size}:\n{traceback.format_exc()}"))

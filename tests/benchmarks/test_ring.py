@@ -14,6 +14,7 @@ from benchmarks.ring_record import Compute, Exchange, Wait, record
 from benchmarks.ring_share import OneRank
 from benchmarks.ring_timeline import Speed
 from ringflash import Loopback, kernels
+from ringflash.ring import attention
 
 CPU = torch.device("cpu")
 TINY = {"heads": (4, 2), "dim": 16}
@@ -70,9 +71,13 @@ def test_one_rank_alone_launches_what_its_plan_says_and_never_on_zeros(case):
             forward, backward = ring_share.passes(alone, plan, inputs, "blocked")
             forward()
             backward()
+            written = set(alone._written)
+            forward()
+            backward()
+        assert set(alone._written) == written, "a later pass has memory of its own, which is filled while it is timed"
         computed = len(plan.computed(0))
-        # Halves of the heads; and the forward runs twice, once for the graph of the backward.
-        assert launches == {"forward": 2 * 2 * computed, "backward": 2 * computed}
+        # Halves of the heads; the forward runs once more, for the graph of the backward.
+        assert launches == {"forward": 3 * 2 * computed, "backward": 2 * 2 * computed}
         assert sum(hops[0].pairs for hops in plan.hops) == ring_share.pairs_by_rank(plan)[rank]
 
 
@@ -119,6 +124,13 @@ def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, mon
     assert [row["status"] for row in contents["rows"]] == ["WRONG", "WRONG"]
     assert contents["rows"][0]["ranks"] == {}
     assert "WRONG: 512/4 causal, zigzag: out " in capsys.readouterr().out
+
+
+def test_a_backward_that_adds_to_memory_nobody_cleared_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "_clear", lambda *args: None)
+    code, contents = run(tmp_path)
+    assert code == 1
+    assert all("dk inf" in row["reason"] for row in contents["rows"]), contents["rows"]
 
 
 def test_documents_are_as_many_as_asked_and_fill_the_sequence():

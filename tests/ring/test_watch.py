@@ -32,7 +32,7 @@ def with_one_rank_that_never_comes(hanging):
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     guard = Watch(1.0, rank, store, end=ended.set)
     guard.step = 12
-    ring = ProcessRing(watch=guard)
+    ring = ProcessRing(device="cuda" if dist.get_backend() == "nccl" else "cpu", watch=guard)
     with contextlib.redirect_stderr(said):
         attend(ring)
         if rank != hanging:

@@ -29,15 +29,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def text(tmp_path):
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(10):
-        (folder / f"{i}.txt").write_text(f"document {i}: " + "all work and no play makes a dull model. " * (i + 2))
-    return folder
-
-
 def command(text, *settings, ranks=2):
     paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs"]
     return [sys.executable, "launch/local.py", "--ranks", str(ranks), *SMALL, *paths, *settings]

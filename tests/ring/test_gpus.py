@@ -1,0 +1,129 @@
+"""A ring between GPUs, over NCCL, gives bit for bit what all its ranks give side by side on one of them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
+from ringflash.ring.watch import Watch
+from tests.pool import Pool
+from tests.ring.test_attention import whole_inputs
+from tests.ring.test_watch import with_one_rank_that_never_comes
+
+GPUS = min(torch.cuda.device_count(), 8)
+LENGTH = 4096
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs or more, here are {GPUS}")]
+
+
+def causal():
+    return IntervalMask.causal(LENGTH)
+
+
+def documents():
+    rows = [[1, 700, 95, 1900, 1400], [LENGTH]]
+    return IntervalMask.causal(LENGTH) & IntervalMask.documents(rows)
+
+
+def window():
+    return IntervalMask.window(LENGTH, left=300)
+
+
+def window_and_first():
+    return causal().windowed(300, 4)
+
+
+# mask, layout, (query heads, KV heads, head size), dtype, with a sink
+CASES = {
+    "one-kv-head": (causal, "zigzag", (8, 1, 128), torch.bfloat16, False),
+    "causal": (causal, "zigzag", (8, 2, 128), torch.bfloat16, False),
+    "documents": (documents, "balanced", (8, 4, 128), torch.bfloat16, False),
+    "window": (window, "contiguous", (8, 4, 64), torch.bfloat16, False),
+    "window-first-tokens-and-sink": (window_and_first, "zigzag", (8, 4, 64), torch.float16, True),
+    "fp32": (causal, "striped", (8, 4, 32), torch.float32, False),
+}
+
+
+def layers(plan, heads, dtype, with_sink, count=3):
+    """What this process's ranks find in layers queued one after another, none of them waited for."""
+    shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, LENGTH, *heads)]
+    sink = torch.linspace(-1, 1, heads[0], device=plan.ring.device, requires_grad=True) if with_sink else None
+    found = []
+    for _ in range(count):
+        leaves = [x.clone().requires_grad_() for x in shards[:3]] + ([sink] if with_sink else [])
+        out = ring_attention(*leaves[:3], plan, sink=sink, deterministic=True)
+        found += [out.detach(), *torch.autograd.grad(out, leaves, shards[3])]
+    return found
+
+
+def own_part(plan_here, plan_there, x):
+    """The part of all ranks' results that the rank of plan_here has."""
+    if x.dim() < 4:
+        return None  # a sink's gradient, which is a sum over ranks
+    whole = plan_there.tokens.unshard(x.chunk(len(plan_there.holders)))
+    return plan_here.shard(whole)
+
+
+def differences(mask, layout, heads, dtype, with_sink, ulysses):
+    """Which results differ in any bit from those of a Loopback on this rank's GPU, and whether any is not finite."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    ring, row = ProcessRing(device=device), None
+    ranks = dist.get_world_size()
+    if ulysses:
+        alone = [dist.new_group([rank]) for rank in range(ranks)][dist.get_rank()]
+        ring, row, ranks = ProcessRing(alone, device), Ulysses(dist.distributed_c10d._get_default_group()), 1
+    one = mask()
+    first = one[0] if isinstance(one, tuple) else one
+    layout = Layout.of(layout, first, ranks) if layout == "balanced" else Layout.named(layout, LENGTH, ranks)
+    here = AttentionPlan(one, layout, ring, row)
+    there = AttentionPlan(one, layout, Loopback(ranks, device))
+    found, expected = layers(here, heads, dtype, with_sink), layers(there, heads, dtype, with_sink)
+    wrong = []
+    for i, (x, whole) in enumerate(zip(found, expected, strict=True)):
+        part = own_part(here, there, whole)
+        if not bool(x.isfinite().all()) or (part is not None and not torch.equal(x, part)):
+            wrong.append(f"result {i}")
+        elif part is None:
+            total = x.clone()
+            dist.all_reduce(total)
+            if not torch.allclose(total, whole, rtol=1e-3, atol=1e-3):
+                wrong.append(f"result {i}: {total.tolist()} for {whole.tolist()}")
+    return wrong
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_ring_of_gpus_equals_a_loopback_bit_for_bit(gpus, case):
+    assert gpus.run(differences, GPUS, *CASES[case], False) == [[]] * GPUS
+
+
+@pytest.mark.parametrize("mask", [causal, documents])
+def test_ulysses_between_gpus_equals_one_rank_bit_for_bit(gpus, mask):
+    assert gpus.run(differences, GPUS, mask, "contiguous", (8, 8, 128), torch.bfloat16, False, True) == [[]] * GPUS
+
+
+def waits():
+    """What a watch counts of a layer, and whether it says that nothing is under way when the GPU is done."""
+    guard = Watch(60.0)
+    ring = ProcessRing(device="cuda", watch=guard)
+    plan = AttentionPlan(causal(), Layout.zigzag(LENGTH, ring.size), ring)
+    layers(plan, (8, 2, 128), torch.bfloat16, False, count=1)
+    torch.cuda.synchronize()
+    taken = guard.take()["ring"]
+    guard.close()
+    return taken.exchanges, taken.bytes, taken.seconds
+
+
+def test_the_watch_counts_exchanges_bytes_and_waits_of_gpus(gpus):
+    for exchanges, received, seconds in gpus.run(waits, GPUS):
+        assert exchanges == (GPUS - 1) * (1 + 1 + 2)
+        assert received > 0
+        assert 0 < seconds < 30
+
+
+def test_gpus_whose_neighbour_never_comes_say_where_they_are_and_for_whom_they_wait():
+    pool = Pool("nccl")
+    try:
+        said = pool.run(with_one_rank_that_never_comes, 2, 1)
+    finally:
+        pool.close()
+    assert said[0].startswith("ringflash: rank 0, step 12, layer 5, forward, hop 1: waits for rank 1 since ")
+    assert "rank 1, step 12: waits for no rank; its last wait was in layer 5, backward" in said[1]
