@@ -7,6 +7,7 @@
     python benchmarks/ring.py                                        # a GPU, all cases, under 8 minutes
     python benchmarks/ring.py --error                                # a GPU, under 4 minutes
     python benchmarks/ring.py --timeline --gbps 400                  # a GPU: the kernel's speed is measured here
+    torchrun --nproc-per-node 2 benchmarks/ring.py --between         # as many GPUs: the ring itself, 3 minutes
 
 Without a switch: efficiency. One rank's forward and backward are run on one device without its neighbours, and held
 against the whole call's share, (one causal call over all tokens by the same kernel) / ranks, or of as many pairs where
@@ -21,6 +22,9 @@ what they merge or send (benchmarks/ring_error.py). Exit code 1 if ours grows wi
 does, the kernel's speed and the link's (benchmarks/ring_timeline.py): 400 GB/s each way is NVLink on Hopper, 50
 InfiniBand NDR. Kernel speed is --tflops FORWARD/BACKWARD, or measured, on a causal sequence of up to 32k tokens.
 
+--between: the ring itself, a rank on each GPU that torchrun started a process for, beside the same ranks without
+transfers and PyTorch's context_parallel (benchmarks/ring_between.py). ring-between-....png shows what every GPU ran.
+
 --length, --ranks, --heads, --dim, --mask, --layout choose the case (in place of all of them). --mask is `causal`,
 `full`, `window 4096` or `packed 64`: so many documents of lognormal lengths. --out (benchmarks/results) gets
 ring-DEVICE.json and .png, ring-error-..., ring-timeline-...; the last line printed is the summary in JSON.
@@ -32,16 +36,18 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import report, ring_error, ring_record, ring_share, ring_timeline, timing
+from benchmarks import report, ring_between, ring_error, ring_record, ring_share, ring_timeline, timing
 from benchmarks.attention import DTYPES
 from benchmarks.ring_cases import RingCase
 from ringflash import kernels
@@ -68,6 +74,13 @@ ERROR_CASES = {
 }
 TIMELINE = RingCase.of("128k", 8)
 TIMELINE_QUICK = dataclasses.replace(TIMELINE, length=8192, ranks=4)
+# The cases of --between, whose ranks are the processes that torchrun started.
+BETWEEN = (
+    RingCase.of("128k", 2),
+    RingCase.of("32k", 2),
+    RingCase.of("128k", 2, "packed", layout="balanced"),
+    RingCase.of("128k", 2, "window", window=4096, layout="contiguous"),
+)
 SPEED_LENGTH = 32768  # tokens of the causal call whose speed a timeline takes
 
 
@@ -135,6 +148,41 @@ def timeline(options: argparse.Namespace, device: torch.device, facts: dict[str,
     return _closed("ring timeline", facts, [], {"predicted": rounded})
 
 
+def between(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
+    """Mode 4: the ring between GPUs."""
+    from ringflash.training.parallel import ParallelConfig  # transformers, which no other mode needs
+    from ringflash.training.world import join
+
+    world = join(ParallelConfig())
+    listed = BETWEEN[1:2] if options.quick else BETWEEN
+    cases = [options.case] if options.case else [dataclasses.replace(case, ranks=world.size) for case in listed]
+    file = options.out / f"ring-between-{report.slug(device)}.json"
+    found: list[ring_between.Between] = []
+    wrong: list[str] = []
+    for case in cases:
+        try:
+            group, dtype = world.ring.group, DTYPES[options.dtype]
+            found.append(ring_between.measure(case, options.kernel, dtype, world.device, group, options.seconds))
+        except ArithmeticError as error:
+            wrong.append(f"WRONG: {error}")
+            break  # on this rank; those that found nothing wrong are ended by torchrun
+        torch.cuda.empty_cache()
+        if world.is_first:
+            print(ring_between.table(found[-1], header=len(found) == 1) + "\n", flush=True)
+            rows = [dataclasses.asdict(row) | {"efficiency": row.summary()} for row in found]
+            report.write_json(file, {"benchmark": "ring between GPUs", "card": facts, "rows": rows})
+    if world.is_first and found:
+        title = f"{found[0].case}, {options.dtype}, on {world.size} x {_signature(facts)}"
+        _written(file, _drawn(ring_between.draw, file, found[0], title))
+    code = 0
+    if world.is_first or wrong:
+        code = _closed("ring between GPUs", facts, wrong, {"efficiency": {row.case: row.summary() for row in found}})
+    world.watch.close()
+    if not wrong:
+        dist.destroy_process_group()
+    return code
+
+
 def measured_tflops(case: RingCase, options: argparse.Namespace, device: torch.device) -> tuple[float, float]:
     """The kernel's speed forward and backward on one device, on a causal case of this shape."""
     whole = dataclasses.replace(case.whole(), length=min(case.length, SPEED_LENGTH))
@@ -186,6 +234,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     mode.add_argument(
         "--timeline", action="store_const", dest="mode", const=timeline, help="predicted lanes of a layer"
     )
+    mode.add_argument("--between", action="store_const", dest="mode", const=between, help="the ring between GPUs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of what is timed (bf16; on the CPU fp32)")
     parser.add_argument("--quick", action="store_true", help="one small case; on the CPU, tiny ones")
@@ -211,6 +260,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("gbps", "seconds"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name} must be above 0, got {getattr(options, name)}")
+    if options.mode is between and (options.device == "cpu" or int(os.environ.get("WORLD_SIZE", "1")) < 2):
+        parser.error("--between needs two GPUs or more: torchrun --nproc-per-node 2 benchmarks/ring.py --between")
     options.mode = options.mode or efficiency
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     try:
@@ -261,7 +312,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     device = torch.device(options.device)
     facts = report.card(device, {}, options.commit)
-    print("; ".join(f"{name} {value}" for name, value in facts.items()), "", sep="\n")
+    if options.mode is not between or os.environ["RANK"] == "0":
+        print("; ".join(f"{name} {value}" for name, value in facts.items()), "", sep="\n")
     return options.mode(options, device, facts)
 
 

@@ -1,0 +1,366 @@
+"""The ring between GPUs: every rank on a GPU of its own, with the transfers that training has.
+
+    efficiency = (one call over the whole causal sequence on one GPU) x (pairs of the case / pairs of that) / ranks
+                 --------------------------------------------------------------------------------------------------
+                                               the slowest rank's time, which waits
+
+The same ranks are timed without their neighbours, too (benchmarks/ring_share.py): what is left of the difference is
+what transfers cost that no kernel hides. A round begins on all GPUs at once, after an all-reduce, and takes as long as
+its slowest rank. The peer is PyTorch's context_parallel, in the same processes and rounds, where it has the mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import ring_share
+from benchmarks.ring_cases import RingCase, whole_ring
+from benchmarks.ring_timeline import Span
+from ringflash import AttentionPlan, Loopback, kernels, ring_attention
+from ringflash.ring.transport import Message, ProcessRing, Transfer
+
+ROUNDS = (3, 50)
+WARMUPS = 2
+CLOSE = 2e-3  # of norms: rounded sums, whose order differs
+DIRECTIONS = ("forward", "backward")
+OURS, ALONE, WHOLE = "ringflash", "ringflash, no transfers", "one GPU, whole"
+TORCH = "torch context_parallel, "
+Passes = tuple[Callable[[], object], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Between:
+    """What a case took on all GPUs together, in milliseconds by variant and direction.
+
+    refused: why a variant was not timed. gib: received by a rank in one forward and backward, the most. hidden: of the
+    time in which transfers ran, on the GPU where that is least, the part in which an attention kernel ran too.
+    """
+
+    case: str
+    kernel: str
+    ranks: int
+    part: float
+    rounds: int
+    ms: dict[str, dict[str, float]]
+    refused: dict[str, str]
+    gib: float
+    hidden: float
+    spans: dict[str, list[Span]] = field(default_factory=dict, repr=False)
+
+    def efficiency(self, variant: str, direction: str) -> float:
+        """Of the slowest rank, against its share of the whole call; direction may be "both"."""
+        of = DIRECTIONS if direction == "both" else (direction,)
+        return self.part * sum(self.ms[WHOLE][d] for d in of) / sum(self.ms[variant][d] for d in of)
+
+    def summary(self) -> dict[str, Any]:
+        """Efficiencies by variant and direction, and what travelled."""
+        timed = [name for name in self.ms if name != WHOLE]
+        columns = (*DIRECTIONS, "both")
+        found: dict[str, Any] = {n: {c: round(self.efficiency(n, c), 4) for c in columns} for n in timed}
+        return found | {"hidden": round(self.hidden, 4), "gib": round(self.gib, 4)} | self.refused
+
+
+def measure(
+    case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, seconds: float
+) -> Between:
+    """Compare with a Loopback, then time all variants in turns. Called by all ranks; raises where the ring is wrong."""
+    ring = ProcessRing(group, device)
+    name = kernels.select(*(x for x in case.shrunk(1).inputs(dtype, device)[:2]), None, kernel).name
+    _check(case, kernel, dtype, device, group)
+    variants: dict[str, Passes] = {}
+    refused: dict[str, str] = {}
+    inputs = case.inputs(dtype, device)
+    whole = case.whole()
+    alone = ring_share.OneRank(1, 0, device)
+    variants[WHOLE] = ring_share.passes(alone, whole.plan(alone), inputs, kernel)
+    variants[OURS] = _passes(case.plan(ring), inputs, kernel)
+    neighbourless = ring_share.OneRank(case.ranks, ring.rank, device)
+    variants[ALONE] = ring_share.passes(neighbourless, case.plan(neighbourless), inputs, kernel)
+    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        peer = TORCH + backend.removesuffix("_ATTENTION").lower()
+        if case.kind != "causal":
+            refused[peer] = f"has no {case.kind} mask"
+            continue
+        try:
+            variants[peer] = _torch_passes(case, inputs, backend, group)
+        except Exception as error:  # a peer may raise anything; the table says what
+            refused[peer] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+    ms, rounds = _in_turns(variants, device, seconds)
+    spans = _profiled(variants[OURS], device)
+    gib = _most_gib(case, inputs, kernel, device, group)
+    part = case.head_pairs() / whole.head_pairs() / case.ranks
+    return Between(str(case), name, case.ranks, part, rounds, ms, refused, gib, min(map(hidden, spans.values())), spans)
+
+
+def _passes(plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Passes:
+    *leaves, dout = (plan.shard(x.detach()) for x in inputs)
+    q, k, v = (x.requires_grad_() for x in leaves)
+    attend = functools.partial(ring_attention, q, k, v, plan, kernel=kernel)
+    out = attend()
+    return attend, functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
+
+
+def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
+    """Raise ArithmeticError unless a small ring between GPUs finds what a Loopback does, and that what float64 does."""
+    if over := ring_share.check(case, kernel, dtype, device).wrong:
+        raise ArithmeticError(f"{case}: {over}")
+    small = case.shrunk(ring_share.CHECKED_LENGTH)
+    assert isinstance(small, RingCase)
+    inputs = small.inputs(dtype, device)
+    plan = small.plan(ProcessRing(group, device))
+    expected = whole_ring(inputs, small.plan(Loopback(small.ranks, device)), kernel)
+    *leaves, dout = (plan.shard(x.detach()) for x in inputs)
+    q, k, v = (x.requires_grad_() for x in leaves)
+    out = ring_attention(q, k, v, plan, kernel=kernel)
+    results = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+    for (name, reference), found in zip(expected.items(), results, strict=True):
+        shard = plan.shard(reference)
+        error = float((found.double() - shard.double()).norm() / shard.double().norm())
+        if not error <= CLOSE:
+            raise ArithmeticError(
+                f"{name} of rank {plan.ring.local[0]} differs from a Loopback's by {error:.1e}: {small}"
+            )
+
+
+# -- the peer
+
+
+def _torch_passes(case: RingCase, inputs: tuple[Tensor, ...], backend: str, group: dist.ProcessGroup) -> Passes:
+    """PyTorch's ring on one of its kernels, whose shards are dealt as it deals them: head and tail."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    mesh = DeviceMesh.from_group(group, "cuda", mesh_dim_names=("cp",))
+    shards = [x.detach().transpose(1, 2).contiguous() for x in inputs]
+    with context_parallel(mesh, buffers=shards, buffer_seq_dims=[2] * 4, no_restore_buffers=set(shards)):
+        q, k, v, dout = (x.clone() for x in shards)
+    for x in (q, k, v):
+        x.requires_grad_()
+    nothing = torch.zeros(2 * case.ranks, device=q.device)  # a context shards something
+
+    def entered(work: Callable[[], object]) -> object:
+        with (
+            context_parallel(mesh, buffers=[nothing.clone()], buffer_seq_dims=[0]),
+            sdpa_kernel(getattr(SDPBackend, backend)),
+        ):
+            return work()
+
+    def attend() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=case.heads != case.kv_heads
+        )
+
+    out = entered(attend)
+    gradients = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
+    entered(gradients)
+    return functools.partial(entered, attend), functools.partial(entered, gradients)
+
+
+# -- the clock
+
+
+def _in_turns(
+    variants: dict[str, Passes], device: torch.device, seconds: float
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Milliseconds by variant and direction, medians of so many rounds, each of which begins on all GPUs at once."""
+    runs = {(name, d): run for name, both in variants.items() for d, run in zip(DIRECTIONS, both, strict=True)}
+    estimate = 0.0
+    for run in runs.values():
+        run()
+        torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        run()
+        torch.cuda.synchronize(device)
+        estimate += time.perf_counter() - begun
+    slowest = torch.tensor(estimate, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    fewest, most = ROUNDS
+    rounds = max(fewest, min(most, int(seconds * len(runs) / slowest.item())))
+    shuffle, names = random.Random(0), list(runs)
+    turns = [shuffle.sample(names, len(names)) for _ in range(rounds)]
+    events = {name: [] for name in names}
+    torch.cuda._sleep(20_000_000)
+    for turn in turns:
+        for name in turn:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            _together(device)
+            begin.record()
+            runs[name]()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize(device)
+    mine = torch.tensor([[b.elapsed_time(e) for b, e in events[name]] for name in names], device=device)
+    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_all, mine)
+    times = torch.stack(of_all)
+    ms: dict[str, dict[str, float]] = {}
+    for i, (name, direction) in enumerate(names):
+        # GPUs that work alone are averaged, those that work together are done when the last one is.
+        by_round = times[:, i].mean(0) if name == WHOLE else times[:, i].amax(0)
+        ms.setdefault(name, {})[direction] = statistics.median(by_round.tolist())
+    return ms, rounds
+
+
+def _together(device: torch.device) -> None:
+    """Have this GPU wait for all others; the host goes on."""
+    dist.all_reduce(torch.zeros(1, device=device))
+
+
+class _Counting(ProcessRing):
+    """A ring that adds up what its rank receives."""
+
+    received = 0
+
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
+        self.received += sum(m.tensor.numel() * m.tensor.element_size() for m in incoming)
+        return super().exchange(outgoing, incoming, about)
+
+
+def _most_gib(
+    case: RingCase, inputs: tuple[Tensor, ...], kernel: str, device: torch.device, group: dist.ProcessGroup
+) -> float:
+    """Received in one forward and backward by the rank that receives most."""
+    ring = _Counting(group, device)
+    _, gradients = _passes(case.plan(ring), inputs, kernel)
+    gradients()
+    received = torch.tensor(ring.received, device=device)
+    dist.all_reduce(received, dist.ReduceOp.MAX)
+    return received.item() / 2**30
+
+
+# -- what ran when
+
+
+def _profiled(ours: Passes, device: torch.device) -> dict[str, list[Span]]:
+    """What each rank's GPU ran in a forward and in a backward, by direction; on every rank, all of it.
+
+    Seconds from a common start. `hop` is the lane: 0 and 1 of compute, -1 of transfers.
+    """
+    found: dict[str, list[Span]] = {}
+    for direction, run in zip(DIRECTIONS, ours, strict=True):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            _together(device)
+            run()
+            torch.cuda.synchronize(device)
+        mine = _spans(profiler.profiler.kineto_results.events(), dist.get_rank())
+        of_all: list[list[Span]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(of_all, mine)
+        found[direction] = [span for spans in of_all for span in spans]
+    return found
+
+
+def _spans(events: Iterable[Any], rank: int) -> list[Span]:
+    """One rank's kernels after the first collective, which all ranks end at the same time."""
+    ran = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and e.duration_ns() > 0]
+    start = min(e.start_ns() + e.duration_ns() for e in ran if "AllReduce" in e.name())
+    streams = sorted({e.device_resource_id() for e in ran if _attention(e.name())})
+    spans = []
+    for event in ran:
+        begin = event.start_ns() - start
+        if begin < 0:
+            continue
+        kind, lane = "passes", -1
+        if "nccl" in event.name():
+            kind = "transfer"
+        elif event.device_resource_id() in streams:
+            kind, lane = "compute" if _attention(event.name()) else "passes", streams.index(event.device_resource_id())
+        spans.append(Span(rank, kind, begin / 1e9, (begin + event.duration_ns()) / 1e9, lane))
+    return spans
+
+
+def _attention(name: str) -> bool:
+    return name.startswith(("forward_kernel", "backward_kernel", "dq_kernel", "dkdv_kernel"))
+
+
+def hidden(spans: Sequence[Span]) -> float:
+    """Of the time in which transfers ran, the part in which their rank's attention kernels ran too; the least."""
+    return min((_hidden([s for s in spans if s.rank == rank]) for rank in {s.rank for s in spans}), default=1.0)
+
+
+def _hidden(spans: Sequence[Span]) -> float:
+    covered = _union([(s.begin, s.end) for s in spans if s.kind == "compute"])
+    transfers = _union([(s.begin, s.end) for s in spans if s.kind == "transfer"])
+    total = sum(end - begin for begin, end in transfers)
+    both = sum(max(0.0, min(e, f) - max(b, c)) for b, e in transfers for c, f in covered)
+    return both / total if total else 1.0
+
+
+def _union(stretches: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    found: list[tuple[float, float]] = []
+    for begin, end in sorted(stretches):
+        if found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((begin, end))
+    return found
+
+
+# -- what is printed and drawn
+
+
+def table(found: Between, header: bool) -> str:
+    """A line a variant: efficiency of the slowest rank, milliseconds; then what travelled and what hid it."""
+    lines = []
+    if header:
+        lines.append(_line("case", "variant", [*DIRECTIONS, "both", "ms fwd + bwd"]))
+        lines.append("-" * len(lines[0]))
+    for name, ms in found.ms.items():
+        cells = [f"{found.efficiency(name, d):.3f}" if name != WHOLE else "" for d in (*DIRECTIONS, "both")]
+        lines.append(_line(found.case, name, [*cells, " + ".join(f"{ms[d]:.2f}" for d in DIRECTIONS)]))
+    lines += [f"{found.case:<26} {name:<30} not timed: {why}" for name, why in found.refused.items()]
+    lines.append(
+        f"{'':<26} a rank receives {found.gib:.3f} GiB at most; {100 * found.hidden:.0f}% of the transfers' time is "
+        f"under kernels; {found.rounds} rounds"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _line(case: str, variant: str, cells: list[str]) -> str:
+    numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 8, 18), strict=True))
+    return f"{case:<26} {variant:<30} {numbers}"
+
+
+COLOURS = {"compute": "#4477aa", "transfer": "#66aa77", "passes": "#bbbbbb"}
+
+
+def draw(path: Path, found: Between, title: str) -> None:
+    """What every GPU ran: two lanes of compute, one of transfers; forward on the left, backward on the right."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(13, 1.7 + 0.7 * found.ranks), layout="constrained")
+    widths = [max((s.end for s in spans), default=1e-3) for spans in found.spans.values()]
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=widths)
+    for axes, width, (direction, spans) in zip(panels, widths, found.spans.items(), strict=True):
+        for kind, colour in COLOURS.items():
+            for lane, place in ((0, 0.08), (1, 0.37), (-1, 0.66)):
+                for rank in range(found.ranks):
+                    bars = [
+                        (1e3 * s.begin, 1e3 * (s.end - s.begin))
+                        for s in spans
+                        if (s.rank, s.kind, s.hop) == (rank, kind, lane)
+                    ]
+                    axes.broken_barh(bars, (rank + place, 0.27), facecolor=colour, edgecolor="white", linewidth=0.3)
+        axes.set(title=direction, xlabel="ms", xlim=(0, 1e3 * width), ylim=(found.ranks, 0))
+        axes.title.set_fontsize(9)
+        axes.set_yticks([rank + 0.5 for rank in range(found.ranks)], [f"GPU {r}" for r in range(found.ranks)])
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    labels = {"compute": "attention kernels, two lanes", "transfer": "NCCL", "passes": "other passes"}
+    named = [Patch(color=colour, label=labels[kind]) for kind, colour in COLOURS.items()]
+    figure.legend(handles=named, loc="outside lower center", ncols=len(named), fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=90)
