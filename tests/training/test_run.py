@@ -120,7 +120,9 @@ def failing(text, failure, *settings):
         "tests/training/failing_rank.py",
     ]
     _, stderr = run([*launcher, failure, *command(text, "name=fails", *settings)[4:]], code=1)
-    return sorted(line for line in stderr.splitlines() if line.startswith("ringflash: "))
+    said = sorted(line for line in stderr.splitlines() if line.startswith("ringflash: "))
+    assert said, stderr
+    return said
 
 
 @pytest.mark.slow
