@@ -23,7 +23,8 @@ does, the kernel's speed and the link's (benchmarks/ring_timeline.py): 400 GB/s 
 InfiniBand NDR. Kernel speed is --tflops FORWARD/BACKWARD, or measured, on a causal sequence of up to 32k tokens.
 
 --between: the ring itself, a rank on each GPU that torchrun started a process for, beside the same ranks without
-transfers and PyTorch's context_parallel (benchmarks/ring_between.py). ring-between-....png shows what every GPU ran.
+transfers and PyTorch's context_parallel; and rings larger than there are GPUs, of which each plays a rank, with all its
+transfers (benchmarks/ring_between.py). ring-between-....png shows what every GPU ran.
 
 --length, --ranks, --heads, --dim, --mask, --layout choose the case (in place of all of them). --mask is `causal`,
 `full`, `window 4096` or `packed 64`: so many documents of lognormal lengths. --out (benchmarks/results) gets
@@ -74,12 +75,14 @@ ERROR_CASES = {
 }
 TIMELINE = RingCase.of("128k", 8)
 TIMELINE_QUICK = dataclasses.replace(TIMELINE, length=8192, ranks=4)
-# The cases of --between, whose ranks are the processes that torchrun started.
+# The cases of --between; ranks=1 stands for as many as there are GPUs.
 BETWEEN = (
-    RingCase.of("128k", 2),
-    RingCase.of("32k", 2),
-    RingCase.of("128k", 2, "packed", layout="balanced"),
-    RingCase.of("128k", 2, "window", window=4096, layout="contiguous"),
+    RingCase.of("128k", 1),
+    RingCase.of("32k", 1),
+    RingCase.of("128k", 1, "packed", layout="balanced"),
+    RingCase.of("128k", 8),
+    RingCase.of("64k", 8),
+    RingCase.of("128k", 8, "packed", layout="balanced"),
 )
 SPEED_LENGTH = 32768  # tokens of the causal call whose speed a timeline takes
 
@@ -155,7 +158,11 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
 
     world = join(ParallelConfig())
     listed = BETWEEN[1:2] if options.quick else BETWEEN
-    cases = [options.case] if options.case else [dataclasses.replace(case, ranks=world.size) for case in listed]
+    cases = (
+        [options.case]
+        if options.case
+        else [dataclasses.replace(case, ranks=world.size) if case.ranks == 1 else case for case in listed]
+    )
     file = options.out / f"ring-between-{report.slug(device)}.json"
     found: list[ring_between.Between] = []
     wrong: list[str] = []

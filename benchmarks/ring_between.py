@@ -11,8 +11,8 @@ its slowest rank. The peer is PyTorch's context_parallel, in the same processes 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,11 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import ring_share
 from benchmarks.ring_cases import RingCase, whole_ring
 from benchmarks.ring_timeline import Span
+from benchmarks.timing import HEAD_START_CYCLES, in_turns
 from ringflash import AttentionPlan, Loopback, kernels, ring_attention
 from ringflash.ring.transport import Message, ProcessRing, Transfer
 
-ROUNDS = (3, 50)
-WARMUPS = 2
 CLOSE = 2e-3  # of norms: rounded sums, whose order differs
 DIRECTIONS = ("forward", "backward")
 OURS, ALONE, WHOLE = "ringflash", "ringflash, no transfers", "one GPU, whole"
@@ -52,7 +51,6 @@ class Between:
     kernel: str
     ranks: int
     part: float
-    rounds: int
     ms: dict[str, dict[str, float]]
     refused: dict[str, str]
     gib: float
@@ -76,9 +74,9 @@ def measure(
     case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, seconds: float
 ) -> Between:
     """Compare with a Loopback, then time all variants in turns. Called by all ranks; raises where the ring is wrong."""
-    ring = ProcessRing(group, device)
+    ring = _GpuRing(case, group, device)
     name = kernels.select(*(x for x in case.shrunk(1).inputs(dtype, device)[:2]), None, kernel).name
-    _check(case, kernel, dtype, device, group)
+    _check(dataclasses.replace(case, ranks=ring.gpus), kernel, dtype, device, group)
     variants: dict[str, Passes] = {}
     refused: dict[str, str] = {}
     inputs = case.inputs(dtype, device)
@@ -90,18 +88,28 @@ def measure(
     variants[ALONE] = ring_share.passes(neighbourless, case.plan(neighbourless), inputs, kernel)
     for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
         peer = TORCH + backend.removesuffix("_ATTENTION").lower()
-        if case.kind != "causal":
-            refused[peer] = f"has no {case.kind} mask"
+        if case.kind != "causal" or case.ranks != ring.gpus:
+            refused[peer] = f"has no {case.kind} mask" if case.kind != "causal" else f"needs {case.ranks} GPUs"
             continue
         try:
             variants[peer] = _torch_passes(case, inputs, backend, group)
         except Exception as error:  # a peer may raise anything; the table says what
             refused[peer] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-    ms, rounds = _in_turns(variants, device, seconds)
+    ms = _in_turns(variants, device, seconds)
     spans = _profiled(variants[OURS], device)
-    gib = _most_gib(case, inputs, kernel, device, group)
+    gib = _most_gib(ring, variants[OURS])
     part = case.head_pairs() / whole.head_pairs() / case.ranks
-    return Between(str(case), name, case.ranks, part, rounds, ms, refused, gib, min(map(hidden, spans.values())), spans)
+    return Between(str(case), name, case.ranks, part, ms, refused, gib, min(map(hidden, spans.values())), spans)
+
+
+def _most_gib(ring: _GpuRing, ours: Passes) -> float:
+    """Received in one forward and backward by the rank that receives most."""
+    ring.received = 0
+    for run in ours:
+        run()
+    received = torch.tensor(ring.received, device=ring.device)
+    dist.all_reduce(received, dist.ReduceOp.MAX)
+    return received.item() / 2**30
 
 
 def _passes(plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Passes:
@@ -132,6 +140,34 @@ def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device
             raise ArithmeticError(
                 f"{name} of rank {plan.ring.local[0]} differs from a Loopback's by {error:.1e}: {small}"
             )
+
+
+class _GpuRing(ProcessRing):
+    """A rank of the case's ring on this GPU; `received` adds up bytes.
+
+    Where there are fewer GPUs than ranks, every GPU plays the same one, the middle rank: it sends to the GPU after it
+    what that rank would send, and receives from the one before what comes from there. Kernels, messages, waits and
+    bytes are those of the larger ring, on real links; only whose keys they are is not. Where a rank would receive more
+    than it sends, or less, the fewer bytes travel.
+    """
+
+    def __init__(self, case: RingCase, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(group, device)
+        self.gpus, self.gpu, self.received = self.size, self.rank, 0
+        if case.ranks != self.gpus:
+            self.size, self.rank = case.ranks, case.ranks // 2
+            self.local = (self.rank,)
+
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
+        """As ProcessRing's, between GPUs."""
+        if self.size != self.gpus:
+            pairs = [(x.tensor.flatten(), y.tensor.flatten()) for x, y in zip(outgoing, incoming, strict=False)]
+            sizes = [min(len(x), len(y)) for x, y in pairs]
+            after, before = (self.gpu + 1) % self.gpus, (self.gpu - 1) % self.gpus
+            outgoing = [Message(self.gpu, after, x[:n]) for (x, _), n in zip(pairs, sizes, strict=True)]
+            incoming = [Message(before, self.gpu, y[:n]) for (_, y), n in zip(pairs, sizes, strict=True)]
+        self.received += sum(m.tensor.numel() * m.tensor.element_size() for m in incoming)
+        return super().exchange(outgoing, incoming, about)
 
 
 # -- the peer
@@ -172,73 +208,46 @@ def _torch_passes(case: RingCase, inputs: tuple[Tensor, ...], backend: str, grou
 # -- the clock
 
 
-def _in_turns(
-    variants: dict[str, Passes], device: torch.device, seconds: float
-) -> tuple[dict[str, dict[str, float]], int]:
-    """Milliseconds by variant and direction, medians of so many rounds, each of which begins on all GPUs at once."""
-    runs = {(name, d): run for name, both in variants.items() for d, run in zip(DIRECTIONS, both, strict=True)}
-    estimate = 0.0
-    for run in runs.values():
+def _in_turns(variants: dict[str, Passes], device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds by variant and direction: medians of runs each of which begins on all GPUs at once."""
+    runs = {f"{d} {name}": run for name, both in variants.items() for d, run in zip(DIRECTIONS, both, strict=True)}
+    estimates = torch.zeros(len(runs), device=device, dtype=torch.float64)
+    for i, run in enumerate(runs.values()):
         run()
         torch.cuda.synchronize(device)
         begun = time.perf_counter()
         run()
         torch.cuda.synchronize(device)
-        estimate += time.perf_counter() - begun
-    slowest = torch.tensor(estimate, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    fewest, most = ROUNDS
-    rounds = max(fewest, min(most, int(seconds * len(runs) / slowest.item())))
-    shuffle, names = random.Random(0), list(runs)
-    turns = [shuffle.sample(names, len(names)) for _ in range(rounds)]
-    events = {name: [] for name in names}
-    torch.cuda._sleep(20_000_000)
-    for turn in turns:
-        for name in turn:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            _together(device)
-            begin.record()
-            runs[name]()
-            end.record()
-            events[name].append((begin, end))
+        estimates[i] = time.perf_counter() - begun
+    dist.all_reduce(estimates, dist.ReduceOp.MAX)
+    turns = in_turns(dict(zip(runs, estimates.tolist(), strict=True)), seconds)
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    events = []
+    for name in turns:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _together(device)
+        begin.record()
+        runs[name]()
+        end.record()
+        events.append((begin, end))
     torch.cuda.synchronize(device)
-    mine = torch.tensor([[b.elapsed_time(e) for b, e in events[name]] for name in names], device=device)
+    mine = torch.tensor([begin.elapsed_time(end) for begin, end in events], device=device)
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(of_all, mine)
     times = torch.stack(of_all)
     ms: dict[str, dict[str, float]] = {}
-    for i, (name, direction) in enumerate(names):
-        # GPUs that work alone are averaged, those that work together are done when the last one is.
-        by_round = times[:, i].mean(0) if name == WHOLE else times[:, i].amax(0)
-        ms.setdefault(name, {})[direction] = statistics.median(by_round.tolist())
-    return ms, rounds
+    for name in variants:
+        for direction in DIRECTIONS:
+            own = times[:, [i for i, turn in enumerate(turns) if turn == f"{direction} {name}"]]
+            # GPUs that work alone are averaged, those that work together are done when the last one is.
+            by_run = own.mean(0) if name == WHOLE else own.amax(0)
+            ms.setdefault(name, {})[direction] = statistics.median(by_run.tolist())
+    return ms
 
 
 def _together(device: torch.device) -> None:
     """Have this GPU wait for all others; the host goes on."""
     dist.all_reduce(torch.zeros(1, device=device))
-
-
-class _Counting(ProcessRing):
-    """A ring that adds up what its rank receives."""
-
-    received = 0
-
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
-        self.received += sum(m.tensor.numel() * m.tensor.element_size() for m in incoming)
-        return super().exchange(outgoing, incoming, about)
-
-
-def _most_gib(
-    case: RingCase, inputs: tuple[Tensor, ...], kernel: str, device: torch.device, group: dist.ProcessGroup
-) -> float:
-    """Received in one forward and backward by the rank that receives most."""
-    ring = _Counting(group, device)
-    _, gradients = _passes(case.plan(ring), inputs, kernel)
-    gradients()
-    received = torch.tensor(ring.received, device=device)
-    dist.all_reduce(received, dist.ReduceOp.MAX)
-    return received.item() / 2**30
 
 
 # -- what ran when
@@ -252,6 +261,7 @@ def _profiled(ours: Passes, device: torch.device) -> dict[str, list[Span]]:
     found: dict[str, list[Span]] = {}
     for direction, run in zip(DIRECTIONS, ours, strict=True):
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            torch.cuda._sleep(HEAD_START_CYCLES)  # the host gets ahead: what is drawn is what GPUs wait for
             _together(device)
             run()
             torch.cuda.synchronize(device)
@@ -323,7 +333,7 @@ def table(found: Between, header: bool) -> str:
     lines += [f"{found.case:<26} {name:<30} not timed: {why}" for name, why in found.refused.items()]
     lines.append(
         f"{'':<26} a rank receives {found.gib:.3f} GiB at most; {100 * found.hidden:.0f}% of the transfers' time is "
-        f"under kernels; {found.rounds} rounds"
+        "under kernels"
     )
     return "\n".join(line.rstrip() for line in lines)
 
@@ -341,22 +351,23 @@ def draw(path: Path, found: Between, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(13, 1.7 + 0.7 * found.ranks), layout="constrained")
+    gpus = 1 + max(s.rank for spans in found.spans.values() for s in spans)
+    figure = Figure(figsize=(13, 1.7 + 0.7 * gpus), layout="constrained")
     widths = [max((s.end for s in spans), default=1e-3) for spans in found.spans.values()]
     panels = figure.subplots(1, 2, sharey=True, width_ratios=widths)
     for axes, width, (direction, spans) in zip(panels, widths, found.spans.items(), strict=True):
         for kind, colour in COLOURS.items():
             for lane, place in ((0, 0.08), (1, 0.37), (-1, 0.66)):
-                for rank in range(found.ranks):
+                for rank in range(gpus):
                     bars = [
                         (1e3 * s.begin, 1e3 * (s.end - s.begin))
                         for s in spans
                         if (s.rank, s.kind, s.hop) == (rank, kind, lane)
                     ]
                     axes.broken_barh(bars, (rank + place, 0.27), facecolor=colour, edgecolor="white", linewidth=0.3)
-        axes.set(title=direction, xlabel="ms", xlim=(0, 1e3 * width), ylim=(found.ranks, 0))
+        axes.set(title=direction, xlabel="ms", xlim=(0, 1e3 * width), ylim=(gpus, 0))
         axes.title.set_fontsize(9)
-        axes.set_yticks([rank + 0.5 for rank in range(found.ranks)], [f"GPU {r}" for r in range(found.ranks)])
+        axes.set_yticks([rank + 0.5 for rank in range(gpus)], [f"GPU {r}" for r in range(gpus)])
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right"]].set_visible(False)
     labels = {"compute": "attention kernels, two lanes", "transfer": "NCCL", "passes": "other passes"}

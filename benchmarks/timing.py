@@ -1,10 +1,11 @@
 """Times of several variants, taken in turns.
 
 A GPU at its power limit slows down by 10 to 20 percent, and so does the next thing it runs. So the variants take
-turns, in an order that is shuffled in every round (fixed seed), and each is described by the median of its rounds and
-their 20th and 80th percentile. On a GPU the time is between CUDA events on the stream, and the whole queue is sent
-without waiting: the host's work hides behind the GPU's. A run that the host takes long to launch is preceded by
-matrix products of that length: the GPU then neither waits for the host nor cools down.
+turns, in an order that is shuffled in every round (fixed seed), one that is short several times in a row, so that all
+meet a card that is as warm. Each is described by the median of its runs and their 20th and 80th percentile. On a GPU
+the time is between CUDA events on the stream, and the whole queue is sent without waiting: the host's work hides behind
+the GPU's. A run that the host takes long to launch is preceded by matrix products of that length: the GPU then neither
+waits for the host nor cools down.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from dataclasses import dataclass
 import torch
 
 ROUNDS = (3, 100)  # fewest and most
+REPEATS = 16  # runs in a row, at most
 HEAD_START_CYCLES = 20_000_000  # about 10 ms in which the host gets ahead of the GPU
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: median, 20th and 80th percentile, how many rounds they are of, and the host's, to launch one."""
+    """Milliseconds: median, 20th and 80th percentile, how many runs they are of, and the host's, to launch one."""
 
     ms: float
     p20: float
     p80: float
-    rounds: int
+    runs: int
     host_ms: float = 0.0
 
     @classmethod
@@ -46,31 +48,40 @@ def interleaved(
 ) -> dict[str, Timing | Exception]:
     """Each variant's times, from about `seconds` of measuring a variant; or what it raised instead.
 
-    Each runs twice untimed, then once to see how many rounds fit.
+    Each runs twice untimed, then once to see how many rounds fit, and how often each runs in one.
     """
     clock = _gpu_times if device.type == "cuda" else _cpu_times
     found: dict[str, Timing | Exception] = {}
     runnable: dict[str, Callable[[], object]] = {}
     host: dict[str, float] = {}
-    estimate = 0.0
+    estimates: dict[str, float] = {}
     for name, run in variants.items():
         try:
             run()
             host[name] = _launching(run, device)
-            estimate += clock([(run, host[name])], device)[0] / 1e3
+            estimates[name] = clock([(run, host[name])], device)[0] / 1e3
             runnable[name] = run
         except Exception as error:  # a peer may raise anything; the table says what
             found[name] = error
     if not runnable:
         return found
-    fewest, most = ROUNDS
-    rounds = max(fewest, min(most, int(seconds * len(runnable) / max(estimate, 1e-9))))
-    shuffle = random.Random(0)
-    turns = [name for _ in range(rounds) for name in shuffle.sample(list(runnable), len(runnable))]
+    turns = in_turns(estimates, seconds)
     times: dict[str, list[float]] = {name: [] for name in runnable}
     for name, ms in zip(turns, clock([(runnable[name], host[name]) for name in turns], device), strict=True):
         times[name].append(ms)
     return found | {name: Timing.of(values, host[name]) for name, values in times.items()}
+
+
+def in_turns(estimates: Mapping[str, float], seconds: float) -> list[str]:
+    """Who runs when: rounds of all variants, of estimated seconds, for about `seconds` each; the same on all ranks."""
+    longest = max(estimates.values())
+    repeats = {name: max(1, min(REPEATS, int(longest / max(took, 1e-9)))) for name, took in estimates.items()}
+    a_round = sum(took * repeats[name] for name, took in estimates.items())
+    fewest, most = ROUNDS
+    rounds = max(fewest, min(most, int(seconds * len(estimates) / max(a_round, 1e-9))))
+    shuffle, names = random.Random(0), list(estimates)
+    order = [name for _ in range(rounds) for name in shuffle.sample(names, len(names))]
+    return [name for name in order for _ in range(repeats[name])]
 
 
 def _launching(run: Callable[[], object], device: torch.device) -> float:

@@ -1,8 +1,10 @@
 """benchmarks/attention.py tells the truth: what it counts, what it times, what it calls wrong and what is not there."""
 
 import dataclasses
+import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,7 @@ def test_a_timed_row_has_every_figure_and_they_agree(tmp_path):
     seconds = row["timing"]["ms"] / 1e3
     assert row["status"] == "timed"
     assert row["timing"]["p20"] <= row["timing"]["ms"] <= row["timing"]["p80"]
-    assert row["timing"]["rounds"] >= timing.ROUNDS[0]
+    assert row["timing"]["runs"] >= timing.ROUNDS[0]
     assert row["tflops"] == pytest.approx(2.5 * 4 * 32 * case.head_pairs() / seconds / 1e12)
     assert row["ns_per_million_pairs"] == pytest.approx(seconds * 1e9 / case.head_pairs() * 1e6)
     assert row["ratio"] == pytest.approx(flash["timing"]["ms"] / row["timing"]["ms"])
@@ -168,6 +170,15 @@ def test_times_come_from_turns_and_a_variant_that_raises_leaves_the_others():
     variants = {name: lambda name=name: calls.append(name) for name in "ab"} | {"c": lambda: 1 / 0}
     found = timing.interleaved(variants, CPU, seconds=0.001)
     assert isinstance(found["c"], ZeroDivisionError)
-    turns = calls[4:]  # after a warm-up and an estimate of each
-    assert all({*turns[i : i + 2]} == {"a", "b"} for i in range(0, len(turns), 2))
-    assert found["a"].rounds == found["b"].rounds == len(turns) // 2
+    assert {name: found[name].runs for name in "ab"} == Counter(calls[4:])  # after a warm-up and an estimate of each
+
+
+def test_variants_take_turns_of_equal_length():
+    turns = timing.in_turns({"long": 1.0, "half": 0.5, "short": 0.001}, seconds=4.0)
+    a_round = Counter({"long": 1, "half": 2, "short": timing.REPEATS})
+    size = a_round.total()
+    rounds = [turns[i : i + size] for i in range(0, len(turns), size)]
+    assert len(rounds) == 5  # of 2.016 s each, for three variants of 4 s
+    assert all(Counter(turn) == a_round for turn in rounds)
+    assert len({tuple(turn) for turn in rounds}) > 1
+    assert all(len(list(run)) == a_round[name] for turn in rounds for name, run in itertools.groupby(turn))
