@@ -1,10 +1,11 @@
 """Attention of one query shard on one key/value shard, on one device.
 
-Every kernel has the same three functions and knows nothing of rings, layouts, documents or windows:
+Every kernel has the same four functions and knows nothing of rings, layouts, documents or windows:
 
     forward(q, k, v, intervals, *, scale, softcap, carry, out) -> Partial
     delta(out, dout) -> Tensor
     backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None
+    round_into(out, x) -> None
 
 q, dout [B, Sq, Hq, D]; k, v [B, Skv, Hkv, D], any strides with a contiguous last dimension; Hq a multiple of Hkv.
 Scores are ``scale * q k^T``, scale > 0, then ``softcap * tanh(scores / softcap)`` where softcap is not None. Keys and
@@ -16,6 +17,7 @@ carry.out, all of it; lse is updated in place all the same. Without a carry the 
 
 backward: lse and delta, fp32 [B, Hq, Sq], are those of the whole softmax, over all shards: delta = rowsum(dout * out).
 Gradients are *added* into dq [B, Sq, Hq, D], dk and dv [B, Skv, Hkv, D], all fp32, with a contiguous last dimension.
+round_into writes such a sum, when it is complete, in the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Kernel:
     forward: Callable
     delta: Callable[[Tensor, Tensor], Tensor]
     backward: Callable
+    round_into: Callable[[Tensor, Tensor], None]
     supports: Callable[[Tensor, Tensor, float | None], str | None]
 
 
@@ -66,10 +69,10 @@ def _load(name: str, deterministic: bool = False) -> Kernel:
     """Import a kernel's files only when it is asked for."""
     if name == "blocked":
         blocked = importlib.import_module("ringflash.kernels.blocked")
-        return Kernel(name, blocked.forward, blocked.delta, blocked.backward, blocked.supports)
+        return Kernel(name, blocked.forward, blocked.delta, blocked.backward, blocked.round_into, blocked.supports)
     forward = importlib.import_module(f"ringflash.kernels.{name}_forward")
     backward = importlib.import_module(f"ringflash.kernels.{name}_backward")
     call = backward.backward
     if name == "hopper":  # the other kernels' gradients have one writer each
         call = functools.partial(call, deterministic=deterministic)
-    return Kernel(name, forward.forward, backward.delta, call, forward.supports)
+    return Kernel(name, forward.forward, backward.delta, call, backward.round_into, forward.supports)

@@ -59,6 +59,11 @@ def delta(out: Tensor, dout: Tensor) -> Tensor:
     return (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
 
 
+def round_into(out: Tensor, x: Tensor) -> None:
+    """out = x, rounded to its dtype."""
+    out.copy_(x)
+
+
 def backward(
     dout: Tensor,
     q: Tensor,

@@ -63,11 +63,11 @@ from ringflash.kernels.hopper_parts import (
     tile_run,
     tiles,
 )
-from ringflash.kernels.portable_backward import delta
+from ringflash.kernels.portable_backward import delta, round_into
 from ringflash.kernels.portable_forward import LOG2_E, interval_stride, score_scales
 from ringflash.mask import Intervals
 
-__all__ = ["backward", "delta"]
+__all__ = ["backward", "delta", "round_into"]
 
 PUBLISHED = gl.constexpr(FIRST_BARRIER)  # 4: ds of each consumer, of even steps and of odd ones
 EMPTY = gl.constexpr(FIRST_BARRIER + 4)  # as many as there are stages, at most 3

@@ -254,10 +254,11 @@ def _backward(
                         dkv.send_after(s)
         for lane, dkv, part, of_q, of_k in parts:
             with lanes.on(lane):  # of the half that is done first, under the other's last kernel
-                for i, (into_q, into_k, into_v) in enumerate(zip(*whole, strict=True)):
-                    into_k[:, part.rows, of_k], into_v[:, part.rows, of_k] = dkv.at(i)
+                for i, (into_q, *into_kv) in enumerate(zip(*whole, strict=True)):
+                    for into, x in zip(into_kv, dkv.at(i), strict=True):
+                        call.kernel.round_into(into[:, part.rows, of_k], x)
                     if part.rows.start == 0:
-                        into_q[:, :, of_q] = dq[i][:, :, of_q]
+                        call.kernel.round_into(into_q[:, :, of_q], dq[i][:, :, of_q])
     return _together(whole[0]), _together(whole[1]), _together(whole[2])
 
 

@@ -297,6 +297,23 @@ def test_delta_is_the_rows_dot_product(interpreter, head_dim):
     assert interpreter(delta_against_float64, head_dim) < 1e-5 * head_dim
 
 
+def rounded_by_kernel_and_by_torch(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    from ringflash.kernels import portable_backward
+
+    x = torch.randn(TOKENS, 2, 2, 3, head_dim).transpose(0, 2)[:, 0]  # as gradients lie on their way
+    whole = torch.full((2, TOKENS, 6, head_dim), 7.0, dtype=dtype)
+    portable_backward.round_into(whole[:, :, 3:], x)
+    return whole[:, :, 3:], x.to(dtype), bool((whole[:, :, :3] == 7).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_sums_are_rounded_as_torch_does_into_their_heads_alone(interpreter, head_dim, dtype):
+    found, expected, others_left = interpreter(rounded_by_kernel_and_by_torch, head_dim, dtype)
+    assert torch.equal(found, expected)
+    assert others_left
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this process interprets kernels too")
 def test_cpu_tensors_need_the_interpreter():
     from ringflash.kernels.portable_forward import supports

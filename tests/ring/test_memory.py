@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Partial, ring_attention
-from ringflash.kernels import Kernel
+from ringflash.kernels import Kernel, blocked
 from ringflash.ring import attention
 
 SHARD, HEADS, DIM = 64, 4, 8
@@ -89,9 +89,8 @@ def delta(out, dout) -> torch.Tensor:
 
 def passes(monkeypatch, mask, layout, rank, kv_heads=2):
     """Bytes that the forward and the backward add at most, and the largest allocation on each hop."""
-    monkeypatch.setattr(
-        attention.kernels, "select", lambda *args: Kernel("none", forward, delta, backward, lambda *args: None)
-    )
+    kernel = Kernel("none", forward, delta, backward, blocked.round_into, lambda *args: None)
+    monkeypatch.setattr(attention.kernels, "select", lambda *args: kernel)
     following = Following()
     ring = Alone(layout.ranks, rank, following)
     plan = AttentionPlan(mask, layout, ring)

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, Partial, ring_attention
-from ringflash.kernels import Kernel
+from ringflash.kernels import Kernel, blocked
 from ringflash.ring import attention
 from ringflash.ring.transport import Message
 
@@ -99,7 +99,7 @@ class Clocks:
         def delta(out, dout) -> torch.Tensor:
             return (out * dout).sum(-1).transpose(1, 2).float().contiguous()
 
-        return Kernel("clocks", forward, delta, backward, lambda q, k, softcap: None)
+        return Kernel("clocks", forward, delta, backward, blocked.round_into, lambda q, k, softcap: None)
 
     def lanes(self, count: int, device: torch.device) -> FakeLanes:
         return FakeLanes(self, count)
