@@ -164,30 +164,29 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
         else [dataclasses.replace(case, ranks=world.size) if case.ranks == 1 else case for case in listed]
     )
     file = options.out / f"ring-between-{report.slug(device)}.json"
+    of_run = (options.kernel, DTYPES[options.dtype], world.device, world.ring.group)
     found: list[ring_between.Between] = []
-    wrong: list[str] = []
     for case in cases:
-        try:
-            group, dtype = world.ring.group, DTYPES[options.dtype]
-            found.append(ring_between.measure(case, options.kernel, dtype, world.device, group, options.seconds))
-        except ArithmeticError as error:
-            wrong.append(f"WRONG: {error}")
-            break  # on this rank; those that found nothing wrong are ended by torchrun
+        found.append(ring_between.measure(case, *of_run, options.seconds))
         torch.cuda.empty_cache()
         if world.is_first:
             print(ring_between.table(found[-1], header=len(found) == 1) + "\n", flush=True)
-            rows = [dataclasses.asdict(row) | {"efficiency": row.summary()} for row in found]
-            report.write_json(file, {"benchmark": "ring between GPUs", "card": facts, "rows": rows})
-    if world.is_first and found:
-        title = f"{found[0].case}, {options.dtype}, on {world.size} x {_signature(facts)}"
-        _written(file, _drawn(ring_between.draw, file, found[0], title))
-    code = 0
-    if world.is_first or wrong:
-        code = _closed("ring between GPUs", facts, wrong, {"efficiency": {row.case: row.summary() for row in found}})
+    rows = [dataclasses.asdict(row) | {"efficiency": row.summary()} for row in found]
+    for case, row in zip(cases, rows, strict=True):
+        ran = ring_between.profiled(case, *of_run)
+        row["hidden"] = {direction: round(ring_between.hidden(spans), 4) for direction, spans in ran.items()}
+        row["spans"] = {direction: [dataclasses.astuple(s) for s in spans] for direction, spans in ran.items()}
+        if world.is_first:
+            print(f"{case}: of transfers' time, under attention kernels: {row['hidden']}", flush=True)
+            picture = file.with_name(f"{file.stem}-{re.sub('[^a-z0-9]+', '-', str(case))}.png")
+            _drawn(ring_between.draw, picture, ran, f"{case}, {options.dtype}, {world.size} x {_signature(facts)}")
+    if world.is_first:
+        report.write_json(file, {"benchmark": "ring between GPUs", "card": facts, "rows": rows})
+        print(f"wrote {file} and a picture of each case")
+        _closed("ring between GPUs", facts, [], {"efficiency": {row.case: row.summary() for row in found}})
     world.watch.close()
-    if not wrong:
-        dist.destroy_process_group()
-    return code
+    dist.destroy_process_group()
+    return 0
 
 
 def measured_tflops(case: RingCase, options: argparse.Namespace, device: torch.device) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from benchmarks import checks, timing
 from benchmarks.ring_cases import RingCase, whole_ring
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, Loopback, kernels, ring_attention
+from ringflash.ring.runs import Run, Runs
 from ringflash.ring.transport import Message
 
 CHECKED_LENGTH = 2048
@@ -71,36 +72,51 @@ class OneRank:
     """A rank of a ring of `size` without the others: what it would receive is random, and there at once.
 
     Receive buffers begin as whatever was in memory, and nothing is to be timed on that (zeros draw less power, so a GPU
-    clocks higher). So the first message into a buffer fills all of it with random numbers; later ones leave what is
-    there. In passes that are run `again`, whose buffers lie where they lay before, only the first one copies anything.
+    clocks higher). So a buffer is filled with random numbers when a message first comes into it. In later passes, whose
+    buffers lie where they lay before (`again`), the numbers are there, but where a pass has cleared what its first
+    message into a buffer leaves as it is: of later messages that part is written, as a transfer would.
     """
 
     def __init__(self, size: int, rank: int, device: torch.device | str = "cpu") -> None:
         self.size = size
         self.local: tuple[int, ...] = (rank,)
         self.device = torch.device(device)
-        self._written: dict[int, torch.UntypedStorage] = {}  # kept, so that no other gets such an address
+        self._filled: dict[int, Tensor] = {}  # buffers by address; kept, so that no other gets it
+        self._written: dict[int, Runs] = {}  # in this pass, elements by address
+
+    def fresh(self) -> None:
+        """A pass begins."""
+        self._written.clear()
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Arrival:
-        """Fill buffers that nobody has written to, in the order of the current stream."""
-        filled = False
-        for message in outgoing:
-            self._note(message.tensor)
+        """Fill what nobody has written to, in the order of the current stream."""
+        self._written = {_address(m.tensor): _EVERYTHING for m in outgoing} | self._written
+        before, filled = dict(self._written), False
         for message in incoming:
-            if self._note(message.tensor):
-                message.tensor.new_empty(0).set_(message.tensor.untyped_storage()).normal_()
+            x, address = message.tensor, _address(message.tensor)
+            coming = Runs([Run(x.storage_offset(), x.storage_offset() + x.numel())])
+            # Of a buffer that is not new, what comes first in a pass is here; what comes later may have been cleared.
+            missing = coming.without(before.get(address, _EVERYTHING))
+            if address not in before and address not in self._filled:
+                self._filled[address] = torch.tensor([], dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+                missing = coming = _EVERYTHING
+            for begin, end in missing:
+                self._filled[address][begin:end].normal_()
                 filled = True
+            self._written[address] = self._written.get(address, Runs()).union(coming)
         on_gpu = filled and self.device.type == "cuda"
         return Arrival(torch.cuda.current_stream(self.device).record_event() if on_gpu else None)
 
-    def _note(self, x: Tensor) -> bool:
-        """Whether this memory has not been in any message before."""
-        storage = x.untyped_storage()
-        return self._written.setdefault(storage.data_ptr(), storage) is storage
+
+_EVERYTHING = Runs([Run(0, 2**62)])  # of a buffer
 
 
-def again(work: Callable[[], object]) -> Callable[[], object]:
-    """work, whose n-th uninitialised tensor lies in every run where it lay in the first.
+def _address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def again(work: Callable[[], object], ring: OneRank) -> Callable[[], object]:
+    """A pass on this ring, whose n-th uninitialised tensor lies in every run where it lay in the first.
 
     As in training, where what a layer gets from torch's allocator lies where it lay a layer before, too.
     """
@@ -118,6 +134,7 @@ def again(work: Callable[[], object]) -> Callable[[], object]:
 
             return same
 
+        ring.fresh()
         with checks.allocating(kept):
             return work()
 
@@ -233,11 +250,10 @@ def passes(
     """A rank's forward, and its backward alone, as functions to be called again and again."""
     *leaves, dout = (plan.shard(x.detach()) for x in inputs)
     q, k, v = (x.requires_grad_() for x in leaves)
-
     attend = functools.partial(ring_attention, q, k, v, plan, kernel=kernel)
     out = attend()
     gradients = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
-    return again(attend), again(gradients)
+    return again(attend, ring), again(gradients, ring)
 
 
 def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

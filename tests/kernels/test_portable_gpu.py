@@ -168,3 +168,15 @@ def test_tensors_of_more_than_2_to_the_31_elements():
     assert [
         name for name, (x, truth, rounded) in late.items() if not distance(x, truth) <= 2 * distance(rounded, truth)
     ] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 128])
+def test_sums_are_rounded_as_torch_does_into_their_heads_alone(head_dim, dtype):
+    from ringflash.kernels.portable_backward import round_into
+
+    x = torch.randn(1111, 2, 2, 3, head_dim, device="cuda").transpose(0, 2)[:, 0]  # as gradients lie on their way
+    whole = torch.full((2, 1111, 6, head_dim), 7.0, dtype=dtype, device="cuda")
+    round_into(whole[:, :, 3:], x)
+    assert torch.equal(whole[:, :, 3:], x.to(dtype))
+    assert bool((whole[:, :, :3] == 7).all())
