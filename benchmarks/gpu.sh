@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What one GPU has to prove, each part under its own time limit; results go to OUT (default benchmarks/results).
+# What GPUs have to prove, each part under its own time limit; results go to OUT (default benchmarks/results).
 #
 #   benchmarks/gpu.sh tests        kernels against float64, every mask kind               4 minutes on an H100 with pytest-xdist, else 15
 #   benchmarks/gpu.sh attention    the kernels beside their peers: table, JSON, plot      7 minutes
 #   benchmarks/gpu.sh ring         one rank's share of rings: table, JSON, plot           3 minutes
 #   benchmarks/gpu.sh sanitizer    memcheck and racecheck on small sizes                  1 minute
-#   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes
+#   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes; on every GPU there is
+#   benchmarks/gpu.sh between      several GPUs: the ring itself, over NCCL; and tests    5 minutes
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
@@ -39,14 +40,19 @@ source = "\n".join(p.read_text(errors="ignore") for p in sorted(pathlib.Path(sys
 for i in range(4):
     (pathlib.Path(sys.argv[1]) / f"{i}.txt").write_text(source[i * 1_000_000 : (i + 1) * 1_000_000])
 PY
-    timeout 360 python3 train.py experiment=qwen3-0.5b-128k optim.steps=10 optim.warmup=2 data=text "data.path=$text" \
+    timeout 360 python3 launch/local.py experiment=qwen3-0.5b-128k optim.steps=10 optim.warmup=2 data=text "data.path=$text" \
         "data.cache=$text/cache" data.held_out=0.25 "runs=$text/runs" evaluation.every=0 evaluation.sequences=1 \
         checkpoint.every=0 logger.mode=disabled "${@:2}" || exit 1
     cp "$text"/runs/*/metrics.jsonl "$out/training.jsonl"
     cat "$out/training.jsonl"
     ;;
+between)
+    gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
+    timeout 300 torchrun --nproc-per-node "$gpus" benchmarks/ring.py --between --out "$out" "${@:2}" || exit 1
+    timeout 300 python3 -m pytest -m gpu -p no:cacheprovider --tb=short tests/ring/test_gpus.py tests/training/test_gpus.py
+    ;;
 *)
-    sed -n '2,8p' "$0"
+    sed -n '2,9p' "$0"
     exit 2
     ;;
 esac
