@@ -32,23 +32,15 @@ def kept_or_computed(compute: Callable[[], tuple[Tensor, Tensor]], travels: bool
 
     travels: whether compute() sends anything. Raises RuntimeError where it would in a recomputation.
     """
-    role = getattr(_active, "role", None)
-    if role is not None:
-        return role.result(compute)
-    if travels and torch._C._current_graph_task_id() != -1:  # a forward inside a backward
-        raise RuntimeError(
-            "attention is recomputed in the backward, and the ring would run again: checkpoint layers with "
-            "use_reentrant=False and context_fn=ringflash.keep_attention, or call "
-            'model.gradient_checkpointing_enable() after set_attn_implementation("ring")'
-        )
-    return compute()
+    return _result(getattr(_active, "role", None), compute, travels)
 
 
 class _Role:
-    """What calls of attention do while the context is entered."""
+    """What calls of attention do while the context is entered; `before`: what they did until then."""
 
     def __init__(self, kept: list[tuple[Tensor, Tensor]]) -> None:
         self.kept = kept
+        self.before: _Role | None = None
 
     def __enter__(self) -> None:
         self.before = getattr(_active, "role", None)
@@ -62,14 +54,29 @@ class _Role:
 class _Keep(_Role):
     """The layer's first run: compute, and keep."""
 
-    def result(self, compute: Callable) -> tuple[Tensor, Tensor]:
-        self.kept.append(compute())
-        return self.kept[-1]
-
 
 class _Replay(_Role):
     """The layer run again: the same calls in the same order get what was kept."""
 
-    def result(self, compute: Callable) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        return self.kept[self.calls - 1]
+
+def _result(role: _Role | None, compute: Callable[[], tuple[Tensor, Tensor]], travels: bool) -> tuple[Tensor, Tensor]:
+    if isinstance(role, _Replay):
+        role.calls += 1
+        return _apart(role.kept[role.calls - 1])
+    if role is not None:  # a checkpoint inside another, which keeps it too, or has it
+        result = _result(role.before, compute, travels)
+        role.kept.append(_apart(result))
+        return result
+    if travels and torch._C._current_graph_task_id() != -1:  # a forward inside a backward
+        raise RuntimeError(
+            "attention is recomputed in the backward, and the ring would run again: checkpoint layers with "
+            "use_reentrant=False and context_fn=ringflash.keep_attention, or call "
+            'model.gradient_checkpointing_enable() after set_attn_implementation("ring")'
+        )
+    return compute()
+
+
+def _apart(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same memory, apart from the graph: what is kept must not hold the graph that holds it."""
+    out, lse = result
+    return out.detach(), lse.detach()

@@ -1,14 +1,17 @@
 """Recomputing a checkpointed layer does not run the ring again, and changes no gradient."""
 
 import dataclasses
+import gc
 from collections import Counter
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from ringflash import IntervalMask, Loopback, flash_attention, keep_attention, kernels
 from ringflash.models import ring_inputs
+from ringflash.ring import recompute
 from tests.test_models import loss_and_gradients, tiny
 
 
@@ -109,14 +112,55 @@ def test_a_model_on_its_own_attention_is_checkpointed_as_ever():
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def test_a_graph_that_is_kept_can_be_run_backward_twice(launches):
+@pytest.mark.parametrize("attention_is_last", [False, True])
+def test_a_graph_that_is_kept_can_be_run_backward_twice(launches, attention_is_last):
     q, k, v = (torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3))
 
     def layer(q, k, v):
-        return flash_attention(q * 2, k, v, IntervalMask.causal(16)).sin()
+        out = flash_attention(q * 2, k, v, IntervalMask.causal(16))
+        return out if attention_is_last else out.sin()
 
     out = checkpoint(layer, q, k, v, use_reentrant=False, context_fn=keep_attention)
     first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
     second = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert launches["forward"] == 1
+
+
+def test_a_checkpoint_inside_another_runs_no_ring_again():
+    model, tokens, ring = tiny("qwen3").train(), torch.randint(1, 97, (1, 32)), Telling(2)
+    inputs = ring_inputs(tokens, tokens, ring=ring)
+    loss, gradients = loss_and_gradients(model, inputs)
+    model.gradient_checkpointing_enable()
+    ring.told.clear()
+    again = checkpoint(lambda: model(**inputs).loss, **KEPT)
+    recomputed = torch.autograd.grad(again, list(model.parameters()))
+    assert sum("forward" in about for about in ring.told) == 2  # layers
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients.values(), recomputed, strict=True))
+
+
+def test_a_checkpoint_that_keeps_inside_one_that_does_not_is_refused():
+    model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))
+    model.gradient_checkpointing_enable()
+    loss = checkpoint(lambda: model(**ring_inputs(tokens, tokens, ring=Loopback(2))).loss, **PLAIN)
+    with pytest.raises(RuntimeError, match="the ring would run again"):
+        loss.backward()
+
+
+def test_a_graph_that_is_dropped_leaves_nothing_kept(monkeypatch):
+    kept, apart = [], recompute._apart
+
+    def noted(result):
+        kept.append(StorageWeakRef(result[0].untyped_storage()))
+        return apart(result)
+
+    monkeypatch.setattr(recompute, "_apart", noted)
+    model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))
+    model.gradient_checkpointing_enable()
+    loss = model(**ring_inputs(tokens, tokens, ring=Loopback(2))).loss
+    assert len(kept) == 2
+    assert not any(ref.expired() for ref in kept)
+    del loss
+    gc.collect()
+    assert all(ref.expired() for ref in kept)
