@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.ring.watch import Watch
+from ringflash.ring.watch import Pending, Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +108,8 @@ class ProcessRing:
         ]
         if not operations:
             return _Done()
-        sources = tuple(dict.fromkeys(dist.get_global_rank(self.group, m.source) for m in incoming))
-        size = sum(m.tensor.numel() * m.tensor.element_size() for m in incoming)
-        return _InFlight(dist.batch_isend_irecv(operations), self.watch, about, sources, size, self.device)
+        works = dist.batch_isend_irecv(operations)
+        return _InFlight(works, self.group, tuple(outgoing), tuple(incoming), self.watch, about, self.device)
 
 
 class _Done:
@@ -129,17 +128,29 @@ class _Copied:
 
 @dataclass(frozen=True, eq=False)
 class _InFlight:
-    works: list[dist.Work]
+    works: list[dist.Work]  # one for each message, or on NCCL one for all
+    group: dist.ProcessGroup
+    outgoing: tuple[Message, ...]
+    incoming: tuple[Message, ...]
     watch: Watch | None
     about: str
-    sources: tuple[int, ...]
-    size: int
     device: torch.device
 
     def wait(self) -> None:
         """Wait for every work of the batch."""
         if self.watch is not None:
-            self.watch.wait(self.works, "ring", self.about, self.sources, self.size, self.device)
+            size = sum(m.tensor.numel() * m.tensor.element_size() for m in self.incoming)
+            self.watch.wait(self.works, "ring", self.about, self.pending, size, self.device)
             return
         for work in self.works:
             work.wait()
+
+    def pending(self) -> Pending:
+        """Whom this waits for: one rank where works are waited for one by one, else all that it concerns."""
+        sent = [dist.get_global_rank(self.group, m.destination) for m in self.outgoing]
+        coming = [dist.get_global_rank(self.group, m.source) for m in self.incoming]
+        if len(self.works) == len(sent) + len(coming):
+            one_by_one = [Pending(destinations=(rank,)) for rank in sent] + [Pending((rank,)) for rank in coming]
+            unfinished = (p for p, work in zip(one_by_one, self.works, strict=True) if not work.is_completed())
+            return next(unfinished, one_by_one[-1])
+        return Pending(tuple(dict.fromkeys(coming)), tuple(dict.fromkeys(sent)))

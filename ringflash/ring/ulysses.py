@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.ring.watch import Watch
+from ringflash.ring.watch import Pending, Watch
 
 
 class Ulysses:
@@ -63,9 +63,9 @@ class Ulysses:
         if self.watch is None:
             work.wait()
             return incoming
-        others = [rank for rank in dist.get_process_group_ranks(self.group) if rank != dist.get_rank()]
-        size = incoming.nbytes // self.size * len(others)
-        self.watch.wait([work], "ulysses", about, others, size, incoming.device)
+        others = Pending(tuple(rank for rank in dist.get_process_group_ranks(self.group) if rank != dist.get_rank()))
+        size = incoming.nbytes // self.size * (self.size - 1)
+        self.watch.wait([work], "ulysses", about, lambda: others, size, incoming.device)
         return incoming
 
 

@@ -5,14 +5,17 @@ a thread that looks at the oldest wait under way. When none has ended for `limit
 through their store, and every rank says where it is:
 
     ringflash: rank 2, step 12, layer 5, backward, hop 3: waits for rank 1 since 300 s
+    ringflash: rank 0, step 12, layer 5, backward, hop 3: waits for rank 1 to take what it sent since 300 s
     ringflash: rank 1, step 12: waits for no rank; its last wait was in layer 5, backward, hop 2
 
 then all end. A layer never blocks for the watch: on CUDA two events frame each wait on the compute stream, and the
-thread asks whether they have passed.
+thread asks whether they have passed. Nor does the watch block for the store, which may be on the rank that hangs: a
+second thread asks it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -41,11 +44,24 @@ class Traffic:
     exchanges: int = 0
 
 
+@dataclass(frozen=True)
+class Pending:
+    """Ranks of the run that an exchange still waits for: to send, and to take what was sent."""
+
+    sources: tuple[int, ...] = ()
+    destinations: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        taking = tuple(rank for rank in self.destinations if rank not in self.sources)
+        said = [" and ".join(f"rank {rank}" for rank in ranks) for ranks in (self.sources, taking)]
+        return ", or for ".join(filter(None, [said[0], said[1] and f"{said[1]} to take what it sent"]))
+
+
 @dataclass(frozen=True, eq=False)
 class _Wait:
     kind: Kind
     about: str
-    sources: tuple[int, ...]
+    pending: Callable[[], Pending]
     on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None  # before and after the wait, on the compute stream
 
 
@@ -68,20 +84,26 @@ class Watch:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._told = threading.Event()
         threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True).start()
+        if store is not None:
+            threading.Thread(target=self._listen, args=(store,), name="ring-watch-store", daemon=True).start()
 
     def wait(
-        self, works: Sequence[dist.Work], kind: Kind, about: str, sources: Sequence[int], size: int,
+        self, works: Sequence[dist.Work], kind: Kind, about: str, pending: Callable[[], Pending], size: int,
         device: torch.device,
     ) -> None:  # fmt: skip
-        """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes from `sources`."""
+        """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes.
+
+        pending: whom they wait for, asked from another thread.
+        """
         on_gpu = None
         if device.type == "cuda":
             on_gpu = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         with self._lock:
             if not self._waits:
                 self._moved = time.monotonic()
-            self._waits.append(wait := _Wait(kind, about, tuple(sources), on_gpu))
+            self._waits.append(wait := _Wait(kind, about, pending, on_gpu))
             self._traffic[kind].bytes += size
             self._traffic[kind].exchanges += 1
         start = time.perf_counter()
@@ -127,17 +149,21 @@ class Watch:
             with self._lock:
                 self._advance()
                 late = bool(self._waits) and time.monotonic() - self._moved > self.limit
-            if late or self._told():
-                if self._store is not None:
-                    self._store.set(_KEY, "1")
+            if late or self._told.is_set():
                 print(f"\nringflash: {self.where()}", file=sys.stderr, flush=True)  # below a progress bar
+                if self._store is not None:
+                    threading.Thread(target=self._store.set, args=(_KEY, "1"), daemon=True).start()
                 time.sleep(LAST_WORDS)
                 self._end()
                 return
 
-    def _told(self) -> bool:
-        """Whether another rank has found the ring standing still."""
-        return self._store is not None and self._store.check([_KEY])
+    def _listen(self, store: dist.Store) -> None:
+        """Ask whether another rank has found the ring standing still."""
+        with contextlib.suppress(RuntimeError):  # the store goes with the rank that holds it
+            while not self._closed.wait(POLL):
+                if store.check([_KEY]):
+                    self._told.set()
+                    return
 
     def where(self) -> str:
         """Rank, step, and what the rank waits for."""
@@ -145,5 +171,4 @@ class Watch:
             if not self._waits:
                 return f"rank {self.rank}, step {self.step}: waits for no rank; its last wait was in {self._last}"
             wait, seconds = self._waits[0], time.monotonic() - self._moved
-        neighbours = " and ".join(f"rank {source}" for source in wait.sources) or "what it sent to be taken"
-        return f"rank {self.rank}, step {self.step}, {wait.about}: waits for {neighbours} since {seconds:.0f} s"
+        return f"rank {self.rank}, step {self.step}, {wait.about}: waits for {wait.pending()} since {seconds:.0f} s"

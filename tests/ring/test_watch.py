@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
 from ringflash.ring import watch
-from ringflash.ring.watch import Traffic, Watch
+from ringflash.ring.watch import Pending, Traffic, Watch
 from tests.ring.test_attention import whole_inputs
 
 
@@ -45,7 +45,9 @@ def with_one_rank_that_never_comes(hanging):
 @pytest.mark.ranks
 def test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends(ranks):
     said = ranks.run(with_one_rank_that_never_comes, 3, 1)
-    assert said[0].startswith("ringflash: rank 0, step 12, layer 5, forward, hop ")
+    assert said[0].startswith(
+        "ringflash: rank 0, step 12, layer 5, forward, hop 1: waits for rank 1 to take what it sent since "
+    )
     assert said[2].startswith("ringflash: rank 2, step 12, layer 5, forward, hop 1: waits for rank 1 since ")
     assert "rank 1, step 12: waits for no rank; its last wait was in layer 5, backward" in said[1]
 
@@ -95,9 +97,9 @@ def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Passing)
     monkeypatch.setattr(Passing, "passed", False)
     guard = Watch(60.0, end=lambda: pytest.fail("ended"))
-    guard.wait([], "ring", "on the GPU", [1], 8, torch.device("cuda"))
-    guard.wait([], "ring", "on the host", [2], 8, torch.device("cpu"))
-    assert "on the GPU: waits for rank 1" in guard.where()
+    guard.wait([], "ring", "on the GPU", lambda: Pending((1,), (3,)), 8, torch.device("cuda"))
+    guard.wait([], "ring", "on the host", lambda: Pending((2,)), 8, torch.device("cpu"))
+    assert "on the GPU: waits for rank 1, or for rank 3 to take what it sent since " in guard.where()
     Passing.passed = True
     assert guard.take()["ring"].seconds == pytest.approx(5e-3, abs=1e-3)
     assert "waits for no rank; its last wait was in on the GPU" in guard.where()
@@ -109,3 +111,56 @@ def test_a_watch_with_nothing_to_wait_for_stays_silent(capsys):
     time.sleep(3 * watch.POLL)
     guard.close()
     assert capsys.readouterr().err == ""
+
+
+class FrozenStore:
+    """A store on a machine that does not answer any more."""
+
+    def check(self, keys):
+        time.sleep(60)
+
+    def set(self, key, value):
+        time.sleep(60)
+
+
+class Never:
+    """A work that is not done before it is told."""
+
+    def __init__(self):
+        self.done = threading.Event()
+
+    def wait(self):
+        self.done.wait()
+
+
+def waiting(guard, work):
+    arguments = ([work], "ring", "layer 5, forward, hop 1", lambda: Pending((1,)), 8, torch.device("cpu"))
+    threading.Thread(target=guard.wait, args=arguments, daemon=True).start()
+
+
+def test_a_rank_speaks_and_ends_though_the_store_does_not_answer(monkeypatch, capsys):
+    monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
+    ended, work = threading.Event(), Never()
+    guard = Watch(0.5, 0, FrozenStore(), end=ended.set)
+    waiting(guard, work)
+    assert ended.wait(10)
+    assert "rank 0, step 0, layer 5, forward, hop 1: waits for rank 1 since " in capsys.readouterr().err
+    work.done.set()
+
+
+def test_time_without_a_wait_is_not_counted_as_one():
+    guard, work = Watch(1.0, end=lambda: pytest.fail("ended")), Never()
+    time.sleep(1.5)
+    waiting(guard, work)
+    time.sleep(2 * watch.POLL)
+    assert guard.where().endswith(" since 0 s") or guard.where().endswith(" since 1 s")
+    assert not guard._closed.is_set()
+    work.done.set()
+    guard.close()
+
+
+def test_both_kinds_of_neighbours_are_named():
+    assert str(Pending((1, 2))) == "rank 1 and rank 2"
+    assert str(Pending((), (3,))) == "rank 3 to take what it sent"
+    assert str(Pending((1,), (1,))) == "rank 1"
+    assert str(Pending((1,), (3,))) == "rank 1, or for rank 3 to take what it sent"
