@@ -17,7 +17,8 @@ other's:
 
 Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, in the
 forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size; a third where
-a rank's own gradients come home while it still passes on those of others, as over contiguous runs can be.
+a rank's own gradients come home while it still passes on those of others, as with documents, wide windows or contiguous
+runs can be.
 With one KV head, what takes turns in the backward is a quarter of the keys and the rest.
 """
 

@@ -55,7 +55,11 @@ class Heads:
 
 
 def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, parts: int = 1) -> tuple[str, Layout]:
-    """The name and the layout with the least predicted time; zigzag where others gain next to nothing."""
+    """The name and the layout with the least predicted time; zigzag where others gain next to nothing.
+
+    Not striped: pairs and bytes do not tell that each of its hops touches every tile of queries, which costs a quarter
+    of the speed with packed documents (benchmarks/ring.py).
+    """
     candidates = {
         "zigzag": Layout.zigzag(mask.queries, ranks, parts),
         "contiguous": Layout.contiguous(mask.queries, ranks, parts),

@@ -241,7 +241,10 @@ class AttentionPlan:
 
 
 def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]:
-    """Each rank's route; the same on all ranks, since each knows the masks and the layout."""
+    """Each rank's route; the same on all ranks, since each knows the masks and the layout.
+
+    Where batch rows hold different documents, what any row needs travels of all rows: a token's rows lie together.
+    """
     ranks, gap = layout.ranks, max(1, int(layout.shard_length * _GAP))
     seen = _seen(masks, layout, gap)
     found = []

@@ -65,6 +65,11 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0 and finite")
         if self.timeout_minutes < 1:
             raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more")
+        if self.hop_timeout_seconds >= 60 * self.timeout_minutes:
+            raise ConfigError(
+                f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be less than "
+                f"parallel.timeout_minutes={self.timeout_minutes}, after which a collective gives up without a word"
+            )
         if self.ulysses is None and self.ring is not None:
             raise ConfigError(f"parallel.ring={self.ring} with parallel.ulysses=null: choose both or neither")
 

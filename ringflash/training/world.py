@@ -74,6 +74,17 @@ def _told_ranks_here() -> int | None:
     return next((int(size) for size in told if size), None)
 
 
+def check_machines_alike() -> None:
+    """Raise ConfigError where the launcher tells that not every machine has as many ranks as this one."""
+    told = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "CROSS_SIZE"))  # torchrun's, deepspeed's
+    machines = next((int(count) for count in told if count), None)
+    if machines is not None and machines * ranks_here() != world_size():
+        raise ConfigError(
+            f"parallel.ulysses=null is chosen for machines that are alike, but {world_size()} ranks are on {machines} "
+            f"machines and {ranks_here()} of them here: set parallel.ulysses, such as parallel.ulysses=1"
+        )
+
+
 def world_size() -> int:
     """Ranks of this run, as the launcher tells; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))

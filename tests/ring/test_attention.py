@@ -73,6 +73,20 @@ def test_head_groups_and_softcap_are_exact(heads, softcap):
     assert_exact(on_ring(inputs, plan, softcap=softcap), oracle(inputs, plan.mask.dense(), softcap), layout)
 
 
+def test_striped_layouts_of_many_chunks_a_rank_are_exact():
+    layout, inputs = Layout.striped(400, 2), whole_inputs(1, 400)
+    plan = AttentionPlan(IntervalMask.causal(400), layout, Loopback(2))
+    assert_exact(on_ring(inputs, plan), oracle(inputs, plan.mask.dense()), layout)
+
+
+def test_a_result_with_a_sink_is_rounded_once():
+    plan = AttentionPlan(IntervalMask.causal(96), Layout.zigzag(96, 3), Loopback(3))
+    q, k, v = (plan.shard(x).half() for x in whole_inputs(1, 96)[:3])
+    sink = torch.linspace(-1, 1, 4)
+    exact = ring_attention(q.float(), k.float(), v.float(), plan, sink=sink)
+    assert torch.equal(ring_attention(q, k, v, plan, sink=sink), exact.half())
+
+
 def on_processes(length, documents, name):
     """One rank's share of a packed causal sequence, through gloo."""
     mask = IntervalMask.causal(length) & IntervalMask.documents(documents)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.ring_cases import lognormal_lengths
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
+from ringflash import layout as layout_module
 from ringflash.layout import LAYOUTS
 from ringflash.ring import cost
 from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest, predict
@@ -142,6 +143,30 @@ def test_short_sequences_exchange_heads_and_long_ones_go_round_the_ring():
     chosen = {length: best_ulysses(length, 8, 8, LLAMA_8B, NVLINK, 50e9)[0] for length in (4096, 1048576)}
     assert chosen[4096] > 1
     assert chosen[1048576] == 1
+
+
+def test_what_a_step_sends_is_counted_to_the_byte():
+    """A window of half a shard: one hop of its keys, in both passes, and one of their gradients, home."""
+    mask, layout = IntervalMask.window(4096, left=256), Layout.contiguous(4096, 8)
+    seconds = predict(mask, layout, LLAMA_8B, Machine(flops=1e30, bytes_per_second=1e9))
+    assert seconds == pytest.approx(256 * 8 * 128 * (2 * 2 * 2 + 2 * 4) / 1e9)
+
+
+def test_exchanges_of_heads_are_counted_to_the_byte_and_kv_heads_are_not_replicated():
+    heads, length = Heads(query=8, key=2, dim=64), 4096
+    best, why = best_ulysses(length, 4, 4, heads, Machine(flops=1e30, bytes_per_second=1e9), 1e9)
+    assert "4 x 1" not in why
+    ring = predict(IntervalMask.causal(length), Layout.zigzag(length, 2), Heads(4, 1, 64), Machine(1e30, 1e9))
+    rows = (4 * 8 * 2 + 2 * 2 * 2 + 2 * 2 * 4) * 64  # q, out and their gradients; k and v; theirs in fp32
+    milliseconds = 1e3 * (ring + length / 4 * rows / 2 / 1e9)
+    assert f"2 x 2: {milliseconds:.4g} ms" in why
+    assert best in (1, 2)
+
+
+def test_a_dealt_layout_that_balances_worse_than_zigzag_is_not_taken(monkeypatch):
+    monkeypatch.setattr(layout_module, "_dealt", lambda mask, ranks, *_: Layout.contiguous(mask.queries, ranks))
+    mask = IntervalMask.causal(4096) & IntervalMask.documents([700, 3396])
+    assert torch.equal(Layout.balanced(mask, 8).chunks, Layout.zigzag(4096, 8).chunks)
 
 
 def test_across_nodes_heads_are_exchanged_inside_them():

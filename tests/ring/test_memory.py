@@ -110,11 +110,19 @@ MASKS = {
     "window": lambda n: (IntervalMask.window(n * SHARD, SHARD // 2), Layout.contiguous(n * SHARD, n)),
     "window of two shards": lambda n: (IntervalMask.window(n * SHARD, 2 * SHARD), Layout.contiguous(n * SHARD, n)),
     "causal, contiguous": lambda n: (IntervalMask.causal(n * SHARD), Layout.contiguous(n * SHARD, n)),
+    "documents": lambda n: (packed(n), Layout.zigzag(n * SHARD, n)),
 }
 
 
+def packed(n):
+    """Causal documents of a shard and a half, in the middle of the sequence one of three shards."""
+    lengths = [SHARD * 3 // 2] * (n // 2)
+    lengths[n // 4] = n * SHARD - sum(lengths[: n // 4]) - sum(lengths[n // 4 + 1 :])
+    return IntervalMask.causal(n * SHARD) & IntervalMask.documents(lengths)
+
+
 # Where a rank's own gradients come home while it still has others' to pass on, they need a third place.
-THIRD = {"window of two shards", "causal, contiguous"}
+THIRD = {"window of two shards", "causal, contiguous", "documents"}
 
 
 def in_forward(kv_heads):

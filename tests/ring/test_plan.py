@@ -143,6 +143,24 @@ def test_windows_show_first_tokens_besides_where_the_plan_says_so():
     assert sum(hop.pairs for hops in narrow.hops for hop in hops) == shown.sum()
 
 
+def test_masks_of_fewer_batch_rows_count_for_every_row():
+    near = IntervalMask.window(32, left=3) & IntervalMask.documents([[8, 24], [32]])
+    hi = torch.where(torch.arange(32) < 12, 0, 2)[None]
+    far = IntervalMask(torch.zeros_like(hi), hi, 32)  # the first two keys, from query 12 on
+    plan = AttentionPlan((near, far), Layout.zigzag(32, 2), Loopback(2))
+    assert sum(hop.pairs for hops in plan.hops for hop in hops) == near.area() + 2 * far.area()
+
+
+def test_a_tokens_place_in_its_document_counts_from_the_first_token_that_any_mask_shows():
+    lengths = [12, 20]
+    masks = (IntervalMask.causal(32) & IntervalMask.documents(lengths)).windowed(3, first=2)
+    layout = Layout.zigzag(32, 2)
+    plan = AttentionPlan(masks, layout, Loopback(2))
+    in_document = torch.cat([torch.arange(n) for n in lengths])[None]
+    expected = torch.cat([layout.shard(in_document, rank) for rank in range(2)])
+    assert torch.equal(plan.places[1], expected)
+
+
 def test_a_plan_of_several_masks_is_not_limited_to_windows():
     """What one of them was given to show, as first tokens far back, would be hidden without a word."""
     plan = AttentionPlan(IntervalMask.causal(32).windowed(9, first=4), Layout.zigzag(32, 2), Loopback(2))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
 from ringflash.ring import watch
+from ringflash.ring.transport import Message
 from ringflash.ring.watch import Pending, Traffic, Watch
 from tests.ring.test_attention import whole_inputs
 
@@ -50,6 +51,26 @@ def test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends(ranks):
     )
     assert said[2].startswith("ringflash: rank 2, step 12, layer 5, forward, hop 1: waits for rank 1 since ")
     assert "rank 1, step 12: waits for no rank; its last wait was in layer 5, backward" in said[1]
+
+
+def whom_a_ring_of_some_ranks_waits_for():
+    """In a ring of ranks 1 and 2: for the one message, to be taken, and for the other, to come."""
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return None
+    ring = ProcessRing(group)
+    messages = Message(ring.rank, 1 - ring.rank, torch.zeros(8)), Message(1 - ring.rank, ring.rank, torch.zeros(8))
+    sending, coming = ring.exchange(messages[:1], [], "one"), ring.exchange([], messages[1:], "two")
+    found = sending.pending(), coming.pending()
+    sending.wait()
+    coming.wait()
+    return found
+
+
+@pytest.mark.ranks
+def test_ranks_are_named_by_their_number_in_the_run(ranks):
+    found = ranks.run(whom_a_ring_of_some_ranks_waits_for, 3)
+    assert found == [None, (Pending((), (2,)), Pending((2,))), (Pending((), (1,)), Pending((1,)))]
 
 
 def telemetry():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ringflash.errors import ConfigError
 from ringflash.training import world
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,18 @@ def test_the_launcher_tells_how_many_ranks_a_machine_has(monkeypatch, launcher, 
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     assert world.ranks_here() == here
+
+
+@pytest.mark.parametrize("machines", ["GROUP_WORLD_SIZE", "CROSS_SIZE"])
+@pytest.mark.parametrize(("here", "alike"), [(8, True), (4, False), (12, False)])
+def test_a_grid_is_not_chosen_on_machines_of_unequal_size(monkeypatch, machines, here, alike):
+    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": str(here), machines: "2"}.items():
+        monkeypatch.setenv(name, value)
+    if alike:
+        world.check_machines_alike()
+    else:
+        with pytest.raises(ConfigError, match=f"16 ranks are on 2 machines and {here} of them here: set parallel"):
+            world.check_machines_alike()
 
 
 def test_a_launcher_that_tells_a_rank_its_number_alone_gets_its_gpu(monkeypatch):
