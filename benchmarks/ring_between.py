@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import ring_share
 from benchmarks.ring_cases import RingCase, whole_ring
 from benchmarks.ring_timeline import Span
-from benchmarks.timing import HEAD_START_CYCLES, in_turns
+from benchmarks.timing import HEAD_START_CYCLES, in_turns, matrix_products
 from ringflash import AttentionPlan, Loopback, kernels, ring_attention
 from ringflash.ring.transport import Message, ProcessRing, Transfer
 
@@ -43,6 +43,7 @@ Passes = tuple[Callable[[], object], Callable[[], object]]
 class Between:
     """What a case took on all GPUs together, in milliseconds by variant and direction.
 
+    host_ms: what the host took to launch it, which is hidden where it is ahead of the GPU, as it was here.
     refused: why a variant was not timed. gib: received by a rank in one forward and backward, the most.
     """
 
@@ -51,6 +52,7 @@ class Between:
     ranks: int
     part: float
     ms: dict[str, dict[str, float]]
+    host_ms: dict[str, dict[str, float]]
     refused: dict[str, str]
     gib: float
 
@@ -92,9 +94,9 @@ def measure(
             variants[peer] = _torch_passes(case, inputs, backend, group)
         except Exception as error:  # a peer may raise anything; the table says what
             refused[peer] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-    ms = _in_turns(variants, device, seconds)
+    ms, host_ms = _in_turns(variants, device, seconds)
     part = case.head_pairs() / whole.head_pairs() / case.ranks
-    return Between(str(case), name, case.ranks, part, ms, refused, _most_gib(ring, variants[OURS]))
+    return Between(str(case), name, case.ranks, part, ms, host_ms, refused, _most_gib(ring, variants[OURS]))
 
 
 def _most_gib(ring: _GpuRing, ours: Passes) -> float:
@@ -203,41 +205,53 @@ def _torch_passes(case: RingCase, inputs: tuple[Tensor, ...], backend: str, grou
 # -- the clock
 
 
-def _in_turns(variants: dict[str, Passes], device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds by variant and direction: medians of runs each of which begins on all GPUs at once."""
+def _in_turns(
+    variants: dict[str, Passes], device: torch.device, seconds: float
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Milliseconds by variant and direction, of GPU and host: medians of runs that begin on all GPUs at once.
+
+    Before a run GPUs multiply matrices for as long as the host takes to launch it, as in `timing`.
+    """
     runs = {f"{d} {name}": run for name, both in variants.items() for d, run in zip(DIRECTIONS, both, strict=True)}
-    estimates = torch.zeros(len(runs), device=device, dtype=torch.float64)
+    estimates = torch.zeros(2, len(runs), device=device, dtype=torch.float64)
     for i, run in enumerate(runs.values()):
         run()
         torch.cuda.synchronize(device)
         begun = time.perf_counter()
         run()
+        estimates[0, i] = time.perf_counter() - begun
         torch.cuda.synchronize(device)
-        estimates[i] = time.perf_counter() - begun
+        estimates[1, i] = time.perf_counter() - begun
     dist.all_reduce(estimates, dist.ReduceOp.MAX)
-    turns = in_turns(dict(zip(runs, estimates.tolist(), strict=True)), seconds)
+    launching, lasting = (dict(zip(runs, of_all, strict=True)) for of_all in estimates.tolist())
+    turns = in_turns(lasting, seconds)
+    keep_busy = matrix_products(device)
     torch.cuda._sleep(HEAD_START_CYCLES)
-    events = []
+    events, launched = [], []
     for name in turns:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        keep_busy(1e3 * launching[name])
         _together(device)
         begin.record()
+        begun = time.perf_counter()
         runs[name]()
+        launched.append(1e3 * (time.perf_counter() - begun))
         end.record()
         events.append((begin, end))
     torch.cuda.synchronize(device)
-    mine = torch.tensor([begin.elapsed_time(end) for begin, end in events], device=device)
+    mine = torch.tensor([[begin.elapsed_time(end) for begin, end in events], launched], device=device)
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(of_all, mine)
     times = torch.stack(of_all)
-    ms: dict[str, dict[str, float]] = {}
+    found: tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]] = ({}, {})
     for name in variants:
         for direction in DIRECTIONS:
-            own = times[:, [i for i, turn in enumerate(turns) if turn == f"{direction} {name}"]]
+            own = times[:, :, [i for i, turn in enumerate(turns) if turn == f"{direction} {name}"]]
             # GPUs that work alone are averaged, those that work together are done when the last one is.
             by_run = own.mean(0) if name == WHOLE else own.amax(0)
-            ms.setdefault(name, {})[direction] = statistics.median(by_run.tolist())
-    return ms
+            for ms, values in zip(found, by_run.tolist(), strict=True):
+                ms.setdefault(name, {})[direction] = statistics.median(values)
+    return found
 
 
 def _together(device: torch.device) -> None:
@@ -326,18 +340,20 @@ def table(found: Between, header: bool) -> str:
     """A line a variant: efficiency of the slowest rank, milliseconds; then what travelled and what hid it."""
     lines = []
     if header:
-        lines.append(_line("case", "variant", [*DIRECTIONS, "both", "ms fwd + bwd"]))
+        lines.append(_line("case", "variant", [*DIRECTIONS, "both", "ms fwd + bwd", "host, ms"]))
         lines.append("-" * len(lines[0]))
     for name, ms in found.ms.items():
         cells = [f"{found.efficiency(name, d):.3f}" if name != WHOLE else "" for d in (*DIRECTIONS, "both")]
-        lines.append(_line(found.case, name, [*cells, " + ".join(f"{ms[d]:.2f}" for d in DIRECTIONS)]))
+        for took in (ms, found.host_ms[name]):
+            cells.append(" + ".join(f"{took[d]:.2f}" for d in DIRECTIONS))
+        lines.append(_line(found.case, name, cells))
     lines += [f"{found.case:<26} {name:<30} not timed: {why}" for name, why in found.refused.items()]
     lines.append(f"{'':<26} a rank receives {found.gib:.3f} GiB at most")
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _line(case: str, variant: str, cells: list[str]) -> str:
-    numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 8, 18), strict=True))
+    numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 8, 18, 16), strict=True))
     return f"{case:<26} {variant:<30} {numbers}"
 
 

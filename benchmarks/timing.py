@@ -97,7 +97,7 @@ def _launching(run: Callable[[], object], device: torch.device) -> float:
 def _gpu_times(runs: list[tuple[Callable[[], object], float]], device: torch.device) -> list[float]:
     """Milliseconds of each run; with each, the host's to launch it."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
-    keep_busy = _matrix_products(device)
+    keep_busy = matrix_products(device)
     torch.cuda.synchronize(device)
     torch.cuda._sleep(HEAD_START_CYCLES)
     for (run, host_ms), (begin, end) in zip(runs, events, strict=True):
@@ -109,7 +109,7 @@ def _gpu_times(runs: list[tuple[Callable[[], object], float]], device: torch.dev
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def _matrix_products(device: torch.device) -> Callable[[float], None]:
+def matrix_products(device: torch.device) -> Callable[[float], None]:
     """A function that queues so many milliseconds of matrix products, in steps of about one and a half."""
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
     out = torch.empty_like(a)

@@ -1,0 +1,155 @@
+"""benchmarks/ring.py --between: GPUs that play a larger ring send and wait as it would, and what ran is told truly."""
+
+import dataclasses
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import ring, ring_between
+from benchmarks.ring_between import ALONE, OURS, WHOLE, Between
+from benchmarks.ring_cases import RingCase
+from benchmarks.ring_record import Exchange, record
+from benchmarks.ring_timeline import Span
+
+CPU = torch.device("cpu")
+CASE = RingCase.of(256, 2, heads=(4, 2), dim=16)
+
+
+class HostEvent:
+    """An event of a GPU, by the host's clock."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+def measured(case):
+    """What rank 0 finds of a case, on processes of this machine in the place of GPUs."""
+    group = dist.distributed_c10d._get_default_group()
+    with (
+        mock.patch.multiple(torch.cuda, Event=HostEvent, synchronize=lambda *_: None, _sleep=lambda *_: None),
+        mock.patch.object(ring_between, "matrix_products", return_value=lambda ms: None),
+        mock.patch.object(ring_between, "_torch_passes", side_effect=RuntimeError("needs a GPU\nand more")),
+    ):
+        return dataclasses.asdict(ring_between.measure(case, "auto", torch.float32, CPU, group, 0.01))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "case",
+    [CASE, dataclasses.replace(CASE, ranks=8), dataclasses.replace(CASE, ranks=4, kind="packed", layout="balanced")],
+    ids=str,
+)
+def test_every_variant_is_timed_and_bytes_are_those_of_the_larger_ring(ranks, case):
+    found = ranks.run(measured, 2, case)[0]
+    assert found["ms"].keys() == found["host_ms"].keys() == {WHOLE, OURS, ALONE}
+    assert all(took > 0 for of in (found["ms"], found["host_ms"]) for both in of.values() for took in both.values())
+    assert found["ranks"] == case.ranks
+    assert found["part"] == pytest.approx(case.head_pairs() / case.whole().head_pairs() / case.ranks)
+    reasons = set(found["refused"].values())
+    assert reasons == {"has no packed mask"} if case.kind == "packed" else len(reasons) == 1
+    # Recorded in 2 bytes an element, moved in 4; gradients 4 and 4.
+    middle = [event for of_pass in record(case) for event in of_pass[case.ranks // 2] if isinstance(event, Exchange)]
+    least = sum(min(map(sum, (e.outgoing.values(), e.incoming.values()))) for e in middle)
+    most = sum(max(map(sum, (e.outgoing.values(), e.incoming.values()))) for e in middle)
+    received = found["gib"] * 2**30
+    if case.ranks == 2:
+        assert received > 0
+    else:
+        assert least <= received <= 2 * most
+
+
+def wrong_ring():
+    other = dict.fromkeys("abcd", torch.ones(1, 256, 4, 16))
+    with mock.patch.object(ring_between, "whole_ring", return_value=other):
+        measured(CASE)
+
+
+@pytest.mark.ranks
+def test_a_ring_that_finds_something_else_than_a_loopback_is_not_timed(ranks):
+    with pytest.raises(AssertionError, match=r"ArithmeticError: .* of rank . differs from a Loopback's by"):
+        ranks.run(wrong_ring, 2)
+
+
+@dataclasses.dataclass
+class Ran:
+    """Something that a GPU ran, as the profiler tells."""
+
+    what: str
+    stream: int
+    begin: int
+    end: int
+
+    def name(self):
+        return self.what
+
+    def device_type(self):
+        return torch.autograd.DeviceType.CUDA
+
+    def device_resource_id(self):
+        return self.stream
+
+    def start_ns(self):
+        return self.begin
+
+    def duration_ns(self):
+        return self.end - self.begin
+
+
+def test_time_begins_with_the_collective_and_lanes_are_streams_of_attention():
+    events = [
+        Ran("ncclDevKernel_AllReduce_Sum_f32", 20, 0, 1000),
+        Ran("forward_kernel", 7, 1000, 5000),
+        Ran("forward_kernel", 13, 4000, 9000),
+        Ran("ncclDevKernel_SendRecv", 20, 2000, 3000),
+        Ran("round_kernel", 13, 9000, 9500),
+        Ran("fill", 7, 100, 200),
+    ]
+    assert ring_between._spans(events, 3) == [
+        Span(3, "compute", 0.0, 4e-6, 0),
+        Span(3, "compute", 3e-6, 8e-6, 1),
+        Span(3, "transfer", 1e-6, 2e-6, -1),
+        Span(3, "passes", 8e-6, 8.5e-6, 1),
+    ]
+
+
+def test_what_is_hidden_is_what_runs_under_the_same_gpus_kernels():
+    spans = [
+        Span(0, "compute", 0.0, 2.0, 0), Span(0, "compute", 1.0, 3.0, 1), Span(0, "transfer", 1.0, 4.0),
+        Span(1, "compute", 0.0, 9.0, 0), Span(1, "transfer", 1.0, 2.0),
+    ]  # fmt: skip
+    assert ring_between.hidden(spans[:3]) == pytest.approx(2 / 3)
+    assert ring_between.hidden(spans[3:]) == 1.0
+    assert ring_between.hidden(spans) == pytest.approx(2 / 3)
+    assert ring_between.hidden(spans[:2]) == 1.0
+
+
+def test_the_table_holds_each_variant_against_its_share_of_the_whole():
+    ms = {WHOLE: {"forward": 8.0, "backward": 16.0}, OURS: {"forward": 4.0, "backward": 10.0}}
+    found = Between("256/2", "blocked", 2, 0.5, ms, ms, {"another": "needs a GPU"}, 0.25)
+    assert found.efficiency(OURS, "forward") == 1.0
+    assert found.efficiency(OURS, "both") == pytest.approx(12 / 14)
+    lines = ring_between.table(found, header=True).splitlines()
+    assert lines[3].split()[2:6] == ["1.000", "0.800", "0.857", "4.00"]
+    assert lines[4].endswith("not timed: needs a GPU")
+    assert "0.250 GiB" in lines[5]
+
+
+def test_what_gpus_ran_is_drawn(tmp_path):
+    ran = {d: [Span(rank, "compute", 0.0, 1e-3, 0) for rank in range(2)] for d in ("forward", "backward")}
+    ring_between.draw(tmp_path / "ran.png", ran, "two GPUs")
+    assert (tmp_path / "ran.png").stat().st_size > 5_000
+
+
+def test_without_several_gpus_it_is_refused_with_the_command(capsys):
+    with pytest.raises(SystemExit):
+        ring.main(["--between", "--device", "cpu"])
+    assert "torchrun --nproc-per-node 2 benchmarks/ring.py --between" in capsys.readouterr().err
