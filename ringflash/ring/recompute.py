@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,49 +24,62 @@ _active = threading.local()
 
 def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The context_fn of torch.utils.checkpoint: contexts for the forward and for its recomputation."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    return _Keep(kept), _Replay(kept)
+    kept: list[_Kept] = []
+    return _Role(kept, replays=False), _Role(kept, replays=True)
 
 
 def kept_or_computed(compute: Callable[[], tuple[Tensor, Tensor]], travels: bool) -> tuple[Tensor, Tensor]:
     """compute(), or what it gave when the checkpointed layer first ran.
 
-    travels: whether compute() sends anything. Raises RuntimeError where it would in a recomputation.
+    travels: whether compute() sends anything. Raises RuntimeError where it would in a recomputation, or where what was
+    kept has been changed in place.
     """
     return _result(getattr(_active, "role", None), compute, travels)
 
 
-class _Role:
-    """What calls of attention do while the context is entered; `before`: what they did until then."""
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A result's memory, apart from the graph, which it must not hold, since the graph holds it; and its version."""
 
-    def __init__(self, kept: list[tuple[Tensor, Tensor]]) -> None:
-        self.kept = kept
-        self.before: _Role | None = None
+    out: Tensor
+    lse: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, out: Tensor, lse: Tensor) -> _Kept:
+        return cls(out.detach(), lse.detach(), out._version)
+
+    def again(self) -> tuple[Tensor, Tensor]:
+        """The result. Raises RuntimeError if it is not what it was."""
+        if self.out._version != self.version:
+            raise RuntimeError(
+                "attention's result, which a checkpoint keeps, was changed in place before the backward: make the "
+                "operation that did it out of place, such as out = out + x in the place of out += x"
+            )
+        return self.out.detach(), self.lse.detach()
+
+
+class _Role:
+    """What calls of attention do while the context is entered: compute and keep, or take what was kept, in order."""
+
+    def __init__(self, kept: list[_Kept], replays: bool) -> None:
+        self.kept, self.replays = kept, replays
 
     def __enter__(self) -> None:
-        self.before = getattr(_active, "role", None)
-        self.calls = 0
+        self.before: _Role | None = getattr(_active, "role", None)
+        self.left = iter(self.kept) if self.replays else iter(())
         _active.role = self
 
     def __exit__(self, *error: object) -> None:
         _active.role = self.before
 
 
-class _Keep(_Role):
-    """The layer's first run: compute, and keep."""
-
-
-class _Replay(_Role):
-    """The layer run again: the same calls in the same order get what was kept."""
-
-
 def _result(role: _Role | None, compute: Callable[[], tuple[Tensor, Tensor]], travels: bool) -> tuple[Tensor, Tensor]:
-    if isinstance(role, _Replay):
-        role.calls += 1
-        return _apart(role.kept[role.calls - 1])
-    if role is not None:  # a checkpoint inside another, which keeps it too, or has it
+    if role is not None and role.replays:
+        return next(role.left).again()
+    if role is not None:  # the checkpoint that this one is inside of keeps it too, or has it
         result = _result(role.before, compute, travels)
-        role.kept.append(_apart(result))
+        role.kept.append(_Kept.of(*result))
         return result
     if travels and torch._C._current_graph_task_id() != -1:  # a forward inside a backward
         raise RuntimeError(
@@ -74,9 +88,3 @@ def _result(role: _Role | None, compute: Callable[[], tuple[Tensor, Tensor]], tr
             'model.gradient_checkpointing_enable() after set_attn_implementation("ring")'
         )
     return compute()
-
-
-def _apart(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same memory, apart from the graph: what is kept must not hold the graph that holds it."""
-    out, lse = result
-    return out.detach(), lse.detach()

@@ -15,7 +15,6 @@ second thread asks it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -150,20 +149,32 @@ class Watch:
                 self._advance()
                 late = bool(self._waits) and time.monotonic() - self._moved > self.limit
             if late or self._told.is_set():
-                print(f"\nringflash: {self.where()}", file=sys.stderr, flush=True)  # below a progress bar
-                if self._store is not None:
-                    threading.Thread(target=self._store.set, args=(_KEY, "1"), daemon=True).start()
-                time.sleep(LAST_WORDS)
-                self._end()
+                self._speak()
+                if not self._closed.wait(LAST_WORDS):
+                    self._end()
                 return
 
+    def _speak(self) -> None:
+        """Say where this rank is, and have the others told."""
+        try:
+            words = self.where()
+        except Exception as error:  # a group that is gone, a GPU in error: the run ends all the same
+            words = f"rank {self.rank}, step {self.step}: stands still, and where is not known ({error})"
+        print(f"\nringflash: {words}", file=sys.stderr, flush=True)  # below a progress bar
+        if self._store is not None:
+            threading.Thread(target=self._store.set, args=(_KEY, "1"), daemon=True).start()
+
     def _listen(self, store: dist.Store) -> None:
-        """Ask whether another rank has found the ring standing still."""
-        with contextlib.suppress(RuntimeError):  # the store goes with the rank that holds it
-            while not self._closed.wait(POLL):
+        """Ask whether another rank has found the ring standing still, for as long as there is a store."""
+        while not self._closed.wait(POLL):
+            try:
                 if store.check([_KEY]):
                     self._told.set()
                     return
+            except dist.DistNetworkError:  # it went with the rank that held it
+                return
+            except RuntimeError:
+                continue
 
     def where(self) -> str:
         """Rank, step, and what the rank waits for."""

@@ -23,7 +23,7 @@ from ringflash.training.config import Config
 from ringflash.training.export import export
 from ringflash.training.parallel import layouts, settle
 from ringflash.training.step import Layouts, build_engine, evaluate, prepare, train_step
-from ringflash.training.world import World, check_machines_alike, join, ranks_here, world_size
+from ringflash.training.world import World, join, ranks_here, world_size
 
 
 def check_here(config: Config) -> None:
@@ -44,8 +44,6 @@ def fit(config: Config, resolved: str) -> None:
     """
     model_config = read_config(config.model)
     length = config.data.sequence_length
-    if config.parallel.ulysses is None:
-        check_machines_alike()
     parallel, why = settle(config.parallel, model_config, length, world_size(), ranks_here())
     config = dataclasses.replace(config, parallel=parallel)
     config.check(world_size())
@@ -134,8 +132,8 @@ def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, star
             f"configuration     {folder / 'config.yaml'}",
             flush=True,
         )
+    world.watch.close()  # before any rank, and the store with it, is gone
     dist.barrier()
-    world.watch.close()
     dist.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ from ringflash.mask import IntervalMask
 from ringflash.models import head_dim
 from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest
 from ringflash.ring.ulysses import heads_refusal
+from ringflash.ring.watch import LAST_WORDS, POLL
 from ringflash.training import flops
 
 # Layouts that follow each step's documents.
@@ -65,9 +66,9 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0 and finite")
         if self.timeout_minutes < 1:
             raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more")
-        if self.hop_timeout_seconds >= 60 * self.timeout_minutes:
+        if self.hop_timeout_seconds + LAST_WORDS + 2 * POLL > 60 * self.timeout_minutes:
             raise ConfigError(
-                f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be less than "
+                f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must end 4 seconds before "
                 f"parallel.timeout_minutes={self.timeout_minutes}, after which a collective gives up without a word"
             )
         if self.ulysses is None and self.ring is not None:

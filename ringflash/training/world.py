@@ -74,17 +74,6 @@ def _told_ranks_here() -> int | None:
     return next((int(size) for size in told if size), None)
 
 
-def check_machines_alike() -> None:
-    """Raise ConfigError where the launcher tells that not every machine has as many ranks as this one."""
-    told = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "CROSS_SIZE"))  # torchrun's, deepspeed's
-    machines = next((int(count) for count in told if count), None)
-    if machines is not None and machines * ranks_here() != world_size():
-        raise ConfigError(
-            f"parallel.ulysses=null is chosen for machines that are alike, but {world_size()} ranks are on {machines} "
-            f"machines and {ranks_here()} of them here: set parallel.ulysses, such as parallel.ulysses=1"
-        )
-
-
 def world_size() -> int:
     """Ranks of this run, as the launcher tells; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -95,7 +84,7 @@ def join(config: ParallelConfig) -> World:
 
     NCCL and a GPU each, or gloo on the CPU where the machine has no GPU. Reads the environment that torchrun,
     deepspeed or Slurm's srun under torchrun set; alone, the world is one process. Raises ConfigError for more ranks on
-    this machine than GPUs, or a grid that does not divide the ranks.
+    this machine than GPUs, a grid that does not divide the ranks, or one that machines chose differently.
     """
     device = _device()
     _environment_of_one()
@@ -105,6 +94,7 @@ def join(config: ParallelConfig) -> World:
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     neighbours = config.ulysses or 1
+    _check_agreed(neighbours, device)
     grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
@@ -113,6 +103,18 @@ def join(config: ParallelConfig) -> World:
         rank, ranks, device, watch, ProcessRing(ring, device, watch), None if row is None else Ulysses(row, watch),
         replica=rank // (size * neighbours), replicas=len(grid),
     )  # fmt: skip
+
+
+def _check_agreed(neighbours: int, device: torch.device) -> None:
+    """Raise ConfigError, on every rank, where they chose differently how many of them exchange heads."""
+    ends = torch.tensor([neighbours, -neighbours], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    most, least = int(ends[0]), -int(ends[1])
+    if least != most:
+        raise ConfigError(
+            f"parallel.ulysses=null came to {least} on some machines and {most} on others, which have other numbers of "
+            f"ranks: set it, such as parallel.ulysses=1"
+        )
 
 
 def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:

@@ -149,13 +149,13 @@ def test_a_checkpoint_that_keeps_inside_one_that_does_not_is_refused():
 
 
 def test_a_graph_that_is_dropped_leaves_nothing_kept(monkeypatch):
-    kept, apart = [], recompute._apart
+    kept, of = [], recompute._Kept.of
 
-    def noted(result):
-        kept.append(StorageWeakRef(result[0].untyped_storage()))
-        return apart(result)
+    def noted(out, lse):
+        kept.append(StorageWeakRef(out.untyped_storage()))
+        return of(out, lse)
 
-    monkeypatch.setattr(recompute, "_apart", noted)
+    monkeypatch.setattr(recompute._Kept, "of", noted)
     model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))
     model.gradient_checkpointing_enable()
     loss = model(**ring_inputs(tokens, tokens, ring=Loopback(2))).loss
@@ -164,3 +164,18 @@ def test_a_graph_that_is_dropped_leaves_nothing_kept(monkeypatch):
     del loss
     gc.collect()
     assert all(ref.expired() for ref in kept)
+
+
+@pytest.mark.parametrize("where", ["in the layer", "after the checkpoint"])
+def test_a_kept_result_that_was_changed_in_place_is_refused(where):
+    q, k, v = (torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3))
+
+    def layer(q, k, v):
+        out = flash_attention(q, k, v, IntervalMask.causal(16))
+        return out.mul_(q) if where == "in the layer" else out
+
+    out = checkpoint(layer, q, k, v, use_reentrant=False, context_fn=keep_attention)
+    if where == "after the checkpoint":
+        out.add_(1.0)
+    with pytest.raises(RuntimeError, match="attention's result, which a checkpoint keeps, was changed in place"):
+        out.sum().backward()

@@ -76,8 +76,8 @@ def test_every_setting_is_described_where_it_is_read():
         (["optim.beta2=1"], "optim.beta2=1.0 must be 0 or more and below 1"),
         (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0 must be 1 or more"),
         (
-            ["parallel.hop_timeout_seconds=60", "parallel.timeout_minutes=1"],
-            "parallel.hop_timeout_seconds=60.0 must be less than parallel.timeout_minutes=1",
+            ["parallel.hop_timeout_seconds=58", "parallel.timeout_minutes=1"],
+            "parallel.hop_timeout_seconds=58.0 must end 4 seconds before parallel.timeout_minutes=1",
         ),
         (["parallel.hop_timeout_seconds=nan"], "parallel.hop_timeout_seconds=nan must be above 0 and finite"),
         (["experiment=foo"], "experiment=foo is not one of llama3-8b-256k, qwen3-0.5b-128k"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ringflash.errors import ConfigError
 from ringflash.training import world
@@ -43,16 +44,19 @@ def test_the_launcher_tells_how_many_ranks_a_machine_has(monkeypatch, launcher, 
     assert world.ranks_here() == here
 
 
-@pytest.mark.parametrize("machines", ["GROUP_WORLD_SIZE", "CROSS_SIZE"])
-@pytest.mark.parametrize(("here", "alike"), [(8, True), (4, False), (12, False)])
-def test_a_grid_is_not_chosen_on_machines_of_unequal_size(monkeypatch, machines, here, alike):
-    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": str(here), machines: "2"}.items():
-        monkeypatch.setenv(name, value)
-    if alike:
-        world.check_machines_alike()
-    else:
-        with pytest.raises(ConfigError, match=f"16 ranks are on 2 machines and {here} of them here: set parallel"):
-            world.check_machines_alike()
+def grid_chosen_by_each(ulysses):
+    """What a rank that chose ulysses[rank] is told."""
+    try:
+        world._check_agreed(ulysses[dist.get_rank()], torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.ranks
+def test_a_grid_that_machines_of_unequal_size_chose_differently_is_refused_on_every_rank(ranks):
+    assert ranks.run(grid_chosen_by_each, 3, (2, 2, 2)) == [None] * 3
+    for said in ranks.run(grid_chosen_by_each, 3, (4, 2, 8)):
+        assert said.startswith("parallel.ulysses=null came to 2 on some machines and 8 on others")
 
 
 def test_a_launcher_that_tells_a_rank_its_number_alone_gets_its_gpu(monkeypatch):
