@@ -142,15 +142,15 @@ def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device
 class _GpuRing(ProcessRing):
     """A rank of the case's ring on this GPU; `received` adds up bytes.
 
-    Where there are fewer GPUs than ranks, every GPU plays the same one, the middle rank: it sends to the GPU after it
-    what that rank would send, and receives from the one before what comes from there. Kernels, messages, waits and
-    bytes are those of the larger ring, on real links; only whose keys they are is not. Where a rank would receive more
-    than it sends, or less, the fewer bytes travel.
+    Where there are fewer GPUs than ranks, every GPU plays the same one, the middle rank, and receives from the GPU
+    before it all that this rank would, which that GPU sends from memory of its own. So kernels, waits, the number of
+    messages received and their bytes are those of the larger ring, on real links; as much is sent as is received.
     """
 
     def __init__(self, case: RingCase, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(group, device)
         self.gpus, self.gpu, self.received = self.size, self.rank, 0
+        self._noise: dict[torch.dtype, Tensor] = {}
         if case.ranks != self.gpus:
             self.size, self.rank = case.ranks, case.ranks // 2
             self.local = (self.rank,)
@@ -158,13 +158,18 @@ class _GpuRing(ProcessRing):
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """As ProcessRing's, between GPUs."""
         if self.size != self.gpus:
-            pairs = [(x.tensor.flatten(), y.tensor.flatten()) for x, y in zip(outgoing, incoming, strict=False)]
-            sizes = [min(len(x), len(y)) for x, y in pairs]
             after, before = (self.gpu + 1) % self.gpus, (self.gpu - 1) % self.gpus
-            outgoing = [Message(self.gpu, after, x[:n]) for (x, _), n in zip(pairs, sizes, strict=True)]
-            incoming = [Message(before, self.gpu, y[:n]) for (_, y), n in zip(pairs, sizes, strict=True)]
-        self.received += sum(m.tensor.numel() * m.tensor.element_size() for m in incoming)
+            outgoing = [Message(self.gpu, after, self._random(m.tensor)) for m in incoming]
+            incoming = [Message(before, self.gpu, m.tensor) for m in incoming]
+        self.received += sum(m.tensor.nbytes for m in incoming)
         return super().exchange(outgoing, incoming, about)
+
+    def _random(self, like: Tensor) -> Tensor:
+        """As many random numbers, made once."""
+        made = self._noise.get(like.dtype)
+        if made is None or len(made) < like.numel():
+            made = self._noise[like.dtype] = torch.randn(like.numel(), dtype=like.dtype, device=like.device)
+        return made[: like.numel()].view(like.shape)
 
 
 # -- the peer
@@ -247,7 +252,7 @@ def _in_turns(
     for name in variants:
         for direction in DIRECTIONS:
             own = times[:, :, [i for i, turn in enumerate(turns) if turn == f"{direction} {name}"]]
-            # GPUs that work alone are averaged, those that work together are done when the last one is.
+            # Of the whole call on each GPU the mean; a ring is done when its last rank is.
             by_run = own.mean(0) if name == WHOLE else own.amax(0)
             for ms, values in zip(found, by_run.tolist(), strict=True):
                 ms.setdefault(name, {})[direction] = statistics.median(values)

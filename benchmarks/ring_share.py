@@ -130,6 +130,10 @@ def again(work: Callable[[], object], ring: OneRank) -> Callable[[], object]:
                 number = next(count)
                 if number == len(made):
                     made.append(allocate(*args, **options))
+                asked = allocate(*args, **options | {"device": "meta"})
+                assert (asked.shape, asked.dtype) == (made[number].shape, made[number].dtype), (
+                    "another pass than before"
+                )
                 return made[number].detach()  # what autograd hangs on it is a run's own
 
             return same
