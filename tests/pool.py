@@ -6,8 +6,10 @@ def total(x):                       # a module-level function: it travels by nam
 ranks.run(total, 4, 1.0)            # its results on 4 ranks, in rank order
 """
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -59,7 +61,10 @@ class Pool:
                         answers[self.pipes.index(pipe)] = RankError(answers[self.pipes.index(pipe)])
         errors = [str(answer) for answer in answers.values() if isinstance(answer, RankError)]
         if len(answers) < size:
-            errors.append(f"only ranks {sorted(answers)} of {size} answered")
+            errors.append(f"only ranks {sorted(answers)} of {size} answered; where the others are is on stderr")
+            for process in self.processes:
+                os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(1.0)
             self.close()
         if errors:
             raise RankError("\n".join(errors))
@@ -74,6 +79,7 @@ class Pool:
 
 
 def _serve(rank: int, pipe: Connection, backend: str) -> None:
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if backend == "nccl" else None
     if device is not None:
