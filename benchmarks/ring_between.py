@@ -36,7 +36,7 @@ CLOSE = 2e-3  # of norms: rounded sums, whose order differs
 DIRECTIONS = ("forward", "backward")
 OURS, ALONE, WHOLE = "ringflash", "ringflash, no transfers", "one GPU, whole"
 TORCH = "torch context_parallel, "
-Passes = tuple[Callable[[], object], Callable[[], object]]
+Passes = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def measure(
 ) -> Between:
     """Compare with a Loopback, then time all variants in turns. Called by all ranks; raises where the ring is wrong."""
     ring = _GpuRing(case, group, device)
-    name = kernels.select(*(x for x in case.shrunk(1).inputs(dtype, device)[:2]), None, kernel).name
+    name = kernels.select(*case.shrunk(1).inputs(dtype, device)[:2], None, kernel).name
     _check(dataclasses.replace(case, ranks=ring.gpus), kernel, dtype, device, group)
     variants: dict[str, Passes] = {}
     refused: dict[str, str] = {}
@@ -126,17 +126,14 @@ def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device
     inputs = small.inputs(dtype, device)
     plan = small.plan(ProcessRing(group, device))
     expected = whole_ring(inputs, small.plan(Loopback(small.ranks, device)), kernel)
-    *leaves, dout = (plan.shard(x.detach()) for x in inputs)
-    q, k, v = (x.requires_grad_() for x in leaves)
-    out = ring_attention(q, k, v, plan, kernel=kernel)
-    results = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+    attend, gradients = _passes(plan, inputs, kernel)
+    results = [attend().detach(), *gradients()]
     for (name, reference), found in zip(expected.items(), results, strict=True):
         shard = plan.shard(reference)
         error = float((found.double() - shard.double()).norm() / shard.double().norm())
         if not error <= CLOSE:
-            raise ArithmeticError(
-                f"{name} of rank {plan.ring.local[0]} differs from a Loopback's by {error:.1e}: {small}"
-            )
+            rank = plan.ring.local[0]
+            raise ArithmeticError(f"{small}: {name} of rank {rank} differs from a Loopback's by {error:.1e}")
 
 
 class _GpuRing(ProcessRing):

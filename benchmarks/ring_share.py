@@ -130,11 +130,9 @@ def again(work: Callable[[], object], ring: OneRank) -> Callable[[], object]:
                 number = next(count)
                 if number == len(made):
                     made.append(allocate(*args, **options))
-                asked = allocate(*args, **options | {"device": "meta"})
-                assert (asked.shape, asked.dtype) == (made[number].shape, made[number].dtype), (
-                    "another pass than before"
-                )
-                return made[number].detach()  # what autograd hangs on it is a run's own
+                asked, x = allocate(*args, **options | {"device": "meta"}), made[number]
+                assert (asked.shape, asked.dtype) == (x.shape, x.dtype), "this run asks for other memory than the first"
+                return x.detach()  # what autograd hangs on it is a run's own
 
             return same
 
