@@ -6,7 +6,7 @@
 #   benchmarks/gpu.sh ring         one rank's share of rings: table, JSON, plot           3 minutes
 #   benchmarks/gpu.sh sanitizer    memcheck and racecheck on small sizes                  1 minute
 #   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes; on every GPU there is
-#   benchmarks/gpu.sh between      several GPUs: the ring itself, over NCCL; and tests    5 minutes
+#   benchmarks/gpu.sh between      several GPUs: the ring itself, over NCCL; and tests    7 minutes
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
@@ -49,7 +49,7 @@ PY
 between)
     gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
     timeout 300 torchrun --nproc-per-node "$gpus" benchmarks/ring.py --between --out "$out" "${@:2}" || exit 1
-    timeout 300 python3 -m pytest -m gpu -p no:cacheprovider --tb=short tests/ring/test_gpus.py tests/training/test_gpus.py
+    timeout 480 python3 -m pytest -m gpu -p no:cacheprovider --tb=short tests/ring/test_gpus.py tests/training/test_gpus.py
     ;;
 *)
     sed -n '2,9p' "$0"

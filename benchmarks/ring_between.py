@@ -26,17 +26,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import ring_share
-from benchmarks.ring_cases import RingCase, whole_ring
+from benchmarks.ring_cases import Passes, RingCase, passes, whole_ring
 from benchmarks.ring_timeline import Span
 from benchmarks.timing import HEAD_START_CYCLES, in_turns, matrix_products
-from ringflash import AttentionPlan, Loopback, kernels, ring_attention
+from ringflash import Loopback, kernels
 from ringflash.ring.transport import Message, ProcessRing, Transfer
 
 CLOSE = 2e-3  # of norms: rounded sums, whose order differs
 DIRECTIONS = ("forward", "backward")
 OURS, ALONE, WHOLE = "ringflash", "ringflash, no transfers", "one GPU, whole"
 TORCH = "torch context_parallel, "
-Passes = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def measure(
     whole = case.whole()
     alone = ring_share.OneRank(1, 0, device)
     variants[WHOLE] = ring_share.passes(alone, whole.plan(alone), inputs, kernel)
-    variants[OURS] = _passes(case.plan(ring), inputs, kernel)
+    variants[OURS] = passes(inputs, case.plan(ring), kernel)
     neighbourless = ring_share.OneRank(case.ranks, ring.rank, device)
     variants[ALONE] = ring_share.passes(neighbourless, case.plan(neighbourless), inputs, kernel)
     for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
@@ -109,14 +108,6 @@ def _most_gib(ring: _GpuRing, ours: Passes) -> float:
     return received.item() / 2**30
 
 
-def _passes(plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Passes:
-    *leaves, dout = (plan.shard(x.detach()) for x in inputs)
-    q, k, v = (x.requires_grad_() for x in leaves)
-    attend = functools.partial(ring_attention, q, k, v, plan, kernel=kernel)
-    out = attend()
-    return attend, functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
-
-
 def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
     """Raise ArithmeticError unless a small ring between GPUs finds what a Loopback does, and that what float64 does."""
     if over := ring_share.check(case, kernel, dtype, device).wrong:
@@ -126,7 +117,7 @@ def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device
     inputs = small.inputs(dtype, device)
     plan = small.plan(ProcessRing(group, device))
     expected = whole_ring(inputs, small.plan(Loopback(small.ranks, device)), kernel)
-    attend, gradients = _passes(plan, inputs, kernel)
+    attend, gradients = passes(inputs, plan, kernel)
     results = [attend().detach(), *gradients()]
     for (name, reference), found in zip(expected.items(), results, strict=True):
         shard = plan.shard(reference)
@@ -272,7 +263,7 @@ def profiled(
     Seconds from a common start. `hop` is the lane: 0 and 1 of compute, -1 of transfers. A process that has been
     profiled launches more slowly for the rest of its life: time first.
     """
-    ours = _passes(case.plan(_GpuRing(case, group, device)), case.inputs(dtype, device), kernel)
+    ours = passes(case.inputs(dtype, device), case.plan(_GpuRing(case, group, device)), kernel)
     found: dict[str, list[Span]] = {}
     for direction, run in zip(DIRECTIONS, ours, strict=True):
         for _ in range(2):

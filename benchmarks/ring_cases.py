@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,6 +22,8 @@ from benchmarks.checks import NAMES
 from ringflash import AttentionPlan, Layout, kernels, ring_attention
 from ringflash.kernels import Kernel
 from ringflash.ring.transport import Ring
+
+Passes = tuple[Callable[[], Any], Callable[[], Any]]  # forward, backward
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,18 @@ def lognormal_lengths(count: int, total: int) -> list[int]:
     return ends.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
 
 
-def whole_ring(inputs: tuple[Tensor, ...], plan: AttentionPlan, kernel: str = "auto") -> dict[str, Tensor]:
-    """out, dq, dk and dv of the whole sequence, from q, k, v and dout, by all ranks of a Loopback."""
+def passes(inputs: tuple[Tensor, ...], plan: AttentionPlan, kernel: str = "auto") -> Passes:
+    """The local ranks' forward, and their backward alone, as functions to be called again and again."""
     *leaves, dout = (plan.shard(x.detach()) for x in inputs)
     q, k, v = (x.requires_grad_() for x in leaves)
-    out = ring_attention(q, k, v, plan, kernel=kernel)
-    results = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+    attend = functools.partial(ring_attention, q, k, v, plan, kernel=kernel)
+    return attend, functools.partial(torch.autograd.grad, attend(), (q, k, v), dout, retain_graph=True)
+
+
+def whole_ring(inputs: tuple[Tensor, ...], plan: AttentionPlan, kernel: str = "auto") -> dict[str, Tensor]:
+    """out, dq, dk and dv of the whole sequence, from q, k, v and dout, by all ranks of a Loopback."""
+    attend, gradients = passes(inputs, plan, kernel)
+    results = [attend().detach(), *gradients()]
     return {n: plan.layout.unshard(x.chunk(plan.ring.size)) for n, x in zip(NAMES, results, strict=True)}
 
 

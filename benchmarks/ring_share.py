@@ -11,7 +11,6 @@ gradients' return and the conversion to the inputs' dtype are in it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import checks, timing
-from benchmarks.ring_cases import RingCase, whole_ring
+from benchmarks import checks, ring_cases, timing
+from benchmarks.ring_cases import Passes, RingCase, whole_ring
 from benchmarks.timing import Timing
-from ringflash import AttentionPlan, Loopback, kernels, ring_attention
+from ringflash import AttentionPlan, Loopback, kernels
 from ringflash.ring.runs import Run, Runs
 from ringflash.ring.transport import Message
 
@@ -246,16 +245,10 @@ def _timed(
     )  # fmt: skip
 
 
-def passes(
-    ring: OneRank, plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A rank's forward, and its backward alone, as functions to be called again and again."""
-    *leaves, dout = (plan.shard(x.detach()) for x in inputs)
-    q, k, v = (x.requires_grad_() for x in leaves)
-    attend = functools.partial(ring_attention, q, k, v, plan, kernel=kernel)
-    out = attend()
-    gradients = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
-    return again(attend, ring), again(gradients, ring)
+def passes(ring: OneRank, plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Passes:
+    """A rank's forward, and its backward alone, in memory that stays."""
+    forward, backward = ring_cases.passes(inputs, plan, kernel)
+    return again(forward, ring), again(backward, ring)
 
 
 def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
