@@ -30,11 +30,12 @@ from benchmarks.ring_cases import Passes, RingCase, passes, whole_ring
 from benchmarks.ring_timeline import Span
 from benchmarks.timing import HEAD_START_CYCLES, in_turns, matrix_products
 from ringflash import Loopback, kernels
-from ringflash.ring.transport import Message, ProcessRing, Transfer
+from ringflash.ring.transport import COPY_ENGINES, Message, ProcessRing, Transfer
 
 CLOSE = 2e-3  # of norms: rounded sums, whose order differs
 DIRECTIONS = ("forward", "backward")
-OURS, ALONE, WHOLE = "ringflash", "ringflash, no transfers", "one GPU, whole"
+OURS, BY_NCCL, ALONE = "ringflash", "ringflash, all by NCCL", "ringflash, no transfers"
+WHOLE = "one GPU, whole"
 TORCH = "torch context_parallel, "
 
 
@@ -82,6 +83,8 @@ def measure(
     alone = ring_share.OneRank(1, 0, device)
     variants[WHOLE] = ring_share.passes(alone, whole.plan(alone), inputs, kernel)
     variants[OURS] = passes(inputs, case.plan(ring), kernel)
+    if ring.carrier == COPY_ENGINES:
+        variants[BY_NCCL] = passes(inputs, case.plan(_GpuRing(case, group, device, "nccl")), kernel)
     neighbourless = ring_share.OneRank(case.ranks, ring.rank, device)
     variants[ALONE] = ring_share.passes(neighbourless, case.plan(neighbourless), inputs, kernel)
     for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
@@ -135,8 +138,14 @@ class _GpuRing(ProcessRing):
     messages received and their bytes are those of the larger ring, on real links; as much is sent as is received.
     """
 
-    def __init__(self, case: RingCase, group: dist.ProcessGroup, device: torch.device) -> None:
-        super().__init__(group, device)
+    def __init__(
+        self,
+        case: RingCase,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        transport: str = "auto",
+    ) -> None:
+        super().__init__(group, device, transport=transport)
         self.gpus, self.gpu, self.received = self.size, self.rank, 0
         self._noise: dict[torch.dtype, Tensor] = {}
         if case.ranks != self.gpus:
@@ -147,7 +156,7 @@ class _GpuRing(ProcessRing):
         """As ProcessRing's, between GPUs."""
         if self.size != self.gpus:
             after, before = (self.gpu + 1) % self.gpus, (self.gpu - 1) % self.gpus
-            outgoing = [Message(self.gpu, after, self._random(m.tensor)) for m in incoming]
+            outgoing = [Message(self.gpu, after, self._random(m.tensor), m.tensor) for m in incoming]
             incoming = [Message(before, self.gpu, m.tensor) for m in incoming]
         self.received += sum(m.tensor.nbytes for m in incoming)
         return super().exchange(outgoing, incoming, about)
@@ -291,7 +300,7 @@ def _spans(events: Iterable[Any], rank: int) -> list[Span]:
         if begin < 0:
             continue
         kind, lane = "passes", -1
-        if "nccl" in event.name():
+        if "nccl" in event.name() or "PtoP" in event.name():
             kind = "transfer"
         elif event.device_resource_id() in streams:
             kind, lane = "compute" if _attention(event.name()) else "passes", streams.index(event.device_resource_id())
@@ -377,7 +386,7 @@ def draw(path: Path, ran: dict[str, list[Span]], title: str) -> None:
         axes.set_yticks([rank + 0.5 for rank in range(gpus)], [f"GPU {r}" for r in range(gpus)])
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right"]].set_visible(False)
-    labels = {"compute": "attention kernels, two lanes", "transfer": "NCCL", "passes": "other passes"}
+    labels = {"compute": "attention kernels, two lanes", "transfer": "transfers", "passes": "other passes"}
     named = [Patch(color=colour, label=labels[kind]) for kind, colour in COLOURS.items()]
     figure.legend(handles=named, loc="outside lower center", ncols=len(named), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)

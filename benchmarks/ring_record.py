@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from benchmarks.ring_cases import RingCase, kernels_wrapped
 from ringflash import AttentionPlan, Partial, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.mask import Intervals
-from ringflash.ring.transport import Message
+from ringflash.ring.transport import Empty, Message, fresh_inbox
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Recorder:
         self.events: list[Event] = []
         self._width = width
         self._exchanges = 0
+
+    def inbox(self) -> AbstractContextManager[Empty]:
+        """Memory of torch's allocator."""
+        return fresh_inbox(self.device)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> _Awaited:
         """Note the messages."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from benchmarks.ring_cases import Passes, RingCase, whole_ring
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, Loopback, kernels
 from ringflash.ring.runs import Run, Runs
-from ringflash.ring.transport import Message
+from ringflash.ring.transport import Empty, Message, fresh_inbox
 
 CHECKED_LENGTH = 2048
 COLUMNS = ("forward", "backward", "both")
@@ -86,6 +87,10 @@ class OneRank:
     def fresh(self) -> None:
         """A pass begins."""
         self._written.clear()
+
+    def inbox(self) -> AbstractContextManager[Empty]:
+        """Memory of torch's allocator."""
+        return fresh_inbox(self.device)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Arrival:
         """Fill what nobody has written to, in the order of the current stream."""

@@ -38,7 +38,7 @@ from ringflash.ring.lanes import Lanes
 from ringflash.ring.plan import AttentionPlan, Part
 from ringflash.ring.recompute import kept_or_computed
 from ringflash.ring.runs import Run, Runs
-from ringflash.ring.transport import Loopback, Message, Transfer
+from ringflash.ring.transport import Empty, Loopback, Message, Transfer
 from ringflash.ring.ulysses import heads_refusal
 
 
@@ -120,7 +120,9 @@ class _RingAttention(torch.autograd.Function):
 
         def compute() -> tuple[Tensor, Tensor]:
             q_, k_, v_ = (_by_rank(x, ranks) for x in (q, k, v))
-            parts = _forward(q_, k_, v_, call.own_sink(sink), call)
+            with call.plan.ring.inbox() as empty:
+                kv = _KeysOnTheirWay(call.plan, k_, v_, f"{call.layer}, forward", empty)
+                parts = _forward(q_, kv, call.own_sink(sink), call)
             out, lse = _together([p.out for p in parts]), _together([p.lse for p in parts])
             return out if ulysses is None else ulysses.tokens(out, f"{call.layer}, forward, exchange of results"), lse
 
@@ -132,16 +134,16 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        with torch.autocast(dout.device.type, enabled=False):
-            return *_gradients(ctx, dout), None
+        with torch.autocast(dout.device.type, enabled=False), ctx.call.plan.ring.inbox() as empty:
+            return *_gradients(ctx, dout, empty), None
 
 
-def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _gradients(ctx, dout: Tensor, empty: Empty) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Those of q, k, v and the sink."""
     q, k, v, sink, out, lse = ctx.saved_tensors
     ranks, ulysses = len(ctx.call.plan.ring.local), ctx.call.plan.ulysses
     q_, k_, v_, lse_ = (_by_rank(x, ranks) for x in (q, k, v, lse))
-    kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, f"{ctx.call.layer}, backward")
+    kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, f"{ctx.call.layer}, backward", empty)
     kv.send_for(1)  # own keys come last, so what follows is all there is to hide this behind
     # out is where the model's tokens are; everything else is where attention was computed.
     if dout.stride(-1) != 1:
@@ -152,7 +154,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
         dout = ulysses.queries(dout, f"{about} results' gradients")
         delta = ulysses.queries(delta.transpose(1, 2), f"{about} delta").transpose(1, 2).contiguous()
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
-    dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call)
+    dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call, empty)
     dsink = None
     if sink is not None:
         # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries. Where nothing is seen and the
@@ -167,14 +169,13 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
 
 
-def _forward(q: list[Tensor], k: list[Tensor], v: list[Tensor], sink: Tensor | None, call: _Call) -> list[Partial]:
+def _forward(q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, call: _Call) -> list[Partial]:
     """The Partial over all keys, and the sink, for each local rank; out in q's dtype."""
     plan = call.plan
-    halves = _halves(q[0].shape[2], k[0].shape[2], plan)
+    halves = _halves(q[0].shape[2], kv.own[0][0].shape[2], plan)
     state: list[list[Partial | None]] = [[None] * len(halves) for _ in q]  # hop 0, always computed, fills it
     last = [plan.computed(i)[-1] for i in range(len(q))]
     out = [torch.empty(x.shape, dtype=x.dtype if sink is None else torch.float32, device=x.device) for x in q]
-    kv = _KeysOnTheirWay(plan, k, v, f"{call.layer}, forward")
 
     def add(s: int, i: int, lane: int) -> None:
         """Merge hop s into local rank i's state, for some of the heads; the last one's result is that part of out."""
@@ -213,6 +214,7 @@ def _backward(
     delta: list[Tensor],
     dtype: torch.dtype,
     call: _Call,
+    empty: Empty,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in `dtype`, of all local ranks, ranks outermost in the batch.
 
@@ -223,14 +225,14 @@ def _backward(
     whole = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs] for xs in (q, k, k)]
     halves = _halves(q[0].shape[2], k[0].shape[2], plan)
     parts = [
-        (lane, _GradientsOnTheirWay(plan, part, k, of_k, kv.about), part, of_q, of_k)
+        (lane, _GradientsOnTheirWay(plan, part, k, of_k, kv.about, empty), part, of_q, of_k)
         for lane, (of_q, of_k) in enumerate(halves)
         for part in _parts(plan, len(halves))
     ]
 
     def add(s: int, i: int, dkv: _GradientsOnTheirWay, part: Part, of_q: slice, of_k: slice) -> None:
         """What hop s gives local rank i, for some of the heads or keys."""
-        dk, dv = dkv.at(i)
+        dk, dv = dkv.at(s, i)
         for intervals in part.hops[s][i].intervals:
             k_here, v_here = kv.at(s, i)
             call.kernel.backward(
@@ -256,7 +258,7 @@ def _backward(
         for lane, dkv, part, of_q, of_k in parts:
             with lanes.on(lane):  # of the half that is done first, under the other's last kernel
                 for i, (into_q, *into_kv) in enumerate(zip(*whole, strict=True)):
-                    for into, x in zip(into_kv, dkv.at(i), strict=True):
+                    for into, x in zip(into_kv, dkv.at(0, i), strict=True):
                         call.kernel.round_into(into[:, part.rows, of_k], x)
                     if part.rows.start == 0:
                         call.kernel.round_into(into_q[:, :, of_q], dq[i][:, :, of_q])
@@ -277,7 +279,7 @@ class _KeysOnTheirWay:
     like that are copied into buffer 0, which receives nothing before hop 2.
     """
 
-    def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor], about: str) -> None:
+    def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor], about: str, empty: Empty) -> None:
         self.plan, self.own, self.about = plan, list(zip(k, v, strict=True)), about
         self.buffers: tuple[list[list[Tensor]], ...] = ([], [])  # two, of each local rank, of keys and of values
         self.leaving: list[list[Tensor]] = []  # own keys and values, as they are sent
@@ -286,26 +288,28 @@ class _KeysOnTheirWay:
             return
         for i, pair in enumerate(self.own):
             by_token = [x.transpose(0, 1) for x in pair]
-            ready = all(x.is_contiguous() for x in by_token)
-            copies = by_token if ready else [x.clone(memory_format=torch.contiguous_format) for x in by_token]
-            self.leaving.append(copies)
-            self.buffers[0].append(self._receiving(2, i, by_token) if ready else self.leaving[i])
-            self.buffers[1].append(self._receiving(1, i, by_token))
+            for parity, buffers in enumerate(self.buffers):
+                used = any(route.keys[s] for route in plan.routes for s in self._hops(parity))
+                buffers.append([empty(x.shape, x.dtype) for x in by_token] if used else [])
+                self._clear_unwritten(parity, i)
+            if not all(x.is_contiguous() for x in by_token):
+                into = self.buffers[0][i] or [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in by_token]
+                by_token = [copy.copy_(x) for copy, x in zip(into, by_token, strict=True)]
+            self.leaving.append(by_token)
 
-    def _receiving(self, first: int, i: int, like: list[Tensor]) -> list[Tensor]:
-        """Memory for what arrives with hops first, first + 2, ...
+    def _hops(self, parity: int) -> range:
+        """Those whose keys buffer 0, or 1, receives."""
+        return range(2 - parity, self.plan.ring.size, 2)
 
-        Zeros where the first of them leaves it as it is: a kernel's tiles reach over the edge of a run, and 0 times
-        what is there must be 0.
+    def _clear_unwritten(self, parity: int, i: int) -> None:
+        """Zero what the first message into a buffer leaves as it is.
+
+        A kernel's tiles reach over the edge of a run, and 0 times what is there must be 0.
         """
-        arriving = (self._coming(s, i) for s in range(first, self.plan.ring.size, 2))
-        written = next(filter(None, arriving), None)
-        if written is None:
-            return []
-        buffers = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
-        for buffer in buffers:
-            _clear(buffer, _all(buffer).without(written))
-        return buffers
+        first = next(filter(None, (self._coming(s, i) for s in self._hops(parity))), None)
+        if first is not None:
+            for buffer in self.buffers[parity][i]:
+                _clear(buffer, _all(buffer).without(first))
 
     def _coming(self, s: int, i: int) -> Runs:
         """The tokens that local rank i receives with hop s."""
@@ -322,7 +326,11 @@ class _KeysOnTheirWay:
             here = self.leaving[i] if s == 1 else self.buffers[(s - 1) % 2][i]
             into = self.buffers[s % 2][i]
             leaving, coming = self.plan.routes[(rank - s + 1) % ring.size].keys[s], self._coming(s, i)
-            outgoing += [Message(rank, (rank + 1) % ring.size, x[slice(*run)]) for run in leaving for x in here]
+            outgoing += [
+                Message(rank, (rank + 1) % ring.size, x[slice(*run)], lands[slice(*run)])
+                for run in leaving
+                for x, lands in zip(here, into, strict=True)
+            ]
             incoming += [Message((rank - 1) % ring.size, rank, x[slice(*run)]) for run in coming for x in into]
         self.transfer = ring.exchange(outgoing, incoming, f"{self.about}, hop {s}")
 
@@ -343,74 +351,72 @@ class _KeysOnTheirWay:
 class _GradientsOnTheirWay:
     """dk and dv of some KV heads and keys, fp32: they follow their keys one hop behind, then return to the keys' rank.
 
-    Of two buffers [rows, 2, B, heads, D] a rank, one is added to and sent while the other receives. A rank's own
-    gradients come home into the latter too, but where it still has others' to pass on: into memory apart, then.
+    Two buffers [rows, 2, B, heads, D] a rank take turns: one is added to and sent while the other receives. Own
+    gradients come home into the latter, too; into memory apart where any rank still has others' to pass on by then.
     """
 
-    def __init__(self, plan: AttentionPlan, part: Part, k: list[Tensor], heads: slice, about: str) -> None:
+    def __init__(
+        self, plan: AttentionPlan, part: Part, k: list[Tensor], heads: slice, about: str, empty: Empty
+    ) -> None:
         self.routes, self.ring, self.about = part.routes, plan.ring, about
         batch, _, _, dim = k[0].shape
         length, count = part.rows.stop - part.rows.start, heads.stop - heads.start
         travels = any(route.reach for route in part.routes)
+        apart = any(self._passes_on_after_its_own(rank) for rank in range(self.ring.size))
 
-        def buffer() -> Tensor:
-            return torch.empty(length, 2, batch, count, dim, dtype=torch.float32, device=k[0].device)
+        def buffers() -> list[Tensor]:
+            return [empty((length, 2, batch, count, dim), torch.float32) for _ in k]
 
-        self.here = [buffer() for _ in k]
-        self.next = [buffer() for _ in k] if travels else self.here
-        self.home = {i: buffer() for i in range(len(k)) if self._passes_on_after_its_own(i)}
-        self.arriving: list[int] = []  # local ranks whose next buffer receives
+        self.buffers = [buffers() for _ in range(2 if travels else 1)]
+        self.home = buffers() if apart else None
         self.transfer: Transfer | None = None
 
-    def _passes_on_after_its_own(self, i: int) -> bool:
-        """Whether local rank i carries others' gradients on a hop after its own have come home.
-
-        Where it does not, nothing else arrives when its own do or later: they stay where the swap puts them.
-        """
-        rank, size, routes = self.ring.local[i], self.ring.size, self.routes
+    def _passes_on_after_its_own(self, rank: int) -> bool:
+        """Whether a rank carries others' gradients on a hop after its own have come home."""
+        size, routes = self.ring.size, self.routes
         home = routes[rank].reach
         return home > 0 and any(s <= routes[(rank - s) % size].reach for s in range(home + 1, size))
+
+    def _lie(self, rank: int, s: int) -> list[Tensor]:
+        """Where a rank's part of hop s's gradients lies, by local rank: the same on all ranks, seen from any.
+
+        Its own, of hop 0, stay in the buffer whose turn it is when they come, where nothing follows them there.
+        """
+        if s > 0 or self.home is None:
+            return self.buffers[(s or self.routes[rank].reach + 1) % len(self.buffers)]
+        return self.home
 
     def arrive(self, s: int) -> None:
         """Have the gradients of hop s's keys here, with zeros where a kernel adds for the first time."""
         if self.transfer is not None:
             self.transfer.wait()
             self.transfer = None
-        for i in self.arriving:
-            self.here[i], self.next[i] = self.next[i], self.here[i]
         for i, rank in enumerate(self.ring.local):
-            route = self.routes[(rank - s) % self.ring.size]
-            if s > 0:
-                _clear(self.here[i], route.gradients[s].without(route.gradients[s - 1]))
-                continue
-            if i in self.home:
-                self.here[i] = self.home[i]  # both from before the first fork, so free on any lane
-            _clear(self.here[i], _all(self.here[i]).without(route.returned))
+            route, here = self.routes[(rank - s) % self.ring.size], self._lie(rank, s)[i]
+            came = route.gradients[s - 1] if s > 0 else route.returned
+            _clear(here, (route.gradients[s] if s > 0 else _all(here)).without(came))
 
     def send_after(self, s: int) -> None:
         """Send on what hop s added to: to the next rank, or home from the last hop that anyone computes."""
         size, routes = self.ring.size, self.routes
         outgoing, incoming = [], []
-        self.arriving = []
         for i, rank in enumerate(self.ring.local):
             here, coming, own = routes[(rank - s) % size], routes[(rank - s - 1) % size], routes[rank]
             if s <= here.reach:
-                to = (rank + 1) % size if s < here.reach else (rank - s) % size
-                outgoing += [Message(rank, to, self.here[i][slice(*run)]) for run in here.gradients[s]]
-            if s < coming.reach and coming.gradients[s]:
-                self.arriving.append(i)
-                into, runs = self.next[i], coming.gradients[s]
-                incoming += [Message((rank - 1) % size, rank, into[slice(*run)]) for run in runs]
+                to, hop = ((rank + 1) % size, s + 1) if s < here.reach else ((rank - s) % size, 0)
+                x, lands = self._lie(rank, s)[i], self._lie(to, hop)[i]
+                outgoing += [Message(rank, to, x[slice(*run)], lands[slice(*run)]) for run in here.gradients[s]]
+            if s < coming.reach:
+                into = self._lie(rank, s + 1)[i]
+                incoming += [Message((rank - 1) % size, rank, into[slice(*run)]) for run in coming.gradients[s]]
             if s == own.reach:
-                if i not in self.home:
-                    self.arriving.append(i)
-                into = self.home.get(i, self.next[i])
+                into = self._lie(rank, 0)[i]
                 incoming += [Message((rank + s) % size, rank, into[slice(*run)]) for run in own.returned]
         self.transfer = self.ring.exchange(outgoing, incoming, f"{self.about}, gradients of hop {s}")
 
-    def at(self, i: int) -> tuple[Tensor, Tensor]:
-        """dk and dv [B, S, heads, D] of local rank i, to add to."""
-        dk, dv = self.here[i].transpose(0, 2).unbind(1)
+    def at(self, s: int, i: int) -> tuple[Tensor, Tensor]:
+        """dk and dv [B, S, heads, D] of hop s and local rank i, to add to."""
+        dk, dv = self._lie(self.ring.local[i], s)[i].transpose(0, 2).unbind(1)
         return dk, dv
 
 

@@ -1,16 +1,21 @@
-"""Who sends what to whom: the two verbs that a ring needs, over processes or inside one.
+"""Who sends what to whom: the three verbs that a ring needs, over processes or inside one.
 
-    transfer = ring.exchange(outgoing, incoming, about)     # messages between ranks set off
-    transfer.wait()                                         # incoming is there, outgoing may be overwritten
+    with ring.inbox() as empty:
+        x = empty(shape, dtype)                                 # memory in which messages may arrive
+        transfer = ring.exchange(outgoing, incoming, about)     # messages between ranks set off
+        transfer.wait()                                         # incoming is there, outgoing may be overwritten
 
-`ProcessRing` has one rank in each process and talks over NCCL or gloo. `Loopback` has all ranks in one process, for
-tests and for measuring one GPU's share of a ring: its tensors hold the ranks side by side. Code written against
-`Ring` loops over `ring.local`, the ranks that live here, and runs on either.
+`ProcessRing` has one rank in each process; GPUs of one machine copy into one another's memory (`ring.peers`), others
+talk over NCCL, processes without a GPU over gloo. `Loopback` has all ranks in one process, for tests and for measuring
+one GPU's share of a ring: its tensors hold the ranks side by side. Code written against `Ring` loops over `ring.local`,
+the ranks that live here, and runs on either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,16 +23,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringflash.ring.peers import Awaited, Peers, refusal
 from ringflash.ring.watch import Pending, Watch
+
+COPY_ENGINES = "copy engines"
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # makes a tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """A contiguous tensor on its way between two ranks of the ring; on the receiving side, where it is to go."""
+    """A contiguous tensor on its way between two ranks of the ring; on the receiving side, where it is to go.
+
+    lands: on the sending side, the place in this rank's inbox that stands for the one in the other's; a ring whose
+    inbox is memory like any other does not ask for it.
+    """
 
     source: int
     destination: int
     tensor: Tensor
+    lands: Tensor | None = None
 
 
 class Transfer(Protocol):
@@ -44,6 +58,12 @@ class Ring(Protocol):
     local: tuple[int, ...]
     device: torch.device
 
+    def inbox(self) -> AbstractContextManager[Empty]:
+        """For the length of a pass, what makes tensors (shape, dtype) for messages to arrive in.
+
+        All ranks make tensors of the same sizes in the same order, and use none of them after the pass.
+        """
+
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """Set off messages from local ranks, and receive those to local ranks.
 
@@ -51,6 +71,15 @@ class Ring(Protocol):
         same two ranks in the same order. No tensor may be written before the wait. about: layer, pass and hop, for who
         has to be told.
         """
+
+
+def fresh_inbox(device: torch.device) -> AbstractContextManager[Empty]:
+    """Of a ring whose messages may arrive in any memory."""
+    return nullcontext(functools.partial(_empty, device=device))
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class Loopback:
@@ -62,6 +91,10 @@ class Loopback:
         self.size = size
         self.local = tuple(range(size))
         self.device = torch.device(device)
+
+    def inbox(self) -> AbstractContextManager[Empty]:
+        """Memory of torch's allocator."""
+        return fresh_inbox(self.device)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """Copy at once, in the order of the current stream; whatever stream waits, waits for that."""
@@ -80,11 +113,12 @@ class Loopback:
 class ProcessRing:
     """One rank a process, over a torch.distributed group (default: the whole world).
 
-    On NCCL an exchange runs on the communicator's own stream: it waits for what the current stream has queued before
-    `exchange`, and makes the current stream (not the host) wait at `wait`. So a kernel launched between the two runs
-    beside the transfer. Give the ring a group of its own, or its transfers queue behind other collectives, and one
-    whose stream has high priority (`pg_options`), or they queue behind kernels that fill the GPU. A watch, where given,
-    is told of every wait.
+    On GPUs an exchange runs on a stream of its own: it waits for what the current stream has queued before `exchange`,
+    and makes the current stream (not the host) wait at `wait`. So a kernel launched between the two runs beside the
+    transfer. transport: with "auto", GPUs of one machine that reach one another's memory copy into it; all others go
+    through the group, and with "nccl" these, too. Then give the ring a group of its own, or its transfers queue behind
+    other collectives, and one whose stream has high priority (`pg_options`), or they queue behind kernels that fill the
+    GPU. A watch, where given, is told of every wait. `carrier` says what carries messages, and why.
     """
 
     def __init__(
@@ -92,24 +126,50 @@ class ProcessRing:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
         watch: Watch | None = None,
+        transport: str = "auto",
     ) -> None:
+        if transport not in ("auto", "nccl"):
+            raise ValueError(f"transport must be 'auto' or 'nccl', got {transport!r}")
         self.group: dist.ProcessGroup = group or dist.distributed_c10d._get_default_group()
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
         self.local: tuple[int, ...] = (self.rank,)
         self.device = torch.device(device)
         self.watch = watch
+        self.carrier: str = dist.get_backend(self.group)
+        self._peers: Peers | None = None
+        if transport == "auto" and self.device.type == "cuda" and self.size > 1:
+            place = torch.device("cuda", torch.cuda.current_device()) if self.device.index is None else self.device
+            reason = refusal(self.group, place)
+            self.carrier = COPY_ENGINES if reason is None else f"{self.carrier}, since {reason}"
+            self._peers = Peers(self.group, place) if reason is None else None
+
+    def inbox(self) -> AbstractContextManager[Empty]:
+        """Memory that peers map; without them, of torch's allocator."""
+        return fresh_inbox(self.device) if self._peers is None else self._peers.inbox()
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
-        """One batch of sends and receives, in flight until waited for."""
+        """Sends and receives, in flight until waited for."""
+        size = sum(m.tensor.nbytes for m in incoming)
+        works = (self._peers.exchange if self._peers else self._through_group)(outgoing, incoming)
+        return _InFlight(works, self.watch, about, size, self.device) if works else _Done()
+
+    def _through_group(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[Awaited]:
+        """One batch of the group's: a work for each message, or on NCCL one for all."""
         operations = [
             *(dist.P2POp(dist.isend, m.tensor, group=self.group, group_peer=m.destination) for m in outgoing),
             *(dist.P2POp(dist.irecv, m.tensor, group=self.group, group_peer=m.source) for m in incoming),
         ]
         if not operations:
-            return _Done()
+            return []
         works = dist.batch_isend_irecv(operations)
-        return _InFlight(works, self.group, tuple(outgoing), tuple(incoming), self.watch, about, self.device)
+        sent = [dist.get_global_rank(self.group, m.destination) for m in outgoing]
+        coming = [dist.get_global_rank(self.group, m.source) for m in incoming]
+        if len(works) == len(operations):
+            concerned = [Pending(destinations=(rank,)) for rank in sent] + [Pending((rank,)) for rank in coming]
+        else:
+            concerned = [Pending(tuple(dict.fromkeys(coming)), tuple(dict.fromkeys(sent)))]
+        return list(zip(works, concerned, strict=True))
 
 
 class _Done:
@@ -128,29 +188,21 @@ class _Copied:
 
 @dataclass(frozen=True, eq=False)
 class _InFlight:
-    works: list[dist.Work]  # one for each message, or on NCCL one for all
-    group: dist.ProcessGroup
-    outgoing: tuple[Message, ...]
-    incoming: tuple[Message, ...]
+    works: list[Awaited]
     watch: Watch | None
     about: str
+    size: int  # bytes that come
     device: torch.device
 
     def wait(self) -> None:
         """Wait for every work of the batch."""
+        works = [work for work, _ in self.works]
         if self.watch is not None:
-            size = sum(m.tensor.numel() * m.tensor.element_size() for m in self.incoming)
-            self.watch.wait(self.works, "ring", self.about, self.pending, size, self.device)
+            self.watch.wait(works, "ring", self.about, self.pending, self.size, self.device)
             return
-        for work in self.works:
+        for work in works:
             work.wait()
 
     def pending(self) -> Pending:
-        """Whom this waits for: one rank where works are waited for one by one, else all that it concerns."""
-        sent = [dist.get_global_rank(self.group, m.destination) for m in self.outgoing]
-        coming = [dist.get_global_rank(self.group, m.source) for m in self.incoming]
-        if len(self.works) == len(sent) + len(coming):
-            one_by_one = [Pending(destinations=(rank,)) for rank in sent] + [Pending((rank,)) for rank in coming]
-            unfinished = (p for p, work in zip(one_by_one, self.works, strict=True) if not work.is_completed())
-            return next(unfinished, one_by_one[-1])
-        return Pending(tuple(dict.fromkeys(coming)), tuple(dict.fromkeys(sent)))
+        """Whom this waits for: works are waited for one after another."""
+        return next((concerned for work, concerned in self.works if not work.is_completed()), self.works[-1][1])

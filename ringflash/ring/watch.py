@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,16 @@ LAST_WORDS = 3.0  # seconds between what a rank says and its end: launchers end 
 _KEY = "ringflash/stands-still"
 
 Kind = Literal["ring", "ulysses"]
+
+
+class Work(Protocol):
+    """What of an exchange is waited for apart; as torch.distributed's."""
+
+    def wait(self) -> object:
+        """Have the current stream wait."""
+
+    def is_completed(self) -> bool:
+        """Whether it is over."""
 
 
 @dataclass
@@ -89,7 +99,7 @@ class Watch:
             threading.Thread(target=self._listen, args=(store,), name="ring-watch-store", daemon=True).start()
 
     def wait(
-        self, works: Sequence[dist.Work], kind: Kind, about: str, pending: Callable[[], Pending], size: int,
+        self, works: Sequence[Work], kind: Kind, about: str, pending: Callable[[], Pending], size: int,
         device: torch.device,
     ) -> None:  # fmt: skip
         """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes.

@@ -70,7 +70,8 @@ def fit(config: Config, resolved: str) -> None:
     log = None
     if world.is_first:
         (folder / "config.yaml").write_text(resolved)
-        print(*filter(None, [speed.summary(), why]), sep="\n", flush=True)
+        carrier = f"parallel: a ring of {world.ring.size}, its messages by {world.ring.carrier}"
+        print(*filter(None, [speed.summary(), why, carrier if world.ring.size > 1 else None]), sep="\n", flush=True)
         log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
     share = config.optim.batch // world.replicas
     batches = stream(

@@ -48,6 +48,9 @@ class ParallelConfig:
     across_gb_per_second: float = 40.0
     """Gigabytes a second that a GPU sends to another machine."""
 
+    transport: str = "auto"
+    """What carries a ring's messages: auto, copy engines between GPUs of one machine, else NCCL; or nccl."""
+
     timeout_minutes: int = 10
     """Minutes without an answer after which a collective gives up."""
 
@@ -61,6 +64,8 @@ class ParallelConfig:
             raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more, or null to have it chosen")
         if self.layout not in (*LAYOUTS, *CHOSEN):
             raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join((*LAYOUTS, *CHOSEN))}")
+        if self.transport not in ("auto", "nccl"):
+            raise ConfigError(f"parallel.transport={self.transport} is not auto or nccl")
         for name in ("node_gb_per_second", "across_gb_per_second", "hop_timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0 and finite")

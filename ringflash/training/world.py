@@ -100,7 +100,9 @@ def join(config: ParallelConfig) -> World:
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
     watch = Watch(config.hop_timeout_seconds, rank, dist.distributed_c10d._get_default_store())
     return World(
-        rank, ranks, device, watch, ProcessRing(ring, device, watch), None if row is None else Ulysses(row, watch),
+        rank, ranks, device, watch,
+        ring=ProcessRing(ring, device, watch, config.transport),
+        ulysses=None if row is None else Ulysses(row, watch),
         replica=rank // (size * neighbours), replicas=len(grid),
     )  # fmt: skip
 

@@ -1,0 +1,226 @@
+"""Peers: GPUs of one machine that write into one another's memory, each by its copy engines.
+
+NCCL moves data by a kernel. An attention kernel fills every multiprocessor and leaves it no room until the first of its
+programs end; and while it waits for its neighbour, it holds multiprocessors that attention could use. A copy engine
+needs none, begins at once, and is faster over NVLink. The n-th exchange that has messages from rank a to rank b:
+
+    b, current stream    free: write n to a's flag                                    wait for flag of a, n | read
+    a, copy stream                 wait for flag of b, n | copy to b | here: write n to b's flag
+
+Flags are written and waited for by the GPU's front end (stream memory operations), not by a kernel, and never by the
+host. Memory in which messages arrive is symmetric: all ranks take tensors of the same sizes in the same order, so a
+place in one's own stands for that place in another's. It is kept from pass to pass and not given back.
+
+PyTorch's symmetric memory maps it: https://docs.pytorch.org/docs/stable/symmetric_memory.html. Flags as in 6.18 of the
+CUDA driver's manual, whose comparison goes round, so that n may exceed 32 bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash.ring.watch import Pending, Work
+
+if TYPE_CHECKING:
+    from ringflash.ring.transport import Message
+
+Awaited = tuple[Work, Pending]  # and the rank that it concerns
+_FREE, _HERE = 0, 1  # flags, of each other rank: what it may write to, and what it has written
+
+
+class Peers:
+    """This rank of a ring whose GPUs reach one another's memory; made, and taken through passes, by all of them alike.
+
+    Raises RuntimeError where the GPUs' memory cannot be mapped.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._blocks: list[_Block] = []
+        self._taken: dict[int, _Block] = {}  # by address, in the pass that runs
+        self._running = False
+        self._over: torch.cuda.Event | None = None  # the last pass
+        self._sent, self._received = [0] * self.size, [0] * self.size  # exchanges, by rank
+        self._copying = torch.cuda.Stream(device)
+        self._flags = self._map(2 * self.size * 4)
+        self._flags.memory.zero_()
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # nobody writes a flag before it is 0
+
+    @contextlib.contextmanager
+    def inbox(self) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
+        """For a pass, what makes tensors for messages to arrive in: called with the same sizes on all ranks."""
+        if self._running:
+            raise RuntimeError("two passes of one ring at a time: its ranks take them one after another")
+        if self._over is not None:
+            self._over.wait()
+        self._running = True
+        try:
+            yield self._empty
+        finally:
+            self._running, self._taken = False, {}
+            self._over = torch.cuda.current_stream(self.device).record_event()
+
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[Awaited]:
+        """Set off messages whose places, `lands` or where they are to go, are in the inbox of the pass that runs."""
+        here = torch.cuda.current_stream(self.device)
+        works: list[Awaited] = []
+        for message in incoming:
+            self._in_inbox(message.tensor)
+        for source in dict.fromkeys(m.source for m in incoming):
+            self._received[source] += 1
+            _write(here, self._flag(source, _FREE, self.rank), self._received[source])
+            arrival = _Arrival(self._flag(self.rank, _HERE, source), self._received[source])
+            works.append((arrival, Pending(sources=(self._in_run(source),))))
+        if outgoing:
+            self._copying.wait_stream(here)
+        for destination in dict.fromkeys(m.destination for m in outgoing):
+            self._sent[destination] += 1
+            _wait(self._copying, self._flag(self.rank, _FREE, destination), self._sent[destination])
+            for message in outgoing:
+                if message.destination == destination:
+                    self._copy(message)
+            _write(self._copying, self._flag(destination, _HERE, self.rank), self._sent[destination])
+            works.append((_Copied(self._copying.record_event()), Pending(destinations=(self._in_run(destination),))))
+        return works
+
+    def _copy(self, message: Message) -> None:
+        x, lands = message.tensor, self._in_inbox(message.lands)
+        into = self._taken[_storage(lands)].everywhere[message.destination] + lands.data_ptr() - _storage(lands)
+        _done(_driver().cuMemcpyDtoDAsync(into, x.data_ptr(), x.nbytes, self._copying.cuda_stream))
+
+    def _in_inbox(self, x: Tensor | None) -> Tensor:
+        if x is None or _storage(x) not in self._taken:
+            raise ValueError("where a message between GPUs goes must have been made by the inbox of the pass that runs")
+        return x
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The smallest block that is not taken and large enough, or a new one."""
+        size = math.prod(shape) * dtype.itemsize
+        taken = self._taken.values()
+        fitting = [b for b in self._blocks if b not in taken and b.memory.numel() >= size]
+        if not fitting:
+            fitting = [self._map(size)]
+            self._blocks += fitting
+        block = min(fitting, key=lambda b: b.memory.numel())
+        self._taken[_storage(block.memory)] = block
+        return block.memory[:size].view(dtype).view(*shape)
+
+    def _map(self, size: int) -> _Block:
+        """Memory that all ranks map, who each call this; the host waits for them."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        try:
+            with torch.inference_mode(False):  # where the first pass is an evaluation's, training must write to it, too
+                memory = symmetric.empty(size, dtype=torch.uint8, device=self.device)
+            return _Block(memory, tuple(symmetric.rendezvous(memory, self.group).buffer_ptrs))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"ring of {self.size} GPUs on {socket.gethostname()}: rank {self.rank} cannot map the memory of the "
+                f"others ({error}); with transport='nccl' (parallel.transport=nccl) it need not"
+            ) from error
+
+    def _flag(self, owner: int, kind: int, about: int) -> int:
+        """Address of one of the owner's flags."""
+        return self._flags.everywhere[owner] + 4 * (kind * self.size + about)
+
+    def _in_run(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    memory: Tensor  # uint8, this rank's
+    everywhere: tuple[int, ...]  # where each rank's is in this GPU's address space
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+class _Arrival:
+    """What another rank sends."""
+
+    def __init__(self, flag: int, count: int) -> None:
+        self._flag, self._count = flag, count
+        self._waited: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        here = torch.cuda.current_stream()
+        _wait(here, self._flag, self._count)
+        self._waited = here.record_event()
+
+    def is_completed(self) -> bool:
+        return self._waited is not None and self._waited.query()
+
+
+@dataclass(frozen=True, eq=False)
+class _Copied:
+    """What this rank sends."""
+
+    event: torch.cuda.Event
+
+    def wait(self) -> None:
+        self.event.wait()
+
+    def is_completed(self) -> bool:
+        return self.event.query()
+
+
+def refusal(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Why the group's ranks cannot be peers, the same on each of them; None where they can."""
+    places: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(places, (socket.gethostname(), device.index), group)
+    machines = {machine for machine, _ in places}
+    if len(machines) > 1:
+        return f"the ring's ranks are on {len(machines)} machines"
+    if len(set(places)) < len(places):
+        return "the ring's processes cannot see one another's GPUs"  # each calls its own cuda:0
+    reasons: list[Any] = [None] * len(places)
+    dist.all_gather_object(reasons, _own_refusal(device, [index for _, index in places]), group)
+    return next(filter(None, reasons), None)
+
+
+def _own_refusal(device: torch.device, indices: list[int]) -> str | None:
+    try:
+        _driver()
+    except ImportError as error:
+        return f"cuda-bindings is not there ({error})"
+    apart = (i for i in indices if i != device.index and not torch.cuda.can_device_access_peer(device, i))
+    return next((f"GPU {device.index} does not reach the memory of GPU {i}" for i in apart), None)
+
+
+# -- stream memory operations
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _write(stream: torch.cuda.Stream, address: int, count: int) -> None:
+    """Write the count, after all that the stream has queued, copies to other GPUs included."""
+    _done(_driver().cuStreamWriteValue32(stream.cuda_stream, address, count % 2**32, 0))
+
+
+def _wait(stream: torch.cuda.Stream, address: int, count: int) -> None:
+    """Have the stream wait until the count there is this one or a later one."""
+    driver = _driver()
+    reached = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+    _done(driver.cuStreamWaitValue32(stream.cuda_stream, address, count % 2**32, reached))
+
+
+def _done(result: tuple[Any, ...]) -> None:
+    if (error := result[0]) != _driver().CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the CUDA driver says {error.name}")
