@@ -4,8 +4,9 @@ NCCL moves data by a kernel. An attention kernel fills every multiprocessor and 
 programs end; and while it waits for its neighbour, it holds multiprocessors that attention could use. A copy engine
 needs none, begins at once, and is faster over NVLink. The n-th exchange that has messages from rank a to rank b:
 
-    b, current stream    free: write n to a's flag                                    wait for flag of a, n | read
-    a, copy stream                 wait for flag of b, n | copy to b | here: write n to b's flag
+    b, freeing           free: write n to a's flag
+    a, copying                     wait for flag of b, n | copy to b | here: write n to b's flag
+    b, current stream                                                            wait for flag of a, n | read
 
 Flags are written and waited for by the GPU's front end (stream memory operations), not by a kernel, and never by the
 host. Memory in which messages arrive is symmetric: all ranks take tensors of the same sizes in the same order, so a
@@ -51,7 +52,8 @@ class Peers:
         self._running = False
         self._over: torch.cuda.Event | None = None  # the last pass
         self._sent, self._received = [0] * self.size, [0] * self.size  # exchanges, by rank
-        self._copying = torch.cuda.Stream(device)
+        # Exchanges of both lanes go through these in the order in which they are numbered.
+        self._freeing, self._copying = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._flags = self._map(2 * self.size * 4)
         self._flags.memory.zero_()
         torch.cuda.synchronize(device)
@@ -77,9 +79,11 @@ class Peers:
         works: list[Awaited] = []
         for message in incoming:
             self._in_inbox(message.tensor)
+        if incoming:
+            self._freeing.wait_stream(here)
         for source in dict.fromkeys(m.source for m in incoming):
             self._received[source] += 1
-            _write(here, self._flag(source, _FREE, self.rank), self._received[source])
+            _write(self._freeing, self._flag(source, _FREE, self.rank), self._received[source])
             arrival = _Arrival(self._flag(self.rank, _HERE, source), self._received[source])
             works.append((arrival, Pending(sources=(self._in_run(source),))))
         if outgoing:
