@@ -1,15 +1,21 @@
-"""Copies land where the other rank looks for them; what the copy engines do is in test_gpus."""
+"""Copies land where the other rank looks for them, whatever the streams' timing; what GPUs do is in test_gpus."""
 
+import ctypes
 import math
+import random
+import socket
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.partial import Partial
-from ringflash.ring import attention
+from ringflash.ring import attention, peers
 from ringflash.ring.transport import Message
 
 
@@ -95,3 +101,232 @@ def test_what_is_sent_lands_where_the_other_rank_has_it_come(monkeypatch, name, 
             )
             assert sent == received
         assert any(any(ring.sent) for ring in rings)
+
+
+# -- the protocol, on streams that advance in any order
+
+
+class FakeStream:
+    """Work in order; each piece says whether it was done, or has to wait."""
+
+    def __init__(self, device=None) -> None:
+        self.cuda_stream = self
+        self.queue: list = []
+
+    def put(self, work) -> None:
+        self.queue.append(work)
+
+    def wait_stream(self, other) -> None:
+        other.record_event().wait(self)
+
+    def record_event(self):
+        event = FakeEvent()
+        self.put(event.pass_)
+        return event
+
+
+class FakeEvent:
+    """As torch's; wait has the current stream wait."""
+
+    def __init__(self) -> None:
+        self.passed = False
+
+    def pass_(self) -> bool:
+        self.passed = True
+        return True
+
+    def wait(self, stream=None) -> None:
+        (stream or Machine.current).put(lambda: self.passed)
+
+    def query(self) -> bool:
+        return self.passed
+
+
+class FakeDriver:
+    """Stream memory operations and copies between addresses, which are real ones here."""
+
+    class CUresult:
+        CUDA_SUCCESS = 0
+
+    class CUstreamWaitValue_flags:  # noqa: N801
+        CU_STREAM_WAIT_VALUE_GEQ = 0
+
+    @staticmethod
+    def at(address):
+        return ctypes.c_int32.from_address(address)
+
+    def cuStreamWriteValue32(self, stream, address, value, flags):  # noqa: N802
+        def write():
+            self.at(address).value = value
+            return True
+
+        stream.put(write)
+        return (0,)
+
+    def cuStreamWaitValue32(self, stream, address, value, flags):  # noqa: N802
+        stream.put(lambda: ctypes.c_int32(self.at(address).value - value).value >= 0)
+        return (0,)
+
+    def cuMemcpyDtoDAsync(self, into, source, size, stream):  # noqa: N802
+        stream.put(lambda: ctypes.memmove(into, source, size) is not None)
+        return (0,)
+
+
+class Machine:
+    """GPUs whose streams advance one piece of work at a time, in an order that a test draws."""
+
+    current: FakeStream
+
+    def __init__(self, monkeypatch, size: int) -> None:
+        self.size, self.streams = size, []
+        self.blocks: list[list[torch.Tensor]] = []  # each of all ranks
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Machine.current)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(peers, "_driver", FakeDriver)
+        monkeypatch.setattr(peers.dist, "get_rank", lambda group: group)
+        monkeypatch.setattr(peers.dist, "get_world_size", lambda group: size)
+        monkeypatch.setattr(peers.dist, "get_global_rank", lambda group, rank: rank)
+        monkeypatch.setattr(peers.dist, "barrier", lambda group: None)
+        monkeypatch.setattr(peers.Peers, "_map", lambda peer, size: self.map(peer, size))
+
+    def stream(self, device=None) -> FakeStream:
+        self.streams.append(FakeStream())
+        return self.streams[-1]
+
+    def map(self, peer: peers.Peers, size: int) -> peers._Block:
+        number = 1 + len(peer._blocks) if hasattr(peer, "_flags") else 0
+        if number == len(self.blocks):
+            self.blocks.append([torch.zeros(size, dtype=torch.uint8) for _ in range(self.size)])
+        everywhere = self.blocks[number]
+        return peers._Block(everywhere[peer.rank], tuple(x.data_ptr() for x in everywhere))
+
+    def run(self, seed: int) -> bool:
+        """Advance what can until nothing can; whether all is done. Some streams go far ahead of others."""
+        draw = random.Random(seed)
+        while left := [stream for stream in self.streams if stream.queue]:
+            if draw.random() < 0.1:
+                draw.shuffle(self.streams)
+            moved = next((stream for stream in left if stream.queue[0]()), None)
+            if moved is None:
+                return False
+            moved.queue.pop(0)
+        return True
+
+
+def passed_on(machine: Machine, exchanges: int, first_count: int = 0) -> list[str]:
+    """Have every rank send numbers on, from two lanes in turns, and note those that are not what was sent.
+
+    As in the backward: what arrives with one exchange is read and then overwritten for the next of the same lane.
+    """
+    wrong: list[str] = []
+    for rank in range(machine.size):
+        lanes = [machine.stream(), machine.stream()]
+        Machine.current = lanes[0]
+        peer = peers.Peers(rank, torch.device("cpu"))
+        peer._sent, peer._received = [first_count] * machine.size, [first_count] * machine.size
+        peer._flags.memory.view(torch.int32).fill_(first_count)
+        with peer.inbox() as empty:
+            here = [[empty((4,), torch.int64) for _ in range(2)] for _ in lanes]
+            for n in range(exchanges):
+                lane = n % 2
+                Machine.current = lanes[lane]
+                mine, into = here[lane][n // 2 % 2], here[lane][(n // 2 + 1) % 2]
+
+                def fill(mine=mine, number=n * machine.size + rank) -> bool:
+                    mine.fill_(number)
+                    return True
+
+                def look(into=into, number=n * machine.size + (rank - 1) % machine.size) -> bool:
+                    if into.tolist() != [number] * 4:
+                        wrong.append(f"{into.tolist()} for {number}")
+                    return True
+
+                lanes[lane].put(fill)
+                after, before = (rank + 1) % machine.size, (rank - 1) % machine.size
+                works = peer.exchange([Message(rank, after, mine, into)], [Message(before, rank, into)])
+                for work, _ in works:
+                    work.wait()
+                lanes[lane].put(look)
+    return wrong
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@given(seed=st.integers(0, 2**32), exchanges=st.integers(1, 9), count=st.sampled_from([0, 2**31 - 3]))
+def test_in_whatever_order_streams_advance_all_arrives_and_nothing_is_overwritten(size, seed, exchanges, count):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        machine = Machine(monkeypatch, size)
+        wrong = passed_on(machine, exchanges, count)
+        assert machine.run(seed)
+        assert wrong == []
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    machine = Machine(monkeypatch, 2)
+    Machine.current = machine.stream()
+    return peers.Peers(0, torch.device("cpu"))
+
+
+def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(alone):
+    with alone.inbox() as empty:
+        first = [empty((4, 8), torch.float32), empty((2,), torch.float16)]
+    with alone.inbox() as empty:
+        assert empty((2,), torch.bfloat16).data_ptr() == first[1].data_ptr()
+        assert empty((128,), torch.uint8).data_ptr() == first[0].data_ptr()
+        assert empty((1,), torch.uint8).data_ptr() not in {x.data_ptr() for x in first}
+
+
+def test_a_pass_inside_another_is_refused_and_one_that_failed_is_over(alone):
+    with pytest.raises(RuntimeError, match="two passes of one ring at a time"), alone.inbox(), alone.inbox():
+        pass
+    with alone.inbox() as empty:
+        empty((1,), torch.float32)
+
+
+def test_messages_whose_place_no_other_rank_knows_are_refused(alone):
+    elsewhere = torch.zeros(4)
+    with alone.inbox() as empty:
+        place = empty((4,), torch.float32)
+        for outgoing, incoming in (
+            ([Message(0, 1, place)], []),
+            ([Message(0, 1, place, elsewhere)], []),
+            ([], [Message(1, 0, elsewhere)]),
+        ):
+            with pytest.raises(ValueError, match="must have been made by the inbox of the pass that runs"):
+                alone.exchange(outgoing, incoming)
+    with pytest.raises(ValueError, match="of the pass that runs"):
+        alone.exchange([Message(0, 1, elsewhere, place)], [])
+
+
+def refusals(machines, indices, reached):
+    """Why these cannot be peers, as the ranks of a gloo group find."""
+    rank = dist.get_rank()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(socket, "gethostname", lambda: machines[rank])
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other in reached)
+        monkeypatch.setattr(peers, "_driver", FakeDriver)
+        group = dist.distributed_c10d._get_default_group()
+        return peers.refusal(group, torch.device("cuda", indices[rank]))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("machines", "indices", "reached", "expected"),
+    [
+        ("aa", (0, 1), (0, 1), None),
+        ("ab", (0, 0), (0, 1), "the ring's ranks are on 2 machines"),
+        ("aa", (0, 0), (0, 1), "the ring's processes cannot see one another's GPUs"),
+        ("aa", (0, 1), (0,), "GPU 0 does not reach the memory of GPU 1"),
+    ],
+)
+def test_ranks_that_cannot_be_peers_agree_on_why(ranks, machines, indices, reached, expected):
+    assert ranks.run(refusals, 2, machines, indices, reached) == [expected] * 2
+
+
+def test_without_the_drivers_bindings_there_are_no_peers(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'cuda'")
+
+    monkeypatch.setattr(peers, "_driver", missing)
+    assert peers._own_refusal(torch.device("cuda", 0), [0, 1]) == "cuda-bindings is not there (No module named 'cuda')"
