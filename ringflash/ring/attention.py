@@ -241,8 +241,11 @@ def _backward(
                 scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
             )  # fmt: skip
 
+    hops = [*range(1, plan.ring.size), 0]
+    for _, dkv, *_ in parts:  # here the first keys' way hides it; on a lane it would wait for the other's kernel to end
+        dkv.arrive(hops[0])
     with Lanes(len(halves), plan.ring.device) as lanes:  # parts of the keys add to the same dq, one after another
-        for s in [*range(1, plan.ring.size), 0]:
+        for s in hops:
             kv.arrive()
             lanes.fork()
             if s > 0:
@@ -250,7 +253,8 @@ def _backward(
                     kv.send_for(s + 1)
             for lane, dkv, part, of_q, of_k in parts:
                 with lanes.on(lane):
-                    dkv.arrive(s)
+                    if s != hops[0]:
+                        dkv.arrive(s)
                     for i in range(len(q)):
                         add(s, i, dkv, part, of_q, of_k)
                     if s > 0:

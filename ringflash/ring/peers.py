@@ -114,6 +114,8 @@ class Peers:
         taken = self._taken.values()
         fitting = [b for b in self._blocks if b not in taken and b.memory.numel() >= size]
         if not fitting:
+            # A rank that does not come is waited for here, where a watch can tell: mapping holds Python's lock.
+            dist.barrier(self.group)
             fitting = [self._map(size)]
             self._blocks += fitting
         block = min(fitting, key=lambda b: b.memory.numel())

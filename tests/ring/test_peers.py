@@ -187,7 +187,8 @@ class Machine:
         monkeypatch.setattr(peers.dist, "get_rank", lambda group: group)
         monkeypatch.setattr(peers.dist, "get_world_size", lambda group: size)
         monkeypatch.setattr(peers.dist, "get_global_rank", lambda group, rank: rank)
-        monkeypatch.setattr(peers.dist, "barrier", lambda group: None)
+        self.called: list[str] = []
+        monkeypatch.setattr(peers.dist, "barrier", lambda group: self.called.append("barrier"))
         monkeypatch.setattr(peers.Peers, "_map", lambda peer, size: self.map(peer, size))
 
     def stream(self, device=None) -> FakeStream:
@@ -195,6 +196,7 @@ class Machine:
         return self.streams[-1]
 
     def map(self, peer: peers.Peers, size: int) -> peers._Block:
+        self.called.append("map")
         number = 1 + len(peer._blocks) if hasattr(peer, "_flags") else 0
         if number == len(self.blocks):
             self.blocks.append([torch.zeros(size, dtype=torch.uint8) for _ in range(self.size)])
@@ -262,10 +264,24 @@ def test_in_whatever_order_streams_advance_all_arrives_and_nothing_is_overwritte
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def machine(monkeypatch):
     machine = Machine(monkeypatch, 2)
     Machine.current = machine.stream()
+    return machine
+
+
+@pytest.fixture
+def alone(machine):
     return peers.Peers(0, torch.device("cpu"))
+
+
+def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
+    """Mapping waits for the others with Python's lock in its hand: nobody would say that one never came."""
+    for _ in range(2):
+        with alone.inbox() as empty:
+            empty((4,), torch.float32)
+            empty((4,), torch.float32)
+    assert machine.called == ["map", "barrier"] + 2 * ["barrier", "map"]
 
 
 def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(alone):
