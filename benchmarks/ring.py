@@ -172,6 +172,9 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
         if world.is_first:
             print(ring_between.table(found[-1], header=len(found) == 1) + "\n", flush=True)
     rows = [dataclasses.asdict(row) | {"efficiency": row.summary()} for row in found]
+    contents = {"benchmark": "ring between GPUs", "card": facts, "rows": rows}
+    if world.is_first:  # what is measured is kept, whatever becomes of the pictures
+        report.write_json(file, contents)
     for case, row in zip(cases, rows, strict=True):
         ran = ring_between.profiled(case, *of_run)
         row["hidden"] = {direction: round(ring_between.hidden(spans), 4) for direction, spans in ran.items()}
@@ -181,7 +184,7 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
             picture = file.with_name(f"{file.stem}-{re.sub('[^a-z0-9]+', '-', str(case))}.png")
             _drawn(ring_between.draw, picture, ran, f"{case}, {options.dtype}, {world.size} x {_signature(facts)}")
     if world.is_first:
-        report.write_json(file, {"benchmark": "ring between GPUs", "card": facts, "rows": rows})
+        report.write_json(file, contents)
         print(f"wrote {file} and a picture of each case")
         _closed("ring between GPUs", facts, [], {"efficiency": {row.case: row.summary() for row in found}})
     world.watch.close()

@@ -60,7 +60,7 @@ class Recorder:
         self._width = width
         self._exchanges = 0
 
-    def inbox(self) -> AbstractContextManager[Empty]:
+    def inbox(self, about: str) -> AbstractContextManager[Empty]:
         """Memory of torch's allocator."""
         return fresh_inbox(self.device)
 

@@ -88,7 +88,7 @@ class OneRank:
         """A pass begins."""
         self._written.clear()
 
-    def inbox(self) -> AbstractContextManager[Empty]:
+    def inbox(self, about: str) -> AbstractContextManager[Empty]:
         """Memory of torch's allocator."""
         return fresh_inbox(self.device)
 

@@ -113,18 +113,18 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call) -> Tensor:
         kv_heads = k.shape[2]
         ranks, ulysses = len(call.plan.ring.local), call.plan.ulysses
+        about = f"{call.layer}, forward"
         if ulysses is not None:
-            about = f"{call.layer}, forward, exchange of"
-            q = ulysses.queries(q, f"{about} queries")
-            k, v = ulysses.keys(k, f"{about} keys"), ulysses.keys(v, f"{about} values")
+            q = ulysses.queries(q, f"{about}, exchange of queries")
+            k, v = (ulysses.keys(x, f"{about}, exchange of {what}") for x, what in ((k, "keys"), (v, "values")))
 
         def compute() -> tuple[Tensor, Tensor]:
             q_, k_, v_ = (_by_rank(x, ranks) for x in (q, k, v))
-            with call.plan.ring.inbox() as empty:
-                kv = _KeysOnTheirWay(call.plan, k_, v_, f"{call.layer}, forward", empty)
+            with call.plan.ring.inbox(about) as empty:
+                kv = _KeysOnTheirWay(call.plan, k_, v_, about, empty)
                 parts = _forward(q_, kv, call.own_sink(sink), call)
             out, lse = _together([p.out for p in parts]), _together([p.lse for p in parts])
-            return out if ulysses is None else ulysses.tokens(out, f"{call.layer}, forward, exchange of results"), lse
+            return out if ulysses is None else ulysses.tokens(out, f"{about}, exchange of results"), lse
 
         out, lse = kept_or_computed(compute, travels=call.plan.ring.size > 1 or ulysses is not None)
         ctx.save_for_backward(q, k, v, sink, out, lse)
@@ -134,25 +134,25 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        with torch.autocast(dout.device.type, enabled=False), ctx.call.plan.ring.inbox() as empty:
-            return *_gradients(ctx, dout, empty), None
+        about = f"{ctx.call.layer}, backward"
+        with torch.autocast(dout.device.type, enabled=False), ctx.call.plan.ring.inbox(about) as empty:
+            return *_gradients(ctx, dout, about, empty), None
 
 
-def _gradients(ctx, dout: Tensor, empty: Empty) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _gradients(ctx, dout: Tensor, about: str, empty: Empty) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Those of q, k, v and the sink."""
     q, k, v, sink, out, lse = ctx.saved_tensors
     ranks, ulysses = len(ctx.call.plan.ring.local), ctx.call.plan.ulysses
     q_, k_, v_, lse_ = (_by_rank(x, ranks) for x in (q, k, v, lse))
-    kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, f"{ctx.call.layer}, backward", empty)
+    kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, about, empty)
     kv.send_for(1)  # own keys come last, so what follows is all there is to hide this behind
     # out is where the model's tokens are; everything else is where attention was computed.
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     delta = ctx.call.kernel.delta(out, dout)
     if ulysses is not None:
-        about = f"{ctx.call.layer}, backward, exchange of"
-        dout = ulysses.queries(dout, f"{about} results' gradients")
-        delta = ulysses.queries(delta.transpose(1, 2), f"{about} delta").transpose(1, 2).contiguous()
+        dout = ulysses.queries(dout, f"{about}, exchange of results' gradients")
+        delta = ulysses.queries(delta.transpose(1, 2), f"{about}, exchange of delta").transpose(1, 2).contiguous()
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
     dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call, empty)
     dsink = None
@@ -163,9 +163,9 @@ def _gradients(ctx, dout: Tensor, empty: Empty) -> tuple[Tensor, Tensor, Tensor,
         dsink = torch.zeros_like(sink)
         ctx.call.own_sink(dsink).copy_(-(weight * delta).sum((0, 2)))
     if ulysses is not None:
-        dq = ulysses.tokens(dq.to(q.dtype), f"{about} queries' gradients")
-        dk = ulysses.key_gradients(dk, ctx.kv_heads, f"{about} keys' gradients")
-        dv = ulysses.key_gradients(dv, ctx.kv_heads, f"{about} values' gradients")
+        dq = ulysses.tokens(dq.to(q.dtype), f"{about}, exchange of queries' gradients")
+        dk = ulysses.key_gradients(dk, ctx.kv_heads, f"{about}, exchange of keys' gradients")
+        dv = ulysses.key_gradients(dv, ctx.kv_heads, f"{about}, exchange of values' gradients")
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.ring.watch import Pending, Work
+from ringflash.ring.watch import Pending, Watch, Work
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Message
@@ -44,12 +44,12 @@ class Peers:
     Raises RuntimeError where the GPUs' memory cannot be mapped.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, watch: Watch | None = None) -> None:
+        self.group, self.device, self.watch = group, device, watch
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._blocks: list[_Block] = []
         self._taken: dict[int, _Block] = {}  # by address, in the pass that runs
-        self._running = False
+        self._running: str | None = None  # and what it is
         self._over: torch.cuda.Event | None = None  # the last pass
         self._sent, self._received = [0] * self.size, [0] * self.size  # exchanges, by rank
         # Exchanges of both lanes go through these in the order in which they are numbered.
@@ -60,17 +60,17 @@ class Peers:
         dist.barrier(group)  # nobody writes a flag before it is 0
 
     @contextlib.contextmanager
-    def inbox(self) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
+    def inbox(self, about: str) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
         """For a pass, what makes tensors for messages to arrive in: called with the same sizes on all ranks."""
-        if self._running:
-            raise RuntimeError("two passes of one ring at a time: its ranks take them one after another")
+        if self._running is not None:
+            raise RuntimeError(f"{about}, inside {self._running}: a ring's ranks take its passes one after another")
         if self._over is not None:
             self._over.wait()
-        self._running = True
+        self._running = about
         try:
             yield self._empty
         finally:
-            self._running, self._taken = False, {}
+            self._running, self._taken = None, {}
             self._over = torch.cuda.current_stream(self.device).record_event()
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[Awaited]:
@@ -114,13 +114,22 @@ class Peers:
         taken = self._taken.values()
         fitting = [b for b in self._blocks if b not in taken and b.memory.numel() >= size]
         if not fitting:
-            # A rank that does not come is waited for here, where a watch can tell: mapping holds Python's lock.
-            dist.barrier(self.group)
+            self._meet()
             fitting = [self._map(size)]
             self._blocks += fitting
         block = min(fitting, key=lambda b: b.memory.numel())
         self._taken[_storage(block.memory)] = block
         return block.memory[:size].view(dtype).view(*shape)
+
+    def _meet(self) -> None:
+        """Have the host wait for all ranks.
+
+        Mapping waits for them, too, but with Python's lock in its hand: no watch could say that one never comes.
+        """
+        others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
+        about = f"{self._running}, memory for messages"
+        with self.watch.meeting(about, lambda: others) if self.watch else contextlib.nullcontext():
+            dist.barrier(self.group)
 
     def _map(self, size: int) -> _Block:
         """Memory that all ranks map, who each call this; the host waits for them."""

@@ -1,6 +1,6 @@
 """Who sends what to whom: the three verbs that a ring needs, over processes or inside one.
 
-    with ring.inbox() as empty:
+    with ring.inbox(about) as empty:
         x = empty(shape, dtype)                                 # memory in which messages may arrive
         transfer = ring.exchange(outgoing, incoming, about)     # messages between ranks set off
         transfer.wait()                                         # incoming is there, outgoing may be overwritten
@@ -58,10 +58,11 @@ class Ring(Protocol):
     local: tuple[int, ...]
     device: torch.device
 
-    def inbox(self) -> AbstractContextManager[Empty]:
+    def inbox(self, about: str) -> AbstractContextManager[Empty]:
         """For the length of a pass, what makes tensors (shape, dtype) for messages to arrive in.
 
-        All ranks make tensors of the same sizes in the same order, and use none of them after the pass.
+        All ranks make tensors of the same sizes in the same order, and use none of them after the pass. about: layer
+        and pass, for who has to be told.
         """
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
@@ -92,7 +93,7 @@ class Loopback:
         self.local = tuple(range(size))
         self.device = torch.device(device)
 
-    def inbox(self) -> AbstractContextManager[Empty]:
+    def inbox(self, about: str) -> AbstractContextManager[Empty]:
         """Memory of torch's allocator."""
         return fresh_inbox(self.device)
 
@@ -142,11 +143,11 @@ class ProcessRing:
             place = torch.device("cuda", torch.cuda.current_device()) if self.device.index is None else self.device
             reason = refusal(self.group, place)
             self.carrier = COPY_ENGINES if reason is None else f"{self.carrier}, since {reason}"
-            self._peers = Peers(self.group, place) if reason is None else None
+            self._peers = Peers(self.group, place, watch) if reason is None else None
 
-    def inbox(self) -> AbstractContextManager[Empty]:
+    def inbox(self, about: str) -> AbstractContextManager[Empty]:
         """Memory that peers map; without them, of torch's allocator."""
-        return fresh_inbox(self.device) if self._peers is None else self._peers.inbox()
+        return fresh_inbox(self.device) if self._peers is None else self._peers.inbox(about)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """Sends and receives, in flight until waited for."""

@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -66,12 +67,17 @@ class Pending:
         return ", or for ".join(filter(None, [said[0], said[1] and f"{said[1]} to take what it sent"]))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Wait:
-    kind: Kind
     about: str
     pending: Callable[[], Pending]
-    on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None  # before and after the wait, on the compute stream
+    kind: Kind | None = None  # of what is counted
+    on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # before and after it, on the compute stream
+    queued: bool = False  # both events; one that is not recorded yet says that it has passed
+
+    def passed(self) -> bool:
+        """Whether the GPU is past it."""
+        return self.on_gpu is not None and self.queued and self.on_gpu[1].query()
 
 
 class Watch:
@@ -110,22 +116,39 @@ class Watch:
         if device.type == "cuda":
             on_gpu = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         with self._lock:
-            if not self._waits:
-                self._moved = time.monotonic()
-            self._waits.append(wait := _Wait(kind, about, pending, on_gpu))
             self._traffic[kind].bytes += size
             self._traffic[kind].exchanges += 1
-        start = time.perf_counter()
-        if on_gpu is not None:
-            on_gpu[0].record()
+        wait = _Wait(about, pending, kind, on_gpu)
+        if on_gpu is None:
+            with self._host_waits(wait):
+                for work in works:
+                    work.wait()
+            return
+        self._begin(wait)
+        on_gpu[0].record()
         for work in works:
             work.wait()
-        if on_gpu is not None:
-            on_gpu[1].record()
-            return
+        on_gpu[1].record()
+        wait.queued = True
+
+    def meeting(self, about: str, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
+        """While entered, the host waits for other ranks to come; that is no traffic, and counted nowhere."""
+        return self._host_waits(_Wait(about, pending))
+
+    @contextmanager
+    def _host_waits(self, wait: _Wait) -> Iterator[None]:
+        self._begin(wait)
+        start = time.perf_counter()
+        yield
         with self._lock:
             self._waits.remove(wait)  # before it there may be some that a GPU has not passed yet
             self._passed(wait, time.perf_counter() - start)
+
+    def _begin(self, wait: _Wait) -> None:
+        with self._lock:
+            if not self._waits:
+                self._moved = time.monotonic()
+            self._waits.append(wait)
 
     def take(self) -> dict[Kind, Traffic]:
         """What exchanges since the last call cost.
@@ -144,11 +167,14 @@ class Watch:
 
     def _advance(self) -> None:
         """Let go of waits that the GPU has passed."""
-        while self._waits and (events := self._waits[0].on_gpu) is not None and events[1].query():
-            self._passed(self._waits.popleft(), events[0].elapsed_time(events[1]) / 1e3)
+        while self._waits and self._waits[0].passed():
+            wait = self._waits.popleft()
+            before, after = wait.on_gpu  # type: ignore[misc]
+            self._passed(wait, before.elapsed_time(after) / 1e3)
 
     def _passed(self, wait: _Wait, seconds: float) -> None:
-        self._traffic[wait.kind].seconds += seconds
+        if wait.kind is not None:
+            self._traffic[wait.kind].seconds += seconds
         self._last, self._moved = wait.about, time.monotonic()
 
     def _look(self, device: int | None) -> None:

@@ -66,7 +66,7 @@ class Alone:
         self.made_on_hops: dict[str, int] = {}
         self.about = "before"
 
-    def inbox(self):
+    def inbox(self, about):
         return fresh_inbox(self.device)
 
     def exchange(self, outgoing, incoming, about):

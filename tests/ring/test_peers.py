@@ -1,9 +1,12 @@
 """Copies land where the other rank looks for them, whatever the streams' timing; what GPUs do is in test_gpus."""
 
+import contextlib
 import ctypes
+import io
 import math
 import random
 import socket
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -15,8 +18,9 @@ from hypothesis import strategies as st
 from ringflash import AttentionPlan, IntervalMask, Layout, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.partial import Partial
-from ringflash.ring import attention, peers
+from ringflash.ring import attention, peers, watch
 from ringflash.ring.transport import Message
+from ringflash.ring.watch import Watch
 
 
 class Noting:
@@ -29,7 +33,7 @@ class Noting:
         self.sent: list[list[tuple]] = []
         self.received: list[list[tuple]] = []
 
-    def inbox(self):
+    def inbox(self, about):
         self.blocks = []
 
         def empty(shape, dtype):
@@ -228,7 +232,7 @@ def passed_on(machine: Machine, exchanges: int, first_count: int = 0) -> list[st
         peer = peers.Peers(rank, torch.device("cpu"))
         peer._sent, peer._received = [first_count] * machine.size, [first_count] * machine.size
         peer._flags.memory.view(torch.int32).fill_(first_count)
-        with peer.inbox() as empty:
+        with peer.inbox("a pass") as empty:
             here = [[empty((4,), torch.int64) for _ in range(2)] for _ in lanes]
             for n in range(exchanges):
                 lane = n % 2
@@ -278,31 +282,35 @@ def alone(machine):
 def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
     """Mapping waits for the others with Python's lock in its hand: nobody would say that one never came."""
     for _ in range(2):
-        with alone.inbox() as empty:
+        with alone.inbox("a pass") as empty:
             empty((4,), torch.float32)
             empty((4,), torch.float32)
     assert machine.called == ["map", "barrier"] + 2 * ["barrier", "map"]
 
 
 def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(alone):
-    with alone.inbox() as empty:
+    with alone.inbox("a pass") as empty:
         first = [empty((4, 8), torch.float32), empty((2,), torch.float16)]
-    with alone.inbox() as empty:
+    with alone.inbox("a pass") as empty:
         assert empty((2,), torch.bfloat16).data_ptr() == first[1].data_ptr()
         assert empty((128,), torch.uint8).data_ptr() == first[0].data_ptr()
         assert empty((1,), torch.uint8).data_ptr() not in {x.data_ptr() for x in first}
 
 
 def test_a_pass_inside_another_is_refused_and_one_that_failed_is_over(alone):
-    with pytest.raises(RuntimeError, match="two passes of one ring at a time"), alone.inbox(), alone.inbox():
+    with (
+        pytest.raises(RuntimeError, match="layer 2, forward, inside layer 1, backward: a ring's ranks take its passes"),
+        alone.inbox("layer 1, backward"),
+        alone.inbox("layer 2, forward"),
+    ):
         pass
-    with alone.inbox() as empty:
+    with alone.inbox("a pass") as empty:
         empty((1,), torch.float32)
 
 
 def test_messages_whose_place_no_other_rank_knows_are_refused(alone):
     elsewhere = torch.zeros(4)
-    with alone.inbox() as empty:
+    with alone.inbox("a pass") as empty:
         place = empty((4,), torch.float32)
         for outgoing, incoming in (
             ([Message(0, 1, place)], []),
@@ -313,6 +321,40 @@ def test_messages_whose_place_no_other_rank_knows_are_refused(alone):
                 alone.exchange(outgoing, incoming)
     with pytest.raises(ValueError, match="of the pass that runs"):
         alone.exchange([Message(0, 1, elsewhere, place)], [])
+
+
+def with_one_rank_that_never_maps_memory():
+    """What a rank says that waits for the other in a pass which needs memory for the first time."""
+    said, ended, rank = io.StringIO(), threading.Event(), dist.get_rank()
+    guard = Watch(1.0, rank, end=ended.set)
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(said):
+        monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
+        monkeypatch.setattr(
+            peers.Peers, "_map", lambda peer, size: peers._Block(torch.zeros(size, dtype=torch.uint8), (0, 0))
+        )
+        peer = peers.Peers(dist.distributed_c10d._get_default_group(), torch.device("cpu"), guard)
+        if rank == 0:
+            threading.Thread(target=ask_in_vain, args=(peer,), daemon=True).start()
+            assert ended.wait(20)
+    guard.close()
+    return said.getvalue().strip()
+
+
+def ask_in_vain(peer):
+    with contextlib.suppress(RuntimeError), peer.inbox("layer 3, backward") as empty:  # it breaks when the test is over
+        empty((4,), torch.float32)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_never_maps_memory_is_told_of(ranks):
+    first, second = ranks.run(with_one_rank_that_never_maps_memory, 2)
+    assert first.startswith(
+        "ringflash: rank 0, step 0, layer 3, backward, memory for messages: waits for rank 1 since "
+    )
+    assert second == ""
 
 
 def refusals(machines, indices, reached):

@@ -176,7 +176,7 @@ class FakeNccl:
     def __init__(self, clocks: Clocks, size: int, rank: int) -> None:
         self.clocks, self.size, self.local, self.device = clocks, size, (rank,), torch.device("cpu")
 
-    def inbox(self):
+    def inbox(self, about):
         return fresh_inbox(self.device)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Waited:
@@ -200,7 +200,7 @@ class FakePeers(FakeNccl):
         super().__init__(clocks, size, rank)
         self.blocks: list[torch.Tensor] = []
 
-    def inbox(self):
+    def inbox(self, about):
         taken = itertools.count()
 
         def empty(shape, dtype):

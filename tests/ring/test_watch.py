@@ -129,6 +129,46 @@ def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
     guard.close()
 
 
+def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
+    """An event says that it has passed until it is recorded, and the thread may look at any time."""
+
+    class Unrecorded(Passing):
+        recorded = False
+
+        def record(self):
+            self.recorded = True
+
+        def query(self):
+            return not self.recorded or Passing.passed
+
+        def elapsed_time(self, end):
+            assert self.recorded
+            assert end.recorded
+            return 5.0
+
+    class Work:
+        def wait(self):
+            looked.append(guard.take()["ring"].seconds)
+            looked.append(guard.where())
+
+    monkeypatch.setattr(torch.cuda, "Event", Unrecorded)
+    monkeypatch.setattr(Passing, "passed", False)
+    guard, looked = Watch(60.0, end=lambda: pytest.fail("ended")), []
+    guard.wait([Work()], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device("cuda"))
+    assert looked[0] == 0
+    assert "hop 1: waits for rank 1 since " in looked[1]
+    guard.close()
+
+
+def test_a_meeting_is_told_of_and_not_counted():
+    guard = Watch(60.0, end=lambda: pytest.fail("ended"))
+    with guard.meeting("layer 1, forward, memory for messages", lambda: Pending((1, 2))):
+        assert "memory for messages: waits for rank 1 and rank 2 since " in guard.where()
+    assert "waits for no rank" in guard.where()
+    assert guard.take()["ring"] == Traffic()
+    guard.close()
+
+
 def test_a_watch_with_nothing_to_wait_for_stays_silent(capsys):
     guard = Watch(0.1, end=lambda: pytest.fail("ended"))
     time.sleep(3 * watch.POLL)
