@@ -19,8 +19,10 @@ CUDA driver's manual, whose comparison goes round, so that n may exceed 32 bits.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import socket
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from ringflash.ring.transport import Message
 
 Awaited = tuple[Work, Pending]  # and the rank that it concerns
+NOBODY_CAME = 600.0  # seconds, after which NCCL gives up, too, where nobody tells it otherwise
 _FREE, _HERE = 0, 1  # flags, of each other rank: what it may write to, and what it has written
 
 
@@ -44,8 +47,8 @@ class Peers:
     Raises RuntimeError where the GPUs' memory cannot be mapped.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, watch: Watch | None = None) -> None:
-        self.group, self.device, self.watch = group, device, watch
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self.device = weakref.ref(group), device  # `_known` holds peers for as long as there is the group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._blocks: list[_Block] = []
         self._taken: dict[int, _Block] = {}  # by address, in the pass that runs
@@ -59,8 +62,23 @@ class Peers:
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody writes a flag before it is 0
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Raises RuntimeError where it has been destroyed."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the ring's process group was destroyed")
+        return group
+
+    @functools.cached_property
+    def watch(self) -> Watch:
+        """For rings that have none: without one, nobody would end a wait, as NCCL does after so many minutes."""
+        watch = Watch(NOBODY_CAME, dist.get_rank(), dist.distributed_c10d._get_default_store())
+        weakref.finalize(self, watch.close)
+        return watch
+
     @contextlib.contextmanager
-    def inbox(self, about: str) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
+    def inbox(self, about: str, watch: Watch) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
         """For a pass, what makes tensors for messages to arrive in: called with the same sizes on all ranks."""
         if self._running is not None:
             raise RuntimeError(f"{about}, inside {self._running}: a ring's ranks take its passes one after another")
@@ -68,7 +86,7 @@ class Peers:
             self._over.wait()
         self._running = about
         try:
-            yield self._empty
+            yield functools.partial(self._empty, watch=watch)
         finally:
             self._running, self._taken = None, {}
             self._over = torch.cuda.current_stream(self.device).record_event()
@@ -108,27 +126,26 @@ class Peers:
             raise ValueError("where a message between GPUs goes must have been made by the inbox of the pass that runs")
         return x
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, watch: Watch) -> Tensor:
         """The smallest block that is not taken and large enough, or a new one."""
         size = math.prod(shape) * dtype.itemsize
         taken = self._taken.values()
         fitting = [b for b in self._blocks if b not in taken and b.memory.numel() >= size]
         if not fitting:
-            self._meet()
+            self._meet(watch)
             fitting = [self._map(size)]
             self._blocks += fitting
         block = min(fitting, key=lambda b: b.memory.numel())
         self._taken[_storage(block.memory)] = block
         return block.memory[:size].view(dtype).view(*shape)
 
-    def _meet(self) -> None:
+    def _meet(self, watch: Watch) -> None:
         """Have the host wait for all ranks.
 
         Mapping waits for them, too, but with Python's lock in its hand: no watch could say that one never comes.
         """
         others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
-        about = f"{self._running}, memory for messages"
-        with self.watch.meeting(about, lambda: others) if self.watch else contextlib.nullcontext():
+        with watch.meeting(f"{self._running}, memory for messages", lambda: others):
             dist.barrier(self.group)
 
     def _map(self, size: int) -> _Block:
@@ -190,6 +207,17 @@ class _Copied:
 
     def is_completed(self) -> bool:
         return self.event.query()
+
+
+_known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Peers | str]] = weakref.WeakKeyDictionary()
+
+
+def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | str:
+    """The group's peers, or why its ranks cannot be: found out together, once, so a ring may be made anew each step."""
+    known = _known.setdefault(group, {})
+    if device not in known:
+        known[device] = refusal(group, device) or Peers(group, device)
+    return known[device]
 
 
 def refusal(group: dist.ProcessGroup, device: torch.device) -> str | None:

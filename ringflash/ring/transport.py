@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.ring.peers import Awaited, Peers, refusal
+from ringflash.ring.peers import Awaited, Peers, peers_of
 from ringflash.ring.watch import Pending, Watch
 
 COPY_ENGINES = "copy engines"
@@ -119,7 +119,8 @@ class ProcessRing:
     transfer. transport: with "auto", GPUs of one machine that reach one another's memory copy into it; all others go
     through the group, and with "nccl" these, too. Then give the ring a group of its own, or its transfers queue behind
     other collectives, and one whose stream has high priority (`pg_options`), or they queue behind kernels that fill the
-    GPU. A watch, where given, is told of every wait. `carrier` says what carries messages, and why.
+    GPU. A watch, where given, is told of every wait; copy engines, which wait for ever, have one of ten minutes where
+    none is given. `carrier` says what carries messages, and why.
     """
 
     def __init__(
@@ -141,13 +142,18 @@ class ProcessRing:
         self._peers: Peers | None = None
         if transport == "auto" and self.device.type == "cuda" and self.size > 1:
             place = torch.device("cuda", torch.cuda.current_device()) if self.device.index is None else self.device
-            reason = refusal(self.group, place)
-            self.carrier = COPY_ENGINES if reason is None else f"{self.carrier}, since {reason}"
-            self._peers = Peers(self.group, place, watch) if reason is None else None
+            peers = peers_of(self.group, place)
+            if isinstance(peers, Peers):
+                self.carrier, self._peers, self.watch = COPY_ENGINES, peers, watch or peers.watch
+            else:
+                self.carrier += f", since {peers}"
 
     def inbox(self, about: str) -> AbstractContextManager[Empty]:
         """Memory that peers map; without them, of torch's allocator."""
-        return fresh_inbox(self.device) if self._peers is None else self._peers.inbox(about)
+        if self._peers is None:
+            return fresh_inbox(self.device)
+        assert self.watch is not None
+        return self._peers.inbox(about, self.watch)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
         """Sends and receives, in flight until waited for."""

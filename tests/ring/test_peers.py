@@ -2,12 +2,15 @@
 
 import contextlib
 import ctypes
+import gc
 import io
 import math
 import random
 import socket
 import threading
+import types
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash import AttentionPlan, IntervalMask, Layout, ring_attention
+from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.partial import Partial
 from ringflash.ring import attention, peers, watch
@@ -110,6 +113,9 @@ def test_what_is_sent_lands_where_the_other_rank_has_it_come(monkeypatch, name, 
 # -- the protocol, on streams that advance in any order
 
 
+QUIET = types.SimpleNamespace(meeting=lambda about, pending: nullcontext())  # a watch
+
+
 class FakeStream:
     """Work in order; each piece says whether it was done, or has to wait."""
 
@@ -176,6 +182,11 @@ class FakeDriver:
         return (0,)
 
 
+@dataclass(eq=False)
+class FakeGroup:
+    rank: int
+
+
 class Machine:
     """GPUs whose streams advance one piece of work at a time, in an order that a test draws."""
 
@@ -183,12 +194,13 @@ class Machine:
 
     def __init__(self, monkeypatch, size: int) -> None:
         self.size, self.streams = size, []
+        self.groups = [FakeGroup(rank) for rank in range(size)]
         self.blocks: list[list[torch.Tensor]] = []  # each of all ranks
         monkeypatch.setattr(torch.cuda, "Stream", self.stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Machine.current)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(peers, "_driver", FakeDriver)
-        monkeypatch.setattr(peers.dist, "get_rank", lambda group: group)
+        monkeypatch.setattr(peers.dist, "get_rank", lambda group: group.rank)
         monkeypatch.setattr(peers.dist, "get_world_size", lambda group: size)
         monkeypatch.setattr(peers.dist, "get_global_rank", lambda group, rank: rank)
         self.called: list[str] = []
@@ -229,10 +241,10 @@ def passed_on(machine: Machine, exchanges: int, first_count: int = 0) -> list[st
     for rank in range(machine.size):
         lanes = [machine.stream(), machine.stream()]
         Machine.current = lanes[0]
-        peer = peers.Peers(rank, torch.device("cpu"))
+        peer = peers.Peers(machine.groups[rank], torch.device("cpu"))
         peer._sent, peer._received = [first_count] * machine.size, [first_count] * machine.size
         peer._flags.memory.view(torch.int32).fill_(first_count)
-        with peer.inbox("a pass") as empty:
+        with peer.inbox("a pass", QUIET) as empty:
             here = [[empty((4,), torch.int64) for _ in range(2)] for _ in lanes]
             for n in range(exchanges):
                 lane = n % 2
@@ -276,22 +288,23 @@ def machine(monkeypatch):
 
 @pytest.fixture
 def alone(machine):
-    return peers.Peers(0, torch.device("cpu"))
+    """A rank of two."""
+    return peers.Peers(machine.groups[0], torch.device("cpu"))
 
 
 def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
     """Mapping waits for the others with Python's lock in its hand: nobody would say that one never came."""
     for _ in range(2):
-        with alone.inbox("a pass") as empty:
+        with alone.inbox("a pass", QUIET) as empty:
             empty((4,), torch.float32)
             empty((4,), torch.float32)
     assert machine.called == ["map", "barrier"] + 2 * ["barrier", "map"]
 
 
 def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(alone):
-    with alone.inbox("a pass") as empty:
+    with alone.inbox("a pass", QUIET) as empty:
         first = [empty((4, 8), torch.float32), empty((2,), torch.float16)]
-    with alone.inbox("a pass") as empty:
+    with alone.inbox("a pass", QUIET) as empty:
         assert empty((2,), torch.bfloat16).data_ptr() == first[1].data_ptr()
         assert empty((128,), torch.uint8).data_ptr() == first[0].data_ptr()
         assert empty((1,), torch.uint8).data_ptr() not in {x.data_ptr() for x in first}
@@ -300,17 +313,17 @@ def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(al
 def test_a_pass_inside_another_is_refused_and_one_that_failed_is_over(alone):
     with (
         pytest.raises(RuntimeError, match="layer 2, forward, inside layer 1, backward: a ring's ranks take its passes"),
-        alone.inbox("layer 1, backward"),
-        alone.inbox("layer 2, forward"),
+        alone.inbox("layer 1, backward", QUIET),
+        alone.inbox("layer 2, forward", QUIET),
     ):
         pass
-    with alone.inbox("a pass") as empty:
+    with alone.inbox("a pass", QUIET) as empty:
         empty((1,), torch.float32)
 
 
 def test_messages_whose_place_no_other_rank_knows_are_refused(alone):
     elsewhere = torch.zeros(4)
-    with alone.inbox("a pass") as empty:
+    with alone.inbox("a pass", QUIET) as empty:
         place = empty((4,), torch.float32)
         for outgoing, incoming in (
             ([Message(0, 1, place)], []),
@@ -335,16 +348,19 @@ def with_one_rank_that_never_maps_memory():
         monkeypatch.setattr(
             peers.Peers, "_map", lambda peer, size: peers._Block(torch.zeros(size, dtype=torch.uint8), (0, 0))
         )
-        peer = peers.Peers(dist.distributed_c10d._get_default_group(), torch.device("cpu"), guard)
+        peer = peers.Peers(dist.distributed_c10d._get_default_group(), torch.device("cpu"))
         if rank == 0:
-            threading.Thread(target=ask_in_vain, args=(peer,), daemon=True).start()
+            threading.Thread(target=ask_in_vain, args=(peer, guard), daemon=True).start()
             assert ended.wait(20)
     guard.close()
     return said.getvalue().strip()
 
 
-def ask_in_vain(peer):
-    with contextlib.suppress(RuntimeError), peer.inbox("layer 3, backward") as empty:  # it breaks when the test is over
+def ask_in_vain(peer, guard):
+    with (
+        contextlib.suppress(RuntimeError),
+        peer.inbox("layer 3, backward", guard) as empty,
+    ):  # it breaks when the test is over
         empty((4,), torch.float32)
 
 
@@ -355,6 +371,58 @@ def test_a_rank_that_never_maps_memory_is_told_of(ranks):
         "ringflash: rank 0, step 0, layer 3, backward, memory for messages: waits for rank 1 since "
     )
     assert second == ""
+
+
+class Mapped(peers.Peers):
+    """Without memory."""
+
+    made = 0
+
+    def __init__(self, group, device) -> None:
+        Mapped.made += 1
+
+
+def rings_made_each_step():
+    """How often peers are made, their carrier, and whether the watch of a ring that was given none knows an end."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(peers, "Peers", Mapped)
+        monkeypatch.setattr(peers, "refusal", lambda group, device: None)
+        guard = Watch(60.0)
+        rings = [ProcessRing(device="cuda:0", watch=given) for given in (None, None, guard)]
+        found = Mapped.made, {ring.carrier for ring in rings}, [ring.watch.limit for ring in rings]
+        own = rings[0].watch
+        assert own is rings[1].watch
+        other = ProcessRing(device="cuda:0", transport="nccl")
+        assert (other.watch, other.carrier) == (None, "gloo")
+        peers._known.clear()
+        del rings
+        gc.collect()
+        assert own._closed.is_set()
+        guard.close()
+    return found
+
+
+@pytest.mark.ranks
+def test_rings_that_are_made_anew_each_step_share_memory_and_none_waits_for_ever(ranks):
+    assert ranks.run(rings_made_each_step, 2) == [(1, {"copy engines"}, [600.0, 600.0, 60.0])] * 2
+
+
+def ring_that_cannot():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(peers, "refusal", lambda group, device: "the ring's ranks are on 2 machines")
+        ring = ProcessRing(device="cuda:0")
+        peers._known.clear()
+    return ring.carrier, ring.watch
+
+
+@pytest.mark.ranks
+def test_a_ring_whose_ranks_cannot_be_peers_says_why(ranks):
+    assert ranks.run(ring_that_cannot, 2) == [("gloo, since the ring's ranks are on 2 machines", None)] * 2
+
+
+def test_a_transport_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="transport must be 'auto' or 'nccl', got 'mpi'"):
+        ProcessRing(transport="mpi")
 
 
 def refusals(machines, indices, reached):
