@@ -97,6 +97,7 @@ class ModelConfig:
 # -- the attention that transformers calls
 
 
+@torch.compiler.disable  # a compiled model runs it as it is, between graphs: streams and exchanges are part of none
 def ring_attention_forward(
     module: nn.Module,
     query: Tensor,

@@ -42,7 +42,6 @@ from ringflash.ring.transport import Empty, Loopback, Message, Transfer
 from ringflash.ring.ulysses import heads_refusal
 
 
-@torch.compiler.disable  # a compiled model runs it as it is between its graphs: streams and exchanges are no graph's
 def ring_attention(
     q: Tensor,
     k: Tensor,

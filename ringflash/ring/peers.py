@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import socket
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from ringflash.ring.transport import Message
 
 Awaited = tuple[Work, Pending]  # and the rank that it concerns
-NOBODY_CAME = 600.0  # seconds, after which NCCL gives up, too, where nobody tells it otherwise
 _FREE, _HERE = 0, 1  # flags, of each other rank: what it may write to, and what it has written
 
 
@@ -48,11 +48,16 @@ class Peers:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group, self.device = weakref.ref(group), device  # `_known` holds peers for as long as there is the group
+        self._weak_group, self.device = (
+            weakref.ref(group),
+            device,
+        )  # `_known` keeps peers for as long as there is a group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._blocks: list[_Block] = []
         self._taken: dict[int, _Block] = {}  # by address, in the pass that runs
-        self._running: str | None = None  # and what it is
+        self._running: str | None = None  # that pass
+        self._broken: str | None = None  # a pass that ended in an error, after it had exchanged something
+        self._watch: Watch | None = None  # of that pass's ring
         self._over: torch.cuda.Event | None = None  # the last pass
         self._sent, self._received = [0] * self.size, [0] * self.size  # exchanges, by rank
         # Exchanges of both lanes go through these in the order in which they are numbered.
@@ -64,29 +69,38 @@ class Peers:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Raises RuntimeError where it has been destroyed."""
-        group = self._group()
-        if group is None:
-            raise RuntimeError("the ring's process group was destroyed")
+        """That of the ring, which holds it while it takes a pass."""
+        group = self._weak_group()
+        assert group is not None
         return group
 
     @functools.cached_property
     def watch(self) -> Watch:
-        """For rings that have none: without one, nobody would end a wait, as NCCL does after so many minutes."""
-        watch = Watch(NOBODY_CAME, dist.get_rank(), dist.distributed_c10d._get_default_store())
+        """For rings that have none: without one, nobody would end a wait, as NCCL does after the group's timeout."""
+        watch = Watch(_timeout(self.group, self.device), dist.get_rank(), dist.distributed_c10d._get_default_store())
         weakref.finalize(self, watch.close)
         return watch
 
     @contextlib.contextmanager
     def inbox(self, about: str, watch: Watch) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
-        """For a pass, what makes tensors for messages to arrive in: called with the same sizes on all ranks."""
+        """For a pass, what makes tensors for messages to arrive in: called with the same sizes on all ranks.
+
+        Raises RuntimeError for a pass inside another, and after one that raised when it had exchanged something: what
+        was under way may arrive at any time, and ranks may no longer count alike.
+        """
         if self._running is not None:
             raise RuntimeError(f"{about}, inside {self._running}: a ring's ranks take its passes one after another")
+        if self._broken is not None:
+            raise RuntimeError(f"{about}: its ranks no longer agree since an error in {self._broken}; start them anew")
         if self._over is not None:
             self._over.wait()
-        self._running = about
+        self._running, self._watch = about, watch
+        exchanged = [*self._sent, *self._received]
         try:
-            yield functools.partial(self._empty, watch=watch)
+            yield self._empty
+        except BaseException:
+            self._broken = about if exchanged != [*self._sent, *self._received] else None
+            raise
         finally:
             self._running, self._taken = None, {}
             self._over = torch.cuda.current_stream(self.device).record_event()
@@ -102,7 +116,7 @@ class Peers:
         for source in dict.fromkeys(m.source for m in incoming):
             self._received[source] += 1
             _write(self._freeing, self._flag(source, _FREE, self.rank), self._received[source])
-            arrival = _Arrival(self._flag(self.rank, _HERE, source), self._received[source])
+            arrival = _Arrival(self._flag(self.rank, _HERE, source), self._received[source], self.device)
             works.append((arrival, Pending(sources=(self._in_run(source),))))
         if outgoing:
             self._copying.wait_stream(here)
@@ -126,41 +140,53 @@ class Peers:
             raise ValueError("where a message between GPUs goes must have been made by the inbox of the pass that runs")
         return x
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype, watch: Watch) -> Tensor:
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The smallest block that is not taken and large enough, or a new one."""
         size = math.prod(shape) * dtype.itemsize
         taken = self._taken.values()
         fitting = [b for b in self._blocks if b not in taken and b.memory.numel() >= size]
         if not fitting:
-            self._meet(watch)
-            fitting = [self._map(size)]
+            fitting = [self._map(_rounded(size))]
             self._blocks += fitting
         block = min(fitting, key=lambda b: b.memory.numel())
         self._taken[_storage(block.memory)] = block
         return block.memory[:size].view(dtype).view(*shape)
 
-    def _meet(self, watch: Watch) -> None:
-        """Have the host wait for all ranks.
-
-        Mapping waits for them, too, but with Python's lock in its hand: no watch could say that one never comes.
-        """
-        others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
-        with watch.meeting(f"{self._running}, memory for messages", lambda: others):
-            dist.barrier(self.group)
-
     def _map(self, size: int) -> _Block:
         """Memory that all ranks map, who each call this; the host waits for them."""
-        from torch.distributed import _symmetric_memory as symmetric
+        memory, error = self._allocate(size)
+        self._meet(error)
+        # This waits for all, too, but with Python's lock in its hand: no watch could say that one never comes.
+        addresses = tuple(_symmetric().rendezvous(memory, self.group).buffer_ptrs)
+        if addresses[self.rank] != memory.data_ptr():  # type: ignore[union-attr]
+            raise RuntimeError("PyTorch's symmetric memory does not begin where its tensor does")
+        return _Block(memory, addresses)  # type: ignore[arg-type]
 
-        try:
-            with torch.inference_mode(False):  # where the first pass is an evaluation's, training must write to it, too
-                memory = symmetric.empty(size, dtype=torch.uint8, device=self.device)
-            return _Block(memory, tuple(symmetric.rendezvous(memory, self.group).buffer_ptrs))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"ring of {self.size} GPUs on {socket.gethostname()}: rank {self.rank} cannot map the memory of the "
-                f"others ({error}); with transport='nccl' (parallel.transport=nccl) it need not"
-            ) from error
+    def _allocate(self, size: int) -> tuple[Tensor | None, str | None]:
+        """Memory, or why there is none. It is not of torch's allocator, which may have to give some back first."""
+        error = None
+        for _ in range(2):
+            try:
+                with torch.inference_mode(False):  # training must write to it, too, where an evaluation is first
+                    return _symmetric().empty(size, dtype=torch.uint8, device=self.device), None
+            except RuntimeError as refused:
+                error = str(refused)
+                torch.cuda.empty_cache()
+        return None, error
+
+    def _meet(self, error: str | None) -> None:
+        """Have the host wait for all ranks, each with its error or none. Raises RuntimeError on all for that of one."""
+        others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
+        errors: list[str | None] = [None] * self.size
+        about = f"{self._running}, memory for messages"
+        with self._watch.meeting(about, lambda: others) if self._watch else contextlib.nullcontext():
+            dist.all_gather_object(errors, error, self.group)
+        for rank, refused in enumerate(errors):
+            if refused is not None:
+                raise RuntimeError(
+                    f"rank {self._in_run(rank)} on {socket.gethostname()} has no memory that its ring can map "
+                    f"({refused}); transport='nccl' (parallel.transport=nccl) does without"
+                )
 
     def _flag(self, owner: int, kind: int, about: int) -> int:
         """Address of one of the owner's flags."""
@@ -176,6 +202,17 @@ class _Block:
     everywhere: tuple[int, ...]  # where each rank's is in this GPU's address space
 
 
+def _rounded(size: int) -> int:
+    """To an eighth of a power of two, so that lengths that vary do not each get blocks of their own."""
+    step = max(512, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Seconds after which a group's collectives give up."""
+    return group._get_backend(device).options._timeout.total_seconds()
+
+
 def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
@@ -183,12 +220,12 @@ def _storage(x: Tensor) -> int:
 class _Arrival:
     """What another rank sends."""
 
-    def __init__(self, flag: int, count: int) -> None:
-        self._flag, self._count = flag, count
+    def __init__(self, flag: int, count: int, device: torch.device) -> None:
+        self._flag, self._count, self._device = flag, count, device
         self._waited: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        here = torch.cuda.current_stream()
+        here = torch.cuda.current_stream(self._device)
         _wait(here, self._flag, self._count)
         self._waited = here.record_event()
 
@@ -213,7 +250,10 @@ _known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Peers | 
 
 
 def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | str:
-    """The group's peers, or why its ranks cannot be: found out together, once, so a ring may be made anew each step."""
+    """The group's peers, or why its ranks cannot be; called by all of them.
+
+    Found out once, so that a ring may be made anew each step.
+    """
     known = _known.setdefault(group, {})
     if device not in known:
         known[device] = refusal(group, device) or Peers(group, device)
@@ -235,21 +275,35 @@ def refusal(group: dist.ProcessGroup, device: torch.device) -> str | None:
 
 
 def _own_refusal(device: torch.device, indices: list[int]) -> str | None:
+    """As seen from here; raises nothing, since others wait for the answer."""
+    if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
+        return "NCCL_P2P_DISABLE is set"
     try:
         _driver()
-    except ImportError as error:
-        return f"cuda-bindings is not there ({error})"
-    apart = (i for i in indices if i != device.index and not torch.cuda.can_device_access_peer(device, i))
-    return next((f"GPU {device.index} does not reach the memory of GPU {i}" for i in apart), None)
+        _symmetric()
+    except Exception as error:  # what loading a library raises is that library's
+        return f"a library does not load ({error})"
+    for i in indices:
+        if i >= torch.cuda.device_count():
+            return f"the process of GPU {device.index} does not see GPU {i}"
+        if i != device.index and not torch.cuda.can_device_access_peer(device, i):
+            return f"GPU {device.index} does not reach the memory of GPU {i}"
+    return None
 
 
-# -- stream memory operations
+# -- PyTorch's symmetric memory, and the driver's stream memory operations
 
 
 def _driver() -> Any:
     from cuda.bindings import driver
 
     return driver
+
+
+def _symmetric() -> Any:
+    from torch.distributed import _symmetric_memory
+
+    return _symmetric_memory
 
 
 def _write(stream: torch.cuda.Stream, address: int, count: int) -> None:

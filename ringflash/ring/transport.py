@@ -13,7 +13,6 @@ the ranks that live here, and runs on either.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -76,11 +75,15 @@ class Ring(Protocol):
 
 def fresh_inbox(device: torch.device) -> AbstractContextManager[Empty]:
     """Of a ring whose messages may arrive in any memory."""
-    return nullcontext(functools.partial(_empty, device=device))
+    return nullcontext(_Anywhere(device).empty)
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
+@dataclass(frozen=True)
+class _Anywhere:
+    device: torch.device
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
 
 class Loopback:
@@ -119,8 +122,10 @@ class ProcessRing:
     transfer. transport: with "auto", GPUs of one machine that reach one another's memory copy into it; all others go
     through the group, and with "nccl" these, too. Then give the ring a group of its own, or its transfers queue behind
     other collectives, and one whose stream has high priority (`pg_options`), or they queue behind kernels that fill the
-    GPU. A watch, where given, is told of every wait; copy engines, which wait for ever, have one of ten minutes where
-    none is given. `carrier` says what carries messages, and why.
+    GPU. A watch, where given, is told of every wait; copy engines, which wait for ever, have one of the group's
+    timeout where none is given. `carrier` says what carries messages, and why.
+
+    On GPUs all ranks of the group make it together, and rings on several groups in the same order.
     """
 
     def __init__(

@@ -125,11 +125,15 @@ class Watch:
                     work.wait()
             return
         self._begin(wait)
-        on_gpu[0].record()
-        for work in works:
-            work.wait()
-        on_gpu[1].record()
-        wait.queued = True
+        try:
+            on_gpu[0].record()
+            for work in works:
+                work.wait()
+            on_gpu[1].record()
+            wait.queued = True
+        except BaseException:
+            self._over(wait)
+            raise
 
     def meeting(self, about: str, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
         """While entered, the host waits for other ranks to come; that is no traffic, and counted nowhere."""
@@ -139,16 +143,21 @@ class Watch:
     def _host_waits(self, wait: _Wait) -> Iterator[None]:
         self._begin(wait)
         start = time.perf_counter()
-        yield
-        with self._lock:
-            self._waits.remove(wait)  # before it there may be some that a GPU has not passed yet
-            self._passed(wait, time.perf_counter() - start)
+        try:
+            yield
+        finally:
+            self._over(wait, time.perf_counter() - start)
 
     def _begin(self, wait: _Wait) -> None:
         with self._lock:
             if not self._waits:
                 self._moved = time.monotonic()
             self._waits.append(wait)
+
+    def _over(self, wait: _Wait, seconds: float = 0.0) -> None:
+        with self._lock:
+            self._waits.remove(wait)  # before it there may be some that a GPU has not passed yet
+            self._passed(wait, seconds)
 
     def take(self) -> dict[Kind, Traffic]:
         """What exchanges since the last call cost.
@@ -181,14 +190,20 @@ class Watch:
         if device is not None:
             torch.cuda.set_device(device)
         while not self._closed.wait(POLL):
-            with self._lock:
-                self._advance()
-                late = bool(self._waits) and time.monotonic() - self._moved > self.limit
-            if late or self._told.is_set():
+            if self._is_late() or self._told.is_set():
                 self._speak()
                 if not self._closed.wait(LAST_WORDS):
                     self._end()
                 return
+
+    def _is_late(self) -> bool:
+        """Whether the oldest wait has not ended for too long, or a GPU in error does not say."""
+        with self._lock:
+            try:
+                self._advance()
+            except RuntimeError:
+                return True
+            return bool(self._waits) and time.monotonic() - self._moved > self.limit
 
     def _speak(self) -> None:
         """Say where this rank is, and have the others told."""

@@ -1,4 +1,4 @@
-"""A ring between GPUs, over NCCL, gives bit for bit what all its ranks give side by side on one of them."""
+"""A ring between GPUs, by copy engines or NCCL, gives bit for bit what its ranks give side by side on one of them."""
 
 import pytest
 import torch
@@ -63,10 +63,10 @@ def own_part(plan_here, plan_there, x):
     return plan_here.shard(whole)
 
 
-def differences(mask, layout, heads, dtype, with_sink, ulysses):
+def differences(mask, layout, heads, dtype, with_sink, ulysses=False, transport="auto"):
     """Which results differ in any bit from those of a Loopback on this rank's GPU, and whether any is not finite."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    ring, row = ProcessRing(device=device), None
+    ring, row = ProcessRing(device=device, transport=transport), None
     ranks = dist.get_world_size()
     if ulysses:
         alone = [dist.new_group([rank]) for rank in range(ranks)][dist.get_rank()]
@@ -92,7 +92,12 @@ def differences(mask, layout, heads, dtype, with_sink, ulysses):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_ring_of_gpus_equals_a_loopback_bit_for_bit(gpus, case):
-    assert gpus.run(differences, GPUS, *CASES[case], False) == [[]] * GPUS
+    assert gpus.run(differences, GPUS, *CASES[case]) == [[]] * GPUS
+
+
+@pytest.mark.parametrize("case", ["causal", "documents"])
+def test_so_does_one_whose_messages_all_go_by_nccl(gpus, case):
+    assert gpus.run(differences, GPUS, *CASES[case], False, "nccl") == [[]] * GPUS
 
 
 @pytest.mark.parametrize("mask", [causal, documents])

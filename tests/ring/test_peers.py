@@ -9,8 +9,10 @@ import random
 import socket
 import threading
 import types
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -166,6 +168,8 @@ class FakeDriver:
         return ctypes.c_int32.from_address(address)
 
     def cuStreamWriteValue32(self, stream, address, value, flags):  # noqa: N802
+        assert 0 <= value < 2**32
+
         def write():
             self.at(address).value = value
             return True
@@ -174,6 +178,7 @@ class FakeDriver:
         return (0,)
 
     def cuStreamWaitValue32(self, stream, address, value, flags):  # noqa: N802
+        assert 0 <= value < 2**32
         stream.put(lambda: ctypes.c_int32(self.at(address).value - value).value >= 0)
         return (0,)
 
@@ -185,6 +190,7 @@ class FakeDriver:
 @dataclass(eq=False)
 class FakeGroup:
     rank: int
+    maps: int = 0
 
 
 class Machine:
@@ -205,19 +211,32 @@ class Machine:
         monkeypatch.setattr(peers.dist, "get_global_rank", lambda group, rank: rank)
         self.called: list[str] = []
         monkeypatch.setattr(peers.dist, "barrier", lambda group: self.called.append("barrier"))
-        monkeypatch.setattr(peers.Peers, "_map", lambda peer, size: self.map(peer, size))
+        monkeypatch.setattr(peers.dist, "all_gather_object", self.meet)
+        monkeypatch.setattr(peers, "_symmetric", lambda: self)
 
     def stream(self, device=None) -> FakeStream:
         self.streams.append(FakeStream())
         return self.streams[-1]
 
-    def map(self, peer: peers.Peers, size: int) -> peers._Block:
+    # -- what stands for torch.distributed and its symmetric memory
+
+    def meet(self, errors, error, group) -> None:
+        self.called.append("meet")
+        errors[group.rank] = error
+
+    def empty(self, size, dtype, device) -> torch.Tensor:
+        self.called.append("allocate")
+        return torch.zeros(size, dtype=dtype)
+
+    def rendezvous(self, memory, group):
+        """The memory of all ranks, in which this rank's is the one given."""
         self.called.append("map")
-        number = 1 + len(peer._blocks) if hasattr(peer, "_flags") else 0
+        number, group.maps = group.maps, group.maps + 1
         if number == len(self.blocks):
-            self.blocks.append([torch.zeros(size, dtype=torch.uint8) for _ in range(self.size)])
+            self.blocks.append([torch.zeros(len(memory), dtype=torch.uint8) for _ in range(self.size)])
         everywhere = self.blocks[number]
-        return peers._Block(everywhere[peer.rank], tuple(x.data_ptr() for x in everywhere))
+        memory.set_(everywhere[group.rank].untyped_storage())
+        return types.SimpleNamespace(buffer_ptrs=[x.data_ptr() for x in everywhere])
 
     def run(self, seed: int) -> bool:
         """Advance what can until nothing can; whether all is done. Some streams go far ahead of others."""
@@ -233,44 +252,53 @@ class Machine:
 
 
 def passed_on(machine: Machine, exchanges: int, first_count: int = 0) -> list[str]:
-    """Have every rank send numbers on, from two lanes in turns, and note those that are not what was sent.
-
-    As in the backward: what arrives with one exchange is read and then overwritten for the next of the same lane.
-    """
+    """Have every rank send numbers on in two passes, and note those that are not what was sent."""
     wrong: list[str] = []
-    for rank in range(machine.size):
-        lanes = [machine.stream(), machine.stream()]
-        Machine.current = lanes[0]
-        peer = peers.Peers(machine.groups[rank], torch.device("cpu"))
+    for group in machine.groups:
+        Machine.current = machine.stream()
+        peer = peers.Peers(group, torch.device("cpu"))
         peer._sent, peer._received = [first_count] * machine.size, [first_count] * machine.size
-        peer._flags.memory.view(torch.int32).fill_(first_count)
-        with peer.inbox("a pass", QUIET) as empty:
-            here = [[empty((4,), torch.int64) for _ in range(2)] for _ in lanes]
-            for n in range(exchanges):
-                lane = n % 2
-                Machine.current = lanes[lane]
-                mine, into = here[lane][n // 2 % 2], here[lane][(n // 2 + 1) % 2]
-
-                def fill(mine=mine, number=n * machine.size + rank) -> bool:
-                    mine.fill_(number)
-                    return True
-
-                def look(into=into, number=n * machine.size + (rank - 1) % machine.size) -> bool:
-                    if into.tolist() != [number] * 4:
-                        wrong.append(f"{into.tolist()} for {number}")
-                    return True
-
-                lanes[lane].put(fill)
-                after, before = (rank + 1) % machine.size, (rank - 1) % machine.size
-                works = peer.exchange([Message(rank, after, mine, into)], [Message(before, rank, into)])
-                for work, _ in works:
-                    work.wait()
-                lanes[lane].put(look)
+        peer._flags.memory.view(torch.int32).fill_(ctypes.c_int32(first_count).value)
+        for _ in range(2):
+            take_a_pass(machine, peer, exchanges, wrong)
     return wrong
 
 
+def take_a_pass(machine: Machine, peer: peers.Peers, exchanges: int, wrong: list[str]) -> None:
+    """On lanes that no pass before was on, which take turns, as in the backward.
+
+    What arrives with one exchange is read and then overwritten for the next of the same lane.
+    """
+    rank, lanes = peer.rank, [machine.stream(), machine.stream()]
+    after, before = (rank + 1) % machine.size, (rank - 1) % machine.size
+    Machine.current = lanes[0]
+    with peer.inbox("a pass", QUIET) as empty:
+        here = [[empty((4,), torch.int64) for _ in range(2)] for _ in lanes]
+        lanes[1].wait_stream(lanes[0])
+        for n in range(exchanges):
+            lane = n % 2
+            Machine.current = lanes[lane]
+            mine, into = here[lane][n // 2 % 2], here[lane][(n // 2 + 1) % 2]
+
+            def fill(mine=mine, number=n * machine.size + rank) -> bool:
+                mine.fill_(number)
+                return True
+
+            def look(into=into, number=n * machine.size + before) -> bool:
+                if into.tolist() != [number] * 4:
+                    wrong.append(f"{into.tolist()} for {number}")
+                return True
+
+            lanes[lane].put(fill)
+            for work, _ in peer.exchange([Message(rank, after, mine, into)], [Message(before, rank, into)]):
+                work.wait()
+            lanes[lane].put(look)
+        lanes[0].wait_stream(lanes[1])
+        Machine.current = lanes[0]
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
-@given(seed=st.integers(0, 2**32), exchanges=st.integers(1, 9), count=st.sampled_from([0, 2**31 - 3]))
+@given(seed=st.integers(0, 2**32), exchanges=st.integers(1, 9), count=st.sampled_from([0, 2**31 - 3, 2**32 - 3]))
 def test_in_whatever_order_streams_advance_all_arrives_and_nothing_is_overwritten(size, seed, exchanges, count):
     with pytest.MonkeyPatch.context() as monkeypatch:
         machine = Machine(monkeypatch, size)
@@ -298,27 +326,64 @@ def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
         with alone.inbox("a pass", QUIET) as empty:
             empty((4,), torch.float32)
             empty((4,), torch.float32)
-    assert machine.called == ["map", "barrier"] + 2 * ["barrier", "map"]
+    assert machine.called == ["allocate", "meet", "map", "barrier"] + 2 * ["allocate", "meet", "map"]
+
+
+def test_a_rank_without_memory_is_named_on_all_ranks_and_nobody_maps(machine, alone, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    monkeypatch.setattr(machine, "empty", mock.Mock(side_effect=RuntimeError("CUDA out of memory")))
+    told = r"rank 0 on .* has no memory that its ring can map \(CUDA out of memory\); transport='nccl'"
+    with pytest.raises(RuntimeError, match=told), alone.inbox("a pass", QUIET) as empty:
+        empty((4,), torch.float32)
+    assert given_back
+    memory = torch.zeros(32768, dtype=torch.uint8)
+    machine.empty.side_effect = [RuntimeError("CUDA out of memory"), torch.zeros(512, dtype=torch.uint8), memory]
+    with alone.inbox("a pass", QUIET) as empty:  # there was, once torch's allocator gave some back
+        empty((4,), torch.float32)
+    monkeypatch.setattr(peers.dist, "all_gather_object", lambda errors, error, group: errors.__setitem__(1, "full"))
+    with pytest.raises(RuntimeError, match=r"rank 1 on .* \(full\)"), alone.inbox("a pass", QUIET) as empty:
+        empty((8192,), torch.float32)
 
 
 def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(alone):
     with alone.inbox("a pass", QUIET) as empty:
-        first = [empty((4, 8), torch.float32), empty((2,), torch.float16)]
+        large, small = empty((8, 512), torch.float32), empty((2,), torch.float16)
     with alone.inbox("a pass", QUIET) as empty:
-        assert empty((2,), torch.bfloat16).data_ptr() == first[1].data_ptr()
-        assert empty((128,), torch.uint8).data_ptr() == first[0].data_ptr()
-        assert empty((1,), torch.uint8).data_ptr() not in {x.data_ptr() for x in first}
+        assert empty((2,), torch.bfloat16).data_ptr() == small.data_ptr()
+        assert empty((512,), torch.uint8).data_ptr() == large.data_ptr()
+        assert empty((1,), torch.uint8).data_ptr() not in {large.data_ptr(), small.data_ptr()}
 
 
-def test_a_pass_inside_another_is_refused_and_one_that_failed_is_over(alone):
+def test_a_pass_inside_another_is_refused(alone):
     with (
         pytest.raises(RuntimeError, match="layer 2, forward, inside layer 1, backward: a ring's ranks take its passes"),
         alone.inbox("layer 1, backward", QUIET),
         alone.inbox("layer 2, forward", QUIET),
     ):
         pass
-    with alone.inbox("a pass", QUIET) as empty:
-        empty((1,), torch.float32)
+
+
+def fail(alone, about, exchanging):
+    with alone.inbox(about, QUIET) as empty:
+        place = empty((4,), torch.float32)
+        if exchanging:
+            alone.exchange([Message(0, 1, place, place)], [])
+        raise ArithmeticError
+
+
+def test_after_an_error_passes_go_on_only_if_nothing_was_exchanged(alone):
+    """What was under way arrives at any time, in memory that the next pass may have taken."""
+    for about, exchanging in (("layer 1, forward", False), ("layer 2, forward", True)):
+        with pytest.raises(ArithmeticError):
+            fail(alone, about, exchanging)
+    with pytest.raises(RuntimeError, match="layer 3, forward: its ranks no longer agree since an error in layer 2"):
+        fail(alone, "layer 3, forward", False)
+
+
+def test_sizes_are_rounded_to_an_eighth_of_a_power_of_two():
+    for size, expected in ((1, 512), (512, 512), (513, 1024), (2**27, 2**27), (2**27 + 1, 2**27 + 2**24)):
+        assert peers._rounded(size) == expected
 
 
 def test_messages_whose_place_no_other_rank_knows_are_refused(alone):
@@ -336,6 +401,16 @@ def test_messages_whose_place_no_other_rank_knows_are_refused(alone):
         alone.exchange([Message(0, 1, elsewhere, place)], [])
 
 
+class OwnMemory:
+    """Memory that is this rank's alone."""
+
+    def empty(self, size, dtype, device):
+        return torch.zeros(size, dtype=dtype)
+
+    def rendezvous(self, memory, group):
+        return types.SimpleNamespace(buffer_ptrs=[memory.data_ptr()] * 2)
+
+
 def with_one_rank_that_never_maps_memory():
     """What a rank says that waits for the other in a pass which needs memory for the first time."""
     said, ended, rank = io.StringIO(), threading.Event(), dist.get_rank()
@@ -345,13 +420,14 @@ def with_one_rank_that_never_maps_memory():
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
-        monkeypatch.setattr(
-            peers.Peers, "_map", lambda peer, size: peers._Block(torch.zeros(size, dtype=torch.uint8), (0, 0))
-        )
+        monkeypatch.setattr(peers, "_symmetric", OwnMemory)
         peer = peers.Peers(dist.distributed_c10d._get_default_group(), torch.device("cpu"))
+        store = dist.distributed_c10d._get_default_store()
         if rank == 0:
             threading.Thread(target=ask_in_vain, args=(peer, guard), daemon=True).start()
             assert ended.wait(20)
+            store.set("told", "1")
+        store.wait(["told"])
     guard.close()
     return said.getvalue().strip()
 
@@ -380,12 +456,14 @@ class Mapped(peers.Peers):
 
     def __init__(self, group, device) -> None:
         Mapped.made += 1
+        self._weak_group, self.device = weakref.ref(group), device
 
 
 def rings_made_each_step():
     """How often peers are made, their carrier, and whether the watch of a ring that was given none knows an end."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(peers, "Peers", Mapped)
+        monkeypatch.setattr(peers, "_timeout", lambda group, device: 1200.0)
         monkeypatch.setattr(peers, "refusal", lambda group, device: None)
         guard = Watch(60.0)
         rings = [ProcessRing(device="cuda:0", watch=given) for given in (None, None, guard)]
@@ -404,7 +482,7 @@ def rings_made_each_step():
 
 @pytest.mark.ranks
 def test_rings_that_are_made_anew_each_step_share_memory_and_none_waits_for_ever(ranks):
-    assert ranks.run(rings_made_each_step, 2) == [(1, {"copy engines"}, [600.0, 600.0, 60.0])] * 2
+    assert ranks.run(rings_made_each_step, 2) == [(1, {"copy engines"}, [1200.0, 1200.0, 60.0])] * 2
 
 
 def ring_that_cannot():
@@ -425,12 +503,13 @@ def test_a_transport_that_does_not_exist_is_refused():
         ProcessRing(transport="mpi")
 
 
-def refusals(machines, indices, reached):
+def refusals(machines, indices, reached, seen=2):
     """Why these cannot be peers, as the ranks of a gloo group find."""
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(socket, "gethostname", lambda: machines[rank])
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other in reached)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
         monkeypatch.setattr(peers, "_driver", FakeDriver)
         group = dist.distributed_c10d._get_default_group()
         return peers.refusal(group, torch.device("cuda", indices[rank]))
@@ -450,9 +529,15 @@ def test_ranks_that_cannot_be_peers_agree_on_why(ranks, machines, indices, reach
     assert ranks.run(refusals, 2, machines, indices, reached) == [expected] * 2
 
 
-def test_without_the_drivers_bindings_there_are_no_peers(monkeypatch):
+def test_what_one_rank_cannot_is_a_reason_and_no_error_for_which_others_would_wait(monkeypatch):
     def missing():
-        raise ImportError("No module named 'cuda'")
+        raise OSError("libcuda.so.1 is not there")
 
+    one, both = torch.device("cuda", 0), [0, 1]
+    monkeypatch.setattr(peers, "_driver", FakeDriver)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert peers._own_refusal(one, both) == "the process of GPU 0 does not see GPU 1"
     monkeypatch.setattr(peers, "_driver", missing)
-    assert peers._own_refusal(torch.device("cuda", 0), [0, 1]) == "cuda-bindings is not there (No module named 'cuda')"
+    assert peers._own_refusal(one, both) == "a library does not load (libcuda.so.1 is not there)"
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert peers._own_refusal(one, both) == "NCCL_P2P_DISABLE is set"

@@ -169,6 +169,40 @@ def test_a_meeting_is_told_of_and_not_counted():
     guard.close()
 
 
+class Breaking:
+    """A work whose connection is gone."""
+
+    def wait(self):
+        raise RuntimeError("connection reset")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_wait_that_raised_is_over(monkeypatch, device):
+    """Who catches the error goes on; nothing is left that would end the process later."""
+    monkeypatch.setattr(torch.cuda, "Event", Passing)
+    guard = Watch(60.0, end=lambda: pytest.fail("ended"))
+    with pytest.raises(RuntimeError, match="connection reset"):
+        guard.wait([Breaking()], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device(device))
+    with pytest.raises(ArithmeticError), guard.meeting("memory", lambda: Pending((1,))):
+        raise ArithmeticError
+    assert "waits for no rank" in guard.where()
+    guard.close()
+
+
+def test_a_gpu_in_error_does_not_silence_the_watch(monkeypatch, capsys):
+    class Failing(Passing):
+        def query(self):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "Event", Failing)
+    monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
+    ended = threading.Event()
+    guard = Watch(60.0, end=ended.set)
+    guard.wait([], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device("cuda"))
+    assert ended.wait(10)
+    assert "ringflash: rank 0, step 0, hop 1: waits for rank 1 since " in capsys.readouterr().err
+
+
 def test_a_watch_with_nothing_to_wait_for_stays_silent(capsys):
     guard = Watch(0.1, end=lambda: pytest.fail("ended"))
     time.sleep(3 * watch.POLL)
