@@ -48,10 +48,8 @@ class Peers:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._weak_group, self.device = (
-            weakref.ref(group),
-            device,
-        )  # `_known` keeps peers for as long as there is a group
+        self._weak_group = weakref.ref(group)  # `_known` keeps peers for as long as there is a group
+        self.device = device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._blocks: list[_Block] = []
         self._taken: dict[int, _Block] = {}  # by address, in the pass that runs
