@@ -6,7 +6,7 @@
 #   benchmarks/gpu.sh ring         one rank's share of rings: table, JSON, plot           3 minutes
 #   benchmarks/gpu.sh sanitizer    memcheck and racecheck on small sizes                  1 minute
 #   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes; on every GPU there is
-#   benchmarks/gpu.sh between      several GPUs: the ring itself, over NCCL; and tests    7 minutes
+#   benchmarks/gpu.sh between      several GPUs: the ring itself, and tests               7 minutes
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}

@@ -293,24 +293,20 @@ class _KeysOnTheirWay:
         for i, pair in enumerate(self.own):
             by_token = [x.transpose(0, 1) for x in pair]
             for parity, buffers in enumerate(self.buffers):
-                used = any(route.keys[s] for route in plan.routes for s in self._hops(parity))
-                buffers.append([empty(x.shape, x.dtype) for x in by_token] if used else [])
+                buffers.append([empty(x.shape, x.dtype) for x in by_token] if plan.arrives[parity] else [])
                 self._clear_unwritten(parity, i)
             if not all(x.is_contiguous() for x in by_token):
                 into = self.buffers[0][i] or [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in by_token]
                 by_token = [copy.copy_(x) for copy, x in zip(into, by_token, strict=True)]
             self.leaving.append(by_token)
 
-    def _hops(self, parity: int) -> range:
-        """Those whose keys buffer 0, or 1, receives."""
-        return range(2 - parity, self.plan.ring.size, 2)
-
     def _clear_unwritten(self, parity: int, i: int) -> None:
         """Zero what the first message into a buffer leaves as it is.
 
         A kernel's tiles reach over the edge of a run, and 0 times what is there must be 0.
         """
-        first = next(filter(None, (self._coming(s, i) for s in self._hops(parity))), None)
+        received_for = range(2 - parity, self.plan.ring.size, 2)
+        first = next(filter(None, (self._coming(s, i) for s in received_for)), None)
         if first is not None:
             for buffer in self.buffers[parity][i]:
                 _clear(buffer, _all(buffer).without(first))
@@ -366,20 +362,13 @@ class _GradientsOnTheirWay:
         batch, _, _, dim = k[0].shape
         length, count = part.rows.stop - part.rows.start, heads.stop - heads.start
         travels = any(route.reach for route in part.routes)
-        apart = any(self._passes_on_after_its_own(rank) for rank in range(self.ring.size))
 
         def buffers() -> list[Tensor]:
             return [empty((length, 2, batch, count, dim), torch.float32) for _ in k]
 
         self.buffers = [buffers() for _ in range(2 if travels else 1)]
-        self.home = buffers() if apart else None
+        self.home = buffers() if part.comes_home_early else None
         self.transfer: Transfer | None = None
-
-    def _passes_on_after_its_own(self, rank: int) -> bool:
-        """Whether a rank carries others' gradients on a hop after its own have come home."""
-        size, routes = self.ring.size, self.routes
-        home = routes[rank].reach
-        return home > 0 and any(s <= routes[(rank - s) % size].reach for s in range(home + 1, size))
 
     def _lie(self, rank: int, s: int) -> list[Tensor]:
         """Where a rank's part of hop s's gradients lies, by local rank: the same on all ranks, seen from any.

@@ -10,7 +10,8 @@ needs none, begins at once, and is faster over NVLink. The n-th exchange that ha
 
 Flags are written and waited for by the GPU's front end (stream memory operations), not by a kernel, and never by the
 host. Memory in which messages arrive is symmetric: all ranks take tensors of the same sizes in the same order, so a
-place in one's own stands for that place in another's. It is kept from pass to pass and not given back.
+place in one's own stands for that place in another's. It is kept from pass to pass and not given back; where a pass
+needs more than any before, as a run's first do, hosts wait for one another.
 
 PyTorch's symmetric memory maps it: https://docs.pytorch.org/docs/stable/symmetric_memory.html. Flags as in 6.18 of the
 CUDA driver's manual, whose comparison goes round, so that n may exceed 32 bits.

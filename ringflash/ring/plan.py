@@ -99,6 +99,14 @@ class Part:
     hops: tuple[tuple[Hop, ...], ...]
     routes: tuple[Route, ...]
 
+    @functools.cached_property
+    def comes_home_early(self) -> bool:
+        """Whether any rank still carries others' gradients on a hop after its own have come home."""
+        size, reach = len(self.routes), [route.reach for route in self.routes]
+        return any(
+            s <= reach[(rank - s) % size] for rank in range(size) if reach[rank] for s in range(reach[rank] + 1, size)
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
@@ -211,6 +219,12 @@ class AttentionPlan:
         Called where a step's inputs are made, so that no layer waits for what is sent to the device.
         """
         return self.places[0, :: self.batch].repeat_interleave(batch, dim=0)
+
+    @functools.cached_property
+    def arrives(self) -> tuple[bool, bool]:
+        """Whether any rank receives keys with hops 2, 4, ..., and with hops 1, 3, ..."""
+        even, odd = (any(any(route.keys[first::2]) for route in self.routes) for first in (2, 1))
+        return even, odd
 
     @functools.cached_property
     def places(self) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ringflash.ring.peers import Awaited, Peers, peers_of
 from ringflash.ring.watch import Pending, Watch
 
+TRANSPORTS = ("auto", "nccl")
 COPY_ENGINES = "copy engines"
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # makes a tensor
 
@@ -80,6 +81,8 @@ def fresh_inbox(device: torch.device) -> AbstractContextManager[Empty]:
 
 @dataclass(frozen=True)
 class _Anywhere:
+    """Any memory of a device. (torch.compile, which may look in here, follows a method, and not a closure.)"""
+
     device: torch.device
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -111,7 +114,7 @@ class Loopback:
             raise ValueError(f"{about}: messages between ranks {left} were sent and not received")
         if self.device.type == "cpu":
             return _Done()
-        return _Copied(torch.cuda.current_stream(self.device).record_event())
+        return torch.cuda.current_stream(self.device).record_event()
 
 
 class ProcessRing:
@@ -135,8 +138,8 @@ class ProcessRing:
         watch: Watch | None = None,
         transport: str = "auto",
     ) -> None:
-        if transport not in ("auto", "nccl"):
-            raise ValueError(f"transport must be 'auto' or 'nccl', got {transport!r}")
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
         self.group: dist.ProcessGroup = group or dist.distributed_c10d._get_default_group()
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
@@ -187,15 +190,6 @@ class ProcessRing:
 class _Done:
     def wait(self) -> None:
         """Nothing is under way."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Copied:
-    event: torch.cuda.Event
-
-    def wait(self) -> None:
-        """Have the current stream wait for the copies."""
-        self.event.wait()
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from ringflash.layout import LAYOUTS, Layout
 from ringflash.mask import IntervalMask
 from ringflash.models import head_dim
 from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest
+from ringflash.ring.transport import TRANSPORTS
 from ringflash.ring.ulysses import heads_refusal
 from ringflash.ring.watch import LAST_WORDS, POLL
 from ringflash.training import flops
@@ -64,8 +65,8 @@ class ParallelConfig:
             raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more, or null to have it chosen")
         if self.layout not in (*LAYOUTS, *CHOSEN):
             raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join((*LAYOUTS, *CHOSEN))}")
-        if self.transport not in ("auto", "nccl"):
-            raise ConfigError(f"parallel.transport={self.transport} is not auto or nccl")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"parallel.transport={self.transport} is not one of {', '.join(TRANSPORTS)}")
         for name in ("node_gb_per_second", "across_gb_per_second", "hop_timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0 and finite")

@@ -499,7 +499,7 @@ def test_a_ring_whose_ranks_cannot_be_peers_says_why(ranks):
 
 
 def test_a_transport_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="transport must be 'auto' or 'nccl', got 'mpi'"):
+    with pytest.raises(ValueError, match="transport must be one of auto, nccl, got 'mpi'"):
         ProcessRing(transport="mpi")
 
 

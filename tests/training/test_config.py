@@ -74,7 +74,7 @@ def test_every_setting_is_described_where_it_is_read():
         (["optim.lr=nan"], "optim.lr=nan must be 0 or more and finite"),
         (["optim.beta1=2"], "optim.beta1=2.0 must be 0 or more and below 1"),
         (["optim.beta2=1"], "optim.beta2=1.0 must be 0 or more and below 1"),
-        (["parallel.transport=mpi"], "parallel.transport=mpi is not auto or nccl"),
+        (["parallel.transport=mpi"], "parallel.transport=mpi is not one of auto, nccl"),
         (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0 must be 1 or more"),
         (
             ["parallel.hop_timeout_seconds=58", "parallel.timeout_minutes=1"],

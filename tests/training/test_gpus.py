@@ -1,4 +1,4 @@
-"""On GPUs, over NCCL, any grid of ring and Ulysses trains as one GPU does; and a rank that hangs is told of."""
+"""On GPUs any grid of ring and Ulysses trains as one GPU does; and a rank that hangs is told of."""
 
 import pytest
 import torch
