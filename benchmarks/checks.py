@@ -11,7 +11,7 @@ some rows of out and dq are, which need no other row; dk and dv must be finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -28,19 +28,11 @@ UNINITIALISED = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided
 
 
 @contextmanager
-def allocating(wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
-    """While entered, wrap(f) stands for each f by which Python code asks for uninitialised memory, in all threads.
+def poisoned() -> Iterator[None]:
+    """While entered, memory that Python code asks for uninitialised holds NaN, so what a kernel leaves unwritten shows.
 
-    Not a TorchFunctionMode, which is not there in a backward that torch.autograd.grad runs.
+    In all threads. Not by a TorchFunctionMode, which is not there in a backward that torch.autograd.grad runs.
     """
-    with ExitStack() as patches:
-        for owner, name in UNINITIALISED:
-            patches.enter_context(mock.patch.object(owner, name, wrap(getattr(owner, name))))
-        yield
-
-
-def poisoned() -> AbstractContextManager[None]:
-    """While entered, memory that is asked for uninitialised holds NaN: what a kernel leaves unwritten shows."""
 
     def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def filled(*args, **options) -> Tensor:
@@ -49,7 +41,10 @@ def poisoned() -> AbstractContextManager[None]:
 
         return filled
 
-    return allocating(poison)
+    with ExitStack() as patches:
+        for owner, name in UNINITIALISED:
+            patches.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
+        yield
 
 
 @dataclass(frozen=True)

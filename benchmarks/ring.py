@@ -197,9 +197,8 @@ def measured_tflops(case: RingCase, options: argparse.Namespace, device: torch.d
     whole = dataclasses.replace(case.whole(), length=min(case.length, SPEED_LENGTH))
     ring = ring_share.OneRank(1, 0, device)
     inputs = whole.inputs(DTYPES[options.dtype], device)
-    runs = dict(
-        zip(("forward", "backward"), ring_share.passes(ring, whole.plan(ring), inputs, options.kernel), strict=True)
-    )
+    both = ring_share.passes(whole.plan(ring), inputs, options.kernel)
+    runs = dict(zip(("forward", "backward"), both, strict=True))
     speeds = []
     for direction, took in timing.interleaved(runs, device, options.seconds).items():
         if isinstance(took, Exception):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import ring_share
-from benchmarks.ring_cases import Passes, RingCase, passes, whole_ring
+from benchmarks.ring_cases import Noise, Passes, RingCase, passes, whole_ring
 from benchmarks.ring_timeline import Span
 from benchmarks.timing import HEAD_START_CYCLES, in_turns, matrix_products
 from ringflash import Loopback, kernels
@@ -81,12 +81,12 @@ def measure(
     inputs = case.inputs(dtype, device)
     whole = case.whole()
     alone = ring_share.OneRank(1, 0, device)
-    variants[WHOLE] = ring_share.passes(alone, whole.plan(alone), inputs, kernel)
+    variants[WHOLE] = passes(inputs, whole.plan(alone), kernel)
     variants[OURS] = passes(inputs, case.plan(ring), kernel)
     if ring.carrier == COPY_ENGINES:
         variants[BY_NCCL] = passes(inputs, case.plan(_GpuRing(case, group, device, "nccl")), kernel)
     neighbourless = ring_share.OneRank(case.ranks, ring.rank, device)
-    variants[ALONE] = ring_share.passes(neighbourless, case.plan(neighbourless), inputs, kernel)
+    variants[ALONE] = passes(inputs, case.plan(neighbourless), kernel)
     for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
         peer = TORCH + backend.removesuffix("_ATTENTION").lower()
         if case.kind != "causal" or case.ranks != ring.gpus:
@@ -147,7 +147,7 @@ class _GpuRing(ProcessRing):
     ) -> None:
         super().__init__(group, device, transport=transport)
         self.gpus, self.gpu, self.received = self.size, self.rank, 0
-        self._noise: dict[torch.dtype, Tensor] = {}
+        self._noise = Noise()
         if case.ranks != self.gpus:
             self.size, self.rank = case.ranks, case.ranks // 2
             self.local = (self.rank,)
@@ -156,17 +156,10 @@ class _GpuRing(ProcessRing):
         """As ProcessRing's, between GPUs."""
         if self.size != self.gpus:
             after, before = (self.gpu + 1) % self.gpus, (self.gpu - 1) % self.gpus
-            outgoing = [Message(self.gpu, after, self._random(m.tensor), m.tensor) for m in incoming]
+            outgoing = [Message(self.gpu, after, self._noise.like(m.tensor), m.tensor) for m in incoming]
             incoming = [Message(before, self.gpu, m.tensor) for m in incoming]
         self.received += sum(m.tensor.nbytes for m in incoming)
         return super().exchange(outgoing, incoming, about)
-
-    def _random(self, like: Tensor) -> Tensor:
-        """As many random numbers, made once."""
-        made = self._noise.get(like.dtype)
-        if made is None or len(made) < like.numel():
-            made = self._noise[like.dtype] = torch.randn(like.numel(), dtype=like.dtype, device=like.device)
-        return made[: like.numel()].view(like.shape)
 
 
 # -- the peer
@@ -278,7 +271,8 @@ def profiled(
         for _ in range(2):
             run()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            torch.cuda._sleep(HEAD_START_CYCLES)  # the host gets ahead: what is drawn is what GPUs wait for
+            # The host gets ahead, of whom the profiler takes half a millisecond a launch: what is drawn is what GPUs wait for.
+            torch.cuda._sleep(10 * HEAD_START_CYCLES)
             _together(device)
             run()
             torch.cuda.synchronize(device)

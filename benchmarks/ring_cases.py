@@ -77,6 +77,20 @@ def lognormal_lengths(count: int, total: int) -> list[int]:
     return ends.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
 
 
+class Noise:
+    """Random numbers to copy from, made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.dtype, Tensor] = {}
+
+    def like(self, x: Tensor) -> Tensor:
+        """As many as x has, in its shape and dtype, on its device."""
+        made = self._made.get(x.dtype)
+        if made is None or len(made) < x.numel():
+            made = self._made[x.dtype] = torch.randn(x.numel(), dtype=x.dtype, device=x.device)
+        return made[: x.numel()].view(x.shape)
+
+
 def passes(inputs: tuple[Tensor, ...], plan: AttentionPlan, kernel: str = "auto") -> Passes:
     """The local ranks' forward, and their backward alone, as functions to be called again and again."""
     *leaves, dout = (plan.shard(x.detach()) for x in inputs)

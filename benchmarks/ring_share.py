@@ -12,8 +12,8 @@ gradients' return and the conversion to the inputs' dtype are in it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import checks, ring_cases, timing
-from benchmarks.ring_cases import Passes, RingCase, whole_ring
+from benchmarks.ring_cases import Noise, Passes, RingCase, whole_ring
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, Loopback, kernels
 from ringflash.ring.runs import Run, Runs
-from ringflash.ring.transport import Empty, Message, fresh_inbox
+from ringflash.ring.transport import Empty, Message
 
 CHECKED_LENGTH = 2048
 COLUMNS = ("forward", "backward", "both")
@@ -71,44 +71,48 @@ class Arrival:
 class OneRank:
     """A rank of a ring of `size` without the others: what it would receive is random, and there at once.
 
-    Receive buffers begin as whatever was in memory, and nothing is to be timed on that (zeros draw less power, so a GPU
-    clocks higher). So a buffer is filled with random numbers when a message first comes into it. In later passes, whose
-    buffers lie where they lay before (`again`), the numbers are there, but where a pass has cleared what its first
-    message into a buffer leaves as it is: of later messages that part is written, as a transfer would.
+    Nothing is to be timed on what happens to be in memory (zeros draw less power, so a GPU clocks higher). So messages
+    arrive in buffers that are kept from pass to pass and begin as random numbers. Of a buffer a pass may clear what its
+    first message leaves as it is: where later ones come there, random numbers are copied, as a transfer would.
     """
 
     def __init__(self, size: int, rank: int, device: torch.device | str = "cpu") -> None:
         self.size = size
         self.local: tuple[int, ...] = (rank,)
         self.device = torch.device(device)
-        self._filled: dict[int, Tensor] = {}  # buffers by address; kept, so that no other gets it
-        self._written: dict[int, Runs] = {}  # in this pass, elements by address
+        self._noise = Noise()
+        self._buffers: list[Tensor] = []  # in the order in which a pass asks for them
+        self._here: dict[int, Runs] = {}  # in this pass, elements that are not cleared, by address
 
-    def fresh(self) -> None:
-        """A pass begins."""
-        self._written.clear()
+    @contextmanager
+    def inbox(self, about: str) -> Iterator[Empty]:
+        """The buffers of passes before, where they fit."""
+        self._here.clear()
+        count = itertools.count()
 
-    def inbox(self, about: str) -> AbstractContextManager[Empty]:
-        """Memory of torch's allocator."""
-        return fresh_inbox(self.device)
+        def kept(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            n = next(count)
+            if n == len(self._buffers) or (self._buffers[n].shape, self._buffers[n].dtype) != (tuple(shape), dtype):
+                self._buffers[n:] = [torch.randn(*shape, dtype=dtype, device=self.device)]
+            return self._buffers[n]
+
+        yield kept
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Arrival:
-        """Fill what nobody has written to, in the order of the current stream."""
-        self._written = {_address(m.tensor): _EVERYTHING for m in outgoing} | self._written
-        before, filled = dict(self._written), False
+        """Copy to where numbers are missing, in the order of the current stream."""
+        copied = False
+        self._here = {_address(m.tensor): _EVERYTHING for m in outgoing} | self._here
+        before = dict(self._here)
         for message in incoming:
             x, address = message.tensor, _address(message.tensor)
-            coming = Runs([Run(x.storage_offset(), x.storage_offset() + x.numel())])
-            # Of a buffer that is not new, what comes first in a pass is here; what comes later may have been cleared.
-            missing = coming.without(before.get(address, _EVERYTHING))
-            if address not in before and address not in self._filled:
-                self._filled[address] = torch.tensor([], dtype=x.dtype, device=x.device).set_(x.untyped_storage())
-                missing = coming = _EVERYTHING
-            for begin, end in missing:
-                self._filled[address][begin:end].normal_()
-                filled = True
-            self._written[address] = self._written.get(address, Runs()).union(coming)
-        on_gpu = filled and self.device.type == "cuda"
+            start = x.storage_offset()
+            coming = Runs([Run(start, start + x.numel())])
+            for begin, end in coming.without(before.get(address, _EVERYTHING)):
+                part = x.view(-1)[begin - start : end - start]
+                part.copy_(self._noise.like(part))
+                copied = True
+            self._here[address] = self._here.get(address, Runs()).union(coming)
+        on_gpu = copied and self.device.type == "cuda"
         return Arrival(torch.cuda.current_stream(self.device).record_event() if on_gpu else None)
 
 
@@ -117,34 +121,6 @@ _EVERYTHING = Runs([Run(0, 2**62)])  # of a buffer
 
 def _address(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
-
-
-def again(work: Callable[[], object], ring: OneRank) -> Callable[[], object]:
-    """A pass on this ring, whose n-th uninitialised tensor lies in every run where it lay in the first.
-
-    As in training, where what a layer gets from torch's allocator lies where it lay a layer before, too.
-    """
-    made: list[Tensor] = []
-
-    def run() -> object:
-        count = itertools.count()
-
-        def kept(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def same(*args, **options) -> Tensor:
-                number = next(count)
-                if number == len(made):
-                    made.append(allocate(*args, **options))
-                asked, x = allocate(*args, **options | {"device": "meta"}), made[number]
-                assert (asked.shape, asked.dtype) == (x.shape, x.dtype), "this run asks for other memory than the first"
-                return x.detach()  # what autograd hangs on it is a run's own
-
-            return same
-
-        ring.fresh()
-        with checks.allocating(kept):
-            return work()
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -231,7 +207,7 @@ def _timed(
     runs: dict[str, Callable[[], object]] = {}
     for name, ring in rings.items():
         plan = (whole if name == "whole" else case).plan(ring)
-        forward, backward = passes(ring, plan, inputs, kernel)
+        forward, backward = passes(plan, inputs, kernel)
         runs |= {f"{name} forward": forward, f"{name} backward": backward}
     found = timing.interleaved(runs, device, seconds)
     times: dict[str, dict[str, Timing]] = {name: {} for name in rings}
@@ -250,10 +226,13 @@ def _timed(
     )  # fmt: skip
 
 
-def passes(ring: OneRank, plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Passes:
-    """A rank's forward, and its backward alone, in memory that stays."""
-    forward, backward = ring_cases.passes(inputs, plan, kernel)
-    return again(forward, ring), again(backward, ring)
+def passes(plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Passes:
+    """A rank's forward, and its backward alone; on a GPU as graphs, which run without the host."""
+    if plan.ring.device.type == "cpu":
+        return ring_cases.passes(inputs, plan, kernel)
+    with timing.side_stream(plan.ring.device) as stream:
+        forward, backward = ring_cases.passes(inputs, plan, kernel)
+        return timing.Graph.of(forward, stream), timing.Graph.of(backward, stream)
 
 
 def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

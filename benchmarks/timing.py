@@ -5,14 +5,16 @@ turns, in an order that is shuffled in every round (fixed seed), one that is sho
 meet a card that is as warm. Each is described by the median of its runs and their 20th and 80th percentile. On a GPU
 the time is between CUDA events on the stream, and the whole queue is sent without waiting: the host's work hides behind
 the GPU's. A run that the host takes long to launch is preceded by matrix products of that length: the GPU then neither
-waits for the host nor cools down.
+waits for the host nor cools down. Products heat it more than attention does, and what follows them runs slower: where a
+run is short and hosts take long, time its `Graph`.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +121,36 @@ def matrix_products(device: torch.device) -> Callable[[float], None]:
             torch.mm(a, b, out=out)
 
     return keep_busy
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """A stream on which what is launched while entered is queued, after what the current one has."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a run launches, recorded: the GPU does the same again, and the host launches it all at once."""
+
+    run: Callable[[], object]  # which holds the memory
+    recorded: torch.cuda.CUDAGraph
+
+    @classmethod
+    def of(cls, run: Callable[[], object], stream: torch.cuda.Stream) -> Graph:
+        """Record a run whose memory and work belong to that side stream. It runs once before, and compiles."""
+        run()
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded, stream=stream):
+            run()
+        return cls(run, recorded)
+
+    def __call__(self) -> None:
+        """Queue it on the current stream."""
+        self.recorded.replay()
 
 
 def _cpu_times(runs: list[tuple[Callable[[], object], float]], device: torch.device) -> list[float]:
