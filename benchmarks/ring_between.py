@@ -271,7 +271,8 @@ def profiled(
         for _ in range(2):
             run()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            # The host gets ahead, of whom the profiler takes half a millisecond a launch: what is drawn is what GPUs wait for.
+            # The host gets ahead, though the profiler takes half a millisecond a launch of it: what is drawn is what
+            # GPUs wait for.
             torch.cuda._sleep(10 * HEAD_START_CYCLES)
             _together(device)
             run()
