@@ -6,6 +6,8 @@ and the one that has most in all ends last. So what is made small here is, in (q
 
     sum over hops of max over ranks of pairs(rank, hop)  +  max over ranks of sum over hops of pairs(rank, hop)
 
+Where links are slow, what is sent matters more: `gather` deals out long documents only.
+
 All counts are whole numbers in float64, hence exact: every rank of a ring deals for itself, and all deal alike.
 """
 
@@ -22,27 +24,28 @@ def deal(pairs: Tensor, ranks: int) -> Tensor:
     """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
 
     pairs: visible (query, key) pairs of each chunk's queries with each chunk's keys, [chunks, chunks]. Rounds of
-    neighbouring chunks are dealt one to a rank, which spreads a document over all hops. Then each chunk in turn, those
-    with most work first, is exchanged for the one that helps most of those near it in the sequence and in work.
+    neighbouring chunks are dealt one to a rank, which spreads a document over all hops; then some are exchanged.
     """
-    pairs = pairs.double()
-    work = pairs.sum(1)
-    heaviest = work.argsort(descending=True, stable=True)
-    owned = torch.nn.functional.one_hot(_rounds(work, ranks), ranks).double()  # [chunks, ranks]
-    both = torch.stack([pairs, pairs.T])
-    shared = both @ owned  # of each chunk's queries, and keys, with the keys, and queries, of each rank
-    table = by_hop(owned.T @ shared[0])
-    least = _time(table)
-    for place, chunk in enumerate(heaviest.tolist()):
-        others = torch.cat([_near(chunk, torch.arange(len(work)), ranks), _near(place, heaviest, ranks)])
-        after = _exchanged(table, owned, pairs, shared, chunk, others)
-        times = _time(after)
-        best = int(times.argmin())
-        if times[best] < least:
-            table, least, other = after[best], times[best], int(others[best])
-            shared += (both[:, :, chunk] - both[:, :, other])[..., None] * (owned[other] - owned[chunk])
-            owned[[chunk, other]] = owned[[other, chunk]]
-    return owned.argmax(1)
+    work = pairs.double().sum(1)
+    owner = _rounds(work, torch.zeros(ranks, dtype=work.dtype))
+    return _exchanging(owner, pairs, ranks, torch.arange(len(work)))
+
+
+def gather(pairs: Tensor, ranks: int, most: float) -> Tensor:
+    """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
+
+    Chunks that are in more than `most` pairs, as queries and as keys, are dealt in rounds, but those with least work
+    of them where they do not fill the last round. The others stay in runs, as in a contiguous layout: a document that
+    is short lies on one rank or two.
+    """
+    work = pairs.double().sum(1)
+    far = work + pairs.double().sum(0) > most
+    left_over = int(far.sum()) % ranks
+    far[work.where(far, torch.inf).argsort(stable=True)[:left_over]] = False
+    owner = torch.empty(len(work), dtype=torch.int64)
+    owner[~far] = torch.arange(ranks).repeat_interleave(int((~far).sum()) // ranks)
+    owner[far] = _rounds(work[far], torch.zeros(ranks, dtype=work.dtype).index_add_(0, owner[~far], work[~far]))
+    return _exchanging(owner, pairs, ranks, far.nonzero().flatten())
 
 
 def by_hop(pairs: Tensor) -> Tensor:
@@ -56,16 +59,44 @@ def _time(table: Tensor) -> Tensor:
     return table.amax(-1).sum(-1) + table.sum(-2).amax(-1)
 
 
-def _rounds(work: Tensor, ranks: int) -> Tensor:
-    """The heaviest chunk of each round to the rank with least so far, heaviest rounds first: int64 [chunks]."""
-    rounds = work.view(-1, ranks)
+def _rounds(work: Tensor, load: Tensor) -> Tensor:
+    """The heaviest chunk of each round to the rank with least so far, heaviest rounds first: int64 [chunks].
+
+    load: what each rank has before that, which is added to.
+    """
+    rounds = work.view(-1, len(load))
     owner = torch.empty(rounds.shape, dtype=torch.int64)
-    load = torch.zeros(ranks, dtype=work.dtype)
     for r in rounds.sum(1).argsort(descending=True, stable=True).tolist():
         cards, hands = rounds[r].argsort(descending=True, stable=True), load.argsort(stable=True)
         owner[r, cards] = hands
         load[hands] += rounds[r, cards]
     return owner.flatten()
+
+
+def _exchanging(owner: Tensor, pairs: Tensor, ranks: int, some: Tensor) -> Tensor:
+    """Owners [chunks] with less time, after exchanges among some of the chunks, whose ascending numbers are given.
+
+    Each in turn, those with most work first, is exchanged for the one that helps most of those near it in the sequence
+    and in work.
+    """
+    pairs = pairs.double()
+    heaviest = some[pairs.sum(1)[some].argsort(descending=True, stable=True)]
+    owned = torch.nn.functional.one_hot(owner, ranks).double()  # [chunks, ranks]
+    both = torch.stack([pairs, pairs.T])
+    shared = both @ owned  # of each chunk's queries, and keys, with the keys, and queries, of each rank
+    table = by_hop(owned.T @ shared[0])
+    least = _time(table)
+    places = torch.searchsorted(some, heaviest).tolist()
+    for rank_of_work, (chunk, place) in enumerate(zip(heaviest.tolist(), places, strict=True)):
+        others = torch.cat([_near(place, some, ranks), _near(rank_of_work, heaviest, ranks)])
+        after = _exchanged(table, owned, pairs, shared, chunk, others)
+        times = _time(after)
+        best = int(times.argmin())
+        if times[best] < least:
+            table, least, other = after[best], times[best], int(others[best])
+            shared += (both[:, :, chunk] - both[:, :, other])[..., None] * (owned[other] - owned[chunk])
+            owned[[chunk, other]] = owned[[other, chunk]]
+    return owned.argmax(1)
 
 
 def _near(place: int, chunks: Tensor, ranks: int) -> Tensor:

@@ -28,6 +28,7 @@ A length that does not divide is padded at the sequence's end, with positions at
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,13 +36,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringflash.dealing import by_hop, deal
+from ringflash.dealing import by_hop, deal, gather
 from ringflash.mask import IntervalMask
 
 # Rows of a kernel's tile of queries: shorter chunks would cut tiles.
 _TILE = 128
 # Chunks that a rank is dealt, each of so many tokens at least, in the order in which they are tried.
 _GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
+# Chunks of a rank where short documents stay together: they begin and end inside some.
+_GATHERED = 32
 # Chunks that are dealt at most: the time that takes grows with their square, to seconds for these.
 _CHUNKS = 4096
 
@@ -100,18 +103,30 @@ class Layout:
         64 or 32 where shards are so short that `tolerance` takes as little.
         """
 
-        def rating(layout: Layout) -> tuple[bool, float]:
-            return layout.imbalance(mask) > tolerance, max(layout.lockstep(mask), waiting)
+        def rating(layout: Layout) -> tuple[float, float]:
+            return max(layout.imbalance(mask), tolerance), max(layout.lockstep(mask), waiting)
 
         best = cls.zigzag(mask.queries, ranks, parts)
         for per_rank, least in _GRAINS:
             uneven, waits = rating(best)
-            if not uneven and (waits <= waiting or best.chunk < 4 * _TILE or least < _TILE):
+            if uneven <= tolerance and (waits <= waiting or best.chunk < 4 * _TILE or least < _TILE):
                 break
-            count = max(1, min(per_rank, mask.queries // (least * ranks * parts), _CHUNKS // ranks))
+            count = _count(mask, ranks, parts, per_rank, least)
             if count != best.chunks.shape[1]:
-                best = min(best, _dealt(mask, ranks, count, parts), key=rating)
+                best = min(best, _dealt(mask, ranks, parts, count, deal), key=rating)
         return best
+
+    @classmethod
+    def gathered(cls, mask: IntervalMask, ranks: int, parts: int = 1, longest: float = 0.5) -> Layout:
+        """Chunks of long documents dealt out so that all ranks have nearly the same work; short ones stay in runs.
+
+        A document is long if it has more than `longest` of the tokens that a rank holds. Less is sent than in a
+        balanced layout and ranks wait more for each other, which pays where links are slow.
+        """
+        count = _count(mask, ranks, parts, _GATHERED, _TILE)
+        # A token of a causal document of n tokens is in n pairs, as query and as key together.
+        most = longest * (mask.queries / ranks) ** 2 / count * mask.batch
+        return _dealt(mask, ranks, parts, count, functools.partial(gather, most=most))
 
     @classmethod
     def named(cls, name: str, length: int, ranks: int, parts: int = 1) -> Layout:
@@ -122,10 +137,10 @@ class Layout:
 
     @classmethod
     def of(cls, name: str, mask: IntervalMask, ranks: int, parts: int = 1) -> Layout:
-        """The layout of that name, "balanced" or one of `named`, for a mask. Raises ValueError for another name."""
+        """The layout of that name, one of FITTED or `named`, for a mask. Raises ValueError for another name."""
         if name not in LAYOUT_NAMES:
             raise ValueError(f"layout={name} is not one of {', '.join(LAYOUT_NAMES)}")
-        return cls.balanced(mask, ranks, parts) if name == "balanced" else cls.named(name, mask.queries, ranks, parts)
+        return FITTED[name](mask, ranks, parts) if name in FITTED else cls.named(name, mask.queries, ranks, parts)
 
     def split(self, parts: int) -> Layout:
         """The layout of ranks * parts ranks in which each rank's tokens, in order, are divided among `parts`.
@@ -225,7 +240,11 @@ LAYOUTS: dict[str, Callable[[int, int, int], Layout]] = {
     "zigzag": Layout.zigzag,
     "striped": Layout.striped,
 }
-LAYOUT_NAMES = (*LAYOUTS, "balanced")  # the last needs a mask
+FITTED: dict[str, Callable[[IntervalMask, int, int], Layout]] = {  # to a mask
+    "balanced": Layout.balanced,
+    "gathered": Layout.gathered,
+}
+LAYOUT_NAMES = (*LAYOUTS, *FITTED)
 
 
 def _ceil(a: int, b: int) -> int:
@@ -234,8 +253,13 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _dealt(mask: IntervalMask, ranks: int, per_rank: int, parts: int) -> Layout:
-    """Equally many chunks to each rank, as `deal` deals them."""
-    runs = Layout.contiguous(mask.queries, ranks * per_rank, parts)
+def _count(mask: IntervalMask, ranks: int, parts: int, per_rank: int, least: int) -> int:
+    """Chunks of a rank: `per_rank`, or as many as have `least` tokens."""
+    return max(1, min(per_rank, mask.queries // (least * ranks * parts), _CHUNKS // ranks))
+
+
+def _dealt(mask: IntervalMask, ranks: int, parts: int, count: int, deal: Callable[[Tensor, int], Tensor]) -> Layout:
+    """So many chunks to each rank, as deal(pairs, ranks) deals them."""
+    runs = Layout.contiguous(mask.queries, ranks * count, parts)
     owner = deal(runs.pairs(mask), ranks)
-    return Layout(mask.queries, runs.chunk, owner.argsort(stable=True).view(ranks, per_rank))
+    return Layout(mask.queries, runs.chunk, owner.argsort(stable=True).view(ranks, count))

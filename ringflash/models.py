@@ -227,7 +227,7 @@ def ring_inputs(
     of packed documents, one list or one a row, that sum to S; no token sees or predicts another document's. Any S will
     do for any ring. first: how many of a document's first tokens layers
     with a sliding window see besides it. layout: "contiguous", "zigzag", "striped" or, for packed documents,
-    "balanced".
+    "balanced" or "gathered".
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 

@@ -1,12 +1,14 @@
 """What a layout would cost: the predicted time of one attention layer, forward and backward, on a ring.
 
-On hop s, rank r computes with the keys of rank (r - s) mod ranks while the keys of hop s + 1 and the gradients of
-hop s - 1 travel, so a hop takes as long as the slowest of its ranks' computing and sending, and
+On hop s, rank r computes with the keys of rank (r - s) mod ranks, while the keys of hop s + 1 and the gradients of
+hop s - 1 travel. It begins when it is done with hop s - 1 and what it needs is there, and
 
-    time = sum over hops of max(pairs of a rank x time a pair, bytes of a rank x time a byte)
+    there = when both ends were ready and their links free  +  bytes x time a byte
+    done  = begun  +  pairs x time a pair
 
 Both follow from mask and layout alone. Contiguous runs send least and balance worst, zigzag balances a causal mask,
-balanced layouts balance documents and send more: which is fastest depends on documents, windows, heads and links.
+balanced layouts balance documents and send more, gathered ones balance long documents alone and keep short ones where
+they are: which is fastest depends on documents, windows, heads and links.
 
     >>> machine = Machine(flops=500e12, bytes_per_second=400e9)
     >>> heads = Heads(query=32, key=8, dim=128)
@@ -15,9 +17,11 @@ balanced layouts balance documents and send more: which is fastest depends on do
     'contiguous'
     >>> fastest(IntervalMask.causal(131072), ranks=8, heads=heads, machine=machine)[0]
     'zigzag'
-    >>> documents = IntervalMask.documents([70000, 1000, 20000, 40072])
-    >>> fastest(IntervalMask.causal(131072) & documents, ranks=8, heads=heads, machine=machine)[0]
+    >>> packed = IntervalMask.causal(131072) & IntervalMask.documents([29696, *[10000] * 10, 1376])
+    >>> fastest(packed, ranks=8, heads=heads, machine=machine)[0]
     'balanced'
+    >>> fastest(packed, ranks=8, heads=heads, machine=Machine(flops=500e12, bytes_per_second=50e9))[0]
+    'gathered'
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ringflash.dealing import by_hop
 from ringflash.layout import Layout
@@ -33,8 +38,10 @@ from ringflash.ring.plan import routes
 
 # Forward 4 operations a pair, head and dimension; backward 2.5 times that.
 FLOPS_A_PAIR = 4 * 3.5
-# A predicted gain below this is not worth another layout than zigzag.
+# A predicted gain below this is not worth a finer layout.
 WORTH = 0.02
+# Of a rank's tokens, what short documents of a gathered layout have at most: two that are tried.
+LONGEST = (0.25, 1.0)
 
 
 @dataclass(frozen=True)
@@ -55,21 +62,19 @@ class Heads:
 
 
 def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, parts: int = 1) -> tuple[str, Layout]:
-    """The name and the layout with the least predicted time; zigzag where others gain next to nothing.
+    """The name and the layout with the least predicted time, or one that takes little more and is coarser.
 
     Not striped: pairs and bytes do not tell that each of its hops touches every tile of queries, which costs a quarter
     of the speed with packed documents (benchmarks/ring.py).
     """
-    candidates = {
-        "zigzag": Layout.zigzag(mask.queries, ranks, parts),
-        "contiguous": Layout.contiguous(mask.queries, ranks, parts),
-        "balanced": Layout.balanced(mask, ranks, parts),
-    }
-    seconds = {name: predict(mask, layout, heads, machine) for name, layout in candidates.items()}
-    name = min(seconds, key=seconds.__getitem__)
-    if seconds[name] > seconds["zigzag"] * (1 - WORTH):
-        name = "zigzag"
-    return name, candidates[name]
+    candidates = [
+        ("contiguous", Layout.contiguous(mask.queries, ranks, parts)),
+        ("zigzag", Layout.zigzag(mask.queries, ranks, parts)),
+        ("balanced", Layout.balanced(mask, ranks, parts)),
+        *(("gathered", Layout.gathered(mask, ranks, parts, longest)) for longest in LONGEST),
+    ]
+    seconds = [predict(mask, layout, heads, machine) for _, layout in candidates]
+    return next(found for found, took in zip(candidates, seconds, strict=True) if min(seconds) >= took * (1 - WORTH))
 
 
 def best_ulysses(
@@ -99,14 +104,60 @@ def best_ulysses(
 
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
     """Seconds of one layer's attention, forward and backward, without what a kernel launch costs."""
-    ranks = layout.ranks
-    computing = by_hop(layout.pairs(mask)).max(1).values.double()
+    ranks, ways = layout.ranks, routes((mask,), layout)
+    computing = by_hop(layout.pairs(mask)).double()
     computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
-    sending = torch.zeros(ranks, dtype=torch.float64)  # the most any rank sends during a hop
-    ways = routes((mask,), layout)
+    keys, onward = torch.zeros(2, ranks, ranks, dtype=torch.float64)  # [s, r]: what rank r receives with hop s, ...
     for s in range(1, ranks):
-        keys = max(way.keys[s].tokens for way in ways)
-        gradients = max(way.gradients[s].tokens if s <= way.reach else 0 for way in ways)
-        # Keys and values, 2 bytes, in both passes; their gradients, 4 bytes.
-        sending[s - 1] += (2 * 2 * 2 * keys + 2 * 4 * gradients) * heads.key * heads.dim / machine.bytes_per_second
-    return float(torch.maximum(computing, sending).sum())
+        for r in range(ranks):
+            way = ways[(r - s) % ranks]
+            keys[s, r] = way.keys[s].tokens
+            onward[s, r] = way.gradients[s - 1].tokens if s <= way.reach else 0  # ... gradients to add to
+    home = torch.tensor([way.returned.tokens for way in ways], dtype=torch.float64)
+    token = heads.key * heads.dim / machine.bytes_per_second
+    keys, onward, home = 2 * 2 * token * keys, 2 * 4 * token * onward, 2 * 4 * token * home  # k, v: 2 bytes; dk, dv: 4
+    reach = torch.tensor([way.reach for way in ways])
+    forward = _forward_seconds(computing / 3.5, keys)
+    return forward + _backward_seconds(computing * 2.5 / 3.5, keys, onward, home, reach)
+
+
+def _forward_seconds(computing: Tensor, keys: Tensor) -> float:
+    """Of computing and of receiving keys [hops, ranks], in seconds, until the last rank is done."""
+    here, done = torch.zeros(2, computing.shape[1], dtype=torch.float64)
+    for s, hop in enumerate(computing):
+        begun = torch.maximum(here, done)  # what hop s - 1 read may now be overwritten
+        if s + 1 < len(keys):
+            here = _there(begun, here, keys[s + 1])
+        done = begun + hop
+    return float(done.max())
+
+
+def _backward_seconds(computing: Tensor, keys: Tensor, onward: Tensor, home: Tensor, reach: Tensor) -> float:
+    """The same, where half of a hop's gradients travel while the other half is computed; own keys come last.
+
+    onward [hops, ranks]: receiving gradients; home [ranks]: receiving one's own, after the hop that reach [ranks] says.
+    """
+    ranks = len(reach)
+    done = torch.zeros(ranks, dtype=torch.float64)
+    here = link = keys[1 % ranks]
+    came, returned = [[torch.zeros_like(done) for _ in range(2)] for _ in range(2)]  # of each half
+    for s in [*range(1, ranks), 0]:
+        done = torch.maximum(done, here)
+        if 0 < s < ranks - 1:
+            here = _there(done, link, keys[s + 1])
+            link = torch.maximum(link, here)
+        for half in range(2):
+            done = torch.maximum(done, came[half] if s > 0 else returned[half]) + computing[s] / 2
+            if s > 0:
+                came[half] = _there(done, link, onward[(s + 1) % ranks] / 2)
+                link = torch.maximum(link, came[half])
+                back = torch.where(reach == s, torch.maximum(done.roll(-s), link) + home / 2, 0.0)
+                returned[half] = torch.maximum(returned[half], back)
+                link = torch.maximum(link, back)
+    return float(done.max())
+
+
+def _there(ready: Tensor, link: Tensor, seconds: Tensor) -> Tensor:
+    """When each rank has what the one before it sends, once both are ready and their links free; 0 for nothing."""
+    begun = torch.maximum(ready, link)
+    return torch.where(seconds > 0, torch.maximum(begun, begun.roll(1)) + seconds, 0.0)

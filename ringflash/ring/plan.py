@@ -280,21 +280,32 @@ def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[lis
 
     Bounds never decrease, so the keys that a run of queries sees lie between the first one's lo and the last one's hi.
     """
-    first, last = _query_runs(layout)
-    bounds = []
-    for mask in masks:
-        # One more query that sees nothing stands for padding past the sequence's end.
-        lo = torch.cat([mask.lo.min(0).values, torch.tensor([mask.keys])])[first.clamp(max=mask.queries)]
-        hi = torch.cat([torch.tensor([0]), mask.hi.max(0).values])[(last + 1).clamp(max=mask.queries)]
-        bounds.append((lo, torch.maximum(lo, hi)))
-    lo, hi = (torch.cat(side, dim=1) for side in zip(*bounds, strict=True))  # [ranks, runs]
+    bounds = [[_keys_seen(mask, *runs, gap) for mask in masks] for runs in zip(*_query_runs(layout), strict=True)]
+    of_rank = [torch.cat(some, dim=1) for some in bounds]  # lo and hi, [2, runs]
     seen: list[list[Runs]] = [[] for _ in range(layout.ranks)]
     for source in range(layout.ranks):
-        begin, end = torch.searchsorted(layout.positions(source), torch.stack([lo, hi]))
-        for rank in range(layout.ranks):
-            some = begin[rank] < end[rank]
-            seen[rank].append(Runs.covering(map(Run, begin[rank, some].tolist(), end[rank, some].tolist()), gap))
+        places = torch.searchsorted(layout.positions(source), torch.cat(of_rank, dim=1))
+        for rank, (begin, end) in enumerate(places.split([x.shape[1] for x in of_rank], dim=1)):
+            some = begin < end
+            seen[rank].append(Runs.covering(map(Run, begin[some].tolist(), end[some].tolist()), gap))
     return seen
+
+
+def _keys_seen(mask: IntervalMask, first: Tensor, last: Tensor, gap: int) -> Tensor:
+    """First key and end of those that runs of queries see, in any batch row: int64 [2, runs].
+
+    A run is divided where bounds jump over keys that nobody sees, as those of a document's first tokens do.
+    """
+    lo, hi = mask.lo.min(0).values, mask.hi.max(0).values
+    jumps = (lo[1:] > hi[:-1] + gap).nonzero().flatten() + 1
+    begins = torch.cat([first, jumps]).unique()
+    run = torch.searchsorted(first, begins, right=True) - 1
+    inside = (run >= 0) & (begins <= last[run])
+    begins, run = begins[inside], run[inside]
+    ends = torch.minimum(last[run], torch.cat([begins[1:] - 1, last[-1:]]))
+    # One more query that sees nothing stands for padding past the sequence's end.
+    lo = torch.cat([lo, torch.tensor([mask.keys])])[begins.clamp(max=mask.queries)]
+    return torch.stack([lo, torch.maximum(lo, hi[ends.clamp(max=mask.queries - 1)])])
 
 
 def _query_runs(layout: Layout) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ringflash.errors import ConfigError
-from ringflash.layout import LAYOUTS, Layout
+from ringflash.layout import FITTED, LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask
 from ringflash.models import head_dim
 from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest
@@ -21,7 +21,6 @@ from ringflash.ring.watch import LAST_WORDS, POLL
 from ringflash.training import flops
 
 # Layouts that follow each step's documents.
-CHOSEN = ("auto", "balanced")
 # What part of a GPU's peak attention reaches, and what a CPU core does where no peak is known: orders of magnitude, on
 # which a choice between layouts depends little.
 UTILISATION, UNKNOWN_FLOPS = 0.55, 5e10
@@ -40,8 +39,8 @@ class ParallelConfig:
     least predicted time, which is logged with its reason."""
 
     layout: str = "zigzag"
-    """Which rank holds which tokens: contiguous, zigzag, striped; balanced, anew for each step's documents; or auto,
-    for each step the one with the least predicted time."""
+    """Which rank holds which tokens: contiguous, zigzag, striped; anew for each step's documents, balanced or, where
+    links are slow, gathered; or auto, for each step the one with the least predicted time."""
 
     node_gb_per_second: float = 300.0
     """Gigabytes a second that a GPU sends to another of its machine; auto and null reckon with it."""
@@ -63,8 +62,8 @@ class ParallelConfig:
             raise ConfigError(f"parallel.ring={self.ring} must be 1 or more, or null for all ranks")
         if self.ulysses is not None and self.ulysses < 1:
             raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more, or null to have it chosen")
-        if self.layout not in (*LAYOUTS, *CHOSEN):
-            raise ConfigError(f"parallel.layout={self.layout} is not one of {', '.join((*LAYOUTS, *CHOSEN))}")
+        if self.layout not in ("auto", *LAYOUT_NAMES):
+            raise ConfigError(f"parallel.layout={self.layout} is not one of auto, {', '.join(LAYOUT_NAMES)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"parallel.transport={self.transport} is not one of {', '.join(TRANSPORTS)}")
         for name in ("node_gb_per_second", "across_gb_per_second", "hop_timeout_seconds"):
@@ -122,8 +121,8 @@ def layouts(
 ) -> Callable[[IntervalMask], Layout]:
     """What gives a step's mask its layout, over `ring` ranks: one for all steps, or the best for each."""
     parts = config.ulysses or 1
-    if config.layout == "balanced":
-        return lambda mask: Layout.balanced(mask, ring, parts)
+    if config.layout in FITTED:
+        return lambda mask: FITTED[config.layout](mask, ring, parts)
     if config.layout == "auto":
         heads, machine = _heads(model, parts), _machine(config, across=ranks_per_node % (ring * parts) != 0)
         return lambda mask: fastest(flops.narrowest(model, mask), ring, heads, machine, parts)[1]

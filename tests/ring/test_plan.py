@@ -94,12 +94,16 @@ PACKED = IntervalMask.causal(LENGTH) & IntervalMask.documents([900, 9000, 3100, 
         (IntervalMask.window(LENGTH, 1023), Layout.zigzag(LENGTH, 8), 0.0),
         (IntervalMask.causal(LENGTH).windowed(1023, first=4), Layout.contiguous(LENGTH, 8), 0.0),
         (IntervalMask.causal(LENGTH).windowed(1023, first=4), Layout.zigzag(LENGTH, 8), 0.0),
+        (PACKED.windowed(1023, first=4), Layout.contiguous(LENGTH, 8), 0.0),
+        (PACKED.windowed(1023, first=4), Layout.zigzag(LENGTH, 8), 0.01),
+        (PACKED.windowed(1023, first=4), Layout.balanced(PACKED, 8), 0.02),
         (IntervalMask.causal(LENGTH), Layout.zigzag(LENGTH, 8), 0.0),
         (PACKED, Layout.contiguous(LENGTH, 8), 0.0),
         (PACKED, Layout.zigzag(LENGTH, 8), 0.01),
         (PACKED, Layout.balanced(PACKED, 8), 0.02),
     ],
-    ids=["window", "window zigzag", "first tokens", "first tokens zigzag", "causal zigzag", "packed", "packed zigzag",
+    ids=["window", "window zigzag", "first tokens", "first tokens zigzag", "packed first tokens",
+         "packed first tokens zigzag", "packed first tokens balanced", "causal zigzag", "packed", "packed zigzag",
          "packed balanced"],
 )  # fmt: skip
 def test_no_more_keys_travel_than_ranks_further_on_see(mask, layout, excess):
@@ -107,7 +111,7 @@ def test_no_more_keys_travel_than_ranks_further_on_see(mask, layout, excess):
     plan = AttentionPlan(mask, layout, Loopback(8))
     assert sum(sent(plan)) <= needed(plan) * (1 + excess)
     messages = [runs for route in plan.routes for runs in (*route.keys, *route.gradients)]
-    assert max(map(len, messages)) <= 6
+    assert max(map(len, messages)) <= (7 if len(plan.masks) > 1 else 6)
     for runs in messages:
         assert all(later.begin - run.end >= layout.shard_length // 32 for run, later in pairwise(runs))
 

@@ -5,6 +5,7 @@ from transformers import AutoConfig
 
 from ringflash import IntervalMask, Layout
 from ringflash.errors import ConfigError
+from ringflash.layout import LAYOUT_NAMES
 from ringflash.training.parallel import ParallelConfig, layouts, settle
 
 LLAMA_8B = AutoConfig.for_model(
@@ -69,7 +70,7 @@ def test_auto_reckons_with_a_window_that_all_layers_have():
     assert layout_for(IntervalMask.causal(65536)).chunks.equal(Layout.contiguous(65536, 8).chunks)
 
 
-@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped", "balanced", "auto"])
+@pytest.mark.parametrize("name", ["auto", *LAYOUT_NAMES])
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_every_layout_divides_among_the_ranks_of_ulysses(name, ulysses):
     layout_for = layouts(ParallelConfig(layout=name, ulysses=ulysses), LLAMA_8B, 1001, 4, ranks_per_node=8)
