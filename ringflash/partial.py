@@ -50,3 +50,11 @@ def merge(a: Partial, b: Partial) -> Partial:
     scale = torch.where(total == 0, 0.0, 1 / total)
     per_row_a, per_row_b = ((w * scale).transpose(1, 2).unsqueeze(-1) for w in (weight_a, weight_b))
     return Partial(a.out.float() * per_row_a + b.out.float() * per_row_b, largest + torch.log(total))
+
+
+def merge_sink(state: Partial, sink: Tensor) -> None:
+    """Merge with one more key for each head, of score `sink` [Hq] and value 0, in place. state.out is fp32."""
+    total = torch.logaddexp(state.lse, sink.float()[None, :, None])
+    weight = torch.exp(state.lse - total).masked_fill_(total == float("-inf"), 0.0)  # -inf - -inf would be NaN
+    state.out.mul_(weight.transpose(1, 2).unsqueeze(-1))
+    state.lse.copy_(total)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringflash import Partial, merge
+from ringflash.partial import merge_sink
 
 
 def attend(scores, values):
@@ -43,3 +44,12 @@ def test_extreme_lse_does_not_overflow():
     values = torch.randn(2, 4)
     low, high = (attend(torch.tensor([s]), values[i : i + 1]) for i, s in enumerate((-1e30, 1e30)))
     close(merge(low, high), high)
+
+
+@given(scores, st.floats(-200, 200, width=32) | st.just(float("-inf")))
+def test_a_sink_is_a_key_without_a_value(a, sink):
+    values = torch.randn(len(a), 4)
+    state = attend(a, values)
+    expected = merge(state, Partial(torch.zeros_like(state.out), torch.full_like(state.lse, sink)))
+    merge_sink(state, torch.tensor([sink]))
+    close(state, expected)

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from ringflash import kernels
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
-from ringflash.partial import Partial, merge
+from ringflash.partial import Partial, merge_sink
 from ringflash.ring.lanes import Lanes
 from ringflash.ring.plan import AttentionPlan, Part
 from ringflash.ring.recompute import kept_or_computed
@@ -175,10 +175,13 @@ def _forward(q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, call: _C
     halves = _halves(q[0].shape[2], kv.own[0][0].shape[2], plan)
     state: list[list[Partial | None]] = [[None] * len(halves) for _ in q]  # hop 0, always computed, fills it
     last = [plan.computed(i)[-1] for i in range(len(q))]
-    out = [torch.empty(x.shape, dtype=x.dtype if sink is None else torch.float32, device=x.device) for x in q]
+    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in q]
 
     def add(s: int, i: int, lane: int) -> None:
-        """Merge hop s into local rank i's state, for some of the heads; the last one's result is that part of out."""
+        """Merge hop s into local rank i's state, for some of the heads; the last one's result is that part of out.
+
+        Where a sink is to come, it stays in fp32.
+        """
         of_q, of_k = halves[lane]
         hop = plan.hops[s][i]
         for intervals in hop.intervals:
@@ -187,7 +190,7 @@ def _forward(q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, call: _C
             state[i][lane] = call.kernel.forward(
                 q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k], intervals,
                 scale=call.scale, softcap=call.softcap, carry=state[i][lane],
-                out=out[i][:, :, of_q] if final else None,
+                out=out[i][:, :, of_q] if final and sink is None else None,
             )  # fmt: skip
 
     with Lanes(len(halves), plan.ring.device) as lanes:
@@ -200,10 +203,14 @@ def _forward(q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, call: _C
                 with lanes.on(lane):
                     for i in range(len(q)):
                         add(s, i, lane)
+    if sink is not None:
+        for i, heads in enumerate(state):
+            for half, (of_q, _) in zip(heads, halves, strict=True):
+                merge_sink(half, sink[of_q])  # type: ignore[arg-type]
+                out[i][:, :, of_q] = half.out  # type: ignore[union-attr]
     lse = [_together([half.lse for half in heads], dim=1) for heads in state]  # type: ignore[union-attr]
     lanes.fork()  # lane 1's memory was read here, and may be given out there as soon as this returns
-    whole = [Partial(*pair) for pair in zip(out, lse, strict=True)]
-    return whole if sink is None else [_with_sink(p, sink, q[0].dtype) for p in whole]
+    return [Partial(*pair) for pair in zip(out, lse, strict=True)]
 
 
 def _backward(
@@ -267,13 +274,6 @@ def _backward(
                     if part.rows.start == 0:
                         call.kernel.round_into(into_q[:, :, of_q], dq[i][:, :, of_q])
     return _together(whole[0]), _together(whole[1]), _together(whole[2])
-
-
-def _with_sink(state: Partial, sink: Tensor, dtype: torch.dtype) -> Partial:
-    """The Partial merged with that of one more key, of score `sink` and value 0."""
-    value = Partial(torch.zeros_like(state.out), sink.float()[None, :, None].expand_as(state.lse))
-    merged = merge(state, value)
-    return Partial(merged.out.to(dtype), merged.lse)
 
 
 class _KeysOnTheirWay:

@@ -61,8 +61,8 @@ class Heads:
     dim: int
 
 
-def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, parts: int = 1) -> tuple[str, Layout]:
-    """The name and the layout with the least predicted time, or one that takes little more and is coarser.
+def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, parts: int = 1) -> tuple[str, Layout, str]:
+    """Name and layout of the least predicted time, or a coarser one that takes little more, and why, in a sentence.
 
     Not striped: pairs and bytes do not tell that each of its hops touches every tile of queries, which costs a quarter
     of the speed with packed documents (benchmarks/ring.py).
@@ -74,7 +74,10 @@ def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, part
         *(("gathered", Layout.gathered(mask, ranks, parts, longest)) for longest in LONGEST),
     ]
     seconds = [predict(mask, layout, heads, machine) for _, layout in candidates]
-    return next(found for found, took in zip(candidates, seconds, strict=True) if min(seconds) >= took * (1 - WORTH))
+    best = next(i for i, took in enumerate(seconds) if min(seconds) >= took * (1 - WORTH))
+    told = ", ".join(f"{name}: {1e3 * took:.4g} ms" for (name, _), took in zip(candidates, seconds, strict=True))
+    name, layout = candidates[best]
+    return name, layout, f"{name}, by the predicted time of a layer's attention ({told})"
 
 
 def best_ulysses(

@@ -57,7 +57,10 @@ def fit(config: Config, resolved: str) -> None:
     _check_vocabulary(config, training, model.config.vocab_size)
     _check_length(config, training, *([held_out] if config.data.held_out else []))
     ranks_per_node = world.share(ranks_here())  # all ranks of a ring must choose alike, also where machines differ
-    layout_for = layouts(parallel, model_config, length, world.ring.size, ranks_per_node)
+    log = None
+    layout_for = layouts(
+        parallel, model_config, length, world.ring.size, ranks_per_node, lambda why: log.say(why) if log else None
+    )
     speed = _Speed(model, config, world)
     engine = build_engine(model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic)
     settings = yaml.safe_load(resolved)
@@ -67,7 +70,6 @@ def fit(config: Config, resolved: str) -> None:
     if start > config.optim.steps:
         raise ConfigError(f"optim.steps={config.optim.steps} is less than the {start} steps that {folder} has done")
 
-    log = None
     if world.is_first:
         (folder / "config.yaml").write_text(resolved)
         carrier = f"parallel: a ring of {world.ring.size}, its messages by {world.ring.carrier}"

@@ -117,15 +117,32 @@ def settle(
 
 
 def layouts(
-    config: ParallelConfig, model: PreTrainedConfig, length: int, ring: int, ranks_per_node: int
+    config: ParallelConfig,
+    model: PreTrainedConfig,
+    length: int,
+    ring: int,
+    ranks_per_node: int,
+    say: Callable[[str], None] = lambda reason: None,
 ) -> Callable[[IntervalMask], Layout]:
-    """What gives a step's mask its layout, over `ring` ranks: one for all steps, or the best for each."""
+    """What gives a step's mask its layout, over `ring` ranks: one for all steps, or the best for each.
+
+    say: is told why, when `auto` takes a layout for the first time.
+    """
     parts = config.ulysses or 1
     if config.layout in FITTED:
         return lambda mask: FITTED[config.layout](mask, ring, parts)
     if config.layout == "auto":
         heads, machine = _heads(model, parts), _machine(config, across=ranks_per_node % (ring * parts) != 0)
-        return lambda mask: fastest(flops.narrowest(model, mask), ring, heads, machine, parts)[1]
+        known: set[str] = set()
+
+        def chosen(mask: IntervalMask) -> Layout:
+            name, layout, why = fastest(flops.narrowest(model, mask), ring, heads, machine, parts)
+            if name not in known:
+                known.add(name)
+                say(f"parallel: a step's layout is {why}")
+            return layout
+
+        return chosen
     fixed = Layout.named(config.layout, length, ring, parts)
     return lambda mask: fixed
 

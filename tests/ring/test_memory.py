@@ -91,7 +91,7 @@ def delta(out, dout) -> torch.Tensor:
     return torch.zeros(out.shape[0], out.shape[2], out.shape[1])
 
 
-def passes(monkeypatch, mask, layout, rank, kv_heads=2):
+def passes(monkeypatch, mask, layout, rank, kv_heads=2, sink=None):
     """Bytes that the forward and the backward add at most, and the largest allocation on each hop."""
     kernel = Kernel("none", forward, delta, backward, blocked.round_into, lambda *args: None)
     monkeypatch.setattr(attention.kernels, "select", lambda *args: kernel)
@@ -100,9 +100,11 @@ def passes(monkeypatch, mask, layout, rank, kv_heads=2):
     plan = AttentionPlan(mask, layout, ring)
     shapes = [(1, SHARD, heads, DIM) for heads in (HEADS, kv_heads, kv_heads)]
     q, k, v = (torch.zeros(shape, dtype=torch.float16, requires_grad=True) for shape in shapes)
-    ring_attention(q, k, v, plan).sum().backward()  # the first layer of a step makes what its plan then keeps
+    ring_attention(
+        q, k, v, plan, sink=sink
+    ).sum().backward()  # the first layer of a step makes what its plan then keeps
     with following:
-        out, forward_bytes = following.measure(lambda: ring_attention(q, k, v, plan))
+        out, forward_bytes = following.measure(lambda: ring_attention(q, k, v, plan, sink=sink))
         dout = torch.zeros_like(out)
         _, backward_bytes = following.measure(lambda: torch.autograd.grad(out, (q, k, v), dout))
     return forward_bytes, backward_bytes, ring.made_on_hops
@@ -150,6 +152,11 @@ def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ri
     third = GRADIENTS * kv_heads if mask in THIRD and size > 3 else 0
     assert forward_bytes == in_forward(kv_heads) - unused
     assert backward_bytes == in_backward(kv_heads) - unused + third
+
+
+def test_a_sink_takes_a_few_numbers_a_row(monkeypatch):
+    most, *_ = passes(monkeypatch, *MASKS["causal"](8), 0, sink=torch.zeros(HEADS))
+    assert most <= in_forward(2) + 3 * ROWS
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -64,6 +64,21 @@ def test_auto_gives_each_step_the_layout_its_documents_want():
     assert layout_for(uneven).imbalance(uneven) <= 0.03
 
 
+def test_auto_says_once_why_it_takes_a_layout():
+    said = []
+    layout_for = layouts(ParallelConfig(layout="auto"), LLAMA_8B, 65536, 8, ranks_per_node=8, say=said.append)
+    causal = IntervalMask.causal(65536)
+    uneven = causal & IntervalMask.documents([40000, 1000, 24536])
+    for mask in (causal, uneven, causal, uneven):
+        layout_for(mask)
+    assert [line.split(",")[0] for line in said] == [
+        "parallel: a step's layout is zigzag",
+        "parallel: a step's layout is balanced",
+    ]
+    assert "contiguous: " in said[0]
+    assert "gathered: " in said[0]
+
+
 def test_auto_reckons_with_a_window_that_all_layers_have():
     mistral = AutoConfig.for_model("mistral", sliding_window=512)
     layout_for = layouts(ParallelConfig(layout="auto"), mistral, 65536, 8, ranks_per_node=8)

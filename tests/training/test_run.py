@@ -219,6 +219,7 @@ def test_what_is_chosen_is_said_with_its_reason(text):
     stdout, _ = run(command(text, "parallel=auto", "optim.steps=2", "name=chosen"))
     assert "parallel: ulysses=" in stdout
     assert "the least predicted time of a layer's attention (1 x 2: " in stdout
+    assert "parallel: a step's layout is " in stdout
 
 
 @pytest.mark.slow
