@@ -10,8 +10,8 @@ needs none, begins at once, and is faster over NVLink. The n-th exchange that ha
 
 Flags are written and waited for by the GPU's front end (stream memory operations), not by a kernel, and never by the
 host. Memory in which messages arrive is symmetric: all ranks take tensors of the same sizes in the same order, so a
-place in one's own stands for that place in another's. It is kept from pass to pass and not given back; where a pass
-needs more than any before, as a run's first do, hosts wait for one another.
+place in one's own stands for that place in another's. It is kept from pass to pass, as many blocks as a pass takes;
+where one needs larger ones than any before, as a run's first do, hosts wait for one another.
 
 PyTorch's symmetric memory maps it: https://docs.pytorch.org/docs/stable/symmetric_memory.html. Flags as in 6.18 of the
 CUDA driver's manual, whose comparison goes round, so that n may exceed 32 bits.
@@ -145,11 +145,19 @@ class Peers:
         taken = self._taken.values()
         fitting = [b for b in self._blocks if b not in taken and b.memory.numel() >= size]
         if not fitting:
+            self._give_one_back()
             fitting = [self._map(_rounded(size))]
             self._blocks += fitting
         block = min(fitting, key=lambda b: b.memory.numel())
         self._taken[_storage(block.memory)] = block
         return block.memory[:size].view(dtype).view(*shape)
+
+    def _give_one_back(self) -> None:
+        """The largest block that is not taken, and is too small: so there are never more than a pass takes."""
+        left = [b for b in self._blocks if b not in self._taken.values()]
+        if left:
+            torch.cuda.synchronize(self.device)  # what others had to write to it they have: every pass waits for it
+            self._blocks.remove(max(left, key=lambda b: b.memory.numel()))
 
     def _map(self, size: int) -> _Block:
         """Memory that all ranks map, who each call this; the host waits for them."""

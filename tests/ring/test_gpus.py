@@ -45,7 +45,7 @@ CASES = {
 
 def layers(plan, heads, dtype, with_sink, count=3):
     """What this process's ranks find in layers queued one after another, none of them waited for."""
-    shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, LENGTH, *heads)]
+    shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, plan.layout.length, *heads)]
     sink = torch.linspace(-1, 1, heads[0], device=plan.ring.device, requires_grad=True) if with_sink else None
     found = []
     for _ in range(count):
@@ -103,6 +103,24 @@ def test_so_does_one_whose_messages_all_go_by_nccl(gpus, case):
 @pytest.mark.parametrize("mask", [causal, documents])
 def test_ulysses_between_gpus_equals_one_rank_bit_for_bit(gpus, mask):
     assert gpus.run(differences, GPUS, mask, "contiguous", (8, 8, 128), torch.bfloat16, False, True) == [[]] * GPUS
+
+
+def growing():
+    """Lengths with a wrong result, as a ring's sequences grow and shrink, and how many blocks are kept in the end."""
+    ring, wrong = ProcessRing(device="cuda"), []
+    for length in (512, 1024, 2560, 4096, 6144, 512):
+        mask, layout = IntervalMask.causal(length), Layout.zigzag(length, ring.size)
+        here, there = (AttentionPlan(mask, layout, r) for r in (ring, Loopback(ring.size, "cuda")))
+        found, expected = (layers(plan, (8, 2, 128), torch.bfloat16, False) for plan in (here, there))
+        if not all(torch.equal(x, own_part(here, there, whole)) for x, whole in zip(found, expected, strict=True)):
+            wrong.append(length)
+    return wrong, len(ring._peers._blocks)
+
+
+def test_sequences_of_any_length_find_room_in_as_many_blocks_as_a_pass_takes(gpus):
+    for wrong, blocks in gpus.run(growing, GPUS):
+        assert wrong == []
+        assert blocks <= 8  # two of keys, two of values, and of gradients two for each half of the heads
 
 
 def waits():

@@ -355,6 +355,17 @@ def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(al
         assert empty((1,), torch.uint8).data_ptr() not in {large.data_ptr(), small.data_ptr()}
 
 
+def test_passes_that_grow_keep_no_more_blocks_than_one_takes(alone):
+    for length in (*range(1, 40), *range(40, 0, -1)):
+        with alone.inbox("a pass", QUIET) as empty:
+            wanted = [(100 * length,), (100 * length,), (200 * length,)]
+            made = [empty(shape, torch.float32) for shape in wanted]
+        assert [tuple(x.shape) for x in made] == wanted
+        assert len({x.data_ptr() for x in made}) == 3
+        assert len(alone._blocks) == 3
+        assert sum(b.memory.numel() for b in alone._blocks) <= 4 * 400 * 40 * 9 / 8 + 3 * 512
+
+
 def test_a_pass_inside_another_is_refused(alone):
     with (
         pytest.raises(RuntimeError, match="layer 2, forward, inside layer 1, backward: a ring's ranks take its passes"),
