@@ -90,7 +90,7 @@ def test_every_setting_is_described_where_it_is_read():
         (["model.kernel=hoper"], "model.kernel=hoper is not one of auto, hopper, portable, blocked"),
         (["memory.zero=4"], "memory.zero=4 is not one of 0, 1, 2, 3"),
         (["memory.loss_tile=0"], "memory.loss_tile=0"),
-        (["parallel.layout=diagonal"], "parallel.layout=diagonal is not one of contiguous, zigzag, striped, auto"),
+        (["parallel.layout=diagonal"], "parallel.layout=diagonal is not one of auto, contiguous, zigzag, striped"),
         (["parallel.node_gb_per_second=0"], "parallel.node_gb_per_second=0.0"),
         (["parallel.ulysses=null", "parallel.ring=2"], "parallel.ring=2 with parallel.ulysses=null"),
         (["parallel.ring=0"], "parallel.ring=0"),
