@@ -376,7 +376,7 @@ class _GradientsOnTheirWay:
         Its own, of hop 0, stay in the buffer whose turn it is when they come, where nothing follows them there.
         """
         if s > 0 or self.home is None:
-            return self.buffers[(s or self.routes[rank].reach + 1) % len(self.buffers)]
+            return self.buffers[(s or self.routes[rank].first_return + 1) % len(self.buffers)]
         return self.home
 
     def arrive(self, s: int) -> None:
@@ -386,25 +386,23 @@ class _GradientsOnTheirWay:
             self.transfer = None
         for i, rank in enumerate(self.ring.local):
             route, here = self.routes[(rank - s) % self.ring.size], self._lie(rank, s)[i]
-            came = route.gradients[s - 1] if s > 0 else route.returned
+            came = route.onward[s - 1] if s > 0 else route.returned
             _clear(here, (route.gradients[s] if s > 0 else _all(here)).without(came))
 
     def send_after(self, s: int) -> None:
-        """Send on what hop s added to: to the next rank, or home from the last hop that anyone computes."""
+        """Send on what hop s added to: to the next rank what that one's hop adds to, the rest home."""
         size, routes = self.ring.size, self.routes
         outgoing, incoming = [], []
         for i, rank in enumerate(self.ring.local):
-            here, coming, own = routes[(rank - s) % size], routes[(rank - s - 1) % size], routes[rank]
-            if s <= here.reach:
-                to, hop = ((rank + 1) % size, s + 1) if s < here.reach else ((rank - s) % size, 0)
-                x, lands = self._lie(rank, s)[i], self._lie(to, hop)[i]
-                outgoing += [Message(rank, to, x[slice(*run)], lands[slice(*run)]) for run in here.gradients[s]]
-            if s < coming.reach:
-                into = self._lie(rank, s + 1)[i]
-                incoming += [Message((rank - 1) % size, rank, into[slice(*run)]) for run in coming.gradients[s]]
-            if s == own.reach:
-                into = self._lie(rank, 0)[i]
-                incoming += [Message((rank + s) % size, rank, into[slice(*run)]) for run in own.returned]
+            x, here, after, before = self._lie(rank, s)[i], (rank - s) % size, (rank + 1) % size, (rank - 1) % size
+            for to, hop, runs in ((after, s + 1, routes[here].onward[s]), (here, 0, routes[here].homeward[s])):
+                lands = self._lie(to, hop)[i] if runs else x
+                outgoing += [Message(rank, to, x[slice(*run)], lands[slice(*run)]) for run in runs]
+            for source, hop, runs in (
+                (before, s + 1, routes[(before - s) % size].onward[s]),
+                ((rank + s) % size, 0, routes[rank].homeward[s]),
+            ):
+                incoming += [Message(source, rank, self._lie(rank, hop)[i][slice(*run)]) for run in runs]
         self.transfer = self.ring.exchange(outgoing, incoming, f"{self.about}, gradients of hop {s}")
 
     def at(self, s: int, i: int) -> tuple[Tensor, Tensor]:

@@ -110,18 +110,17 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
     ranks, ways = layout.ranks, routes((mask,), layout)
     computing = by_hop(layout.pairs(mask)).double()
     computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
-    keys, onward = torch.zeros(2, ranks, ranks, dtype=torch.float64)  # [s, r]: what rank r receives with hop s, ...
+    # [s, r]: what rank r receives with hop s, the gradients that this adds to, and its own that come home from it.
+    keys, onward, home = torch.zeros(3, ranks, ranks, dtype=torch.float64)
     for s in range(1, ranks):
         for r in range(ranks):
             way = ways[(r - s) % ranks]
-            keys[s, r] = way.keys[s].tokens
-            onward[s, r] = way.gradients[s - 1].tokens if s <= way.reach else 0  # ... gradients to add to
-    home = torch.tensor([way.returned.tokens for way in ways], dtype=torch.float64)
+            keys[s, r], onward[s, r] = way.keys[s].tokens, way.onward[s - 1].tokens
+            home[s, r] = ways[r].homeward[s].tokens
     token = heads.key * heads.dim / machine.bytes_per_second
     keys, onward, home = 2 * 2 * token * keys, 2 * 4 * token * onward, 2 * 4 * token * home  # k, v: 2 bytes; dk, dv: 4
-    reach = torch.tensor([way.reach for way in ways])
     forward = _forward_seconds(computing / 3.5, keys)
-    return forward + _backward_seconds(computing * 2.5 / 3.5, keys, onward, home, reach)
+    return forward + _backward_seconds(computing * 2.5 / 3.5, keys, onward, home)
 
 
 def _forward_seconds(computing: Tensor, keys: Tensor) -> float:
@@ -135,12 +134,12 @@ def _forward_seconds(computing: Tensor, keys: Tensor) -> float:
     return float(done.max())
 
 
-def _backward_seconds(computing: Tensor, keys: Tensor, onward: Tensor, home: Tensor, reach: Tensor) -> float:
+def _backward_seconds(computing: Tensor, keys: Tensor, onward: Tensor, home: Tensor) -> float:
     """The same, where half of a hop's gradients travel while the other half is computed; own keys come last.
 
-    onward [hops, ranks]: receiving gradients; home [ranks]: receiving one's own, after the hop that reach [ranks] says.
+    onward, home [hops, ranks]: receiving gradients that a hop adds to, and one's own after a hop.
     """
-    ranks = len(reach)
+    ranks = len(computing)
     done = torch.zeros(ranks, dtype=torch.float64)
     here = link = keys[1 % ranks]
     came, returned = [[torch.zeros_like(done) for _ in range(2)] for _ in range(2)]  # of each half
@@ -154,7 +153,7 @@ def _backward_seconds(computing: Tensor, keys: Tensor, onward: Tensor, home: Ten
             if s > 0:
                 came[half] = _there(done, link, onward[(s + 1) % ranks] / 2)
                 link = torch.maximum(link, came[half])
-                back = torch.where(reach == s, torch.maximum(done.roll(-s), link) + home / 2, 0.0)
+                back = torch.where(home[s] > 0, torch.maximum(done.roll(-s), link) + home[s] / 2, 0.0)
                 returned[half] = torch.maximum(returned[half], back)
                 link = torch.maximum(link, back)
     return float(done.max())

@@ -72,23 +72,31 @@ class Hop:
 class Route:
     """How far one rank's keys travel, and which of them.
 
-    reach: the last hop on which any rank sees them; after it their gradients return. keys[s]: what arrives with hop s,
-    all that hops s and later see. gradients[s]: what has gradients after hop s, all that hops 1 to s see.
+    reach: the last hop on which any rank sees them. keys[s]: what arrives with hop s, all that hops s and later see.
+    gradients[s]: what has gradients on the rank that has computed hop s; of these onward[s] are sent to the next rank,
+    whose hop may add to them, and homeward[s], to which none will, to the keys' own.
     """
 
     reach: int
     keys: tuple[Runs, ...]
     gradients: tuple[Runs, ...]
+    onward: tuple[Runs, ...]
+    homeward: tuple[Runs, ...]
 
-    @property
+    @functools.cached_property
     def returned(self) -> Runs:
         """The gradients that come home."""
-        return self.gradients[self.reach]
+        return functools.reduce(Runs.union, self.homeward)
+
+    @property
+    def first_return(self) -> int:
+        """The first hop after which gradients come home; 0 where none do."""
+        return next((s for s, runs in enumerate(self.homeward) if runs), 0)
 
     def within(self, begin: int, end: int) -> Route:
         """The same of tokens begin..end - 1 alone, counted from begin."""
-        keys, gradients = (tuple(runs.within(begin, end) for runs in side) for side in (self.keys, self.gradients))
-        return Route(self.reach, keys, gradients)
+        sides = (self.keys, self.gradients, self.onward, self.homeward)
+        return Route(self.reach, *(tuple(runs.within(begin, end) for runs in side) for side in sides))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +109,13 @@ class Part:
 
     @functools.cached_property
     def comes_home_early(self) -> bool:
-        """Whether any rank still carries others' gradients on a hop after its own have come home."""
-        size, reach = len(self.routes), [route.reach for route in self.routes]
+        """Whether any rank still carries others' gradients on a hop after some of its own have come home."""
+        size, first = len(self.routes), [route.first_return for route in self.routes]
         return any(
-            s <= reach[(rank - s) % size] for rank in range(size) if reach[rank] for s in range(reach[rank] + 1, size)
+            bool(self.routes[(rank - s) % size].gradients[s])
+            for rank in range(size)
+            if first[rank]
+            for s in range(first[rank] + 1, size)
         )
 
 
@@ -265,13 +276,16 @@ def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]
     for source in range(ranks):
         by_hop = [seen[(source + s) % ranks][source] for s in range(ranks)]
         reach = max((s for s in range(1, ranks) if by_hop[s]), default=0)
-        keys, gradients = [Runs([Run(0, layout.shard_length)])] * ranks, [Runs()] * ranks
-        later = Runs()
+        keys, later = [Runs([Run(0, layout.shard_length)])] * ranks, Runs()
         for s in reversed(range(1, ranks)):
             keys[s] = later = later.union(by_hop[s], gap)
+        gradients, onward, homeward = ([Runs()] * ranks for _ in range(3))
         for s in range(1, ranks):
-            gradients[s] = gradients[s - 1].union(by_hop[s], gap)
-        found.append(Route(reach, tuple(keys), tuple(gradients)))
+            gradients[s] = onward[s - 1].union(by_hop[s])
+            over = gradients[s].without(keys[s + 1] if s < reach else Runs())
+            homeward[s] = Runs(run for run in over if s == reach or run.end - run.begin >= gap)
+            onward[s] = gradients[s].without(homeward[s])
+        found.append(Route(reach, *map(tuple, (keys, gradients, onward, homeward))))
     return tuple(found)
 
 

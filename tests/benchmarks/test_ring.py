@@ -191,9 +191,7 @@ def test_the_record_holds_the_plans_pairs_and_bytes(case):
     plan = case.plan(Loopback(case.ranks))
     width = 2 * case.kv_heads * case.head_dim  # k and v
     keys = sum(2 * width * run.tokens for route in plan.routes for run in route.keys[1:])
-    gradients = sum(
-        4 * width * run.tokens for route in plan.routes for s, run in enumerate(route.gradients) if 0 < s <= route.reach
-    )
+    gradients = sum(4 * width * run.tokens for route in plan.routes for run in (*route.onward, *route.homeward))
     for records, travels in zip(record(case), (keys, keys + gradients), strict=True):
         events = [event for events in records for event in events]
         assert sum(sum(e.outgoing.values()) for e in events if isinstance(e, Exchange)) == travels

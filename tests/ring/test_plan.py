@@ -39,6 +39,14 @@ def test_hops_that_see_nothing_are_not_computed():
     assert [plan.computed(rank) for rank in range(8)] == [[0]] + [[0, 1]] * 7
 
 
+def tokens(runs, length):
+    """Which tokens are in runs."""
+    found = torch.zeros(length, dtype=torch.bool)
+    for begin, end in runs:
+        found[begin:end] = True
+    return found
+
+
 @given(st.data(), st.integers(1, 40), st.integers(2, 8), st.sampled_from(sorted(LAYOUTS)))
 def test_routes_carry_all_that_ranks_further_on_see(data, length, ranks, name):
     mask, _ = data.draw(masks(length))
@@ -49,11 +57,22 @@ def test_routes_carry_all_that_ranks_further_on_see(data, length, ranks, name):
         for s in range(1, ranks):
             for intervals in plan.hops[s][(source + s) % ranks].intervals:
                 seen[s] |= shown(intervals).any(0).any(0)
+        home = torch.zeros(layout.shard_length, dtype=torch.int64)
         for s in range(1, ranks):
             later, so_far = seen[s:].any(0), seen[1 : s + 1].any(0)
             assert later.sum() == sum(later[begin:end].sum() for begin, end in route.keys[s])
-            assert so_far.sum() == sum(so_far[begin:end].sum() for begin, end in route.gradients[s])
             assert s <= route.reach or not later.any()
+            here, onward, homeward = (
+                tokens(runs[s], layout.shard_length) for runs in (route.gradients, route.onward, route.homeward)
+            )
+            assert torch.equal(so_far | here | (home > 0), here | (home > 0))
+            assert torch.equal(here.long(), onward.long() + homeward.long())
+            assert not (homeward & seen[s + 1 :].any(0)).any()
+            home += homeward
+            assert not (onward & (home > 0)).any()
+        assert home.max() <= 1
+        assert torch.equal(home > 0, tokens(route.returned, layout.shard_length))
+        assert not (seen[1:].any(0) & (home == 0)).any()
 
 
 def sent(plan):
@@ -110,9 +129,9 @@ def test_no_more_keys_travel_than_ranks_further_on_see(mask, layout, excess):
     """But for gaps below 1/32 of a shard, which are not worth a message."""
     plan = AttentionPlan(mask, layout, Loopback(8))
     assert sum(sent(plan)) <= needed(plan) * (1 + excess)
-    messages = [runs for route in plan.routes for runs in (*route.keys, *route.gradients)]
+    messages = [runs for route in plan.routes for runs in (*route.keys, *route.onward, *route.homeward)]
     assert max(map(len, messages)) <= (7 if len(plan.masks) > 1 else 6)
-    for runs in messages:
+    for runs in (runs for route in plan.routes for runs in route.keys):
         assert all(later.begin - run.end >= layout.shard_length // 32 for run, later in pairwise(runs))
 
 
