@@ -75,7 +75,8 @@ def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, part
     ]
     seconds = [predict(mask, layout, heads, machine) for _, layout in candidates]
     best = next(i for i, took in enumerate(seconds) if min(seconds) >= took * (1 - WORTH))
-    told = ", ".join(f"{name}: {1e3 * took:.4g} ms" for (name, _), took in zip(candidates, seconds, strict=True))
+    names = ["contiguous", "zigzag", "balanced", *(f"gathered {longest:g}" for longest in LONGEST)]
+    told = ", ".join(f"{name}: {1e3 * took:.4g} ms" for name, took in zip(names, seconds, strict=True))
     name, layout = candidates[best]
     return name, layout, f"{name}, by the predicted time of a layer's attention ({told})"
 
@@ -142,24 +143,24 @@ def _backward_seconds(computing: Tensor, keys: Tensor, onward: Tensor, home: Ten
     ranks = len(computing)
     done = torch.zeros(ranks, dtype=torch.float64)
     here = link = keys[1 % ranks]
-    came, returned = [[torch.zeros_like(done) for _ in range(2)] for _ in range(2)]  # of each half
+    came = [torch.zeros_like(done) for _ in range(2)]  # of each half
     for s in [*range(1, ranks), 0]:
         done = torch.maximum(done, here)
         if 0 < s < ranks - 1:
             here = _there(done, link, keys[s + 1])
             link = torch.maximum(link, here)
         for half in range(2):
-            done = torch.maximum(done, came[half] if s > 0 else returned[half]) + computing[s] / 2
+            done = torch.maximum(done, came[half]) + computing[s] / 2
             if s > 0:
-                came[half] = _there(done, link, onward[(s + 1) % ranks] / 2)
-                link = torch.maximum(link, came[half])
-                back = torch.where(home[s] > 0, torch.maximum(done.roll(-s), link) + home[s] / 2, 0.0)
-                returned[half] = torch.maximum(returned[half], back)
-                link = torch.maximum(link, back)
+                onward_there = _there(done, link, onward[(s + 1) % ranks] / 2)
+                link = torch.maximum(link, onward_there)
+                home_there = _there(done, link, home[s] / 2, from_behind=-s)
+                link = torch.maximum(link, home_there)
+                came[half] = torch.maximum(onward_there, home_there)  # one exchange
     return float(done.max())
 
 
-def _there(ready: Tensor, link: Tensor, seconds: Tensor) -> Tensor:
-    """When each rank has what the one before it sends, once both are ready and their links free; 0 for nothing."""
+def _there(ready: Tensor, link: Tensor, seconds: Tensor, from_behind: int = 1) -> Tensor:
+    """When each rank has what the one so many places behind it sends, both ready and their links free; 0 for nothing."""
     begun = torch.maximum(ready, link)
-    return torch.where(seconds > 0, torch.maximum(begun, begun.roll(1)) + seconds, 0.0)
+    return torch.where(seconds > 0, torch.maximum(begun, begun.roll(from_behind)) + seconds, 0.0)

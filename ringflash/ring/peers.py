@@ -156,7 +156,8 @@ class Peers:
         """The largest block that is not taken, and is too small: so there are never more than a pass takes."""
         left = [b for b in self._blocks if b not in self._taken.values()]
         if left:
-            torch.cuda.synchronize(self.device)  # what others had to write to it they have: every pass waits for it
+            with self._waiting():  # what others had to write to it they have: every pass waits for that
+                torch.cuda.synchronize(self.device)
             self._blocks.remove(max(left, key=lambda b: b.memory.numel()))
 
     def _map(self, size: int) -> _Block:
@@ -183,10 +184,8 @@ class Peers:
 
     def _meet(self, error: str | None) -> None:
         """Have the host wait for all ranks, each with its error or none. Raises RuntimeError on all for that of one."""
-        others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
         errors: list[str | None] = [None] * self.size
-        about = f"{self._running}, memory for messages"
-        with self._watch.meeting(about, lambda: others) if self._watch else contextlib.nullcontext():
+        with self._waiting():
             dist.all_gather_object(errors, error, self.group)
         for rank, refused in enumerate(errors):
             if refused is not None:
@@ -194,6 +193,13 @@ class Peers:
                     f"rank {self._in_run(rank)} on {socket.gethostname()} has no memory that its ring can map "
                     f"({refused}); transport='nccl' (parallel.transport=nccl) does without"
                 )
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        """While entered, the host waits for the other ranks, and the watch knows."""
+        if self._watch is None:
+            return contextlib.nullcontext()
+        others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
+        return self._watch.meeting(f"{self._running}, memory for messages", lambda: others)
 
     def _flag(self, owner: int, kind: int, about: int) -> int:
         """Address of one of the owner's flags."""

@@ -76,7 +76,7 @@ def test_auto_says_once_why_it_takes_a_layout():
         "parallel: a step's layout is balanced",
     ]
     assert "contiguous: " in said[0]
-    assert "gathered: " in said[0]
+    assert "gathered 0.25: " in said[0]
 
 
 def test_auto_reckons_with_a_window_that_all_layers_have():
