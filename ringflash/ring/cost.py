@@ -161,6 +161,6 @@ def _backward_seconds(computing: Tensor, keys: Tensor, onward: Tensor, home: Ten
 
 
 def _there(ready: Tensor, link: Tensor, seconds: Tensor, from_behind: int = 1) -> Tensor:
-    """When each rank has what the one so many places behind it sends, both ready and their links free; 0 for nothing."""
+    """When each has what the rank so many places behind it sends, both ready and their links free; 0 for nothing."""
     begun = torch.maximum(ready, link)
     return torch.where(seconds > 0, torch.maximum(begun, begun.roll(from_behind)) + seconds, 0.0)
