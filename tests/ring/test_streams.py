@@ -34,6 +34,7 @@ class Clocks:
         self.known = np.eye(4, dtype=np.int64)
         self.now = LANE_0
         self.touched: dict[int, tuple[torch.UntypedStorage, np.ndarray, np.ndarray]] = {}
+        self.made: dict[int, int] = {}  # by storage, the stream that touched it first, and gets its memory back
         self.races: list[str] = []
 
     def tick(self, stream: int) -> None:
@@ -50,12 +51,20 @@ class Clocks:
         count = storage.nbytes() // x.element_size()
         if storage._cdata not in self.touched:  # kept alive, so that its address is not given to another
             self.touched[storage._cdata] = (storage, np.zeros((4, count), int), np.zeros((4, count), int))
+            self.made[storage._cdata] = stream
         _, reads, written = self.touched[storage._cdata]
         at = torch.arange(count).as_strided(x.shape, x.stride(), x.storage_offset()).flatten().numpy()
         before = np.maximum(reads[:, at], written[:, at]) if writes else written[:, at]
         if (before > self.known[stream][:, None]).any():
             self.races.append(f"{what} {'writes' if writes else 'reads'} on stream {stream} too early")
         (written if writes else reads)[stream, at] = self.known[stream, stream]
+
+    def let_go(self) -> None:
+        """Lane 1 may give its memory out anew: note what lane 0 did there that lane 1 does not know to be over."""
+        for key, (_, reads, written) in self.touched.items():
+            last = max(reads[LANE_0].max(initial=0), written[LANE_0].max(initial=0))
+            if self.made[key] == LANE_1 and last > self.known[LANE_1, LANE_0]:
+                self.races.append("memory of lane 1 is given out while lane 0 uses it")
 
     # -- what stands for torch's operators, the kernels, the lanes and the communicator
 
@@ -226,7 +235,9 @@ class FakePeers(FakeNccl):
         return Waited(clocks, np.maximum(clocks.known[COMMUNICATOR], clocks.known[OTHERS]))
 
 
-def races(monkeypatch, make_ring, ranks: int, rank: int, mask_of, layout: str, kv_heads: int) -> list[str]:
+def races(
+    monkeypatch, make_ring, ranks: int, rank: int, mask_of, layout: str, kv_heads: int, sink: bool = False
+) -> list[str]:
     """Those of two layers, forward, and backward twice."""
     clocks = Clocks()
     monkeypatch.setattr(attention, "Lanes", clocks.lanes)
@@ -237,7 +248,9 @@ def races(monkeypatch, make_ring, ranks: int, rank: int, mask_of, layout: str, k
         x = torch.randn(len(plan.ring.local), 16, 2 * kv_heads, 4, dtype=torch.float16).requires_grad_()
         h = x
         for layer in range(2):
-            h = ring_attention(h * 1.0, h[:, :, :kv_heads] * 1.0, h[:, :, kv_heads:] * 2.0, plan, layer=layer)
+            k, v = h[:, :, :kv_heads] * 1.0, h[:, :, kv_heads:] * 2.0
+            h = ring_attention(h * 1.0, k, v, plan, layer=layer, sink=torch.zeros(2 * kv_heads) if sink else None)
+            clocks.let_go()
         for keep in (True, False):
             torch.autograd.grad(h, x, torch.ones_like(h), retain_graph=keep)
     return clocks.races
@@ -262,6 +275,19 @@ def test_no_stream_reads_or_overwrites_what_another_is_not_done_with(monkeypatch
             for rank in range(1 if make_ring is FakeLoopback else ranks):
                 found = races(monkeypatch, make_ring, ranks, rank, MASKS[mask], layout, kv_heads)
                 assert found == [], f"rank {rank} of {ranks}, {kv_heads} KV heads"
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_nor_where_a_sink_is_merged_after_both_lanes(monkeypatch, rank):
+    assert races(monkeypatch, FakeNccl, 3, rank, IntervalMask.causal, "zigzag", 2, sink=True) == []
+
+
+def test_memory_that_lane_1_gives_out_too_early_is_found(monkeypatch):
+    """Without the fork after the last read."""
+    fork, calls = FakeLanes.fork, itertools.count(1)
+    monkeypatch.setattr(FakeLanes, "fork", lambda self: None if next(calls) % 4 == 0 else fork(self))
+    found = races(monkeypatch, FakeNccl, 3, 1, IntervalMask.causal, "zigzag", 2)
+    assert "memory of lane 1 is given out while lane 0 uses it" in found
 
 
 @pytest.mark.parametrize("edge", ["fork", "__exit__"])
