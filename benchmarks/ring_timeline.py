@@ -4,7 +4,7 @@ What every rank computes, sends and waits for, and in which order, is recorded f
 (benchmarks/ring_record.py). `simulate` plays the records of all ranks:
 
 - a rank's kernels run one after another, at a given time a pair; nothing else it does takes time (packed documents
-  take a quarter more, for tiles that are short or masked in part)
+  take some 30 percent more, for tiles that are short or masked in part: docs/kernels.md)
 - its exchanges run one after another on a stream of their own (as on GPUs); a message sets off when both
   its ranks have got to it, which is after all kernels that they launched before it
 - a rank's link carries its outgoing bytes at the given speed and, beside them, its incoming bytes at the same speed

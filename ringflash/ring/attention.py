@@ -396,7 +396,7 @@ class _GradientsOnTheirWay:
         for i, rank in enumerate(self.ring.local):
             x, here, after, before = self._lie(rank, s)[i], (rank - s) % size, (rank + 1) % size, (rank - 1) % size
             for to, hop, runs in ((after, s + 1, routes[here].onward[s]), (here, 0, routes[here].homeward[s])):
-                lands = self._lie(to, hop)[i] if runs else x
+                lands = self._lie(to, hop)[i]
                 outgoing += [Message(rank, to, x[slice(*run)], lands[slice(*run)]) for run in runs]
             for source, hop, runs in (
                 (before, s + 1, routes[(before - s) % size].onward[s]),

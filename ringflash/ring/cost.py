@@ -67,18 +67,17 @@ def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, part
     Not striped: pairs and bytes do not tell that each of its hops touches every tile of queries, which costs a quarter
     of the speed with packed documents (benchmarks/ring.py).
     """
-    candidates = [
-        ("contiguous", Layout.contiguous(mask.queries, ranks, parts)),
-        ("zigzag", Layout.zigzag(mask.queries, ranks, parts)),
-        ("balanced", Layout.balanced(mask, ranks, parts)),
-        *(("gathered", Layout.gathered(mask, ranks, parts, longest)) for longest in LONGEST),
-    ]
-    seconds = [predict(mask, layout, heads, machine) for _, layout in candidates]
-    best = next(i for i, took in enumerate(seconds) if min(seconds) >= took * (1 - WORTH))
-    names = ["contiguous", "zigzag", "balanced", *(f"gathered {longest:g}" for longest in LONGEST)]
-    told = ", ".join(f"{name}: {1e3 * took:.4g} ms" for name, took in zip(names, seconds, strict=True))
-    name, layout = candidates[best]
-    return name, layout, f"{name}, by the predicted time of a layer's attention ({told})"
+    candidates = {
+        "contiguous": Layout.contiguous(mask.queries, ranks, parts),
+        "zigzag": Layout.zigzag(mask.queries, ranks, parts),
+        "balanced": Layout.balanced(mask, ranks, parts),
+        **{f"gathered {longest:g}": Layout.gathered(mask, ranks, parts, longest) for longest in LONGEST},
+    }
+    seconds = {label: predict(mask, layout, heads, machine) for label, layout in candidates.items()}
+    best = next(label for label, took in seconds.items() if min(seconds.values()) >= took * (1 - WORTH))
+    told = ", ".join(f"{label}: {1e3 * took:.4g} ms" for label, took in seconds.items())
+    name = best.split()[0]
+    return name, candidates[best], f"{name}, by the predicted time of a layer's attention ({told})"
 
 
 def best_ulysses(

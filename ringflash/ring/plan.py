@@ -294,8 +294,8 @@ def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[lis
 
     Bounds never decrease, so the keys that a run of queries sees lie between the first one's lo and the last one's hi.
     """
-    bounds = [[_keys_seen(mask, *runs, gap) for mask in masks] for runs in zip(*_query_runs(layout), strict=True)]
-    of_rank = [torch.cat(some, dim=1) for some in bounds]  # lo and hi, [2, runs]
+    bounds = [_keys_seen(mask, layout, gap) for mask in masks]
+    of_rank = [torch.cat(some, dim=1) for some in zip(*bounds, strict=True)]  # first keys and ends, [2, runs]
     seen: list[list[Runs]] = [[] for _ in range(layout.ranks)]
     for source in range(layout.ranks):
         places = torch.searchsorted(layout.positions(source), torch.cat(of_rank, dim=1))
@@ -305,21 +305,24 @@ def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[lis
     return seen
 
 
-def _keys_seen(mask: IntervalMask, first: Tensor, last: Tensor, gap: int) -> Tensor:
-    """First key and end of those that runs of queries see, in any batch row: int64 [2, runs].
+def _keys_seen(mask: IntervalMask, layout: Layout, gap: int) -> list[Tensor]:
+    """First key and end of those that runs of queries see, in any batch row: int64 [2, runs] for each rank.
 
     A run is divided where bounds jump over keys that nobody sees, as those of a document's first tokens do.
     """
     lo, hi = mask.lo.min(0).values, mask.hi.max(0).values
     jumps = (lo[1:] > hi[:-1] + gap).nonzero().flatten() + 1
-    begins = torch.cat([first, jumps]).unique()
-    run = torch.searchsorted(first, begins, right=True) - 1
-    inside = (run >= 0) & (begins <= last[run])
-    begins, run = begins[inside], run[inside]
-    ends = torch.minimum(last[run], torch.cat([begins[1:] - 1, last[-1:]]))
-    # One more query that sees nothing stands for padding past the sequence's end.
-    lo = torch.cat([lo, torch.tensor([mask.keys])])[begins.clamp(max=mask.queries)]
-    return torch.stack([lo, torch.maximum(lo, hi[ends.clamp(max=mask.queries - 1)])])
+    lo = torch.cat([lo, torch.tensor([mask.keys])])  # one more query that sees nothing stands for padding past the end
+    seen = []
+    for first, last in zip(*_query_runs(layout), strict=True):
+        begins = torch.cat([first, jumps]).unique()
+        run = torch.searchsorted(first, begins, right=True) - 1
+        inside = (run >= 0) & (begins <= last[run])
+        begins, run = begins[inside], run[inside]
+        ends = torch.minimum(last[run], torch.cat([begins[1:] - 1, last[-1:]]))
+        begin, end = lo[begins.clamp(max=mask.queries)], hi[ends.clamp(max=mask.queries - 1)]
+        seen.append(torch.stack([begin, torch.maximum(begin, end)]))
+    return seen
 
 
 def _query_runs(layout: Layout) -> tuple[Tensor, Tensor]:
