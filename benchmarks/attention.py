@@ -164,7 +164,7 @@ def _peak(device: torch.device) -> tuple[float | None, str]:
     if device.type == "cpu":
         return None, "unknown for CPUs"
     try:
-        from ringflash.training.flops import peak_flops
+        from ringflash.ring.cost import peak_flops
     except ImportError as error:
         return None, f"unknown ({error})"
     peak = peak_flops(device)

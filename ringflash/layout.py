@@ -47,6 +47,9 @@ _GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
 _GATHERED = 32
 # Chunks that are dealt at most: the time that takes grows with their square, to seconds for these.
 _CHUNKS = 4096
+# (query, key) pairs that are computed while one token's keys, values and their gradients are sent: 32 query and 8 KV
+# heads of 128 at 500 TFLOP/s, over a link of 400 GB/s (14 x 32 x 128 operations a pair, 16 x 8 x 128 bytes a token).
+_PAIRS_PER_TOKEN_SENT = 360
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,9 @@ class Layout:
         `lockstep` is at most `waiting`; else 16 chunks a rank, or 32 where 16 do not reach that. Finer ones balance
         better, but more keys are sent and each hop touches more tiles of queries. Chunks have 256 tokens or more; 128,
         64 or 32 where shards are so short that `tolerance` takes as little.
+
+        Contiguous, where sending keys over NVLink would take longer than balance saves: documents far shorter than a
+        shard. Slower links need ring_inputs' or the trainer's layout=auto.
         """
 
         def rating(layout: Layout) -> tuple[float, float]:
@@ -114,7 +120,8 @@ class Layout:
             count = _count(mask, ranks, parts, per_rank, least)
             if count != best.chunks.shape[1]:
                 best = min(best, _dealt(mask, ranks, parts, count, deal), key=rating)
-        return best
+        contiguous = cls.contiguous(mask.queries, ranks, parts)
+        return contiguous if contiguous._duration(mask) <= best._duration(mask) * (1 + tolerance) else best
 
     @classmethod
     def gathered(cls, mask: IntervalMask, ranks: int, parts: int = 1, longest: float = 0.5) -> Layout:
@@ -205,6 +212,42 @@ class Layout:
         """
         work = by_hop(self.pairs(mask)).double()
         return float(work.amax(1).sum() / work.sum(0).mean().clamp(min=1e-9)) - 1
+
+    def received(self, mask: IntervalMask) -> Tensor:
+        """Tokens whose keys each rank receives before each hop, counted in whole tiles: int64 [hops, ranks].
+
+        Keys of rank o pass from rank to rank, up to the last one that sees them.
+        """
+        ranks, chunks = self.ranks, self.chunks.numel()
+        owner = torch.empty(chunks, dtype=torch.int64)
+        owner[self.chunks] = torch.arange(ranks)[:, None].expand_as(self.chunks)
+        # The first chunk at or after each chunk that a rank holds, [ranks, chunks + 1]; chunks: there is none.
+        held = torch.full((ranks, chunks + 1), chunks)
+        held[owner, torch.arange(chunks)] = torch.arange(chunks)
+        following = held.flip(1).cummin(1).values.flip(1)
+        seen = mask.transpose()  # queries lo..hi - 1 see a key
+        inside = torch.arange(0, self.chunk, _TILE)
+        begins = torch.arange(chunks)[:, None] * self.chunk
+        first = (begins + inside).flatten()
+        last = (begins + (inside + _TILE).clamp(max=self.chunk)).flatten().clamp(max=mask.keys)[first < mask.keys] - 1
+        first = first[first < mask.keys]
+        begin, end = seen.lo[:, first], seen.hi[:, last]
+        sees = following[:, begin // self.chunk] * self.chunk < end.clamp(min=begin)  # [ranks, B, tiles]
+        holder = owner[first // self.chunk]
+        distance = (torch.arange(ranks)[:, None, None] - holder) % ranks
+        farthest = (distance * sees).amax((0, 1))
+        tokens = torch.zeros(ranks, ranks, dtype=torch.int64)  # of each owner, by the distance they travel
+        tokens.index_put_((holder, farthest), last - first + 1, accumulate=True)
+        travelling = tokens.flip(1).cumsum(1).flip(1)  # so far or farther
+        travelling[:, 0] = 0
+        rank, hop = torch.arange(ranks), torch.arange(ranks)[:, None]
+        return travelling[(rank - hop) % ranks, hop]
+
+    def _duration(self, mask: IntervalMask) -> int:
+        """Time of all hops, in pairs: each takes as long as its busiest rank, or as what is sent meanwhile."""
+        computing = by_hop(self.pairs(mask)).amax(1)
+        sending = self.received(mask).amax(1).roll(-1) * _PAIRS_PER_TOKEN_SENT
+        return int(torch.maximum(computing, sending * mask.batch).sum())
 
     def positions(self, rank: int) -> Tensor:
         """The global positions that a rank holds, ascending, int64 [shard_length]; at or past `length`: padding."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -36,9 +37,10 @@ from ringflash.kernels import FASTEST_FIRST
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring.attention import ring_attention
+from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Heads, Machine, fastest
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.recompute import keep_attention
-from ringflash.ring.transport import ProcessRing, Ring
+from ringflash.ring.transport import Loopback, ProcessRing, Ring
 from ringflash.ring.ulysses import Ulysses
 
 # Architectures whose training is tested against their own sdpa attention.
@@ -220,14 +222,15 @@ def ring_inputs(
     documents: list[list[int]] | list[int] | None = None,
     first: int = 0,
     layout: str = "zigzag",
+    config: PreTrainedConfig | None = None,
 ) -> dict[str, Any]:
     """This rank's keyword arguments for a causal language model's forward, from whole sequences.
 
     input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted. documents: token counts
     of packed documents, one list or one a row, that sum to S; no token sees or predicts another document's. Any S will
     do for any ring. first: how many of a document's first tokens layers
-    with a sliding window see besides it. layout: "contiguous", "zigzag", "striped" or, for packed documents,
-    "balanced" or "gathered".
+    with a sliding window see besides it. layout: "contiguous", "zigzag", "striped", "balanced", "gathered", or "auto",
+    the one with the least predicted time for these documents and the layers of `config`, the model's.
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
@@ -243,7 +246,7 @@ def ring_inputs(
         rows, length = input_ids.shape
         document = _documents_mask(documents, rows, length)
         mask = IntervalMask.causal(length) & document
-        chosen = Layout.of(layout, mask, ring.size, 1 if ulysses is None else ulysses.size)
+        chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
         plan = AttentionPlan(mask, chosen, ring, ulysses, first)
     except (ValueError, TypeError):
         _agree(torch.tensor(_REFUSED, device=ring.device), shared)
@@ -259,6 +262,18 @@ def ring_inputs(
             1, int((shifted != _IGNORE).sum())
         )  # where nothing is predicted: a loss of 0
     return inputs | {"use_cache": False}
+
+
+def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTrainedConfig | None) -> Layout:
+    """The layout that ring_inputs was asked for; "auto" reckons with a machine as torchrun describes it."""
+    if name != "auto":
+        return Layout.of(name, mask, ring.size, parts)
+    if config is None:
+        raise ValueError('layout="auto" needs config=model.config: its heads and windows decide what is fastest')
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ring.size * parts))
+    within = isinstance(ring, Loopback) or here % (ring.size * parts) == 0
+    machine = Machine.of(ring.device, INTRA_NODE_GB if within else INTER_NODE_GB)
+    return fastest(layer_masks(config, mask), ring.size, heads_of(config, parts), machine, parts)[1]
 
 
 def _check_tokens(input_ids: Tensor, labels: Tensor | None) -> None:
@@ -394,6 +409,30 @@ def head_dim(config: PreTrainedConfig) -> int:
     """The size of a head, which some architectures leave to be derived."""
     given = getattr(config, "head_dim", None)
     return config.hidden_size // config.num_attention_heads if given is None else given
+
+
+def heads_of(config: PreTrainedConfig, ulysses: int = 1) -> Heads:
+    """The heads that one of `ulysses` ranks computes attention for."""
+    kv_heads = max(1, config.num_key_value_heads // ulysses)
+    return Heads(config.num_attention_heads // ulysses, kv_heads, head_dim(config))
+
+
+def windows_of_layers(config: PreTrainedConfig) -> list[tuple[int | None, int]]:
+    """The sliding windows that layers have (None: they have none), and how many layers have each."""
+    if config.model_type in ("mistral", "phi3"):  # one window for all layers, or none
+        windowed = config.num_hidden_layers if config.sliding_window else 0
+    else:
+        windowed = (getattr(config, "layer_types", None) or []).count("sliding_attention")
+    found = [(None, config.num_hidden_layers - windowed), (config.sliding_window if windowed else None, windowed)]
+    return [(window, layers) for window, layers in found if layers]
+
+
+def layer_masks(config: PreTrainedConfig, mask: IntervalMask) -> list[tuple[IntervalMask, int]]:
+    """What layers see of a sequence with this mask, and how many layers see it."""
+    return [
+        (mask if window is None else mask & IntervalMask.window(mask.queries, window - 1), layers)
+        for window, layers in windows_of_layers(config)
+    ]
 
 
 def check_kernel(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringflash import Loopback
+from ringflash import IntervalMask, Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import (
     ARCHITECTURES,
@@ -15,6 +15,7 @@ from ringflash.models import (
     read_config,
     ring_inputs,
 )
+from ringflash.ring.cost import Heads, Machine, fastest
 
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -114,6 +115,24 @@ WRONG_INPUTS = {
 def test_inputs_that_do_not_fit_are_refused_with_their_argument_and_values(tokens, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ring_inputs(*tokens, **{"ring": Loopback(2)} | options)
+
+
+def test_an_auto_layout_is_the_fastest_for_the_models_heads_and_windows():
+    model, tokens = tiny("gemma2"), torch.randint(1, 97, (1, 96))
+    options = {"documents": [90, 6], "config": model.config}
+    inputs = [ring_inputs(tokens, tokens, ring=Loopback(4), layout=name, **options) for name in ("auto", "contiguous")]
+    machine = Machine.of(torch.device("cpu"), 300.0)
+    mask = IntervalMask.causal(96) & IntervalMask.documents([90, 6])
+    layers = [(mask, 1), (mask & IntervalMask.window(96, left=4), 1)]
+    expected = fastest(layers, 4, Heads(4, 2, 8), machine)[1]
+    assert torch.equal(inputs[0]["plan"].layout.chunks, expected.chunks)
+    losses = [loss_and_gradients(model, x)[0] for x in inputs]
+    torch.testing.assert_close(*losses)
+
+
+def test_an_auto_layout_needs_the_models_configuration():
+    with pytest.raises(ValueError, match=r'layout="auto" needs config=model\.config'):
+        ring_inputs(TOKENS, ring=Loopback(2), layout="auto")
 
 
 def test_packed_documents_in_a_balanced_layout_give_the_loss_of_one_rank():

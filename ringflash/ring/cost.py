@@ -13,19 +13,20 @@ they are: which is fastest depends on documents, windows, heads and links.
     >>> machine = Machine(flops=500e12, bytes_per_second=400e9)
     >>> heads = Heads(query=32, key=8, dim=128)
     >>> window = IntervalMask.window(131072, left=1023)
-    >>> fastest(window, ranks=8, heads=heads, machine=machine)[0]
+    >>> fastest([(window, 32)], ranks=8, heads=heads, machine=machine)[0]
     'contiguous'
-    >>> fastest(IntervalMask.causal(131072), ranks=8, heads=heads, machine=machine)[0]
+    >>> fastest([(IntervalMask.causal(131072), 32)], ranks=8, heads=heads, machine=machine)[0]
     'zigzag'
     >>> packed = IntervalMask.causal(131072) & IntervalMask.documents([29696, *[10000] * 10, 1376])
-    >>> fastest(packed, ranks=8, heads=heads, machine=machine)[0]
+    >>> fastest([(packed, 32)], ranks=8, heads=heads, machine=machine)[0]
     'balanced'
-    >>> fastest(packed, ranks=8, heads=heads, machine=Machine(flops=500e12, bytes_per_second=50e9))[0]
+    >>> fastest([(packed, 32)], ranks=8, heads=heads, machine=Machine(flops=500e12, bytes_per_second=50e9))[0]
     'gathered'
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,24 @@ FLOPS_A_PAIR = 4 * 3.5
 WORTH = 0.02
 # Of a rank's tokens, what short documents of a gathered layout have at most: two that are tried.
 LONGEST = (0.25, 1.0)
+# Gigabytes per second that a GPU sends to another GPU of its machine, and of another one, where nothing else is known.
+INTRA_NODE_GB, INTER_NODE_GB = 300.0, 40.0
+# Dense bf16 tensor-core peak, FLOP/s, by what the device's name contains (vendor datasheets, no sparsity).
+PEAKS = {
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12,
+    "B200": 2250e12, "B100": 1750e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+}  # fmt: skip
+# Fraction of a GPU's peak that attention reaches, and FLOP/s where no peak is known: orders of magnitude, on which a
+# choice between layouts depends little.
+UTILISATION, UNKNOWN_FLOPS = 0.55, 5e10
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,12 @@ class Machine:
 
     flops: float
     bytes_per_second: float
+
+    @classmethod
+    def of(cls, device: torch.device, gb_per_second: float) -> Machine:
+        """What attention reaches on `device`, with links of so many gigabytes per second."""
+        peak = peak_flops(device)
+        return cls(UNKNOWN_FLOPS if peak is None else peak * UTILISATION, 1e9 * gb_per_second)
 
 
 @dataclass(frozen=True)
@@ -61,23 +86,35 @@ class Heads:
     dim: int
 
 
-def fastest(mask: IntervalMask, ranks: int, heads: Heads, machine: Machine, parts: int = 1) -> tuple[str, Layout, str]:
+def fastest(
+    layers: Sequence[tuple[IntervalMask, int]], ranks: int, heads: Heads, machine: Machine, parts: int = 1
+) -> tuple[str, Layout, str]:
     """Name and layout of the least predicted time, or a coarser one that takes little more, and why, in a sentence.
+
+    layers: a model's masks and how many layers have each; all layers share one layout.
 
     Not striped: pairs and bytes do not tell that each of its hops touches every tile of queries, which costs a quarter
     of the speed with packed documents (benchmarks/ring.py).
     """
+    mask = max(layers, key=lambda layer: layer[0].area() * layer[1])[0]  # it has most of the work to balance
+    contiguous = Layout.contiguous(mask.queries, ranks, parts)
+    if ranks == 1:
+        return "contiguous", contiguous, "contiguous: one rank holds all tokens"
     candidates = {
-        "contiguous": Layout.contiguous(mask.queries, ranks, parts),
+        "contiguous": contiguous,
         "zigzag": Layout.zigzag(mask.queries, ranks, parts),
         "balanced": Layout.balanced(mask, ranks, parts),
         **{f"gathered {longest:g}": Layout.gathered(mask, ranks, parts, longest) for longest in LONGEST},
     }
-    seconds = {label: predict(mask, layout, heads, machine) for label, layout in candidates.items()}
+    seconds = {label: _all_layers(layers, layout, heads, machine) for label, layout in candidates.items()}
     best = next(label for label, took in seconds.items() if min(seconds.values()) >= took * (1 - WORTH))
     told = ", ".join(f"{label}: {1e3 * took:.4g} ms" for label, took in seconds.items())
     name = best.split()[0]
-    return name, candidates[best], f"{name}, by the predicted time of a layer's attention ({told})"
+    return name, candidates[best], f"{name}, by the predicted time of all layers' attention ({told})"
+
+
+def _all_layers(layers: Sequence[tuple[IntervalMask, int]], layout: Layout, heads: Heads, machine: Machine) -> float:
+    return sum(count * predict(mask, layout, heads, machine) for mask, count in layers)
 
 
 def best_ulysses(

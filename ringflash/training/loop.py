@@ -18,6 +18,7 @@ from ringflash.data.batches import batch as make_batch
 from ringflash.data.corpus import TokenCorpus
 from ringflash.errors import ConfigError
 from ringflash.models import build_model, check_kernel, read_config
+from ringflash.ring.cost import peak_flops
 from ringflash.training import checkpoint, flops, metrics
 from ringflash.training.config import Config
 from ringflash.training.export import export
@@ -149,7 +150,7 @@ class _Speed:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.config, self.world = config, world
         self.tokens = config.optim.batch * config.data.sequence_length
-        self.peak = flops.peak_flops(world.device)
+        self.peak = peak_flops(world.device)
 
     def summary(self) -> str:
         """What is about to run."""

@@ -13,17 +13,11 @@ from transformers import PreTrainedConfig
 from ringflash.errors import ConfigError
 from ringflash.layout import FITTED, LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask
-from ringflash.models import head_dim
-from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest
+from ringflash.models import heads_of, layer_masks
+from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, best_ulysses, fastest
 from ringflash.ring.transport import TRANSPORTS
 from ringflash.ring.ulysses import heads_refusal
 from ringflash.ring.watch import LAST_WORDS, POLL
-from ringflash.training import flops
-
-# Layouts that follow each step's documents.
-# What part of a GPU's peak attention reaches, and what a CPU core does where no peak is known: orders of magnitude, on
-# which a choice between layouts depends little.
-UTILISATION, UNKNOWN_FLOPS = 0.55, 5e10
 
 
 @dataclass(frozen=True)
@@ -38,14 +32,14 @@ class ParallelConfig:
     """Neighbouring ranks of one machine that exchange tokens for heads inside attention; null: the number with the
     least predicted time, which is logged with its reason."""
 
-    layout: str = "zigzag"
-    """Which rank holds which tokens: contiguous, zigzag, striped; anew for each step's documents, balanced or, where
-    links are slow, gathered; or auto, for each step the one with the least predicted time."""
+    layout: str = "auto"
+    """Which rank holds which tokens: auto, for each step the layout with the least predicted time; contiguous, zigzag,
+    striped; or, fitted to each step's documents, balanced or gathered."""
 
-    node_gb_per_second: float = 300.0
+    node_gb_per_second: float = INTRA_NODE_GB
     """Gigabytes a second that a GPU sends to another of its machine; auto and null reckon with it."""
 
-    across_gb_per_second: float = 40.0
+    across_gb_per_second: float = INTER_NODE_GB
     """Gigabytes a second that a GPU sends to another machine."""
 
     transport: str = "auto"
@@ -101,7 +95,7 @@ def settle(
     """
     if config.ulysses is None:
         ulysses, why = best_ulysses(
-            length, ranks, ranks_per_node, _heads(model, 1), _machine(config, across=False),
+            length, ranks, ranks_per_node, heads_of(model), _machine(config, across=False),
             config.across_gb_per_second * 1e9,
         )  # fmt: skip
         return dataclasses.replace(config, ulysses=ulysses), f"parallel: {why}"
@@ -132,11 +126,11 @@ def layouts(
     if config.layout in FITTED:
         return lambda mask: FITTED[config.layout](mask, ring, parts)
     if config.layout == "auto":
-        heads, machine = _heads(model, parts), _machine(config, across=ranks_per_node % (ring * parts) != 0)
+        heads, machine = heads_of(model, parts), _machine(config, across=ranks_per_node % (ring * parts) != 0)
         known: set[str] = set()
 
         def chosen(mask: IntervalMask) -> Layout:
-            name, layout, why = fastest(flops.narrowest(model, mask), ring, heads, machine, parts)
+            name, layout, why = fastest(layer_masks(model, mask), ring, heads, machine, parts)
             if name not in known:
                 known.add(name)
                 say(f"parallel: a step's layout is {why}")
@@ -147,13 +141,6 @@ def layouts(
     return lambda mask: fixed
 
 
-def _heads(model: PreTrainedConfig, ulysses: int) -> Heads:
-    kv_heads = max(1, model.num_key_value_heads // ulysses)
-    return Heads(model.num_attention_heads // ulysses, kv_heads, head_dim(model))
-
-
 def _machine(config: ParallelConfig, across: bool) -> Machine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = flops.peak_flops(device)
-    speed = UNKNOWN_FLOPS if peak is None else peak * UTILISATION
-    return Machine(speed, 1e9 * (config.across_gb_per_second if across else config.node_gb_per_second))
+    return Machine.of(device, config.across_gb_per_second if across else config.node_gb_per_second)

@@ -26,8 +26,8 @@ from ringflash.data.packing import IGNORE
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
+from ringflash.models import windows_of_layers
 from ringflash.ring.plan import AttentionPlan
-from ringflash.training import flops
 from ringflash.training.loss import LossHead
 from ringflash.training.world import World
 
@@ -220,7 +220,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, shares: list[Share], world: Wo
 
 def _pairs(config: PreTrainedConfig, plan: AttentionPlan) -> int:
     """(query, key) pairs that this rank computes, over batch rows and layers."""
-    windows = flops.windows_of_layers(config)
+    windows = windows_of_layers(config)
     plans = [(plan if window is None else plan.window(window - 1), layers) for window, layers in windows]
     return sum(layers * hop.pairs for seen, layers in plans for hops in seen.hops for hop in hops)
 

@@ -3,7 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringflash.training.flops import matmul_parameters, peak_flops, step_flops, windows_of_layers
+from ringflash.models import windows_of_layers
+from ringflash.ring.cost import peak_flops
+from ringflash.training.flops import matmul_parameters, step_flops
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
