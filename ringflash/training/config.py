@@ -28,8 +28,9 @@ from ringflash.errors import ConfigError
 from ringflash.models import ARCHITECTURES, ModelConfig, field_refusal
 from ringflash.training.checkpoint import CheckpointConfig
 from ringflash.training.metrics import LoggerConfig
+from ringflash.training.optimizer import OptimConfig
 from ringflash.training.parallel import ParallelConfig
-from ringflash.training.step import MemoryConfig, OptimConfig
+from ringflash.training.step import MemoryConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -93,8 +93,8 @@ def fit(config: Config, resolved: str) -> None:
         result = train_step(engine, shares, world)
         record = {
             "loss": result.loss.item(),
-            "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
-            "lr": engine.get_lr()[0],
+            "gradient_norm": float(result.gradient_norm),
+            "lr": result.learning_rate,
             **speed.record(result.pairs.item(), time.perf_counter() - begun),
             **_traffic_record(world, result.imbalance),
         }

@@ -10,7 +10,6 @@ micro-batches, is the gradient of the mean loss per predicted token, however une
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringflash.data.batches import Batch
 from ringflash.data.packing import IGNORE
@@ -29,64 +28,10 @@ from ringflash.mask import IntervalMask
 from ringflash.models import windows_of_layers
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
+from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.world import World
 
 Layouts = Callable[[IntervalMask], Layout]
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule."""
-
-    steps: int = 100
-    """Optimizer steps of the whole run."""
-
-    batch: int = 1
-    """Sequences of a step, over all replicas and micro-batches."""
-
-    micro_batch: int = 1
-    """Sequences that a ring processes at once; the rest of its share is accumulated."""
-
-    lr: float = 3e-4
-    """Peak learning rate; it warms up linearly from 0 and falls along a cosine."""
-
-    warmup: int = 10
-    """Steps of warm-up."""
-
-    final_lr: float = 0.1
-    """Learning rate at the last step, as a part of the peak."""
-
-    beta1: float = 0.9
-    """AdamW's decay rate of the first moment."""
-
-    beta2: float = 0.95
-    """AdamW's decay rate of the second moment."""
-
-    weight_decay: float = 0.1
-    """AdamW's decoupled weight decay."""
-
-    clip: float = 1.0
-    """Gradient norm above which gradients are scaled down; 0: never."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
-        for name in ("lr", "warmup", "final_lr", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and finite")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and below 1")
-
-    def accumulation(self, replicas: int) -> int:
-        """Micro-batches of a step. Raises ConfigError where the batch does not divide."""
-        if self.batch % (replicas * self.micro_batch):
-            raise ConfigError(
-                f"optim.batch={self.batch} is not a multiple of {replicas} replicas "
-                f"x optim.micro_batch={self.micro_batch}"
-            )
-        return self.batch // (replicas * self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -137,7 +82,7 @@ def build_engine(
     kernel: str = "auto",
     deterministic: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, with AdamW and the schedule.
+    """The model under DeepSpeed, with AdamW and its schedule.
 
     Raises ConfigError for bf16 at ZeRO 0 with accumulation: DeepSpeed would sum the micro-batches' gradients in bf16.
     """
@@ -152,14 +97,11 @@ def build_engine(
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(verbose=False)
     trained = TrainedModel(model, memory, kernel, deterministic)
-    optimizer = torch.optim.AdamW(_decayed(trained, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2))
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, optim.warmup, optim.steps, min_lr_rate=optim.final_lr
-    )
+    whole_fp32 = memory.zero == 0 and not bf16
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.clip,
+        "gradient_clipping": 0.0 if whole_fp32 else optim.clip,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "bf16" if bf16 and memory.zero == 0 else "fp32"},
         "bf16": {"enabled": bf16},
@@ -167,7 +109,12 @@ def build_engine(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    engine, *_ = deepspeed.initialize(model=trained, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+    engine, *_ = deepspeed.initialize(
+        model=trained, optimizer=build_optimizer(trained, optim, whole_fp32), config=settings
+    )
+    if bf16 and memory.zero == 0:
+        start_moments(engine)
+    engine.learning_rate = optim.learning_rate
     return engine
 
 
@@ -175,11 +122,14 @@ class StepResult(NamedTuple):
     """What a step came to.
 
     loss, pairs: float64 scalars, alike on all ranks: the mean loss per predicted token, and the (query, key) pairs that
-    attention computed, over all sequences and layers. imbalance: how far the busiest rank of this ring is above the
-    mean in pairs, in the worst micro-batch.
+    attention computed, over all sequences and layers. gradient_norm: of all weights, before clipping; not finite where
+    the update was skipped. learning_rate: the one of this step. imbalance: how far the busiest rank of this ring is
+    above the mean in pairs, in the worst micro-batch.
     """
 
     loss: Tensor
+    gradient_norm: Tensor | float
+    learning_rate: float
     pairs: Tensor
     imbalance: float
 
@@ -204,18 +154,25 @@ def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layou
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, shares: list[Share], world: World) -> StepResult:
-    """Run one optimizer step on what `prepare` made of it."""
+    """Run one optimizer step on what `prepare` made of it.
+
+    The update is skipped, on all ranks alike, if the gradient norm or a micro-batch's loss on any rank is not finite.
+    """
     valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs, _ in shares)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    learning_rate = engine.learning_rate(engine.global_steps + 1)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
     for inputs, _ in shares:
         loss = engine(**inputs)
-        engine.backward(loss * (world.size / valid), scale_wrt_gas=False)
+        # 0 * loss: a loss that is not finite makes the gradients NaN, where they might be finite, without a host sync.
+        engine.backward(loss * (world.size / valid + 0 * loss.detach()), scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
     mine = torch.tensor([pairs for _, pairs in shares], dtype=torch.float64, device=world.device)
     neighbours = 1 if world.ulysses is None else world.ulysses.size  # they compute the same pairs, for other heads
     loss, computed = world.sum(torch.stack([total / valid, mine.sum() / neighbours]))
-    return StepResult(loss, computed, _imbalance(mine, world))
+    return StepResult(loss, engine.get_global_grad_norm(), learning_rate, computed, _imbalance(mine, world))
 
 
 def _pairs(config: PreTrainedConfig, plan: AttentionPlan) -> int:
@@ -257,12 +214,3 @@ def _shard(batch: Batch, world: World, layout_for: Layouts) -> dict:
         "position_ids": plan.position_ids(len(batch.tokens)),
         "plan": plan,
     }
-
-
-def _decayed(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices, which decay, and vectors (norms), which do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
