@@ -1,4 +1,4 @@
-"""Watch: what attention waits for; how long, for the metrics; and who says what when a ring stands still.
+"""Watch: what a rank waits for; how long, for the metrics; and what each rank reports if a ring hop hangs.
 
 A rank that hangs leaves all others waiting, in a hop of the ring or an exchange of heads, without a word. The watch is
 a thread that looks at the oldest wait under way. When none has ended for `limit` seconds it tells the other ranks
@@ -10,7 +10,11 @@ through their store, and every rank says where it is:
 
 then all end. A layer never blocks for the watch: on CUDA two events frame each wait on the compute stream, and the
 thread asks whether they have passed. Nor does the watch block for the store, which may be on the rank that hangs: a
-second thread asks it.
+second thread asks it. If the store is gone, so is the launcher or the rank that held it, and this rank ends too.
+
+Work that has no limit (tokenising, saving) ends nothing; every half minute the second thread reports it:
+
+    ringflash: rank 1, step 0: waits for rank 0 since 30 s: tokenising data.path=books
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ import torch.distributed as dist
 
 POLL = 0.25  # seconds between two looks
 LAST_WORDS = 3.0  # seconds between what a rank says and its end: launchers end all ranks as soon as one leaves
+REPORT = 30.0  # seconds between two reports of work without a limit
+GRACE = 10.0  # seconds that a rank has to end by itself once another has failed
 _KEY = "ringflash/stands-still"
 
 Kind = Literal["ring", "ulysses"]
@@ -80,19 +86,44 @@ class _Wait:
         return self.on_gpu is not None and self.queued and self.on_gpu[1].query()
 
 
+class Meeting(Protocol):
+    """Ranks that work without a limit, and wait for each other; both methods may ask the store."""
+
+    def report(self) -> str | None:
+        """What this rank does, such as "waits for rank 0"; None where another rank reports."""
+
+    def failed(self) -> bool:
+        """Whether a rank has failed, so that not all will come."""
+
+
+@dataclass(eq=False)
+class _Work:
+    what: str
+    meeting: Meeting
+    begun: float
+    due: float
+
+
 class Watch:
     """The waits of one process, of which ring and Ulysses tell it. `step` is the caller's to set.
 
     limit: seconds; rank: this process's in the run, as users know it; store: the run's, or None for a process alone;
-    end: what ends the process once all has been said.
+    end: what ends the process once all has been said; ends_with_store: whether that is called too when the store is
+    gone, for a caller that closes the watch before the store may leave.
     """
 
     def __init__(
-        self, limit: float, rank: int = 0, store: dist.Store | None = None, end: Callable[[], None] | None = None
+        self,
+        limit: float,
+        rank: int = 0,
+        store: dist.Store | None = None,
+        end: Callable[[], None] | None = None,
+        ends_with_store: bool = False,
     ) -> None:
         self.limit, self.rank, self.step = limit, rank, 0
-        self._store, self._end = store, end or (lambda: os._exit(1))
+        self._store, self._end, self._ends_with_store = store, end or (lambda: os._exit(1)), ends_with_store
         self._waits: deque[_Wait] = deque()
+        self._work: _Work | None = None
         self._moved = time.monotonic()
         self._last = "no layer yet"
         self._traffic: dict[Kind, Traffic] = {"ring": Traffic(), "ulysses": Traffic()}
@@ -102,7 +133,8 @@ class Watch:
         self._told = threading.Event()
         threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True).start()
         if store is not None:
-            threading.Thread(target=self._listen, args=(store,), name="ring-watch-store", daemon=True).start()
+            self._listener = threading.Thread(target=self._listen, args=(store,), name="ring-watch-store", daemon=True)
+            self._listener.start()
 
     def wait(
         self, works: Sequence[Work], kind: Kind, about: str, pending: Callable[[], Pending], size: int,
@@ -138,6 +170,16 @@ class Watch:
     def meeting(self, about: str, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
         """While entered, the host waits for other ranks to come; that is no traffic, and counted nowhere."""
         return self._host_waits(_Wait(about, pending))
+
+    @contextmanager
+    def without_limit(self, what: str, meeting: Meeting) -> Iterator[None]:
+        """While entered, `what` is reported every REPORT seconds, and ended only if a rank has failed."""
+        now = time.monotonic()
+        self._work, before = _Work(what, meeting, now, now + REPORT), self._work
+        try:
+            yield
+        finally:
+            self._work = before
 
     @contextmanager
     def _host_waits(self, wait: _Wait) -> Iterator[None]:
@@ -216,16 +258,43 @@ class Watch:
             threading.Thread(target=self._store.set, args=(_KEY, "1"), daemon=True).start()
 
     def _listen(self, store: dist.Store) -> None:
-        """Ask whether another rank has found the ring standing still, for as long as there is a store."""
+        """Look after work without a limit; end if another rank has found a hop that hangs, or the store is gone."""
         while not self._closed.wait(POLL):
             try:
+                if (work := self._work) is not None:
+                    self._look_after(work)
                 if store.check([_KEY]):
                     self._told.set()
                     return
-            except dist.DistNetworkError:  # it went with the rank that held it
+            except dist.DistNetworkError:
+                if self._ends_with_store:
+                    self._end_without_store()
                 return
             except RuntimeError:
                 continue
+
+    def _look_after(self, work: _Work) -> None:
+        """Report it once that is due. End where a rank has failed and this one is in a collective with it."""
+        if work.meeting.failed():
+            if not self._closed.wait(GRACE) and self._work is work:
+                self._end()
+            return
+        now = time.monotonic()
+        if now < work.due:
+            return
+        work.due = now + REPORT
+        words = work.meeting.report()
+        if words is not None and self._work is work:
+            words = f"rank {self.rank}, step {self.step}: {words} since {now - work.begun:.0f} s: {work.what}"
+            print(f"\nringflash: {words}", file=sys.stderr, flush=True)
+
+    def _end_without_store(self) -> None:
+        """The launcher, or the rank that held the store, has ended: nobody would end this rank."""
+        if self._closed.wait(LAST_WORDS):  # it left at the end of a complete run
+            return
+        words = "the run's store is gone: its launcher, or the rank that held it, has ended"
+        print(f"\nringflash: rank {self.rank}, step {self.step}: ends: {words}", file=sys.stderr, flush=True)
+        self._end()
 
     def where(self) -> str:
         """Rank, step, and what the rank waits for."""

@@ -57,21 +57,23 @@ def save(
     """
     path = folder / f"step-{step:08d}"
     aside = path.with_name(path.name + PARTIAL)
-    if world.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
-    dist.barrier()
-    files = _gathered(_digests(aside, _share(aside, world)), world)
-    if world.is_first:
-        manifest = {"step": step, **_grid(world), "settings": _bound(settings or {}), "files": files}
-        _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(aside, path)
-        for old in [other for other in _written(folder) if other != path][keep - 1 :]:
-            shutil.rmtree(old)
-    dist.barrier()
+    with world.own_pace(f"deleting what is left of {aside}"):
+        if world.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    with world.own_pace(f"writing {path}"):
+        engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
+    with world.own_pace(f"reading {path} for its digests"):
+        digests = _digests(aside, _share(aside, world))
+    files = _gathered(digests, world)
+    with world.own_pace(f"renaming {path} into place, and deleting older checkpoints"):
+        if world.is_first:
+            manifest = {"step": step, **_grid(world), "settings": _bound(settings or {}), "files": files}
+            _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(aside, path)
+            for old in [other for other in _written(folder) if other != path][keep - 1 :]:
+                shutil.rmtree(old)
     return path
 
 
@@ -85,7 +87,8 @@ def resume(
     """
     written = world.share(_written(folder))
     for path in written:
-        fault = _fault(path, world)
+        with world.own_pace(f"reading {path} for its digests"):
+            fault = _fault(path, world)
         if fault is not None:
             if world.is_first:
                 say(f"{path} is not sound ({fault}); going back to the one before")
@@ -101,7 +104,8 @@ def resume(
                     f"many, or start anew from its exported weights (model.path)"
                 )
         _check_settings(path, manifest["settings"], _bound(settings or {}))
-        engine.load_checkpoint(str(path), tag=STATE)
+        with world.own_pace(f"loading {path}"):
+            engine.load_checkpoint(str(path), tag=STATE)
         if world.is_first:
             say(f"resumed from {path}")
         return manifest["step"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import deepspeed
-import torch.distributed as dist
 import transformers
 from transformers import PreTrainedTokenizerBase
 
@@ -20,10 +19,12 @@ def export(engine: deepspeed.DeepSpeedEngine, folder: Path, tokenizer: PreTraine
     model = engine.module.model
     # ZeRO 3 holds a part of each weight on each rank; rank 0 needs them whole.
     parameters = list(model.parameters()) if engine.zero_optimization_partition_weights() else []
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+    with (
+        world.own_pace(f"exporting {folder}"),
+        deepspeed.zero.GatheredParameters(parameters, modifier_rank=None),
+    ):
         if world.is_first:
             transformers.utils.logging.disable_progress_bar()
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    dist.barrier()
     return folder

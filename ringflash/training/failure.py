@@ -22,7 +22,7 @@ from ringflash.errors import ConfigError
 
 PATIENCE = 5.0  # seconds that a silent rank leaves to the one that speaks
 
-_KEY = "ringflash/first-failure"
+_KEY, _WORDS = "ringflash/first-failure", "ringflash/first-failure/words"
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _end(130)
     except Exception as error:
-        if not _is_first():
+        if not claim(error):
             # The launcher ends all ranks as soon as one leaves: the one that speaks must have finished by then.
             time.sleep(PATIENCE)
             if dist.is_initialized():
@@ -46,7 +46,7 @@ def one_line() -> Iterator[None]:
         _end(1)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """The line: a ConfigError's own words, or the rank, the kind of error and what it says."""
     words = " ".join(str(error).split())
     if isinstance(error, ConfigError):
@@ -64,16 +64,27 @@ def _tell_torchrun(words: str) -> None:
         Path(file).write_text(json.dumps({"message": {"message": words, "extraInfo": extra}}))
 
 
-def _is_first() -> bool:
-    """Whether this rank is to speak: the first to fail; before ranks can reach each other rank 0, which fails alike."""
+def claim(error: BaseException) -> bool:
+    """Whether this rank reports its error: the first to fail does, which the others learn from the store.
+
+    Before ranks can reach each other that is rank 0, which fails alike.
+    """
     rank = _rank()
     if not dist.is_initialized():
         return rank == "0"
     try:
         store = dist.distributed_c10d._get_default_store()
-        return store.compare_set(_KEY, "", rank) == rank.encode()
+        mine = store.compare_set(_KEY, "", rank) == rank.encode()
+        if mine:
+            store.set(_WORDS, describe(error).removeprefix("ringflash: "))
     except Exception:  # the store went with the rank that held it: better two lines than none
         return True
+    return mine
+
+
+def first(store: dist.Store) -> str | None:
+    """What the rank that failed first reports, if any rank has failed."""
+    return store.get(_WORDS).decode() if store.check([_WORDS]) else None
 
 
 def _rank() -> str:

@@ -52,9 +52,11 @@ def fit(config: Config, resolved: str) -> None:
     check_kernel(config.model, model_config, world.device)
     torch.manual_seed(config.seed)
 
-    tokenizer = load_tokenizer(config.data)
+    source = f"path={config.model.path}" if config.model.path else "architecture"
+    with world.own_pace(f"building the model of model.{source}"):
+        tokenizer = load_tokenizer(config.data)
+        model = build_model(config.model)  # first, so that a broken folder is found before hours of tokenising
     training, held_out = _corpora(config, world)
-    model = build_model(config.model)
     _check_vocabulary(config, training, model.config.vocab_size)
     _check_length(config, training, *([held_out] if config.data.held_out else []))
     ranks_per_node = world.share(ranks_here())  # all ranks of a ring must choose alike, also where machines differ
@@ -63,7 +65,10 @@ def fit(config: Config, resolved: str) -> None:
         parallel, model_config, length, world.ring.size, ranks_per_node, lambda why: log.say(why) if log else None
     )
     speed = _Speed(model, config, world)
-    engine = build_engine(model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic)
+    with world.own_pace("giving the model to DeepSpeed"):
+        engine = build_engine(
+            model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic
+        )
     settings = yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest  # so that a run is not resumed on other text of the same name
     folder = _run_folder(config, world)
@@ -71,11 +76,12 @@ def fit(config: Config, resolved: str) -> None:
     if start > config.optim.steps:
         raise ConfigError(f"optim.steps={config.optim.steps} is less than the {start} steps that {folder} has done")
 
-    if world.is_first:
-        (folder / "config.yaml").write_text(resolved)
-        carrier = f"parallel: a ring of {world.ring.size}, its messages by {world.ring.carrier}"
-        print(*filter(None, [speed.summary(), why, carrier if world.ring.size > 1 else None]), sep="\n", flush=True)
-        log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
+    with world.own_pace(f"opening {folder} and wandb's run"):
+        if world.is_first:
+            (folder / "config.yaml").write_text(resolved)
+            carrier = f"parallel: a ring of {world.ring.size}, its messages by {world.ring.carrier}"
+            print(*filter(None, [speed.summary(), why, carrier if world.ring.size > 1 else None]), sep="\n", flush=True)
+            log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
     share = config.optim.batch // world.replicas
     batches = stream(
         training,
@@ -116,29 +122,35 @@ def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, star
         checkpoint.save(engine, folder / "checkpoints", config.optim.steps, world, config.checkpoint.keep, settings)
     exported = export(engine, folder / "model", tokenizer, world)
     loss = _held_out_loss(engine, held_out, config, world, layout_for) if config.data.held_out else None
-    if log is not None:
-        entropy, told = None, ""
-        if loss is not None:
-            entropy = held_out.unigram_entropy()
-            if start < config.optim.steps:
-                log.log(config.optim.steps, {"held_out_loss": loss, "unigram_entropy": entropy})
-            told = (
-                f"held-out loss     {loss:.4f} nats per token\n"
-                f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context\n"
-            )
-        log.close()
-        print(
-            f"{told}"
-            f"model             {exported}\n"
-            f"loss plot         {metrics.plot(folder, entropy)}\n"
-            f"metrics           {log.path}\n"
-            f"checkpoints       {folder / 'checkpoints'}\n"
-            f"configuration     {folder / 'config.yaml'}",
-            flush=True,
-        )
+    with world.own_pace("finishing the loss plot and wandb's run"):
+        if log is not None:
+            _conclude(log, folder, exported, held_out, loss, config.optim.steps if start < config.optim.steps else None)
     world.watch.close()  # before any rank, and the store with it, is gone
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _conclude(log: metrics.Metrics, folder: Path, exported: Path, held_out, loss: float | None, step: int | None):
+    """The last record, of `step` if it was reached just now, the plot, and what there is to be seen where."""
+    entropy, told = None, ""
+    if loss is not None:
+        entropy = held_out.unigram_entropy()
+        if step is not None:
+            log.log(step, {"held_out_loss": loss, "unigram_entropy": entropy})
+        told = (
+            f"held-out loss     {loss:.4f} nats per token\n"
+            f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context\n"
+        )
+    log.close()
+    print(
+        f"{told}"
+        f"model             {exported}\n"
+        f"loss plot         {metrics.plot(folder, entropy)}\n"
+        f"metrics           {log.path}\n"
+        f"checkpoints       {folder / 'checkpoints'}\n"
+        f"configuration     {folder / 'config.yaml'}",
+        flush=True,
+    )
 
 
 class _Speed:
@@ -209,10 +221,11 @@ def _held_out_loss(engine, corpus: TokenCorpus, config: Config, world: World, la
 
 def _corpora(config: Config, world: World) -> tuple[TokenCorpus, TokenCorpus]:
     """Training and held-out documents; rank 0 tokenises, the others wait and then find it done."""
-    if world.is_first:
-        load_corpus(config.data)
-    dist.barrier()
-    return load_corpus(config.data)
+    with world.own_pace(f"tokenising data.path={config.data.path}"):
+        if world.is_first:
+            load_corpus(config.data)
+    with world.own_pace(f"reading the tokens of data.path={config.data.path} in data.cache={config.data.cache}"):
+        return load_corpus(config.data)
 
 
 def _check_vocabulary(config: Config, corpus: TokenCorpus, vocab_size: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,6 +25,7 @@ from ringflash.errors import ConfigError
 from ringflash.ring.transport import ProcessRing
 from ringflash.ring.ulysses import Ulysses
 from ringflash.ring.watch import Watch
+from ringflash.training.own_pace import own_pace
 from ringflash.training.parallel import ParallelConfig
 
 
@@ -59,6 +61,17 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def own_pace(self, what: str) -> AbstractContextManager[None]:
+        """Entered by all ranks around work of some, which takes as long as it takes; left once all are done.
+
+            with world.own_pace(f"tokenising data.path={path}"):
+                if world.is_first:
+                    tokenise()
+
+        Nothing inside reaches parallel.timeout_minutes. Raises OtherRankError where another rank failed.
+        """
+        return own_pace(what, self.rank, self.size, self.watch)
 
 
 def ranks_here() -> int:
@@ -98,7 +111,8 @@ def join(config: ParallelConfig) -> World:
     grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
-    watch = Watch(config.hop_timeout_seconds, rank, dist.distributed_c10d._get_default_store())
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watch(config.hop_timeout_seconds, rank, store, ends_with_store=True)
     return World(
         rank, ranks, device, watch,
         ring=ProcessRing(ring, device, watch, config.transport),

@@ -1,0 +1,106 @@
+"""Work without a limit: one rank, or each its share, takes as long as it takes, and all others wait for it.
+
+A barrier would give up after the group's timeout. Here a rank that is done asks the store for the others:
+
+    ringflash/own-pace/of-RANK      how many of these RANK has entered, so that ranks count alike
+    ringflash/own-pace/N/RANK       RANK has done its part of the N-th
+    ringflash/own-pace/N/all        all have
+
+While it waits, the watch reports for whom and for what. If a rank fails, the others raise OtherRankError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ringflash.ring.watch import Watch
+from ringflash.training import failure
+
+FIRST_PAUSE, LONGEST_PAUSE = 1e-3, 0.25  # seconds between two questions to the store
+NAMED = 4  # ranks that a report names at most
+NO_LIMIT = timedelta(days=365)
+
+_PREFIX = "ringflash/own-pace"
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed first; the message is its own."""
+
+
+@contextlib.contextmanager
+def own_pace(what: str, rank: int, size: int, watch: Watch) -> Iterator[None]:
+    """`World.own_pace`, whose docstring says what it does, of this rank out of `size`."""
+    store = dist.distributed_c10d._get_default_store()
+    meeting = _Meeting(store, f"{_PREFIX}/{store.add(f'{_PREFIX}/of-{rank}', 1)}", rank, size)
+    with watch.without_limit(what, meeting), _collectives_without_limit():
+        try:
+            yield
+        except BaseException as error:
+            failure.claim(error)
+            raise
+        meeting.arrive()
+        meeting.wait()
+
+
+@dataclass
+class _Meeting:
+    """All ranks, which arrive one after another when their work is done."""
+
+    store: dist.Store
+    key: str
+    rank: int
+    size: int
+    place: int = 0  # in the order of arrivals, from 1 on; 0: not yet
+
+    def arrive(self) -> None:
+        self.store.set(f"{self.key}/{self.rank}", "")
+        self.place = self.store.add(f"{self.key}/arrived", 1)
+        if self.place == self.size:
+            self.store.set(f"{self.key}/all", "")
+
+    def wait(self) -> None:
+        """Wait for all, without a limit. Raises OtherRankError."""
+        pause = FIRST_PAUSE
+        while not self.store.check([f"{self.key}/all"]):
+            if (words := failure.first(self.store)) is not None:
+                raise OtherRankError(words)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        self.store.delete_key(f"{self.key}/{self.rank}")  # of the many meetings of a long run
+
+    def failed(self) -> bool:
+        return failure.first(self.store) is not None
+
+    def report(self) -> str | None:
+        """Who is waited for, from the rank that arrived first; before any did, from rank 0."""
+        if self.place == 1:
+            missing = (rank for rank in range(self.size) if not self.store.check([f"{self.key}/{rank}"]))
+            named = list(itertools.islice(missing, NAMED + 1))
+            more = " and others" if len(named) > NAMED else ""
+            return f"waits for {' and '.join(f'rank {rank}' for rank in named[:NAMED])}{more}" if named else None
+        nobody = self.place == 0 and self.rank == 0 and not self.store.check([f"{self.key}/arrived"])
+        return "is at work" if nobody else None
+
+
+@contextlib.contextmanager
+def _collectives_without_limit() -> Iterator[None]:
+    """No collective gives up while entered, for those inside what others do, such as DeepSpeed's when it saves."""
+    groups = {
+        group: group._get_backend(device).options._timeout
+        for group in list(dist.distributed_c10d._world.pg_map)
+        for device in group._device_types[:1]
+    }
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(NO_LIMIT, group)
+    try:
+        yield
+    finally:
+        for group, timeout in groups.items():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
