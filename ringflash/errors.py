@@ -1,4 +1,4 @@
-"""What ringflash raises when a setting cannot work."""
+"""What ringflash raises when a setting cannot work, or when training has diverged."""
 
 
 class ConfigError(ValueError):
@@ -6,4 +6,11 @@ class ConfigError(ValueError):
 
     The message is one line for the user: it names the key (or the file), the value it has, and what is possible.
     The trainer prints it alone, without a traceback.
+    """
+
+
+class DivergedError(ArithmeticError):
+    """Training has diverged: losses, gradients or weights are not finite.
+
+    The message is one line for the user. All ranks raise it alike, and the trainer prints it without a traceback.
     """

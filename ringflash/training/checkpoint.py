@@ -21,6 +21,7 @@ import deepspeed
 import torch.distributed as dist
 
 from ringflash.errors import ConfigError
+from ringflash.training.divergence import check_weights
 from ringflash.training.world import World
 
 STATE = "state"
@@ -53,9 +54,11 @@ def save(
 ) -> Path:
     """Write the state after `step` steps under `folder`; all ranks call it. Returns the checkpoint's path.
 
-    keep: how many stay, this one included; settings: the run's, nested, which a resumed run must share.
+    keep: how many stay, this one included; settings: the run's, nested, which a resumed run must share. Raises
+    DivergedError, and leaves the earlier checkpoints, where a weight is not finite.
     """
     path = folder / f"step-{step:08d}"
+    check_weights(engine, world, path)
     aside = path.with_name(path.name + PARTIAL)
     with world.own_pace(f"deleting what is left of {aside}"):
         if world.is_first:

@@ -1,7 +1,7 @@
 """How a run fails: one clear line, from one rank, and an exit code that is not 0.
 
-Errors come in two kinds. A setting that cannot work (ConfigError) meets every rank alike: one of them says so. Anything
-else may strike one rank while the others wait for it in the ring; the first to fail says who and why, with its
+Errors come in two kinds. A setting that cannot work and a run that diverges meet every rank alike: one reports it.
+Anything else may strike one rank while the others wait for it in the ring; the first to fail says who and why, with its
 traceback above, and the others, whose transfers then break, stay silent.
 """
 
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, DivergedError
 
+ALIKE = (ConfigError, DivergedError)  # what every rank meets: one line is enough
 PATIENCE = 5.0  # seconds that a silent rank leaves to the one that speaks
 
 _KEY, _WORDS = "ringflash/first-failure", "ringflash/first-failure/words"
@@ -39,7 +40,7 @@ def one_line() -> Iterator[None]:
             if dist.is_initialized():
                 _tell_torchrun(f"rank {_rank()} stopped: another rank failed first")
                 _end(1)
-        if not isinstance(error, ConfigError):
+        if not isinstance(error, ALIKE):
             traceback.print_exc()
         print(describe(error), file=sys.stderr, flush=True)
         _tell_torchrun(describe(error))
@@ -47,9 +48,9 @@ def one_line() -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """The line: a ConfigError's own words, or the rank, the kind of error and what it says."""
+    """The line: the message of an error that all ranks meet alike, or the rank, the kind of error and its message."""
     words = " ".join(str(error).split())
-    if isinstance(error, ConfigError):
+    if isinstance(error, ALIKE):
         return f"ringflash: {words}"
     where = traceback.extract_tb(error.__traceback__)[-1:] if not words else []
     words = words or " ".join(f"in {frame.name}, {frame.filename}:{frame.lineno}" for frame in where)

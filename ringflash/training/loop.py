@@ -21,6 +21,7 @@ from ringflash.models import build_model, check_kernel, read_config
 from ringflash.ring.cost import peak_flops
 from ringflash.training import checkpoint, flops, metrics
 from ringflash.training.config import Config
+from ringflash.training.divergence import Divergence
 from ringflash.training.export import export
 from ringflash.training.parallel import layouts, settle
 from ringflash.training.step import Layouts, build_engine, evaluate, prepare, train_step
@@ -82,6 +83,7 @@ def fit(config: Config, resolved: str) -> None:
             carrier = f"parallel: a ring of {world.ring.size}, its messages by {world.ring.carrier}"
             print(*filter(None, [speed.summary(), why, carrier if world.ring.size > 1 else None]), sep="\n", flush=True)
             log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
+    divergence = Divergence(world, log)
     share = config.optim.batch // world.replicas
     batches = stream(
         training,
@@ -110,18 +112,19 @@ def fit(config: Config, resolved: str) -> None:
         if log is not None:
             log.log(step, record)
             log.show(step, record)
-        if _due(step, config.checkpoint.every):
+        if divergence.finite(step, record) and _due(step, config.checkpoint.every):
             checkpoint.save(engine, folder / "checkpoints", step, world, config.checkpoint.keep, settings)
     batches.close()
-    _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log, settings)
+    _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log, settings, divergence)
 
 
-def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log, settings) -> None:
+def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log, settings, divergence) -> None:
     """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
+    loss = _held_out_loss(engine, held_out, config, world, layout_for) if config.data.held_out else None
+    divergence.check_end(config.optim.steps, loss)
     if start < config.optim.steps and not _due(config.optim.steps, config.checkpoint.every):
         checkpoint.save(engine, folder / "checkpoints", config.optim.steps, world, config.checkpoint.keep, settings)
     exported = export(engine, folder / "model", tokenizer, world)
-    loss = _held_out_loss(engine, held_out, config, world, layout_for) if config.data.held_out else None
     with world.own_pace("finishing the loss plot and wandb's run"):
         if log is not None:
             _conclude(log, folder, exported, held_out, loss, config.optim.steps if start < config.optim.steps else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import secrets
 from dataclasses import dataclass
@@ -41,14 +42,17 @@ class Metrics:
     def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], start: int, steps: int) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read(self.path) if line["step"] <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.path.write_text("".join(_json(line) for line in kept))
         self._file = self.path.open("a", buffering=1)
         self._wandb = None if config.mode == "disabled" else _wandb_run(config, folder, settings)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def log(self, step: int, record: dict[str, float]) -> None:
-        """Keep a record of `step`. Names are those of metrics.jsonl and wandb alike."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        """Keep a record of `step`. Names are those of metrics.jsonl and wandb alike.
+
+        What is not finite is null in metrics.jsonl, since JSON has no NaN; wandb takes it as it is.
+        """
+        self._file.write(_json({"step": step, **record}))
         if self._wandb is not None:
             self._wandb.log(record, step=step)
 
@@ -65,16 +69,22 @@ class Metrics:
         """A line above the progress bar."""
         self._bar.write(message)
 
-    def close(self) -> None:
-        """Finish the file, the bar and the wandb run."""
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the file, the bar and the wandb run, which shows whether the run succeeded: exit code 0."""
         self._bar.close()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=exit_code)
 
 
-def read(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl; a line that a killed run left incomplete is passed over."""
+def _json(record: dict[str, Any]) -> str:
+    """A record's line."""
+    finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl: None is what was not finite; a line that a killed run cut short is skipped."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -92,7 +102,7 @@ def plot(folder: Path, unigram: float | None) -> Path:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, style in (("loss", {"linewidth": 1}), ("held_out_loss", {"marker": "o", "markersize": 4})):
-        points = [(r["step"], r[name]) for r in records if name in r]
+        points = [(r["step"], math.nan if r[name] is None else r[name]) for r in records if name in r]
         if points:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", "-").replace("-loss", " loss"), **style)
     if unigram is not None:

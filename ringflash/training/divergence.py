@@ -1,0 +1,81 @@
+"""Divergence: steps whose figures are not finite, and weights that are not.
+
+`train_step` makes no update where the loss or the gradient norm is not finite. Such a step is reported and writes no
+checkpoint, and a few of them in a row end the run. All ranks see the same figures, so they decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.utils import has_inf_or_nan
+from torch import Tensor
+
+from ringflash.errors import DivergedError
+from ringflash.training.metrics import Metrics
+from ringflash.training.world import World
+
+LIMIT = 3  # steps in a row: one may be a single bad batch, three are the weights
+WATCHED = ("loss", "gradient_norm", "held_out_loss")
+ADVICE = "a lower optim.lr, a longer optim.warmup or a lower optim.clip may keep it from diverging"
+
+
+class Divergence:
+    """The steps in a row, up to now, whose figures are not finite. log: the run's, on rank 0."""
+
+    def __init__(self, world: World, log: Metrics | None) -> None:
+        self.world, self.log = world, log
+        self.in_a_row = 0
+
+    def finite(self, step: int, record: dict[str, float]) -> bool:
+        """Whether the step's figures are finite; reports those that are not. Raises DivergedError after LIMIT steps."""
+        faults = _faults(record)
+        self.in_a_row = self.in_a_row + 1 if faults else 0
+        if not faults:
+            return True
+        told = f"step {step}: {faults}: {self.in_a_row} of {LIMIT} steps in a row that end the run"
+        if self.in_a_row == LIMIT:
+            self._end(told)
+        if self.log is not None:
+            self.log.say(told)
+        return False
+
+    def check_end(self, step: int, held_out: float | None) -> None:
+        """Raise DivergedError where the last step or the loss after it is not finite: no such model is written."""
+        record = {} if held_out is None else {"held_out_loss": held_out}
+        faults = _faults(record)
+        if faults and self.log is not None:
+            self.log.log(step, record)
+        if self.in_a_row or faults:
+            self._end(f"step {step}, the last: {faults or 'its loss or gradient norm is not finite'}")
+
+    def _end(self, told: str) -> None:
+        # The launcher ends all ranks as soon as one leaves: rank 0 must have finished.
+        with self.world.own_pace("finishing wandb's run"):
+            if self.log is not None:
+                self.log.close(exit_code=1)
+        raise DivergedError(f"{told}; the newest checkpoint is of a step before; {ADVICE}")
+
+
+def check_weights(engine: deepspeed.DeepSpeedEngine, world: World, file: object) -> None:
+    """Raise DivergedError, on every rank, where a weight is not finite, instead of writing `file`."""
+    found = torch.stack([has_inf_or_nan(_held(p, world)) for p in engine.module.parameters()]).any()
+    if world.max(found.float()).item():
+        raise DivergedError(f"{file} is not written: the weights are not finite; {ADVICE}")
+
+
+def _held(p: Any, world: World) -> Tensor:
+    """What this rank has of a parameter; at ZeRO 3 its part, without the padding, which is never written."""
+    if not hasattr(p, "ds_tensor"):
+        return p.detach()
+    size = p.ds_tensor.numel()
+    return p.ds_tensor.detach()[: max(0, min(size, p.ds_numel - size * world.rank))]
+
+
+def _faults(record: dict[str, float]) -> str:
+    """Those of the WATCHED figures that are not finite, with their values."""
+    faults = {name: record[name] for name in WATCHED if not math.isfinite(record.get(name, 0.0))}
+    return ", ".join(f"{name.replace('_', ' ').replace('held out', 'held-out')} {x}" for name, x in faults.items())

@@ -1,0 +1,201 @@
+"""Figures that are not finite are reported, change no weight, replace no checkpoint, and end the run."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ringflash.errors import ConfigError, DivergedError
+from ringflash.layout import Layout
+from ringflash.training import checkpoint, failure, metrics
+from ringflash.training.divergence import LIMIT, Divergence
+from ringflash.training.export import export
+from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, prepare, train_step
+from tests.pool import RankError
+from tests.training.test_optimizer import SETTINGS, fit_on_ranks, weights_of
+from tests.training.test_step import LENGTH, build, joined, sequences
+
+
+def strict(path):
+    """The records, read by JSON's own rules."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+# -- a step
+
+
+def loss_of_one_rank(engine, world):
+    """On rank 1 the loss is NaN and every gradient is finite."""
+    hook = engine.module.register_forward_hook(lambda _, inputs, loss: loss + (math.nan if world.rank == 1 else 0))
+    return hook.remove
+
+
+def gradient_of_one_rank(engine, world):
+    """On rank 1 the loss is finite, and one weight's gradient is not."""
+    weight = next(p for name, p in engine.module.named_parameters() if "q_proj" in name)
+    return weight.register_hook(lambda g: g * (math.inf if world.rank == 1 else 1)).remove
+
+
+def steps_on_ranks(zero, dtype, accumulation):
+    """Two steps, with two between them that are not finite or that are left out; losses, norms and weights of both."""
+    world = joined(None)
+    found = []
+    for poisons in ((loss_of_one_rank, gradient_of_one_rank), ()):
+        optim = OptimConfig(steps=4, batch=6, micro_batch=6 // accumulation, warmup=0)
+        engine = build_engine(build("llama").to(dtype), optim, MemoryConfig(zero=zero), world)
+        layout = Layout.zigzag(LENGTH, world.size)
+
+        def step(engine=engine, layout=layout):
+            result = train_step(engine, prepare(engine, sequences("full"), world, lambda mask: layout), world)
+            return result.loss.item(), float(result.gradient_norm), result.learning_rate
+
+        records = [step()]
+        for poison in poisons:
+            cure = poison(engine, world)
+            records.append(step())
+            cure()
+        if not poisons:
+            engine.global_steps += 2
+        records.append(step())
+        found.append((records, weights_of(engine)))
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, zero, dtype):
+    accumulation = 1 if zero == 0 and dtype == torch.bfloat16 else 2
+    for (poisoned, weights), (clean, exact) in ranks.run(steps_on_ranks, 2, zero, dtype, accumulation):
+        first, nan_loss, infinite_norm, last = poisoned
+        assert math.isnan(nan_loss[0])
+        assert not math.isfinite(nan_loss[1])
+        assert math.isfinite(infinite_norm[0])
+        assert not math.isfinite(infinite_norm[1])
+        assert [first, last] == clean
+        assert all(weights[name].equal(x) for name, x in exact.items())
+
+
+def writing_on_ranks(folder, zero):
+    """What saving and exporting say of a weight that is not finite on its last row."""
+    world, said = joined(None), []
+    engine = build_engine(build("llama"), OptimConfig(), MemoryConfig(zero=zero), world)
+    checkpoint.save(engine, folder, 1, world, 1)
+    broken = next(p for name, p in engine.module.named_parameters() if "down_proj" in name)
+    held = getattr(broken, "ds_tensor", broken)
+    if world.rank == world.size - 1 or held is broken:
+        held.data.view(-1)[-1] = math.inf
+    for write in (
+        lambda: checkpoint.save(engine, folder, 1, world, 1),
+        lambda: export(engine, folder / "model", None, world),
+    ):
+        try:
+            write()
+        except DivergedError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(ranks, tmp_path, zero):
+    for said in ranks.run(writing_on_ranks, 2, tmp_path, zero):
+        assert len(said) == 2
+        for file, line in zip(("step-00000001", "model"), said, strict=True):
+            assert line.startswith(f"{tmp_path / file} is not written: the weights are not finite; ")
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert (tmp_path / "step-00000001" / "manifest.json").exists()
+
+
+# -- a run
+
+
+def diverging(ranks, text, *settings):
+    """How a run of two ranks ends, and what it leaves."""
+    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs", "name=diverging"]
+    with pytest.raises(RankError) as error:
+        ranks.run(fit_on_ranks, 2, [*SETTINGS, *paths, "checkpoint.every=1", "optim.warmup=0", *settings])
+    folder = text.parent / "runs" / "diverging"
+    assert not (folder / "model").exists()
+    return str(error.value), strict(folder / "metrics.jsonl"), sorted(p.name for p in folder.glob("checkpoints/*"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [0, 2])
+def test_three_steps_in_a_row_end_the_run_with_the_last_checkpoint_before_them(ranks, text, zero):
+    settings = ["optim.lr=1e15", "optim.steps=9", "data.held_out=0.3", "evaluation.every=3", f"memory.zero={zero}"]
+    error, records, checkpoints = diverging(ranks, text, *settings)
+    assert error.count("DivergedError: step 4: loss nan, gradient norm ") == 2
+    assert "3 of 3 steps in a row that end the run; the newest checkpoint is of a step before; " in error
+    assert [(r["step"], r["loss"] is None, r["gradient_norm"] is None) for r in records] == [
+        (1, False, False), (2, True, True), (3, True, True), (4, True, True),
+    ]  # fmt: skip
+    assert records[2]["held_out_loss"] is None
+    assert checkpoints == ["step-00000001"]
+
+
+@pytest.mark.ranks
+def test_a_run_that_ends_on_such_a_step_or_after_it_writes_no_model(ranks, text):
+    error, records, _ = diverging(ranks, text, "optim.lr=1e15", "optim.steps=2")
+    assert "step 2, the last: its loss or gradient norm is not finite; the newest checkpoint is of a step" in error
+    assert [r["loss"] is None for r in records] == [False, True]
+
+
+@pytest.mark.ranks
+def test_a_run_whose_last_update_breaks_the_held_out_loss_writes_no_model(ranks, text):
+    error, records, _ = diverging(ranks, text, "optim.lr=1e15", "optim.steps=1", "data.held_out=0.3")
+    assert "step 1, the last: held-out loss nan; " in error
+    assert records[-1]["held_out_loss"] is None
+
+
+# -- its parts
+
+
+def test_a_finite_step_in_between_starts_the_count_again():
+    divergence = Divergence(None, None)
+    good, bad = {"loss": 1.0, "gradient_norm": 2.0}, {"loss": 1.0, "gradient_norm": math.inf, "held_out_loss": 3.0}
+    for step in range(20):
+        record = good if step % LIMIT == 0 else bad
+        assert divergence.finite(step, record) == (record is good)
+
+
+def test_metrics_are_json_for_strict_readers_and_wandb_has_them_too(tmp_path, monkeypatch):
+    class Recorded(list):
+        def log(self, record, step):
+            self.append((step, record))
+
+        def finish(self, exit_code):
+            self.append(exit_code)
+
+    wandb = Recorded()
+    monkeypatch.setattr(metrics, "_wandb_run", lambda *_: wandb)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')  # of an earlier release
+    log = metrics.Metrics(metrics.LoggerConfig(), tmp_path, {}, 1, 3)
+    log.log(2, {"loss": -math.inf, "lr": 1e-3, "ring_hops": 4})
+    log.log(3, {"loss": 2.0, "held_out_loss": math.nan})
+    log.close(exit_code=1)
+    assert strict(log.path) == [
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": None, "lr": 1e-3, "ring_hops": 4},
+        {"step": 3, "loss": 2.0, "held_out_loss": None},
+    ]
+    assert wandb[0] == (2, {"loss": -math.inf, "lr": 1e-3, "ring_hops": 4})
+    assert math.isnan(wandb[1][1]["held_out_loss"])
+    assert wandb[2] == 1
+    assert metrics.plot(tmp_path, 3.0).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DivergedError])
+def test_what_all_ranks_meet_alike_is_one_line_and_exit_code_1(monkeypatch, capsys, kind):
+    codes = []
+    monkeypatch.setattr(failure, "_end", codes.append)
+    monkeypatch.setenv("RANK", "0")
+    with failure.one_line():
+        raise kind("step 4: loss nan")
+    assert codes == [1]
+    assert capsys.readouterr().err == "ringflash: step 4: loss nan\n"
