@@ -26,8 +26,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import cast
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,6 +102,7 @@ class IntervalMask:
     @classmethod
     def full(cls, length: int) -> IntervalMask:
         """Every query sees every key."""
+        length = tokens("length", length)
         return cls(torch.zeros(1, length, dtype=torch.int64), torch.full((1, length), length), length)
 
     @classmethod
@@ -111,35 +113,32 @@ class IntervalMask:
     @classmethod
     def window(cls, length: int, left: int, right: int = 0) -> IntervalMask:
         """Query i sees keys i - left .. i + right. A transformers ``sliding_window`` of W is ``left=W - 1``."""
-        if left < 0 or right < 0:
-            raise ValueError(f"a window reaches back and ahead by 0 or more, got left={left}, right={right}")
+        length = tokens("length", length)
+        left, right = (min(tokens(name, reach), length) for name, reach in (("left", left), ("right", right)))
         i = torch.arange(length)
         return cls((i - left).clamp(min=0)[None], (i + right + 1).clamp(max=length)[None], length)
 
     @classmethod
     def prefix(cls, length: int, prefix: int) -> IntervalMask:
         """Causal, but the first `prefix` tokens see each other both ways."""
-        if not 0 <= prefix <= length:
+        length = tokens("length", length)
+        if (prefix := tokens("prefix", prefix)) > length:
             raise ValueError(f"prefix must lie in 0..{length}, got {prefix}")
         return cls(
             torch.zeros(1, length, dtype=torch.int64), (torch.arange(length) + 1).clamp(min=prefix)[None], length
         )
 
     @classmethod
-    def documents(cls, lengths: Sequence[int] | Sequence[Sequence[int]], length: int | None = None) -> IntervalMask:
+    def documents(cls, lengths: Any, length: int | None = None) -> IntervalMask:
         """Each token sees its own document only.
 
-        lengths: the documents' token counts, in order; a list of such lists where batch rows differ. length: the
-        sequence's, by default the longest row's sum; tokens past a row's last document see nothing.
+        lengths: the documents' token counts, in order, as a list, an array or a tensor of integers; a list of such, or
+        two dimensions, where batch rows differ. length: the sequence's, by default the longest row's sum; tokens past
+        a row's last document see nothing.
         """
-        if not isinstance(lengths, Sequence):
-            raise TypeError(f"document lengths must be a list of ints, or a list of such lists, got {lengths!r:.200}")
-        alike = not lengths or isinstance(lengths[0], Integral)
-        rows = cast(Sequence[Sequence[int]], [lengths] if alike else lengths)
-        if any(count < 0 for row in rows for count in row):
-            raise ValueError(f"document lengths must not be negative, got {lengths}")
-        longest = max(sum(map(int, row)) for row in rows)
-        length = longest if length is None else length
+        rows, _ = document_rows(lengths)
+        longest = max(map(sum, rows))
+        length = longest if length is None else tokens("length", length)
         if longest > length:
             raise ValueError(f"documents hold {longest} tokens, more than the sequence's {length}")
         bounds = [_document_bounds(torch.tensor(row, dtype=torch.int64), length) for row in rows]
@@ -148,8 +147,8 @@ class IntervalMask:
     @classmethod
     def chunked(cls, length: int, chunk: int) -> IntervalMask:
         """Each token sees its own chunk of `chunk` tokens (chunked attention is this and causal)."""
-        if chunk < 1:
-            raise ValueError(f"chunk must be 1 or more, got {chunk}")
+        length = tokens("length", length)
+        chunk = min(tokens("chunk", chunk, least=1), max(length, 1))
         first = torch.arange(length) // chunk * chunk
         return cls(first[None], (first + chunk).clamp(max=length)[None], length)
 
@@ -157,6 +156,13 @@ class IntervalMask:
 
     def __and__(self, other: IntervalMask) -> IntervalMask:
         """What both masks show."""
+        if not isinstance(other, IntervalMask):
+            raise TypeError(f"an IntervalMask intersects with another one, got {type(other).__name__}")
+        if self.batch != other.batch and 1 not in (self.batch, other.batch):
+            raise ValueError(
+                f"masks of {self.batch} and {other.batch} batch rows do not intersect: they must have as many, or one "
+                f"of them 1, which stands for all"
+            )
         if (self.queries, self.keys) != (other.queries, other.keys):
             raise ValueError(
                 f"masks of {self.queries} x {self.keys} and {other.queries} x {other.keys} do not intersect"
@@ -170,11 +176,10 @@ class IntervalMask:
         The `first` tokens of a sequence, or a document, that every window shows besides are StreamingLLM's attention
         sinks (arXiv:2309.17453). The masks share no pair: attention is over their union.
         """
+        left, first = (min(tokens(name, x), self.queries) for name, x in (("left", left), ("first", first)))
         near = self & IntervalMask.window(self.queries, left)
         if first == 0:
             return (near,)
-        if first < 0:
-            raise ValueError(f"a window shows 0 or more first tokens, got first={first}")
         before = (torch.arange(self.queries) - left).clamp(min=0)
         end = torch.minimum(torch.minimum(self.lo + first, before), self.hi)
         return near, IntervalMask(self.lo, torch.maximum(self.lo, end), self.keys)
@@ -207,6 +212,12 @@ class IntervalMask:
     @property
     def batch(self) -> int:
         return self.lo.shape[0]
+
+    def divides(self) -> Tensor:
+        """Where a document begins: no pair of the mask lies across that place. Booleans [B|1, S] of a square mask."""
+        i = torch.arange(self.queries)
+        before = torch.nn.functional.pad(self.hi[:, :-1], (1, 0))
+        return (self.lo >= i) & (before <= i)
 
     def area(self) -> int:
         """The number of visible (query, key) pairs, summed over the batch rows the mask tells apart."""
@@ -249,6 +260,42 @@ class IntervalMask:
     def __str__(self) -> str:
         rows = ["".join("#" if seen else "." for seen in row) for row in self.dense()[0].tolist()]
         return "\n".join(rows)
+
+
+def tokens(name: str, count: Any, least: int = 0) -> int:
+    """`count` as an int. Raises TypeError or ValueError, in the name of the argument, if it is no number of tokens."""
+    if not isinstance(count, Integral) or isinstance(count, bool):
+        raise TypeError(f"{name} must be a whole number of tokens, got {name}={count!r:.100}")
+    if count < least:
+        raise ValueError(f"{name} must be {least} or more tokens, got {name}={count}")
+    return int(count)
+
+
+def document_rows(documents: Any) -> tuple[list[list[int]], bool]:
+    """Token counts of documents as one list per batch row, and whether they were given for all rows at once.
+
+    Raises TypeError for what holds anything but integers, ValueError for negative ones.
+    """
+    given = _as_list(documents)
+    alike = isinstance(given, list) and not any(isinstance(_as_list(x), list) for x in given)
+    rows: list[Any] = [given] if alike else [_as_list(x) for x in given] if isinstance(given, list) else []
+    counts = [[_as_list(x) for x in row] for row in rows if isinstance(row, list)]
+    whole = all(isinstance(x, Integral) and not isinstance(x, bool) for row in counts for x in row)
+    if not rows or len(counts) < len(rows) or not whole:
+        raise TypeError(
+            f"documents must be a list of ints, or a list of such lists, one per batch row (arrays and tensors of "
+            f"integers too), got {documents!r:.200}"
+        )
+    if any(x < 0 for row in counts for x in row):
+        raise ValueError(f"document lengths must not be negative, got {documents!r:.200}")
+    return [[int(x) for x in row] for row in counts], alike
+
+
+def _as_list(x: Any) -> Any:
+    """Sequences, arrays and tensors as lists, and their scalars as Python's; anything else as it is."""
+    if isinstance(x, Tensor | np.ndarray | np.generic):
+        return x.tolist()
+    return list(x) if isinstance(x, Sequence) and not isinstance(x, str) else x
 
 
 def _document_bounds(lengths: Tensor, length: int) -> tuple[Tensor, Tensor]:

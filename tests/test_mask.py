@@ -67,13 +67,17 @@ def test_intervals_hold_the_mask_and_its_transpose_as_int32(case):
     [
         (lambda: IntervalMask(torch.tensor([[0, 2, 1]]), torch.tensor([[3, 3, 3]]), 3), "lo must not decrease"),
         (lambda: IntervalMask(torch.tensor([[2]]), torch.tensor([[1]]), 3), "lo must not exceed hi"),
-        (lambda: IntervalMask.causal(8).windowed(3, first=-1), "0 or more first tokens, got first=-1"),
+        (lambda: IntervalMask.causal(8).windowed(3, first=-1), "first must be 0 or more tokens, got first=-1"),
         (lambda: IntervalMask(torch.tensor([[0]]), torch.tensor([[4]]), 3), r"hi must lie in 0\.\.3, got 4"),
         (lambda: IntervalMask.documents([5, 4], length=8), "documents hold 9 tokens, more than the sequence's 8"),
         (lambda: IntervalMask.documents([5, -1]), "must not be negative"),
         (lambda: IntervalMask.window(8, left=-1), "left=-1"),
         (lambda: IntervalMask.prefix(8, 9), "got 9"),
-        (lambda: IntervalMask.chunked(8, 0), "got 0"),
+        (lambda: IntervalMask.chunked(8, 0), "chunk must be 1 or more tokens, got chunk=0"),
+        (lambda: IntervalMask.prefix(8, -1), "prefix must be 0 or more tokens, got prefix=-1"),
+        (lambda: IntervalMask.causal(-8), "length must be 0 or more tokens, got length=-8"),
+        (lambda: IntervalMask.documents(np.array([5, -1])), "must not be negative"),
+        (lambda: IntervalMask.documents([[1], [2]]) & IntervalMask.documents([[2]] * 3), "masks of 2 and 3 batch rows"),
         (lambda: IntervalMask.causal(8) & IntervalMask.causal(7), "8 x 8 and 7 x 7"),
     ],
 )
@@ -115,8 +119,67 @@ def test_a_documents_tiles_follow_one_another_and_the_longest_document_comes_fir
     assert x.key_order[128].tiles.tolist() == [[2, 3, 4, 5, 6, 7, 8, 0, 1]]
 
 
-def test_document_lengths_may_be_numpys_and_a_tensor_is_refused_by_name():
-    counts = list(np.array([120, 200], np.uint8))  # whose sum is 64
+@pytest.mark.parametrize("huge", [2**63 - 1, 2**63, 2**70])
+def test_a_reach_beyond_every_integer_of_the_machine_is_the_whole_sequence(huge):
+    full, causal = IntervalMask.full(9).dense(), IntervalMask.causal(9)
+    assert torch.equal(IntervalMask.window(9, huge, huge).dense(), full)
+    assert torch.equal(IntervalMask.window(9, huge).dense(), causal.dense())
+    assert torch.equal(IntervalMask.chunked(9, huge).dense(), full)
+    assert torch.equal(causal.windowed(huge, first=2)[0].dense(), causal.dense())
+    near, before = causal.windowed(2, first=huge)
+    assert torch.equal(near.dense() | before.dense(), causal.dense())
+
+
+@pytest.mark.parametrize("count", [2.0, True, "2", None, torch.tensor(2.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: IntervalMask.causal(n), lambda n: IntervalMask.window(8, n), lambda n: IntervalMask.window(8, 1, n),
+        lambda n: IntervalMask.prefix(8, n), lambda n: IntervalMask.chunked(8, n), lambda n: IntervalMask.full(n),
+        lambda n: IntervalMask.causal(8).windowed(n), lambda n: IntervalMask.causal(8).windowed(1, first=n),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_of_tokens_is_refused_by_the_arguments_name(make, count):
+    with pytest.raises(
+        TypeError, match=r"(length|left|right|prefix|chunk|first) must be a whole number of tokens, got"
+    ):
+        make(count)
+
+
+def test_a_mask_and_something_else_do_not_intersect():
+    with pytest.raises(TypeError, match="intersects with another one, got Tensor"):
+        IntervalMask.causal(3) & torch.ones(3, 3)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        list(np.array([120, 200], np.uint8)),  # whose sum is 64
+        np.array([120, 200], np.uint8), torch.tensor([120, 200]), [torch.tensor(120), 200], [np.array([120, 200])],
+        torch.tensor([[120, 200]]), ((120, 200),), [120, 0, 200],
+    ],
+)  # fmt: skip
+def test_document_lengths_may_be_numpys_or_tensors(counts):
     assert torch.equal(IntervalMask.documents(counts).dense(), IntervalMask.documents([120, 200]).dense())
-    with pytest.raises(TypeError, match=r"document lengths must be a list of ints, .*, got tensor\(\[3, 5\]\)"):
-        IntervalMask.documents(torch.tensor([3, 5]))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [3, None, "35", [3.0, 5.0], torch.tensor([3.0]), np.array([3.5]), [True], torch.tensor([True]), [3, [5]], [[3.0]],
+     torch.tensor(3), [[[3]]], {3: 5}],
+)  # fmt: skip
+def test_document_lengths_that_are_no_integers_are_refused(counts):
+    with pytest.raises(TypeError, match=r"documents must be a list of ints, or a list of such lists, .*, got "):
+        IntervalMask.documents(counts)
+
+
+@given(st.data(), st.integers(1, 40))
+def test_no_pair_lies_across_the_beginning_of_a_document(data, length):
+    mask, _ = data.draw(masks(length))
+    dense = mask.dense()
+    for row, divides in enumerate(mask.divides().tolist()):
+        for place, begins in enumerate(divides):
+            across = dense[row, place:, :place].any() or dense[row, :place, place:].any()
+            assert not (begins and across)
+    documents = IntervalMask.causal(length) & IntervalMask.documents([1] * (length // 2) + [length - length // 2])
+    assert documents.divides()[0].nonzero().flatten().tolist() == [*range(length // 2 + 1)]

@@ -34,14 +34,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from itertools import combinations
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask, Intervals
+from ringflash.mask import IntervalMask, Intervals, tokens
 from ringflash.ring.runs import Run, Runs
 
 if TYPE_CHECKING:
@@ -163,10 +162,7 @@ class AttentionPlan:
                 raise ValueError(
                     f"a mask of {mask.queries} x {mask.keys} does not fit a layout of {self.layout.length} tokens"
                 )
-        if not isinstance(self.first, Integral):
-            raise TypeError(f"first must be a number of tokens, got {self.first!r:.100}")
-        if self.first < 0:
-            raise ValueError(f"first must be 0 or more tokens, got {self.first}")
+        tokens("first", self.first)
         if self.layout.ranks != self.ring.size:
             raise ValueError(f"a layout for {self.layout.ranks} ranks does not fit a ring of {self.ring.size}")
         for a, b in combinations(self.masks, 2):
@@ -199,6 +195,7 @@ class AttentionPlan:
                 f"a plan of {len(self.masks)} masks cannot be limited to windows of {left + 1}: for layers with "
                 f"windows that show first tokens besides, give one mask and first=N"
             )
+        left = min(tokens("left", left), self.layout.length)
         if left not in self._windows:
             masks = self.masks[0].windowed(left, self.first)
             self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
@@ -220,16 +217,27 @@ class AttentionPlan:
         return [s for s, hops in enumerate(self.hops) if hops[i].intervals]
 
     def shard(self, x: Tensor, padding: float = 0) -> Tensor:
-        """The tokens held here of x [B, length, ...]: [local ranks * B, n, ...], on the ring's device."""
+        """The tokens held here of x [B, length, ...]: [local ranks * B, n, ...], on the ring's device.
+
+        Raises ValueError for another length than the plan's, or another batch than its masks'.
+        """
+        if x.dim() < 2 or self.batch not in (1, len(x)):
+            raise ValueError(f"a plan of {self.batch} batch rows and {self.layout.length} tokens got {[*x.shape]}")
         shards = [self.tokens.shard(x, rank, padding=padding) for rank in self.holders]
         return torch.cat(shards).to(self.ring.device, non_blocking=True)
 
-    def position_ids(self, batch: int = 1) -> Tensor:
-        """Global position of each token held here, int64 [local ranks * batch, n], on the ring's device.
+    def position_ids(self, batch: int | None = None) -> Tensor:
+        """Position in its document of each token held here, int64 [local ranks * batch, n], on the ring's device.
 
-        Called where a step's inputs are made, so that no layer waits for what is sent to the device.
+        RoPE sees differences of positions only, and in fp32 loses digits where they are large: so they begin again with
+        each document. Tokens past the sequence's end have its positions. batch: rows of the inputs, by default those
+        that the masks tell apart. Called where a step's inputs are made, so that no layer waits for what is sent to
+        the device. Raises ValueError for another batch than the masks'.
         """
-        return self.places[0, :: self.batch].repeat_interleave(batch, dim=0)
+        rows = self.batch if batch is None else batch
+        if rows < 1 or self.batch not in (1, rows):
+            raise ValueError(f"a plan whose masks have {self.batch} batch rows does not fit a batch of {rows}")
+        return self.places[1].repeat_interleave(rows // self.batch, dim=0)
 
     @functools.cached_property
     def arrives(self) -> tuple[bool, bool]:
@@ -239,17 +247,17 @@ class AttentionPlan:
 
     @functools.cached_property
     def places(self) -> Tensor:
-        """Where each token held is in the sequence, and how far before it the earliest that it sees is.
+        """Where each token held is in the sequence, and where in its document.
 
-        The latter is its place in its document, where no window hides the beginning. int64 [2, local ranks * batch, n],
-        on the ring's device.
+        A document begins where no pair of the masks lies across. int64 [2, local ranks * batch, n], on the ring's
+        device.
         """
-        lo = torch.stack([mask.lo.expand(self.batch, -1) for mask in self.masks]).amin(0)
-        seen_before = (torch.arange(self.layout.length) - lo).clamp(min=0)
-        positions = torch.stack([self.tokens.positions(rank) for rank in self.holders])
-        in_document = torch.cat([self.tokens.shard(seen_before, rank) for rank in self.holders])
-        both = torch.stack([positions.repeat_interleave(self.batch, dim=0), in_document])
-        return both.to(self.ring.device, non_blocking=True)
+        divides = functools.reduce(torch.logical_and, (mask.divides().expand(self.batch, -1) for mask in self.masks))
+        begins = torch.where(divides, torch.arange(self.layout.length), 0).cummax(1).values
+        in_sequence = torch.stack([self.tokens.positions(rank) for rank in self.holders])
+        in_sequence = in_sequence.repeat_interleave(self.batch, dim=0)
+        in_document = in_sequence - torch.cat([self.tokens.shard(begins, rank) for rank in self.holders])
+        return torch.stack([in_sequence, in_document]).to(self.ring.device, non_blocking=True)
 
     def __str__(self) -> str:
         cells = [[self._summary(s, hop) for hop in hops] for s, hops in enumerate(self.hops)]

@@ -196,15 +196,59 @@ def test_position_ids_are_global_and_in_shard_order():
     assert plan.position_ids(batch=2).tolist() == [[0, 1, 6, 7]] * 2 + [[2, 3, 4, 5]] * 2
 
 
+def test_position_ids_count_from_the_beginning_of_each_document():
+    mask = IntervalMask.causal(8) & IntervalMask.documents([[3, 5], [8]])
+    plan = AttentionPlan(mask, Layout.zigzag(8, 2), Loopback(2))
+    assert plan.position_ids().tolist() == [[0, 1, 3, 4], [0, 1, 6, 7], [2, 0, 1, 2], [2, 3, 4, 5]]
+    one = AttentionPlan(IntervalMask.causal(8) & IntervalMask.documents([3, 5]), Layout.zigzag(8, 2), Loopback(2))
+    assert one.position_ids(batch=2).tolist() == [[0, 1, 3, 4]] * 2 + [[2, 0, 1, 2]] * 2
+
+
+def test_a_window_in_the_mask_does_not_shorten_positions():
+    mask = IntervalMask.causal(8) & IntervalMask.documents([3, 5]) & IntervalMask.window(8, left=1)
+    plan = AttentionPlan(mask, Layout.contiguous(8, 1), Loopback(1))
+    assert plan.position_ids().tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda plan: plan.position_ids(batch=3), "masks have 2 batch rows does not fit a batch of 3"),
+        (lambda plan: plan.position_ids(batch=0), "does not fit a batch of 0"),
+        (lambda plan: plan.shard(torch.ones(3, 8)), r"plan of 2 batch rows and 8 tokens got \[3, 8\]"),
+        (lambda plan: plan.shard(torch.ones(8)), r"plan of 2 batch rows and 8 tokens got \[8\]"),
+        (lambda plan: plan.shard(torch.ones(2, 9)), r"must hold the sequence's 8 tokens, got \[2, 9\]"),
+        (lambda plan: plan.window(-1), "left must be 0 or more tokens, got left=-1"),
+        (lambda plan: plan.window(1.0), r"left must be a whole number of tokens, got left=1\.0"),
+    ],
+)
+def test_a_plan_for_another_batch_length_or_window_is_refused(use, message):
+    mask = IntervalMask.causal(8) & IntervalMask.documents([[3, 5], [8]])
+    with pytest.raises((ValueError, TypeError), match=message):
+        use(AttentionPlan(mask, Layout.zigzag(8, 2), Loopback(2)))
+
+
+def test_masks_of_other_batch_rows_are_refused():
+    masks = (IntervalMask.documents([[4], [4]]), IntervalMask.documents([[4]] * 3))
+    with pytest.raises(ValueError, match="masks of 2 and 3 batch rows do not intersect"):
+        AttentionPlan(masks, Layout.contiguous(4, 1), Loopback(1))
+
+
+def test_a_window_longer_than_any_sequence_is_one_plan_of_the_whole():
+    plan = AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2))
+    assert plan.window(2**63 - 1) is plan.window(2**70)
+    assert torch.equal(plan.window(2**63 - 1).masks[0].dense(), plan.masks[0].dense())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(9, 2), Loopback(2)), "8 x 8 does not fit"),
         (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(3)), "2 ranks .* ring of 3"),
-        (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), first=-1), "first must .* -1"),
+        (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), first=-1), "first must .*=-1"),
         (
             lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), first=0.5),
-            "first must .* 0.5",
+            "first must .*=0.5",
         ),
         (lambda: AttentionPlan("causal", Layout.zigzag(8, 2), Loopback(2)), "mask must be an .* got 'causal'"),
         (lambda: AttentionPlan((), Layout.zigzag(8, 2), Loopback(2)), r"mask must be an .* got \(\)"),
