@@ -13,14 +13,16 @@ the ranks that live here, and runs on either.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ringflash.ring.peers import Awaited, Peers, peers_of
 from ringflash.ring.watch import Pending, Watch
@@ -140,6 +142,7 @@ class ProcessRing:
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
+        self.process = Process.this()
         self.group: dist.ProcessGroup = group or dist.distributed_c10d._get_default_group()
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
@@ -164,7 +167,8 @@ class ProcessRing:
         return self._peers.inbox(about, self.watch)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
-        """Sends and receives, in flight until waited for."""
+        """Sends and receives, in flight until waited for. Raises RuntimeError in a fork of this process."""
+        self.process.check()
         size = sum(m.tensor.nbytes for m in incoming)
         works = (self._peers.exchange if self._peers else self._through_group)(outgoing, incoming)
         return _InFlight(works, self.watch, about, size, self.device) if works else _Done()
@@ -185,6 +189,35 @@ class ProcessRing:
         else:
             concerned = [Pending(tuple(dict.fromkeys(coming)), tuple(dict.fromkeys(sent)))]
         return list(zip(works, concerned, strict=True))
+
+
+@dataclass(frozen=True)
+class Process:
+    """The process that joined a group: another one (a fork, a DataLoader's worker) would hang in its collectives."""
+
+    id: int
+
+    @classmethod
+    def this(cls) -> Process:
+        """The one that runs. Raises RuntimeError in a DataLoader's worker."""
+        here = cls(os.getpid())
+        here.check()
+        return here
+
+    def check(self) -> None:
+        """Raise RuntimeError in any other process."""
+        if self.id != os.getpid() or get_worker_info() is not None:
+            raise RuntimeError(
+                f"process {os.getpid()} (a fork, or a DataLoader's worker) cannot exchange anything with the ranks of "
+                f"a ring: have workers load whole sequences, and call ring_inputs where the model is called, or set "
+                f"num_workers=0 (Trainer: dataloader_num_workers=0)"
+            )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a ring cannot be copied or sent to another process, such as a DataLoader's worker: call ring_inputs where "
+            "the model is called, or set num_workers=0 (Trainer: dataloader_num_workers=0)"
+        )
 
 
 class _Done:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringflash.ring.transport import Process
 from ringflash.ring.watch import Pending, Watch
 
 
@@ -28,6 +29,7 @@ class Ulysses:
     """
 
     def __init__(self, group: dist.ProcessGroup, watch: Watch | None = None) -> None:
+        self.process = Process.this()
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
@@ -57,6 +59,7 @@ class Ulysses:
 
     def _exchange(self, x: Tensor, about: str) -> Tensor:
         """Entry r of x [size, ...] goes to rank r, and what comes from it takes its place; nothing hides this."""
+        self.process.check()
         outgoing = x.contiguous()
         incoming = torch.empty_like(outgoing)
         work = dist.all_to_all_single(incoming, outgoing, group=self.group, async_op=True)
