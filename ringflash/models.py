@@ -18,30 +18,32 @@ import contextlib
 import difflib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 from transformers.modeling_utils import AttentionInterface
 
 from ringflash import kernels
 from ringflash.errors import ConfigError
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask
+from ringflash.mask import IntervalMask, document_rows, tokens
+from ringflash.model_checks import check_call
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Heads, Machine, fastest
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.recompute import keep_attention
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 from ringflash.ring.ulysses import Ulysses
+from ringflash.ring_mask import RingMask
 
 # Architectures whose training is tested against their own sdpa attention.
 ARCHITECTURES = ("gemma2", "gpt_oss", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
@@ -51,6 +53,10 @@ DTYPES = {
     "fp32": torch.float32,
 }
 
+_BIDIRECTIONAL = (
+    "is_causal=False is not supported on the ring: ring_inputs makes causal plans, and tokens would not see those "
+    "after them; load a causal model, or train this one without a ring"
+)
 _IGNORE = -100  # the label that transformers' loss skips
 _REFUSED = -1  # no checksum: what a rank was given does not fit
 # What transformers passes to every attention function and what does not change attention.
@@ -123,27 +129,20 @@ def ring_attention_forward(
 
     Raises ValueError naming what it does not support, or `plan` where it is missing.
     """
-    if plan is None:
+    _check_layer(module, attention_mask, dropout, unknown)
+    if not isinstance(plan, AttentionPlan):
         raise ValueError(
-            'attn_implementation="ring" needs plan=..., an AttentionPlan; ringflash.models.ring_inputs makes the inputs'
+            f'attn_implementation="ring" needs plan=, an AttentionPlan, got {plan!r:.100}: call the model with what '
+            f"ringflash.models.ring_inputs returns; to generate, or to use it without a ring, load it with "
+            f'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
         )
-    config = getattr(module, "config", None)
-    if config is not None and (reason := refusal(config, unknown.pop("output_router_logits", None))) is not None:
-        raise ValueError(f"config.{reason}")
-    if attention_mask is not None:
-        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom")
-    if dropout:
-        raise ValueError(f"attention_dropout={dropout} is not supported by ring attention; set it to 0")
-    refused = {name: value for name, value in unknown.items() if name not in _HARMLESS and value is not None}
-    if refused:
-        name, value = next(iter(refused.items()))
-        raise ValueError(f"{name}={value!r} is not supported by ring attention: it may change who sees whom")
-    if unknown.get("output_attentions"):
-        raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
-    if getattr(module, "layer_idx", 0) == 0 and (position_ids := unknown.get("position_ids")) is not None:
-        _check_positions(position_ids, plan)
+    if getattr(module, "layer_idx", 0) == 0:
+        mask = attention_mask if isinstance(attention_mask, RingMask) else None
+        check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
+        if (position_ids := unknown.get("position_ids")) is not None:
+            _check_positions(position_ids, plan)
     if sliding_window is not None:
-        plan = plan.window(sliding_window - 1)
+        plan = plan.window(tokens("sliding_window", sliding_window, least=1) - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:  # rotated in fp32, projected not
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
@@ -154,15 +153,40 @@ def ring_attention_forward(
     return out, None
 
 
+def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dropout: float, unknown: dict) -> None:
+    """Refuse what a layer is, or is asked for in unknown keywords, that would come out wrong on shards."""
+    config = getattr(module, "config", None)
+    if config is not None and (reason := refusal(config, unknown.pop("output_router_logits", None))) is not None:
+        raise ValueError(f"config.{reason}")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(_BIDIRECTIONAL)
+    if attention_mask is not None and not isinstance(attention_mask, RingMask):
+        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom")
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout} is not supported by ring attention; set it to 0")
+    refused = {name: value for name, value in unknown.items() if name not in _HARMLESS and value is not None}
+    if refused:
+        name, value = next(iter(refused.items()))
+        raise ValueError(f"{name}={value!r} is not supported by ring attention: it may change who sees whom")
+    if unknown.get("output_attentions"):
+        raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
+
+
 def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
     """Refuse positions that are neither the sequence's nor a document's own, such as those that transformers makes up
     for lack of any, counted from 0 on every shard.
 
     On a GPU the comparison is left to the device, which stops the program: nothing waits for it here.
     """
-    told = "position_ids must count from the beginning of the sequence (plan.position_ids) or of each document"
-    known = plan.places.shape[1]
-    of_sequence, of_document = plan.places.repeat_interleave(max(1, len(position_ids) // known), dim=1)
+    told = "position_ids must count from the beginning of each document (plan.position_ids) or of the sequence"
+    rows, ranks, places = len(position_ids), len(plan.ring.local), plan.places
+    fits = rows == 1 or (rows % ranks == 0 and plan.batch in (1, rows // ranks))
+    if not fits or position_ids.shape[-1] != places.shape[-1]:
+        raise ValueError(
+            f"position_ids {[*position_ids.shape]} do not fit the plan, of {ranks} local ranks, {plan.batch} batch "
+            f"rows and {places.shape[-1]} tokens per shard: a plan is for the inputs that it was made with"
+        )
+    of_sequence, of_document = places.repeat_interleave(max(1, rows // places.shape[1]), dim=1)
     past_end = of_sequence >= plan.layout.length
     right = ((position_ids == of_sequence) | (position_ids == of_document) | past_end).all()
     if right.is_cuda:
@@ -171,17 +195,40 @@ def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
         raise ValueError(told)
 
 
-def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """transformers builds no mask; one that hides tokens is refused, since nothing here would honour it."""
+def _ring_mask(
+    *args: Any,
+    attention_mask: Tensor | RingMask | None = None,
+    config: PreTrainedConfig | None = None,
+    mask_function: Callable | None = None,
+    batch_size: int,
+    q_length: int,
+    **kwargs: Any,
+) -> RingMask | None:
+    """The mask that transformers gives to layers: that of ring_inputs, so that a layer off the ring refuses it.
+
+    transformers builds none. One that hides tokens is refused, since nothing here would honour it.
+    """
+    if config is not None and (reason := refusal(config, router_logits=False)) is not None:
+        raise ValueError(f"config.{reason}")
+    if mask_function is bidirectional_mask_function:
+        raise ValueError(_BIDIRECTIONAL)
+    if isinstance(attention_mask, RingMask):
+        if attention_mask.shape != (shape := torch.Size([batch_size, q_length])):
+            raise ValueError(
+                f"a model's input of {[*shape]} does not fit the others, which ring_inputs made for "
+                f"{[*attention_mask.shape]}: each batch needs a plan of its own, and prompts cannot be put in front"
+            )
+        return attention_mask
     if attention_mask is not None and not bool(attention_mask.all()):
         hidden = int((~attention_mask.bool()).sum())
         raise ValueError(
             f"attention_mask hides {hidden} tokens: padding masks are not supported; pack documents instead of padding"
         )
+    return None
 
 
 AttentionInterface.register("ring", ring_attention_forward)
-AttentionMaskInterface.register("ring", _no_mask)
+AttentionMaskInterface.register("ring", _ring_mask)
 
 
 _enable_checkpointing = PreTrainedModel.gradient_checkpointing_enable
@@ -214,35 +261,38 @@ PreTrainedModel.gradient_checkpointing_enable = _keep_attention_in_checkpoints  
 
 
 def ring_inputs(
-    input_ids: Tensor,
-    labels: Tensor | None = None,
+    input_ids: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | None = None,
     *,
     ring: Ring,
     ulysses: Ulysses | None = None,
-    documents: list[list[int]] | list[int] | None = None,
+    documents: Sequence[Any] | np.ndarray | Tensor | None = None,
     first: int = 0,
     layout: str = "zigzag",
     config: PreTrainedConfig | None = None,
 ) -> dict[str, Any]:
     """This rank's keyword arguments for a causal language model's forward, from whole sequences.
 
-    input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted. documents: token counts
-    of packed documents, one list or one a row, that sum to S; no token sees or predicts another document's. Any S will
-    do for any ring. first: how many of a document's first tokens layers
-    with a sliding window see besides it. layout: "contiguous", "zigzag", "striped", "balanced", "gathered", or "auto",
-    the one with the least predicted time for these documents and the layers of `config`, the model's.
+    input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted; any S will do for any
+    ring. documents: token counts of packed documents that sum to S, one list or one per row (arrays and tensors of
+    integers too); no token sees or predicts another document's, and positions begin again with each.
+    first: how many of a document's first tokens layers with a sliding window see besides it.
+    layout: "contiguous", "zigzag", "striped", "balanced", "gathered", or "auto", the one with the least predicted time
+    for these documents and the layers of `config`, the model's.
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
     A collective: every rank of the ring calls it, and none while another thread uses the ring. Raises ValueError or
     TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and, for the
-    others not to wait in vain, where another rank's do not fit.
+    others not to wait in vain, where another rank's do not fit. Raises RuntimeError in a DataLoader's worker.
     """
     if not hasattr(ring, "exchange"):
         raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
     shared = [group for group in (ring, ulysses) if isinstance(group, ProcessRing | Ulysses)]
+    for group in shared:
+        group.process.check()
     try:
-        _check_tokens(input_ids, labels)
+        input_ids, labels = _checked_tokens(input_ids, labels)
         rows, length = input_ids.shape
         document = _documents_mask(documents, rows, length)
         mask = IntervalMask.causal(length) & document
@@ -251,17 +301,26 @@ def ring_inputs(
     except (ValueError, TypeError):
         _agree(torch.tensor(_REFUSED, device=ring.device), shared)
         raise
-    given = (input_ids, labels, document.lo, document.hi, chosen.chunks, torch.tensor([first]))
+    given = (input_ids, labels, document.lo, document.hi, chosen.chunks, torch.tensor([min(first, length)]))
     _agree(_checksum(ring.device, *given), shared)
-    inputs = {"input_ids": plan.shard(input_ids), "position_ids": plan.position_ids(len(input_ids)), "plan": plan}
-    if labels is not None:
-        last = document.hi <= torch.arange(1, length + 1)
-        shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
-        inputs["labels"] = inputs["shift_labels"] = plan.shard(shifted, _IGNORE)
-        inputs["num_items_in_batch"] = max(
-            1, int((shifted != _IGNORE).sum())
-        )  # where nothing is predicted: a loss of 0
-    return inputs | {"use_cache": False}
+    targets, count = ({}, None) if labels is None else _shard_labels(labels, document, plan)
+    ids = plan.shard(input_ids)
+    return targets | {
+        "input_ids": ids,
+        "position_ids": plan.position_ids(rows),
+        "attention_mask": RingMask(ids.shape, count, ring.device),
+        "plan": plan,
+        "use_cache": False,
+    }
+
+
+def _shard_labels(labels: Tensor, document: IntervalMask, plan: AttentionPlan) -> tuple[dict[str, Any], int]:
+    """The labels held here, shifted in whole sequences, as keywords of a model; and how many there are on all ranks."""
+    last = document.hi <= torch.arange(1, document.queries + 1)
+    shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
+    held = plan.shard(shifted, _IGNORE)
+    count = max(1, int((shifted != _IGNORE).sum()))  # where nothing is predicted: a loss of 0
+    return {"labels": held, "shift_labels": held, "num_items_in_batch": count}, count
 
 
 def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTrainedConfig | None) -> Layout:
@@ -276,39 +335,44 @@ def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTr
     return fastest(layer_masks(config, mask), ring.size, heads_of(config, parts), machine, parts)[1]
 
 
-def _check_tokens(input_ids: Tensor, labels: Tensor | None) -> None:
-    """Refuse what is not [B, S], or not alike, before it is cut into shards that would hide where it came from."""
+def _checked_tokens(input_ids: Any, labels: Any) -> tuple[Tensor, Tensor | None]:
+    """Both as tensors. Refuses what is not [B, S], or not alike, before it is cut into shards, whose shapes would no
+    longer tell."""
     # What torch's embedding and cross entropy take. They would refuse the rest too, but name neither argument.
-    for name, x, taken in (("input_ids", input_ids, (torch.int64, torch.int32)), ("labels", labels, (torch.int64,))):
-        if x is not None and not (isinstance(x, Tensor) and x.dtype in taken):
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a tensor of {' or '.join(map(str, taken))}, got {kind}")
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids must be [B, S] with a token or more, got {[*input_ids.shape]}")
-    if labels is not None and labels.shape != input_ids.shape:
-        raise ValueError(f"labels {[*labels.shape]} must have the shape of input_ids, {[*input_ids.shape]}")
+    ids = _integers("input_ids", input_ids, (torch.int64, torch.int32))
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(f"input_ids must be [B, S] with a token or more, got {[*ids.shape]}")
+    if labels is None:
+        return ids, None
+    targets = _integers("labels", labels, (torch.int64,))
+    if targets.shape != ids.shape:
+        raise ValueError(f"labels {[*targets.shape]} must have the shape of input_ids, {[*ids.shape]}")
+    return ids, targets
 
 
-def _documents_mask(documents: Sequence[Any] | None, rows: int, length: int) -> IntervalMask:
+def _integers(name: str, x: Any, taken: Sequence[torch.dtype]) -> Tensor:
+    if isinstance(x, np.ndarray) and x.dtype in (np.int64, np.int32):
+        x = torch.tensor(x)
+    if not isinstance(x, Tensor) or x.dtype not in taken:
+        kind = x.dtype if isinstance(x, Tensor | np.ndarray) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of {' or '.join(map(str, taken))}, got {kind}")
+    return x
+
+
+def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
     """Who is in whose document. Refuses counts that leave tokens out, which would train on less than was given."""
     if documents is None:
         return IntervalMask.full(length)
-    alike = _are_counts(documents)
-    if not alike and not (isinstance(documents, Sequence) and all(map(_are_counts, documents))):
-        raise TypeError(f"documents must be a list of ints, or a list of such lists, one a row, got {documents!r:.200}")
-    if not alike and len(documents) not in (1, rows):
-        raise ValueError(f"documents has lists for {len(documents)} rows, input_ids has {rows} rows")
-    for row, counts in enumerate([documents] if alike else documents):
-        if (total := sum(map(int, counts))) != length:  # numpy's own would wrap
+    counts, alike = document_rows(documents)
+    if len(counts) not in (1, rows):
+        raise ValueError(f"documents has lists for {len(counts)} rows, input_ids has {rows} rows")
+    for row, lengths in enumerate(counts):
+        if (total := sum(lengths)) != length:
             raise ValueError(
                 f"sum(documents{'' if alike else f'[{row}]'})={total} must be the {length} tokens of a row of "
                 f"input_ids; padding is a document of its own, its labels {_IGNORE}"
             )
-    return IntervalMask.documents(documents, length)
-
-
-def _are_counts(documents: Any) -> bool:
-    return isinstance(documents, Sequence) and all(isinstance(count, Integral) for count in documents)
+    return IntervalMask.documents(counts, length)
 
 
 def _agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
@@ -372,6 +436,8 @@ def refusal(config: PreTrainedConfig, router_logits: bool | None = None) -> str 
         )
     if getattr(config, "output_router_logits", False) if router_logits is None else router_logits:
         return "output_router_logits=True is not supported: the auxiliary loss of experts needs all tokens of a batch"
+    if not getattr(config, "is_causal", True):
+        return _BIDIRECTIONAL
     for rope in _rope_parameters(config):
         if rope.get("rope_type", "default") in ("dynamic", "longrope"):
             return (
@@ -401,8 +467,6 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise ConfigError(
             f"model.architecture.attention_dropout={config.attention_dropout} is not supported; set it to 0"
         )
-    if not getattr(config, "is_causal", True):
-        raise ConfigError("model.architecture.is_causal=False is not supported: the trainer's masks are causal")
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = ["ringflash", "ringflash.mask", "ringflash.layout", "ringflash.ring.plan", "ringflash.ring.cost"]
+SHOWN = [
+    "ringflash",
+    "ringflash.mask",
+    "ringflash.layout",
+    "ringflash.ring.plan",
+    "ringflash.ring.cost",
+    "ringflash.ring_mask",
+]
 
 
 @pytest.mark.parametrize("name", SHOWN)

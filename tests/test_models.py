@@ -1,5 +1,6 @@
 """A Hugging Face model on the ring computes what it computes with its own attention, or refuses by name."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,7 +104,12 @@ WRONG_INPUTS = {
     "a short row": ((TOKENS,), {"documents": [[12], [5, 6]]}, r"sum\(documents\[1\]\)=11 must be the 12 tokens"),
     "rows of documents": ((TOKENS,), {"documents": [[12]] * 3}, "documents has lists for 3 rows, input_ids has 2 rows"),
     "a number": ((TOKENS,), {"documents": 12}, "documents must be a list of ints, .*, got 12"),
-    "a tensor": ((TOKENS,), {"documents": torch.tensor([5, 7])}, r"documents must .* got tensor\(\[5, 7\]\)"),
+    "a tensor of floats": ((TOKENS,), {"documents": torch.tensor([5.0, 7.0])}, r"documents must .* got tensor\(\["),
+    "an array of booleans": ((TOKENS,), {"documents": np.ones(12, bool)}, r"documents must .* got array\(\["),
+    "a negative count": ((TOKENS,), {"documents": [13, -1]}, r"must not be negative, got \[13, -1\]"),
+    "a tensor too short": ((TOKENS,), {"documents": torch.tensor([[12, 0], [5, 6]])}, r"sum\(documents\[1\]\)=11"),
+    "half a first token": ((TOKENS,), {"first": 0.5}, r"first must be a whole number of tokens, got first=0\.5"),
+    "an array of floats": ((TOKENS.float().numpy(),), {}, "input_ids must be a tensor of .*, got float32"),
     "lists and numbers": ((TOKENS,), {"documents": [12, [12]]}, r"documents must be a list of .* got \[12, \[12\]\]"),
     "a layout that is none": ((TOKENS,), {"layout": "even"}, "layout=even is not one of .*, striped, balanced"),
     "the size of a ring": ((TOKENS,), {"ring": 4}, "ring must be a ProcessRing or a Loopback, got 4"),
@@ -144,7 +150,17 @@ def test_packed_documents_in_a_balanced_layout_give_the_loss_of_one_rank():
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("documents", [[[5, 8]], ((5, 8), (13,))], ids=["one list for all rows", "tuples"])
+DOCUMENTS = {
+    "one list for all rows": [[5, 8]],
+    "tuples": ((5, 8), (13,)),
+    "a tensor": torch.tensor([5, 8]),
+    "an array of rows": np.array([[5, 8, 0], [6, 3, 4]], np.uint8),
+    "tensors": [torch.tensor([5, 8]), torch.tensor([13])],
+    "numbers of tensors": list(torch.tensor([5, 8])),
+}
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_any_length_of_int32_tokens_is_shared_by_any_ring(documents):
     tokens = torch.randint(1, 97, (2, 13), dtype=torch.int32)
     losses = [
@@ -257,6 +273,48 @@ def test_a_kernel_that_cannot_run_on_the_device_is_refused_with_its_reason(kerne
 def test_a_kernel_for_every_device_is_not_refused(kernel):
     config = ModelConfig(architecture={"model_type": "gemma2", **TINY}, kernel=kernel)
     check_kernel(config, read_config(config), torch.device("cpu"))
+
+
+def test_arrays_of_tokens_give_what_tensors_give():
+    tokens = torch.randint(1, 97, (2, 13))
+    expected, found = (ring_inputs(x, x, ring=Loopback(2)) for x in (tokens, tokens.numpy()))
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["shift_labels"], expected["shift_labels"])
+
+
+def test_positions_begin_again_with_each_document_so_that_rope_keeps_its_digits():
+    """A document at 131,008 has fp32's error, not the hundreds of times as much that RoPE has at large positions."""
+    where = ring_inputs(torch.ones(1, 2**17, dtype=torch.int64), ring=Loopback(1), documents=[2**17 - 64, 64])
+    tokens = torch.randint(1, 97, (1, 64), generator=torch.Generator().manual_seed(0))
+    inputs = ring_inputs(tokens, tokens, ring=Loopback(1)) | {"position_ids": where["position_ids"][:, -64:]}
+    model = tiny("qwen3")
+    _, gradients = loss_and_gradients(model, inputs)
+    model.set_attn_implementation("eager")
+    _, expected = loss_and_gradients(model.double(), {"input_ids": tokens, "labels": tokens})
+    for name, gradient in gradients.items():
+        assert (gradient.double() - expected[name]).norm() <= 5e-6 * expected[name].norm(), name
+
+
+def test_rows_of_other_documents_have_positions_of_their_own():
+    tokens = torch.randint(1, 97, (2, 12))
+    inputs = ring_inputs(tokens, ring=Loopback(2), documents=[[5, 7], [12]], layout="contiguous")
+    assert inputs["position_ids"].tolist() == [
+        [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 11],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [2**63 - 1, 2**70])
+def test_a_window_longer_than_any_sequence_hides_nothing(window):
+    tokens = torch.randint(1, 97, (1, 24))
+    inputs = ring_inputs(tokens, tokens, ring=Loopback(2))
+    losses = [tiny("mistral", sliding_window=x)(**inputs).loss for x in (None, window)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_no_token_is_refused(window):
+    with pytest.raises(ValueError, match=rf"sliding_window must be 1 or more tokens, got sliding_window={window}"):
+        tiny("mistral", sliding_window=window)(**ring_inputs(TOKENS, ring=Loopback(1)))
 
 
 def test_windows_of_layers_show_first_tokens_where_ring_inputs_is_told_to():

@@ -29,7 +29,7 @@ wrong loss
 labels are shifted after sharding                               -> test_labels_shifted_after_sharding
 positions are those of the shard                                -> ring/test_plan.py::test_position_ids_are_global_and_in_shard_order
 positions that were left out are made up from the shard         -> test_positions_left_out_and_made_up_from_the_shard
-positions that begin again with each document are refused       -> test_positions_that_begin_again_with_each_document
+positions that count through all documents are refused          -> test_positions_that_count_through_all_documents
 zigzag's positions are read as packed documents                 -> test_zigzag_positions_read_as_packed_documents
 layers that mix tokens otherwise see their shard alone          -> test_models.py::test_a_model_that_plain_transformers_built_is_refused_where_shards_would_change_it
 RoPE depends on the longest position of a shard                 -> test_models.py::test_a_model_that_would_train_wrongly_is_refused_with_its_field
@@ -269,8 +269,8 @@ def test_labels_shifted_after_sharding():
     tokens = torch.arange(21)[None]
     inputs = ring_inputs(tokens, tokens, ring=Loopback(3), documents=documents)
     ends = torch.tensor(documents).cumsum(0) - 1
-    real = inputs["position_ids"] < 21
-    expected = torch.where(real & ~torch.isin(inputs["position_ids"], ends), inputs["position_ids"] + 1, -100)
+    places = inputs["plan"].places[0]
+    expected = torch.where((places < 21) & ~torch.isin(places, ends), places + 1, -100)
     assert torch.equal(inputs["shift_labels"], expected)
     assert inputs["num_items_in_batch"] == (expected != -100).sum() == 21 - 3
 
@@ -291,13 +291,13 @@ def test_positions_left_out_and_made_up_from_the_shard():
             tiny("qwen3")(**inputs)
 
 
-def test_positions_that_begin_again_with_each_document():
-    """They are as good as the sequence's own."""
+def test_positions_that_count_through_all_documents():
+    """They are as good as those that begin again with each document, but for rounding."""
     tokens, documents = torch.randint(1, 97, (1, 16)), [3, 8, 5]
     inputs = ring_inputs(tokens, tokens, ring=Loopback(2), documents=documents)
     expected = tiny("qwen3")(**inputs).loss
-    own = torch.cat([torch.arange(length) for length in documents])[None]
-    torch.testing.assert_close(tiny("qwen3")(**inputs | {"position_ids": inputs["plan"].shard(own)}).loss, expected)
+    through = inputs["plan"].shard(torch.arange(16)[None])
+    torch.testing.assert_close(tiny("qwen3")(**inputs | {"position_ids": through}).loss, expected)
 
 
 def on_processes(tokens, labels):

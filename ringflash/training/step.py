@@ -27,6 +27,7 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.models import windows_of_layers
 from ringflash.ring.plan import AttentionPlan
+from ringflash.ring_mask import RingMask
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.world import World
@@ -69,7 +70,12 @@ class TrainedModel(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
         """Summed loss of this rank's shard: tokens, labels, position_ids int64 [B, S]."""
         hidden = self.model.base_model(
-            input_ids=tokens, position_ids=position_ids, plan=plan, use_cache=False, **self.attention
+            input_ids=tokens,
+            attention_mask=RingMask(tokens.shape),
+            position_ids=position_ids,
+            plan=plan,
+            use_cache=False,
+            **self.attention,
         ).last_hidden_state
         return self.model.lm_head(hidden, labels)
 

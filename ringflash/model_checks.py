@@ -1,0 +1,122 @@
+"""What a call of a transformers model would get wrong on shards, found on the call stack of its first layer.
+
+A layer knows neither the model that it belongs to nor what that model was asked for, and transformers passes on
+neither. But the frames of their `forward` are on the stack while the layer runs:
+
+    Trainer.compute_loss > LlamaForSequenceClassification.forward > LlamaModel.forward > ... > attention
+
+Only frames that take a model's inputs are looked at: a frame's locals, once read, live until the frame ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from numbers import Integral
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ringflash.ring.plan import AttentionPlan
+from ringflash.ring_mask import RingMask
+
+_PER_TOKEN = ("ForCausalLM", "ForTokenClassification")  # heads that give each token an output of its own
+
+
+class _Frame(NamedTuple):
+    owner: Any  # self
+    arguments: dict[str, Any]
+
+
+def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor | None, items: Any) -> None:
+    """Raise ValueError for a head, an argument or a Trainer's setting that needs the whole sequence.
+
+    mask: that of ring_inputs, which knows how many labels there are. shift_labels, items: the keywords shift_labels
+    and num_items_in_batch of the model's call.
+    """
+    frames = _frames()
+    models = [frame for frame in frames if isinstance(frame.owner, PreTrainedModel)]
+    for depth, (model, arguments) in enumerate(models):
+        _check_head(model, bare=depth == 0 and model.base_model is model)
+        _check_logits(arguments.get("logits_to_keep"))
+        if arguments.get("labels") is not None:
+            _check_loss(model, mask, shift_labels, items)
+    several = plan.ulysses is not None or len(plan.ring.local) < plan.ring.size
+    for owner, _ in frames:
+        _check_trainer(getattr(owner, "args", None), several)
+
+
+def _frames() -> list[_Frame]:
+    """The calls of a model and of a Trainer's compute_loss that this one is part of, innermost first."""
+    found: list[_Frame] = []
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        # A layer's forward takes hidden_states: its locals are activations, which must not live longer for this.
+        if code.co_name in ("forward", "compute_loss") and code.co_varnames[1:2] != ("hidden_states",):
+            found.append(_Frame(frame.f_locals.get("self"), dict(frame.f_locals)))
+        frame = frame.f_back
+    return found
+
+
+def _check_head(model: PreTrainedModel, bare: bool) -> None:
+    names = [kind.__name__ for kind in type(model).__mro__]
+    if not bare and not any(name.endswith(_PER_TOKEN) for name in names):
+        raise ValueError(
+            f"{names[0]} is not supported on the ring: its head reads some tokens of a whole sequence, and would read "
+            f"those of each shard; supported are {' and '.join(f'...{kind}' for kind in _PER_TOKEN)}, and models "
+            f"without a head"
+        )
+
+
+def _check_logits(logits_to_keep: Any) -> None:
+    if isinstance(logits_to_keep, Integral) and logits_to_keep != 0:
+        raise ValueError(
+            f"logits_to_keep={logits_to_keep} is not supported on the ring: it would keep the last tokens of each "
+            f"shard, not of the sequence; leave it out, or give a tensor of this shard's own indices"
+        )
+
+
+def _check_loss(model: PreTrainedModel, mask: RingMask | None, shift_labels: Tensor | None, items: Any) -> None:
+    """The loss must be this rank's share: the sum over its own labels by the count of the whole sequences' labels."""
+    if not any(kind.__name__.endswith("ForCausalLM") for kind in type(model).__mro__):
+        raise ValueError(
+            f"labels are not supported for {type(model).__name__} on the ring: its loss is a mean over a shard's own "
+            f"labels; leave them out and make the loss of its logits"
+        )
+    if shift_labels is None:
+        raise ValueError(
+            "labels without shift_labels would be shifted within each shard: give the labels to "
+            "ring_inputs(input_ids, labels), which shifts them before it cuts shards, and pass all that it returns"
+        )
+    if items is None:
+        raise ValueError(
+            "num_items_in_batch is missing, so each rank would divide by its own labels: pass all that ring_inputs "
+            "returns"
+        )
+    if mask is None or mask.labels is None:
+        return
+    told = (
+        f"num_items_in_batch={{}} is less than the {mask.labels} labels of the whole sequences: each rank would divide "
+        f"by its own labels. A Trainer must count them over ranks: average_tokens_across_devices=True"
+    )
+    if isinstance(items, Tensor) and items.is_cuda:  # compared there, which ends the program: nothing waits for it
+        torch._assert_async((items >= mask.labels).all(), told.format("..."))
+    elif (least := int(torch.as_tensor(items).min())) < mask.labels:
+        raise ValueError(told.format(least))
+
+
+def _check_trainer(args: Any, several: bool) -> None:
+    """Refuse a Trainer's settings (its `args`) that count labels by rank, of which there are several, or shift them."""
+    if several and getattr(args, "average_tokens_across_devices", True) is False:
+        raise ValueError(
+            "average_tokens_across_devices=False is not supported on the ring: each rank would divide by its own "
+            "labels; set it to True"
+        )
+    if getattr(args, "label_smoothing_factor", 0.0):
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} is not supported on the ring: the Trainer would "
+            f"shift labels again, which ring_inputs has shifted; set it to 0"
+        )

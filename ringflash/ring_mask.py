@@ -1,0 +1,109 @@
+"""RingMask: the attention_mask of ring_inputs, which nothing but ring attention can read.
+
+A model that is not on the ring would attend within its shard alone, to other documents too, and no error would tell.
+Every attention implementation but the ring's reads attention_mask, so this one raises an error when it is read:
+
+    >>> mask = RingMask(shape=(1, 4), labels=3)
+    >>> mask.to("cpu").detach().shape
+    torch.Size([1, 4])
+    >>> mask[:, None, None, :]
+    Traceback (most recent call last):
+    ValueError: inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by \
+Tensor.__getitem__): load the model with attn_implementation="ring"
+
+It is not a torch.Tensor, since torch.compile cannot follow a subclass whose functions raise. What code around a model
+does with inputs (move, pin, detach, copy, ask for their shape) gives the same object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+_JOINS = {"cat", "concat", "concatenate", "hstack", "stack", "pad", "new_ones", "new_zeros", "new_full"}
+_LEAVE = ("to", "cpu", "cuda", "pin_memory", "detach", "clone", "contiguous", "bool", "record_stream")
+_READ = (
+    "getitem", "setitem", "iter", "bool", "int", "float", "index", "contains", "array", "eq", "ne", "lt", "le", "gt",
+    "ge", "invert", "neg", "abs", "and", "rand", "or", "ror", "xor", "rxor", "add", "radd", "sub", "rsub", "mul",
+    "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul",
+    "lshift", "rshift",
+)  # fmt: skip
+
+
+class RingMask:
+    """Stands for the mask that an AttentionPlan holds.
+
+    shape: of the input_ids beside it. labels: how many labels the whole sequences have, None where none were given.
+    Any use but those that leave it as it is raises ValueError.
+    """
+
+    def __init__(self, shape: Sequence[int], labels: int | None = None, device: torch.device | str = "cpu") -> None:
+        self.shape = torch.Size(shape)
+        self.labels = labels
+        self.device = torch.device(device)
+        self.dtype = torch.bool
+        self.ndim = len(self.shape)
+        self.requires_grad = False
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As torch.Tensor.size."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """As torch.Tensor.dim."""
+        return self.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"RingMask(shape={[*self.shape]}, labels={self.labels})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"RingMask has no attribute {name}")
+        _refuse(name)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        _refuse(getattr(func, "__name__", str(func)))
+
+    __hash__ = object.__hash__
+
+
+def _refuse(name: str) -> NoReturn:
+    if name in _JOINS:
+        raise ValueError(
+            f"the attention_mask of ring_inputs was made longer (torch.{name}): prompt tuning, prefix tuning and "
+            f"generate add tokens or keys, of which the plan knows nothing. Use LoRA to adapt a model on the ring, and "
+            f'load it with attn_implementation="sdpa" to generate'
+        )
+    raise ValueError(
+        f"inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by "
+        f'Tensor.{name}): load the model with attn_implementation="ring"'
+    )
+
+
+def _leaving(name: str) -> Callable:
+    def method(self: RingMask, *args: Any, **kwargs: Any) -> RingMask:
+        return self
+
+    method.__name__ = name
+    return method
+
+
+def _reading(name: str) -> Callable:
+    def method(self: RingMask, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(name)
+
+    method.__name__ = name
+    return method
+
+
+for _name in _LEAVE:
+    setattr(RingMask, _name, _leaving(_name))
+for _name in (f"__{short}__" for short in _READ):
+    setattr(RingMask, _name, _reading(_name))

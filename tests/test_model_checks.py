@@ -1,0 +1,192 @@
+"""A call whose result needs the whole sequence is refused by name; one whose result is each token's own is exact."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+
+from ringflash import Loopback, model_checks
+from ringflash.model_checks import check_call
+from ringflash.models import ring_inputs
+from tests.test_models import TINY, tiny
+
+TOKENS = torch.randint(1, 97, (1, 32), generator=torch.Generator().manual_seed(0))
+
+
+class Reward(LlamaPreTrainedModel):
+    """The score of a sequence's last token, as reward models have it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = LlamaModel(config)
+        self.post_init()
+
+    def forward(self, input_ids=None, **others):
+        return self.backbone(input_ids=input_ids, **others).last_hidden_state[:, -1, 0]
+
+
+class Derived(type(tiny("llama"))):
+    """A user's own causal language model."""
+
+
+def build(kind, model_type="llama", **fields):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **TINY, **fields)
+    if not hasattr(kind, "from_config"):
+        config._attn_implementation = "ring"
+        return kind(config)
+    return kind.from_config(config, attn_implementation="ring")
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiled"),
+    [
+        (AutoModelForSequenceClassification, False),
+        (AutoModelForSequenceClassification, True),
+        (AutoModelForQuestionAnswering, False),
+        (Reward, False),
+    ],
+)
+def test_a_head_that_reads_some_tokens_of_a_sequence_is_refused(kind, compiled):
+    model = build(kind)
+    if compiled:
+        model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(ValueError, match=rf"^{type(model).__name__} is not supported on the ring: its head reads some"):
+        model(**ring_inputs(TOKENS, ring=Loopback(2)))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "mistral", "gemma2"])
+def test_a_head_of_other_architectures_is_refused_too(model_type):
+    with pytest.raises(ValueError, match="ForSequenceClassification is not supported on the ring"):
+        build(AutoModelForSequenceClassification, model_type)(**ring_inputs(TOKENS, ring=Loopback(2)))
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForTokenClassification, AutoModelForCausalLM, Derived])
+def test_each_tokens_own_output_is_exact(kind):
+    model, inputs = build(kind).eval(), ring_inputs(TOKENS, ring=Loopback(4))
+    found = model(**inputs)[0]
+    model.set_attn_implementation("sdpa")
+    expected = model(input_ids=TOKENS, use_cache=False)[0]
+    whole = inputs["plan"].layout.unshard(found.chunk(4))
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
+
+
+LABELLED = ring_inputs(TOKENS, TOKENS, ring=Loopback(2))
+WRONG_CALLS = {
+    "last logits": ({"logits_to_keep": 1}, r"logits_to_keep=1 is not supported on the ring"),
+    "labels alone": ({"shift_labels": None}, "labels without shift_labels would be shifted within each shard"),
+    "no count": ({"num_items_in_batch": None}, "num_items_in_batch is missing, so each rank would divide"),
+    "a rank's count": ({"num_items_in_batch": 16}, "num_items_in_batch=16 is less than the 31 labels of the whole"),
+    "a rank's count, in a tensor": (
+        {"num_items_in_batch": torch.tensor(15)}, "=15 is less than the 31 .* average_tokens_across_devices=True"),
+    "another batch": ({"input_ids": torch.ones(4, 16, dtype=torch.int64)}, r"input of \[4, 16\] .* for \[2, 16\]"),
+    "another length": ({"input_ids": torch.ones(2, 9, dtype=torch.int64)}, r"input of \[2, 9\] .* for \[2, 16\]"),
+    "positions of another batch": (
+        {"position_ids": torch.arange(16).expand(3, -1), "attention_mask": None, "input_ids": torch.ones(3, 16).long()},
+        r"position_ids \[3, 16\] do not fit the plan, of 2 local ranks"),
+    "no plan": ({"plan": None}, "needs plan=, .* to generate, .*sdpa"),
+    "another's plan": ({"plan": "causal"}, "needs plan=, an AttentionPlan, got 'causal'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_an_argument_that_would_be_a_shards_own_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("llama")(**LABELLED | change)
+
+
+def test_counts_of_several_batches_and_logits_of_chosen_tokens_are_taken():
+    model, inputs = tiny("llama"), ring_inputs(TOKENS, TOKENS, ring=Loopback(2))
+    loss = model(**inputs | {"num_items_in_batch": torch.tensor(62)}).loss
+    torch.testing.assert_close(loss, model(**inputs).loss / 2)
+    own = ring_inputs(TOKENS, ring=Loopback(2)) | {"logits_to_keep": torch.tensor([3, 5])}
+    torch.testing.assert_close(model(**own).logits, model(**inputs).logits[:, [3, 5]])
+
+
+def test_labels_of_token_classification_are_refused_since_their_mean_is_a_shards():
+    model = build(AutoModelForTokenClassification)
+    with pytest.raises(ValueError, match="labels are not supported for LlamaForTokenClassification on the ring"):
+        model(**LABELLED)
+
+
+class Loop:
+    """A Trainer as far as a layer can see it: settings, and compute_loss, which calls the model."""
+
+    def __init__(self, **args):
+        self.args = SimpleNamespace(**{"average_tokens_across_devices": True, "label_smoothing_factor": 0.0} | args)
+
+    def compute_loss(self, call):
+        return call()
+
+
+class OneOfTwo(Loopback):
+    """A rank whose neighbours live in other processes, as far as a plan can see it."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.local = (0,)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"average_tokens_across_devices": False}, "^average_tokens_across_devices=False is not supported"),
+        ({"label_smoothing_factor": 0.1}, r"^label_smoothing_factor=0\.1 is not supported on the ring"),
+    ],
+)
+def test_a_trainers_settings_that_divide_by_a_ranks_labels_or_shift_them_again_are_refused(args, message):
+    plan = ring_inputs(TOKENS, TOKENS, ring=OneOfTwo())["plan"]
+    with pytest.raises(ValueError, match=message):
+        Loop(**args).compute_loss(lambda: check_call(plan, None, None, None))
+    Loop().compute_loss(lambda: check_call(plan, None, None, None))
+
+
+def test_one_process_counts_all_labels_by_itself():
+    Loop(average_tokens_across_devices=False).compute_loss(lambda: tiny("llama")(**LABELLED))
+
+
+def of_the_model():
+    return build(AutoModelForCausalLM, is_causal=False)
+
+
+def of_a_layer():
+    model = tiny("llama")
+    model.model.layers[1].self_attn.is_causal = False
+    return model
+
+
+@pytest.mark.parametrize("bidirectional", [of_the_model, of_a_layer])
+def test_a_bidirectional_model_is_refused(bidirectional):
+    with pytest.raises(ValueError, match="is_causal=False is not supported on the ring: ring_inputs makes causal"):
+        bidirectional()(**LABELLED)
+
+
+@pytest.mark.parametrize("model_type", ["stablelm", "opt", "starcoder2"])
+def test_an_architecture_whose_layers_pass_on_no_plan_is_refused_by_its_name(model_type):
+    fields = {name: value for name, value in TINY.items() if name != "head_dim"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), attn_implementation="ring")
+    with pytest.raises(ValueError, match=rf"^config\.model_type={model_type} is not one of gemma2"):
+        model(**LABELLED)
+
+
+def test_generating_on_the_ring_names_the_attention_that_generates():
+    with pytest.raises(ValueError, match=r'needs plan=.* to generate, .* attn_implementation="sdpa"'):
+        tiny("llama").generate(TOKENS, max_new_tokens=2)
+
+
+def test_a_look_at_the_stack_holds_no_activations_of_layers(monkeypatch):
+    """In Python 3.11 a frame's locals, once read, live until the frame ends, so those of layers are not read."""
+    seen, look = [], model_checks._frames
+    monkeypatch.setattr(model_checks, "_frames", lambda: seen.extend(look()) or seen)
+    tiny("llama")(**LABELLED)
+    assert [type(frame.owner).__name__ for frame in seen[:2]] == ["LlamaModel", "LlamaForCausalLM"]
