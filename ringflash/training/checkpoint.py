@@ -26,11 +26,13 @@ from ringflash.training.world import World
 
 STATE = "state"
 MANIFEST = "manifest.json"
+POSITIONS = "document"  # where positions begin; in checkpoints that do not tell, with the sequence
 PARTIAL, UNSOUND = ".partial", ".unsound"
 # Settings that a resumed run may change. The others are part of the state: the run would not be the one that stopped.
 FREE = (
     "name", "runs", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
-    "memory.recompute", "model.kernel", "model.deterministic", "optim.steps", "parallel.",
+    "memory.recompute", "model.kernel", "model.deterministic", "model.extrapolate_positions", "optim.steps",
+    "parallel.",
 )  # fmt: skip
 
 
@@ -71,7 +73,13 @@ def save(
     files = _gathered(digests, world)
     with world.own_pace(f"renaming {path} into place, and deleting older checkpoints"):
         if world.is_first:
-            manifest = {"step": step, **_grid(world), "settings": _bound(settings or {}), "files": files}
+            manifest = {
+                "step": step,
+                **_grid(world),
+                "positions": POSITIONS,
+                "settings": _bound(settings or {}),
+                "files": files,
+            }
             _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
             shutil.rmtree(path, ignore_errors=True)
             os.rename(aside, path)
@@ -100,6 +108,11 @@ def resume(
         manifest = json.loads((path / MANIFEST).read_text())
         if "ulysses" not in manifest:
             raise ConfigError(f"{path} was written by an earlier version of ringflash; resume=never starts anew")
+        if (before := manifest.get("positions", "sequence")) != POSITIONS:
+            raise ConfigError(
+                f"{path} counts positions within each {before}, this version of ringflash within each {POSITIONS}: "
+                f"resume with the version that wrote it, or start anew from its exported weights (model.path)"
+            )
         for name, now in _grid(world).items():
             if manifest[name] != now:
                 raise ConfigError(

@@ -142,6 +142,17 @@ def test_a_checkpoint_of_other_ranks_is_refused_with_both_numbers(ranks, tmp_pat
 
 
 @pytest.mark.ranks
+def test_a_checkpoint_of_a_release_that_counted_positions_through_the_sequence_is_refused(ranks, tmp_path):
+    ranks.run(write_three, 1, tmp_path, 1, 1)
+    manifest = tmp_path / "step-00000003" / checkpoint.MANIFEST
+    written = json.loads(manifest.read_text())
+    assert written.pop("positions") == "document"
+    manifest.write_text(json.dumps(written))
+    with pytest.raises(AssertionError, match=r"step-00000003 counts positions within each sequence, .* each document"):
+        ranks.run(resume_and_step, 1, tmp_path, 1)
+
+
+@pytest.mark.ranks
 def test_without_a_checkpoint_a_run_starts_at_step_0(ranks, tmp_path):
     step, _, said = ranks.run(resume_and_step, 1, tmp_path / "none", 1)[0]
     assert step == 0
