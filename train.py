@@ -8,8 +8,14 @@ Settings are key=value, such as optim.lr=1e-4 or model=qwen3-0.5b; --print shows
 """
 
 import argparse
+import os
+import signal
 
-from ringflash.training import failure
+PARENT = os.getppid()  # a launcher, which may end during the seconds of the imports
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted import is no error with a traceback
+
+from ringflash.training import failure  # noqa: E402
 
 
 def main() -> None:
@@ -19,7 +25,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="show the resolved configuration and end")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; the environment tells
     arguments = parser.parse_args()
-    with failure.one_line():
+    with failure.one_line(PARENT):
         from ringflash.training.config import compose
         from ringflash.training.loop import check_here, fit
 

@@ -15,10 +15,15 @@ import sys
 import uuid
 from pathlib import Path
 
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted import is no error with a traceback
+
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ringflash.training import failure
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -31,22 +36,23 @@ def main() -> int:
     if options.ranks < 1:
         parser.error(f"--ranks {options.ranks} must be 1 or more")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.ranks)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torch's lines about signals and ranks, which ours replace
+    failure.report_signals()  # until torch's own handlers
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=options.ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex, max_restarts=0, monitor_interval=0.1,
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-u", str(TRAIN), *settings)
-    except SignalException as stopped:
-        name = signal.Signals(stopped.sigval).name
-        print(f"\nringflash: stopped by {name}; resume=auto goes on from the last checkpoint", file=sys.stderr)
-        return 128 + stopped.sigval
+    except SignalException as end:
+        print(f"\n{failure.stopped(end.sigval)}", file=sys.stderr)
+        return 128 + end.sigval
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # it had no time to say anything itself
-            name = signal.Signals(-failure.exitcode).name
-            print(f"ringflash: rank {rank} was ended by {name} (out of memory?)", file=sys.stderr)
+        rank, failed = error.get_first_failure()
+        if failed.exitcode < 0:  # it had no time to say anything itself, and may have left a progress bar
+            name = signal.Signals(-failed.exitcode).name
+            why = " (out of memory?)" if name == "SIGKILL" else ""
+            print(f"\nringflash: rank {rank} was ended by {name}{why}", file=sys.stderr)
         return 1
     return 0
 
