@@ -7,10 +7,9 @@ against these dataclasses: a key or value that does not fit ends the run before 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -19,9 +18,9 @@ import hydra
 import omegaconf
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ringflash.data.documents import DataConfig, python_stdlib
 from ringflash.errors import ConfigError
@@ -29,10 +28,12 @@ from ringflash.models import ARCHITECTURES, ModelConfig, field_refusal
 from ringflash.training.checkpoint import CheckpointConfig
 from ringflash.training.metrics import LoggerConfig
 from ringflash.training.optimizer import OptimConfig
+from ringflash.training.overrides import for_hydra, kind_of, typed_value, unknown, wanted
 from ringflash.training.parallel import ParallelConfig
 from ringflash.training.step import MemoryConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PATHS = ("runs", "model.path", "data.path", "data.tokenizer", "data.cache")  # in which ~ is the home folder
 
 OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
 
@@ -121,14 +122,15 @@ def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Conf
     ConfigStore.instance().store(name="schema", node=_schema(Config))
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            raw = hydra.compose("train", overrides=list(overrides))
+            raw = hydra.compose("train", overrides=[for_hydra(override, Config, folder) for override in overrides])
         missing = sorted(OmegaConf.missing_keys(raw))
         if missing:
             raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=... to the command line")
-        settings = OmegaConf.to_container(raw, resolve=True)
-        return _built(Config, cast(dict[str, Any], settings)), OmegaConf.to_yaml(OmegaConf.create(settings))
+        settings = cast(dict[str, Any], OmegaConf.to_container(raw, resolve=True))
+        _expand_home(settings)
+        return _built(Config, settings), OmegaConf.to_yaml(OmegaConf.create(settings))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_in_one_line(error)) from error
+        raise ConfigError(_in_one_line(error, overrides)) from error
 
 
 @functools.cache
@@ -153,26 +155,45 @@ def _built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
     kinds = get_type_hints(part)
     for name in settings:
         if name not in kinds:
-            raise ConfigError(_unknown(prefix + name))
+            raise ConfigError(unknown(prefix + name, Config))
     return part(
         **{k: _built(kinds[k], v, f"{prefix}{k}.") if is_dataclass(kinds[k]) else v for k, v in settings.items()}
     )
 
 
-def _in_one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's words, with the key in front."""
+def _expand_home(settings: dict[str, Any]) -> None:
+    """Replace a leading ~ of each path, which a shell leaves as it is in key=~/folder."""
+    for key in PATHS:
+        *groups, name = key.split(".")
+        part = functools.reduce(dict.__getitem__, groups, settings)
+        value = part.get(name) or ""
+        if value.startswith("~"):
+            try:
+                part[name] = str(Path(value).expanduser())
+            except RuntimeError as error:
+                raise ConfigError(f"{key}={value} names no home folder of this machine") from error
+
+
+def _in_one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """What is wrong, with the key and its value as typed, or else in Hydra's and OmegaConf's words."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} is not one of {', '.join(error.options)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not of the form key=value"
     cause: BaseException = error
     while isinstance(cause.__cause__, OmegaConfBaseException):
         cause = cause.__cause__
     key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
     reason = str(cause).split("\n", 1)[0]
     if key and re.search(r"not in (struct|')", reason):
-        return _unknown_field(key, parent) if key.startswith("model.architecture.") else _unknown(key)
+        return _unknown_field(key, parent) if key.startswith("model.architecture.") else unknown(key, Config)
+    if added := re.match(r"Multiple values for (\S+)\. |Could not append .* is already at '(\S+)'", str(error)):
+        name = added[1] or added[2]
+        return f"+{name}={typed_value(name, overrides)}: {name} is set already; leave out the +"
+    typed, kind = typed_value(key or "", overrides), kind_of(key or "", Config)
+    if isinstance(cause, ValidationError) and typed is not None and kind is not None:
+        return f"{key}={typed} must be {wanted(kind)}"
+    if typed is not None and "${" in typed:
+        return f"{key}={typed}: {reason}; ${{oc.env:NAME}} is a variable of the environment, \\${{ is text"
     return f"{key}: {reason}" if key else " ".join(str(error).split())
 
 
@@ -181,16 +202,3 @@ def _unknown_field(key: str, parent: Any) -> str:
     name, model_type = key.removeprefix("model.architecture."), parent.get("model_type")
     reason = field_refusal(model_type, name) if model_type in ARCHITECTURES and "." not in name else None
     return reason or f"{key} is not in this model's architecture; +{key}=... adds it"
-
-
-def _unknown(key: str) -> str:
-    close = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.75)
-    return f"{key} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
-
-
-def _keys(part: Any, prefix: str = "") -> Iterator[str]:
-    """Every key below a dataclass, dotted."""
-    for name, kind in get_type_hints(part).items():
-        yield prefix + name
-        if is_dataclass(kind):
-            yield from _keys(kind, f"{prefix}{name}.")

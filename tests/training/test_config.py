@@ -68,7 +68,7 @@ def test_every_setting_is_described_where_it_is_read():
             ["model=qwen3-0.5b", "model.architecture.rope_parameters.factor=2"],
             "+model.architecture.rope_parameters.factor",
         ),
-        (["optim.lr=abc"], "optim.lr: Value 'abc'"),
+        (["optim.lr=abc"], "optim.lr=abc must be a number"),
         (["optim.steps=0"], "optim.steps=0 must be 1 or more"),
         (["optim.clip=-1"], "optim.clip=-1.0 must be 0 or more and finite"),
         (["optim.lr=nan"], "optim.lr=nan must be 0 or more and finite"),

@@ -1,0 +1,140 @@
+"""Overrides: the key=value settings of a command line, written for Hydra's grammar.
+
+Hydra would parse a value before it knows the setting's type: name=1e5 would become 100000.0, and data.path=/x/a=b or
+/x/(c) would not parse. A setting of one value is therefore taken as typed: it is quoted here, and its own type converts
+it. null, a value in quotes and ${...} mean what they mean to Hydra. Lists, dictionaries and fields of
+model.architecture, whose types are not known here, keep Hydra's grammar.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+from ringflash.errors import ConfigError
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_OVERRIDE = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?", re.DOTALL)
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+
+
+def for_hydra(override: str, schema: type, folder: Path) -> str:
+    """`override` so that Hydra reads it as typed. schema: the dataclass of all settings; folder: the YAML groups.
+
+    Raises ConfigError, in one line, for what is not key=value, an unknown key or option, and a value that Hydra cannot
+    parse, with the quotes that it needs.
+    """
+    found = _OVERRIDE.fullmatch(override)
+    if found is None or (found["value"] is None and found["prefix"] != "~"):
+        raise ConfigError(f"{override!r} is not of the form key=value")
+    prefix, key, value = found["prefix"] or "", found["key"], found["value"]
+    is_group = re.fullmatch(r"\w+(/\w+)*", key) is not None and (folder / key).is_dir()
+    if is_group and not (value or "").startswith("{"):
+        return override if value is None else f"{prefix[:1]}{key}={_option(folder / key, key, value)}"
+    kind = kind_of(key, schema)
+    if kind is None:
+        raise ConfigError(unknown(key, schema))
+    if prefix == "~" and kind is not Any:
+        raise ConfigError(f"{override} removes a setting, which always has a value: set {key}=... to another one")
+    if value is None:
+        return override
+    if kind is bool and value.lstrip("+-").isdecimal() and value not in ("0", "1"):
+        raise ConfigError(f"{key}={value} must be true or false")
+    if _names(kind):
+        return f"{prefix}{key}={value if value == 'null' or _QUOTED.fullmatch(value) else _quoted(value)}"
+    _check_parsed(override, key, value, kind)
+    return override
+
+
+def kind_of(key: str, schema: type) -> Any:
+    """The type of the setting at a dotted key; Any below a dictionary; None where there is no such setting."""
+    kind: Any = schema
+    for name in key.split("."):
+        if is_dataclass(kind):
+            kind = get_type_hints(kind).get(name)
+        elif kind is Any or get_origin(kind) is dict:
+            kind = Any
+        elif get_origin(kind) is list and name.isdecimal():
+            (kind,) = get_args(kind)
+        else:
+            return None
+    return kind
+
+
+def wanted(kind: Any) -> str:
+    """What a setting of this type must be, for an error: "a whole number", "a number or null", ..."""
+    null = " or null" if type(None) in get_args(kind) else ""
+    return (
+        " or ".join(_names(kind)) + null if _names(kind) else "a list" if get_origin(kind) is list else "a dictionary"
+    )
+
+
+def unknown(key: str, schema: type) -> str:
+    """That no setting has this key, and the one that was perhaps meant."""
+    close = difflib.get_close_matches(key, list(_keys(schema)), n=1, cutoff=0.75)
+    return f"{key} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def typed_value(key: str, overrides: Sequence[str]) -> str | None:
+    """The value that a command line gives `key` last; None where it gives none."""
+    found = (_OVERRIDE.fullmatch(override) for override in reversed(overrides))
+    return next((match["value"] for match in found if match and match["key"] == key), None)
+
+
+def _names(kind: Any) -> list[str]:
+    """What the types of one value, such as int or str | None, are called; empty for lists and dictionaries."""
+    return (
+        []
+        if get_origin(kind) in (list, dict)
+        else [_NAMES[one] for one in (get_args(kind) or (kind,)) if one in _NAMES]
+    )
+
+
+def _option(group: Path, key: str, value: str) -> str:
+    """The quoted name of a YAML file of `group`."""
+    name = value[1:-1] if _QUOTED.fullmatch(value) else value
+    options = sorted(path.stem for path in group.glob("*.yaml"))
+    if name not in options:
+        raise ConfigError(f"{key}={value} is not one of {', '.join(options)}")
+    return _quoted(name)
+
+
+def _check_parsed(override: str, key: str, value: str, kind: Any) -> None:
+    """Raise ConfigError where Hydra cannot parse an override, or it holds other than one value of its kind."""
+    text = QuotedString(value, Quote.double).with_quotes()
+    example = text if get_origin(kind) is not list else '["*.txt"]' if value.startswith("[") else f"[{text}]"
+    hint = shlex.quote(f"{key}={example}")
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        given = parsed.value()
+    except HydraException as error:
+        raise ConfigError(f"{key}={value} does not parse: text with other than letters, digits and -_./ needs quotes, "
+                          f"such as {hint}") from error  # fmt: skip
+    if parsed.is_sweep_override():
+        raise ConfigError(f"{key}={value} holds several values, and a run takes one: {hint} is text, [...] a list")
+    interpolated = isinstance(given, str | QuotedString) and "${" in str(given)
+    if get_origin(kind) is list and not interpolated:
+        texts = isinstance(given, list) and all(isinstance(one, str | QuotedString) for one in given)
+        if not texts:
+            raise ConfigError(f"{key}={value} must be a list of text in quotes, such as {hint}")
+
+
+def _quoted(value: str) -> str:
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def _keys(part: Any, prefix: str = "") -> Iterator[str]:
+    """Every key below a dataclass, dotted."""
+    for name, kind in get_type_hints(part).items():
+        yield prefix + name
+        if is_dataclass(kind):
+            yield from _keys(kind, f"{prefix}{name}.")
