@@ -522,7 +522,6 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
     """
     hf_config = _configuration(config)
     check_supported(hf_config)
-    hf_config.use_cache = False
     return hf_config
 
 

@@ -22,7 +22,7 @@ from ringflash.ring.cost import peak_flops
 from ringflash.training import checkpoint, flops, metrics
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
-from ringflash.training.export import export
+from ringflash.training.export import export, generation_file, rehearse
 from ringflash.training.parallel import layouts, settle
 from ringflash.training.step import Layouts, build_engine, evaluate, prepare, train_step
 from ringflash.training.world import World, join, ranks_here, world_size
@@ -53,10 +53,12 @@ def fit(config: Config, resolved: str) -> None:
     check_kernel(config.model, model_config, world.device)
     torch.manual_seed(config.seed)
 
-    source = f"path={config.model.path}" if config.model.path else "architecture"
-    with world.own_pace(f"building the model of model.{source}"):
-        tokenizer = load_tokenizer(config.data)
+    source = f"model.path={config.model.path}" if config.model.path else "model.architecture"
+    with world.own_pace(f"building the model of {source}"):
+        tokenizer, generation = load_tokenizer(config.data), generation_file(config.model.path)
         model = build_model(config.model)  # first, so that a broken folder is found before hours of tokenising
+        if world.is_first:
+            rehearse(model, tokenizer, generation, Path(config.runs), source)
     training, held_out = _corpora(config, world)
     _check_vocabulary(config, training, model.config.vocab_size)
     _check_length(config, training, *([held_out] if config.data.held_out else []))
@@ -84,6 +86,9 @@ def fit(config: Config, resolved: str) -> None:
             print(*filter(None, [speed.summary(), why, carrier if world.ring.size > 1 else None]), sep="\n", flush=True)
             log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
     divergence = Divergence(world, log)
+    if config.data.held_out:  # tried before the first step, not only after the last
+        _held_out_loss(engine, held_out, config, world, layout_for, count=1)
+        world.watch.take()
     share = config.optim.batch // world.replicas
     batches = stream(
         training,
@@ -115,16 +120,20 @@ def fit(config: Config, resolved: str) -> None:
         if divergence.finite(step, record) and _due(step, config.checkpoint.every):
             checkpoint.save(engine, folder / "checkpoints", step, world, config.checkpoint.keep, settings)
     batches.close()
-    _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log, settings, divergence)
+    _finish(
+        engine, config, world, layout_for, folder, tokenizer, generation, held_out, start, log, settings, divergence
+    )
 
 
-def _finish(engine, config, world, layout_for, folder, tokenizer, held_out, start, log, settings, divergence) -> None:
+def _finish(
+    engine, config, world, layout_for, folder, tokenizer, generation, held_out, start, log, settings, divergence
+) -> None:
     """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
     loss = _held_out_loss(engine, held_out, config, world, layout_for) if config.data.held_out else None
     divergence.check_end(config.optim.steps, loss)
     if start < config.optim.steps and not _due(config.optim.steps, config.checkpoint.every):
         checkpoint.save(engine, folder / "checkpoints", config.optim.steps, world, config.checkpoint.keep, settings)
-    exported = export(engine, folder / "model", tokenizer, world)
+    exported = export(engine, folder / "model", tokenizer, world, generation)
     with world.own_pace("finishing the loss plot and wandb's run"):
         if log is not None:
             _conclude(log, folder, exported, held_out, loss, config.optim.steps if start < config.optim.steps else None)
@@ -213,11 +222,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _held_out_loss(engine, corpus: TokenCorpus, config: Config, world: World, layout_for: Layouts) -> float:
-    """Mean loss over the first held-out sequences, the same ones at every evaluation."""
+def _held_out_loss(
+    engine, corpus: TokenCorpus, config: Config, world: World, layout_for: Layouts, count: int | None = None
+) -> float:
+    """Mean loss over the first `count` held-out sequences (evaluation.sequences), the same ones at every evaluation."""
     batches = [
         make_batch(corpus, seed=0, step=i, batch_size=1, length=config.data.sequence_length)
-        for i in range(config.evaluation.sequences)
+        for i in range(count or config.evaluation.sequences)
     ]
     return evaluate(engine, batches, world, layout_for)
 

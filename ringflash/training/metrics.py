@@ -109,7 +109,8 @@ def plot(folder: Path, unigram: float | None) -> Path:
         axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy, held out")
     axes.set(xlabel="step", ylabel="nats per token", title=folder.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     figure.savefig(folder / "loss.png", dpi=120)
     return folder / "loss.png"
 

@@ -1,0 +1,133 @@
+"""What is exported is what was loaded with other weights, and what could fail at the end is tried at the start."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from ringflash.errors import ConfigError
+from ringflash.training import loop
+from ringflash.training.config import compose
+from ringflash.training.export import rehearse
+from tests.test_models import TINY
+
+# As published ones are: transformers loads it with a warning and refuses to write it.
+INVALID = '{"_from_model_config": false, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}\n'
+BOOKKEEPING = {"transformers_version"}
+
+
+def settings(text, *others):
+    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs"]
+    return [
+        "name=exported", "data=text", "data.held_out=0.3", "data.sequence_length=32", "optim.steps=2",
+        "optim.warmup=0", "evaluation.every=0", "evaluation.sequences=1", "logger.mode=disabled", *paths, *others,
+    ]  # fmt: skip
+
+
+def fitted(*runs):
+    """What each run with these settings raises, one after another in the pool's group."""
+    raised = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "init_process_group", lambda *args, **options: None)
+        patch.setattr(dist, "destroy_process_group", lambda *args: None)
+        for run in runs:
+            try:
+                loop.fit(*compose(run))
+            except Exception as error:
+                raised.append(str(error))
+            else:
+                raised.append(None)
+    return raised
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A small published model, of another dtype than training's."""
+    folder = tmp_path / "source"
+    config = AutoConfig.for_model("llama", **TINY | {"vocab_size": 384})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(INVALID)
+    return folder
+
+
+def loaded(folder, name="config.json"):
+    return json.loads((folder / name).read_text())
+
+
+def uses_cache(folder):
+    """Whether `generate` feeds the exported model one token at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    fed, forward = [], model.forward
+
+    def recorded(input_ids, *args, **options):
+        fed.append(input_ids.shape[1])
+        return forward(input_ids, *args, **options)
+
+    model.forward = recorded
+    model.generate(torch.arange(3, 8)[None], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    return fed == [5, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_an_exported_model_is_the_loaded_one_but_for_its_weights(ranks, text, source):
+    others = ["model=pretrained", f"model.path={source}", "model.dtype=fp32", "memory.recompute=true", "memory.zero=3"]
+    again = settings(text, *others, "resume=auto")
+    assert ranks.run(fitted, 1, settings(text, *others), again) == [[None, None]]
+    folder = text.parent / "runs" / "exported"
+    assert (folder / "model" / "generation_config.json").read_text() == INVALID
+    before, after = loaded(source), loaded(folder / "model")
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed - BOOKKEEPING == {"dtype"}
+    assert after["dtype"] == "float32"
+    assert uses_cache(folder / "model")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["exported"]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_model_from_an_architecture_exports_that_architecture(ranks, text):
+    small = ["model.architecture.hidden_size=32", "model.architecture.intermediate_size=32", "model.dtype=fp32"]
+    assert ranks.run(fitted, 1, settings(text, *small, "model.architecture.head_dim=8")) == [[None]]
+    folder = text.parent / "runs" / "exported"
+    asked = compose(settings(text, *small, "model.architecture.head_dim=8"))[0].model.architecture
+    exported = loaded(folder / "model")
+    assert {name: exported.get(name) for name in asked} == asked
+    assert exported["use_cache"]
+    assert not {name for name in exported if "attn_implementation" in name or "checkpointing" in name}
+    assert GenerationConfig.from_pretrained(folder / "model").use_cache
+    assert uses_cache(folder / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_what_would_fail_at_the_end_is_refused_before_tokenising(ranks, text, source):
+    (text.parent / "file").write_text("no folder")
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    runs = [
+        settings(text, f"runs={text.parent}/file/runs"),
+        settings(text, "model=pretrained", f"model.path={source}"),
+    ]
+    [(unwritable, broken)] = ranks.run(fitted, 1, *runs)
+    assert unwritable == f"runs={text.parent}/file/runs cannot be written: Not a directory"
+    assert broken is not None
+    assert not (text.parent / "cache").exists()
+
+
+class Unwritable:
+    """A tokenizer that is loaded and cannot be saved."""
+
+    def save_pretrained(self, folder):
+        raise NotImplementedError("no files")
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path, source):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    words = "^model.path=x: the trained model could not be exported: no files$"
+    with pytest.raises(ConfigError, match=words):
+        rehearse(model, Unwritable(), None, tmp_path / "runs", "model.path=x")
+    assert model.generation_config.temperature == 0.6
+    assert list((tmp_path / "runs").iterdir()) == []
