@@ -57,7 +57,7 @@ class Divergence:
         with self.world.own_pace("finishing wandb's run"):
             if self.log is not None:
                 self.log.close(exit_code=1)
-        raise DivergedError(f"{told}; the newest checkpoint is of a step before; {ADVICE}")
+        raise DivergedError(f"{told}; no checkpoint or model is written; {ADVICE}")
 
 
 def check_weights(engine: deepspeed.DeepSpeedEngine, world: World, file: object) -> None:
