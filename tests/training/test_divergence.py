@@ -194,8 +194,11 @@ def test_metrics_are_json_for_strict_readers_and_wandb_has_them_too(tmp_path, mo
 def test_what_all_ranks_meet_alike_is_one_line_and_exit_code_1(monkeypatch, capsys, kind):
     codes = []
     monkeypatch.setattr(failure, "_end", codes.append)
-    monkeypatch.setenv("RANK", "0")
-    with failure.one_line():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():  # as a launcher that this process need not watch
+        monkeypatch.setenv(name, value)
+    for name in ("TORCHELASTIC_RUN_ID", "CROSS_SIZE", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    with failure.one_line(0):
         raise kind("step 4: loss nan")
     assert codes == [1]
-    assert capsys.readouterr().err == "ringflash: step 4: loss nan\n"
+    assert capsys.readouterr().err.strip() == "ringflash: step 4: loss nan"
