@@ -9,6 +9,7 @@ import torch
 from ringflash.errors import ConfigError, DivergedError
 from ringflash.layout import Layout
 from ringflash.training import checkpoint, failure, metrics
+from ringflash.training.config import compose
 from ringflash.training.divergence import LIMIT, Divergence
 from ringflash.training.export import export
 from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, prepare, train_step
@@ -118,8 +119,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(ranks, tmp_p
 def diverging(ranks, text, *settings):
     """How a run of two ranks ends, and what it leaves."""
     paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs", "name=diverging"]
+    run = compose([*SETTINGS, *paths, "checkpoint.every=1", "optim.warmup=0", *settings])
     with pytest.raises(RankError) as error:
-        ranks.run(fit_on_ranks, 2, [*SETTINGS, *paths, "checkpoint.every=1", "optim.warmup=0", *settings])
+        ranks.run(fit_on_ranks, 2, *run)
     folder = text.parent / "runs" / "diverging"
     assert not (folder / "model").exists()
     return str(error.value), strict(folder / "metrics.jsonl"), sorted(p.name for p in folder.glob("checkpoints/*"))

@@ -147,11 +147,11 @@ def plain(texts):
 # -- the run
 
 
-def fit_on_ranks(settings):
+def fit_on_ranks(config, resolved):
     """A whole run, in the pool's process group."""
     made, dist.init_process_group = dist.init_process_group, lambda *args, **options: None
     try:
-        loop.fit(*compose(settings))
+        loop.fit(config, resolved)
     finally:
         dist.init_process_group = made
 
@@ -171,7 +171,7 @@ CASES = [
 def test_five_steps_equal_a_plain_loop_in_float64(ranks, texts, plain, size, ring, zero, micro_batch):
     folder = texts.parent / "runs" / f"{size}-{ring}-{zero}-{micro_batch}"
     grid = [f"parallel.ring={ring}", f"memory.zero={zero}", f"optim.micro_batch={micro_batch}", f"name={folder.name}"]
-    ranks.run(fit_on_ranks, size, [*settings_of(texts), *grid])
+    ranks.run(fit_on_ranks, size, *compose([*settings_of(texts), *grid]))
     records, start, end = plain
     found = [(r["loss"], r["gradient_norm"], r["lr"]) for r in read(folder / "metrics.jsonl") if "loss" in r]
     assert len(found) == STEPS
@@ -239,7 +239,7 @@ def test_a_run_resumed_at_zero_0_equals_one_that_was_not_bit_for_bit(ranks, text
     ]  # fmt: skip
     left = []
     for _ in range(2):
-        ranks.run(fit_on_ranks, 1, settings)
+        ranks.run(fit_on_ranks, 1, *compose(settings))
         steps = [(r["loss"], r["gradient_norm"], r["lr"]) for r in read(folder / "metrics.jsonl")]
         left.append((steps, (folder / "model" / "model.safetensors").read_bytes()))
         shutil.rmtree(folder / "checkpoints" / "step-00000005")
