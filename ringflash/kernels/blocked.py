@@ -129,5 +129,5 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[
     scores = (q @ k.transpose(-1, -2)) * scale
     if softcap is None:
         return scores, 1.0
-    capped = torch.tanh(scores / softcap)
-    return softcap * capped, 1 - capped**2
+    x = scores / softcap
+    return softcap * torch.tanh(x), torch.cosh(x).pow(-2)  # 1 - tanh^2 would cancel where tanh is near 1

@@ -4,9 +4,10 @@ With the weights of the whole softmax, p = 2^(c s - log2(e) lse), and delta = ro
 
     dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
 
-where a softcap s = tanh(q k^T scale / softcap) also multiplies ds by 1 - s^2. Two kernels, each of which recomputes s
-and dp: `dq_kernel` holds BLOCK_Q query rows and walks the keys start:end that they see; `dkdv_kernel` holds BLOCK_K
-keys of one KV head and walks the queries query_start:query_end that see them, for each query head of the group in turn.
+where a softcap s = tanh(q k^T scale / softcap) also multiplies ds by its derivative. Two kernels, each of which
+recomputes s and dp: `dq_kernel` holds BLOCK_Q query rows and walks the keys start:end that they see; `dkdv_kernel`
+holds BLOCK_K keys of one KV head and walks the queries query_start:query_end that see them, for each query head of the
+group in turn.
 Both first walk the tiles that all their rows see whole, then the edges, as `portable_forward` draws them.
 
 What waits for what, in a step of dkdv_kernel, all products transposed so that p and ds stay in registers:
@@ -88,8 +89,7 @@ def weights(s, lse, c, cap_scale, CAPPED: tl.constexpr):
     """p and the slope of the softcap, from products s and a log-sum-exp in base 2 that broadcasts over them."""
     slope = 1.0
     if CAPPED:
-        s = cap(s, cap_scale)
-        slope = 1.0 - s * s
+        s, slope = cap(s, cap_scale)
     return tl.math.exp2(s * c - lse), slope
 
 

@@ -19,7 +19,7 @@ def test_every_mask_is_within_the_bound_of_float64(mask, dtype):
     assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
 
 
-@pytest.mark.parametrize("softcap", [0.5, 20.0])
+@pytest.mark.parametrize("softcap", [0.5, 20.0, 10000.0])
 def test_softcap_and_its_derivative(softcap):
     p = problem(MASKS["packed"](90), heads=(4, 1), head_dim=40, softcap=softcap)
     assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
@@ -41,3 +41,9 @@ def test_a_carry_is_updated_in_place_and_equals_one_call():
         state = blocked.forward(p.q, p.k[:, keys], p.v[:, keys], part.intervals(), scale=p.scale, carry=carry)
         assert state.out is carry.out
     torch.testing.assert_close((carry.out, carry.lse), (whole.out, whole.lse))
+
+
+def test_the_softcaps_derivative_does_not_cancel_near_the_cap():
+    q, k = torch.full((1, 1, 1, 1), 8.0), torch.ones(1, 1, 1, 1)
+    _, slope = blocked._scores(q, k, scale=1.0, softcap=1.0)
+    assert abs(float(slope.double() * torch.tensor(8.0).double().cosh() ** 2) - 1) < 1e-5

@@ -44,8 +44,8 @@ SPILLS_IN_LOOP = {
     # dk and dv fill 128 of 240 registers, s and dp 64. What spills are constant addresses of wgmma operands: 2 with
     # triton 3.6.0, 5 with 3.7.1, 26 with 3.9.0.
     "backward-D128": 26,
-    "backward-D128-capped": 132,  # and the divisions of tanh: 64, 69, 132
-    "forward-D128-carry-fp16-capped": 9,
+    "backward-D128-capped": 107,  # and tanh: 90 with 3.7.1, 107 with 3.9.0
+    "forward-D128-carry-fp16-capped": 10,
 }
 
 # Selects in that loop: the forward's keep a row's maximum, two rows a thread; the backward's swap half of dq's columns.
@@ -222,7 +222,7 @@ def test_ptxas_waits_for_products_only_where_the_kernel_does(compiled):
 @pytest.mark.slow
 def test_a_tile_of_exponentials_runs_under_products(compiled):
     # 64 x 128 scores a forward step over 128 threads, and 64 x 64 a backward step. The forward's three consumers at
-    # head_dim 64 run under each other's products, not their own; divisions split a capped loop into many blocks.
+    # head_dim 64 run under each other's products, not their own; a capped loop is split into many blocks.
     tile = {"forward": 64, "backward": 32}
     plain = [r for r in compiled if "capped" not in r["name"] and consumers(r) == 2]
     assert breaking(plain, overlap=lambda r: r["exp2_under_wgmma"] >= tile[r["name"].split("-")[0]]) == []

@@ -75,7 +75,7 @@ def test_any_length(length, head_dim):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("softcap", [1.0, 30.0])
+@pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
 def test_softcap_and_its_derivative(softcap, head_dim, dtype):
     assert checked(MASKS["causal"](600), heads=(2, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
 

@@ -219,7 +219,7 @@ def test_head_sizes_that_are_and_are_not_powers_of_two(interpreter, head_dim):
     assert interpreter(violations_of_shape, (2, 1), head_dim, None, torch.float32) == []
 
 
-@pytest.mark.parametrize("softcap", [1.0, 30.0])
+@pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_softcap_and_its_derivative(interpreter, softcap, dtype):
     assert interpreter(violations_of_shape, (2, 1), 32, softcap, dtype) == []
@@ -322,3 +322,24 @@ def test_cpu_tensors_need_the_interpreter():
     assert supports(q, q, None) == (
         "needs a GPU of compute capability 8.0 or newer, or TRITON_INTERPRET=1 on the CPU, got device cpu"
     )
+
+
+def softcap_against_float64() -> dict[str, float]:
+    """The largest relative errors of tanh and its derivative, of small arguments and of those that saturate."""
+    from tests.kernels.softcap import CAP_SCALE, cap_kernel
+
+    x = torch.logspace(-6, 1, 2048)
+    x = torch.cat([-x, x])
+    tanh, slope = torch.empty_like(x), torch.empty_like(x)
+    cap_kernel[(1,)](x, tanh, slope, CAP_SCALE, BLOCK=len(x))
+    exact = x.double()
+    return {
+        "tanh": float((tanh / exact.tanh() - 1).abs().max()),
+        "derivative": float((slope * exact.cosh() ** 2 - 1).abs().max()),
+    }
+
+
+def test_the_softcap_cancels_neither_for_small_scores_nor_near_the_cap(interpreter):
+    found = interpreter(softcap_against_float64)
+    assert found["tanh"] < 1e-6, found
+    assert found["derivative"] < 5e-6, found
