@@ -86,6 +86,14 @@ class ModelConfig:
     """Gradients of attention bit-equal from run to run, so that a resumed run is too. Costs speed on Hopper; the other
     kernels are always so."""
 
+    compensated: bool = True
+    """Gradients of 16-bit attention do not suffer from the rounding of its result. Costs a little speed and memory."""
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """The settings that every layer's attention is called with."""
+        return {"kernel": self.kernel, "deterministic": self.deterministic, "compensated": self.compensated}
+
     def __post_init__(self) -> None:
         if self.path and self.architecture:
             raise ConfigError(
@@ -121,6 +129,7 @@ def ring_attention_forward(
     plan: AttentionPlan | None = None,
     kernel: str = "auto",
     deterministic: bool = False,
+    compensated: bool = True,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention: query [B, Hq, S, D], key and value [B, Hkv, S, D] to ([B, S, Hq, D], None).
@@ -148,7 +157,7 @@ def ring_attention_forward(
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
     out = ring_attention(
         q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel, deterministic=deterministic,
-        layer=getattr(module, "layer_idx", None),
+        compensated=compensated, layer=getattr(module, "layer_idx", None),
     )  # fmt: skip
     return out, None
 

@@ -16,7 +16,8 @@ other's:
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
 Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, in the
-forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size; a third where
+forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size, and one of
+keys where they are 16 bits (`ring.compensation`); a third of gradients where
 a rank's own gradients come home while it still passes on those of others, as with documents, wide windows or contiguous
 runs can be.
 With one KV head, what takes turns in the backward is a quarter of the keys and the rest.
@@ -34,6 +35,7 @@ from ringflash import kernels
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge_sink
+from ringflash.ring.compensation import CenteredKeys
 from ringflash.ring.lanes import Lanes
 from ringflash.ring.plan import AttentionPlan, Part
 from ringflash.ring.recompute import kept_or_computed
@@ -53,6 +55,7 @@ def ring_attention(
     sink: Tensor | None = None,
     kernel: str = "auto",
     deterministic: bool = False,
+    compensated: bool = True,
     layer: int | None = None,
 ) -> Tensor:
     """Attention of this rank's queries over the whole sequence, differentiable.
@@ -61,16 +64,20 @@ def ring_attention(
     fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch, ranks outermost.
     scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the
     softmax and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly
-    on Hopper. layer: its number, for what is said where a ring stands still. Returns out [B, S, Hq, D] in q's dtype;
-    queries that see nothing get 0.
+    on Hopper. compensated: gradients of 16-bit inputs do not suffer from out's rounding (see `ring.compensation`).
+    layer: its number, for what is said where a ring stands still. Returns out [B, S, Hq, D] in q's dtype; queries that
+    see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
     """
     _check(q, k, v, plan, scale, softcap, sink)
+    compensated = compensated and q.dtype != torch.float32
     call = _Call(
         plan=plan,
         kernel=kernels.select(q, k, softcap, kernel, deterministic),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
+        centers_keys=compensated and softcap is None and sink is None,
+        keeps_residue=compensated and not (softcap is None and sink is None),
         layer="attention" if layer is None else f"layer {layer}",
     )
     with torch.autocast(q.device.type, enabled=False):  # what is fp32 here is so for a reason
@@ -87,10 +94,13 @@ def flash_attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     kernel: str = "auto",
+    compensated: bool = True,
 ) -> Tensor:
     """Attention on one device under any IntervalMask: ring_attention on a ring of one. Same arguments and errors."""
     plan = AttentionPlan(mask, Layout.contiguous(mask.queries, 1), Loopback(1, q.device))
-    return ring_attention(q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel)
+    return ring_attention(
+        q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel, compensated=compensated
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +111,8 @@ class _Call:
     kernel: kernels.Kernel
     scale: float
     softcap: float | None
+    centers_keys: bool
+    keeps_residue: bool
     layer: str
 
     def own_sink(self, sink: Tensor | None) -> Tensor | None:
@@ -118,16 +130,16 @@ class _RingAttention(torch.autograd.Function):
             q = ulysses.queries(q, f"{about}, exchange of queries")
             k, v = (ulysses.keys(x, f"{about}, exchange of {what}") for x, what in ((k, "keys"), (v, "values")))
 
-        def compute() -> tuple[Tensor, Tensor]:
+        def compute() -> tuple[Tensor, ...]:
             q_, k_, v_ = (_by_rank(x, ranks) for x in (q, k, v))
             with call.plan.ring.inbox(about) as empty:
                 kv = _KeysOnTheirWay(call.plan, k_, v_, about, empty)
-                parts = _forward(q_, kv, call.own_sink(sink), call)
-            out, lse = _together([p.out for p in parts]), _together([p.lse for p in parts])
-            return out if ulysses is None else ulysses.tokens(out, f"{about}, exchange of results"), lse
+                results = _forward(q_, kv, call.own_sink(sink), call.keeps_residue and any(ctx.needs_input_grad), call)
+            out, *kept = (_together(list(parts)) for parts in zip(*results, strict=True))
+            return out if ulysses is None else ulysses.tokens(out, f"{about}, exchange of results"), *kept
 
-        out, lse = kept_or_computed(compute, travels=call.plan.ring.size > 1 or ulysses is not None)
-        ctx.save_for_backward(q, k, v, sink, out, lse)
+        out, *kept = kept_or_computed(compute, travels=call.plan.ring.size > 1 or ulysses is not None)
+        ctx.save_for_backward(q, k, v, sink, out, *kept)
         ctx.call, ctx.kv_heads = call, kv_heads
         return out
 
@@ -141,7 +153,7 @@ class _RingAttention(torch.autograd.Function):
 
 def _gradients(ctx, dout: Tensor, about: str, empty: Empty) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Those of q, k, v and the sink."""
-    q, k, v, sink, out, lse = ctx.saved_tensors
+    q, k, v, sink, out, lse, *residue = ctx.saved_tensors
     ranks, ulysses = len(ctx.call.plan.ring.local), ctx.call.plan.ulysses
     q_, k_, v_, lse_ = (_by_rank(x, ranks) for x in (q, k, v, lse))
     kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, about, empty)
@@ -153,6 +165,8 @@ def _gradients(ctx, dout: Tensor, about: str, empty: Empty) -> tuple[Tensor, Ten
     if ulysses is not None:
         dout = ulysses.queries(dout, f"{about}, exchange of results' gradients")
         delta = ulysses.queries(delta.transpose(1, 2), f"{about}, exchange of delta").transpose(1, 2).contiguous()
+    for rounded_away in residue:
+        delta += ctx.call.kernel.delta(rounded_away, dout)
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
     dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call, empty)
     dsink = None
@@ -169,18 +183,24 @@ def _gradients(ctx, dout: Tensor, about: str, empty: Empty) -> tuple[Tensor, Ten
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
 
 
-def _forward(q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, call: _Call) -> list[Partial]:
-    """The Partial over all keys, and the sink, for each local rank; out in q's dtype."""
+def _forward(
+    q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, keeps_residue: bool, call: _Call
+) -> list[tuple[Tensor, ...]]:
+    """(out, lse) over all keys, and the sink, for each local rank; out in q's dtype.
+
+    keeps_residue: also what rounding took from out, in q's dtype.
+    """
     plan = call.plan
     halves = _halves(q[0].shape[2], kv.own[0][0].shape[2], plan)
     state: list[list[Partial | None]] = [[None] * len(halves) for _ in q]  # hop 0, always computed, fills it
     last = [plan.computed(i)[-1] for i in range(len(q))]
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in q]
+    stays_exact = sink is not None or keeps_residue
 
     def add(s: int, i: int, lane: int) -> None:
         """Merge hop s into local rank i's state, for some of the heads; the last one's result is that part of out.
 
-        Where a sink is to come, it stays in fp32.
+        Where a sink or the residue is to come, it stays in fp32.
         """
         of_q, of_k = halves[lane]
         hop = plan.hops[s][i]
@@ -190,7 +210,7 @@ def _forward(q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, call: _C
             state[i][lane] = call.kernel.forward(
                 q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k], intervals,
                 scale=call.scale, softcap=call.softcap, carry=state[i][lane],
-                out=out[i][:, :, of_q] if final and sink is None else None,
+                out=out[i][:, :, of_q] if final and not stays_exact else None,
             )  # fmt: skip
 
     with Lanes(len(halves), plan.ring.device) as lanes:
@@ -203,14 +223,17 @@ def _forward(q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, call: _C
                 with lanes.on(lane):
                     for i in range(len(q)):
                         add(s, i, lane)
-    if sink is not None:
-        for i, heads in enumerate(state):
-            for half, (of_q, _) in zip(heads, halves, strict=True):
+    residue = [torch.empty_like(x) for x in out] if keeps_residue else []
+    for i, heads in enumerate(state if stays_exact else []):
+        for half, (of_q, _) in zip(heads, halves, strict=True):
+            if sink is not None:
                 merge_sink(half, sink[of_q])  # type: ignore[arg-type]
-                out[i][:, :, of_q] = half.out  # type: ignore[union-attr]
+            out[i][:, :, of_q] = half.out  # type: ignore[union-attr]
+            if keeps_residue:
+                residue[i][:, :, of_q] = half.out.sub_(out[i][:, :, of_q])  # type: ignore[union-attr]
     lse = [_together([half.lse for half in heads], dim=1) for heads in state]  # type: ignore[union-attr]
     lanes.fork()  # lane 1's memory was read here, and may be given out there as soon as this returns
-    return [Partial(*pair) for pair in zip(out, lse, strict=True)]
+    return list(zip(*(results for results in (out, lse, residue) if results), strict=True))
 
 
 def _backward(
@@ -227,7 +250,9 @@ def _backward(
 
     The keys of hop 1 are on their way.
     """
-    plan, k = call.plan, [k for k, _ in kv.own]
+    plan, k = call.plan, [own for own, _ in kv.own]
+    centered = CenteredKeys(k) if call.centers_keys else None
+    lse = lse if centered is None else centered.lse(lse, q, call.scale, call.kernel.delta)
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
     whole = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs] for xs in (q, k, k)]
     halves = _halves(q[0].shape[2], k[0].shape[2], plan)
@@ -239,11 +264,15 @@ def _backward(
 
     def add(s: int, i: int, dkv: _GradientsOnTheirWay, part: Part, of_q: slice, of_k: slice) -> None:
         """What hop s gives local rank i, for some of the heads or keys."""
-        dk, dv = dkv.at(s, i)
-        for intervals in part.hops[s][i].intervals:
-            k_here, v_here = kv.at(s, i)
+        hop = part.hops[s][i]
+        if not hop.intervals:
+            return
+        (dk, dv), (k_here, v_here) = dkv.at(s, i), (x[:, part.rows, of_k] for x in kv.at(s, i))
+        if centered is not None:
+            k_here = centered.keys(k_here, i, part.rows, of_k)
+        for intervals in hop.intervals:
             call.kernel.backward(
-                dout[i][:, :, of_q], q[i][:, :, of_q], k_here[:, part.rows, of_k], v_here[:, part.rows, of_k],
+                dout[i][:, :, of_q], q[i][:, :, of_q], k_here, v_here,
                 lse[i][:, of_q], delta[i][:, of_q], intervals,
                 scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
             )  # fmt: skip

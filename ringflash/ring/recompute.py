@@ -6,6 +6,7 @@
 A checkpointed layer forgets its activations and is run again in the backward. Everything in it is local and cheap to
 repeat but attention, whose ring would travel a third time. `ring_attention` therefore leaves its (out, lse) with the
 checkpoint, [B, S, Hq, D] in the model's dtype and fp32 [B, Hq, S] a layer, and takes it from there when run again.
+With a softcap or a sink, 16-bit results have a residue of out's size that is kept with them (`ring.compensation`).
 A checkpoint that does not keep it is met with an error in the backward, where the ring would run again.
 """
 
@@ -28,7 +29,7 @@ def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
     return _Role(kept, replays=False), _Role(kept, replays=True)
 
 
-def kept_or_computed(compute: Callable[[], tuple[Tensor, Tensor]], travels: bool) -> tuple[Tensor, Tensor]:
+def kept_or_computed(compute: Callable[[], tuple[Tensor, ...]], travels: bool) -> tuple[Tensor, ...]:
     """compute(), or what it gave when the checkpointed layer first ran.
 
     travels: whether compute() sends anything. Raises RuntimeError where it would in a recomputation, or where what was
@@ -39,24 +40,23 @@ def kept_or_computed(compute: Callable[[], tuple[Tensor, Tensor]], travels: bool
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A result's memory, apart from the graph, which it must not hold, since the graph holds it; and its version."""
+    """A result's memory, apart from the graph, which it must not hold, since the graph holds it; and out's version."""
 
-    out: Tensor
-    lse: Tensor
+    results: tuple[Tensor, ...]  # out, lse, and out's residue where it is kept
     version: int
 
     @classmethod
-    def of(cls, out: Tensor, lse: Tensor) -> _Kept:
-        return cls(out.detach(), lse.detach(), out._version)
+    def of(cls, *results: Tensor) -> _Kept:
+        return cls(tuple(x.detach() for x in results), results[0]._version)
 
-    def again(self) -> tuple[Tensor, Tensor]:
+    def again(self) -> tuple[Tensor, ...]:
         """The result. Raises RuntimeError if it is not what it was."""
-        if self.out._version != self.version:
+        if self.results[0]._version != self.version:
             raise RuntimeError(
                 "attention's result, which a checkpoint keeps, was changed in place before the backward: make the "
                 "operation that did it out of place, such as out = out + x in the place of out += x"
             )
-        return self.out.detach(), self.lse.detach()
+        return tuple(x.detach() for x in self.results)
 
 
 class _Role:
@@ -74,7 +74,7 @@ class _Role:
         _active.role = self.before
 
 
-def _result(role: _Role | None, compute: Callable[[], tuple[Tensor, Tensor]], travels: bool) -> tuple[Tensor, Tensor]:
+def _result(role: _Role | None, compute: Callable[[], tuple[Tensor, ...]], travels: bool) -> tuple[Tensor, ...]:
     if role is not None and role.replays:
         return next(role.left).again()
     if role is not None:  # the checkpoint that this one is inside of keeps it too, or has it

@@ -31,8 +31,8 @@ PARTIAL, UNSOUND = ".partial", ".unsound"
 # Settings that a resumed run may change. The others are part of the state: the run would not be the one that stopped.
 FREE = (
     "name", "runs", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
-    "memory.recompute", "model.kernel", "model.deterministic", "model.extrapolate_positions", "optim.steps",
-    "parallel.",
+    "memory.recompute", "model.kernel", "model.deterministic", "model.compensated", "model.extrapolate_positions",
+    "optim.steps", "parallel.",
 )  # fmt: skip
 
 

@@ -69,9 +69,7 @@ def fit(config: Config, resolved: str) -> None:
     )
     speed = _Speed(model, config, world)
     with world.own_pace("giving the model to DeepSpeed"):
-        engine = build_engine(
-            model, config.optim, config.memory, world, config.model.kernel, config.model.deterministic
-        )
+        engine = build_engine(model, config.optim, config.memory, world, config.model.attention)
     settings = yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest  # so that a run is not resumed on other text of the same name
     folder = _run_folder(config, world)

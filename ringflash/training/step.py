@@ -58,10 +58,11 @@ class MemoryConfig:
 class TrainedModel(nn.Module):
     """A causal language model that returns its summed loss, so that DeepSpeed's hooks see one call."""
 
-    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, kernel: str, deterministic: bool) -> None:
+    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, attention: dict[str, Any]) -> None:
+        """attention: what `ring_attention_forward` is called with, from ModelConfig.attention."""
         super().__init__()
         self.model = model
-        self.attention = {"kernel": kernel, "deterministic": deterministic}
+        self.attention = attention
         softcap = getattr(model.config, "final_logit_softcapping", None)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
         if memory.recompute:
@@ -85,8 +86,7 @@ def build_engine(
     optim: OptimConfig,
     memory: MemoryConfig,
     world: World,
-    kernel: str = "auto",
-    deterministic: bool = False,
+    attention: dict[str, Any] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The model under DeepSpeed, with AdamW and its schedule.
 
@@ -102,7 +102,7 @@ def build_engine(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(verbose=False)
-    trained = TrainedModel(model, memory, kernel, deterministic)
+    trained = TrainedModel(model, memory, attention or {})
     whole_fp32 = memory.zero == 0 and not bf16
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch,

@@ -26,10 +26,10 @@ def dense_attention(q, k, v, visible, softcap=None):
 
 
 def whole_inputs(batch, length, heads=4, kv_heads=2, dim=16):
-    """q, k, v, dout of whole sequences, the same on every rank."""
+    """q, k, v, dout of whole sequences, the same on every rank. Keys and values have a mean, as those of models do."""
     generator = torch.Generator().manual_seed(length)
     shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator) + mean for shape, mean in zip(shapes, (0, 2, 1, 0), strict=True)]
 
 
 def oracle(inputs, visible, softcap=None):

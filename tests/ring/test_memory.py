@@ -137,8 +137,9 @@ def in_forward(kv_heads):
 
 
 def in_backward(kv_heads):
-    """And dq in fp32, the results dq, dk and dv, delta."""
-    return (2 * KEYS + 2 * GRADIENTS) * kv_heads + 2 * QUERIES + QUERIES + KEYS * kv_heads + ROWS
+    """And dq in fp32, the results dq, dk and dv, delta; a shard of centered keys, their mean and lse."""
+    centered = (KEYS // 2 + DIM * 2) * kv_heads + ROWS
+    return (2 * KEYS + 2 * GRADIENTS) * kv_heads + 2 * QUERIES + QUERIES + KEYS * kv_heads + ROWS + centered
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -154,9 +155,9 @@ def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ri
     assert backward_bytes == in_backward(kv_heads) - unused + third
 
 
-def test_a_sink_takes_a_few_numbers_a_row(monkeypatch):
+def test_a_sink_takes_a_few_numbers_a_row_and_the_residue(monkeypatch):
     most, *_ = passes(monkeypatch, *MASKS["causal"](8), 0, sink=torch.zeros(HEADS))
-    assert most <= in_forward(2) + 3 * ROWS
+    assert most <= in_forward(2) + QUERIES + 3 * ROWS
 
 
 @pytest.mark.parametrize("mask", MASKS)

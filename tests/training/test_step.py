@@ -6,11 +6,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
+from ringflash import Loopback, models
 from ringflash.data import Batch
 from ringflash.layout import Layout
 from ringflash.models import ModelConfig, build_model
 from ringflash.training.parallel import ParallelConfig
-from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, evaluate, prepare, train_step
+from ringflash.training.step import MemoryConfig, OptimConfig, TrainedModel, build_engine, evaluate, prepare, train_step
 from ringflash.training.world import World, join
 from tests.test_models import SPECIFIC, TINY
 
@@ -180,3 +181,18 @@ def test_bf16_trains_at_every_zero_stage(ranks, zero):
 def test_bf16_at_zero_0_refuses_to_accumulate_in_bf16(ranks):
     with pytest.raises(AssertionError, match=r"memory\.zero=0 with bf16 weights would accumulate 3 micro-batches"):
         ranks.run(bf16_losses, 1, 0, 3)
+
+
+def test_the_attention_settings_of_the_model_reach_every_layer(monkeypatch):
+    asked = []
+    real = models.ring_attention
+    monkeypatch.setattr(
+        models, "ring_attention", lambda *args, **options: asked.append(options) or real(*args, **options)
+    )
+    settings = ModelConfig(path="unused", kernel="blocked", deterministic=True, compensated=False).attention
+    trained = TrainedModel(build("qwen3"), MemoryConfig(loss_tile=16), settings)
+    inputs = models.ring_inputs(torch.arange(32)[None], torch.arange(32)[None], ring=Loopback(1))
+    trained(torch.arange(32)[None], torch.arange(32)[None], inputs["position_ids"], inputs["plan"])
+    wanted = {"kernel": "blocked", "deterministic": True, "compensated": False}
+    assert [{name: options[name] for name in wanted} for options in asked] == [wanted] * len(asked)
+    assert len(asked) == trained.model.config.num_hidden_layers

@@ -1,0 +1,204 @@
+"""16-bit gradients keep the rule of twice plain torch's error, whatever means the inputs have, on any ring.
+
+The rule is that of `tests.kernels.oracle`. Keys, values and incoming gradients of models have means; PyTorch's own
+context-parallel tests draw all inputs uniformly from 0 to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ringflash import (
+    AttentionPlan,
+    IntervalMask,
+    Layout,
+    Loopback,
+    ProcessRing,
+    Ulysses,
+    flash_attention,
+    keep_attention,
+    ring_attention,
+)
+from ringflash.ring import attention
+from ringflash.ring.compensation import CenteredKeys
+
+LENGTH, HEADS, KV_HEADS, DIM = 512, 4, 2, 32
+NAMES = ("out", "dq", "dk", "dv", "dsink")
+INPUTS: dict[str, Callable[..., list[Tensor]]] = {
+    "means": lambda *shapes, generator: [
+        torch.randn(shape, generator=generator) + mean for shape, mean in zip(shapes, (0.0, 2.0, 1.0, 0.0), strict=True)
+    ],
+    "uniform": lambda *shapes, generator: [torch.rand(shape, generator=generator) for shape in shapes],
+    "normal": lambda *shapes, generator: [torch.randn(shape, generator=generator) for shape in shapes],
+}
+EXTRAS = {"plain": {}, "softcap": {"softcap": 5.0}, "sink": {"sink": torch.tensor([0.0, 2.0, 4.0, -1.0])}}
+
+
+def inputs(kind: str, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and dout of whole sequences, one batch row."""
+    shapes = [(1, LENGTH, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    return [x.to(dtype) for x in INPUTS[kind](*shapes, generator=torch.Generator().manual_seed(3))]
+
+
+def dense(tensors: list[Tensor], mask: IntervalMask, dtype: torch.dtype, softcap=None, sink=None) -> list[Tensor]:
+    """out, dq, dk, dv and, where there is a sink, dsink: plain torch in `dtype`."""
+    q, k, v, dout = (x.detach().to(dtype) for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if sink is not None:
+        leaves.append(sink.detach().to(dtype).requires_grad_())
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ keys.transpose(2, 3) * DIM**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask.dense()[:, None], -torch.inf)
+    if sink is not None:
+        scores = torch.cat([scores, leaves[3][:, None, None].expand(1, -1, LENGTH, 1)], -1)
+    out = (torch.softmax(scores, -1)[..., :LENGTH] @ values).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def on_ring(tensors: list[Tensor], plan: AttentionPlan, sink=None, **options) -> list[Tensor]:
+    """The same by ring_attention, whole sequences again."""
+    shards = [torch.cat([plan.layout.shard(x, rank) for rank in plan.ring.local]) for x in tensors]
+    leaves = [x.detach().requires_grad_() for x in (*shards[:3], *([] if sink is None else [sink]))]
+    out = ring_attention(*leaves[:3], plan, sink=None if sink is None else leaves[3], **options)
+    results = [out.detach(), *torch.autograd.grad(out, leaves, shards[3])]
+    return [*(plan.layout.unshard(x.chunk(plan.ring.size)) for x in results[:4]), *results[4:]]
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def beyond_the_rule(kind: str, dtype: torch.dtype, ranks: int, extra: str, **options) -> list[str]:
+    """What is further from float64 than twice plain torch, and 1e-4."""
+    mask, layout = IntervalMask.causal(LENGTH), Layout.zigzag(LENGTH, ranks)
+    tensors = inputs(kind, dtype)
+    exact, plain = (dense(tensors, mask, into, **EXTRAS[extra]) for into in (torch.float64, dtype))
+    found = on_ring(tensors, AttentionPlan(mask, layout, Loopback(ranks)), **EXTRAS[extra], **options)
+    assert len(found) == len(exact)
+    return [
+        f"{name}: error {error(x, truth):.1e}, plain torch's {error(rounded, truth):.1e}"
+        for name, x, truth, rounded in zip(NAMES, found, exact, plain, strict=False)
+        if not error(x, truth) <= 2 * error(rounded, truth) + 1e-4
+    ]
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_gradients_keep_the_rule_whatever_means_the_inputs_have(ranks, kind, dtype, extra):
+    assert beyond_the_rule(kind, dtype, ranks, extra) == []
+
+
+def test_without_compensation_keys_with_a_mean_break_the_rule():
+    """So the inputs above do show what compensation removes."""
+    assert [line.split(":")[0] for line in beyond_the_rule("means", torch.bfloat16, 4, "plain", compensated=False)] == [
+        "dq"
+    ]
+    assert [line.split(":")[0] for line in beyond_the_rule("means", torch.bfloat16, 4, "sink", compensated=False)] == [
+        "dq"
+    ]
+
+
+def test_a_rank_may_have_keys_of_another_mean_than_the_others():
+    tensors = inputs("means", torch.bfloat16)
+    tensors[1] = (tensors[1] + torch.linspace(-0.5, 0.5, LENGTH)[:, None, None]).bfloat16()
+    mask, layout = IntervalMask.full(LENGTH), Layout.contiguous(LENGTH, 4)
+    exact, plain = (dense(tensors, mask, dtype) for dtype in (torch.float64, torch.bfloat16))
+    found = on_ring(tensors, AttentionPlan(mask, layout, Loopback(4)))
+    errors = [(error(x, truth), error(rounded, truth)) for x, truth, rounded in zip(found, exact, plain, strict=True)]
+    assert [name for name, (ours, theirs) in zip(NAMES, errors, strict=False) if ours > 2 * theirs] == []
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_keys_around_0_are_left_as_they_are_bit_for_bit(ranks):
+    plan = AttentionPlan(IntervalMask.causal(LENGTH), Layout.zigzag(LENGTH, ranks), Loopback(ranks))
+    compensated, plain = (on_ring(inputs("normal", torch.bfloat16), plan, compensated=on) for on in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(compensated, plain, strict=True))
+
+
+def test_fp32_is_left_as_it_is_bit_for_bit():
+    plan = AttentionPlan(IntervalMask.causal(LENGTH), Layout.zigzag(LENGTH, 4), Loopback(4))
+    for extra in EXTRAS.values():
+        tensors = inputs("means", torch.float32)
+        compensated, plain = (on_ring(tensors, plan, **extra, compensated=on) for on in (True, False))
+        assert all(torch.equal(a, b) for a, b in zip(compensated, plain, strict=True))
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_checkpoint_keeps_all_that_the_gradients_need(extra):
+    mask, (q, k, v, dout) = IntervalMask.causal(LENGTH), inputs("means", torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def layer(q, k, v):
+        return flash_attention(q, k, v, mask, **EXTRAS[extra])
+
+    plain = torch.autograd.grad(layer(*leaves), leaves, dout)
+    out = checkpoint(layer, *leaves, use_reentrant=False, context_fn=keep_attention)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, leaves, dout), plain, strict=True))
+
+
+def test_no_residue_is_kept_where_no_gradient_will_be_asked_for(monkeypatch):
+    results = []
+    monkeypatch.setattr(
+        attention, "kept_or_computed", lambda compute, travels: results.append(compute()) or results[-1]
+    )
+    q, k, v, _ = inputs("means", torch.bfloat16)
+    for needs in (False, True):
+        flash_attention(q.requires_grad_(needs), k, v, IntervalMask.causal(LENGTH), softcap=5.0)
+    assert [len(kept) for kept in results] == [2, 3]  # out and lse, and the residue
+
+
+@pytest.mark.parametrize(
+    ("keys", "used"),
+    [
+        (torch.randn(1, 300, 1, 64) + 1, True),
+        (torch.randn(1, 300, 1, 64), False),
+        (torch.ones(1, 300, 1, 64), True),
+        (torch.randn(1, 3000, 1, 64) + 0.25, True),  # of which each third is looked at
+        (torch.full((1, 300, 1, 64), 60000.0), False),
+        (torch.randn(1, 300, 1, 64) + torch.inf, False),
+    ],
+    ids=["mean 1", "mean 0", "all alike", "long", "k - c could leave fp16", "infinite"],
+)
+def test_a_mean_is_used_where_it_is_no_chance(keys, used):
+    c = CenteredKeys([keys.half()]).c[0]
+    assert c.shape == (1, 1, 1, 64)
+    assert bool(c.any()) == used
+    if used:
+        assert (c - keys.mean(1, keepdim=True)).abs().max() < 0.3
+
+
+def on_grid(extra: str) -> list[Tensor]:
+    """This rank's results on a grid of two rings of two ranks, whose rows exchange heads (Ulysses)."""
+    rank = dist.get_rank()
+    groups = {row: dist.new_group(row) for row in ((0, 1), (2, 3), (0, 2), (1, 3))}
+    row, column = ((0, 1), (2, 3))[rank // 2], ((0, 2), (1, 3))[rank % 2]
+    layout = Layout.zigzag(LENGTH, 2, parts=2)
+    plan = AttentionPlan(IntervalMask.causal(LENGTH), layout, ProcessRing(groups[column]), Ulysses(groups[row]))
+    options = dict(EXTRAS[extra])
+    sink = options.pop("sink", None)
+    shards = [plan.shard(x) for x in inputs("means", torch.bfloat16)]
+    leaves = [x.detach().requires_grad_() for x in (*shards[:3], *([] if sink is None else [sink]))]
+    out = ring_attention(*leaves[:3], plan, sink=None if sink is None else leaves[3], **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, shards[3])]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_grid_with_ulysses_keeps_the_rule(ranks, extra):
+    results = [list(x) for x in zip(*ranks.run(on_grid, 4, extra), strict=True)]
+    layout = Layout.zigzag(LENGTH, 2, parts=2).split(2)
+    found = [*(layout.unshard(shards) for shards in results[:4]), *(sum(shares) for shares in results[4:])]
+    mask, tensors = IntervalMask.causal(LENGTH), inputs("means", torch.bfloat16)
+    exact, plain = (dense(tensors, mask, dtype, **EXTRAS[extra]) for dtype in (torch.float64, torch.bfloat16))
+    errors = [(error(x, truth), error(rounded, truth)) for x, truth, rounded in zip(found, exact, plain, strict=True)]
+    assert [pair for pair in errors if pair[0] > 2 * pair[1]] == []
