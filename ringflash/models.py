@@ -89,6 +89,9 @@ class ModelConfig:
     compensated: bool = True
     """Gradients of 16-bit attention do not suffer from the rounding of its result. Costs a little speed and memory."""
 
+    extrapolate_positions: bool = False
+    """Train on sequences longer than the model's positions (max_position_embeddings, or what its RoPE scales to)."""
+
     @property
     def attention(self) -> dict[str, Any]:
         """The settings that every layer's attention is called with."""
@@ -476,6 +479,37 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise ConfigError(
             f"model.architecture.attention_dropout={config.attention_dropout} is not supported; set it to 0"
         )
+
+
+def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) -> None:
+    """Raise ConfigError where sequences of `length` tokens have more positions than the model knows.
+
+    Positions count within each document, but a document may fill its sequence.
+    """
+    known = known_positions(hf_config)
+    if known is None or length <= known or config.extrapolate_positions:
+        return
+    kinds = ", ".join(rope.get("rope_type", "default") for rope in _rope_parameters(hf_config)) or "none"
+    where = "model.architecture." if config.path is None else f"{config.path}/config.json: "
+    raise ConfigError(
+        f"data.sequence_length={length} is more than the {known} positions that the model knows "
+        f"({where}max_position_embeddings={hf_config.max_position_embeddings}, rope_type={kinds}): raise "
+        f"max_position_embeddings (with random weights), scale rope_parameters there (linear, yarn or llama3, factor x "
+        f"original_max_position_embeddings), or allow it by model.extrapolate_positions=true"
+    )
+
+
+def known_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model knows: those it was made for, or what its RoPE scales them to. None: any number."""
+    known = getattr(config, "max_position_embeddings", None)
+    if known is None:
+        return None
+    scaled = [
+        int(rope["factor"] * (rope.get("original_max_position_embeddings") or known))
+        for rope in _rope_parameters(config)
+        if rope.get("rope_type", "default") != "default" and rope.get("factor")
+    ]
+    return max([known, *scaled])
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -12,6 +12,7 @@ from ringflash.models import (
     ModelConfig,
     build_model,
     check_kernel,
+    check_length,
     field_refusal,
     read_config,
     ring_inputs,
@@ -249,6 +250,36 @@ def test_a_model_that_would_train_wrongly_is_refused_with_its_field(fields, mess
         del architecture["head_dim"]
     with pytest.raises(ConfigError, match=message):
         build_model(ModelConfig(architecture=architecture))
+
+
+SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+POSITIONS = {
+    "its own": ({}, 64),
+    "linear": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, 256),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", **SCALED}}, 256),
+    "llama3": ({"rope_parameters": {
+        "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED}}, 256),
+    "llama3, of which the model was trained on more": ({"max_position_embeddings": 500, "rope_parameters": {
+        "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED}}, 500),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "known"), POSITIONS.values(), ids=POSITIONS)
+def test_sequences_longer_than_the_models_positions_are_refused_unless_allowed(fields, known):
+    architecture = {"model_type": "llama", "max_position_embeddings": 64, **TINY, **fields}
+    config = ModelConfig(architecture=architecture)
+    hf_config = read_config(config)
+    check_length(config, hf_config, known)
+    with pytest.raises(ConfigError, match=rf"^data\.sequence_length={known + 1} is more than the {known} positions"):
+        check_length(config, hf_config, known + 1)
+    check_length(ModelConfig(architecture=architecture, extrapolate_positions=True), hf_config, known + 1)
+
+
+def test_positions_of_a_folders_model_are_named_with_its_file(tmp_path):
+    tiny("llama", max_position_embeddings=64).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/config\.json: max_position_embeddings=64, rope_type=llama3"):
+        check_length(config, read_config(config), 129)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])

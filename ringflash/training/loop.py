@@ -17,7 +17,7 @@ from ringflash.data import load_corpus, load_tokenizer, sequences_per_epoch, str
 from ringflash.data.batches import batch as make_batch
 from ringflash.data.corpus import TokenCorpus
 from ringflash.errors import ConfigError
-from ringflash.models import build_model, check_kernel, read_config
+from ringflash.models import build_model, check_kernel, check_length, read_config
 from ringflash.ring.cost import peak_flops
 from ringflash.training import checkpoint, flops, metrics
 from ringflash.training.config import Config
@@ -35,6 +35,7 @@ def check_here(config: Config) -> None:
     whether model.kernel can run is then left to the run, whose device and whose dtype=auto are not known here.
     """
     model_config = read_config(config.model)
+    check_length(config.model, model_config, config.data.sequence_length)
     if torch.cuda.is_available():
         check_kernel(config.model, model_config, torch.device("cuda"))
 
@@ -46,6 +47,7 @@ def fit(config: Config, resolved: str) -> None:
     """
     model_config = read_config(config.model)
     length = config.data.sequence_length
+    check_length(config.model, model_config, length)
     parallel, why = settle(config.parallel, model_config, length, world_size(), ranks_here())
     config = dataclasses.replace(config, parallel=parallel)
     config.check(world_size())

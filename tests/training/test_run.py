@@ -266,6 +266,17 @@ def test_print_refuses_a_kernel_that_this_machines_gpu_cannot_run(monkeypatch):
         check_here(config)
 
 
+@pytest.mark.parametrize("experiment", [None, "qwen3-0.5b-128k", "llama3-8b-256k"])
+def test_every_experiment_trains_on_positions_that_its_model_knows(experiment):
+    chosen = [f"experiment={experiment}", f"data.path={__file__}"] if experiment else []
+    config, _ = compose(chosen)
+    check_here(config)
+    longer = f"data.sequence_length={2 * config.data.sequence_length}"
+    with pytest.raises(ConfigError, match=rf"^{longer} is more than the {config.data.sequence_length} positions"):
+        check_here(compose([*chosen, longer])[0])
+    check_here(compose([*chosen, longer, "model.extrapolate_positions=true"])[0])
+
+
 def test_a_metrics_line_cut_short_by_a_kill_is_passed_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
