@@ -85,17 +85,19 @@ def test_a_stream_makes_no_more_than_it_may_ahead_and_closing_ends_its_thread(mo
 
 
 def test_batches_are_prepared_ahead_in_the_thread():
-    prepared = []
+    prepared, ahead = [], threading.Event()
 
     def prepare(batch):
         prepared.append(threading.current_thread().name)
+        if len(prepared) > 1:
+            ahead.set()
         return batch.tokens.sum()
 
     plain, running = stream(TEXTS, **SETTINGS), stream(TEXTS, **SETTINGS, prepare=prepare)
     assert next(running)[0] == next(plain)[0].tokens.sum()
+    assert ahead.wait(120)  # for a second batch, that nobody has asked for; close() would cancel it
     running.close()
     plain.close()
-    assert len(prepared) > 1
     assert all(name.startswith("batches") for name in prepared)
 
 
