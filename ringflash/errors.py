@@ -14,3 +14,8 @@ class DivergedError(ArithmeticError):
 
     The message is one line for the user. All ranks raise it alike, and the trainer prints it without a traceback.
     """
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its kind: for the end of a message of one line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

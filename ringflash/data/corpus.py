@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,15 +62,14 @@ class TokenCorpus:
         return float(-(p * np.log(p)).sum())
 
 
-def load_corpus(config: DataConfig) -> tuple[TokenCorpus, TokenCorpus]:
+def load_corpus(config: DataConfig, *, verify: bool = True) -> tuple[TokenCorpus, TokenCorpus]:
     """The training and the held-out documents of `config`, tokenised first if they are not in the cache.
 
-    The split depends on `config.seed`, `config.held_out` and the number of documents alone. Raises ConfigError for
-    input that cannot be used, or for too few documents to hold one out.
+    The split depends on `config.seed`, `config.held_out` and the number of documents alone. verify: compare the cached
+    tokens with their digest, which reads them all; one process per machine is enough. Raises ConfigError for input that
+    cannot be used, or for too few documents to hold one out.
     """
-    folder = tokenised(config)
-    contents = json.loads((folder / "corpus.json").read_text())
-    tokens, offsets = (np.load(folder / name, mmap_mode="r").view(np.ndarray) for name in ("tokens.npy", "offsets.npy"))
+    tokens, offsets, contents = tokenised(config, verify=verify)
     count = len(offsets) - 1
     if config.held_out and count < 2:
         raise ConfigError(

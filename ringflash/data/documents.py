@@ -1,39 +1,40 @@
-"""Documents: text files, JSON Lines and parquet, tokenised once into two flat arrays on disk.
+"""Documents: the files of a path, tokenised once into two flat arrays on disk.
 
-    <data.cache>/<fingerprint>/tokens.npy    uint16, or uint32 for large vocabularies: all documents, end to end
-                               offsets.npy   int64 [documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
-                               corpus.json   what they were made of, the vocabulary they use, and a digest of them
+    <data.cache>/<fingerprint>/    tokens.npy, offsets.npy, corpus.json: see cache.py
 
-The fingerprint covers all that decides the tokens: files, sizes, times of change, field, tokenizer. The folder is
-written aside and renamed when complete, so a killed build leaves nothing that looks finished (only `*.unfinished-*`, to
-be deleted at will), and builders that run at the same time do not disturb each other: the first to finish wins. Run one
-rank ahead of the others to save the work.
-
-Nothing here uses the network: `datasets` is handed local files through its readers, not through `load_dataset`, which
-reports every call to the Hub.
+The fingerprint covers all that decides the tokens: files, sizes, times of change, formats, field, tokenizer. The folder
+is written aside and renamed when complete, so a killed build leaves nothing that looks finished (only `*.unfinished-*`,
+to be deleted at will), and builders that run at the same time do not disturb each other: the first to finish wins. Run
+one rank ahead of the others to save the work. A damaged folder is replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import glob
 import hashlib
+import itertools
 import json
 import sysconfig
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ringflash.errors import ConfigError
+from ringflash.data import cache
+from ringflash.data.formats import FIELD, FORMATS, format_of, known_format, texts
+from ringflash.data.tokenizer import encoder, load_tokenizer
+from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # of the cache; to be raised when the same input gives other arrays
 GROUP = 1 << 20  # characters tokenised at once: enough documents for a tokenizer's threads, bounded memory
+
+Source = tuple[Path, str]  # a file, and the format to read it by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +45,18 @@ class DataConfig:
     """File or folder with the text; there is no default."""
 
     files: list[str] = dataclasses.field(
-        default_factory=lambda: ["**/*.txt", "**/*.jsonl", "**/*.json", "**/*.parquet"]
+        default_factory=lambda: [
+            *("**/*.txt", "**/*.json", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.ndjson"),
+            *("**/*.csv", "**/*.tsv", "**/*.parquet"),
+        ]
     )
-    """Glob patterns below `path`, if that is a folder. `.jsonl` and `.json` hold one JSON object a line, `.parquet` a
-    table (a document a row); each other file is one UTF-8 document. A `.gz` after the suffix is read too."""
+    """Glob patterns below `path`, if that is a folder. Hidden files match only a pattern that begins with a dot."""
 
-    field: str = "text"
-    """Name of the JSON field or parquet column that holds the text."""
+    format: str | None = None
+    """How to read each file: text (one document), jsonl, json, csv, tsv or parquet. null: by the file's suffix."""
+
+    field: str | None = None
+    """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields."""
 
     tokenizer: str = "bytes"
     """"bytes" (ByT5: a token a byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
@@ -73,7 +79,8 @@ class DataConfig:
         for key, valid, expected in (
             ("path", bool(self.path), "a file or folder"),
             ("files", patterns, "a list of one or more patterns, such as ['*.txt']"),
-            ("field", bool(self.field), "the name of a field"),
+            ("format", self.format is None or self.format in FORMATS, f"null or one of {', '.join(FORMATS)}"),
+            ("field", self.field != "", "null or the name of a field"),
             ("tokenizer", bool(self.tokenizer), "bytes or a folder"),
             ("cache", bool(self.cache), "a folder"),
             ("held_out", 0 <= self.held_out < 1, "a fraction, 0 or more and below 1"),
@@ -89,164 +96,123 @@ def python_stdlib() -> str:
     return sysconfig.get_paths()["stdlib"]
 
 
-def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `config.tokenizer`. Raises ConfigError if its folder is missing or holds none with an end."""
-    from transformers import AutoTokenizer, ByT5Tokenizer  # slow to import: only when text is at hand
+def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
+    """The tokenised documents of `config`, built if they are not in the cache, and again if they are damaged there.
 
-    if config.tokenizer == "bytes":
-        return ByT5Tokenizer()
-    folder = Path(config.tokenizer).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"data.tokenizer={config.tokenizer} is neither bytes nor a folder that exists")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and tokenizers' bare Exception
-        raise ConfigError(f"data.tokenizer={config.tokenizer} holds no loadable tokenizer: {_reason(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"data.tokenizer={config.tokenizer} has no eos_token, which must end each document")
-    return tokenizer
-
-
-def tokenised(config: DataConfig) -> Path:
-    """The folder with the tokenised documents of `config`, built if it is not there yet.
-
-    Raises ConfigError, in one line that names the key or the file, for input that cannot be found, read or used.
+    verify: compare the tokens with their digest. Raises ConfigError, in one line that names the key or the file, for
+    input that cannot be found, read or used.
     """
-    files, tokenizer = find_files(config), load_tokenizer(config)
-    cache = Path(config.cache).expanduser()
-    finished = cache / _fingerprint(files, config.field, tokenizer)
-    if finished.is_dir():
-        return finished
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(dir=cache, prefix=f"{finished.name}.unfinished-")
-    except OSError as error:
-        raise ConfigError(f"data.cache={config.cache} cannot be written: {error.strerror}") from error
-    with aside as scratch:
+    sources, tokenizer = find_files(config), load_tokenizer(config)
+    finished = Path(config.cache).expanduser() / _fingerprint(sources, config, tokenizer)
+    found = finished.exists()
+    if found:
+        try:
+            return cache.read(finished, verify)
+        except cache.DamagedError as damage:
+            print(f"{finished}: {damage}; tokenising data.path={config.path} again", flush=True)
+    with _scratch(config, finished.name) as scratch:
+        if found:
+            _move(finished, Path(scratch, "damaged"))
         built = Path(scratch, "built")
         built.mkdir()
-        _build(built, config, files, tokenizer)
+        _build(built, config, sources, tokenizer)
+        made = cache.read(built, verify=False)  # before the rename: a mapped file outlives its folder
         try:
             built.rename(finished)
-        except OSError:  # another builder was first: its folder is the same
-            if not finished.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another builder was first: its folder is the same
                 raise
-    return finished
+    return made
 
 
-def find_files(config: DataConfig) -> list[Path]:
-    """The files of `config.path` and `config.files`, sorted. Raises ConfigError if there are none."""
+def _scratch(config: DataConfig, name: str) -> tempfile.TemporaryDirectory:
+    folder = Path(config.cache).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}.unfinished-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache={config.cache} cannot be written: {error.strerror}") from error
+
+
+def _move(damaged: Path, aside: Path) -> None:
+    """Moves a damaged cache to where it is deleted. Another process that found the damage may have moved it."""
+    with contextlib.suppress(FileNotFoundError):
+        damaged.rename(aside)
+
+
+def find_files(config: DataConfig) -> list[Source]:
+    """The files of `config.path` and `config.files`, sorted, each once, and the format to read each by.
+
+    Raises ConfigError if there are none, or if the format of one is unknown.
+    """
     path = Path(config.path).expanduser()
     if not path.exists():
-        raise ConfigError(f"data.path={config.path} does not exist")
-    if path.is_file():
-        return [path]
-    try:
-        files = {file for pattern in config.files for file in path.glob(pattern) if file.is_file()}
-    except (NotImplementedError, ValueError) as error:  # how pathlib refuses a pattern
-        raise ConfigError(f"data.files={list(config.files)} must be patterns below data.path: {error}") from error
+        hint = "; patterns belong into data.files" if glob.has_magic(config.path) else ""
+        raise ConfigError(f"data.path={config.path} does not exist{hint}")
+    files = [path] if path.is_file() else _matches(path, config.files)
     if not files:
         raise ConfigError(f"data.path={config.path} data.files={list(config.files)} match no file")
-    return sorted(files)
+    return [(file, format_of(file, config.format, config.field)) for file in files]
 
 
-def _build(folder: Path, config: DataConfig, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the three files of the cache into `folder`. The tokens stream to disk; only the lengths are in memory."""
-    size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
-    lengths, highest, digest = [0], -1, hashlib.sha256()
-    with open(folder / "tokens.npy", "wb") as out:
-        _write_header(out, dtype, 0)
-        for texts in _groups(_documents(files, config.field, scratch=folder.parent)):
-            for tokens in _encode(tokenizer, texts):
-                written = tokens.astype(dtype).tobytes()
-                out.write(written)
-                digest.update(len(written).to_bytes(8, "little") + written)
-                lengths.append(len(tokens))
-                highest = max(highest, int(tokens.max()))
-        if highest < 0:
-            raise ConfigError(f"data.path={config.path} holds no text: all of its documents are empty")
-        out.seek(0)
-        _write_header(out, dtype, sum(lengths))
-    np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
-    contents = {
-        "path": config.path,
-        "files": len(files),
-        "tokenizer": config.tokenizer,
-        "documents": len(lengths) - 1,
-        "tokens": sum(lengths),
-        "vocabulary": highest + 1,
-        "tokenizer_size": size,
-        "digest": digest.hexdigest()[:16],
-    }
-    (folder / "corpus.json").write_text(json.dumps(contents, indent=1) + "\n")
+def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files that a pattern matches, sorted. Folders behind links are searched, hidden files and folders are not."""
+    found = {}
+    for pattern in patterns:
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            raise ConfigError(f"data.files={list(patterns)} must be patterns below data.path, not {pattern}")
+        for name in glob.iglob(pattern, root_dir=folder, recursive=True):
+            if (folder / name).is_file():
+                found[folder / name] = (folder / name).resolve()
+    by_file = {real: file for file, real in sorted(found.items(), reverse=True)}  # the first name of each
+    return sorted(by_file.values())
 
 
-def _write_header(out: Any, dtype: np.dtype, count: int) -> None:
-    """The .npy header of a vector. Its size does not depend on `count`: numpy leaves room for the array to grow."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(out, header)
+def _say_left_out(config: DataConfig, sources: list[Source]) -> None:
+    """Prints how many files of records lie beside those of `config.files` and are not read, by suffix."""
+    if Path(config.path).expanduser().is_file():
+        return
+    beside = {str(PurePath(pattern).parent / "*") for pattern in config.files}
+    read = {file.resolve() for file, _ in sources}
+    others = (file for file in _matches(Path(config.path).expanduser(), beside) if file.resolve() not in read)
+    counts = Counter(file.suffix for file in others if known_format(file) not in (None, "text"))
+    if counts:
+        left = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+        print(f"data.path={config.path} holds files that no pattern of data.files matches: {left}", flush=True)
 
 
-def _documents(files: list[Path], field: str, scratch: Path) -> Iterator[str]:
-    """All texts that are not empty, in file order, behind a progress bar over the files' bytes."""
+def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the cache into `folder`."""
+    _say_left_out(config, sources)
+    encode = encoder(tokenizer, config.tokenizer)
+    documents = (tokens for texts in _groups(_documents(sources, config)) for tokens in encode(texts))
+    first = next(documents, None)
+    if first is None:
+        raise ConfigError(f"data.path={config.path} holds no text: all of its documents are empty")
+    made_of = {"path": config.path, "files": len(sources), "tokenizer": config.tokenizer}
+    cache.write(folder, itertools.chain([first], documents), _size(tokenizer), made_of)
+
+
+def _documents(sources: list[Source], config: DataConfig) -> Iterator[str]:
+    """All texts that are not empty, in the order of the files, behind a progress bar over the files' bytes."""
     from tqdm import tqdm
 
-    with tqdm(desc="tokenising", total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True) as bar:
-        for file in files:
+    field, total = config.field or FIELD, sum(file.stat().st_size for file, _ in sources)
+    with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True) as bar:
+        for file, form in sources:
             left = file.stat().st_size
             try:
-                for text in _read(file, field, scratch):
-                    if not isinstance(text, str | None):
-                        raise ConfigError(f"{file}: data.field={field} holds {type(text).__name__}, not text")
-                    step = min(left, len(text or ""))
+                for text in texts(file, form, field, guessed=config.format is None):
+                    step = min(left, len(text))
                     left -= step
                     if text:
                         yield text
                     bar.update(step)
             except ConfigError:
                 raise
-            except Exception as error:  # pyarrow, datasets and the codecs share no base class
-                raise ConfigError(f"{file} cannot be read: {_reason(error)}") from error
+            except Exception as error:  # pyarrow and the codecs share no base class
+                raise ConfigError(f"{file} cannot be read: {reason(error)}") from error
             bar.update(left)
-
-
-def _read(file: Path, field: str, scratch: Path) -> Iterator[Any]:
-    """The texts of one file, by its suffix. `datasets` leaves its lock files in `scratch`."""
-    from datasets import IterableDataset
-
-    name, options = glob.escape(str(file)), {"cache_dir": str(scratch / "datasets")}
-    suffix = Path(file.name.removesuffix(".gz")).suffix
-    if suffix == ".parquet":
-        import pyarrow.parquet
-
-        _require(field, pyarrow.parquet.read_schema(file).names, str(file))
-        rows = IterableDataset.from_parquet(name, columns=[field], batch_size=64, **options)
-        yield from (row[field] for row in rows)
-    elif suffix in (".jsonl", ".json"):
-        # Not datasets' JSON reader: it turns text that looks like dates into dates, and fails on a late new field.
-        for number, row in enumerate(IterableDataset.from_text(name, **options), 1):
-            if row["text"].strip():
-                yield _json_text(row["text"], field, f"{file} line {number}")
-    else:
-        yield from (row["text"] for row in IterableDataset.from_text(name, sample_by="document", **options))
-
-
-def _json_text(line: str, field: str, where: str) -> Any:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error.msg}") from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where} holds a {type(record).__name__}; a JSON object is expected on each line")
-    _require(field, list(record), where)
-    text = record[field]  # JSON can escape half a surrogate pair, which no tokenizer takes
-    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
-
-
-def _require(field: str, available: list[str], where: str) -> None:
-    if field not in available:
-        raise ConfigError(f"{where} has no field data.field={field}; it has {', '.join(available) or 'none'}")
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -263,27 +229,19 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """The tokens of each text, as the tokenizer makes them, with its eos at the end if it does not add one."""
-    from transformers import ByT5Tokenizer
-
-    eos = tokenizer.eos_token_id
-    if isinstance(tokenizer, ByT5Tokenizer):  # its own loop over characters does 2 MB/s, and takes "</s>" for its eos
-        ends = np.array([eos], np.uint16)
-        offset = np.uint16(tokenizer.offset)
-        return [np.concatenate([np.frombuffer(text.encode(), np.uint8) + offset, ends]) for text in texts]
-    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
-    return [np.asarray(ids if ids and ids[-1] == eos else [*ids, eos], np.int64) for ids in encoded]
+def _size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids a tokenizer may give: the highest, and 1."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def _fingerprint(files: list[Path], field: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for all that decides the tokens. st_ctime tells a change that left size and st_mtime alone."""
+    stats = []
+    for file, form in sources:
+        stat = file.stat()
+        stats.append((str(file.resolve()), form, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     vocabulary = sorted(tokenizer.get_vocab().items())
-    made_of = [FORMAT, stats, field, type(tokenizer).__name__, rules, tokenizer.eos_token, vocabulary]
+    field, kind = config.field or FIELD, type(tokenizer).__name__
+    made_of = [cache.FORMAT, stats, config.format is None, field, kind, rules, tokenizer.eos_token, vocabulary]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

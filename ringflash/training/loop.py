@@ -25,7 +25,7 @@ from ringflash.training.divergence import Divergence
 from ringflash.training.export import export, generation_file, rehearse
 from ringflash.training.parallel import layouts, settle
 from ringflash.training.step import Layouts, build_engine, evaluate, prepare, train_step
-from ringflash.training.world import World, join, ranks_here, world_size
+from ringflash.training.world import World, first_here, join, ranks_here, world_size
 
 
 def check_here(config: Config) -> None:
@@ -234,12 +234,15 @@ def _held_out_loss(
 
 
 def _corpora(config: Config, world: World) -> tuple[TokenCorpus, TokenCorpus]:
-    """Training and held-out documents; rank 0 tokenises, the others wait and then find it done."""
+    """Training and held-out documents; rank 0 tokenises, then one rank per other machine checks what it finds there."""
     with world.own_pace(f"tokenising data.path={config.data.path}"):
         if world.is_first:
             load_corpus(config.data)
+    with world.own_pace(f"checking the tokens of data.path={config.data.path} in data.cache={config.data.cache}"):
+        if first_here() and not world.is_first:
+            load_corpus(config.data)
     with world.own_pace(f"reading the tokens of data.path={config.data.path} in data.cache={config.data.cache}"):
-        return load_corpus(config.data)
+        return load_corpus(config.data, verify=False)
 
 
 def _check_vocabulary(config: Config, corpus: TokenCorpus, vocab_size: int) -> None:

@@ -87,6 +87,15 @@ def _told_ranks_here() -> int | None:
     return next((int(size) for size in told if size), None)
 
 
+def first_here() -> bool:
+    """Whether this is the first rank of its machine, as the launcher tells; true without one."""
+    return _local_rank() == 0
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def world_size() -> int:
     """Ranks of this run, as the launcher tells; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -164,7 +173,7 @@ def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _local_rank()
     here = max(_told_ranks_here() or 1, local_rank + 1)
     if here > torch.cuda.device_count():
         raise ConfigError(

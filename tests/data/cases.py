@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from ringflash.data import DataConfig, TokenCorpus
+from ringflash.data import DataConfig, TokenCorpus, tokenised
 
 TEXTS = ["one", "zwei\nzeilen\n", "2020-01-01", "naïve café 😀", "last </s> one", "x" * 300]
 
@@ -57,3 +59,21 @@ def config(tmp_path: Path, path: Path | str, **settings) -> DataConfig:
 def documents(corpora: tuple[TokenCorpus, ...]) -> list[list[int]]:
     """The documents of all splits, sorted."""
     return sorted(split.document(i).tolist() for split in corpora for i in range(len(split)))
+
+
+def write_tokenizer(folder, words=("one", "two"), eos="<eos>", bos=None):
+    """A folder with a word-level Hugging Face tokenizer, which adds `bos` itself if it has one."""
+    vocabulary = {word: i for i, word in enumerate(filter(None, ("<unk>", eos, bos, *words)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A {eos}", special_tokens=[(bos, vocabulary[bos]), (eos, vocabulary[eos])]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos).save_pretrained(folder)
+    return folder
+
+
+def stored(settings: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and offsets in the cache."""
+    return tokenised(settings)[:2]

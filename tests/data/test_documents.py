@@ -1,44 +1,19 @@
 """The same texts give the same tokens from any format, once; and whatever is wrong with them is said in one line."""
 
 import gzip
-import os
 import socket
-import tempfile
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer
 
-from ringflash.data import DataConfig, documents, load_corpus, load_tokenizer, python_stdlib, tokenised
+from ringflash.data import DataConfig, documents, load_corpus, python_stdlib
 from ringflash.errors import ConfigError
-from tests.data.cases import TEXTS, config, write_jsonl, write_parquet, write_texts
-from tests.data.cases import documents as documents_of
+from tests.data.cases import TEXTS, config, stored, write_jsonl, write_parquet, write_texts, write_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
-
-
-def write_tokenizer(folder, words=("one", "two"), eos="<eos>", bos=None):
-    """A folder with a word-level Hugging Face tokenizer, which adds `bos` itself if it has one."""
-    vocabulary = {word: i for i, word in enumerate(filter(None, ("<unk>", eos, bos, *words)))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A {eos}", special_tokens=[(bos, vocabulary[bos]), (eos, vocabulary[eos])]
-        )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos).save_pretrained(folder)
-    return folder
-
-
-def stored(settings):
-    """Tokens and offsets in the cache."""
-    folder = tokenised(settings)
-    return np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "offsets.npy")
 
 
 # -- what is read
@@ -97,146 +72,45 @@ def test_nothing_reaches_for_the_network_or_the_home_folder(tmp_path, monkeypatc
         raise AssertionError(f"network: {args}")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/dev/null/home")
+    monkeypatch.setenv("HOME", "/dev/null/home")
     write_texts(tmp_path / "text")
     write_jsonl(tmp_path / "text" / "a.jsonl")
     write_parquet(tmp_path / "text" / "a.parquet")
     train, held_out = load_corpus(config(tmp_path, tmp_path / "text"))
     assert len(train) + len(held_out) == 3 * len(TEXTS)
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [
-        tokenised(config(tmp_path, tmp_path / "text")).name
-    ]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-# -- tokenizers
+def test_files_are_read_in_the_order_of_their_names_wherever_their_folder_lies(tmp_path):
+    read = []
+    for root in ("here", "[t]here*"):
+        for name in ("b", "a/z", "a/c [1]", "B", "10", "9"):
+            file = tmp_path / root / f"{name}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(name)
+        read.append([name.read_text() for name, _ in documents.find_files(config(tmp_path, tmp_path / root))])
+    assert read == [["10", "9", "B", "a/c [1]", "a/z", "b"]] * 2
 
 
-@pytest.mark.parametrize("bos", [None, "<bos>"], ids=["eos appended", "tokenizer adds bos and eos"])
-def test_a_hugging_face_folder_tokenises_and_ends_each_document_once(tmp_path, bos):
-    folder = write_tokenizer(tmp_path / "tokenizer", bos=bos)
-    settings = config(tmp_path, write_texts(tmp_path / "text", ["one two", "two"]), tokenizer=str(folder))
-    tokenizer = load_tokenizer(settings)
-    train, held_out = load_corpus(settings)
-    start = [bos] if bos else []
-    found = {tuple(tokenizer.convert_ids_to_tokens(ids)) for ids in documents_of((train, held_out))}
-    assert found == {(*start, "one", "two", "<eos>"), (*start, "two", "<eos>")}
-    assert train.vocabulary == train.tokenizer_size == len(tokenizer)
+def test_a_file_that_links_reach_twice_is_read_once_and_a_linked_folder_is_searched(tmp_path):
+    write_texts(tmp_path / "elsewhere", ["far"])
+    folder = write_texts(tmp_path / "text", ["near"])
+    (folder / ".hidden.txt").write_text("hidden")
+    (folder / "alias.txt").symlink_to(folder / "000.txt")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "linked again").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    assert [file.name for file, _ in documents.find_files(config(tmp_path, folder))] == ["000.txt", "000.txt"]
+    assert len(stored(config(tmp_path, folder))[1]) == 3
 
 
-def test_a_vocabulary_above_65536_is_stored_in_four_bytes(tmp_path):
-    words = [f"w{i}" for i in range(70000)]
-    settings = config(
-        tmp_path,
-        write_texts(tmp_path / "text", ["w0 w69999", "w1"]),
-        tokenizer=str(write_tokenizer(tmp_path / "tokenizer", words)),
-    )
-    tokens, _ = stored(settings)
-    assert (tokens.dtype, tokens.max()) == (np.uint32, 70001)
-    train, _ = load_corpus(settings)
-    assert (train.vocabulary, train.tokenizer_size) == (70002, 70002)
-
-
-# -- the cache
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The groups of texts that were tokenised."""
-    groups, encode = [], documents._encode
-
-    def counted(tokenizer, texts):
-        groups.append(texts)
-        return encode(tokenizer, texts)
-
-    monkeypatch.setattr(documents, "_encode", counted)
-    return groups
-
-
-def test_the_second_load_does_not_tokenise_again(tmp_path, calls):
-    settings = config(tmp_path, write_texts(tmp_path / "text"))
-    first = documents_of(load_corpus(settings))
-    assert len(calls) == 1
-    assert documents_of(load_corpus(settings)) == first
-    assert documents_of(load_corpus(config(tmp_path, tmp_path / "text", seed=3, held_out=0.5))) == first
-    assert len(calls) == 1
-
-
-def test_the_digest_is_of_the_tokens_wherever_they_lie(tmp_path):
-    digests = {}
-    for name, texts in (("a", None), ("b", None), ("c", "longer than it was")):
-        folder = write_texts(tmp_path / name)
-        if texts:
-            (folder / "000.txt").write_text(texts)
-        digests[name] = load_corpus(config(tmp_path, folder))[0].digest
-    assert len(digests["a"]) == 16
-    assert digests["a"] == digests["b"] != digests["c"]
-
-
-@pytest.mark.parametrize("change", ["content", "time", "new file", "vocabulary", "eos", "field"])
-def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, change):
-    folder, tokenizer = write_texts(tmp_path / "text"), tmp_path / "tokenizer"
-    write_tokenizer(tokenizer, bos="<bos>")
-    settings = {"tokenizer": str(tokenizer)}
-    before = tokenised(config(tmp_path, folder, **settings))
-    if change == "content":
-        (folder / "000.txt").write_text("longer than it was")
-    elif change == "time":
-        os.utime(folder / "000.txt", ns=(1, 1))
-    elif change == "new file":
-        (folder / "new.txt").write_text("new")
-    elif change == "vocabulary":
-        write_tokenizer(tokenizer, words=("two", "one"), bos="<bos>")
-    elif change == "eos":
-        saved = tokenizer / "tokenizer_config.json"
-        saved.write_text(saved.read_text().replace('"eos_token": "<eos>"', '"eos_token": "<bos>"'))
-    else:
-        settings["field"] = "body"
-    assert tokenised(config(tmp_path, folder, **settings)) != before
-
-
-@pytest.mark.parametrize("death", [KeyboardInterrupt, ConfigError], ids=["killed", "bad file"])
-def test_a_build_that_dies_leaves_nothing_and_the_next_one_starts_over(tmp_path, monkeypatch, death):
-    settings, encode = config(tmp_path, write_jsonl(tmp_path / "a.jsonl")), documents._encode
-    monkeypatch.setattr(documents, "GROUP", 4)
-
-    def dies(tokenizer, texts):
-        if "2020-01-01" in texts:
-            raise death
-        return encode(tokenizer, texts)
-
-    monkeypatch.setattr(documents, "_encode", dies)
-    with pytest.raises(death):
-        tokenised(settings)
-    assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setattr(documents, "_encode", encode)
-    assert len(documents_of(load_corpus(settings))) == len(TEXTS)
-
-
-def test_what_a_kill_leaves_behind_is_not_taken_for_a_finished_cache(tmp_path, monkeypatch):
-    settings = config(tmp_path, write_texts(tmp_path / "text"))
-    with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "TemporaryDirectory", lambda **where: nullcontext(tempfile.mkdtemp(**where)))
-        patch.setattr(documents.np, "save", Mock(side_effect=KeyboardInterrupt))  # with all tokens written
-        with pytest.raises(KeyboardInterrupt):
-            tokenised(settings)
-    [left] = (tmp_path / "cache").iterdir()
-    assert {file.name for file in (left / "built").iterdir()} == {"tokens.npy"}
-    assert len(documents_of(load_corpus(settings))) == len(TEXTS)
-
-
-def test_a_builder_that_finishes_second_takes_the_first_ones_cache(tmp_path, monkeypatch):
-    settings, encode = config(tmp_path, write_texts(tmp_path / "text")), documents._encode
-    others = []
-
-    def overtaken(tokenizer, texts):
-        monkeypatch.setattr(documents, "_encode", encode)
-        others.append(tokenised(settings))
-        return encode(tokenizer, texts)
-
-    monkeypatch.setattr(documents, "_encode", overtaken)
-    assert [tokenised(settings)] == others == list((tmp_path / "cache").iterdir())
-    assert len(documents_of(load_corpus(settings))) == len(TEXTS)
+def test_files_of_records_that_no_pattern_matches_are_told(tmp_path, capsys):
+    folder = write_texts(tmp_path / "text", ["a"])
+    for name in ("b.ndjson", "c.JSONL", "d.csv.gz", "notes.md", "e.ndjson"):
+        (folder / name).write_text("")
+    stored(config(tmp_path, folder, files=["**/*.txt"]))
+    told = f"data.path={folder} holds files that no pattern of data.files matches: 2 .ndjson, 1 .JSONL, 1 .gz\n"
+    assert sorted(capsys.readouterr().out) == sorted(told)  # suffixes that are as many come in any order
 
 
 # -- what is refused
@@ -265,17 +139,17 @@ def bad_inputs(tmp_path):
         "no match": ({"path": text, "files": ["*.md", "*.rst"]}, "data.files=['*.md', '*.rst'] match no file"),
         "absolute pattern": ({"path": text, "files": ["/etc/*"]}, "data.files=['/etc/*'] must be patterns below data"),
         "only empty documents": ({"path": tmp_path / "void"}, "/void holds no text: all of its documents are empty"),
-        "not utf-8": ({"path": tmp_path / "latin.txt"}, "latin.txt cannot be read: 'utf-8' codec can't decode"),
+        "not utf-8": ({"path": tmp_path / "latin.txt"}, "latin.txt is not UTF-8: invalid continuation byte at byte 3"),
         "not parquet": ({"path": tmp_path / "junk.parquet"}, "junk.parquet cannot be read: Parquet magic bytes"),
         "broken json": (
             {"path": tmp_path / "broken.jsonl"},
             "broken.jsonl line 2 is not JSON: Expecting ',' delimiter",
         ),
-        "a list": ({"path": tmp_path / "list.json"}, "list.json line 1 holds a list; a JSON object is expected"),
+        "a list": ({"path": tmp_path / "list.json"}, "list.json record 1 holds a str; a JSON object is expec"),
         "no such key": ({"path": body}, "body.jsonl line 1 has no field data.field=text; it has body"),
         "no such column": ({"path": table}, "b.parquet has no field data.field=text; it has body, number"),
-        "not text, jsonl": ({"path": tmp_path / "number.jsonl"}, "number.jsonl: data.field=text holds int, not text"),
-        "not text, parquet": ({"path": table, "field": "number"}, "data.field=number holds int, not text"),
+        "not text, jsonl": ({"path": tmp_path / "number.jsonl"}, "number.jsonl line 1: data.field=text holds int, not"),
+        "not text, parquet": ({"path": table, "field": "number"}, "row 1: data.field=number holds int, not text"),
         "no tokenizer": ({"path": text, "tokenizer": "/no/folder"}, "data.tokenizer=/no/folder is neither bytes nor"),
         "bad tokenizer": (
             {"path": text, "tokenizer": str(tmp_path / "not_a_tokenizer")},
@@ -310,7 +184,15 @@ def test_all_bad_inputs_are_tried(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("path", ""), ("files", []), ("files", "*.txt"), ("files", [""]), ("field", ""), ("tokenizer", "")),
+        *(
+            ("path", ""),
+            ("files", []),
+            ("files", "*.txt"),
+            ("files", [""]),
+            ("field", ""),
+            ("tokenizer", ""),
+            ("format", "xml"),
+        ),
         *(("cache", ""), ("held_out", 1.0), ("held_out", -0.1), ("seed", -1), ("sequence_length", 1)),
     ],
     ids=str,
@@ -324,7 +206,7 @@ def test_a_bad_value_is_refused_by_its_key(key, value):
 # -- the configs
 
 
-@pytest.mark.parametrize("name", ["stdlib", "text", "jsonl", "parquet"])
+@pytest.mark.parametrize("name", ["stdlib", "text", "jsonl", "csv", "parquet"])
 def test_every_config_holds_known_keys_and_makes_a_data_config(name):
     OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONFIGS / f"{name}.yaml"))

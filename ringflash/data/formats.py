@@ -1,0 +1,222 @@
+"""Formats: the texts of one file, by its suffix or by `data.format`.
+
+    text             the whole file is one document                     .txt, .md, .py, .html, ...
+    jsonl            one JSON object per line, one document each        .jsonl, .ndjson, .jsonlines
+    json             an array of objects, or one object per line        .json
+    csv, tsv         a header, then one document per record             .csv, .tsv
+    parquet          a table, one document per row                      .parquet
+
+All but parquet are UTF-8, with or without a byte order mark, and may be compressed (.gz, .bz2, .zst, .lz4). A suffix
+that is not in the table is refused: read as text, its braces or commas would become part of the documents.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from ringflash.errors import ConfigError
+
+SUFFIXES = {
+    "text": (
+        *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".log", ".html", ".htm", ".xml"),
+        *(".yaml", ".yml", ".toml", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs"),
+        *(".go", ".java", ".kt", ".js", ".ts", ".jsx", ".tsx", ".css", ".cs", ".swift", ".scala", ".rb"),
+        *(".php", ".pl", ".lua", ".r", ".jl", ".hs", ".sh", ".sql"),
+    ),
+    "jsonl": (".jsonl", ".ndjson", ".jsonlines"),
+    "json": (".json",),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "parquet": (".parquet", ".pq"),
+}
+FORMATS = tuple(SUFFIXES)
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+FIELD = "text"  # read where data.field=null and the format has fields
+
+Found = Iterator[tuple[str, Any]]  # where in the file, and what is there: a text, unless the file is wrong
+
+
+def known_format(file: Path) -> str | None:
+    """The format that the suffix of a file names, in capitals or not; None for a suffix that is not in the table."""
+    name = file.name.lower()
+    suffix = Path(name.removesuffix(_compression_suffix(file))).suffix
+    return next((form for form, suffixes in SUFFIXES.items() if suffix in suffixes), None)
+
+
+def format_of(file: Path, chosen: str | None, field: str | None) -> str:
+    """The format to read a file by: `data.format`, or by its suffix.
+
+    Raises ConfigError for an unknown suffix, and for a field where the format has none.
+    """
+    form = chosen or known_format(file)
+    if form is None:
+        raise ConfigError(
+            f"{file}: the suffix {file.suffix or '(none)'} names no known format; set data.format to one of "
+            f"{', '.join(FORMATS)}, or give the file a suffix such as .txt, .jsonl, .csv or .parquet"
+        )
+    if form == "text" and field is not None:
+        raise ConfigError(
+            f"data.field={field} names a field, but {file} is read as text, which has none: set data.format to one of "
+            f"{', '.join(FORMATS[1:])}, or data.field=null"
+        )
+    return form
+
+
+def texts(file: Path, form: str, field: str, guessed: bool) -> Iterator[str]:
+    """The texts of a file in order, empty ones among them.
+
+    guessed: the format is by the suffix. A text file that begins with JSON records is then refused.
+    """
+    readers: dict[str, Callable[[Path, str], Found]] = {
+        "text": _guessed_text if guessed else _text,
+        "jsonl": _json_lines,
+        "json": _json,
+        "csv": _csv,
+        "tsv": _tsv,
+        "parquet": _parquet,
+    }
+    for where, text in readers[form](file, field):
+        if not isinstance(text, str | None):
+            raise ConfigError(f"{where}: data.field={field} holds {type(text).__name__}, not text")
+        yield text or ""
+
+
+def _text(file: Path, field: str) -> Found:
+    with _opened(file) as stream:
+        yield str(file), _decoded(stream.read(), str(file), 0)
+
+
+def _guessed_text(file: Path, field: str) -> Found:
+    for where, text in _text(file, field):
+        form = _json_records(text)
+        if form is not None:
+            raise ConfigError(
+                f"{file} has the suffix of a text, but begins with JSON records: set data.format={form} to read their "
+                f"data.field, or data.format=text to train on the file as it is"
+            )
+        yield where, text
+
+
+def _json_records(text: str) -> str | None:
+    """The format of a text that begins with a JSON object, or with an array of them; None for any other text."""
+    begin = text.lstrip()
+    if not begin.startswith(("{", "[")):
+        return None
+    try:
+        value, _ = json.JSONDecoder().raw_decode(begin)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, list):
+        return "json" if value and isinstance(value[0], dict) else None
+    return "jsonl" if value else None
+
+
+def _json_lines(file: Path, field: str) -> Found:
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            where = f"{file} line {number}"
+            yield where, _json_text(_parsed(line, where), field, where, "on each line")
+
+
+def _json(file: Path, field: str) -> Found:
+    with _opened(file) as stream:
+        begin = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    if not begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _json_lines(file, field)
+        return
+    for _, text in _text(file, field):
+        for number, record in enumerate(_parsed(text, str(file)), 1):
+            where = f"{file} record {number}"
+            yield where, _json_text(record, field, where, "as each record")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f" at line {error.lineno}" if error.lineno > 1 else ""
+        raise ConfigError(f"{where} is not JSON: {error.msg}{place}") from error
+
+
+def _json_text(record: Any, field: str, where: str, expected: str) -> Any:
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where} holds a {type(record).__name__}; a JSON object is expected {expected}")
+    _require(field, list(record), where)
+    text = record[field]  # JSON can escape half a surrogate pair, which no tokenizer takes
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
+
+
+def _csv(file: Path, field: str, delimiter: str = ",") -> Found:
+    csv.field_size_limit(sys.maxsize)  # by default 131072 characters, less than a long document
+    rows = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    try:
+        header = next((row for row in rows if row), None)
+        if header is None:
+            return
+        _require(field, header, f"{file} line {rows.line_num}")
+        column = header.index(field)
+        for row in rows:
+            where = f"{file} line {rows.line_num}"
+            if row and len(row) != len(header):
+                raise ConfigError(f"{where} ends a record of {len(row)} columns; the header has {len(header)}")
+            yield where, row[column] if row else ""
+    except csv.Error as error:
+        raise ConfigError(f"{file} line {rows.line_num} is not CSV: {error}") from error
+
+
+def _tsv(file: Path, field: str) -> Found:
+    return _csv(file, field, delimiter="\t")
+
+
+def _parquet(file: Path, field: str) -> Found:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        _require(field, table.schema_arrow.names, str(file))
+        number = 0
+        for part in table.iter_batches(columns=[field], batch_size=64):
+            for text in part.column(0):
+                number += 1
+                yield f"{file} row {number}", text.as_py()
+
+
+def _require(field: str, available: Iterable[str], where: str) -> None:
+    if field not in available:
+        raise ConfigError(f"{where} has no field data.field={field}; it has {', '.join(available) or 'none'}")
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file, each with its line feed. Only "\\n" ends one: text may hold other separators."""
+    position = 0
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            yield _decoded(line, f"{file} line {number}", position)
+            position += len(line)
+
+
+def _decoded(read: bytes, where: str, position: int) -> str:
+    """The text of some bytes, which begin at byte `position` of their file, without the file's byte order mark."""
+    try:
+        return read.decode("utf-8" if position else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = position + len(read) - len(error.object) + error.start  # `object` lacks the mark
+        byte = error.object[error.start]
+        raise ConfigError(f"{where} is not UTF-8: {error.reason} at byte {at} (0x{byte:02x})") from error
+
+
+def _opened(file: Path) -> IO[bytes]:
+    import pyarrow
+
+    compression = COMPRESSIONS.get(_compression_suffix(file))
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression=compression))
+
+
+def _compression_suffix(file: Path) -> str:
+    suffix = file.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""

@@ -1,0 +1,130 @@
+"""Tokenizers: text to tokens, where no text becomes a special token, and one end of document follows each text.
+
+A tokenizer takes text that spells a special token (`</s>` in an HTML page) for the token itself, in two places. It
+looks for its special tokens before anything else, and its model may hold them as ordinary pieces (Unigram, WordLevel,
+WordPiece, and BPE with `ignore_merges`). So text is encoded by a copy of the tokenizer in which the special tokens have
+names that no text spells; their numbers stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ringflash.errors import ConfigError, reason
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from ringflash.data.documents import DataConfig
+
+UNSPELLABLE = "\U0010fffe"  # a noncharacter: Unicode reserves it for use inside a program
+
+Encoder = Callable[[list[str]], list[np.ndarray]]  # texts to tokens of one document each, with its end
+
+
+def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.tokenizer`. Raises ConfigError if its folder is missing or holds none with an end."""
+    from transformers import AutoTokenizer, ByT5Tokenizer  # slow to import: only when text is at hand
+
+    name = config.tokenizer
+    if name == "bytes":
+        return ByT5Tokenizer()
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"data.tokenizer={name} is neither bytes nor a folder that exists")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and tokenizers' bare Exception
+        raise ConfigError(f"data.tokenizer={name} holds no loadable tokenizer: {reason(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"data.tokenizer={name} has no eos_token, which must end each document")
+    return tokenizer
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
+    """The function that encodes documents. What the tokenizer adds at their begin, such as a bos, it adds.
+
+    Raises ConfigError, by name, for a tokenizer whose end of document is ordinary text.
+    """
+    from transformers import ByT5Tokenizer
+
+    if isinstance(tokenizer, ByT5Tokenizer):
+        return lambda texts: _bytes(tokenizer, texts)
+    if not tokenizer.is_fast:
+        return lambda texts: _slow(tokenizer, name, texts)
+    backend = _text_only(tokenizer, name)
+    return lambda texts: _fast(backend, tokenizer.eos_token_id, texts)
+
+
+def _bytes(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    """ByT5's tokens: its own loop over characters does 2 MB/s, and takes "</s>" for its eos."""
+    ends = np.array([tokenizer.eos_token_id], np.uint16)
+    offset = np.uint16(tokenizer.offset)
+    return [np.concatenate([np.frombuffer(text.encode(), np.uint8) + offset, ends]) for text in texts]
+
+
+def _fast(backend: Tokenizer, eos: int, texts: list[str]) -> list[np.ndarray]:
+    documents = []
+    for encoding in backend.encode_batch_fast(texts):
+        ids = encoding.ids
+        ended = bool(ids) and ids[-1] == eos and encoding.special_tokens_mask[-1]  # 1: not of the text
+        documents.append(np.asarray(ids if ended else [*ids, eos], np.int64))
+    return documents
+
+
+def _slow(tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
+    eos = tokenizer.eos_token_id
+    adds_end = tokenizer.build_inputs_with_special_tokens([eos + 1])[-1] == eos
+    documents = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if eos in ids:
+            raise ConfigError(
+                f"data.tokenizer={name}: {type(tokenizer).__name__} makes its eos_token={tokenizer.eos_token} of text "
+                f"that spells it, so a document would end early; give a tokenizer with a tokenizer.json"
+            )
+        whole = tokenizer.build_inputs_with_special_tokens(ids)
+        documents.append(np.asarray(whole if adds_end else [*whole, eos], np.int64))
+    return documents
+
+
+def _text_only(tokenizer: Any, name: str) -> Tokenizer:
+    """A copy of a fast tokenizer's backend whose special tokens no text spells."""
+    from tokenizers import Tokenizer
+
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = rules["model"]
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    words = special & _words(model)
+    if tokenizer.eos_token in words:
+        raise ConfigError(
+            f"data.tokenizer={name} has eos_token={tokenizer.eos_token!r}, which is ordinary text of its vocabulary: "
+            f"the end of a document could not be told from it; give the tokenizer an eos_token that is no text"
+        )
+    names = {token: UNSPELLABLE + token for token in special - words}
+    if model["type"] == "Unigram":
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    for added in rules["added_tokens"]:
+        added["content"] = names.get(added["content"], added["content"])
+    backend = Tokenizer.from_str(json.dumps(rules))
+    backend.encode_special_tokens = True  # for the special tokens that are words too, such as a pad_token "!"
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _words(model: dict[str, Any]) -> set[str]:
+    """The pieces of a model's vocabulary that are ordinary text: single characters, and what merges make."""
+    pieces = {piece for piece, _ in model["vocab"]} if model["type"] == "Unigram" else set(model["vocab"])
+    merges = {"".join(merge) for merge in model.get("merges", ())}
+    return {piece for piece in pieces if len(piece) == 1} | merges

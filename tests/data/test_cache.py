@@ -1,0 +1,264 @@
+"""The cache holds what its text gives: made once, named by all that decides it, never half-written, never damaged."""
+
+import json
+import os
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from ringflash.data import cache, documents, load_corpus, load_tokenizer, tokenised
+from ringflash.errors import ConfigError
+from tests.data.cases import TEXTS, config, write_jsonl, write_texts, write_tokenizer
+from tests.data.cases import documents as documents_of
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The groups of texts that were tokenised."""
+    groups, made = [], documents.encoder
+
+    def counted(*args):
+        encode = made(*args)
+        return lambda texts: groups.append(texts) or encode(texts)
+
+    monkeypatch.setattr(documents, "encoder", counted)
+    return groups
+
+
+def entries(tmp_path):
+    """What lies in the cache's folder."""
+    return sorted((tmp_path / "cache").iterdir())
+
+
+def test_the_second_load_does_not_tokenise_again(tmp_path, calls):
+    settings = config(tmp_path, write_texts(tmp_path / "text"))
+    first = documents_of(load_corpus(settings))
+    assert len(calls) == 1
+    assert documents_of(load_corpus(settings)) == first
+    assert documents_of(load_corpus(config(tmp_path, tmp_path / "text", seed=3, held_out=0.5))) == first
+    assert len(calls) == 1
+
+
+def test_the_digest_is_of_the_tokens_wherever_they_lie(tmp_path):
+    digests = {}
+    for name, texts in (("a", None), ("b", None), ("c", "longer than it was")):
+        folder = write_texts(tmp_path / name)
+        if texts:
+            (folder / "000.txt").write_text(texts)
+        digests[name] = load_corpus(config(tmp_path, folder))[0].digest
+    assert len(digests["a"]) == 16
+    assert digests["a"] == digests["b"] != digests["c"]
+
+
+@pytest.mark.parametrize("change", ["size", "time", "neither", "new file", "vocabulary", "eos", "format"])
+def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, change):
+    folder, tokenizer = write_texts(tmp_path / "text"), tmp_path / "tokenizer"
+    write_tokenizer(tokenizer, bos="<bos>")
+    settings = {"tokenizer": str(tokenizer)}
+    tokenised(config(tmp_path, folder, **settings))
+    if change == "size":
+        (folder / "000.txt").write_text("longer than it was")
+    elif change == "time":
+        os.utime(folder / "000.txt", ns=(1, 1))
+    elif change == "neither":
+        before = (folder / "000.txt").stat()
+        (folder / "000.txt").write_text("two")
+        os.utime(folder / "000.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif change == "new file":
+        (folder / "new.txt").write_text("new")
+    elif change == "vocabulary":
+        write_tokenizer(tokenizer, words=("two", "one"), bos="<bos>")
+    elif change == "eos":
+        saved = tokenizer / "tokenizer_config.json"
+        saved.write_text(saved.read_text().replace('"eos_token": "<eos>"', '"eos_token": "<bos>"'))
+    else:
+        settings["format"] = "text"
+    tokenised(config(tmp_path, folder, **settings))
+    assert len(entries(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("death", [KeyboardInterrupt, ConfigError], ids=["killed", "bad file"])
+def test_a_build_that_dies_leaves_nothing_and_the_next_one_starts_over(tmp_path, monkeypatch, death):
+    settings = config(tmp_path, write_jsonl(tmp_path / "a.jsonl"))
+    monkeypatch.setattr(documents, "GROUP", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "encoder", lambda *_: Mock(side_effect=[[np.ones(2, np.int64)], death]))
+        with pytest.raises(death):
+            tokenised(settings)
+    assert entries(tmp_path) == []
+    assert len(documents_of(load_corpus(settings))) == len(TEXTS)
+
+
+def test_what_a_kill_leaves_behind_is_not_taken_for_a_finished_cache(tmp_path, monkeypatch):
+    settings = config(tmp_path, write_texts(tmp_path / "text"))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            tempfile, "TemporaryDirectory", lambda dir, prefix, **_: nullcontext(tempfile.mkdtemp("", prefix, dir))
+        )
+        patch.setattr(cache.np, "save", Mock(side_effect=KeyboardInterrupt))  # with all tokens written
+        with pytest.raises(KeyboardInterrupt):
+            tokenised(settings)
+    [left] = (tmp_path / "cache").iterdir()
+    assert {file.name for file in (left / "built").iterdir()} == {"tokens.npy"}
+    assert len(documents_of(load_corpus(settings))) == len(TEXTS)
+
+
+def test_a_builder_that_finishes_second_takes_the_first_ones_cache(tmp_path, monkeypatch):
+    settings, build = config(tmp_path, write_texts(tmp_path / "text")), documents._build
+
+    def overtaken(*args):
+        monkeypatch.setattr(documents, "_build", build)
+        tokenised(settings)
+        build(*args)
+
+    monkeypatch.setattr(documents, "_build", overtaken)
+    made = tokenised(settings)
+    [folder] = entries(tmp_path)
+    assert np.array_equal(made.tokens, np.load(folder / "tokens.npy"))
+    assert len(documents_of(load_corpus(settings))) == len(TEXTS)
+
+
+# -- damage
+
+
+def corpus_json(change):
+    """Damage to corpus.json: its object, changed."""
+
+    def damage(folder):
+        contents = json.loads((folder / "corpus.json").read_text())
+        (folder / "corpus.json").write_text(json.dumps(change(contents)))
+
+    return damage
+
+
+def overwritten(name, begin, count):
+    """Damage to a file: bytes that are flipped, from `begin` (from its end, if negative)."""
+
+    def damage(folder):
+        content = bytearray((folder / name).read_bytes())
+        begin_at = begin % len(content)
+        for i in range(begin_at, begin_at + count):
+            content[i] ^= 0xFF
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def saved(name, change):
+    """Damage to a file: an array that is sound in itself, but another one."""
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+DAMAGE = {
+    "tokens overwritten": (overwritten("tokens.npy", -100, 90), "tokens.npy or offsets.npy has other contents than"),
+    "one byte of the tokens": (overwritten("tokens.npy", -1, 1), "tokens.npy or offsets.npy has other contents than"),
+    "tokens truncated": (lambda f: os.truncate(f / "tokens.npy", 200), "tokens.npy cannot be read: "),
+    "tokens empty": (lambda f: os.truncate(f / "tokens.npy", 0), "tokens.npy cannot be read: "),
+    "tokens missing": (lambda f: (f / "tokens.npy").unlink(), "tokens.npy cannot be read: [Errno 2] No such file"),
+    "tokens' magic": (overwritten("tokens.npy", 0, 6), "tokens.npy cannot be read: "),
+    "tokens' header": (overwritten("tokens.npy", 10, 40), "tokens.npy cannot be read: "),
+    "tokens of another type": (saved("tokens.npy", lambda x: x.astype(np.int64)), "tokens.npy holds int64 ["),
+    "tokens of another shape": (saved("tokens.npy", lambda x: x[None]), "tokens.npy holds uint16 [1, "),
+    "fewer tokens": (saved("tokens.npy", lambda x: x[:-1]), "tokens.npy holds uint16 ["),
+    "offsets of another type": (
+        saved("offsets.npy", lambda x: x.astype(float)),
+        "offsets.npy holds float64 [7], not",
+    ),
+    "offsets beyond the tokens": (saved("offsets.npy", lambda x: x + 1), "offsets.npy does not divide"),
+    "offsets out of order": (
+        saved("offsets.npy", lambda x: x[[0, 2, 1, *range(3, len(x))]]),
+        "offsets.npy does not",
+    ),
+    "other offsets": (saved("offsets.npy", lambda x: x + [0, 1, 0, 0, 0, 0, 0]), "tokens.npy or offsets.npy has other"),
+    "offsets missing": (lambda f: (f / "offsets.npy").unlink(), "offsets.npy cannot be read: [Errno 2] No such file"),
+    "contents empty": (lambda f: os.truncate(f / "corpus.json", 0), "corpus.json cannot be read: Expecting value"),
+    "contents missing": (lambda f: (f / "corpus.json").unlink(), "corpus.json cannot be read: [Errno 2] No such file"),
+    "contents null": (corpus_json(lambda _: None), "corpus.json holds a NoneType, not an object"),
+    "contents a list": (corpus_json(lambda _: [1]), "corpus.json holds a list, not an object"),
+    "contents not text": (overwritten("corpus.json", 0, 9), "corpus.json cannot be read: 'utf-8' codec"),
+    "contents of another format": (corpus_json(lambda c: c | {"format": 2}), "corpus.json has format 2, not 3"),
+    "contents without a key": (
+        corpus_json(lambda c: {"format": 3}),
+        "corpus.json has other contents than",
+    ),
+    "another vocabulary": (
+        corpus_json(lambda c: c | {"vocabulary": 3}),
+        "corpus.json has other contents than",
+    ),
+    "another digest": (
+        corpus_json(lambda c: c | {"digest": "0" * 16}),
+        "corpus.json has other contents than",
+    ),
+    "a file in its place": (lambda f: f.rename(f.parent / "x") and f.write_text(""), "corpus.json cannot be read: "),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_cache_is_made_again_with_a_word(tmp_path, capsys, calls, case):
+    damage, message = DAMAGE[case]
+    settings = config(tmp_path, write_texts(tmp_path / "text"))
+    sound = documents_of(load_corpus(settings))
+    [folder] = entries(tmp_path)
+    damage(folder)
+    capsys.readouterr()
+    assert documents_of(load_corpus(settings)) == sound
+    told = capsys.readouterr().out
+    assert told.startswith(f"{folder}: {message}")
+    assert told.endswith(f"; tokenising data.path={settings.path} again\n")
+    assert documents_of(load_corpus(settings)) == sound
+    assert (capsys.readouterr().out, len(calls)) == ("", 2)
+
+
+def test_tokens_are_compared_with_their_digest_only_where_that_is_asked_for(tmp_path, calls):
+    settings = config(tmp_path, write_texts(tmp_path / "text"))
+    load_corpus(settings)
+    overwritten("tokens.npy", -1, 1)(entries(tmp_path)[0])
+    load_corpus(settings, verify=False)
+    assert len(calls) == 1
+    load_corpus(settings)
+    assert len(calls) == 2
+
+
+def test_a_damaged_cache_whose_folder_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    settings = config(tmp_path, write_texts(tmp_path / "text"))
+    load_corpus(settings)
+    overwritten("tokens.npy", -1, 1)(entries(tmp_path)[0])
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(ConfigError, match=r"data\.cache=.* cannot be written: Permission denied"):
+        load_corpus(settings)
+
+
+def test_a_corpus_that_is_in_use_outlives_the_damage_of_its_cache(tmp_path):
+    settings = config(tmp_path, write_texts(tmp_path / "text"))
+    used = load_corpus(settings)
+    before = documents_of(used)
+    [folder] = entries(tmp_path)
+    (folder / "corpus.json").unlink()
+    load_corpus(settings)
+    assert documents_of(used) == before
+
+
+@pytest.mark.parametrize("step", ["_build", "_move"], ids=["nothing there", "damaged"])
+def test_those_who_build_at_once_all_get_the_whole_corpus(tmp_path, monkeypatch, step):
+    settings = config(tmp_path, write_texts(tmp_path / "text"))
+    if step == "_move":
+        load_corpus(settings)
+        overwritten("tokens.npy", -1, 1)(entries(tmp_path)[0])
+    load_tokenizer(settings)  # its imports are not for threads
+    at_once, taken = threading.Barrier(4), getattr(documents, step)
+
+    def together(*args):
+        at_once.wait(120)  # until all have found the damage, or nothing
+        taken(*args)
+
+    monkeypatch.setattr(documents, step, together)
+    with ThreadPoolExecutor(4) as builders:
+        corpora = list(builders.map(load_corpus, [settings] * 4))
+    monkeypatch.setattr(documents, step, Mock(side_effect=AssertionError("built again")))
+    assert len(entries(tmp_path)) == 1
+    assert [documents_of(got) for got in corpora] == [documents_of(load_corpus(settings))] * 4

@@ -1,0 +1,205 @@
+"""Each file is read by its format, named or by suffix; what would be read as something else is refused."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+
+import pyarrow
+import pytest
+
+from ringflash.data import load_corpus
+from ringflash.data.formats import FORMATS
+from ringflash.errors import ConfigError
+from tests.data.cases import config, write_parquet
+
+TEXTS = ["one", "zwei\r\nzeilen\n", '"quoted", with, commas\tand tabs', "naïve \u2028 café 😀", "x" * 200_000]
+RECORDS = [{"id": i, "body": text} for i, text in enumerate(TEXTS)]
+
+
+def table(delimiter):
+    """The records as a CSV file with a header."""
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, ["id", "body"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(RECORDS)
+    return out.getvalue().encode()
+
+
+def parquet(tmp_path):
+    """The records as a parquet file."""
+    return write_parquet(tmp_path / "made", TEXTS, field="body").read_bytes()
+
+
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+ARRAY = json.dumps(RECORDS, indent=1).encode()
+MARK = b"\xef\xbb\xbf"
+
+
+def texts(tmp_path, file, **settings):
+    """The documents of a file, in order."""
+    train, _ = load_corpus(config(tmp_path, file, held_out=0, **settings))
+    return [bytes(id - 3 for id in train.document(i)[:-1].tolist()).decode() for i in range(len(train))]
+
+
+def write(tmp_path, name, content):
+    """A file with that content, compressed where its name says zstd."""
+    file = tmp_path / name
+    with pyarrow.output_stream(file, compression="zstd" if name.endswith(".zst") else None) as out:
+        out.write(content)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES), ("a.ndjson", LINES), ("a.jsonlines", LINES), ("A.JSONL", LINES), ("a.json", LINES),
+        ("a.ndjson.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])), ("a.jsonl.bz2", bz2.compress(LINES)),
+        ("a.jsonl.zst", LINES),
+        ("a.json", ARRAY), ("a.json.gz", gzip.compress(MARK + ARRAY)),
+        ("a.jsonl", MARK + LINES.replace(b"\n", b"\r\n")),
+        ("a.csv", table(",")), ("a.CSV.gz", gzip.compress(MARK + table(","))), ("a.tsv", table("\t")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-",
+)  # fmt: skip
+def test_records_are_read_by_their_suffix(tmp_path, name, content):
+    assert texts(tmp_path, write(tmp_path, name, content), field="body") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["dump", "a.txt", "a.bak"])
+@pytest.mark.parametrize(
+    ("form", "content"),
+    [("jsonl", LINES), ("json", ARRAY), ("csv", table(",")), ("tsv", table("\t")), ("parquet", None)],
+    ids=["jsonl", "json", "csv", "tsv", "parquet"],
+)
+def test_the_format_may_be_named(tmp_path, name, form, content):
+    file = write(tmp_path, name, content or parquet(tmp_path))
+    assert texts(tmp_path, file, format=form, field="body") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.MD", "a.html", "a.py", "a.txt.gz", "dump"])
+def test_a_text_is_one_document_without_its_byte_order_mark(tmp_path, name):
+    content = MARK + "{not json}\r\n[1] naïve </s>".encode()
+    file = write(tmp_path, name, gzip.compress(content) if name.endswith(".gz") else content)
+    form = {"format": "text"} if name == "dump" else {}
+    assert texts(tmp_path, file, **form) == ["{not json}\r\n[1] naïve </s>"]
+
+
+def test_json_as_a_text_is_read_where_that_is_asked_for(tmp_path):
+    assert texts(tmp_path, write(tmp_path, "a.jsonl", LINES), format="text") == [LINES.decode()]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "tsv", "text"])
+def test_a_file_without_any_text_is_refused(tmp_path, form):
+    for content in (b"", MARK, b"body\n" if form in ("csv", "tsv") else b"", b"[]" if form == "json" else b""):
+        with pytest.raises(ConfigError, match="holds no text: all of its documents are empty"):
+            texts(tmp_path, write(tmp_path, "a", content), format=form, field=None if form == "text" else "body")
+
+
+REFUSED = {
+    "unknown suffix": (
+        "a.xz",
+        b"",
+        {},
+        "a.xz: the suffix .xz names no known format; set data.format to one of text, j",
+    ),
+    "no suffix": ("dump", b"text", {}, "dump: the suffix (none) names no known format; set data.format to one of"),
+    "office": ("a.docx", b"text", {}, "the suffix .docx names no known format"),
+    "an archive": ("a.tar.gz", b"text", {}, "the suffix .gz names no known format"),
+    "json lines as text": ("a.txt", b"\n" + LINES, {}, "begins with JSON records: set data.format=jsonl to read their"),
+    "an array as text": (
+        "a.md",
+        ARRAY,
+        {},
+        "a.md has the suffix of a text, but begins with JSON records: set data.format=json ",
+    ),
+    "a field of a text": ("a.txt", b"text", {"field": "body"}, "data.field=body names a field, but "),
+    "a field of text by name": (
+        "a",
+        b"text",
+        {"field": "body", "format": "text"},
+        "a is read as text, which has none: set",
+    ),
+    "not utf-8": ("a.txt", b"na\xefve", {}, "a.txt is not UTF-8: invalid continuation byte at byte 2 (0xef)"),
+    "not utf-8 after a mark": ("a.txt", MARK + b"\xff", {}, "a.txt is not UTF-8: invalid start byte at byte 3 (0xff)"),
+    "utf-16": ("a.txt", "naïve".encode("utf-16"), {}, "a.txt is not UTF-8: invalid start byte at byte 0 (0xff)"),
+    "not utf-8 in a line": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "\xe9"}\n',
+        {},
+        "line 2 is not UTF-8: invalid continuation byte at byte 24",
+    ),
+    "not utf-8 in a table": (
+        "a.csv",
+        b"text\na\n\xff\n",
+        {},
+        "a.csv line 3 is not UTF-8: invalid start byte at byte 7",
+    ),
+    "a field that is missing later": (
+        "a.jsonl",
+        b'{"text": "a"}\n\n{"body": "b"}\n',
+        {},
+        "a.jsonl line 3 has no field data.field=text; it has body",
+    ),
+    "a field that is missing in an array": (
+        "a.json",
+        b'[{"text": "a"},\n{"body": "b"}]',
+        {},
+        "a.json record 2 has no field data.field=text",
+    ),
+    "a broken array": (
+        "a.json",
+        b'[{"text": "a"},\n{"text": "b"]',
+        {},
+        "a.json is not JSON: Expecting ',' delimiter at line 2",
+    ),
+    "an array in json lines": (
+        "a.jsonl",
+        b'["a"]',
+        {},
+        "a.jsonl line 1 holds a list; a JSON object is expected on each line",
+    ),
+    "an object over lines": ("a.json", b'{\n"text": "a"}', {}, "a.json line 1 is not JSON"),
+    "no such column": ("a.csv", b"id,body\n1,a\n", {}, "a.csv line 1 has no field data.field=text; it has id, body"),
+    "another delimiter": ("a.csv", b"id;text\n1;a\n", {}, "a.csv line 1 has no field data.field=text; it has id;text"),
+    "a short record": ("a.csv", b"id,text\n1,a\n2\n", {}, "a.csv line 3 ends a record of 1 columns; the header has 2"),
+    "a long record": (
+        "a.csv",
+        b"id,text\n1,a\n2,b,c\n",
+        {},
+        "a.csv line 3 ends a record of 3 columns; the header has 2",
+    ),
+    "an open quote": ("a.csv", b'text\n"a\nb\n', {}, "a.csv line 3 is not CSV: unexpected end of data"),
+    "a truncated file": (
+        "a.txt.gz",
+        gzip.compress(LINES)[:-20],
+        {},
+        "a.txt.gz cannot be read: Truncated compressed stream",
+    ),
+    "not compressed": ("a.txt.gz", b"text", {}, "a.txt.gz cannot be read: zlib inflate failed"),
+    "json lines as parquet": ("a.parquet", LINES, {}, "a.parquet cannot be read: Parquet magic bytes not found"),
+    "text as json lines": ("a", b"plain\n", {"format": "jsonl"}, "a line 1 is not JSON: Expecting value"),
+    "an unknown format": (
+        "a.txt",
+        b"",
+        {"format": "xml"},
+        f"data.format=xml must be null or one of {', '.join(FORMATS)}",
+    ),
+    "patterns as a path": (
+        "*.txt",
+        b"",
+        {"file": "corpus/*.txt"},
+        "data.path=corpus/*.txt does not exist; patterns belong",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_format_does_not_fit_is_refused_with_file_and_place(tmp_path, case):
+    name, content, settings, message = REFUSED[case]
+    file = write(tmp_path, name, content)
+    with pytest.raises(ConfigError) as refused:
+        texts(tmp_path, **{"file": file} | settings)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
