@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 FASTEST_FIRST = ("hopper", "portable", "blocked")
+_FILES = {"blocked": ("blocked", "blocked")} | {n: (f"{n}_forward", f"{n}_backward") for n in ("hopper", "portable")}
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,23 @@ def select(
     reasons = []
     for candidate in FASTEST_FIRST if name == "auto" else (name,):
         kernel = _load(candidate, deterministic)
-        reason = kernel.supports(q, k, softcap)
-        if reason is None:
+        if isinstance(kernel, Kernel) and (reason := kernel.supports(q, k, softcap)) is None:
             return kernel
+        reason = kernel if isinstance(kernel, str) else reason
         reasons.append(f"kernel={candidate} {reason}")
     raise ValueError("; ".join(reasons))
 
 
 @functools.cache
-def _load(name: str, deterministic: bool = False) -> Kernel:
-    """Import a kernel's files only when it is asked for."""
-    if name == "blocked":
-        blocked = importlib.import_module("ringflash.kernels.blocked")
-        return Kernel(name, blocked.forward, blocked.delta, blocked.backward, blocked.round_into, blocked.supports)
-    forward = importlib.import_module(f"ringflash.kernels.{name}_forward")
-    backward = importlib.import_module(f"ringflash.kernels.{name}_backward")
+def _load(name: str, deterministic: bool = False) -> Kernel | str:
+    """Import a kernel's files only when it is asked for; the reason, where Triton is missing or too old for them."""
+    try:
+        forward = importlib.import_module(f"ringflash.kernels.{_FILES[name][0]}")
+        backward = importlib.import_module(f"ringflash.kernels.{_FILES[name][1]}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        return f"needs Triton 3.6 or newer ({error}): pip install triton, or kernel=blocked, which is plain torch"
     call = backward.backward
     if name == "hopper":  # the other kernels' gradients have one writer each
         call = functools.partial(call, deterministic=deterministic)

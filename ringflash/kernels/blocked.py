@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ringflash.kernels.checks import request_refusal
 from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge
 
@@ -25,8 +26,10 @@ TILE = 256
 
 
 def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
-    """None: any floating dtype, head size and device will do."""
-    return None if q.is_floating_point() else f"needs floating point, got {q.dtype}"
+    """None, or why not: any floating dtype, head size and device will do."""
+    if not q.is_floating_point():
+        return f"needs floating point, got {q.dtype}"
+    return request_refusal(q, k, softcap)
 
 
 def forward(

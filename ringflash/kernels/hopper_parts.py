@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflash.kernels import portable_forward
+from ringflash.kernels.checks import request_refusal
 from ringflash.kernels.gluon_names import TESTED, aggregate, copy_in, triton_version
 from ringflash.kernels.portable_forward import LOG2_E, arch, tma_refusal
 
@@ -340,6 +341,8 @@ def _counter_of(device: torch.device, stream: int) -> Tensor:
 
 def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
     """None, or why not: the tail of "kernel=hopper ..." for queries like q and keys and values like k."""
+    if reason := request_refusal(q, k, softcap):
+        return reason
     if not q.is_cuda or arch(q) != 90:
         where = f"one of {arch(q) / 10}" if q.is_cuda else f"device {q.device}"
         return f"needs a GPU of compute capability 9.0, got {where}; kernel=auto takes what runs there"

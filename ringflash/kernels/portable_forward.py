@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ringflash.kernels.checks import number_refusal, request_refusal
 from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
@@ -368,6 +369,8 @@ def tile_argument(name: str, x: Tensor, block: int, tma: bool) -> tuple[Tensor |
 
 def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
     """None, or why not: the tail of "kernel=portable ..." for queries like q and keys and values like k."""
+    if reason := request_refusal(q, k, softcap):
+        return reason
     interpreted = not isinstance(forward_kernel, triton.JITFunction)
     if not interpreted and (not q.is_cuda or arch(q) < 80):
         where = f"one of {arch(q) / 10}" if q.is_cuda else f"device {q.device}"
@@ -378,10 +381,6 @@ def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
         return "cannot do bfloat16 in Triton's interpreter, which multiplies its raw bits; use float16 or float32"
     if q.shape[3] not in HEAD_DIMS or k.shape[3] != q.shape[3]:
         return f"takes head_dim 32 to 256 in steps of 8, the same for q and k, got {q.shape[3]} and {k.shape[3]}"
-    if q.shape[2] % k.shape[2]:
-        return f"takes query heads a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}"
-    if softcap is not None and softcap <= 0:
-        return f"takes a positive softcap, got {softcap}"
     for name, x in (("q", q), ("k", k)):
         if x.stride(3) != 1:
             return f"takes a contiguous last dimension, got {name} with stride {x.stride(3)}"
@@ -411,14 +410,14 @@ def check_inputs(q: Tensor, k: Tensor, scale: float, softcap: float | None, **ot
 
 def check_alike(q: Tensor, k: Tensor, scale: float, **others: Tensor) -> None:
     """What is left of check_inputs where `supports` has been asked."""
-    if scale <= 0:
-        raise ValueError(f"kernel=portable takes a positive scale, got {scale}")
+    if reason := number_refusal(scale):
+        raise ValueError(f"kernel=portable takes as scale {reason}")
     for name, x in others.items():
         like = q if name == "dout" else k
-        if x.shape != like.shape or x.dtype != like.dtype or x.stride(3) != 1:
+        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device or x.stride(3) != 1:
             raise ValueError(
-                f"kernel=portable takes {name} as {[*like.shape]}, {like.dtype}, last dimension contiguous, "
-                f"got {[*x.shape]}, {x.dtype}, strides {x.stride()}"
+                f"kernel=portable takes {name} as {[*like.shape]}, {like.dtype}, last dimension contiguous, on "
+                f"{like.device}, got {[*x.shape]}, {x.dtype}, strides {x.stride()}, on {x.device}"
             )
 
 

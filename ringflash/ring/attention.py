@@ -35,13 +35,13 @@ from ringflash import kernels
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge_sink
+from ringflash.ring.checks import check_call, check_tensors
 from ringflash.ring.compensation import CenteredKeys
 from ringflash.ring.lanes import Lanes
 from ringflash.ring.plan import AttentionPlan, Part
 from ringflash.ring.recompute import kept_or_computed
 from ringflash.ring.runs import Run, Runs
 from ringflash.ring.transport import Empty, Loopback, Message, Transfer
-from ringflash.ring.ulysses import heads_refusal
 
 
 def ring_attention(
@@ -69,13 +69,15 @@ def ring_attention(
     see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
     """
-    _check(q, k, v, plan, scale, softcap, sink)
+    check_call(q, k, v, plan, scale, softcap, sink, deterministic=deterministic, compensated=compensated)
+    if not len(q):  # no batch rows, on any rank: nothing to compute or send
+        return q + 0 * sum(x.sum().to(q.dtype) for x in (k, v, sink) if x is not None)
     compensated = compensated and q.dtype != torch.float32
     call = _Call(
         plan=plan,
         kernel=kernels.select(q, k, softcap, kernel, deterministic),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=None if softcap is None else float(softcap),
         centers_keys=compensated and softcap is None and sink is None,
         keeps_residue=compensated and not (softcap is None and sink is None),
         layer="attention" if layer is None else f"layer {layer}",
@@ -97,6 +99,9 @@ def flash_attention(
     compensated: bool = True,
 ) -> Tensor:
     """Attention on one device under any IntervalMask: ring_attention on a ring of one. Same arguments and errors."""
+    check_tensors(q=q, k=k, v=v)
+    if not isinstance(mask, IntervalMask):
+        raise TypeError(f"mask must be an IntervalMask, such as IntervalMask.causal(tokens), got {mask!r:.100}")
     plan = AttentionPlan(mask, Layout.contiguous(mask.queries, 1), Loopback(1, q.device))
     return ring_attention(
         q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel, compensated=compensated
@@ -478,42 +483,3 @@ def _parts(plan: AttentionPlan, halves: int) -> list[Part]:
         return [plan.part(0, length)]
     quarter = max(1, length // 4)
     return [plan.part(0, quarter), plan.part(quarter, length)]
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: AttentionPlan,
-    scale: float | None,
-    softcap: float | None,
-    sink: Tensor | None,
-) -> None:
-    """Refuse what does not fit, with the values."""
-    shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(f"q must be [B, S, Hq, D] and k, v alike [B, S, Hkv, D], got {shapes}")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k and v must agree on batch, length and head size, got {shapes}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} KV heads")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {q.dtype}")
-    if not q.device == k.device == v.device or q.device.type != plan.ring.device.type:
-        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, the plan on {plan.ring.device}")
-    if q.shape[1] != plan.tokens.shard_length:
-        raise ValueError(f"the plan's shards hold {plan.tokens.shard_length} tokens, got {shapes}")
-    if plan.ulysses is not None and (reason := heads_refusal(plan.ulysses.size, q.shape[2], k.shape[2])):
-        raise ValueError(reason)
-    if len(q) % len(plan.ring.local) or plan.batch not in (1, len(q) // len(plan.ring.local)):
-        raise ValueError(
-            f"a mask of {plan.batch} batch rows and {len(plan.ring.local)} local ranks do not fit {shapes}"
-        )
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be above 0, or None for head_dim ** -0.5, got {scale}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be above 0, or None for no cap, got {softcap}")
-    if sink is not None and sink.shape != q.shape[2:3]:
-        raise ValueError(f"sink must hold a logit for each of {q.shape[2]} heads, got {[*sink.shape]}")

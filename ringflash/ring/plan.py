@@ -157,6 +157,14 @@ class AttentionPlan:
             raise TypeError(f"mask must be an IntervalMask, or a tuple of them, got {self.mask!r:.100}")
         if not isinstance(self.layout, Layout):
             raise TypeError(f"layout must be a Layout, such as Layout.zigzag(length, ranks), got {self.layout!r:.100}")
+        if not all(hasattr(self.ring, name) for name in ("size", "local", "device")):
+            raise TypeError(
+                f"ring must be a ProcessRing, or a Loopback of all ranks in one process, got {self.ring!r:.100}"
+            )
+        if self.ulysses is not None and not all(hasattr(self.ulysses, name) for name in ("size", "rank")):
+            raise TypeError(
+                f"ulysses must be a Ulysses of the ranks that share a ring shard, got {self.ulysses!r:.100}"
+            )
         for mask in self.masks:
             if (mask.queries, mask.keys) != (self.layout.length, self.layout.length):
                 raise ValueError(
@@ -221,6 +229,8 @@ class AttentionPlan:
 
         Raises ValueError for another length than the plan's, or another batch than its masks'.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor [B, {self.layout.length}, ...], got {type(x).__name__}")
         if x.dim() < 2 or self.batch not in (1, len(x)):
             raise ValueError(f"a plan of {self.batch} batch rows and {self.layout.length} tokens got {[*x.shape]}")
         shards = [self.tokens.shard(x, rank, padding=padding) for rank in self.holders]

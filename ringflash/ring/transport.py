@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NoReturn, Protocol
 
 import torch
@@ -95,10 +96,12 @@ class Loopback:
     """All ranks of a ring in this process. A batch of B sequences is a tensor whose dim 0 holds ranks x B."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        if isinstance(size, bool) or not isinstance(size, (int, Integral)):
+            raise TypeError(f"size must be a whole number of ranks, got size={size!r:.100}")
         if size < 1:
             raise ValueError(f"a ring has 1 rank or more, got size={size}")
-        self.size = size
-        self.local = tuple(range(size))
+        self.size = int(size)
+        self.local = tuple(range(self.size))
         self.device = torch.device(device)
 
     def inbox(self, about: str) -> AbstractContextManager[Empty]:

@@ -266,8 +266,8 @@ def test_no_keys_at_all(interpreter):
         ("base", "takes tensors that begin at a multiple of 16 bytes, got k at 4 past one"),
         ("stride", "takes strides that are multiples of 16 bytes, got k with stride(1) of 260 bytes"),
         ("transposed", "takes v as [2, 16, 2, 32], torch.float32, last dimension contiguous"),
-        ("scale", "takes a positive scale, got 0.0"),
-        ("softcap", "takes a positive softcap, got -1.0"),
+        ("scale", "takes as scale a number above 0, finite in fp32 (1e-15 to 1e+15), got 0.0"),
+        ("softcap", "takes as softcap a number above 0, finite in fp32 (1e-15 to 1e+15), got -1.0"),
         ("dout", "takes dout as [2, 16, 4, 32]"),
         ("intervals", "takes intervals.start as [1 or 2, 16], torch.int32, contiguous, got [1, 15]"),
         (

@@ -1,5 +1,8 @@
 """The fastest kernel that can do the request is taken; one that is named says why it cannot."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -37,3 +40,61 @@ def test_a_hopper_gpu_gets_the_hopper_kernel_for_16_bits_and_the_portable_one_fo
         pytest.skip("not a Hopper GPU")
     assert kernels.select(*request(torch.bfloat16, "cuda")).name == "hopper"
     assert kernels.select(*request(torch.float32, "cuda")).name == "portable"
+
+
+WITHOUT_TRITON = """
+import sys
+
+
+class Hiding:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Hiding())
+import torch
+import ringflash
+from ringflash import kernels
+
+q = torch.randn(1, 8, 2, 32)
+out = ringflash.flash_attention(q, q, q, ringflash.IntervalMask.causal(8))
+print(torch.equal(out, ringflash.flash_attention(q, q, q, ringflash.IntervalMask.causal(8), kernel="blocked")))
+for name in ("portable", "hopper"):
+    try:
+        kernels.select(q, q, name=name)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_without_triton_auto_takes_plain_torch_and_a_named_kernel_says_what_is_missing():
+    told = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    assert told.stdout.splitlines() == ["True"] + [
+        f"kernel={name} needs Triton 3.6 or newer (No module named 'triton'): pip install triton, or kernel=blocked, "
+        "which is plain torch"
+        for name in ("portable", "hopper")
+    ], told.stderr
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "softcap", "told"),
+    [
+        (
+            (1, 8, 4, 32),
+            (1, 8, 0, 32),
+            None,
+            "takes query heads a multiple of KV heads, 1 or more of each, got 4 and 0",
+        ),
+        ((1, 8, 0, 32), (1, 8, 2, 32), None, "got 0 and 2"),
+        ((1, 8, 4, 32), (1, 8, 3, 32), None, "got 4 and 3"),
+        ((8, 4, 32), (8, 4, 32), None, r"takes q and k as \[B, S, H, D\], got \[8, 4, 32\]"),
+        ((2, 8, 4, 32), (1, 8, 4, 32), None, "one batch on one device, got 2 and 1"),
+        ((1, 8, 4, 32), (1, 8, 4, 32), float("nan"), "takes as softcap a number above 0, finite in fp32 .* got nan"),
+        ((1, 8, 4, 32), (1, 8, 4, 32), "30", "got '30'"),
+    ],
+)
+@pytest.mark.parametrize("name", kernels.FASTEST_FIRST)
+def test_every_kernel_refuses_what_none_can_do(name, query, key, softcap, told):
+    with pytest.raises(ValueError, match=f"kernel={name} .*{told}"):
+        kernels.select(torch.zeros(query), torch.zeros(key), softcap, name)

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections import Counter
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -298,10 +300,53 @@ def tensors(q=(1, 8, 4, 16), k=(1, 8, 2, 16), dtype=torch.float32):
         (tensors(k=(1, 8, 3, 16)), {}, "4 query heads do not divide among 3 KV heads"),
         (tensors(k=(1, 8, 2, 32)), {}, "agree on batch, length and head size"),
         (tensors(q=(1, 9, 4, 16), k=(1, 9, 2, 16)), {}, "shards hold 8 tokens"),
+        (tensors(k=(2, 8, 2, 16)), {}, "agree on batch, length and head size"),
+        (
+            tensors(k=(1, 8, 0, 16)),
+            {},
+            r"query heads, KV heads and head size must be 1 or more, got .*k \[1, 8, 0, 16\]",
+        ),
+        (tensors(q=(1, 8, 0, 16)), {}, "query heads, KV heads and head size must be 1 or more"),
+        (tensors((1, 8, 4, 0), (1, 8, 2, 0)), {}, "query heads, KV heads and head size must be 1 or more"),
+        (tensors(q=(1, 0, 4, 16), k=(1, 0, 2, 16)), {}, "shards hold 8 tokens, got q .1, 0, 4, 16"),
         (tensors(dtype=torch.float64), {}, "got torch.float64"),
-        (tensors(), {"softcap": 0.0}, "softcap must be above 0"),
-        (tensors(), {"scale": 0.0}, "scale must be above 0, or None for head_dim"),
+        (tensors(dtype=torch.int32), {}, "must be float16, bfloat16 or float32, got torch.int32"),
+        (tensors(dtype=torch.complex64), {}, "must be float16, bfloat16 or float32, got torch.complex64"),
+        ((*tensors()[:2], tensors()[2].half()), {}, "one dtype, got torch.float32, torch.float32, torch.float16"),
+        (([[0.0]], *tensors()[1:]), {}, "q must be a tensor, got list"),
+        ((*tensors()[:2], None), {}, "v must be a tensor, got NoneType"),
+        ((tensors()[0].to_sparse(), *tensors()[1:]), {}, "q must be a dense tensor, got layout torch.sparse_coo"),
+        ([x.to("meta") for x in tensors()], {}, "q must have values, got a tensor on the meta device"),
+        *(
+            (
+                tensors(),
+                {name: value},
+                f"{name} must be None for .*, or a number above 0, finite in fp32 .*, got {shown}",
+            )
+            for name in ("scale", "softcap")
+            for value, shown in [
+                (0.0, "0.0"),
+                (-1, "-1"),
+                (torch.inf, "inf"),
+                (torch.nan, "nan"),
+                (1e39, "1e\\+39"),
+                (1e-40, "1e-40"),
+                (True, "True"),
+                ("0.1", "'0.1'"),
+                (torch.tensor(0.1), "tensor"),
+                ([0.1], r"\[0.1\]"),
+                (10**400, "1000"),
+                (1j, "1j"),
+            ]
+        ),
         (tensors(), {"sink": torch.zeros(2)}, r"sink must hold a logit for each of 4 heads, got \[2\]"),
+        (tensors(), {"sink": torch.zeros(4, 1)}, r"sink must hold a logit for each of 4 heads, got \[4, 1\]"),
+        (tensors(), {"sink": torch.zeros(4, dtype=torch.int64)}, "sink must be a floating-point tensor .* torch.int64"),
+        (tensors(), {"sink": torch.zeros(4, dtype=torch.cfloat)}, "sink must be a floating-point .* torch.complex64"),
+        (tensors(), {"sink": [0.0] * 4}, "sink must be a floating-point tensor of a logit for each .*, got list"),
+        (tensors(), {"sink": torch.zeros(4, device="meta")}, "sink must be on cpu, as q is, got meta"),
+        (tensors(), {"deterministic": 1}, "deterministic must be True or False, got 1"),
+        (tensors(), {"compensated": "no"}, "compensated must be True or False, got 'no'"),
         (tensors(), {"kernel": "fastest"}, "kernel=fastest is not one of auto, "),
     ],
 )
@@ -309,6 +354,58 @@ def test_what_does_not_fit_is_refused_with_its_value(inputs, options, message):
     plan = AttentionPlan(IntervalMask.causal(8), Layout.contiguous(8, 1), Loopback(1))
     with pytest.raises((ValueError, TypeError), match=message):
         ring_attention(*inputs, plan, **options)
+
+
+@pytest.mark.parametrize("value", [0.25, 1, np.float32(0.25), Fraction(1, 4)], ids=lambda value: type(value).__name__)
+def test_a_scale_and_a_softcap_may_be_any_real_number(value):
+    q, k, v, _ = whole_inputs(1, 8)
+    expected = flash_attention(q, k, v, IntervalMask.causal(8), scale=float(value), softcap=float(value))
+    assert torch.equal(flash_attention(q, k, v, IntervalMask.causal(8), scale=value, softcap=value), expected)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_empty_batch_has_an_empty_result_and_gradients(ranks, dtype):
+    plan = AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, ranks), Loopback(ranks))
+    shapes = [(0, 8 // ranks, heads, 16) for heads in (4, 2, 2)]
+    leaves = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes] + [
+        torch.ones(4, requires_grad=True)
+    ]
+    out = ring_attention(*leaves[:3], plan, sink=leaves[3], softcap=2.0)
+    assert (out.shape, out.dtype) == (shapes[0], dtype)
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert [x.shape for x in gradients] == [x.shape for x in leaves]
+    assert not gradients[3].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda x: flash_attention(x, x, x, None), "mask must be an IntervalMask, .* got None"),
+        (lambda x: flash_attention(x, x, x, torch.ones(8, 8)), "mask must be an IntervalMask"),
+        (lambda x: flash_attention([], x, x, IntervalMask.causal(8)), "q must be a tensor, got list"),
+        (lambda x: ring_attention(x, x, x, None), "plan must be an AttentionPlan of mask, layout and ring, got None"),
+        (lambda x: ring_attention(x, x, x, IntervalMask.causal(8)), "plan must be an AttentionPlan"),
+        (
+            lambda x: AttentionPlan(IntervalMask.causal(8), Layout.contiguous(8, 1), None),
+            "ring must be a ProcessRing, .* got None",
+        ),
+        (
+            lambda x: AttentionPlan(IntervalMask.causal(8), Layout.contiguous(8, 1), Loopback(1), ulysses=2),
+            "ulysses must be a Ulysses .* got 2",
+        ),
+        (
+            lambda x: AttentionPlan(IntervalMask.causal(8), Layout.contiguous(8, 1), Loopback(1)).shard([1] * 8),
+            "x must be a tensor .*, got list",
+        ),
+        (lambda x: Loopback("2"), "size must be a whole number of ranks, got size='2'"),
+        (lambda x: Loopback(2.0), "size must be a whole number of ranks, got size=2.0"),
+        (lambda x: Loopback(True), "size must be a whole number of ranks, got size=True"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_refused_by_its_name(call, told):
+    with pytest.raises(TypeError, match=told):
+        call(torch.zeros(1, 8, 2, 16))
 
 
 @pytest.mark.gpu

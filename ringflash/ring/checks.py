@@ -1,0 +1,92 @@
+"""What a call of attention must be given: everything else is refused here, with its value, before any rank waits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringflash.kernels.checks import number_refusal
+from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.ulysses import heads_refusal
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    softcap: float | None,
+    sink: Tensor | None,
+    **switches: bool,
+) -> None:
+    """Raise ValueError or TypeError, with the values, where the arguments of ring_attention do not fit."""
+    check_tensors(q=q, k=k, v=v)
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(f"plan must be an AttentionPlan of mask, layout and ring, got {plan!r:.100}")
+    _check_shapes(q, k, v, plan)
+    for name, value, default in (("scale", scale, "for head_dim ** -0.5"), ("softcap", softcap, "for no cap")):
+        if value is not None and (reason := number_refusal(value)):
+            raise ValueError(f"{name} must be None {default}, or {reason}")
+    if sink is not None:
+        _check_sink(sink, q)
+    for name, on in switches.items():
+        if not isinstance(on, bool):
+            raise TypeError(f"{name} must be True or False, got {on!r:.100}")
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise TypeError or ValueError unless all are dense tensors of one dtype that attention takes, on one device."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.is_meta:
+            raise ValueError(f"{name} must have values, got a tensor on the meta device")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; {name}.to_dense() makes it one")
+    names, dtypes, devices = (
+        ", ".join(tensors),
+        *(", ".join(str(getattr(x, what)) for x in tensors.values()) for what in ("dtype", "device")),
+    )
+    dtype, device = ({getattr(x, what) for x in tensors.values()} for what in ("dtype", "device"))
+    if len(dtype) > 1:
+        raise TypeError(f"{names} must have one dtype, got {dtypes}")
+    if not dtype <= {*DTYPES}:
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtypes}")
+    if len(device) > 1:
+        raise ValueError(f"{names} must be on one device, got {devices}")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+    """Raise ValueError unless q, k and v fit each other and the plan."""
+    shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"q must be [B, S, Hq, D] and k, v alike [B, S, Hkv, D], got {shapes}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree on batch, length and head size, got {shapes}")
+    if 0 in (q.shape[2], k.shape[2], q.shape[3]):
+        raise ValueError(f"query heads, KV heads and head size must be 1 or more, got {shapes}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} KV heads")
+    if q.device.type != plan.ring.device.type:
+        raise ValueError(f"q, k and v are on {q.device}, the plan on {plan.ring.device}")
+    if q.shape[1] != plan.tokens.shard_length:
+        raise ValueError(f"the plan's shards hold {plan.tokens.shard_length} tokens, got {shapes}")
+    if plan.ulysses is not None and (reason := heads_refusal(plan.ulysses.size, q.shape[2], k.shape[2])):
+        raise ValueError(reason)
+    ranks = len(plan.ring.local)
+    if len(q) % ranks or plan.batch not in (1, len(q) // ranks):
+        raise ValueError(f"a mask of {plan.batch} batch rows and {ranks} local ranks do not fit {shapes}")
+
+
+def _check_sink(sink: Tensor, q: Tensor) -> None:
+    """Raise unless the sink is a logit for each query head, in floating point, where the queries are."""
+    if not isinstance(sink, Tensor) or not sink.is_floating_point():
+        what = sink.dtype if isinstance(sink, Tensor) else type(sink).__name__
+        raise TypeError(f"sink must be a floating-point tensor of a logit for each query head, got {what}")
+    if sink.shape != q.shape[2:3]:
+        raise ValueError(f"sink must hold a logit for each of {q.shape[2]} heads, got {[*sink.shape]}")
+    if sink.device != q.device:
+        raise ValueError(f"sink must be on {q.device}, as q is, got {sink.device}")
