@@ -102,29 +102,30 @@ def _text_only(tokenizer: Any, name: str) -> Tokenizer:
     model = rules["model"]
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
-    words = special & _words(model)
-    if tokenizer.eos_token in words:
+    pieces = dict(model["vocab"])
+    characters = {token for token in special if len(token) == 1 and token in pieces}  # without them, text would be lost
+    if tokenizer.eos_token in characters:
         raise ConfigError(
             f"data.tokenizer={name} has eos_token={tokenizer.eos_token!r}, which is ordinary text of its vocabulary: "
             f"the end of a document could not be told from it; give the tokenizer an eos_token that is no text"
         )
-    names = {token: UNSPELLABLE + token for token in special - words}
-    if model["type"] == "Unigram":
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    else:
-        model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    names = {token: UNSPELLABLE + token for token in special - characters}
+    _rename(model, names)
     for added in rules["added_tokens"]:
         added["content"] = names.get(added["content"], added["content"])
     backend = Tokenizer.from_str(json.dumps(rules))
-    backend.encode_special_tokens = True  # for the special tokens that are words too, such as a pad_token "!"
+    backend.encode_special_tokens = True  # for special tokens that are characters, such as a pad_token "!"
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _words(model: dict[str, Any]) -> set[str]:
-    """The pieces of a model's vocabulary that are ordinary text: single characters, and what merges make."""
-    pieces = {piece for piece, _ in model["vocab"]} if model["type"] == "Unigram" else set(model["vocab"])
-    merges = {"".join(merge) for merge in model.get("merges", ())}
-    return {piece for piece in pieces if len(piece) == 1} | merges
+def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
+    """Gives pieces of a model's vocabulary other names, and removes the merges that would make them or use them."""
+    if model["type"] == "Unigram":
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+        return
+    model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+    model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if names.keys().isdisjoint([*pair, "".join(pair)])]

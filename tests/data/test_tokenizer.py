@@ -134,12 +134,19 @@ def test_a_tokenizer_that_was_saved_with_truncation_and_padding_gives_whole_docu
     assert [len(ids) for ids in documents] == [21, 2]
 
 
-@pytest.mark.parametrize("eos", [".", "he"], ids=["a character", "a merge"])
-def test_an_end_that_is_ordinary_text_is_refused(tmp_path, eos):
-    pieces = {piece: i for i, piece in enumerate([*SPECIAL, *CHARACTERS, ".", "he"])}
-    folder = saved(tmp_path / "tokenizer", Tokenizer(models.BPE(pieces, [("h", "e")], unk_token="<unk>")), eos=eos)
-    with pytest.raises(ConfigError, match=f"has eos_token='{eos}', which is ordinary text of its vocabulary"):
-        encoded(tmp_path, folder, ["hello."])
+def test_an_end_that_merges_make_is_spelled_by_its_parts(tmp_path):
+    """As in tokenizers that were converted from SentencePiece: any two pieces that join to a third are a merge."""
+    pieces = {piece: i for i, piece in enumerate([*SPECIAL, *CHARACTERS, "</", "s>", "</s>h"])}
+    merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("</s>", "h")]
+    folder = saved(tmp_path / "tokenizer", Tokenizer(models.BPE(pieces, merges, unk_token="<unk>")))
+    tokenizer, [ids] = encoded(tmp_path, folder, ["a</s>h</s>"])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "</", "s>", "h", "</", "s>", "</s>"]
+
+
+@pytest.mark.parametrize("name", ["BPE", "Unigram", "WordLevel"])
+def test_an_end_that_is_a_character_of_text_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="has eos_token='a', which is ordinary text of its vocabulary"):
+        encoded(tmp_path, saved(tmp_path / "tokenizer", MADE[name](), eos="a"), ["hello"])
 
 
 def test_a_padding_token_that_is_ordinary_text_stays_that(tmp_path):
