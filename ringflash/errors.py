@@ -1,4 +1,4 @@
-"""What ringflash raises when a setting cannot work, or when training has diverged."""
+"""What ringflash raises when a setting cannot work, training has diverged, or a disk takes no more."""
 
 
 class ConfigError(ValueError):
@@ -14,6 +14,10 @@ class DivergedError(ArithmeticError):
 
     The message is one line for the user. All ranks raise it alike, and the trainer prints it without a traceback.
     """
+
+
+class DiskError(OSError):
+    """A file of a run was not written; the message is one line that names it and the space left."""
 
 
 def reason(error: BaseException) -> str:

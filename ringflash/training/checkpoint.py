@@ -6,22 +6,25 @@
                           step-00000150.unsound/         one whose files were not what was written, moved aside
 
 A run resumes from the newest checkpoint whose files are what its manifest says; older sound ones stand behind it.
+Folders of any other name are the user's and left alone.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
-import shutil
+import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import deepspeed
 import torch.distributed as dist
 
 from ringflash.errors import ConfigError
 from ringflash.training.divergence import check_weights
+from ringflash.training.files import digest, remove, write_whole, writing
 from ringflash.training.world import World
 
 STATE = "state"
@@ -31,9 +34,15 @@ PARTIAL, UNSOUND = ".partial", ".unsound"
 # Settings that a resumed run may change. The others are part of the state: the run would not be the one that stopped.
 FREE = (
     "name", "runs", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
+    # Compared by content, as data.digest and model.digest.
+    "data.path", "data.field", "data.format", "data.tokenizer", "model.path",
     "memory.recompute", "model.kernel", "model.deterministic", "model.compensated", "model.extrapolate_positions",
     "optim.steps", "parallel.",
 )  # fmt: skip
+BY_DIGEST = {
+    "data.digest": "the tokens of data.path, by their digest",
+    "model.digest": "the model of model.path, by its digest",
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,10 @@ def save(
     aside = path.with_name(path.name + PARTIAL)
     with world.own_pace(f"deleting what is left of {aside}"):
         if world.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    with world.own_pace(f"writing {path}"):
+            with writing(aside):
+                remove(aside)
+                aside.mkdir(parents=True)
+    with world.own_pace(f"writing {path}"), writing(aside):
         engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
     with world.own_pace(f"reading {path} for its digests"):
         digests = _digests(aside, _share(aside, world))
@@ -80,11 +90,11 @@ def save(
                 "settings": _bound(settings or {}),
                 "files": files,
             }
-            _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
-            shutil.rmtree(path, ignore_errors=True)
+            write_whole(aside / MANIFEST, json.dumps(manifest, indent=1))
+            remove(path)
             os.rename(aside, path)
             for old in [other for other in _written(folder) if other != path][keep - 1 :]:
-                shutil.rmtree(old)
+                remove(old)
     return path
 
 
@@ -93,41 +103,70 @@ def resume(
 ) -> int:
     """Load the newest sound checkpoint under `folder`, and return its step; 0 where there is no checkpoint.
 
-    Unsound ones are moved aside, and rank 0 says which and why. Raises ConfigError where none of several is sound, for
-    a checkpoint of another number of ranks (its optimizer shards fit no other), and for one of other settings.
+    Later ones, which are not sound, are moved aside once it is loaded, and rank 0 reports which and why. Raises
+    ConfigError, and leaves all as it is, where none is sound, for a checkpoint of another number of ranks (its
+    optimizer shards fit no other), and for one of other settings.
     """
-    written = world.share(_written(folder))
-    for path in written:
-        with world.own_pace(f"reading {path} for its digests"):
-            fault = _fault(path, world)
-        if fault is not None:
-            if world.is_first:
-                say(f"{path} is not sound ({fault}); going back to the one before")
-                os.rename(path, path.with_name(path.name + UNSOUND))
-            continue
-        manifest = json.loads((path / MANIFEST).read_text())
-        if "ulysses" not in manifest:
-            raise ConfigError(f"{path} was written by an earlier version of ringflash; resume=never starts anew")
-        if (before := manifest.get("positions", "sequence")) != POSITIONS:
+    sound, faults = _newest_sound(folder, world)
+    if sound is None:
+        if world.share(faults or _passed_over(folder)):
+            fault = next(iter(faults.values()), "moved aside before")
             raise ConfigError(
-                f"{path} counts positions within each {before}, this version of ringflash within each {POSITIONS}: "
-                f"resume with the version that wrote it, or start anew from its exported weights (model.path)"
+                f"{folder} holds checkpoints, and none is sound ({fault}): resume=never starts over in a folder of its "
+                f"own"
             )
-        for name, now in _grid(world).items():
-            if manifest[name] != now:
-                raise ConfigError(
-                    f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as "
-                    f"many, or start anew from its exported weights (model.path)"
-                )
-        _check_settings(path, manifest["settings"], _bound(settings or {}))
-        with world.own_pace(f"loading {path}"):
-            engine.load_checkpoint(str(path), tag=STATE)
-        if world.is_first:
-            say(f"resumed from {path}")
-        return manifest["step"]
-    if written:
-        raise ConfigError(f"{folder} holds {len(written)} checkpoints and none is sound; resume=never starts anew")
-    return 0
+        return 0
+    path, manifest = sound
+    _check_fits(path, manifest, world, settings or {})
+    with world.own_pace(f"loading {path}"):
+        _load(engine, path)
+    if world.is_first:
+        for unsound, fault in faults.items():
+            say(f"{unsound} is not sound ({fault}); going back to the one before")
+            os.rename(unsound, _aside(unsound))
+        say(f"resumed from {path}")
+    return manifest["step"]
+
+
+def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, str]]:
+    """The newest sound checkpoint and its manifest, and what is wrong with each that is newer."""
+    faults: dict[Path, str] = {}
+    for path in world.share(_written(folder)):
+        with world.own_pace(f"reading {path} for its digests"):
+            manifest, fault = world.share(_read_manifest(path))
+            if fault is None:
+                fault = _damage(path, manifest["files"], world)
+        if fault is None:
+            return (path, manifest), faults
+        faults[path] = fault
+    return None, faults
+
+
+def _load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
+    try:
+        loaded, _ = engine.load_checkpoint(str(path), tag=STATE)
+    except Exception as error:
+        raise RuntimeError(f"{path} is what was written, but DeepSpeed cannot load it: {error}") from error
+    if loaded is None:
+        raise RuntimeError(f"{path} is what was written, but DeepSpeed finds nothing to load in it")
+
+
+def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> None:
+    """Raise ConfigError for a checkpoint that was not written by this run as it is now."""
+    if "ulysses" not in manifest:
+        raise ConfigError(f"{path} was written by an earlier version of ringflash; resume=never starts anew")
+    if (before := manifest.get("positions", "sequence")) != POSITIONS:
+        raise ConfigError(
+            f"{path} counts positions within each {before}, this version of ringflash within each {POSITIONS}: "
+            f"resume with the version that wrote it, or start anew from its exported weights (model.path)"
+        )
+    for name, now in _grid(world).items():
+        if manifest[name] != now:
+            raise ConfigError(
+                f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as "
+                f"many, or start anew from its exported weights (model.path)"
+            )
+    _check_settings(path, _bound(manifest["settings"]), _bound(settings))
 
 
 def _grid(world: World) -> dict[str, int]:
@@ -138,7 +177,7 @@ def _grid(world: World) -> dict[str, int]:
 def _check_settings(path: Path, before: dict, now: dict) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
-            name = "the text of data.path, by its digest" if key == "data.digest" else key
+            name = BY_DIGEST.get(key, key)
             raise ConfigError(
                 f"{name}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with the "
                 f"same, or start anew (resume=never)"
@@ -159,27 +198,70 @@ def _bound(settings: dict, prefix: str = "") -> dict:
 
 def _written(folder: Path) -> list[Path]:
     """Checkpoints that were renamed into place, newest first; what was left half-written is not among them."""
-    return sorted((p for p in folder.glob("step-*") if not p.name.endswith((PARTIAL, UNSOUND))), reverse=True)
+    found = {path: _step_of(path) for path in (folder.iterdir() if folder.is_dir() else ())}
+    return sorted((p for p, step in found.items() if step is not None), key=lambda p: found[p] or 0, reverse=True)
 
 
-def _fault(path: Path, world: World) -> str | None:
-    """The first thing wrong with a checkpoint, the same on every rank; each rank reads its share of the files."""
+def _step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name tells; None for what is no checkpoint."""
+    step = path.name.removeprefix("step-")
+    return int(step) if re.fullmatch(r"[0-9]+", step) and path.name == f"step-{int(step):08d}" else None
+
+
+def _passed_over(folder: Path) -> bool:
+    """Whether there are checkpoints that an earlier run moved aside."""
+    return folder.is_dir() and any(re.fullmatch(rf"step-[0-9]+{UNSOUND}(-[0-9]+)?", p.name) for p in folder.iterdir())
+
+
+def _aside(path: Path) -> Path:
+    """A name for an unsound checkpoint that nothing has yet."""
+    names = (f"{path.name}{UNSOUND}{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+    return next(p for p in map(path.with_name, names) if not os.path.lexists(p))
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """A checkpoint's manifest, and the first thing wrong with it."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {type(error).__name__}"
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"{MANIFEST}: {type(error).__name__}"
+    if not isinstance(manifest, dict):
+        return {}, f"{MANIFEST} holds a {type(manifest).__name__}"
+    if manifest.get("step") != _step_of(path):
+        return {}, f"{MANIFEST} is of step {manifest.get('step')!r:.40}"
+    files, settings = manifest.get("files"), manifest.get("settings")
+    if not isinstance(settings, dict) or not isinstance(files, dict) or not files:
+        return {}, f"{MANIFEST} lists no files or no settings"
+    wrong = next((name for name, entry in files.items() if not _is_entry(name, entry)), None)
+    return manifest, None if wrong is None else f"{MANIFEST} has no size and digest of {wrong!r:.200} in its folder"
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    match entry:
+        case [int(), str()]:
+            return inside
+    return False
+
+
+def _damage(path: Path, files: dict[str, tuple[int, str]], world: World) -> str | None:
+    """The first thing wrong with a checkpoint's files, alike on every rank; each rank reads its share of them."""
     faults = {}
     for name in sorted(files)[world.rank :: world.size]:
-        size, digest = files[name]
-        if not (path / name).is_file():
-            faults[name] = "is missing"
-        elif (path / name).stat().st_size != size:
-            faults[name] = f"has {(path / name).stat().st_size} of {size} bytes"
-        elif _digest(path / name) != digest:
-            faults[name] = "has other contents than were written"
-    for name, fault in sorted(_gathered(faults, world).items()):
-        return f"{name} {fault}"
-    return None
+        if (fault := _fault(path / name, *files[name])) is not None:
+            faults[name] = fault
+    return next((f"{name} {fault}" for name, fault in sorted(_gathered(faults, world).items())), None)
+
+
+def _fault(path: Path, size: int, expected: str) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        if path.stat().st_size != size:
+            return f"has {path.stat().st_size} of {size} bytes"
+        return None if digest(path) == expected else "has other contents than were written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _share(folder: Path, world: World) -> list[Path]:
@@ -188,23 +270,13 @@ def _share(folder: Path, world: World) -> list[Path]:
 
 
 def _digests(folder: Path, files: list[Path]) -> dict[str, tuple[int, str]]:
-    return {str(p.relative_to(folder)): (p.stat().st_size, _digest(p)) for p in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(p.relative_to(folder)): (p.stat().st_size, digest(p)) for p in files}
 
 
 def _gathered(mine: dict, world: World) -> dict:
     """Every rank's dict in one, on every rank."""
+    if world.size == 1:
+        return mine
     parts: list[dict] = [{}] * world.size
     dist.all_gather_object(parts, mine)
     return {name: value for part in parts for name, value in part.items()}
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

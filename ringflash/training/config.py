@@ -33,6 +33,7 @@ from ringflash.training.parallel import ParallelConfig
 from ringflash.training.step import MemoryConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+LONGEST_NAME = 200  # bytes; a folder's name has 255 at most, and -2 or .partial may follow
 PATHS = ("runs", "model.path", "data.path", "data.tokenizer", "data.cache")  # in which ~ is the home folder
 
 OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
@@ -98,8 +99,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.resume not in ("never", "auto"):
             raise ConfigError(f"resume={self.resume} is not one of never, auto")
-        if not re.fullmatch(r"[\w.-]+", self.name):
+        if not re.fullmatch(r"[\w.-]+", self.name) or not self.name.strip("."):
             raise ConfigError(f"name={self.name!r} must be letters, digits, '.', '_', '-': it names the run's folder")
+        if len(self.name.encode()) > LONGEST_NAME:
+            raise ConfigError(f"name={self.name[:20]}... has {len(self.name.encode())} bytes, {LONGEST_NAME} at most")
 
     def check(self, ranks: int) -> None:
         """Raise ConfigError for what cannot work on this many ranks."""

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from ringflash.errors import ConfigError, DivergedError
+from ringflash.errors import ConfigError, DiskError, DivergedError
 
 ALIKE = (ConfigError, DivergedError)  # what every rank meets: one line is enough
 PATIENCE = 5.0  # seconds that a silent rank leaves to the one that speaks
@@ -54,7 +54,7 @@ def one_line(parent: int) -> Iterator[None]:
                 _end(1)
         if not isinstance(error, ConfigError):
             print(file=sys.stderr)  # below a progress bar
-        if not isinstance(error, ALIKE):
+        if not isinstance(error, (*ALIKE, DiskError)):
             traceback.print_exc()
         print(describe(error), file=sys.stderr, flush=True)
         _tell_torchrun(describe(error))

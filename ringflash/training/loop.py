@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
-import re
 import time
 from pathlib import Path
 
@@ -19,10 +16,11 @@ from ringflash.data.corpus import TokenCorpus
 from ringflash.errors import ConfigError
 from ringflash.models import build_model, check_kernel, check_length, read_config
 from ringflash.ring.cost import peak_flops
-from ringflash.training import checkpoint, flops, metrics
+from ringflash.training import checkpoint, flops, metrics, run_folder
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
 from ringflash.training.export import export, generation_file, rehearse
+from ringflash.training.files import model_digest, write_whole
 from ringflash.training.parallel import layouts, settle
 from ringflash.training.step import Layouts, build_engine, evaluate, prepare, train_step
 from ringflash.training.world import World, first_here, join, ranks_here, world_size
@@ -74,14 +72,19 @@ def fit(config: Config, resolved: str) -> None:
         engine = build_engine(model, config.optim, config.memory, world, config.model.attention)
     settings = yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest  # so that a run is not resumed on other text of the same name
-    folder = _run_folder(config, world)
+    if config.model.path:
+        settings["model"]["digest"] = world.share(model_digest(Path(config.model.path)) if world.is_first else None)
+    with world.own_pace(f"taking a folder in runs={config.runs}"):
+        run = run_folder.take(Path(config.runs), config.name, config.resume) if world.is_first else None
+    folder = world.share(run and run.path)
     start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
+    run_folder.check_start(folder, start)
     if start > config.optim.steps:
         raise ConfigError(f"optim.steps={config.optim.steps} is less than the {start} steps that {folder} has done")
 
     with world.own_pace(f"opening {folder} and wandb's run"):
         if world.is_first:
-            (folder / "config.yaml").write_text(resolved)
+            write_whole(folder / "config.yaml", resolved)
             carrier = f"parallel: a ring of {world.ring.size}, its messages by {world.ring.carrier}"
             print(*filter(None, [speed.summary(), why, carrier if world.ring.size > 1 else None]), sep="\n", flush=True)
             log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
@@ -256,29 +259,3 @@ def _check_vocabulary(config: Config, corpus: TokenCorpus, vocab_size: int) -> N
 def _check_length(config: Config, *corpora: TokenCorpus) -> None:
     for corpus in corpora:
         sequences_per_epoch(corpus, config.data.sequence_length)
-
-
-def _run_folder(config: Config, world: World) -> Path:
-    """runs/NAME, or NAME-2, NAME-3, ... where that is taken; with resume=auto, the newest that has checkpoints."""
-    folder = None
-    if world.is_first:
-        earlier = _earlier(config)
-        resumable = [path for path in earlier if (path / "checkpoints").is_dir()]
-        if config.resume == "auto" and resumable:
-            folder = resumable[-1]
-        else:
-            names = itertools.chain([config.name], (f"{config.name}-{i}" for i in itertools.count(2)))
-            folder = next(path for path in (Path(config.runs) / name for name in names) if not path.exists())
-        folder.mkdir(parents=True, exist_ok=True)
-    return world.share(folder)
-
-
-def _earlier(config: Config) -> list[Path]:
-    """The folders of earlier runs of this very name, oldest first."""
-    found = {}
-    for path in Path(config.runs).glob(f"{config.name}*"):
-        match = re.fullmatch(rf"{re.escape(config.name)}(?:-(\d+))?", path.name)
-        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
-            if match and yaml.safe_load((path / "config.yaml").read_text()).get("name") == config.name:
-                found[int(match[1] or 1)] = path
-    return [found[i] for i in sorted(found)]

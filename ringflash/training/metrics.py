@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import secrets
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ringflash.errors import ConfigError
+from ringflash.training.files import write_whole, writing
 
 MODES = ("offline", "online", "disabled")
 
@@ -42,7 +44,7 @@ class Metrics:
     def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], start: int, steps: int) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read(self.path) if line["step"] <= start]
-        self.path.write_text("".join(_json(line) for line in kept))
+        write_whole(self.path, "".join(_json(line) for line in kept))
         self._file = self.path.open("a", buffering=1)
         self._wandb = None if config.mode == "disabled" else _wandb_run(config, folder, settings)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
@@ -52,7 +54,8 @@ class Metrics:
 
         What is not finite is null in metrics.jsonl, since JSON has no NaN; wandb takes it as it is.
         """
-        self._file.write(_json({"step": step, **record}))
+        with writing(self.path):
+            self._file.write(_json({"step": step, **record}))
         if self._wandb is not None:
             self._wandb.log(record, step=step)
 
@@ -88,9 +91,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
@@ -111,7 +116,9 @@ def plot(folder: Path, unigram: float | None) -> Path:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    with writing(folder / "loss.png"):
+        figure.savefig(folder / ".loss.png", format="png", dpi=120)
+        os.replace(folder / ".loss.png", folder / "loss.png")
     return folder / "loss.png"
 
 
@@ -127,7 +134,7 @@ def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
 
     run_id = folder / "wandb-id"
     if not run_id.exists():
-        run_id.write_text(secrets.token_hex(4))
+        write_whole(run_id, secrets.token_hex(4))
     return wandb.init(
         project=config.project, name=folder.name, id=run_id.read_text(), resume="allow",
         mode=cast(Literal["offline", "online", "disabled"], config.mode),

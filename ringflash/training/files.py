@@ -1,0 +1,64 @@
+"""Files of a run: whole or not there, and named where they cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ringflash.errors import DiskError
+
+BLOCK = 1 << 20  # bytes of a weights file's beginning, and of its end, that its digest covers
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside and rename it: a reader, or a run that is killed, finds the old one or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what libraries raise when `path` cannot be written into a DiskError that names it and the space left."""
+    try:
+        yield
+    except Exception as error:  # torch, safetensors and matplotlib each have their own
+        folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+        free = shutil.disk_usage(folder).free / 2**30
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DiskError(f"{path} was not written: {reason}; {free:.3g} GiB are free on its disk") from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder; it may be missing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """A file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """What a model folder holds, wherever it is: a digest of config.json and of the weights' names, sizes and ends."""
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            found.update(file.read(BLOCK))
+            file.seek(max(0, size - BLOCK))
+            found.update(file.read(BLOCK))
+    return found.hexdigest()

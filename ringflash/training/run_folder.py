@@ -1,0 +1,150 @@
+"""The folder of a run, and the lock by which one run at a time uses it.
+
+    runs/NAME/      .lock           held by rank 0 for as long as its process lives
+                    config.yaml     the resolved configuration
+                    metrics.jsonl   a record per step
+                    checkpoints/    see `checkpoint`
+    runs/NAME-2/    the second run of that name, and so on
+
+A new run makes a new folder. With resume=auto, a run takes the newest folder of its name that has steps behind it, and
+never starts over there: where no checkpoint can be resumed, it is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import re
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import yaml
+
+from ringflash.errors import ConfigError
+from ringflash.training import metrics
+
+LOCK = ".lock"
+ENDING = 6.0  # seconds; ranks whose launcher was killed take some to end
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """A folder that this process has locked; the kernel releases the lock when the process ends."""
+
+    path: Path
+    lock: TextIO
+
+
+def take(runs: Path, name: str, resume: str) -> RunFolder:
+    """The folder of a run, made or found as resume=never or auto says, and locked.
+
+    Raises ConfigError for folders that cannot be used or belong to a run under way, and where resume=auto cannot tell
+    which run is meant.
+    """
+    if found := re.search(r"[\[*?]", str(runs)):
+        raise ConfigError(f"runs={runs} holds {found[0]!r}, which DeepSpeed takes for a pattern when a run is resumed")
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        path = _newest_or_first(runs, name) if resume == "auto" else _new(runs, name)
+        return RunFolder(path, _locked(path))
+    except OSError as error:
+        raise ConfigError(f"runs={runs} cannot be used: {error.filename}: {error.strerror}") from error
+
+
+def check_start(path: Path, start: int) -> None:
+    """Raise ConfigError where a run would begin at step 0 in a folder that has steps behind it."""
+    steps = max((record["step"] for record in metrics.read(path / "metrics.jsonl")), default=0)
+    if start == 0 and steps > 0:
+        raise ConfigError(
+            f"{path} has {steps} steps behind it and no checkpoint to resume from: resume=never starts over in a "
+            f"folder of its own"
+        )
+
+
+def _new(runs: Path, name: str) -> Path:
+    """A folder that no other process has; mkdir fails for all but one."""
+    for number in itertools.count(1):
+        path = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError
+
+
+def _newest_or_first(runs: Path, name: str) -> Path:
+    while True:
+        if (path := _newest(runs, name)) is not None:
+            return path
+        try:
+            (runs / name).mkdir()
+        except FileExistsError:
+            if not (runs / name).is_dir():
+                raise ConfigError(f"{runs / name} is no folder, but name={name} would be trained there") from None
+
+
+def _newest(runs: Path, name: str) -> Path | None:
+    """The newest folder of runs of this name that has steps behind it, else the newest; None where there is none."""
+    found = {}
+    for path in runs.iterdir():
+        match = re.fullmatch(rf"{re.escape(name)}(?:-([2-9]|[1-9][0-9]+))?", path.name)
+        if match and path.is_dir() and (match[1] is None or _name_of(path) != path.name):
+            found[int(match[1] or 1)] = path
+    begun = [number for number in sorted(found) if _has_begun(found[number])]
+    if not found:
+        return None
+    number = (begun or sorted(found))[-1]
+    if number > 1 and _name_of(found[number]) != name:
+        raise ConfigError(
+            f"resume=auto: {found[number] / 'config.yaml'} does not tell whether that is a run of name={name}, or of "
+            f"name={found[number].name}, which resumes it"
+        )
+    return found[number]
+
+
+def _name_of(path: Path) -> str | None:
+    """The name that a run was given, as its configuration has it; None where that cannot be read."""
+    try:
+        settings = yaml.safe_load((path / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return settings.get("name") if isinstance(settings, dict) else None
+
+
+def _has_begun(path: Path) -> bool:
+    checkpoints = path / "checkpoints"
+    return bool(metrics.read(path / "metrics.jsonl")) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def _locked(path: Path) -> TextIO:
+    """The lock's file, open. A run that ends takes its lock along, so one that is ending now is waited for."""
+    file = (path / LOCK).open("a+")
+    until = time.monotonic() + ENDING
+    while not _lock(file, path):
+        if time.monotonic() > until:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"{path} is in use by {holder}: wait for its end, or give this run another name=...")
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _lock(file: TextIO, path: Path) -> bool:
+    """Whether no other process has the lock; it is then this one's."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        told = f"ringflash: {path} cannot be locked ({error.strerror}): nothing keeps a second run from using it"
+        print(told, file=sys.stderr, flush=True)
+    return True
