@@ -34,10 +34,10 @@ PARTIAL, UNSOUND = ".partial", ".unsound"
 # Settings that a resumed run may change. The others are part of the state: the run would not be the one that stopped.
 FREE = (
     "name", "runs", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
-    # Compared by content, as data.digest and model.digest.
-    "data.path", "data.field", "data.format", "data.tokenizer", "model.path",
     "memory.recompute", "model.kernel", "model.deterministic", "model.compensated", "model.extrapolate_positions",
     "optim.steps", "parallel.",
+    # Compared by content, as data.digest and model.digest.
+    "data.path", "data.field", "data.format", "data.tokenizer", "model.path",
 )  # fmt: skip
 BY_DIGEST = {
     "data.digest": "the tokens of data.path, by their digest",

@@ -10,7 +10,6 @@ published one, such as a temperature without do_sample. `rehearse` writes all bu
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ringflash.errors import ConfigError
 from ringflash.training import metrics
 from ringflash.training.divergence import check_weights
+from ringflash.training.files import remove, writing
 from ringflash.training.world import World
 
 GENERATION = "generation_config.json"
@@ -48,10 +48,11 @@ def export(
         deepspeed.zero.GatheredParameters(parameters, modifier_rank=None),
     ):
         if world.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-            _write(model, aside, tokenizer, generation)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(aside, folder)
+            with writing(folder):
+                remove(aside)
+                _write(model, aside, tokenizer, generation)
+                remove(folder)
+                os.rename(aside, folder)
     return folder
 
 
