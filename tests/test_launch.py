@@ -40,7 +40,7 @@ def test_a_launcher_trains_with_its_ranks_and_settings(launcher, corpus):
     environment = {**os.environ, **SLURM, "PATH": f"{fakes}:{os.environ['PATH']}", "MASTER_PORT": "0"}
     result = subprocess.run(
         [str(ROOT / "launch" / launcher[0]), *launcher[1:], *settings],
-        cwd=corpus, env=environment, capture_output=True, text=True, timeout=200,
+        cwd=corpus, env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     folder = corpus / "runs" / "launched"

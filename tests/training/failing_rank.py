@@ -1,6 +1,8 @@
-"""train.py, but in its fifth tile rank 1 raises, or with "hang" as its first argument sleeps.
+"""train.py, but with a first argument of its own that says what happens to it.
 
-Two hops of two halves of the heads are a layer, so that is in layer 1, whose keys are already on their way.
+raise, hang     in its fifth tile rank 1 raises, or sleeps: two hops of two halves of the heads are a layer, so that is
+                in layer 1, whose keys are already on their way
+sleep           every rank sleeps once it has written a checkpoint
 """
 
 import os
@@ -12,13 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 from ringflash.kernels import blocked
+from ringflash.training import checkpoint
 
 calls = 0
 failure = sys.argv.pop(1)
-sound = blocked.forward
+forward, save = blocked.forward, checkpoint.save
 
 
-def forward(*args, **options):
+def failing_forward(*args, **options):
     """The block kernel, until it is not."""
     global calls
     calls += 1
@@ -26,8 +29,17 @@ def forward(*args, **options):
         if failure == "hang":
             time.sleep(1000)
         raise ArithmeticError("the fifth tile is broken")
-    return sound(*args, **options)
+    return forward(*args, **options)
 
 
-blocked.forward = forward
+def save_and_sleep(*args, **options):
+    """A checkpoint after which nothing happens."""
+    save(*args, **options)
+    time.sleep(1000)
+
+
+if failure == "sleep":
+    checkpoint.save = save_and_sleep
+else:
+    blocked.forward = failing_forward
 train.main()

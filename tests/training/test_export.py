@@ -1,45 +1,21 @@
 """What is exported is what was loaded with other weights, and what could fail at the end is tried at the start."""
 
 import json
+import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ringflash.errors import ConfigError
-from ringflash.training import loop
 from ringflash.training.config import compose
 from ringflash.training.export import rehearse
 from tests.test_models import TINY
+from tests.training.runs import fitted, settings
 
 # As published ones are: transformers loads it with a warning and refuses to write it.
 INVALID = '{"_from_model_config": false, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}\n'
 BOOKKEEPING = {"transformers_version"}
-
-
-def settings(text, *others):
-    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs"]
-    return [
-        "name=exported", "data=text", "data.held_out=0.3", "data.sequence_length=32", "optim.steps=2",
-        "optim.warmup=0", "evaluation.every=0", "evaluation.sequences=1", "logger.mode=disabled", *paths, *others,
-    ]  # fmt: skip
-
-
-def fitted(*runs):
-    """What each run with these settings raises, one after another in the pool's group."""
-    raised = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "init_process_group", lambda *args, **options: None)
-        patch.setattr(dist, "destroy_process_group", lambda *args: None)
-        for run in runs:
-            try:
-                loop.fit(*compose(run))
-            except Exception as error:
-                raised.append(str(error))
-            else:
-                raised.append(None)
-    return raised
 
 
 @pytest.fixture
@@ -50,6 +26,10 @@ def source(tmp_path):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").write_text(INVALID)
     return folder
+
+
+def pretrained(folder):
+    return ["model=pretrained", f"model.path={folder}"]
 
 
 def loaded(folder, name="config.json"):
@@ -73,9 +53,9 @@ def uses_cache(folder):
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_an_exported_model_is_the_loaded_one_but_for_its_weights(ranks, text, source):
-    others = ["model=pretrained", f"model.path={source}", "model.dtype=fp32", "memory.recompute=true", "memory.zero=3"]
-    again = settings(text, *others, "resume=auto")
-    assert ranks.run(fitted, 1, settings(text, *others), again) == [[None, None]]
+    others = ["name=exported", "optim.steps=2", "model.dtype=fp32", "memory.recompute=true", "memory.zero=3"]
+    run = settings(text, *others, model=pretrained(source))
+    assert ranks.run(fitted, 1, run)[0][0] is None
     folder = text.parent / "runs" / "exported"
     assert (folder / "model" / "generation_config.json").read_text() == INVALID
     before, after = loaded(source), loaded(folder / "model")
@@ -83,16 +63,18 @@ def test_an_exported_model_is_the_loaded_one_but_for_its_weights(ranks, text, so
     assert changed - BOOKKEEPING == {"dtype"}
     assert after["dtype"] == "float32"
     assert uses_cache(folder / "model")
+    shutil.rmtree(folder / "model")
+    assert ranks.run(fitted, 1, [*run, "resume=auto"])[0][0] is None
+    assert loaded(folder / "model") == after
     assert sorted(path.name for path in folder.parent.iterdir()) == ["exported"]
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_a_model_from_an_architecture_exports_that_architecture(ranks, text):
-    small = ["model.architecture.hidden_size=32", "model.architecture.intermediate_size=32", "model.dtype=fp32"]
-    assert ranks.run(fitted, 1, settings(text, *small, "model.architecture.head_dim=8")) == [[None]]
-    folder = text.parent / "runs" / "exported"
-    asked = compose(settings(text, *small, "model.architecture.head_dim=8"))[0].model.architecture
+    run = settings(text, "name=exported", "optim.steps=2", "model.dtype=fp32")
+    assert ranks.run(fitted, 1, run)[0][0] is None
+    folder, asked = text.parent / "runs" / "exported", compose(run)[0].model.architecture
     exported = loaded(folder / "model")
     assert {name: exported.get(name) for name in asked} == asked
     assert exported["use_cache"]
@@ -107,12 +89,9 @@ def test_what_would_fail_at_the_end_is_refused_before_tokenising(ranks, text, so
     (text.parent / "file").write_text("no folder")
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    runs = [
-        settings(text, f"runs={text.parent}/file/runs"),
-        settings(text, "model=pretrained", f"model.path={source}"),
-    ]
-    [(unwritable, broken)] = ranks.run(fitted, 1, *runs)
+    ((unwritable, _),) = ranks.run(fitted, 1, settings(text, f"runs={text.parent}/file/runs"))
     assert unwritable == f"runs={text.parent}/file/runs cannot be written: Not a directory"
+    ((broken, _),) = ranks.run(fitted, 1, settings(text, model=pretrained(source)))
     assert broken is not None
     assert not (text.parent / "cache").exists()
 

@@ -36,10 +36,10 @@ def tokenised_by_a_slow_rank(settings):
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
-    def load_slowly(config):
+    def load_slowly(*args, **options):
         if world.is_first:
             time.sleep(LONG)
-        return load(config)
+        return load(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(reported):
         patch.setattr(loop, "load_corpus", load_slowly)

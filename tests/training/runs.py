@@ -1,0 +1,35 @@
+"""Whole runs without a process start: `train.py`'s fit on ranks of the pool, which have imported everything once."""
+
+import contextlib
+import io
+
+import pytest
+import torch.distributed as dist
+
+from ringflash.training import loop
+from ringflash.training.config import compose
+
+SHORT = [
+    "data=text", "data.held_out=0.3", "data.sequence_length=64", "optim.steps=6", "optim.warmup=1",
+    "checkpoint.every=3", "evaluation.every=0", "evaluation.sequences=2", "memory.zero=2", "logger.mode=disabled",
+]  # fmt: skip
+SMALL = [f"model.architecture.{x}" for x in ("hidden_size=32", "intermediate_size=32", "head_dim=8")]
+
+
+def settings(text, *others, model=SMALL):
+    """Those of a short run on a folder of text, which leaves all that it writes beside that folder."""
+    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs"]
+    return [*SHORT, *paths, *model, *others]
+
+
+def fitted(overrides):
+    """What a run raises on this rank, or None, and what it prints."""
+    printed, error = io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(dist, "init_process_group", lambda *args, **options: None)  # the pool's is there already
+        patch.setattr(dist, "destroy_process_group", lambda *args: None)
+        try:
+            loop.fit(*compose(overrides))
+        except Exception as raised:
+            error = f"{raised}"
+    return error, printed.getvalue()
