@@ -18,11 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring_mask import RingMask
 
 _PER_TOKEN = ("ForCausalLM", "ForTokenClassification")  # heads that give each token an output of its own
+
+_OTHER_LOSS = (
+    "{} is not supported on the ring: labels are shifted already, and it may shift them again; call the model without "
+    "labels, and make the loss of its logits and of what ring_inputs gives as shift_labels"
+)
 
 
 class _Frame(NamedTuple):
@@ -45,7 +51,7 @@ def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor 
             _check_loss(model, mask, shift_labels, items)
     several = plan.ulysses is not None or len(plan.ring.local) < plan.ring.size
     for owner, _ in frames:
-        _check_trainer(getattr(owner, "args", None), several)
+        _check_trainer(owner, several)
 
 
 def _frames() -> list[_Frame]:
@@ -91,6 +97,8 @@ def _check_loss(model: PreTrainedModel, mask: RingMask | None, shift_labels: Ten
             "labels without shift_labels would be shifted within each shard: give the labels to "
             "ring_inputs(input_ids, labels), which shifts them before it cuts shards, and pass all that it returns"
         )
+    if model.loss_function is not ForCausalLMLoss:
+        raise ValueError(_OTHER_LOSS.format(f"loss_function={_name(model.loss_function)}"))
     if items is None:
         raise ValueError(
             "num_items_in_batch is missing, so each rank would divide by its own labels: pass all that ring_inputs "
@@ -108,15 +116,22 @@ def _check_loss(model: PreTrainedModel, mask: RingMask | None, shift_labels: Ten
         raise ValueError(told.format(least))
 
 
-def _check_trainer(args: Any, several: bool) -> None:
-    """Refuse a Trainer's settings (its `args`) that count labels by rank, of which there are several, or shift them."""
+def _check_trainer(owner: Any, several: bool) -> None:
+    """Refuse settings of a Trainer that count labels by rank, where there are several, or that shift them again."""
+    args = getattr(owner, "args", None)
     if several and getattr(args, "average_tokens_across_devices", True) is False:
         raise ValueError(
             "average_tokens_across_devices=False is not supported on the ring: each rank would divide by its own "
             "labels; set it to True"
         )
-    if getattr(args, "label_smoothing_factor", 0.0):
+    if smoothing := getattr(args, "label_smoothing_factor", 0.0):
         raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} is not supported on the ring: the Trainer would "
+            f"label_smoothing_factor={smoothing} is not supported on the ring: the Trainer would "
             f"shift labels again, which ring_inputs has shifted; set it to 0"
         )
+    if (loss := getattr(owner, "compute_loss_func", None)) is not None:
+        raise ValueError(_OTHER_LOSS.format(f"compute_loss_func={_name(loss)}"))
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", repr(function))

@@ -119,10 +119,23 @@ def test_labels_of_token_classification_are_refused_since_their_mean_is_a_shards
         model(**LABELLED)
 
 
+def shift_again(logits, labels, vocab_size, **others):
+    """A loss as transformers' is without shift_labels."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_a_loss_that_may_shift_labels_again_is_refused():
+    model = tiny("llama")
+    model.loss_function = shift_again
+    with pytest.raises(ValueError, match="loss_function=shift_again is not supported on the ring: labels are shifted"):
+        model(**LABELLED)
+
+
 class Loop:
     """A Trainer as far as a layer can see it: settings, and compute_loss, which calls the model."""
 
-    def __init__(self, **args):
+    def __init__(self, compute_loss_func=None, **args):
+        self.compute_loss_func = compute_loss_func
         self.args = SimpleNamespace(**{"average_tokens_across_devices": True, "label_smoothing_factor": 0.0} | args)
 
     def compute_loss(self, call):
@@ -142,6 +155,7 @@ class OneOfTwo(Loopback):
     [
         ({"average_tokens_across_devices": False}, "^average_tokens_across_devices=False is not supported"),
         ({"label_smoothing_factor": 0.1}, r"^label_smoothing_factor=0\.1 is not supported on the ring"),
+        ({"compute_loss_func": shift_again}, "^compute_loss_func=shift_again is not supported on the ring: labels are"),
     ],
 )
 def test_a_trainers_settings_that_divide_by_a_ranks_labels_or_shift_them_again_are_refused(args, message):
