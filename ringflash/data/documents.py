@@ -17,6 +17,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 import sysconfig
 import tempfile
 from collections import Counter
@@ -112,8 +113,8 @@ def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
             print(f"{finished}: {damage}; tokenising data.path={config.path} again", flush=True)
     with _scratch(config, finished.name) as scratch:
         if found:
-            _move(finished, Path(scratch, "damaged"))
-        built = Path(scratch, "built")
+            _move(finished, scratch / "damaged")
+        built = scratch / "built"
         built.mkdir()
         _build(built, config, sources, tokenizer)
         made = cache.read(built, verify=False)  # before the rename: a mapped file outlives its folder
@@ -125,13 +126,17 @@ def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
     return made
 
 
-def _scratch(config: DataConfig, name: str) -> tempfile.TemporaryDirectory:
+@contextlib.contextmanager
+def _scratch(config: DataConfig, name: str) -> Iterator[Path]:
+    """A folder beside the finished ones, deleted after use. Raises ConfigError where the cache cannot be written."""
     folder = Path(config.cache).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}.unfinished-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise ConfigError(f"data.cache={config.cache} cannot be written: {error.strerror}") from error
+        prefix = f"{name}.unfinished-"
+        with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True) as scratch:
+            yield Path(scratch)
+    except OSError as error:  # a full disk, too; errors of the files that are read are ConfigErrors by then
+        raise ConfigError(f"data.cache={config.cache} cannot be written: {error.strerror or reason(error)}") from error
 
 
 def _move(damaged: Path, aside: Path) -> None:
@@ -162,28 +167,42 @@ def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             raise ConfigError(f"data.files={list(patterns)} must be patterns below data.path, not {pattern}")
         for name in glob.iglob(pattern, root_dir=folder, recursive=True):
-            if (folder / name).is_file():
-                found[folder / name] = (folder / name).resolve()
-    by_file = {real: file for file, real in sorted(found.items(), reverse=True)}  # the first name of each
-    return sorted(by_file.values())
+            file = folder / name
+            real = Path(os.path.realpath(file))
+            if not real.exists():
+                raise ConfigError(f"{file} is a link to {real}, which does not exist")
+            if real.is_file():
+                found[file] = real
+    shortest = sorted(found, key=lambda file: (len(file.parts), file), reverse=True)  # the last name of a file stays
+    return sorted({found[file]: file for file in shortest}.values())
 
 
-def _say_left_out(config: DataConfig, sources: list[Source]) -> None:
-    """Prints how many files of records lie beside those of `config.files` and are not read, by suffix."""
-    if Path(config.path).expanduser().is_file():
-        return
-    beside = {str(PurePath(pattern).parent / "*") for pattern in config.files}
+def _check_readable(folder: Path, patterns: Iterable[str]) -> None:
+    """Raises ConfigError for a folder that the patterns reach but this process may not list: glob skips it."""
+    parents = {str(PurePath(pattern).parent) for pattern in patterns}
+    reached = (name for parent in parents for name in glob.iglob(f"{parent}/", root_dir=folder, recursive=True))
+    for name in itertools.chain([""], reached):
+        if not os.access(folder / name, os.R_OK | os.X_OK):
+            raise ConfigError(f"{folder / name} cannot be listed: permission denied; data.files may leave it out")
+
+
+def _say_left_out(folder: Path, patterns: Iterable[str], sources: list[Source]) -> None:
+    """Prints how many files of records lie beside those of `patterns` and are not read, by suffix."""
+    beside = {str(PurePath(pattern).parent / "*") for pattern in patterns}
     read = {file.resolve() for file, _ in sources}
-    others = (file for file in _matches(Path(config.path).expanduser(), beside) if file.resolve() not in read)
+    others = (file for file in _matches(folder, beside) if file.resolve() not in read)
     counts = Counter(file.suffix for file in others if known_format(file) not in (None, "text"))
     if counts:
         left = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
-        print(f"data.path={config.path} holds files that no pattern of data.files matches: {left}", flush=True)
+        print(f"data.path={folder} holds files that no pattern of data.files matches: {left}", flush=True)
 
 
 def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes the cache into `folder`."""
-    _say_left_out(config, sources)
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        _check_readable(path, config.files)
+        _say_left_out(path, config.files, sources)
     encode = encoder(tokenizer, config.tokenizer)
     documents = (tokens for texts in _groups(_documents(sources, config)) for tokens in encode(texts))
     first = next(documents, None)

@@ -233,6 +233,18 @@ def test_a_damaged_cache_whose_folder_cannot_be_written_is_refused(tmp_path, mon
         load_corpus(settings)
 
 
+@pytest.mark.parametrize(
+    "full", [OSError(28, "No space left on device"), OSError("9 requested and 0 written")], ids=str
+)
+def test_a_disk_that_is_full_is_named_and_leaves_nothing(tmp_path, monkeypatch, full):
+    settings = config(tmp_path, write_texts(tmp_path / "text"))
+    monkeypatch.setattr(cache.np, "save", Mock(side_effect=full))
+    message = rf"^data\.cache={settings.cache} cannot be written: {full.strerror or full}$"
+    with pytest.raises(ConfigError, match=message):
+        load_corpus(settings)
+    assert entries(tmp_path) == []
+
+
 def test_a_corpus_that_is_in_use_outlives_the_damage_of_its_cache(tmp_path):
     settings = config(tmp_path, write_texts(tmp_path / "text"))
     used = load_corpus(settings)

@@ -99,8 +99,10 @@ def test_a_file_that_links_reach_twice_is_read_once_and_a_linked_folder_is_searc
     (folder / "alias.txt").symlink_to(folder / "000.txt")
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "linked again").symlink_to(tmp_path / "elsewhere")
-    (folder / "loop").symlink_to(folder)
-    assert [file.name for file, _ in documents.find_files(config(tmp_path, folder))] == ["000.txt", "000.txt"]
+    (folder / "0 loop").symlink_to(".")
+    for files in (["**/*.txt"], ["**/*"]):
+        found = documents.find_files(config(tmp_path, folder, files=files))
+        assert [str(file.relative_to(folder)) for file, _ in found] == ["000.txt", "linked/000.txt"]
     assert len(stored(config(tmp_path, folder))[1]) == 3
 
 
@@ -114,6 +116,22 @@ def test_files_of_records_that_no_pattern_matches_are_told(tmp_path, capsys):
 
 
 # -- what is refused
+
+
+def test_a_link_to_a_file_that_is_gone_is_refused(tmp_path):
+    folder = write_texts(tmp_path / "text", ["a"])
+    (folder / "b.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(ConfigError, match=r"text/b\.txt is a link to .*/gone\.txt, which does not exist"):
+        stored(config(tmp_path, folder))
+
+
+def test_a_folder_that_may_not_be_listed_is_refused(tmp_path, monkeypatch):
+    write_texts(tmp_path / "text" / "closed")
+    folder = write_texts(tmp_path / "text", ["a"])
+    monkeypatch.setattr(documents.os, "access", lambda path, mode: path.name != "closed")  # root may list any
+    with pytest.raises(ConfigError, match=r"text/closed cannot be listed: permission denied"):
+        stored(config(tmp_path, folder))
+    assert len(stored(config(tmp_path, folder, files=["*.txt"]))[1]) == 2
 
 
 def bad_inputs(tmp_path):
