@@ -24,8 +24,12 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--print", action="store_true", help="show the resolved configuration and end")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; the environment tells
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_intermixed_args()
     with failure.one_line(PARENT):
+        from ringflash.errors import ConfigError
+
+        if rest:
+            raise ConfigError(f"{rest[0]} is not an option of train.py: settings are key=value, and --help shows more")
         from ringflash.training.config import compose
         from ringflash.training.loop import check_here, fit
 

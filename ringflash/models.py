@@ -17,7 +17,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,6 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.modeling_utils import AttentionInterface
 
 from ringflash import kernels
+from ringflash.architecture import refused, token_refusal, value_refusal, words_of
 from ringflash.errors import ConfigError
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.layout import Layout
@@ -57,6 +60,7 @@ _BIDIRECTIONAL = (
     "is_causal=False is not supported on the ring: ring_inputs makes causal plans, and tokens would not see those "
     "after them; load a causal model, or train this one without a ring"
 )
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _IGNORE = -100  # the label that transformers' loss skips
 _REFUSED = -1  # no checksum: what a rank was given does not fit
 # What transformers passes to every attention function and what does not change attention.
@@ -428,12 +432,48 @@ def build_model(config: ModelConfig) -> PreTrainedModel:
     Raises ConfigError naming the key where the model cannot be built or cannot train on the ring.
     """
     hf_config = read_config(config)
-    dtype = DTYPES[config.dtype]
-    if config.path is None:
-        return AutoModelForCausalLM.from_config(hf_config, attn_implementation="ring", dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(
-        config.path, config=hf_config, attn_implementation="ring", dtype=dtype, local_files_only=True
-    )
+    options: dict[str, Any] = {"attn_implementation": "ring", "dtype": DTYPES[config.dtype]}
+    if config.path is not None:
+        return _pretrained(config.path, hf_config, options)
+    try:
+        _check_memory(hf_config, DTYPES[config.dtype])
+        return AutoModelForCausalLM.from_config(hf_config, **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # of torch and transformers, of any kind
+        raise ConfigError(f"model.architecture cannot be built: {words_of(error)}") from error
+
+
+def _pretrained(path: str, hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """The model of a folder. Raises ConfigError for weights that are missing, damaged or of other shapes."""
+    try:
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=hf_config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options,
+        )  # fmt: skip
+    except Exception as error:  # transformers, safetensors and torch have no error in common
+        raise ConfigError(f"model.path={path} has weights that cannot be loaded: {words_of(error)}") from error
+    model, loaded = loading
+    # transformers would put random weights in the place of those, and leave out the layers that are too many
+    if missing := sorted(loaded["missing_keys"]):
+        raise ConfigError(f"model.path={path} lacks {len(missing)} weights of its config.json, such as {missing[0]}")
+    for name, found, expected in sorted(loaded["mismatched_keys"]):
+        raise ConfigError(f"model.path={path} has {name} {[*found]}, and its config.json asks for {[*expected]}")
+    if more := sorted(name for name in loaded["unexpected_keys"] if re.search(r"\.layers\.\d+\..*weight", name)):
+        raise ConfigError(f"model.path={path} has {len(more)} weights that its config.json lacks, such as {more[0]}")
+    return model
+
+
+def _check_memory(hf_config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a model whose weights alone are larger than the memory of this machine."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(hf_config).parameters())
+    needed, memory = count * dtype.itemsize, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"model.architecture has {count:,} parameters, {needed / 2**30:,.0f} GiB in {dtype}, and this machine has "
+            f"{memory / 2**30:,.0f} GiB of memory: make it smaller (hidden_size, num_hidden_layers, vocab_size)"
+        )
 
 
 def refusal(config: PreTrainedConfig, router_logits: bool | None = None) -> str | None:
@@ -451,10 +491,12 @@ def refusal(config: PreTrainedConfig, router_logits: bool | None = None) -> str 
     if not getattr(config, "is_causal", True):
         return _BIDIRECTIONAL
     for rope in _rope_parameters(config):
-        if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        if (kind := rope.get("rope_type", "default")) not in _ROPE_TYPES:
+            by_length = ": it depends on the longest position of a shard, not of the sequence"
+            reason = by_length if kind in ("dynamic", "longrope") else ""
             return (
-                f"rope_parameters.rope_type={rope['rope_type']} is not supported: it depends on the longest position "
-                f"of a shard, not of the sequence; default, linear, yarn and llama3 are supported"
+                f"rope_parameters.rope_type={kind} is not supported{reason}; default, linear, yarn and llama3 are "
+                f"supported"
             )
     return None
 
@@ -570,9 +612,7 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
 
 def _configuration(config: ModelConfig) -> PreTrainedConfig:
     if config.path is not None:
-        if not (Path(config.path) / "config.json").is_file():
-            raise ConfigError(f"model.path={config.path} holds no config.json: it must be a Hugging Face model folder")
-        return AutoConfig.from_pretrained(config.path, local_files_only=True)
+        return _configuration_of(config.path)
     settings = dict(config.architecture)
     model_type = settings.pop("model_type", None)
     if model_type not in ARCHITECTURES:
@@ -580,10 +620,39 @@ def _configuration(config: ModelConfig) -> PreTrainedConfig:
     for name in settings:
         if (reason := field_refusal(model_type, name)) is not None:
             raise ConfigError(reason)
+    if (reason := value_refusal(settings)) is not None:
+        raise ConfigError(f"model.architecture.{reason}")
     try:
-        return AutoConfig.for_model(model_type, **settings)
+        hf_config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # transformers raises its own validation types
-        raise ConfigError(f"model.architecture is refused by transformers: {' '.join(str(error).split())}") from error
+        raise ConfigError(refused("model.architecture.", error, settings)) from error
+    tokens = settings | {"pad_token_id": hf_config.pad_token_id}  # which has a row of the embedding, set or not
+    if (reason := token_refusal(tokens, hf_config.vocab_size)) is not None:
+        raise ConfigError(f"model.architecture.{reason}")
+    return hf_config
+
+
+def _configuration_of(path: str) -> PreTrainedConfig:
+    """The configuration of a model's folder. Raises ConfigError where it is missing, damaged or of no model."""
+    file = Path(path) / "config.json"
+    if not os.path.isfile(file):  # pathlib raises for a name that is too long
+        raise ConfigError(f"model.path={path} holds no config.json: it must be a Hugging Face model folder")
+    try:
+        settings = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: config.json cannot be read: {words_of(error)}") from error
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(f"model.path={path}: model_type={model_type} is not one of {', '.join(ARCHITECTURES)}")
+    if (reason := value_refusal(settings)) is not None:
+        raise ConfigError(f"model.path={path}: in config.json {reason}")
+    try:
+        hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises its own validation types
+        raise ConfigError(refused(f"model.path={path}: in config.json ", error, settings)) from error
+    if (reason := token_refusal({"pad_token_id": hf_config.pad_token_id}, hf_config.vocab_size)) is not None:
+        raise ConfigError(f"model.path={path}: in config.json {reason}")
+    return hf_config
 
 
 def field_refusal(model_type: str, name: str) -> str | None:

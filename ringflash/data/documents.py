@@ -85,7 +85,7 @@ class DataConfig:
             ("tokenizer", bool(self.tokenizer), "bytes or a folder"),
             ("cache", bool(self.cache), "a folder"),
             ("held_out", 0 <= self.held_out < 1, "a fraction, 0 or more and below 1"),
-            ("seed", self.seed >= 0, "0 or more"),
+            ("seed", 0 <= self.seed < 2**64, "0 or more and below 2^64"),
             ("sequence_length", self.sequence_length >= 2, "2 or more tokens"),
         ):
             if not valid:
@@ -105,7 +105,7 @@ def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
     """
     sources, tokenizer = find_files(config), load_tokenizer(config)
     finished = Path(config.cache).expanduser() / _fingerprint(sources, config, tokenizer)
-    found = finished.exists()
+    found = os.path.exists(finished)  # pathlib raises for a name that is too long
     if found:
         try:
             return cache.read(finished, verify)
@@ -151,7 +151,7 @@ def find_files(config: DataConfig) -> list[Source]:
     Raises ConfigError if there are none, or if the format of one is unknown.
     """
     path = Path(config.path).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib raises for a name that is too long
         hint = "; patterns belong into data.files" if glob.has_magic(config.path) else ""
         raise ConfigError(f"data.path={config.path} does not exist{hint}")
     files = [path] if path.is_file() else _matches(path, config.files)

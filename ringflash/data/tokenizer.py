@@ -9,6 +9,7 @@ names that no text spells; their numbers stay.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
     if name == "bytes":
         return ByT5Tokenizer()
     folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib raises for a name that is too long
         raise ConfigError(f"data.tokenizer={name} is neither bytes nor a folder that exists")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

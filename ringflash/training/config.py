@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from ringflash.architecture import LARGEST
 from ringflash.data.documents import DataConfig, python_stdlib
 from ringflash.errors import ConfigError
 from ringflash.models import ARCHITECTURES, ModelConfig, field_refusal
@@ -97,6 +98,10 @@ class Config:
     """Where metrics go."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed} must be 0 or more and below 2^64")
+        if not self.runs:
+            raise ConfigError("runs= must be a folder, such as runs=runs")
         if self.resume not in ("never", "auto"):
             raise ConfigError(f"resume={self.resume} is not one of never, auto")
         if not re.fullmatch(r"[\w.-]+", self.name) or not self.name.strip("."):
@@ -131,7 +136,7 @@ def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Conf
             raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=... to the command line")
         settings = cast(dict[str, Any], OmegaConf.to_container(raw, resolve=True))
         _expand_home(settings)
-        return _built(Config, settings), OmegaConf.to_yaml(OmegaConf.create(settings))
+        return built(Config, settings), OmegaConf.to_yaml(OmegaConf.create(settings))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, overrides)) from error
 
@@ -153,14 +158,17 @@ def _schema(part: Any) -> type:
     return make_dataclass(part.__name__, opened, kw_only=True)
 
 
-def _built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
+def built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
     """The dataclass of settings whose types are right already; its own checks run here."""
     kinds = get_type_hints(part)
     for name in settings:
         if name not in kinds:
             raise ConfigError(unknown(prefix + name, Config))
+        value = settings[name]
+        if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:  # counts, which kernels hold in 32 bits
+            raise ConfigError(f"{prefix}{name}={value} must be {LARGEST} at most")
     return part(
-        **{k: _built(kinds[k], v, f"{prefix}{k}.") if is_dataclass(kinds[k]) else v for k, v in settings.items()}
+        **{k: built(kinds[k], v, f"{prefix}{k}.") if is_dataclass(kinds[k]) else v for k, v in settings.items()}
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import secrets
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class LoggerConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"logger.mode={self.mode} is not one of {', '.join(MODES)}")
+        if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):  # what wandb takes
+            raise ConfigError(f"logger.project={self.project} must be 1 to 128 characters other than / \\ # ? % :")
 
 
 class Metrics:
@@ -135,8 +138,14 @@ def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
     run_id = folder / "wandb-id"
     if not run_id.exists():
         write_whole(run_id, secrets.token_hex(4))
-    return wandb.init(
-        project=config.project, name=folder.name, id=run_id.read_text(), resume="allow",
-        mode=cast(Literal["offline", "online", "disabled"], config.mode),
-        dir=str(folder), config=settings, settings=wandb.Settings(silent=True, console="off"),
-    )  # fmt: skip
+    try:
+        return wandb.init(
+            project=config.project, name=folder.name, id=run_id.read_text(), resume="allow",
+            mode=cast(Literal["offline", "online", "disabled"], config.mode),
+            dir=str(folder), config=settings, settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+    except wandb.errors.Error as error:  # no key, no network
+        raise ConfigError(
+            f"logger.mode={config.mode} logger.project={config.project}: wandb cannot start: {error}; "
+            f"logger.mode=offline needs no key and no network"
+        ) from error

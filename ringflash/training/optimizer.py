@@ -55,7 +55,9 @@ class OptimConfig:
         for name in ("steps", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
-        for name in ("lr", "warmup", "final_lr", "weight_decay", "clip"):
+        if not 0 <= self.final_lr <= 1:
+            raise ConfigError(f"optim.final_lr={self.final_lr} must be a part of the peak, 0 to 1")
+        for name in ("lr", "warmup", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and finite")
         for name in ("beta1", "beta2"):

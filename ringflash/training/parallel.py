@@ -19,6 +19,8 @@ from ringflash.ring.transport import TRANSPORTS
 from ringflash.ring.ulysses import heads_refusal
 from ringflash.ring.watch import LAST_WORDS, POLL
 
+YEAR = 365 * 24 * 60  # in minutes
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -63,8 +65,8 @@ class ParallelConfig:
         for name in ("node_gb_per_second", "across_gb_per_second", "hop_timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0 and finite")
-        if self.timeout_minutes < 1:
-            raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more")
+        if not 1 <= self.timeout_minutes <= YEAR:  # the clock of gloo's waits, in nanoseconds, wraps after 292 years
+            raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more, and {YEAR} at most")
         if self.hop_timeout_seconds + LAST_WORDS + 2 * POLL > 60 * self.timeout_minutes:
             raise ConfigError(
                 f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must end 4 seconds before "

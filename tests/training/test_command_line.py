@@ -1,10 +1,23 @@
 """A command line is read as it was typed, and a bad one ends in one line that names the setting and its value."""
 
+import copy
+import functools
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, is_dataclass
+from typing import get_args, get_type_hints
+
 import pytest
+import torch
 import yaml
 
+from ringflash.data import DataConfig, load_tokenizer
+from ringflash.data.documents import find_files
 from ringflash.errors import ConfigError
-from ringflash.training.config import compose
+from ringflash.models import ModelConfig, build_model, read_config
+from ringflash.training.config import CONFIGS, Config, built, compose
 
 # -- text as typed
 
@@ -115,3 +128,187 @@ def refusal(act):
 @pytest.mark.parametrize("override", UNREADABLE)
 def test_a_line_that_cannot_be_read_is_refused_with_its_key_and_value(override):
     assert UNREADABLE[override] in refusal(lambda: compose([override]))
+
+
+# -- numbers: what a setting takes of values at and beyond its ends
+
+ENDS = {int: [-1, 0, 2**31, 2**64, 10**30], float: [-math.inf, -1.0, 0.0, 1.5, 1e308, math.inf, math.nan]}
+TAKEN = {
+    "seed": [0, 2**31], "data.seed": [0, 2**31], "data.held_out": [0.0], "memory.zero": [0],
+    "evaluation.every": [0], "checkpoint.every": [0], "optim.warmup": [0], "optim.lr": [0.0, 1.5, 1e308],
+    "optim.final_lr": [0.0], "optim.beta1": [0.0], "optim.beta2": [0.0], "optim.weight_decay": [0.0, 1.5, 1e308],
+    "optim.clip": [0.0, 1.5, 1e308], "parallel.node_gb_per_second": [1.5, 1e308],
+    "parallel.across_gb_per_second": [1.5, 1e308], "parallel.hop_timeout_seconds": [1.5],
+}  # fmt: skip
+
+
+def numbers(part=Config, prefix=""):
+    """The keys of all settings that are numbers, with int or float."""
+    for name, kind in get_type_hints(part).items():
+        if is_dataclass(kind):
+            yield from numbers(kind, f"{prefix}{name}.")
+        elif bases := {int, float} & {kind, *get_args(kind)}:
+            yield prefix + name, bases.pop()
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return asdict(compose(["memory.recompute=true", "parallel=ring"])[0])
+
+
+def outcome(settings, key, value):
+    """The line that refuses a value on one rank, or None."""
+    changed = copy.deepcopy(settings)
+    *groups, name = key.split(".")
+    functools.reduce(dict.__getitem__, groups, changed)[name] = value
+    try:
+        built(Config, changed).check(1)
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("key", "kind"), [*numbers()])
+def test_a_number_is_taken_where_a_run_can_have_it_and_else_refused_with_its_key_and_value(settings, key, kind):
+    outcomes = {value: outcome(settings, key, value) for value in ENDS[kind]}
+    assert [value for value, line in outcomes.items() if line is None] == TAKEN.get(key, [])
+    assert all(line is None or f"{key}={value}" in line for value, line in outcomes.items())
+
+
+@pytest.mark.parametrize("key", ["name", "seed", "optim.lr", "memory.recompute", "logger.mode", "data.path"])
+def test_null_is_refused_where_a_value_is_needed(key):
+    assert f"{key}=null must be " in refusal(lambda: compose([f"{key}=null"]))
+
+
+WRONG_TEXT = {
+    "runs=": "runs= must be a folder",
+    "logger.project=a/b": "logger.project=a/b must be 1 to 128 characters",
+    "logger.project=": "logger.project= must be",
+    "data.field=": "data.field= must be",
+}
+
+
+@pytest.mark.parametrize("override", WRONG_TEXT)
+def test_text_that_a_run_could_not_use_is_refused(override):
+    assert WRONG_TEXT[override] in refusal(lambda: compose([override]))
+
+
+def test_an_option_that_train_py_does_not_have_is_named_alone():
+    arguments = [sys.executable, "train.py", "optim.lr=1", "--print", "name=x", "--foo"]
+    result = subprocess.run(arguments, cwd=CONFIGS.parent, capture_output=True, text=True)
+    line = "ringflash: --foo is not an option of train.py: settings are key=value, and --help shows more"
+    assert result.returncode == 1
+    assert line in result.stderr.splitlines()
+    assert "usage" not in result.stderr
+
+
+# -- models that cannot be
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None,
+}  # fmt: skip
+SIZES = [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings",
+]  # fmt: skip
+WRONG_SIZES = [0, -1, 1.5, math.nan, math.inf, 10**19, 2**31, "abc", "", [1], True]
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+WRONG_FIELDS = {
+    "hidden_size=30": ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=4"),
+    "7 kv heads": ({"num_key_value_heads": 7}, "num_attention_heads=4 is not divisible by num_key_value_heads=7"),
+    "an odd head": ({"head_dim": 7}, "head_dim=7 must be even and 2 or more"),
+    "no vocabulary": ({"vocab_size": None}, "vocab_size=None must be int"),
+    "too large": ({"intermediate_size": 2**30}, "model.architecture has 206,1"),
+    "pad": ({"pad_token_id": 97}, "pad_token_id=97 must be null or 0 or more and below vocab_size=97"),
+    "eos": ({"eos_token_id": [1, -1]}, "eos_token_id=[1, -1] must be null or"),
+    "epsilon": ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan must be 0 or more and finite"),
+    "deviation": ({"initializer_range": -1.0}, "initializer_range=-1.0 must be 0 or more"),
+    "activation": ({"hidden_act": "foo"}, "hidden_act=foo is not one of "),
+    "theta": ({"rope_parameters": ROPE | {"rope_theta": 0.0}}, "rope_parameters.rope_theta=0.0 must be above 0"),
+    "no theta": ({"rope_parameters": ROPE | {"rope_theta": None}}, "rope_parameters.rope_theta=None must be a number"),
+    "rope": ({"rope_parameters": ROPE | {"rope_type": "foo"}}, "rope_parameters.rope_type=foo is not supported"),
+    "linear": ({"rope_parameters": ROPE | {"rope_type": "linear"}}, "lacks 'factor'"),
+    "unused": ({"rope_parameters": ROPE | {"factor": 2.0}}, "factor=2.0 has no effect with rope_parameters.rope_type"),
+    "attentions": ({"output_attentions": True}, "output_attentions=True is not supported"),
+    "tuples": ({"return_dict": False}, "return_dict=False is not supported"),
+}  # fmt: skip
+
+
+def built_on_meta(**fields):
+    with torch.device("meta"):
+        return build_model(ModelConfig(architecture=LLAMA | fields))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_that_no_model_has_is_refused_with_its_key_and_value(size):
+    for value in WRONG_SIZES:
+        line = refusal(lambda value=value: built_on_meta(**{size: value}))
+        assert f"model.architecture.{size}={value}" in line or f"model.architecture.{size}={value!r}" in line
+    built_on_meta(**({size: LLAMA[size]} if size in LLAMA else {size: 7}))
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG_FIELDS.values(), ids=WRONG_FIELDS)
+def test_a_field_that_no_model_has_is_refused_before_it_is_built(fields, message):
+    line = refusal(lambda: built_on_meta(**fields))
+    assert line.startswith("model.architecture")
+    assert message in line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    build_model(ModelConfig(architecture=LLAMA, dtype="fp32")).save_pretrained(folder)
+    return folder
+
+
+def cut(weights):
+    return weights[: len(weights) // 2]
+
+
+WRONG_FOLDERS = {
+    "not JSON": ("config.json", lambda text: b'{"a":', "config.json cannot be read: Expecting value"),
+    "empty": ("config.json", lambda text: b"", "config.json cannot be read: Expecting value"),
+    "binary": ("config.json", lambda text: b"\xff\xfe", "config.json cannot be read: 'utf-8' codec"),
+    "a list": ("config.json", lambda text: b"[]", "model_type=None is not one of gemma2"),
+    "no type": ("config.json", lambda text: text.replace(b"model_type", b"kind"), "model_type=None is not one of"),
+    "another type": ("config.json", lambda text: text.replace(b'"llama"', b'"gpt2"'), "model_type=gpt2 is not one of"),
+    "-1 layers": ("config.json", lambda text: text.replace(b'layers": 2', b'layers": -1'), "num_hidden_layers=-1 must"),
+    "1 layer": ("config.json", lambda text: text.replace(b'layers": 2', b'layers": 1'), "has 9 weights that its"),
+    "3 layers": ("config.json", lambda text: text.replace(b'layers": 2', b'layers": 3'), "lacks 9 weights"),
+    "vocabulary": ("config.json", lambda text: text.replace(b": 97", b": 98"), "[97, 32], and its config.json asks"),
+    "text": ("config.json", lambda text: text.replace(b": 97", b': "97"'), "vocab_size='97' must be int"),
+    "no weights": ("model.safetensors", lambda weights: None, "cannot be loaded: Error no file named"),
+    "cut weights": ("model.safetensors", cut, "cannot be loaded: Error while deserializing header: incomplete"),
+    "long header": ("model.safetensors", lambda weights: b"\xff" * 8 + weights[8:], "header too large"),
+    "wrong header": ("model.safetensors", lambda weights: weights[:8] + b"x" * 9999, "deserializing header: invalid"),
+    "empty weights": ("model.safetensors", lambda weights: b"", "header too small"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG_FOLDERS.values(), ids=WRONG_FOLDERS)
+def test_a_broken_model_folder_is_refused_in_one_line_with_its_path(folder, tmp_path, name, change, message):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    changed = change((folder / name).read_bytes())
+    (broken / name).unlink()
+    if changed is not None:
+        (broken / name).write_bytes(changed)
+    line = refusal(lambda: build_model(ModelConfig(path=str(broken), dtype="fp32")))
+    assert line.startswith(f"model.path={broken}")
+    assert message in line
+
+
+def test_paths_that_lead_nowhere_are_refused_whatever_their_length(tmp_path):
+    for nowhere in ("/nothing", str(tmp_path), __file__, "a" * 300, "a/" * 3000):
+        assert f"model.path={nowhere} holds no config.json" in refusal(
+            lambda x=nowhere: read_config(ModelConfig(path=x))
+        )
+    for nowhere in ("/nothing", "a" * 300):
+        assert f"data.path={nowhere} does not exist" in refusal(lambda x=nowhere: find_files(DataConfig(path=x)))
+        data = DataConfig(path="x", tokenizer=nowhere)
+        assert f"data.tokenizer={nowhere} is neither bytes nor a folder" in refusal(
+            lambda data=data: load_tokenizer(data)
+        )
+    (tmp_path / "tokenizer.json").write_text("{")
+    data = DataConfig(path="x", tokenizer=str(tmp_path))
+    assert f"data.tokenizer={tmp_path} holds no loadable tokenizer" in refusal(lambda: load_tokenizer(data))
