@@ -324,7 +324,7 @@ def test_a_loss_off_by_the_number_of_ranks(ranks):
     """
     tokens = torch.randint(1, 97, (2, 29))
     labels = tokens.masked_fill(torch.arange(29) % 11 > 3, -100)
-    assert_shares_add_up(ranks.run(on_processes, 2, tokens.tolist(), labels.tolist(), timeout=90.0), tokens, labels)
+    assert_shares_add_up(ranks.run(on_processes, 2, tokens.tolist(), labels.tolist()), tokens, labels)
 
 
 def on_sequences_of_its_own(same):
@@ -370,7 +370,7 @@ def where_one_rank_is_given(wrong):
 )
 def test_a_rank_that_refuses_its_input_leaves_the_others_waiting(ranks, wrong, own):
     """One rank raised, and the others waited for it until the communicator's timeout."""
-    said = ranks.run(where_one_rank_is_given, 3, wrong, timeout=20.0)
+    said = ranks.run(where_one_rank_is_given, 3, wrong)
     other = "another rank of the ring refused" if own else "must be the same on every rank of a ring"
     assert all((own if rank == 1 and own else other) in line for rank, line in enumerate(said))
 
@@ -380,7 +380,7 @@ def test_nan_on_a_shard_without_labels(ranks):
     """In several trainers a shard whose tokens all had the label -100 divided 0 by 0, and all ranks got the NaN."""
     tokens = torch.randint(1, 97, (1, 24))
     labels = tokens.masked_fill(torch.arange(24) > 5, -100)  # rank 1 of 2 holds tokens 6 to 17
-    shares = ranks.run(on_processes, 2, tokens.tolist(), labels.tolist(), timeout=90.0)
+    shares = ranks.run(on_processes, 2, tokens.tolist(), labels.tolist())
     assert [(share[3] != -100).any().item() for share in shares] == [True, False]
     assert_shares_add_up(shares, tokens, labels)
 
@@ -401,7 +401,7 @@ def test_nan_in_a_batch_without_labels(documents):
 def test_zigzag_positions_read_as_packed_documents(ranks):
     """transformers takes a jump in the positions of one sequence for the next document's start, and hides the rest."""
     tokens = torch.randint(1, 97, (1, 32))
-    shares = ranks.run(on_processes, 2, tokens.tolist(), tokens.tolist(), timeout=90.0)
+    shares = ranks.run(on_processes, 2, tokens.tolist(), tokens.tolist())
     assert find_packed_sequence_indices(shares[0][2]).max() == 1  # it is two documents for transformers
     assert_shares_add_up(shares, tokens, tokens)
 
@@ -544,7 +544,7 @@ def passes_over_uneven_masks():
 @pytest.mark.parametrize("size", [3, 8])
 def test_deadlock_of_ranks_that_skip_different_hops(ranks, size):
     """Rings hung where some ranks had nothing to do on a hop, or nothing to send (EasyContext#47)."""
-    by_rank = iter(zip(*ranks.run(passes_over_uneven_masks, size, timeout=60.0), strict=True))
+    by_rank = iter(zip(*ranks.run(passes_over_uneven_masks, size), strict=True))
     for case, mask in UNEVEN.items():
         for name in sorted(LAYOUTS):
             side_by_side = [torch.cat(shards) for shards in zip(*next(by_rank), strict=True)]

@@ -131,7 +131,8 @@ class Watch:
         self._closed = threading.Event()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._told = threading.Event()
-        threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True).start()
+        self._looker = threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True)
+        self._looker.start()
         if store is not None:
             self._listener = threading.Thread(target=self._listen, args=(store,), name="ring-watch-store", daemon=True)
             self._listener.start()

@@ -56,7 +56,7 @@ def sent_through(device):
 
 def rank_in_a_namespace(rank, folder):
     """Ring attention as rank `rank` of 2; leaves its results, its namespace and what it sent through its cable."""
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=240))
     plan = AttentionPlan(MASK, Layout.zigzag(LENGTH, 2), ProcessRing())
     before = [sent_through(device) for device in (f"cable{rank}", "lo")]
     results = on_ring(whole_inputs(2, LENGTH), plan)
@@ -73,7 +73,7 @@ def test_ranks_in_namespaces_of_their_own_compute_what_one_rank_does(tmp_path):
     (tmp_path / "rank").write_text(f"#!/bin/bash\nexec {sys.executable} -m {__name__} $1 {tmp_path}\n")
     (tmp_path / "rank").chmod(0o700)
     run = [*ENTER, SCRIPT, "bash", str(tmp_path / "rank")]
-    result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
 
     by_rank, namespaces, cable, loopback = zip(*(torch.load(tmp_path / f"{r}.pt") for r in (0, 1)), strict=True)
