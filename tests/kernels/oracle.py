@@ -40,15 +40,16 @@ def problem(
     device: str = "cpu",
     softcap: float | None = None,
     seed: int = 0,
+    means: tuple[float, float] = (1.0, 0.5),
 ) -> Problem:
-    """Random tensors for a mask; heads is (query heads, KV heads)."""
+    """Random tensors for a mask. heads: (query heads, KV heads). means: those of keys and values; models' have some."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(length: int, count: int) -> Tensor:
-        return torch.randn(batch, length, count, head_dim, generator=generator, device=device).to(dtype)
+    def draw(length: int, count: int, mean: float = 0.0) -> Tensor:
+        return (torch.randn(batch, length, count, head_dim, generator=generator, device=device) + mean).to(dtype)
 
     q, dout = draw(mask.queries, heads[0]), draw(mask.queries, heads[0])
-    k, v = draw(mask.keys, heads[1]), draw(mask.keys, heads[1])
+    k, v = draw(mask.keys, heads[1], means[0]), draw(mask.keys, heads[1], means[1])
     return Problem(2 * q, k, v, dout, mask, head_dim**-0.5, softcap)
 
 

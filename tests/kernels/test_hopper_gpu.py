@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ringflash import IntervalMask
+from ringflash import IntervalMask, flash_attention
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
 from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, violations
@@ -78,6 +78,20 @@ def test_any_length(length, head_dim):
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
 def test_softcap_and_its_derivative(softcap, head_dim, dtype):
     assert checked(MASKS["causal"](600), heads=(2, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("softcap", [None, 20.0], ids=["centered keys", "residue"])
+def test_gradients_do_not_suffer_from_the_results_rounding(softcap, head_dim, dtype):
+    p = problem(MASKS["causal"](1500), head_dim=head_dim, dtype=dtype, device="cuda", softcap=softcap, means=(2.0, 1.0))
+    leaves = [x.requires_grad_() for x in (p.q, p.k, p.v)]
+    out = flash_attention(*leaves, p.mask, softcap=softcap, kernel="hopper")
+    gradients = torch.autograd.grad(out, leaves, p.dout)
+    lse = dense(p, torch.float64)["lse"]  # which flash_attention does not return
+    assert (
+        violations(p, dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse, *gradients), strict=True))) == []
+    )
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

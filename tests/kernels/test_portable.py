@@ -18,9 +18,10 @@ from unittest import mock
 import pytest
 import torch
 
+from ringflash import flash_attention
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
-from tests.kernels.oracle import Problem, by_kernel, delta_of, distance, problem, violations
+from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, violations
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -200,6 +201,17 @@ def refusal(change: str) -> str:
     return "accepted"
 
 
+def violations_of_flash_attention(softcap: float | None, compensated: bool) -> list[str]:
+    """Through autograd, on keys and values whose mean is twice their deviation."""
+    p = problem(MASKS["causal"](150), batch=1, head_dim=32, dtype=torch.float16, softcap=softcap, means=(4.0, 4.0))
+    leaves = [x.requires_grad_() for x in (p.q, p.k, p.v)]
+    with mock.patch("torch.empty", poisoned):
+        out = flash_attention(*leaves, p.mask, softcap=softcap, kernel="portable", compensated=compensated)
+        gradients = torch.autograd.grad(out, leaves, p.dout)
+    lse = dense(p, torch.float64)["lse"]  # which flash_attention does not return
+    return violations(p, dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse, *gradients), strict=True)))
+
+
 # -- the claims
 
 
@@ -228,6 +240,12 @@ def test_softcap_and_its_derivative(interpreter, softcap, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_tiles_that_gpus_run(interpreter, dtype):
     assert interpreter(violations_of_default_tiles, dtype) == []
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0], ids=["centered keys", "residue"])
+def test_gradients_do_not_suffer_from_the_results_rounding(interpreter, softcap):
+    assert interpreter(violations_of_flash_attention, softcap, True) == []
+    assert [line.split(":")[0] for line in interpreter(violations_of_flash_attention, softcap, False)] == ["dq"]
 
 
 def test_a_chain_of_carries_equals_one_call_and_is_updated_in_place(interpreter):
