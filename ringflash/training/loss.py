@@ -79,5 +79,5 @@ def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | flo
     """Logits after the cap, and the cap's derivative."""
     if softcap is None:
         return logits, 1.0
-    capped = torch.tanh(logits / softcap)
-    return softcap * capped, 1 - capped**2
+    x = logits / softcap
+    return softcap * torch.tanh(x), torch.cosh(x).pow_(-2)  # 1 - tanh^2 would cancel near the cap

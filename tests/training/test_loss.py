@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringflash.training.loss import LossHead, tiled_cross_entropy
+from ringflash.training.loss import LossHead, _capped, tiled_cross_entropy
 
 
 def whole(hidden, weight, labels, softcap):
@@ -73,3 +73,10 @@ def test_a_loss_head_without_labels_gives_logits_and_shares_its_weight():
 def test_a_head_with_a_bias_is_refused():
     with pytest.raises(ValueError, match="bias"):
         LossHead(nn.Linear(8, 5), 4, None)
+
+
+def test_the_softcaps_derivative_does_not_cancel_near_the_cap():
+    logits = torch.tensor([-240.0, 1.0, 240.0])
+    _, slope = _capped(logits, 30.0)
+    exact = (logits.double() / 30).cosh() ** -2
+    assert ((slope - exact).abs() <= 1e-5 * exact).all()
