@@ -32,6 +32,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -291,6 +292,8 @@ LAYOUT_NAMES = (*LAYOUTS, *FITTED)
 
 
 def _ceil(a: int, b: int) -> int:
+    if not (isinstance(a, Integral) and isinstance(b, Integral)):
+        raise TypeError(f"length, ranks and parts must be whole numbers, got a length of {a!r} and {b!r} ranks x parts")
     if b < 1:
         raise ValueError(f"ranks and parts must be 1 or more, got a product of {b}")
     return -(-a // b)

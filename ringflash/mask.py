@@ -76,7 +76,7 @@ class IntervalMask:
     """Which keys each query sees: ``lo[b, i] <= j < hi[b, i]``, both non-decreasing in i.
 
     Fields: lo, hi int64 [B|1, Sq] on the CPU (1 where all batch rows agree); keys, the number of keys, Skv.
-    Raises ValueError if a bound leaves ``0..keys``, decreases, or lo exceeds hi.
+    Raises ValueError if a bound leaves ``0..keys``, decreases, or lo exceeds hi; TypeError for other tensors.
     """
 
     lo: Tensor
@@ -84,6 +84,11 @@ class IntervalMask:
     keys: int
 
     def __post_init__(self) -> None:
+        for name, bound in (("lo", self.lo), ("hi", self.hi)):
+            if not isinstance(bound, Tensor) or bound.dtype != torch.int64 or bound.device.type != "cpu":
+                kind = f"{bound.dtype} on {bound.device}" if isinstance(bound, Tensor) else type(bound).__name__
+                raise TypeError(f"{name} must be an int64 tensor on the CPU, got {kind}")
+        tokens("keys", self.keys)
         if self.lo.dim() != 2 or self.lo.shape != self.hi.shape:
             raise ValueError(f"lo and hi must both be [batch, queries], got {[*self.lo.shape]} and {[*self.hi.shape]}")
         if self.lo.numel() == 0:

@@ -70,3 +70,10 @@ def test_zigzag_and_striped_balance_causal_work():
 def test_a_layout_that_cannot_be_is_refused_with_its_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [Layout.contiguous, Layout.zigzag, Layout.striped])
+@pytest.mark.parametrize("asked", [(8.0, 2), (8, 2.0), ("8", 2)])
+def test_a_length_or_number_of_ranks_that_is_not_whole_is_refused(make, asked):
+    with pytest.raises(TypeError, match="length, ranks and parts must be whole numbers, got"):
+        make(*asked)

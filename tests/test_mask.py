@@ -146,6 +146,19 @@ def test_what_is_no_number_of_tokens_is_refused_by_the_arguments_name(make, coun
         make(count)
 
 
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        ([[0, 1]], "lo must be an int64 tensor on the CPU, got list"),
+        (torch.zeros(1, 2), r"lo must be an int64 tensor on the CPU, got torch\.float32 on cpu"),
+        (torch.zeros(1, 2, dtype=torch.int64, device="meta"), r"lo must be .*, got torch\.int64 on meta"),
+    ],
+)
+def test_bounds_that_are_no_integers_on_the_cpu_are_refused(bound, message):
+    with pytest.raises(TypeError, match=message):
+        IntervalMask(bound, bound, 2)
+
+
 def test_a_mask_and_something_else_do_not_intersect():
     with pytest.raises(TypeError, match="intersects with another one, got Tensor"):
         IntervalMask.causal(3) & torch.ones(3, 3)
