@@ -73,7 +73,9 @@ def fit(config: Config, resolved: str) -> None:
     settings = yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest  # so that a run is not resumed on other text of the same name
     if config.model.path:
-        settings["model"]["digest"] = world.share(model_digest(Path(config.model.path)) if world.is_first else None)
+        with world.own_pace(f"reading {source} for its digest"):
+            found = model_digest(Path(config.model.path)) if world.is_first else None
+        settings["model"]["digest"] = world.share(found)
     with world.own_pace(f"taking a folder in runs={config.runs}"):
         run = run_folder.take(Path(config.runs), config.name, config.resume) if world.is_first else None
     folder = world.share(run and run.path)

@@ -48,7 +48,7 @@ class ParallelConfig:
     """What carries a ring's messages: auto, copy engines between GPUs of one machine, else NCCL; or nccl."""
 
     timeout_minutes: int = 10
-    """Minutes without an answer after which a collective gives up."""
+    """Minutes without an answer after which a collective gives up; tokenising, saving and the like have no limit."""
 
     hop_timeout_seconds: float = 300.0
     """Seconds for which a hop of the ring may stand still before every rank says where it is and the run ends."""
