@@ -37,7 +37,7 @@ FREE = (
     "memory.recompute", "model.kernel", "model.deterministic", "model.compensated", "model.extrapolate_positions",
     "optim.steps", "parallel.",
     # Compared by content, as data.digest and model.digest.
-    "data.path", "data.field", "data.format", "data.tokenizer", "model.path",
+    "data.path", "data.files", "data.field", "data.format", "data.tokenizer", "model.path",
 )  # fmt: skip
 BY_DIGEST = {
     "data.digest": "the tokens of data.path, by their digest",
@@ -221,26 +221,36 @@ def _aside(path: Path) -> Path:
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
     """A checkpoint's manifest, and the first thing wrong with it."""
+    if (path / MANIFEST).exists() and not (path / MANIFEST).is_file():
+        return {}, f"{MANIFEST} is no file"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError) as error:
         return {}, f"{MANIFEST}: {type(error).__name__}"
     if not isinstance(manifest, dict):
         return {}, f"{MANIFEST} holds a {type(manifest).__name__}"
-    if manifest.get("step") != _step_of(path):
-        return {}, f"{MANIFEST} is of step {manifest.get('step')!r:.40}"
+    step = manifest.get("step")
+    if type(step) is not int or step != _step_of(path):
+        return {}, f"{MANIFEST} is of step {step!r:.40}"
+    ranks = (manifest.get("ranks"), manifest.get("ring"), manifest.get("ulysses", 1))  # 1: of an earlier version
+    if any(type(number) is not int for number in ranks):
+        return {}, f"{MANIFEST} does not list by how many ranks it was written"
     files, settings = manifest.get("files"), manifest.get("settings")
     if not isinstance(settings, dict) or not isinstance(files, dict) or not files:
         return {}, f"{MANIFEST} lists no files or no settings"
     wrong = next((name for name, entry in files.items() if not _is_entry(name, entry)), None)
-    return manifest, None if wrong is None else f"{MANIFEST} has no size and digest of {wrong!r:.200} in its folder"
+    if wrong is not None:
+        return {}, f"{MANIFEST} has no size and digest of {wrong!r:.200} in its folder"
+    there = (str(p.relative_to(path)) for p in (path / STATE).rglob("*") if p.is_file())
+    unlisted = next((name for name in sorted(there) if name not in files), None)  # DeepSpeed would read it, too
+    return manifest, None if unlisted is None else f"{MANIFEST} does not list {unlisted}"
 
 
 def _is_entry(name: str, entry: Any) -> bool:
     inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
     match entry:
         case [int(), str()]:
-            return inside
+            return inside and name.isprintable()
     return False
 
 

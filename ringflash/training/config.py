@@ -108,6 +108,8 @@ class Config:
             raise ConfigError(f"name={self.name!r} must be letters, digits, '.', '_', '-': it names the run's folder")
         if len(self.name.encode()) > LONGEST_NAME:
             raise ConfigError(f"name={self.name[:20]}... has {len(self.name.encode())} bytes, {LONGEST_NAME} at most")
+        if found := re.search(r"[\[*?]", self.runs):
+            raise ConfigError(f"runs={self.runs} holds {found[0]!r}: DeepSpeed would resume from a pattern, no folder")
 
     def check(self, ranks: int) -> None:
         """Raise ConfigError for what cannot work on this many ranks."""

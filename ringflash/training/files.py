@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ringflash.errors import DiskError
 
+DISK_WORDS = ("inline_container", "PytorchStreamWriter", "PyTorchFileWriter", "os error", "I/O error")
 BLOCK = 1 << 20  # bytes of a weights file's beginning, and of its end, that its digest covers
 
 
@@ -30,11 +31,22 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what libraries raise when `path` cannot be written into a DiskError that names it and the space left."""
     try:
         yield
-    except Exception as error:  # torch, safetensors and matplotlib each have their own
+    except Exception as error:
+        if not _of_disk(error):
+            raise
         folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
         free = shutil.disk_usage(folder).free / 2**30
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # Where torch writes through a Python file, the system's reason stands behind torch's.
+        known = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = " ".join(str(known).split()) or type(known).__name__
         raise DiskError(f"{path} was not written: {reason}; {free:.3g} GiB are free on its disk") from error
+
+
+def _of_disk(error: Exception) -> bool:
+    """Whether a disk is the reason: torch and safetensors raise errors of their own, without a number."""
+    if isinstance(error, OSError):
+        return not isinstance(error, (ConnectionError, TimeoutError))
+    return any(words in str(error) for words in DISK_WORDS)
 
 
 def remove(path: Path) -> None:

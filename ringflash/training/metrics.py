@@ -92,7 +92,7 @@ def _json(record: dict[str, Any]) -> str:
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl: None is what was not finite; a line that a killed run cut short is skipped."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:

@@ -46,12 +46,12 @@ def take(runs: Path, name: str, resume: str) -> RunFolder:
     Raises ConfigError for folders that cannot be used or belong to a run under way, and where resume=auto cannot tell
     which run is meant.
     """
-    if found := re.search(r"[\[*?]", str(runs)):
-        raise ConfigError(f"runs={runs} holds {found[0]!r}, which DeepSpeed takes for a pattern when a run is resumed")
     try:
         runs.mkdir(parents=True, exist_ok=True)
         path = _newest_or_first(runs, name) if resume == "auto" else _new(runs, name)
-        return RunFolder(path, _locked(path))
+        run = RunFolder(path, _locked(path))
+        (path / "checkpoints").mkdir(exist_ok=True)
+        return run
     except OSError as error:
         raise ConfigError(f"runs={runs} cannot be used: {error.filename}: {error.strerror}") from error
 

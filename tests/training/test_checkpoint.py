@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from contextlib import nullcontext
@@ -106,6 +107,19 @@ def replaced(text):
     return lambda path: (path / "manifest.json").write_bytes(text)
 
 
+def forgotten(name):
+    def forget(path):
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        changed(files={other: entry for other, entry in files.items() if other != name})(path)
+
+    return forget
+
+
+def is_a_pipe(path):
+    (path / "manifest.json").unlink()
+    os.mkfifo(path / "manifest.json")
+
+
 def is_a_folder(path):
     (path / "manifest.json").unlink()
     (path / "manifest.json").mkdir()
@@ -131,6 +145,7 @@ DAMAGE = {
     "a file is a folder": lambda path: [(path / "state/model.pt").unlink(), (path / "state/model.pt").mkdir()],
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "manifest a folder": is_a_folder,
+    "manifest a pipe": is_a_pipe,
     "manifest empty": replaced(b""),
     "manifest cut": replaced(b'{"step": 2, "fil'),
     "manifest of bytes": replaced(b"\xff\x00\xfe"),
@@ -141,6 +156,9 @@ DAMAGE = {
     "no step": changed(step=None),
     "another step": changed(step=1),
     "step a text": changed(step="2"),
+    "step a fraction": changed(step=2.0),
+    "no ranks": changed(ranks=None),
+    "ring a text": changed(ring="1"),
     "no files": changed(files=None),
     "an empty list of files": changed(files={}),
     "files a list": changed(files=["state/model.pt"]),
@@ -148,6 +166,9 @@ DAMAGE = {
     "a size as text": changed(files={"state/model.pt": ["9", "0"]}),
     "a file outside": changed(files={"../step-00000001/state/model.pt": [9, "0"]}),
     "an absolute file": changed(files={"/etc/hostname": [9, "0"]}),
+    "a file of no printable name": changed(files={"state/\ud800": [9, "0"]}),
+    "a file that is not listed": forgotten("state/model.pt"),
+    "a file more": lambda path: (path / "state/zero_pp_rank_1_optim_states.pt").write_bytes(b"m"),
     "no settings": changed(settings=None),
     "a file in its place": is_a_file,
     "a link to nowhere": leads_nowhere,
@@ -162,6 +183,11 @@ def test_whatever_is_wrong_with_the_newest_the_one_before_is_found_and_nothing_i
     (path, manifest), faults = checkpoint._newest_sound(tmp_path, ALONE)
     assert (path, manifest["step"], [*faults]) == (older, 1, [newest])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_notes_beside_the_state_leave_a_checkpoint_sound(tmp_path):
+    (written(tmp_path, 1) / "notes.txt").write_text("the best so far")
+    assert checkpoint._newest_sound(tmp_path, ALONE)[0][0].name == "step-00000001"
 
 
 def test_folders_of_other_names_are_no_checkpoints(tmp_path):
@@ -267,7 +293,7 @@ def test_a_changed_setting_is_refused_and_more_steps_are_not(ranks, tmp_path, no
     same = {
         "optim": {"lr": 1.0, "steps": 9},
         "parallel": {"ring": 1},  # what null comes to on one rank
-        "data": {"path": "elsewhere/", "tokenizer": "moved"},
+        "data": {"path": "elsewhere/", "files": ["*.md"], "tokenizer": "moved"},
         "model": {"path": "moved"},
     }
     assert ranks.run(resume_and_step, 1, tmp_path, 1, same)[0][0] == 1

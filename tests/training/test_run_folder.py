@@ -112,10 +112,40 @@ def test_steps_without_a_checkpoint_are_not_done_over(tmp_path):
     assert len(read(folder / "metrics.jsonl")) == 7
 
 
-@pytest.mark.parametrize("spot", ["a[b", "a*", "a?"])
-def test_folders_that_deepspeed_takes_for_patterns_are_refused(tmp_path, spot):
-    with pytest.raises(ConfigError, match=r"which DeepSpeed takes for a pattern when a run is resumed"):
-        run_folder.take(tmp_path / spot, "demo", "never")
+@pytest.mark.parametrize("runs", ["a[b", "a*/runs", "a?"])
+def test_folders_that_deepspeed_takes_for_patterns_are_refused_before_anything_is_done(runs):
+    config, _ = compose([])
+    with pytest.raises(ConfigError, match=r"^runs=a[\S]+ holds '.': DeepSpeed would resume from a pattern"):
+        Config(**{**vars(config), "runs": runs})
+
+
+@pytest.mark.parametrize("name", ["checkpoints", ".lock", "metrics.jsonl"])
+def test_a_run_folder_in_which_a_name_is_taken_by_another_kind_of_file_is_refused(tmp_path, name):
+    if name == "checkpoints":
+        (tmp_path / "demo").mkdir()
+        (tmp_path / "demo" / name).symlink_to("nowhere")
+    else:
+        (tmp_path / "demo" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"cannot be used: .*/demo/{name}: "):
+        run_folder.take(tmp_path, "demo", "auto")
+
+
+def test_a_damaged_line_of_metrics_costs_no_other_line(tmp_path):
+    folder = begun(tmp_path / "demo", "demo", steps=2)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step\xff\xfe": 3}\n{"step": 4}\n')
+    assert run_folder.take(tmp_path, "demo", "auto").path == folder
+    assert [record["step"] for record in read(folder / "metrics.jsonl")] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionResetError(104, "Connection reset by peer"), RuntimeError("CUDA out of memory")],
+    ids=["network", "memory"],
+)
+def test_what_is_no_disks_fault_is_not_reported_as_such(tmp_path, error):
+    with pytest.raises(type(error), match=str(error).split("] ")[-1]), files.writing(tmp_path):
+        raise error
 
 
 def test_folders_that_cannot_be_made_are_refused(tmp_path):
