@@ -5,6 +5,7 @@
     sbatch launch/slurm.sh experiment=llama3-8b-256k data.path=corpus data.tokenizer=folder     # a Slurm cluster
 
 Settings are key=value, such as optim.lr=1e-4 or model=qwen3-0.5b; --print shows what they come to and ends.
+Text is taken as typed: it needs no quotes but the shell's.
 """
 
 import argparse

@@ -80,7 +80,9 @@ def wanted(kind: Any) -> str:
 
 def unknown(key: str, schema: type) -> str:
     """That no setting has this key, and the one that was perhaps meant."""
-    close = difflib.get_close_matches(key, list(_keys(schema)), n=1, cutoff=0.75)
+    keys = [*_keys(schema)]
+    of_that_name = [other for other in keys if other.rpartition(".")[2] == key.lower().rpartition(".")[2]]
+    close = difflib.get_close_matches(key.lower(), of_that_name or keys, n=1, cutoff=0.0 if of_that_name else 0.75)
     return f"{key} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
 
 

@@ -62,9 +62,11 @@ class ParallelConfig:
             raise ConfigError(f"parallel.layout={self.layout} is not one of auto, {', '.join(LAYOUT_NAMES)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"parallel.transport={self.transport} is not one of {', '.join(TRANSPORTS)}")
-        for name in ("node_gb_per_second", "across_gb_per_second", "hop_timeout_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be above 0 and finite")
+        for name in ("node_gb_per_second", "across_gb_per_second"):
+            if not 1e-6 <= getattr(self, name) < math.inf:  # slower, predicted times would be infinite
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be 1e-6 or more and finite")
+        if not 0 < self.hop_timeout_seconds < math.inf:
+            raise ConfigError(f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be above 0 and finite")
         if not 1 <= self.timeout_minutes <= YEAR:  # the clock of gloo's waits, in nanoseconds, wraps after 292 years
             raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more, and {YEAR} at most")
         if self.hop_timeout_seconds + LAST_WORDS + 2 * POLL > 60 * self.timeout_minutes:

@@ -89,6 +89,8 @@ UNREADABLE = {
     "~optim.lr": "~optim.lr removes a setting",
     "~data.path=x": "~data.path=x removes a setting",
     "Data.path=/x/a=b": "Data.path is not a setting; did you mean data.path?",
+    "lr=1": "lr is not a setting; did you mean optim.lr?",
+    "optim.LR=1": "optim.LR is not a setting; did you mean optim.lr?",
     "hydra.run.dir=x": "hydra.run.dir is not a setting",
     "hydra/launcher=basic": "hydra/launcher is not a setting",
     "/etc=x": "/etc is not a setting",
@@ -132,13 +134,14 @@ def test_a_line_that_cannot_be_read_is_refused_with_its_key_and_value(override):
 
 # -- numbers: what a setting takes of values at and beyond its ends
 
-ENDS = {int: [-1, 0, 2**31, 2**64, 10**30], float: [-math.inf, -1.0, 0.0, 1.5, 1e308, math.inf, math.nan]}
+ENDS = {int: [-1, 0, 2**31, 2**64, 10**30], float: [-math.inf, -1.0, 0.0, 5e-324, 1.5, 1e308, math.inf, math.nan]}
 TAKEN = {
-    "seed": [0, 2**31], "data.seed": [0, 2**31], "data.held_out": [0.0], "memory.zero": [0],
-    "evaluation.every": [0], "checkpoint.every": [0], "optim.warmup": [0], "optim.lr": [0.0, 1.5, 1e308],
-    "optim.final_lr": [0.0], "optim.beta1": [0.0], "optim.beta2": [0.0], "optim.weight_decay": [0.0, 1.5, 1e308],
-    "optim.clip": [0.0, 1.5, 1e308], "parallel.node_gb_per_second": [1.5, 1e308],
-    "parallel.across_gb_per_second": [1.5, 1e308], "parallel.hop_timeout_seconds": [1.5],
+    "seed": [0, 2**31], "data.seed": [0, 2**31], "data.held_out": [0.0, 5e-324], "memory.zero": [0],
+    "evaluation.every": [0], "checkpoint.every": [0], "optim.warmup": [0], "optim.lr": [0.0, 5e-324, 1.5, 1e308],
+    "optim.final_lr": [0.0, 5e-324], "optim.beta1": [0.0, 5e-324], "optim.beta2": [0.0, 5e-324],
+    "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],
+    "optim.clip": [0.0, 5e-324, 1.5, 1e308], "parallel.node_gb_per_second": [1.5, 1e308],
+    "parallel.across_gb_per_second": [1.5, 1e308], "parallel.hop_timeout_seconds": [5e-324, 1.5],
 }  # fmt: skip
 
 
