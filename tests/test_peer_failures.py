@@ -104,7 +104,8 @@ def test_a_window_passed_unchanged_into_every_block(name):
     Windows that end just before, at and just behind the edges of chunks and shards.
     """
     length, ranks = 48, 4  # shards of 12 tokens; under zigzag, of two chunks of 6
-    inputs, layout = whole_inputs(1, length), Layout.named(name, length, ranks)
+    # Around 0: at left=0 the gradients of q and k are rounding alone, which is larger where inputs have a mean.
+    inputs, layout = [x - x.mean() for x in whole_inputs(1, length)], Layout.named(name, length, ranks)
     for left in (0, 5, 6, 7, 11, 12, 13, 24):
         results = on_ring(inputs, AttentionPlan(IntervalMask.causal(length), layout, Loopback(ranks)).window(left))
         i = torch.arange(length)
