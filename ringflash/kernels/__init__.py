@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 FASTEST_FIRST = ("hopper", "portable", "blocked")
-_FILES = {"blocked": ("blocked", "blocked")} | {n: (f"{n}_forward", f"{n}_backward") for n in ("hopper", "portable")}
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ def select(
 @functools.cache
 def _load(name: str, deterministic: bool = False) -> Kernel | str:
     """Import a kernel's files only when it is asked for; the reason, where Triton is missing or too old for them."""
+    files = ("blocked", "blocked") if name == "blocked" else (f"{name}_forward", f"{name}_backward")
     try:
-        forward = importlib.import_module(f"ringflash.kernels.{_FILES[name][0]}")
-        backward = importlib.import_module(f"ringflash.kernels.{_FILES[name][1]}")
+        forward, backward = (importlib.import_module(f"ringflash.kernels.{file}") for file in files)
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
