@@ -40,11 +40,18 @@ def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
     if not os.path.isdir(folder):  # pathlib raises for a name that is too long
         raise ConfigError(f"data.tokenizer={name} is neither bytes nor a folder that exists")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # trust_remote_code=None would ask at the terminal, and wait for an answer
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and tokenizers' bare Exception
-        raise ConfigError(f"data.tokenizer={name} holds no loadable tokenizer: {reason(error)}") from error
+        raise ConfigError(
+            f"data.tokenizer={name} holds no loadable tokenizer, such as a tokenizer.json with its "
+            f"tokenizer_config.json: {reason(error)}"
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"data.tokenizer={name} has no eos_token, which must end each document")
+        raise ConfigError(
+            f"data.tokenizer={name} has no eos_token, which must end each document: name one in its "
+            f"tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -60,7 +67,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
     if not tokenizer.is_fast:
         return lambda texts: _slow(tokenizer, name, texts)
     backend = _text_only(tokenizer, name)
-    return lambda texts: _fast(backend, tokenizer.eos_token_id, texts)
+    return lambda texts: _fast(backend, tokenizer, name, texts)
 
 
 def _bytes(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
@@ -70,11 +77,23 @@ def _bytes(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
     return [np.concatenate([np.frombuffer(text.encode(), np.uint8) + offset, ends]) for text in texts]
 
 
-def _fast(backend: Tokenizer, eos: int, texts: list[str]) -> list[np.ndarray]:
+def _fast(backend: Tokenizer, tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
+    eos = tokenizer.eos_token_id
+    try:
+        encodings = backend.encode_batch_fast(texts)
+    except Exception as error:  # tokenizers raises a bare Exception, such as for an unknown word without an unk_token
+        raise ConfigError(f"data.tokenizer={name} cannot encode the text of data.path: {reason(error)}") from error
     documents = []
-    for encoding in backend.encode_batch_fast(texts):
+    for encoding in encodings:
         ids = encoding.ids
-        ended = bool(ids) and ids[-1] == eos and encoding.special_tokens_mask[-1]  # 1: not of the text
+        count = ids.count(eos)
+        added = count and sum(id == eos for id, one in zip(ids, encoding.special_tokens_mask, strict=True) if one)
+        if count > added:
+            raise ConfigError(
+                f"data.tokenizer={name} makes its eos_token={tokenizer.eos_token} of ordinary text, so a document "
+                f"would end early: give the tokenizer an eos_token that is not its unk_token"
+            )
+        ended = bool(ids) and ids[-1] == eos  # by the tokenizer itself
         documents.append(np.asarray(ids if ended else [*ids, eos], np.int64))
     return documents
 

@@ -1,5 +1,8 @@
 """No text becomes a special token, whatever the tokenizer; each document has one end of document, and has it last."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -147,6 +150,34 @@ def test_an_end_that_merges_make_is_spelled_by_its_parts(tmp_path):
 def test_an_end_that_is_a_character_of_text_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="has eos_token='a', which is ordinary text of its vocabulary"):
         encoded(tmp_path, saved(tmp_path / "tokenizer", MADE[name](), eos="a"), ["hello"])
+
+
+@pytest.mark.parametrize("model", [models.WordLevel, models.WordPiece])
+def test_a_tokenizer_whose_unknown_words_become_its_end_is_refused_where_a_word_is_unknown(tmp_path, model):
+    folder = saved(tmp_path / "tokenizer", words(model), eos="<unk>", template="<s> $A")
+    _, documents = encoded(tmp_path, folder, ["a b", "hello"])
+    assert [ids.count(0) for ids in documents] == [1, 1]
+    with pytest.raises(ConfigError, match="makes its eos_token=<unk> of ordinary text, so a document would end early"):
+        encoded(tmp_path, folder, ["a é b"])
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_refused_with_its_name(tmp_path):
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = saved(tmp_path / "tokenizer", backend, bos_token=None, pad_token=None, unk_token=None)
+    assert encoded(tmp_path, folder, ["a a"])[1] == [[1, 1, 0]]
+    with pytest.raises(ConfigError, match=f"^data.tokenizer={folder} cannot encode the text of data.path: WordLevel e"):
+        encoded(tmp_path, folder, ["a b"])
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_nobody_is_asked(tmp_path, monkeypatch):
+    folder = Path(saved(tmp_path / "tokenizer", byte_bpe()))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | own))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ConfigError, match=f"^data.tokenizer={folder} holds no loadable tokenizer.* custom code"):
+        encoded(tmp_path, str(folder), ["a"])
 
 
 def test_a_padding_token_that_is_ordinary_text_stays_that(tmp_path):
