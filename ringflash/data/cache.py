@@ -84,7 +84,7 @@ def read(folder: Path, verify: bool) -> Cache:
 def _contents(file: Path) -> dict[str, Any]:
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{file.name} cannot be read: {reason(error)}") from error
     if not isinstance(contents, dict):
         raise DamagedError(f"{file.name} holds a {type(contents).__name__}, not an object")

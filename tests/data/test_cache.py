@@ -177,6 +177,7 @@ DAMAGE = {
     "other offsets": (saved("offsets.npy", lambda x: x + [0, 1, 0, 0, 0, 0, 0]), "tokens.npy or offsets.npy has other"),
     "offsets missing": (lambda f: (f / "offsets.npy").unlink(), "offsets.npy cannot be read: [Errno 2] No such file"),
     "contents empty": (lambda f: os.truncate(f / "corpus.json", 0), "corpus.json cannot be read: Expecting value"),
+    "contents nested": (lambda f: (f / "corpus.json").write_text("[" * 99999), "corpus.json cannot be read: maxi"),
     "contents missing": (lambda f: (f / "corpus.json").unlink(), "corpus.json cannot be read: [Errno 2] No such file"),
     "contents null": (corpus_json(lambda _: None), "corpus.json holds a NoneType, not an object"),
     "contents a list": (corpus_json(lambda _: [1]), "corpus.json holds a list, not an object"),
