@@ -48,7 +48,11 @@ def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor 
         _check_head(model, bare=depth == 0 and model.base_model is model)
         _check_logits(arguments.get("logits_to_keep"))
         if arguments.get("labels") is not None:
-            _check_loss(model, mask, shift_labels, items)
+            # A forward of the user's own, with a loss of its own, takes these and need not pass them on.
+            own_shift, own_items = arguments.get("shift_labels"), arguments.get("num_items_in_batch")
+            _check_loss(
+                model, mask, shift_labels if own_shift is None else own_shift, items if own_items is None else own_items
+            )
     several = plan.ulysses is not None or len(plan.ring.local) < plan.ring.size
     for owner, _ in frames:
         _check_trainer(owner, several)
@@ -117,7 +121,12 @@ def _check_loss(model: PreTrainedModel, mask: RingMask | None, shift_labels: Ten
 
 
 def _check_trainer(owner: Any, several: bool) -> None:
-    """Refuse settings of a Trainer that count labels by rank, where there are several, or that shift them again."""
+    """Refuse settings of a Trainer that count labels by rank, where there are several, or that shift them again.
+
+    Other classes may have such attributes, and mean something else by them.
+    """
+    if not any(kind.__module__ == "transformers.trainer" for kind in type(owner).__mro__):
+        return
     args = getattr(owner, "args", None)
     if several and getattr(args, "average_tokens_across_devices", True) is False:
         raise ValueError(

@@ -37,7 +37,7 @@ from ringflash import kernels
 from ringflash.architecture import refused, token_refusal, value_refusal, words_of
 from ringflash.errors import ConfigError
 from ringflash.kernels import FASTEST_FIRST
-from ringflash.layout import Layout
+from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask, document_rows, tokens
 from ringflash.model_checks import check_call
 from ringflash.ring.attention import ring_attention
@@ -181,9 +181,12 @@ def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dr
     if dropout:
         raise ValueError(f"attention_dropout={dropout} is not supported by ring attention; set it to 0")
     refused = {name: value for name, value in unknown.items() if name not in _HARMLESS and value is not None}
+    if "labels" in refused:
+        raise ValueError("labels went to a model that makes no loss of them: call it without labels")
     if refused:
         name, value = next(iter(refused.items()))
-        raise ValueError(f"{name}={value!r} is not supported by ring attention: it may change who sees whom")
+        told = [*value.shape] if isinstance(value, Tensor) else f"{value!r:.100}"
+        raise ValueError(f"{name}={told} is not supported by ring attention: it may change who sees whom")
     if unknown.get("output_attentions"):
         raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
 
@@ -302,7 +305,7 @@ def ring_inputs(
     TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and, for the
     others not to wait in vain, where another rank's do not fit. Raises RuntimeError in a DataLoader's worker.
     """
-    if not hasattr(ring, "exchange"):
+    if not hasattr(ring, "exchange") or isinstance(ring, type):
         raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
     shared = [group for group in (ring, ulysses) if isinstance(group, ProcessRing | Ulysses)]
     for group in shared:
@@ -341,10 +344,18 @@ def _shard_labels(labels: Tensor, document: IntervalMask, plan: AttentionPlan) -
 
 def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTrainedConfig | None) -> Layout:
     """The layout that ring_inputs was asked for; "auto" reckons with a machine as torchrun describes it."""
+    if name not in (names := ("auto", *LAYOUT_NAMES)):
+        told = name[:100] if isinstance(name, str) else f"an object of {type(name)}"
+        raise ValueError(f"layout={told} is not one of {', '.join(names)}")
     if name != "auto":
         return Layout.of(name, mask, ring.size, parts)
-    if config is None:
-        raise ValueError('layout="auto" needs config=model.config: its heads and windows decide what is fastest')
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(
+            f'layout="auto" needs config=model.config, a transformers configuration, got {type(config).__name__}: its '
+            f"heads and windows decide what is fastest"
+        )
+    if (reason := refusal(config, router_logits=False)) is not None:
+        raise ValueError(f"config.{reason}")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ring.size * parts))
     within = isinstance(ring, Loopback) or here % (ring.size * parts) == 0
     machine = Machine.of(ring.device, INTRA_NODE_GB if within else INTER_NODE_GB)
@@ -368,7 +379,7 @@ def _checked_tokens(input_ids: Any, labels: Any) -> tuple[Tensor, Tensor | None]
 
 def _integers(name: str, x: Any, taken: Sequence[torch.dtype]) -> Tensor:
     if isinstance(x, np.ndarray) and x.dtype in (np.int64, np.int32):
-        x = torch.tensor(x)
+        x = torch.tensor(np.ascontiguousarray(x))  # torch takes no array that runs backwards
     if not isinstance(x, Tensor) or x.dtype not in taken:
         kind = x.dtype if isinstance(x, Tensor | np.ndarray) else type(x).__name__
         raise TypeError(f"{name} must be a tensor of {' or '.join(map(str, taken))}, got {kind}")

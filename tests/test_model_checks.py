@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
     LlamaModel,
     LlamaPreTrainedModel,
+    Trainer,
 )
 
 from ringflash import Loopback, model_checks
@@ -131,7 +132,7 @@ def test_a_loss_that_may_shift_labels_again_is_refused():
         model(**LABELLED)
 
 
-class Loop:
+class Loop(Trainer):
     """A Trainer as far as a layer can see it: settings, and compute_loss, which calls the model."""
 
     def __init__(self, compute_loss_func=None, **args):
@@ -163,6 +164,50 @@ def test_a_trainers_settings_that_divide_by_a_ranks_labels_or_shift_them_again_a
     with pytest.raises(ValueError, match=message):
         Loop(**args).compute_loss(lambda: check_call(plan, None, None, None))
     Loop().compute_loss(lambda: check_call(plan, None, None, None))
+
+
+class Wrapper(torch.nn.Module):
+    """A user's own, whose names are those of a Trainer's settings."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.args = model, SimpleNamespace(label_smoothing_factor=0.1, average_tokens_across_devices=False)
+
+    def compute_loss_func(self, loss):
+        return loss
+
+    def forward(self, inputs, labels=None):
+        return self.compute_loss_func(self.model(**inputs).loss)
+
+    def compute_loss(self, inputs, args=None):
+        return self(inputs, labels=TOKENS)
+
+
+def test_names_that_a_users_own_code_shares_with_a_trainer_are_no_settings():
+    model = tiny("llama")
+    assert Wrapper(model).compute_loss(LABELLED) == model(**LABELLED).loss
+
+
+class OwnLoss(type(tiny("llama"))):
+    """A causal language model with a loss of its own, for which it keeps the labels of ring_inputs."""
+
+    def forward(self, input_ids=None, labels=None, shift_labels=None, num_items_in_batch=None, **others):
+        logits = super().forward(input_ids=input_ids, **others).logits
+        return torch.nn.functional.cross_entropy(logits.mT, shift_labels, reduction="sum") / num_items_in_batch
+
+
+def test_a_forward_that_makes_its_own_loss_need_not_pass_labels_on():
+    model, plain = build(OwnLoss), build(AutoModelForCausalLM)
+    torch.testing.assert_close(model(**LABELLED), plain(**LABELLED).loss)
+    with pytest.raises(ValueError, match="num_items_in_batch=16 is less than the 31 labels"):
+        model(**LABELLED | {"num_items_in_batch": 16})
+
+
+def test_labels_of_a_model_without_a_head_are_refused_in_one_line():
+    with pytest.raises(
+        ValueError, match=r"^labels went to a model that makes no loss of them: call it without labels$"
+    ):
+        build(AutoModel)(**LABELLED)
 
 
 def test_one_process_counts_all_labels_by_itself():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringflash import IntervalMask, Loopback
+from ringflash import IntervalMask, Layout, Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import (
     ARCHITECTURES,
@@ -112,7 +112,10 @@ WRONG_INPUTS = {
     "half a first token": ((TOKENS,), {"first": 0.5}, r"first must be a whole number of tokens, got first=0\.5"),
     "an array of floats": ((TOKENS.float().numpy(),), {}, "input_ids must be a tensor of .*, got float32"),
     "lists and numbers": ((TOKENS,), {"documents": [12, [12]]}, r"documents must be a list of .* got \[12, \[12\]\]"),
-    "a layout that is none": ((TOKENS,), {"layout": "even"}, "layout=even is not one of .*, striped, balanced"),
+    "a layout that is none": ((TOKENS,), {"layout": "even"}, "layout=even is not one of auto, .*, striped, balanced"),
+    "a layout itself": (
+        (TOKENS,), {"layout": Layout.zigzag(4096, 2)}, "layout=an object of .*Layout'> is not one of auto"),
+    "a kind of ring": ((TOKENS,), {"ring": Loopback}, "ring must be a ProcessRing or a Loopback, got <class"),
     "the size of a ring": ((TOKENS,), {"ring": 4}, "ring must be a ProcessRing or a Loopback, got 4"),
     "fractions": ((TOKENS,), {"documents": [6.0, 6.0]}, r"documents must be a list of ints, .*, got \[6\.0, 6\.0\]"),
 }  # fmt: skip
@@ -137,9 +140,19 @@ def test_an_auto_layout_is_the_fastest_for_the_models_heads_and_windows():
     torch.testing.assert_close(*losses)
 
 
-def test_an_auto_layout_needs_the_models_configuration():
-    with pytest.raises(ValueError, match=r'layout="auto" needs config=model\.config'):
-        ring_inputs(TOKENS, ring=Loopback(2), layout="auto")
+WRONG_CONFIGURATIONS = {
+    "none": (None, r'layout="auto" needs config=model\.config, .* got NoneType'),
+    "the model": (tiny("llama"), r'layout="auto" needs config=model\.config, .* got LlamaForCausalLM'),
+    "fields": (TINY, r'layout="auto" needs config=model\.config, .* got dict'),
+    "a model without heads": (AutoConfig.for_model("mamba"), r"config\.model_type=mamba is not one of gemma2"),
+    "of images and text": (AutoConfig.for_model("gemma3"), r"config\.model_type=gemma3 is not one of gemma2"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), WRONG_CONFIGURATIONS.values(), ids=WRONG_CONFIGURATIONS)
+def test_an_auto_layout_needs_the_models_configuration(config, message):
+    with pytest.raises(ValueError, match=message):
+        ring_inputs(TOKENS, ring=Loopback(2), layout="auto", config=config)
 
 
 def test_packed_documents_in_a_balanced_layout_give_the_loss_of_one_rank():
@@ -308,9 +321,11 @@ def test_a_kernel_for_every_device_is_not_refused(kernel):
 
 def test_arrays_of_tokens_give_what_tensors_give():
     tokens = torch.randint(1, 97, (2, 13))
-    expected, found = (ring_inputs(x, x, ring=Loopback(2)) for x in (tokens, tokens.numpy()))
-    assert torch.equal(found["input_ids"], expected["input_ids"])
-    assert torch.equal(found["shift_labels"], expected["shift_labels"])
+    backwards = tokens.numpy()[:, ::-1].copy()[:, ::-1]
+    expected, *others = (ring_inputs(x, x, ring=Loopback(2)) for x in (tokens, tokens.numpy(), backwards))
+    for found in others:
+        assert torch.equal(found["input_ids"], expected["input_ids"])
+        assert torch.equal(found["shift_labels"], expected["shift_labels"])
 
 
 def test_positions_begin_again_with_each_document_so_that_rope_keeps_its_digits():
