@@ -6,21 +6,22 @@
     csv, tsv         a header, then one document per record             .csv, .tsv
     parquet          a table, one document per row                      .parquet
 
-All but parquet are UTF-8, with or without a byte order mark, and may be compressed (.gz, .bz2, .zst, .lz4). A suffix
-that is not in the table is refused: read as text, its braces or commas would become part of the documents.
+All but parquet are UTF-8, with or without a byte order mark, and may be compressed (.gz, .bz2, .xz, .zst, .lz4). A
+suffix that is not in the table is refused: read as text, its braces or commas would become part of the documents.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, reason
 
 SUFFIXES = {
     "text": (
@@ -36,7 +37,9 @@ SUFFIXES = {
     "parquet": (".parquet", ".pq"),
 }
 FORMATS = tuple(SUFFIXES)
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
+ON_LINES = "a JSON object is expected on each line (data.format=json reads an array of objects, too)"
+IN_ARRAY = "a JSON object is expected as each record"
 FIELD = "text"  # read where data.field=null and the format has fields
 
 Found = Iterator[tuple[str, Any]]  # where in the file, and what is there: a text, unless the file is wrong
@@ -109,9 +112,11 @@ def _json_records(text: str) -> str | None:
     if not begin.startswith(("{", "[")):
         return None
     try:
-        value, _ = json.JSONDecoder().raw_decode(begin)
+        value, end = json.JSONDecoder().raw_decode(begin)
     except (ValueError, RecursionError):
         return None
+    if begin[end:].lstrip(" \t\r,")[:1] not in ("", "\n", "{", "["):
+        return None  # a sentence or a link that begins with a bracket
     if isinstance(value, list):
         return "json" if value and isinstance(value[0], dict) else None
     return "jsonl" if value else None
@@ -121,7 +126,7 @@ def _json_lines(file: Path, field: str) -> Found:
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
             where = f"{file} line {number}"
-            yield where, _json_text(_parsed(line, where), field, where, "on each line")
+            yield where, _json_text(_parsed(line, where, ON_LINES), field, where, ON_LINES)
 
 
 def _json(file: Path, field: str) -> Found:
@@ -131,22 +136,24 @@ def _json(file: Path, field: str) -> Found:
         yield from _json_lines(file, field)
         return
     for _, text in _text(file, field):
-        for number, record in enumerate(_parsed(text, str(file)), 1):
+        for number, record in enumerate(_parsed(text, str(file), IN_ARRAY), 1):
             where = f"{file} record {number}"
-            yield where, _json_text(record, field, where, "as each record")
+            yield where, _json_text(record, field, where, IN_ARRAY)
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, where: str, expected: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        place = f" at line {error.lineno}" if error.lineno > 1 else ""
-        raise ConfigError(f"{where} is not JSON: {error.msg}{place}") from error
+        place = f" at line {error.lineno}" if error.lineno > 1 and expected == IN_ARRAY else ""
+        raise ConfigError(f"{where} is not JSON: {error.msg}{place}; {expected}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
+        raise ConfigError(f"{where} is JSON that cannot be read: {reason(error)}") from error
 
 
 def _json_text(record: Any, field: str, where: str, expected: str) -> Any:
     if not isinstance(record, dict):
-        raise ConfigError(f"{where} holds a {type(record).__name__}; a JSON object is expected {expected}")
+        raise ConfigError(f"{where} holds a {type(record).__name__}; {expected}")
     _require(field, list(record), where)
     text = record[field]  # JSON can escape half a surrogate pair, which no tokenizer takes
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
@@ -167,7 +174,9 @@ def _csv(file: Path, field: str, delimiter: str = ",") -> Found:
                 raise ConfigError(f"{where} ends a record of {len(row)} columns; the header has {len(header)}")
             yield where, row[column] if row else ""
     except csv.Error as error:
-        raise ConfigError(f"{file} line {rows.line_num} is not CSV: {error}") from error
+        lone = "a carriage return without a line feed stands outside of quotes"
+        words = lone if str(error).startswith("new-line character") else str(error)
+        raise ConfigError(f"{file} line {rows.line_num} is not CSV: {words}") from error
 
 
 def _tsv(file: Path, field: str) -> Found:
@@ -207,13 +216,20 @@ def _decoded(read: bytes, where: str, position: int) -> str:
     except UnicodeDecodeError as error:
         at = position + len(read) - len(error.object) + error.start  # `object` lacks the mark
         byte = error.object[error.start]
-        raise ConfigError(f"{where} is not UTF-8: {error.reason} at byte {at} (0x{byte:02x})") from error
+        kind = "UTF-16" if read.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "ENCODING"
+        raise ConfigError(
+            f"{where} is not UTF-8: {error.reason} at byte {at} (0x{byte:02x}); iconv -f {kind} -t UTF-8 converts it"
+        ) from error
 
 
 def _opened(file: Path) -> IO[bytes]:
     import pyarrow
 
     compression = COMPRESSIONS.get(_compression_suffix(file))
+    if compression == "xz":  # which pyarrow does not read
+        import lzma
+
+        return cast(IO[bytes], lzma.open(file))
     return io.BufferedReader(pyarrow.input_stream(str(file), compression=compression))
 
 

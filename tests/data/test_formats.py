@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 
 import pyarrow
 import pytest
@@ -56,7 +57,7 @@ def write(tmp_path, name, content):
     [
         ("a.jsonl", LINES), ("a.ndjson", LINES), ("a.jsonlines", LINES), ("A.JSONL", LINES), ("a.json", LINES),
         ("a.ndjson.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])), ("a.jsonl.bz2", bz2.compress(LINES)),
-        ("a.jsonl.zst", LINES),
+        ("a.jsonl.zst", LINES), ("a.jsonl.xz", lzma.compress(LINES[:40]) + lzma.compress(LINES[40:])),
         ("a.json", ARRAY), ("a.json.gz", gzip.compress(MARK + ARRAY)),
         ("a.jsonl", MARK + LINES.replace(b"\n", b"\r\n")),
         ("a.csv", table(",")), ("a.CSV.gz", gzip.compress(MARK + table(","))), ("a.tsv", table("\t")),
@@ -86,6 +87,11 @@ def test_a_text_is_one_document_without_its_byte_order_mark(tmp_path, name):
     assert texts(tmp_path, file, **form) == ["{not json}\r\n[1] naïve </s>"]
 
 
+@pytest.mark.parametrize("text", ['{"a": 1} is a dict.\n', '[{"a": 1}](link)', "{} and {}", "[1] Reference"])
+def test_a_text_that_only_begins_like_json_is_read(tmp_path, text):
+    assert texts(tmp_path, write(tmp_path, "a.md", text.encode())) == [text]
+
+
 def test_json_as_a_text_is_read_where_that_is_asked_for(tmp_path):
     assert texts(tmp_path, write(tmp_path, "a.jsonl", LINES), format="text") == [LINES.decode()]
 
@@ -108,6 +114,7 @@ REFUSED = {
     "office": ("a.docx", b"text", {}, "the suffix .docx names no known format"),
     "an archive": ("a.tar.gz", b"text", {}, "the suffix .gz names no known format"),
     "json lines as text": ("a.txt", b"\n" + LINES, {}, "begins with JSON records: set data.format=jsonl to read their"),
+    "records on one line as text": ("a.txt", b'{"text": 1}, {"text": 2}', {}, "begins with JSON records"),
     "an array as text": (
         "a.md",
         ARRAY,
@@ -123,7 +130,7 @@ REFUSED = {
     ),
     "not utf-8": ("a.txt", b"na\xefve", {}, "a.txt is not UTF-8: invalid continuation byte at byte 2 (0xef)"),
     "not utf-8 after a mark": ("a.txt", MARK + b"\xff", {}, "a.txt is not UTF-8: invalid start byte at byte 3 (0xff)"),
-    "utf-16": ("a.txt", "naïve".encode("utf-16"), {}, "a.txt is not UTF-8: invalid start byte at byte 0 (0xff)"),
+    "utf-16": ("a.txt", "naïve".encode("utf-16"), {}, "at byte 0 (0xff); iconv -f UTF-16 -t UTF-8 converts it"),
     "not utf-8 in a line": (
         "a.jsonl",
         b'{"text": "a"}\n{"text": "\xe9"}\n',
@@ -160,7 +167,15 @@ REFUSED = {
         {},
         "a.jsonl line 1 holds a list; a JSON object is expected on each line",
     ),
-    "an object over lines": ("a.json", b'{\n"text": "a"}', {}, "a.json line 1 is not JSON"),
+    "an object over lines": (
+        "a.json",
+        b'{\n"text": "a"}',
+        {},
+        "a.json line 1 is not JSON: Expecting property name enclosed in double quotes; a JSON object is expected on ",
+    ),
+    "a long number": ("a.jsonl", b'{"text": "a"}\n' + b"1" * 5000, {}, "line 2 is JSON that cannot be rea"),
+    "deep brackets": ("a.json", b"[" * 99999, {}, "a.json is JSON that cannot be read: maximum recursion depth"),
+    "lines of a Mac": ("a.csv", b"text,id\ra,1\r", {}, "line 1 is not CSV: a carriage return without a line feed"),
     "no such column": ("a.csv", b"id,body\n1,a\n", {}, "a.csv line 1 has no field data.field=text; it has id, body"),
     "another delimiter": ("a.csv", b"id;text\n1;a\n", {}, "a.csv line 1 has no field data.field=text; it has id;text"),
     "a short record": ("a.csv", b"id,text\n1,a\n2\n", {}, "a.csv line 3 ends a record of 1 columns; the header has 2"),
