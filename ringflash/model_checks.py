@@ -116,7 +116,7 @@ def _check_loss(model: PreTrainedModel, mask: RingMask | None, shift_labels: Ten
     )
     if isinstance(items, Tensor) and items.is_cuda:  # compared there, which ends the program: nothing waits for it
         torch._assert_async((items >= mask.labels).all(), told.format("..."))
-    elif (least := int(torch.as_tensor(items).min())) < mask.labels:
+    elif (least := int(items.min() if isinstance(items, Tensor) else items)) < mask.labels:
         raise ValueError(told.format(least))
 
 

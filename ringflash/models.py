@@ -310,27 +310,28 @@ def ring_inputs(
     shared = [group for group in (ring, ulysses) if isinstance(group, ProcessRing | Ulysses)]
     for group in shared:
         group.process.check()
-    try:
-        input_ids, labels = _checked_tokens(input_ids, labels)
-        rows, length = input_ids.shape
-        document = _documents_mask(documents, rows, length)
-        mask = IntervalMask.causal(length) & document
-        chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
-        plan = AttentionPlan(mask, chosen, ring, ulysses, first)
-    except (ValueError, TypeError):
-        _agree(torch.tensor(_REFUSED, device=ring.device), shared)
-        raise
-    given = (input_ids, labels, document.lo, document.hi, chosen.chunks, torch.tensor([min(first, length)]))
-    _agree(_checksum(ring.device, *given), shared)
-    targets, count = ({}, None) if labels is None else _shard_labels(labels, document, plan)
-    ids = plan.shard(input_ids)
-    return targets | {
-        "input_ids": ids,
-        "position_ids": plan.position_ids(rows),
-        "attention_mask": RingMask(ids.shape, count, ring.device),
-        "plan": plan,
-        "use_cache": False,
-    }
+    with torch.device("cpu"):  # plans are made there, whatever device torch.set_default_device names
+        try:
+            input_ids, labels = _checked_tokens(input_ids, labels)
+            rows, length = input_ids.shape
+            document = _documents_mask(documents, rows, length)
+            mask = IntervalMask.causal(length) & document
+            chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
+            plan = AttentionPlan(mask, chosen, ring, ulysses, first)
+        except (ValueError, TypeError):
+            _agree(torch.tensor(_REFUSED, device=ring.device), shared)
+            raise
+        given = (input_ids, labels, document.lo, document.hi, chosen.chunks, torch.tensor([min(first, length)]))
+        _agree(_checksum(ring.device, *given), shared)
+        targets, count = ({}, None) if labels is None else _shard_labels(labels, document, plan)
+        ids = plan.shard(input_ids)
+        return targets | {
+            "input_ids": ids,
+            "position_ids": plan.position_ids(rows),
+            "attention_mask": RingMask(ids.shape, count, ring.device),
+            "plan": plan,
+            "use_cache": False,
+        }
 
 
 def _shard_labels(labels: Tensor, document: IntervalMask, plan: AttentionPlan) -> tuple[dict[str, Any], int]:

@@ -328,6 +328,18 @@ def test_arrays_of_tokens_give_what_tensors_give():
         assert torch.equal(found["shift_labels"], expected["shift_labels"])
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_oss"])
+def test_a_default_device_is_not_where_plans_are_made(model_type):
+    """As after torch.set_default_device("cuda"); here on a device where a plan's own tensors would have no values."""
+    model, tokens = tiny(model_type), torch.randint(1, 97, (2, 24))
+    options = {"ring": Loopback(2), "documents": [15, 9], "layout": "auto", "config": model.config}
+    expected, gradients = loss_and_gradients(model, ring_inputs(tokens, tokens, **options))
+    with torch.device("meta"):
+        found, others = loss_and_gradients(model, ring_inputs(tokens, tokens, **options))
+    assert torch.equal(found, expected)
+    assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+
+
 def test_positions_begin_again_with_each_document_so_that_rope_keeps_its_digits():
     """A document at 131,008 has fp32's error, not the hundreds of times as much that RoPE has at large positions."""
     where = ring_inputs(torch.ones(1, 2**17, dtype=torch.int64), ring=Loopback(1), documents=[2**17 - 64, 64])

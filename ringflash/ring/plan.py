@@ -205,19 +205,21 @@ class AttentionPlan:
             )
         left = min(tokens("left", left), self.layout.length)
         if left not in self._windows:
-            masks = self.masks[0].windowed(left, self.first)
-            self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
+            with torch.device("cpu"):  # a layer asks, maybe under another default device
+                masks = self.masks[0].windowed(left, self.first)
+                self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
         return self._windows[left]
 
     def part(self, begin: int, end: int) -> Part:
         """What concerns local keys begin..end - 1 of every shard; made once, then kept."""
         if (begin, end) not in self._parts:
             rows, whole = slice(begin, end), end - begin == self.layout.shard_length
-            self._parts[begin, end] = Part(
-                rows,
-                self.hops if whole else self._hops(rows),
-                self.routes if whole else tuple(route.within(begin, end) for route in self.routes),
-            )
+            with torch.device("cpu"):  # as in window
+                self._parts[begin, end] = Part(
+                    rows,
+                    self.hops if whole else self._hops(rows),
+                    self.routes if whole else tuple(route.within(begin, end) for route in self.routes),
+                )
         return self._parts[begin, end]
 
     def computed(self, i: int) -> list[int]:
