@@ -112,8 +112,7 @@ def _option(group: Path, key: str, value: str) -> str:
 
 def _check_parsed(override: str, key: str, value: str, kind: Any) -> None:
     """Raise ConfigError where Hydra cannot parse an override, or it holds other than one value of its kind."""
-    text = QuotedString(value, Quote.double).with_quotes()
-    example = text if get_origin(kind) is not list else '["*.txt"]' if value.startswith("[") else f"[{text}]"
+    example = _list_of(value) if get_origin(kind) is list else QuotedString(value, Quote.double).with_quotes()
     hint = shlex.quote(f"{key}={example}")
     try:
         parsed = OverridesParser.create().parse_override(override)
@@ -121,13 +120,20 @@ def _check_parsed(override: str, key: str, value: str, kind: Any) -> None:
     except HydraException as error:
         raise ConfigError(f"{key}={value} does not parse: text with other than letters, digits and -_./ needs quotes, "
                           f"such as {hint}") from error  # fmt: skip
-    if parsed.is_sweep_override():
+    if parsed.is_sweep_override() and get_origin(kind) is not list:
         raise ConfigError(f"{key}={value} holds several values, and a run takes one: {hint} is text, [...] a list")
     interpolated = isinstance(given, str | QuotedString) and "${" in str(given)
     if get_origin(kind) is list and not interpolated:
         texts = isinstance(given, list) and all(isinstance(one, str | QuotedString) for one in given)
         if not texts:
             raise ConfigError(f"{key}={value} must be a list of text in quotes, such as {hint}")
+
+
+def _list_of(value: str) -> str:
+    """The list of quoted text that was perhaps meant by a value: *.txt,*.md is ["*.txt","*.md"]."""
+    names = [name.strip(" '\"") for name in value.strip("[] '\"").split(",")]
+    quoted = [QuotedString(name, Quote.double).with_quotes() for name in names if name]
+    return "[" + ",".join(quoted or ['"*.txt"']) + "]"
 
 
 def _quoted(value: str) -> str:
