@@ -17,7 +17,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -195,9 +195,11 @@ def _parquet(file: Path, field: str) -> Found:
                 yield f"{file} row {number}", text.as_py()
 
 
-def _require(field: str, available: Iterable[str], where: str) -> None:
+def _require(field: str, available: list[str], where: str) -> None:
     if field not in available:
         raise ConfigError(f"{where} has no field data.field={field}; it has {', '.join(available) or 'none'}")
+    if available.count(field) > 1:
+        raise ConfigError(f"{where} has {available.count(field)} fields data.field={field}: one must have that name")
 
 
 def _lines(file: Path) -> Iterator[str]:

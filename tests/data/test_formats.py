@@ -185,6 +185,12 @@ REFUSED = {
         {},
         "a.csv line 3 ends a record of 3 columns; the header has 2",
     ),
+    "two columns of that name": (
+        "a.csv",
+        b"text,id,text\na,1,b\n",
+        {},
+        "line 1 has 2 fields data.field=text: one must",
+    ),
     "an open quote": ("a.csv", b'text\n"a\nb\n', {}, "a.csv line 3 is not CSV: unexpected end of data"),
     "a truncated file": (
         "a.txt.gz",
