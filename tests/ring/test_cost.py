@@ -86,9 +86,9 @@ def test_a_balanced_layout_is_made_between_two_steps():
     mask = corpus(0, 131072)
     took = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = time.process_time()
         Layout.balanced(mask, 8)
-        took.append(time.perf_counter() - begin)
+        took.append(time.process_time() - begin)
     assert min(took) < 0.5
 
 
