@@ -224,7 +224,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
     if (path / MANIFEST).exists() and not (path / MANIFEST).is_file():
         return {}, f"{MANIFEST} is no file"
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return {}, f"{MANIFEST}: {type(error).__name__}"
     if not isinstance(manifest, dict):

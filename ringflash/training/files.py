@@ -19,7 +19,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file aside and rename it: a reader, or a run that is killed, finds the old one or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
-        with aside.open("w") as file:
+        with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

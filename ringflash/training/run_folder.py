@@ -111,7 +111,7 @@ def _newest(runs: Path, name: str) -> Path | None:
 def _name_of(path: Path) -> str | None:
     """The name that a run was given, as its configuration has it; None where that cannot be read."""
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text())
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return settings.get("name") if isinstance(settings, dict) else None
