@@ -45,7 +45,7 @@ def corpus(seed, length):
 @pytest.mark.parametrize(
     ("length", "ranks", "seeds"),
     [
-        *((131072, ranks, range(8)) for ranks in (2, 4, 8, 16, 32)),
+        *((131072, ranks, range(4)) for ranks in (2, 4, 8, 16, 32)),
         (131072, 64, (0,)),  # 2048 tokens a rank: no tile of 128 is small enough
         (65536, 8, range(4)),
         (65536, 32, (11, 15, 21)),
@@ -68,11 +68,10 @@ def test_a_balanced_layout_is_within_12_percent_hop_by_hop(ranks):
 
 
 def test_a_million_tokens_are_balanced_over_64_ranks():
-    for seed in (1, 3):
-        mask = corpus(seed, 2**20)
-        layout = Layout.balanced(mask, 64)
-        assert layout.imbalance(mask) <= 0.03, f"seed {seed}"
-        assert layout.lockstep(mask) <= 0.25, f"seed {seed}"
+    mask = corpus(1, 2**20)
+    layout = Layout.balanced(mask, 64)
+    assert layout.imbalance(mask) <= 0.03
+    assert layout.lockstep(mask) <= 0.25
 
 
 def test_a_balanced_layout_takes_little_longer_than_a_perfect_one():

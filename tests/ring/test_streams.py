@@ -270,11 +270,10 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_no_stream_reads_or_overwrites_what_another_is_not_done_with(monkeypatch, make_ring, mask, layout):
-    for ranks in (2, 3, 4):
-        for kv_heads in (1, 2):
-            for rank in range(1 if make_ring is FakeLoopback else ranks):
-                found = races(monkeypatch, make_ring, ranks, rank, MASKS[mask], layout, kv_heads)
-                assert found == [], f"rank {rank} of {ranks}, {kv_heads} KV heads"
+    for ranks, kv_heads in ((2, 2), (3, 1), (4, 2)):
+        for rank in range(1 if make_ring is FakeLoopback else ranks):
+            found = races(monkeypatch, make_ring, ranks, rank, MASKS[mask], layout, kv_heads)
+            assert found == [], f"rank {rank} of {ranks}, {kv_heads} KV heads"
 
 
 @pytest.mark.parametrize("rank", range(3))
