@@ -256,7 +256,7 @@ def _backward(
     The keys of hop 1 are on their way.
     """
     plan, k = call.plan, [own for own, _ in kv.own]
-    centered = CenteredKeys(k) if call.centers_keys else None
+    centered = CenteredKeys(k, q, call.scale) if call.centers_keys else None
     lse = lse if centered is None else centered.lse(lse, q, call.scale, call.kernel.delta)
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
     whole = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs] for xs in (q, k, k)]

@@ -26,31 +26,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SAMPLED = 1024  # keys of which the mean is taken, evenly spaced: its error is then 3 percent of their deviation
-SIGNIFICANT = 4.0  # times its own sampling variance, which a mean must exceed (squared, over a head) to be used
+SAMPLED = 1024  # keys, and queries, that are looked at, evenly spaced: a mean's error is 3 percent of their deviation
+SIGNIFICANT = 16.0  # times its own sampling variance, which a mean must exceed (squared) to be used
+WORTH = 0.06  # of the keys' variance, which it must exceed besides: smaller means do no harm, centering would round
 LARGEST = 2.0**14  # of keys that are centered: k - c of larger ones could leave fp16's range
+BITS = 3  # of c's mantissa: k - c of keys much larger than c is then exact
+SPREAD = 8.0  # of the scores of centered keys: where it is larger, their rounding would change the weights visibly
 
 
-def key_mean(k: Tensor) -> Tensor:
-    """c [B, 1, Hkv, D] of keys [B, S, Hkv, D], in their dtype.
+def key_mean(k: Tensor, q: Tensor, scale: float) -> Tensor:
+    """c [B, 1, Hkv, D] of keys [B, S, Hkv, D] and the queries [B, S, Hq, D] that meet them, in the keys' dtype.
 
-    It is 0 for a head whose mean may be chance: centered keys then equal the keys, bit for bit. This is decided on the
-    device, without a host synchronisation.
+    It is 0 in a dimension whose mean may be chance or is small. Keys whose c is 0 stay as they are, bit for bit. k - c
+    is rounded, and with it the scores, which the forward computed of k. Weights of large scores would change: there c
+    is 0 in all dimensions of a head. This is decided on the device, without a host synchronisation.
     """
-    sample = k[:, :: max(1, -(-k.shape[1] // SAMPLED))].float()
-    count = sample.shape[1]
-    mean = sample.mean(1, keepdim=True)
-    variance = sample.var(1, correction=0, keepdim=True).sum(-1, keepdim=True) / max(count - 1, 1)
-    significant = mean.square().sum(-1, keepdim=True) > SIGNIFICANT * variance
-    significant &= sample.abs().amax((1, 3), keepdim=True) <= LARGEST
-    return torch.where(significant, mean, 0.0).to(k.dtype)
+    keys, queries = (x[:, :: max(1, -(-x.shape[1] // SAMPLED))].float() for x in (k, q))
+    count = keys.shape[1]
+    mean, variance = keys.mean(1, keepdim=True), keys.var(1, correction=0, keepdim=True)
+    used = mean.square() > variance * max(WORTH, SIGNIFICANT / max(count - 1, 1))
+    used &= keys.abs().amax((1, 3), keepdim=True) <= LARGEST
+    largest = queries.square().mean(1, keepdim=True).unflatten(2, (k.shape[2], -1)).amax(3)
+    used &= scale**2 * (largest * variance * used).sum(-1, keepdim=True) <= SPREAD**2
+    mantissa, exponent = torch.frexp(mean)
+    coarse = torch.ldexp((mantissa * 2**BITS).round() / 2**BITS, exponent)
+    return torch.where(used, coarse, 0.0).to(k.dtype)
 
 
 class CenteredKeys:
     """k - c of each local rank's queries, in one place in memory, which the keys of each hop take in turn."""
 
-    def __init__(self, own: list[Tensor]) -> None:
-        self.c = [key_mean(k) for k in own]
+    def __init__(self, own: list[Tensor], q: list[Tensor], scale: float) -> None:
+        self.c = [key_mean(k, q_, scale) for k, q_ in zip(own, q, strict=True)]
         self.room = torch.empty(own[0].shape, dtype=own[0].dtype, device=own[0].device)
 
     def lse(

@@ -71,10 +71,11 @@ def save(
     path = folder / f"step-{step:08d}"
     check_weights(engine, world, path)
     aside = path.with_name(path.name + PARTIAL)
-    with world.own_pace(f"deleting what is left of {aside}"):
+    with world.own_pace(f"deleting what killed runs left half-written in {folder}"):
         if world.is_first:
             with writing(aside):
-                remove(aside)
+                for left in _half_written(folder):
+                    remove(left)
                 aside.mkdir(parents=True)
     with world.own_pace(f"writing {path}"), writing(aside):
         engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
@@ -211,6 +212,12 @@ def _step_of(path: Path) -> int | None:
 def _passed_over(folder: Path) -> bool:
     """Whether there are checkpoints that an earlier run moved aside."""
     return folder.is_dir() and any(re.fullmatch(rf"step-[0-9]+{UNSOUND}(-[0-9]+)?", p.name) for p in folder.iterdir())
+
+
+def _half_written(folder: Path) -> list[Path]:
+    """What killed runs left of checkpoints, of whichever step."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return [p for p in there if p.name.endswith(PARTIAL) and _step_of(p.with_suffix("")) is not None]
 
 
 def _aside(path: Path) -> Path:

@@ -141,18 +141,19 @@ def _finish(
     exported = export(engine, folder / "model", tokenizer, world, generation)
     with world.own_pace("finishing the loss plot and wandb's run"):
         if log is not None:
-            _conclude(log, folder, exported, held_out, loss, config.optim.steps if start < config.optim.steps else None)
+            _conclude(log, folder, exported, held_out, loss, config.optim.steps)
     world.watch.close()  # before any rank, and the store with it, is gone
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _conclude(log: metrics.Metrics, folder: Path, exported: Path, held_out, loss: float | None, step: int | None):
-    """The last record, of `step` if it was reached just now, the plot, and what there is to be seen where."""
+def _conclude(log: metrics.Metrics, folder: Path, exported: Path, held_out, loss: float | None, step: int) -> None:
+    """The last record, of `step`, the plot, and what there is to be seen where."""
     entropy, told = None, ""
     if loss is not None:
         entropy = held_out.unigram_entropy()
-        if step is not None:
+        # A complete run that is resumed has this record, unless it was killed after its last checkpoint.
+        if not any(record["step"] == step and "unigram_entropy" in record for record in metrics.read(log.path)):
             log.log(step, {"held_out_loss": loss, "unigram_entropy": entropy})
         told = (
             f"held-out loss     {loss:.4f} nats per token\n"

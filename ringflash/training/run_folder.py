@@ -53,7 +53,8 @@ def take(runs: Path, name: str, resume: str) -> RunFolder:
         (path / "checkpoints").mkdir(exist_ok=True)
         return run
     except OSError as error:
-        raise ConfigError(f"runs={runs} cannot be used: {error.filename}: {error.strerror}") from error
+        where = error.filename or runs / name  # no file is named where a disk is full
+        raise ConfigError(f"runs={runs} cannot be used: {where}: {error.strerror}") from error
 
 
 def check_start(path: Path, start: int) -> None:

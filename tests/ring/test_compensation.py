@@ -36,6 +36,18 @@ INPUTS: dict[str, Callable[..., list[Tensor]]] = {
     ],
     "uniform": lambda *shapes, generator: [torch.rand(shape, generator=generator) for shape in shapes],
     "normal": lambda *shapes, generator: [torch.randn(shape, generator=generator) for shape in shapes],
+    "large scores": lambda *shapes, generator: [
+        factor * (torch.randn(shape, generator=generator) + mean)
+        for shape, factor, mean in zip(shapes, (25, 5, 1, 1), (0, 1, 1, 0), strict=True)
+    ],
+    "outliers": lambda *shapes, generator: [
+        (torch.randn(shape, generator=generator) + mean) * (1 + 15 * (torch.arange(LENGTH) % every == 3))[:, None, None]
+        for shape, mean, every in zip(shapes, (0.0, 2.0, 1.0, 0.0), (LENGTH, 20, LENGTH, LENGTH), strict=True)
+    ],
+    "an outlier": lambda *shapes, generator: [
+        (torch.randn(shape, generator=generator) + mean) * (1 + 15 * (torch.arange(LENGTH) == first))[:, None, None]
+        for shape, mean, first in zip(shapes, (0.0, 2.0, 1.0, 0.0), (-1, 1, -1, -1), strict=True)
+    ],
 }
 EXTRAS = {"plain": {}, "softcap": {"softcap": 5.0}, "sink": {"sink": torch.tensor([0.0, 2.0, 4.0, -1.0])}}
 
@@ -170,7 +182,7 @@ def test_no_residue_is_kept_where_no_gradient_will_be_asked_for(monkeypatch):
     ids=["mean 1", "mean 0", "all alike", "long", "k - c could leave fp16", "infinite"],
 )
 def test_a_mean_is_used_where_it_is_no_chance(keys, used):
-    c = CenteredKeys([keys.half()]).c[0]
+    c = CenteredKeys([keys.half()], [torch.randn(1, keys.shape[1], 3, 64).half()], 64**-0.5).c[0]
     assert c.shape == (1, 1, 1, 64)
     assert bool(c.any()) == used
     if used:

@@ -309,8 +309,10 @@ def write_with(folder, settings):
 
 @pytest.mark.ranks
 def test_only_the_newest_are_kept_and_nothing_half_written_stays(ranks, tmp_path):
+    for left in ("step-00000002.partial", "step-00000005.partial", "mine.partial"):
+        (tmp_path / left / "state").mkdir(parents=True)
     ranks.run(write_three, 1, tmp_path, 1, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.partial", "step-00000002", "step-00000003"]
 
 
 @pytest.mark.ranks

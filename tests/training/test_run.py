@@ -208,6 +208,18 @@ def test_a_corpus_of_one_document_trains_with_nothing_held_out(ranks, tmp_path):
 
 
 @pytest.mark.ranks
+def test_a_run_killed_after_its_last_checkpoint_has_its_last_record_once_when_resumed(ranks, text):
+    arguments = settings(text, "optim.steps=2", "name=late", "resume=auto")
+    file = text.parent / "runs" / "late" / "metrics.jsonl"
+    assert ranks.run(fitted, 1, arguments)[0][0] is None
+    complete = file.read_text()
+    file.write_text("".join(line for line in complete.splitlines(True) if "unigram_entropy" not in line))
+    for _ in range(2):  # the second finds the run complete
+        assert ranks.run(fitted, 1, arguments)[0][0] is None
+        assert file.read_text() == complete
+
+
+@pytest.mark.ranks
 def test_the_record_counts_what_all_ranks_of_ring_and_ulysses_received(ranks, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "book.txt").write_text("a long book. " * 100)

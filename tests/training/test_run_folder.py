@@ -133,7 +133,7 @@ def test_a_run_folder_in_which_a_name_is_taken_by_another_kind_of_file_is_refuse
 def test_a_damaged_line_of_metrics_costs_no_other_line(tmp_path):
     folder = begun(tmp_path / "demo", "demo", steps=2)
     with (folder / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step\xff\xfe": 3}\n{"step": 4}\n')
+        file.write(b'{"step\xff\xfe": 3}\n' + b"[" * 100000 + b'\n{"step": 4}\n')
     assert run_folder.take(tmp_path, "demo", "auto").path == folder
     assert [record["step"] for record in read(folder / "metrics.jsonl")] == [1, 2, 4]
 
