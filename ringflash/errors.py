@@ -20,6 +20,11 @@ class DiskError(OSError):
     """A file of a run was not written; the message is one line that names it and the space left."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """All of an error's message without its line breaks, or the error's kind where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error's message, or its kind: for the end of a message of one line."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

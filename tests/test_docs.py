@@ -14,7 +14,7 @@ SHOWN = [
     "ringflash.layout",
     "ringflash.ring.plan",
     "ringflash.ring.cost",
-    "ringflash.ring_mask",
+    "ringflash.models.ring_mask",
 ]
 
 

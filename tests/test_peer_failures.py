@@ -4,12 +4,12 @@ failure of a peer                                               -> the test that
 
 wrong keys seen
 documents must divide by twice the ranks                        -> ring/test_attention.py::test_any_mask_layout_and_ring_size_is_exact
-documents leak into each other                                  -> test_models.py::test_packed_documents_give_the_loss_of_the_documents_alone
+documents leak into each other                                  -> models/test_models.py::test_packed_documents_give_the_loss_of_the_documents_alone
 a window is passed unchanged into every block                   -> test_a_window_passed_unchanged_into_every_block
 packing, window, softcap and sinks exclude each other           -> test_packing_window_softcap_and_sinks_that_exclude_each_other
 a sink is dropped                                               -> ring/test_attention.py::test_a_sink_is_one_more_key_without_a_value_and_has_a_gradient
 a softcap is dropped                                            -> ring/test_attention.py::test_head_groups_and_softcap_are_exact
-a mask is dropped in silence                                    -> test_models.py::test_a_keyword_that_could_change_the_mask_is_refused
+a mask is dropped in silence                                    -> models/test_models.py::test_a_keyword_that_could_change_the_mask_is_refused
 a mask that the configuration asks for is dropped in silence    -> test_a_bidirectional_configuration_trained_as_causal
 a cache whose keys the mask does not know                       -> test_a_key_cache_that_the_mask_does_not_know
 what a kernel cannot do is done by another, or wrongly          -> kernels/test_portable.py::test_what_cannot_be_done_is_refused_with_its_values
@@ -31,14 +31,14 @@ positions are those of the shard                                -> ring/test_pla
 positions that were left out are made up from the shard         -> test_positions_left_out_and_made_up_from_the_shard
 positions that count through all documents are refused          -> test_positions_that_count_through_all_documents
 zigzag's positions are read as packed documents                 -> test_zigzag_positions_read_as_packed_documents
-layers that mix tokens otherwise see their shard alone          -> test_models.py::test_a_model_that_plain_transformers_built_is_refused_where_shards_would_change_it
-RoPE depends on the longest position of a shard                 -> test_models.py::test_a_model_that_would_train_wrongly_is_refused_with_its_field
+layers that mix tokens otherwise see their shard alone          -> models/test_models.py::test_a_model_that_plain_transformers_built_is_refused_where_shards_would_change_it
+RoPE depends on the longest position of a shard                 -> models/test_models.py::test_a_model_that_would_train_wrongly_is_refused_with_its_field
 loss and gradients are off by the number of ranks               -> test_a_loss_off_by_the_number_of_ranks
 the same under ZeRO and accumulation; ZeRO 3's hooks bypassed   -> training/test_step.py::test_loss_and_every_gradient_equal_one_rank
 ranks join shards of different texts                            -> test_a_sampler_that_gives_each_rank_its_own_text
 NaN on a shard that has no label                                -> test_nan_on_a_shard_without_labels
 NaN in a batch that has no label                                -> test_nan_in_a_batch_without_labels
-padding is counted, or needed                                   -> test_models.py::test_loss_and_every_gradient_equal_the_models_own_eager_attention
+padding is counted, or needed                                   -> models/test_models.py::test_loss_and_every_gradient_equal_the_models_own_eager_attention
 a fused loss ignores the scale of what comes back to it         -> training/test_loss.py::test_any_tile_gives_the_loss_and_gradients_of_whole_logits
 a tiled loss sums the head's gradient in bf16                   -> training/test_loss.py::test_the_weights_gradient_is_summed_over_tiles_in_fp32
 micro-batches are summed in bf16                                -> training/test_step.py::test_bf16_at_zero_0_refuses_to_accumulate_in_bf16
@@ -78,8 +78,8 @@ from ringflash.errors import ConfigError
 from ringflash.layout import LAYOUTS
 from ringflash.models import ARCHITECTURES, ModelConfig, build_model, ring_inputs
 from ringflash.ring.transport import Transfer
+from tests.models.test_models import loss_and_gradients, tiny
 from tests.ring.test_attention import assert_exact, on_ring, oracle, whole_inputs
-from tests.test_models import loss_and_gradients, tiny
 
 TESTS = Path(__file__).parent
 TABLE = re.findall(r"-> (?:(\S+\.py)::)?(test_\w+)$", __doc__, re.MULTILINE)

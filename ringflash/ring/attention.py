@@ -65,7 +65,7 @@ def ring_attention(
     scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the
     softmax and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly
     on Hopper. compensated: gradients of 16-bit inputs do not suffer from out's rounding (see `ring.compensation`).
-    layer: its number, for what is said where a ring stands still. Returns out [B, S, Hq, D] in q's dtype; queries that
+    layer: its number, for reports of a ring that hangs. Returns out [B, S, Hq, D] in q's dtype; queries that
     see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
     """

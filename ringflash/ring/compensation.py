@@ -28,7 +28,7 @@ from torch import Tensor
 
 SAMPLED = 1024  # keys, and queries, that are looked at, evenly spaced: a mean's error is 3 percent of their deviation
 SIGNIFICANT = 16.0  # times its own sampling variance, which a mean must exceed (squared) to be used
-WORTH = 0.06  # of the keys' variance, which it must exceed besides: smaller means do no harm, centering would round
+WORTH = 0.06  # of the keys' variance, which it must also exceed: a smaller mean does less harm than rounding k - c
 LARGEST = 2.0**14  # of keys that are centered: k - c of larger ones could leave fp16's range
 BITS = 3  # of c's mantissa: k - c of keys much larger than c is then exact
 SPREAD = 8.0  # of the scores of centered keys: where it is larger, their rounding would change the weights visibly

@@ -72,7 +72,7 @@ class Machine:
 
     @classmethod
     def of(cls, device: torch.device, gb_per_second: float) -> Machine:
-        """What attention reaches on `device`, with links of so many gigabytes per second."""
+        """The attention speed of `device`, and links of `gb_per_second`."""
         peak = peak_flops(device)
         return cls(UNKNOWN_FLOPS if peak is None else peak * UTILISATION, 1e9 * gb_per_second)
 

@@ -155,17 +155,19 @@ def _load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
 def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> None:
     """Raise ConfigError for a checkpoint that was not written by this run as it is now."""
     if "ulysses" not in manifest:
-        raise ConfigError(f"{path} was written by an earlier version of ringflash; resume=never starts anew")
+        raise ConfigError(
+            f"{path} was written by an earlier version of ringflash: resume=never starts over in a folder of its own"
+        )
     if (before := manifest.get("positions", "sequence")) != POSITIONS:
         raise ConfigError(
             f"{path} counts positions within each {before}, this version of ringflash within each {POSITIONS}: "
-            f"resume with the version that wrote it, or start anew from its exported weights (model.path)"
+            f"resume with the version that wrote it, or start again from its exported weights (model.path)"
         )
     for name, now in _grid(world).items():
         if manifest[name] != now:
             raise ConfigError(
                 f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as "
-                f"many, or start anew from its exported weights (model.path)"
+                f"many, or start again from its exported weights (model.path)"
             )
     _check_settings(path, _bound(manifest["settings"]), _bound(settings))
 
@@ -181,7 +183,7 @@ def _check_settings(path: Path, before: dict, now: dict) -> None:
             name = BY_DIGEST.get(key, key)
             raise ConfigError(
                 f"{name}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with the "
-                f"same, or start anew (resume=never)"
+                f"same, or start over (resume=never)"
             )
 
 

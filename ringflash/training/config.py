@@ -22,10 +22,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from ringflash.architecture import LARGEST
 from ringflash.data.documents import DataConfig, python_stdlib
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, in_one_line
 from ringflash.models import ARCHITECTURES, ModelConfig, field_refusal
+from ringflash.models.architecture import LARGEST
 from ringflash.training.checkpoint import CheckpointConfig
 from ringflash.training.metrics import LoggerConfig
 from ringflash.training.optimizer import OptimConfig
@@ -68,7 +68,7 @@ class Config:
     """Folder of all runs."""
 
     resume: str = "never"
-    """never: start anew, in a folder of its own. auto: go on from the newest sound checkpoint, if there is any."""
+    """never: start in a new folder. auto: continue from the newest sound checkpoint, if there is any."""
 
     seed: int = 0
     """Seed of the weights; data.seed orders the documents."""
@@ -207,7 +207,7 @@ def _in_one_line(error: Exception, overrides: Sequence[str]) -> str:
         return f"{key}={typed} must be {wanted(kind)}"
     if typed is not None and "${" in typed:
         return f"{key}={typed}: {reason}; ${{oc.env:NAME}} is a variable of the environment, \\${{ is text"
-    return f"{key}: {reason}" if key else " ".join(str(error).split())
+    return f"{key}: {reason}" if key else in_one_line(error)
 
 
 def _unknown_field(key: str, parent: Any) -> str:

@@ -18,7 +18,7 @@ import deepspeed
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, in_one_line
 from ringflash.training import metrics
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import remove, writing
@@ -78,8 +78,7 @@ def rehearse(
         try:
             _write(model, Path(name, "model"), tokenizer, generation, state_dict={})
         except Exception as error:  # transformers and tokenizers share no base class
-            words = " ".join(str(error).split())
-            raise ConfigError(f"{source}: the trained model could not be exported: {words}") from error
+            raise ConfigError(f"{source}: the trained model could not be exported: {in_one_line(error)}") from error
         metrics.plot(Path(name), None)
 
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ringflash.errors import DiskError
+from ringflash.errors import DiskError, in_one_line
 
 DISK_WORDS = ("inline_container", "PytorchStreamWriter", "PyTorchFileWriter", "os error", "I/O error")
 BLOCK = 1 << 20  # bytes of a weights file's beginning, and of its end, that its digest covers
@@ -38,8 +38,7 @@ def writing(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(folder).free / 2**30
         # Where torch writes through a Python file, the system's reason stands behind torch's.
         known = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = " ".join(str(known).split()) or type(known).__name__
-        raise DiskError(f"{path} was not written: {reason}; {free:.3g} GiB are free on its disk") from error
+        raise DiskError(f"{path} was not written: {in_one_line(known)}; {free:.3g} GiB are free on its disk") from error
 
 
 def _of_disk(error: Exception) -> bool:

@@ -6,7 +6,8 @@ A barrier would give up after the group's timeout. Here a rank that is done asks
     ringflash/own-pace/N/RANK       RANK has done its part of the N-th
     ringflash/own-pace/N/all        all have
 
-While it waits, the watch reports for whom and for what. If a rank fails, the others raise OtherRankError.
+While it waits, the watch reports which ranks it waits for and their work. If one fails, the others raise
+OtherRankError.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.models import windows_of_layers
+from ringflash.models.ring_mask import RingMask
 from ringflash.ring.plan import AttentionPlan
-from ringflash.ring_mask import RingMask
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.world import World

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ringflash import IntervalMask, Loopback, flash_attention, keep_attention, kernels
 from ringflash.models import ring_inputs
 from ringflash.ring import recompute
-from tests.test_models import loss_and_gradients, tiny
+from tests.models.test_models import loss_and_gradients, tiny
 
 
 @pytest.fixture

@@ -250,7 +250,7 @@ def test_a_rank_speaks_and_ends_though_the_store_does_not_answer(monkeypatch, ca
 
 
 class Clock:
-    """The time, which passes when it is told to."""
+    """A clock that a test moves."""
 
     now = 0.0
 

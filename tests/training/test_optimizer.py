@@ -22,7 +22,7 @@ from ringflash.training.config import compose
 from ringflash.training.metrics import read
 from ringflash.training.optimizer import OptimConfig, parameter_groups
 from ringflash.training.step import MemoryConfig, build_engine, prepare, train_step
-from tests.test_models import tiny
+from tests.models.test_models import tiny
 from tests.training.test_step import LENGTH, build, joined, sequences
 
 STEPS = 5

@@ -6,14 +6,14 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
-from ringflash import Loopback, models
+from ringflash import Loopback
 from ringflash.data import Batch
 from ringflash.layout import Layout
-from ringflash.models import ModelConfig, build_model
+from ringflash.models import ModelConfig, attention, build_model, ring_inputs
 from ringflash.training.parallel import ParallelConfig
 from ringflash.training.step import MemoryConfig, OptimConfig, TrainedModel, build_engine, evaluate, prepare, train_step
 from ringflash.training.world import World, join
-from tests.test_models import SPECIFIC, TINY
+from tests.models.test_models import SPECIFIC, TINY
 
 LENGTH = 40
 SEQUENCES = 6
@@ -185,13 +185,13 @@ def test_bf16_at_zero_0_refuses_to_accumulate_in_bf16(ranks):
 
 def test_the_attention_settings_of_the_model_reach_every_layer(monkeypatch):
     asked = []
-    real = models.ring_attention
+    real = attention.ring_attention
     monkeypatch.setattr(
-        models, "ring_attention", lambda *args, **options: asked.append(options) or real(*args, **options)
+        attention, "ring_attention", lambda *args, **options: asked.append(options) or real(*args, **options)
     )
     settings = ModelConfig(path="unused", kernel="blocked", deterministic=True, compensated=False).attention
     trained = TrainedModel(build("qwen3"), MemoryConfig(loss_tile=16), settings)
-    inputs = models.ring_inputs(torch.arange(32)[None], torch.arange(32)[None], ring=Loopback(1))
+    inputs = ring_inputs(torch.arange(32)[None], torch.arange(32)[None], ring=Loopback(1))
     trained(torch.arange(32)[None], torch.arange(32)[None], inputs["position_ids"], inputs["plan"])
     wanted = {"kernel": "blocked", "deterministic": True, "compensated": False}
     assert [{name: options[name] for name in wanted} for options in asked] == [wanted] * len(asked)

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ringflash.models.ring_mask import RingMask
 from ringflash.ring.plan import AttentionPlan
-from ringflash.ring_mask import RingMask
 
 _PER_TOKEN = ("ForCausalLM", "ForTokenClassification")  # heads that give each token an output of its own
 

@@ -16,10 +16,10 @@ from transformers import (
     Trainer,
 )
 
-from ringflash import Loopback, model_checks
-from ringflash.model_checks import check_call
-from ringflash.models import ring_inputs
-from tests.test_models import TINY, tiny
+from ringflash import Loopback
+from ringflash.models import checks, ring_inputs
+from ringflash.models.checks import check_call
+from tests.models.test_models import TINY, tiny
 
 TOKENS = torch.randint(1, 97, (1, 32), generator=torch.Generator().manual_seed(0))
 
@@ -245,7 +245,7 @@ def test_generating_on_the_ring_names_the_attention_that_generates():
 
 def test_a_look_at_the_stack_holds_no_activations_of_layers(monkeypatch):
     """In Python 3.11 a frame's locals, once read, live until the frame ends, so those of layers are not read."""
-    seen, look = [], model_checks._frames
-    monkeypatch.setattr(model_checks, "_frames", lambda: seen.extend(look()) or seen)
+    seen, look = [], checks._frames
+    monkeypatch.setattr(checks, "_frames", lambda: seen.extend(look()) or seen)
     tiny("llama")(**LABELLED)
     assert [type(frame.owner).__name__ for frame in seen[:2]] == ["LlamaModel", "LlamaForCausalLM"]

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
+from ringflash.errors import in_one_line
+
 LARGEST = 2**31 - 1
 _COUNTS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -62,8 +64,8 @@ def token_refusal(settings: Mapping[str, Any], vocab_size: int) -> str | None:
 
 def words_of(error: Exception) -> str:
     """The words of another library's error, in one line."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}" if isinstance(error, KeyError) or not words else words[:400]
+    words = in_one_line(error)
+    return f"KeyError: {words}" if isinstance(error, KeyError) else words[:400]
 
 
 def refused(where: str, error: Exception, settings: dict[str, Any]) -> str:

@@ -1,0 +1,47 @@
+"""Hugging Face models on the ring: attn_implementation="ring".
+
+Importing this module registers "ring" with transformers, and has gradient_checkpointing_enable keep attention's results
+for such models. A model then takes a shard of each sequence and, as the keyword `plan`, the step's AttentionPlan,
+which its attention layers hand to `ring_attention`:
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="ring")
+    loss = model(**ring_inputs(input_ids, labels, ring=ProcessRing())).loss     # sums over ranks to the mean loss
+
+The plan is the mask. Whatever else transformers could use to change a mask (padding masks, dropout, a cache, keywords
+that attention.py does not know) is refused by name. So is a model that would come out wrong on shards: one of another
+architecture, whose layers may mix tokens by other means than attention, or one whose loss or positions need them all.
+"""
+
+from ringflash.models.attention import ring_attention_forward
+from ringflash.models.building import build_model
+from ringflash.models.configuration import (
+    ARCHITECTURES,
+    ModelConfig,
+    check_kernel,
+    check_length,
+    field_refusal,
+    head_dim,
+    heads_of,
+    layer_masks,
+    read_config,
+    windows_of_layers,
+)
+from ringflash.models.inputs import ring_inputs
+from ringflash.models.ring_mask import RingMask
+
+__all__ = [
+    "ARCHITECTURES",
+    "ModelConfig",
+    "RingMask",
+    "build_model",
+    "check_kernel",
+    "check_length",
+    "field_refusal",
+    "head_dim",
+    "heads_of",
+    "layer_masks",
+    "read_config",
+    "ring_attention_forward",
+    "ring_inputs",
+    "windows_of_layers",
+]

@@ -1,0 +1,186 @@
+"""The attention and the mask that transformers calls under the name "ring", registered on import."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
+from transformers.modeling_utils import AttentionInterface
+
+from ringflash.mask import tokens
+from ringflash.models.checks import check_call
+from ringflash.models.configuration import BIDIRECTIONAL, refusal
+from ringflash.models.ring_mask import RingMask
+from ringflash.ring.attention import ring_attention
+from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.recompute import keep_attention
+
+# What transformers passes to every attention function and what does not change attention.
+_HARMLESS = {
+    "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "position_ids", "return_dict", "shift_labels", "use_cache",
+}  # fmt: skip
+
+
+@torch.compiler.disable  # a compiled model runs it as it is, between graphs: streams and exchanges are part of none
+def ring_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    plan: AttentionPlan | None = None,
+    kernel: str = "auto",
+    deterministic: bool = False,
+    compensated: bool = True,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """A layer's attention: query [B, Hq, S, D], key and value [B, Hkv, S, D] to ([B, S, Hq, D], None).
+
+    s_aux is transformers' name for attention sinks, [Hq].
+
+    Raises ValueError naming what it does not support, or `plan` where it is missing.
+    """
+    _check_layer(module, attention_mask, dropout, unknown)
+    if not isinstance(plan, AttentionPlan):
+        raise ValueError(
+            f'attn_implementation="ring" needs plan=, an AttentionPlan, got {plan!r:.100}: call the model with what '
+            f"ringflash.models.ring_inputs returns; to generate, or to use it without a ring, load it with "
+            f'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
+        )
+    if getattr(module, "layer_idx", 0) == 0:
+        mask = attention_mask if isinstance(attention_mask, RingMask) else None
+        check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
+        if (position_ids := unknown.get("position_ids")) is not None:
+            _check_positions(position_ids, plan)
+    if sliding_window is not None:
+        plan = plan.window(tokens("sliding_window", sliding_window, least=1) - 1)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:  # rotated in fp32, projected not
+        q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
+    out = ring_attention(
+        q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel, deterministic=deterministic,
+        compensated=compensated, layer=getattr(module, "layer_idx", None),
+    )  # fmt: skip
+    return out, None
+
+
+def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dropout: float, unknown: dict) -> None:
+    """Refuse what a layer is, or is asked for in unknown keywords, that would come out wrong on shards."""
+    config = getattr(module, "config", None)
+    if config is not None and (reason := refusal(config, unknown.pop("output_router_logits", None))) is not None:
+        raise ValueError(f"config.{reason}")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(BIDIRECTIONAL)
+    if attention_mask is not None and not isinstance(attention_mask, RingMask):
+        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom")
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout} is not supported by ring attention; set it to 0")
+    refused = {name: value for name, value in unknown.items() if name not in _HARMLESS and value is not None}
+    if "labels" in refused:
+        raise ValueError("labels went to a model that makes no loss of them: call it without labels")
+    if refused:
+        name, value = next(iter(refused.items()))
+        told = [*value.shape] if isinstance(value, Tensor) else f"{value!r:.100}"
+        raise ValueError(f"{name}={told} is not supported by ring attention: it may change who sees whom")
+    if unknown.get("output_attentions"):
+        raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
+
+
+def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
+    """Refuse positions that are neither the sequence's nor a document's own, such as those that transformers makes up
+    for lack of any, counted from 0 on every shard.
+
+    On a GPU the comparison is left to the device, which stops the program: nothing waits for it here.
+    """
+    told = "position_ids must count from the beginning of each document (plan.position_ids) or of the sequence"
+    rows, ranks, places = len(position_ids), len(plan.ring.local), plan.places
+    fits = rows == 1 or (rows % ranks == 0 and plan.batch in (1, rows // ranks))
+    if not fits or position_ids.shape[-1] != places.shape[-1]:
+        raise ValueError(
+            f"position_ids {[*position_ids.shape]} do not fit the plan, of {ranks} local ranks, {plan.batch} batch "
+            f"rows and {places.shape[-1]} tokens per shard: a plan is for the inputs that it was made with"
+        )
+    of_sequence, of_document = places.repeat_interleave(max(1, rows // places.shape[1]), dim=1)
+    past_end = of_sequence >= plan.layout.length
+    right = ((position_ids == of_sequence) | (position_ids == of_document) | past_end).all()
+    if right.is_cuda:
+        torch._assert_async(right, told)
+    elif not right:
+        raise ValueError(told)
+
+
+def _ring_mask(
+    *args: Any,
+    attention_mask: Tensor | RingMask | None = None,
+    config: PreTrainedConfig | None = None,
+    mask_function: Callable | None = None,
+    batch_size: int,
+    q_length: int,
+    **kwargs: Any,
+) -> RingMask | None:
+    """The mask that transformers gives to layers: that of ring_inputs, so that a layer off the ring refuses it.
+
+    transformers builds none. One that hides tokens is refused, since nothing here would honour it.
+    """
+    if config is not None and (reason := refusal(config, router_logits=False)) is not None:
+        raise ValueError(f"config.{reason}")
+    if mask_function is bidirectional_mask_function:
+        raise ValueError(BIDIRECTIONAL)
+    if isinstance(attention_mask, RingMask):
+        if attention_mask.shape != (shape := torch.Size([batch_size, q_length])):
+            raise ValueError(
+                f"a model's input of {[*shape]} does not fit the others, which ring_inputs made for "
+                f"{[*attention_mask.shape]}: each batch needs a plan of its own, and prompts cannot be put in front"
+            )
+        return attention_mask
+    if attention_mask is not None and not bool(attention_mask.all()):
+        hidden = int((~attention_mask.bool()).sum())
+        raise ValueError(
+            f"attention_mask hides {hidden} tokens: padding masks are not supported; pack documents instead of padding"
+        )
+    return None
+
+
+AttentionInterface.register("ring", ring_attention_forward)
+AttentionMaskInterface.register("ring", _ring_mask)
+
+
+_enable_checkpointing = PreTrainedModel.gradient_checkpointing_enable
+
+
+@functools.wraps(_enable_checkpointing)
+def _keep_attention_in_checkpoints(
+    self: PreTrainedModel, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+) -> None:
+    """transformers' own, by which the layers of a model on the ring keep attention's result.
+
+    Its caller may be transformers' Trainer, which knows nothing of a ring; without this, recomputing a layer would send
+    keys round again. Raises ValueError for use_reentrant=True and another context_fn, which leave no place to keep
+    anything. A model that gets this attention later needs the call again, as its first backward then says.
+    """
+    if self.config._attn_implementation == "ring":
+        ours = {"use_reentrant": False, "context_fn": keep_attention}
+        given = {name: x for name, x in (gradient_checkpointing_kwargs or {}).items() if x is not None}
+        for name, value in ours.items():
+            if given.get(name, value) is not value:
+                raise ValueError(
+                    f'gradient_checkpointing_kwargs={{"{name}": {given[name]!r}}} is not supported by ring attention: '
+                    f"recomputing a layer would run the ring again; leave it out"
+                )
+        gradient_checkpointing_kwargs = given | ours
+    _enable_checkpointing(self, gradient_checkpointing_kwargs, *args, **kwargs)
+
+
+PreTrainedModel.gradient_checkpointing_enable = _keep_attention_in_checkpoints  # type: ignore[method-assign]

@@ -1,0 +1,64 @@
+"""Models on the ring's attention: from random weights, or from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ringflash.errors import ConfigError
+from ringflash.models.architecture import words_of
+from ringflash.models.configuration import DTYPES, ModelConfig, read_config
+
+
+def build_model(config: ModelConfig) -> PreTrainedModel:
+    """The model that a ModelConfig names, on the ring's attention, in fp32 or bf16, on the current device.
+
+    Raises ConfigError naming the key where the model cannot be built or cannot train on the ring.
+    """
+    hf_config = read_config(config)
+    options: dict[str, Any] = {"attn_implementation": "ring", "dtype": DTYPES[config.dtype]}
+    if config.path is not None:
+        return _pretrained(config.path, hf_config, options)
+    try:
+        _check_memory(hf_config, DTYPES[config.dtype])
+        return AutoModelForCausalLM.from_config(hf_config, **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # of torch and transformers, of any kind
+        raise ConfigError(f"model.architecture cannot be built: {words_of(error)}") from error
+
+
+def _pretrained(path: str, hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """The model of a folder. Raises ConfigError for weights that are missing, damaged or of other shapes."""
+    try:
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=hf_config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options,
+        )  # fmt: skip
+    except Exception as error:  # transformers, safetensors and torch have no error in common
+        raise ConfigError(f"model.path={path} has weights that cannot be loaded: {words_of(error)}") from error
+    model, loaded = loading
+    # transformers would fill missing weights at random, and drop layers beyond config.json
+    if missing := sorted(loaded["missing_keys"]):
+        raise ConfigError(f"model.path={path} lacks {len(missing)} weights of its config.json, such as {missing[0]}")
+    for name, found, expected in sorted(loaded["mismatched_keys"]):
+        raise ConfigError(f"model.path={path} has {name} {[*found]}, and its config.json asks for {[*expected]}")
+    if more := sorted(name for name in loaded["unexpected_keys"] if re.search(r"\.layers\.\d+\..*weight", name)):
+        raise ConfigError(f"model.path={path} has {len(more)} weights that its config.json lacks, such as {more[0]}")
+    return model
+
+
+def _check_memory(hf_config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a model whose weights alone are larger than the memory of this machine."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(hf_config).parameters())
+    needed, memory = count * dtype.itemsize, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"model.architecture has {count:,} parameters, {needed / 2**30:,.0f} GiB in {dtype}, and this machine has "
+            f"{memory / 2**30:,.0f} GiB of memory: make it smaller (hidden_size, num_hidden_layers, vocab_size)"
+        )

@@ -1,0 +1,286 @@
+"""Which model is trained: its settings, its transformers configuration, and what of it the ring cannot train.
+
+What depends on a configuration alone is read off here too: heads, windows of layers, positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from ringflash import kernels
+from ringflash.errors import ConfigError
+from ringflash.kernels import FASTEST_FIRST
+from ringflash.mask import IntervalMask
+from ringflash.models.architecture import refused, token_refusal, value_refusal, words_of
+from ringflash.ring.cost import Heads
+
+# Architectures whose training is tested against their own sdpa attention.
+ARCHITECTURES = ("gemma2", "gpt_oss", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+DTYPES = {
+    "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+
+BIDIRECTIONAL = (
+    "is_causal=False is not supported on the ring: ring_inputs makes causal plans, and tokens would not see those "
+    "after them; load a causal model, or train this one without a ring"
+)
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained. One of `path` and `architecture` is set."""
+
+    path: str | None = None
+    """Folder of a Hugging Face model to start from; null: start from random weights."""
+
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """A transformers configuration: model_type (one of ARCHITECTURES) and that configuration's own fields."""
+
+    dtype: str = "auto"
+    """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
+
+    kernel: str = "auto"
+    """Attention kernel: auto (the fastest that fits), hopper (Gluon), portable (Triton) or blocked (plain torch)."""
+
+    deterministic: bool = False
+    """Gradients of attention bit-equal from run to run, so that a resumed run is too. Costs speed on Hopper; the other
+    kernels are always so."""
+
+    compensated: bool = True
+    """Gradients of 16-bit attention do not suffer from the rounding of its result. Costs a little speed and memory."""
+
+    extrapolate_positions: bool = False
+    """Train on sequences longer than the model's positions (max_position_embeddings, or what its RoPE scales to)."""
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """The settings that every layer's attention is called with."""
+        return {"kernel": self.kernel, "deterministic": self.deterministic, "compensated": self.compensated}
+
+    def __post_init__(self) -> None:
+        if self.path and self.architecture:
+            raise ConfigError(
+                f"model.path={self.path} and model.architecture with {len(self.architecture)} fields: "
+                f"set one of the two (model=pretrained has a path and no architecture)"
+            )
+        if not self.path and not self.architecture:
+            raise ConfigError(
+                "model.path is not set: model=pretrained starts from model.path=FOLDER, a Hugging Face model"
+            )
+        if self.kernel not in ("auto", *FASTEST_FIRST):
+            raise ConfigError(f"model.kernel={self.kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+
+
+def read_config(config: ModelConfig) -> PreTrainedConfig:
+    """The transformers configuration that a ModelConfig names.
+
+    Raises ConfigError naming the key where it cannot be read or cannot train on the ring.
+    """
+    hf_config = _configuration(config)
+    check_supported(hf_config)
+    return hf_config
+
+
+def _configuration(config: ModelConfig) -> PreTrainedConfig:
+    if config.path is not None:
+        return _configuration_of(config.path)
+    settings = dict(config.architecture)
+    model_type = settings.pop("model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(f"model.architecture.model_type={model_type} is not one of {', '.join(ARCHITECTURES)}")
+    for name in settings:
+        if (reason := field_refusal(model_type, name)) is not None:
+            raise ConfigError(reason)
+    if (reason := value_refusal(settings)) is not None:
+        raise ConfigError(f"model.architecture.{reason}")
+    try:
+        hf_config = AutoConfig.for_model(model_type, **settings)
+    except Exception as error:  # transformers raises its own validation types
+        raise ConfigError(refused("model.architecture.", error, settings)) from error
+    special = settings | {"pad_token_id": hf_config.pad_token_id}  # which has a row of the embedding, set or not
+    if (reason := token_refusal(special, hf_config.vocab_size)) is not None:
+        raise ConfigError(f"model.architecture.{reason}")
+    return hf_config
+
+
+def _configuration_of(path: str) -> PreTrainedConfig:
+    """The configuration of a model's folder. Raises ConfigError where it is missing, damaged or of no model."""
+    file = Path(path) / "config.json"
+    if not os.path.isfile(file):  # pathlib raises for a name that is too long
+        raise ConfigError(f"model.path={path} holds no config.json: it must be a Hugging Face model folder")
+    try:
+        settings = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: config.json cannot be read: {words_of(error)}") from error
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(f"model.path={path}: model_type={model_type} is not one of {', '.join(ARCHITECTURES)}")
+    if (reason := value_refusal(settings)) is not None:
+        raise ConfigError(f"model.path={path}: in config.json {reason}")
+    try:
+        hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises its own validation types
+        raise ConfigError(refused(f"model.path={path}: in config.json ", error, settings)) from error
+    if (reason := token_refusal({"pad_token_id": hf_config.pad_token_id}, hf_config.vocab_size)) is not None:
+        raise ConfigError(f"model.path={path}: in config.json {reason}")
+    return hf_config
+
+
+def field_refusal(model_type: str, name: str) -> str | None:
+    """None, or why model.architecture.NAME cannot be set, with the nearest field that can."""
+    known = AutoConfig.for_model(model_type)
+    if hasattr(known, name):
+        return None
+    # What all of transformers' configurations have is bookkeeping, and nothing that a typing error was meant for.
+    own = {f.name for f in fields(known)} - {f.name for f in fields(PreTrainedConfig)}
+    close = difflib.get_close_matches(name, sorted(own), n=1)
+    return f"model.architecture.{name} is not a field of a {model_type} configuration" + (
+        f"; did you mean model.architecture.{close[0]}?" if close else ""
+    )
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raise ConfigError, naming the field and its value, for what would train wrongly on the ring."""
+    if (reason := refusal(config)) is not None:
+        raise ConfigError(f"model.architecture.{reason}")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ConfigError(
+            f"model.architecture.num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}"
+        )
+    dim, derived = head_dim(config), config.hidden_size // heads
+    if dim < 2 or dim % 2:
+        raise ConfigError(
+            f"model.architecture.head_dim={dim}"
+            + (f" (hidden_size={config.hidden_size} / num_attention_heads={heads})" if dim == derived else "")
+            + " must be even and 2 or more: rotary positions turn pairs of a head's dimensions"
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise ConfigError(
+            f"model.architecture.attention_dropout={config.attention_dropout} is not supported; set it to 0"
+        )
+
+
+def refusal(config: PreTrainedConfig, router_logits: bool | None = None) -> str | None:
+    """None, or what of a model would come out wrong on shards: "FIELD=VALUE is not supported ...".
+
+    router_logits: whether the model is asked for them; None: as its configuration says.
+    """
+    if config.model_type not in ARCHITECTURES:
+        return (
+            f"model_type={config.model_type} is not one of {', '.join(ARCHITECTURES)}: other architectures are not "
+            f"tested on the ring"
+        )
+    if getattr(config, "output_router_logits", False) if router_logits is None else router_logits:
+        return "output_router_logits=True is not supported: the auxiliary loss of experts needs all tokens of a batch"
+    if not getattr(config, "is_causal", True):
+        return BIDIRECTIONAL
+    for rope in _rope_parameters(config):
+        if (kind := rope.get("rope_type", "default")) not in _ROPE_TYPES:
+            by_length = ": it depends on the longest position of a shard, not of the sequence"
+            reason = by_length if kind in ("dynamic", "longrope") else ""
+            return (
+                f"rope_parameters.rope_type={kind} is not supported{reason}; default, linear, yarn and llama3 are "
+                f"supported"
+            )
+    return None
+
+
+def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) -> None:
+    """Raise ConfigError where sequences of `length` tokens have more positions than the model knows.
+
+    Positions count within each document, but a document may fill its sequence.
+    """
+    known = known_positions(hf_config)
+    if known is None or length <= known or config.extrapolate_positions:
+        return
+    kinds = ", ".join(rope.get("rope_type", "default") for rope in _rope_parameters(hf_config)) or "none"
+    where = "model.architecture." if config.path is None else f"{config.path}/config.json: "
+    raise ConfigError(
+        f"data.sequence_length={length} is more than the {known} positions that the model knows "
+        f"({where}max_position_embeddings={hf_config.max_position_embeddings}, rope_type={kinds}): raise "
+        f"max_position_embeddings (with random weights), scale rope_parameters there (linear, yarn or llama3, factor x "
+        f"original_max_position_embeddings), or allow it by model.extrapolate_positions=true"
+    )
+
+
+def known_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model knows: those it was made for, or what its RoPE scales them to. None: any number."""
+    known = getattr(config, "max_position_embeddings", None)
+    if known is None:
+        return None
+    scaled = [
+        int(rope["factor"] * (rope.get("original_max_position_embeddings") or known))
+        for rope in _rope_parameters(config)
+        if rope.get("rope_type", "default") != "default" and rope.get("factor")
+    ]
+    return max([known, *scaled])
+
+
+def check_kernel(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device) -> None:
+    """Raise ConfigError with the reason where model.kernel cannot run this model's attention on `device`.
+
+    The kernel is asked as a layer asks it, of one token: before there is a model.
+    """
+    q, k = (
+        torch.empty(1, 1, heads, head_dim(hf_config), dtype=DTYPES[config.dtype], device=device)
+        for heads in (hf_config.num_attention_heads, hf_config.num_key_value_heads)
+    )
+    softcap = getattr(hf_config, "attn_logit_softcapping", None) or None
+    try:
+        kernels.select(q, k, softcap, config.kernel, config.deterministic)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("kernel=", "model.kernel=")) from error
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """The size of a head, which some architectures leave to be derived."""
+    given = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if given is None else given
+
+
+def heads_of(config: PreTrainedConfig, ulysses: int = 1) -> Heads:
+    """The heads that one of `ulysses` ranks computes attention for."""
+    kv_heads = max(1, config.num_key_value_heads // ulysses)
+    return Heads(config.num_attention_heads // ulysses, kv_heads, head_dim(config))
+
+
+def windows_of_layers(config: PreTrainedConfig) -> list[tuple[int | None, int]]:
+    """The sliding windows that layers have (None: they have none), and how many layers have each."""
+    if config.model_type in ("mistral", "phi3"):  # one window for all layers, or none
+        windowed = config.num_hidden_layers if config.sliding_window else 0
+    else:
+        windowed = (getattr(config, "layer_types", None) or []).count("sliding_attention")
+    found = [(None, config.num_hidden_layers - windowed), (config.sliding_window if windowed else None, windowed)]
+    return [(window, layers) for window, layers in found if layers]
+
+
+def layer_masks(config: PreTrainedConfig, mask: IntervalMask) -> list[tuple[IntervalMask, int]]:
+    """What layers see of a sequence with this mask, and how many layers see it."""
+    return [
+        (mask if window is None else mask & IntervalMask.window(mask.queries, window - 1), layers)
+        for window, layers in windows_of_layers(config)
+    ]
+
+
+def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The model's RoPE settings; some models keep one set for each kind of layer."""
+    with contextlib.suppress(AttributeError):
+        settings = config.rope_parameters or {}
+        nested = [value for value in settings.values() if isinstance(value, dict)]
+        return nested or [settings]
+    return []

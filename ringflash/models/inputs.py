@@ -1,0 +1,181 @@
+"""ring_inputs: what a model on the ring takes of whole sequences, the same on every rank of the ring."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ringflash.layout import LAYOUT_NAMES, Layout
+from ringflash.mask import IntervalMask, document_rows
+from ringflash.models.configuration import heads_of, layer_masks, refusal
+from ringflash.models.ring_mask import RingMask
+from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, fastest
+from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.transport import Loopback, ProcessRing, Ring
+from ringflash.ring.ulysses import Ulysses
+
+_IGNORE = -100  # the label that transformers' loss skips
+_REFUSED = -1  # no checksum: what a rank was given does not fit
+
+
+def ring_inputs(
+    input_ids: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | None = None,
+    *,
+    ring: Ring,
+    ulysses: Ulysses | None = None,
+    documents: Sequence[Any] | np.ndarray | Tensor | None = None,
+    first: int = 0,
+    layout: str = "zigzag",
+    config: PreTrainedConfig | None = None,
+) -> dict[str, Any]:
+    """This rank's keyword arguments for a causal language model's forward, from whole sequences.
+
+    input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted; any S will do for any
+    ring. documents: token counts of packed documents that sum to S, one list or one per row (arrays and tensors of
+    integers too); no token sees or predicts another document's, and positions begin again with each.
+    first: number of tokens at each document's start that layers with a sliding window also see.
+    layout: "contiguous", "zigzag", "striped", "balanced", "gathered", or "auto", the one with the least predicted time
+    for these documents and the layers of `config`, the model's.
+
+    The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
+
+    A collective: every rank of the ring calls it, and none while another thread uses the ring. Raises ValueError or
+    TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and, for the
+    others not to wait in vain, where another rank's do not fit. Raises RuntimeError in a DataLoader's worker.
+    """
+    if not hasattr(ring, "exchange") or isinstance(ring, type):
+        raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
+    shared = [group for group in (ring, ulysses) if isinstance(group, ProcessRing | Ulysses)]
+    for group in shared:
+        group.process.check()
+    with torch.device("cpu"):  # plans are made there, whatever device torch.set_default_device names
+        try:
+            input_ids, labels = _checked_tokens(input_ids, labels)
+            rows, length = input_ids.shape
+            document = _documents_mask(documents, rows, length)
+            mask = IntervalMask.causal(length) & document
+            chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
+            plan = AttentionPlan(mask, chosen, ring, ulysses, first)
+        except (ValueError, TypeError):
+            _agree(torch.tensor(_REFUSED, device=ring.device), shared)
+            raise
+        given = (input_ids, labels, document.lo, document.hi, chosen.chunks, torch.tensor([min(first, length)]))
+        _agree(_checksum(ring.device, *given), shared)
+        targets, count = ({}, None) if labels is None else _shard_labels(labels, document, plan)
+        ids = plan.shard(input_ids)
+        return targets | {
+            "input_ids": ids,
+            "position_ids": plan.position_ids(rows),
+            "attention_mask": RingMask(ids.shape, count, ring.device),
+            "plan": plan,
+            "use_cache": False,
+        }
+
+
+def _shard_labels(labels: Tensor, document: IntervalMask, plan: AttentionPlan) -> tuple[dict[str, Any], int]:
+    """The labels held here, shifted in whole sequences, as keywords of a model; and how many there are on all ranks."""
+    last = document.hi <= torch.arange(1, document.queries + 1)
+    shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
+    held = plan.shard(shifted, _IGNORE)
+    count = max(1, int((shifted != _IGNORE).sum()))  # where nothing is predicted: a loss of 0
+    return {"labels": held, "shift_labels": held, "num_items_in_batch": count}, count
+
+
+def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTrainedConfig | None) -> Layout:
+    """The layout that ring_inputs was asked for; "auto" reckons with a machine as torchrun describes it."""
+    if name not in (names := ("auto", *LAYOUT_NAMES)):
+        told = name[:100] if isinstance(name, str) else f"an object of {type(name)}"
+        raise ValueError(f"layout={told} is not one of {', '.join(names)}")
+    if name != "auto":
+        return Layout.of(name, mask, ring.size, parts)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(
+            f'layout="auto" needs config=model.config, a transformers configuration, got {type(config).__name__}: its '
+            f"heads and windows decide what is fastest"
+        )
+    if (reason := refusal(config, router_logits=False)) is not None:
+        raise ValueError(f"config.{reason}")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ring.size * parts))
+    within = isinstance(ring, Loopback) or here % (ring.size * parts) == 0
+    machine = Machine.of(ring.device, INTRA_NODE_GB if within else INTER_NODE_GB)
+    return fastest(layer_masks(config, mask), ring.size, heads_of(config, parts), machine, parts)[1]
+
+
+def _checked_tokens(input_ids: Any, labels: Any) -> tuple[Tensor, Tensor | None]:
+    """Both as tensors. Refuses what is not [B, S], or not alike, before it is cut into shards, whose shapes would no
+    longer tell."""
+    # What torch's embedding and cross entropy take. They would refuse the rest too, but name neither argument.
+    ids = _integers("input_ids", input_ids, (torch.int64, torch.int32))
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(f"input_ids must be [B, S] with a token or more, got {[*ids.shape]}")
+    if labels is None:
+        return ids, None
+    targets = _integers("labels", labels, (torch.int64,))
+    if targets.shape != ids.shape:
+        raise ValueError(f"labels {[*targets.shape]} must have the shape of input_ids, {[*ids.shape]}")
+    return ids, targets
+
+
+def _integers(name: str, x: Any, taken: Sequence[torch.dtype]) -> Tensor:
+    if isinstance(x, np.ndarray) and x.dtype in (np.int64, np.int32):
+        x = torch.tensor(np.ascontiguousarray(x))  # torch takes no array that runs backwards
+    if not isinstance(x, Tensor) or x.dtype not in taken:
+        kind = x.dtype if isinstance(x, Tensor | np.ndarray) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of {' or '.join(map(str, taken))}, got {kind}")
+    return x
+
+
+def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
+    """Who is in whose document. Refuses counts that leave tokens out, which would train on less than was given."""
+    if documents is None:
+        return IntervalMask.full(length)
+    counts, alike = document_rows(documents)
+    if len(counts) not in (1, rows):
+        raise ValueError(f"documents has lists for {len(counts)} rows, input_ids has {rows} rows")
+    for row, lengths in enumerate(counts):
+        if (total := sum(lengths)) != length:
+            raise ValueError(
+                f"sum(documents{'' if alike else f'[{row}]'})={total} must be the {length} tokens of a row of "
+                f"input_ids; padding is a document of its own, its labels {_IGNORE}"
+            )
+    return IntervalMask.documents(counts, length)
+
+
+def _agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
+    """Refuse ranks that were given different sequences, as a sampler for data parallelism gives them.
+
+    Each would take its shard of its own, and train on a sequence that nobody wrote. checksum: of what this rank was
+    given; _REFUSED where that did not fit, of which only the others need to be told.
+    """
+    extremes = torch.stack([checksum, -checksum])
+    for group in shared:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group.group)
+    greatest, least = extremes[0].item(), -extremes[1].item()
+    if greatest == least or checksum == _REFUSED:
+        return
+    if least == _REFUSED:
+        raise ValueError(
+            "another rank of the ring refused its input_ids, labels, documents, first or layout: see its error"
+        )
+    raise ValueError(
+        "input_ids, labels, documents, first and layout must be the same on every rank of a ring: each takes its shard "
+        "of them"
+    )
+
+
+def _checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
+    """An int64 scalar, 0 or more, that other numbers, other places or another shape would almost surely change."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for x in (x for x in tensors if x is not None):
+        places = torch.arange(1, x.numel() + 1, device=x.device)
+        mixed = (x.flatten().long() + 0x9E3779B9) * (places * 0x85EBCA6B + x.shape[-1])
+        total += ((mixed ^ (mixed >> 29)).sum() & (2**58 - 1)).to(device)
+    return total
