@@ -20,13 +20,13 @@ import json
 import os
 import sysconfig
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringflash.data import cache
-from ringflash.data.formats import FIELD, FORMATS, format_of, known_format, texts
+from ringflash.data.files import Matches, is_below, search, suffixes
+from ringflash.data.formats import FIELD, FORMATS, format_of, texts
 from ringflash.data.tokenizer import encoder, load_tokenizer
 from ringflash.errors import ConfigError, reason
 
@@ -76,10 +76,10 @@ class DataConfig:
     """Tokens in a packed sequence, all ranks together."""
 
     def __post_init__(self) -> None:
-        patterns = not isinstance(self.files, str) and len(self.files) > 0 and all(self.files)
+        patterns = not isinstance(self.files, str) and len(self.files) > 0 and all(map(is_below, self.files))
         for key, valid, expected in (
             ("path", bool(self.path), "a file or folder"),
-            ("files", patterns, "a list of one or more patterns, such as ['*.txt']"),
+            ("files", patterns, "a list of one or more patterns below data.path, such as ['*.txt']"),
             ("format", self.format is None or self.format in FORMATS, f"null or one of {', '.join(FORMATS)}"),
             ("field", self.field != "", "null or the name of a field"),
             ("tokenizer", bool(self.tokenizer), "bytes or a folder"),
@@ -103,7 +103,7 @@ def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
     verify: compare the tokens with their digest. Raises ConfigError, in one line that names the key or the file, for
     input that cannot be found, read or used.
     """
-    sources, tokenizer = find_files(config), load_tokenizer(config)
+    (sources, left_out), tokenizer = find_files(config), load_tokenizer(config)
     finished = Path(config.cache).expanduser() / _fingerprint(sources, config, tokenizer)
     found = os.path.exists(finished)  # pathlib raises for a name that is too long
     if found:
@@ -116,6 +116,8 @@ def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
             _move(finished, scratch / "damaged")
         built = scratch / "built"
         built.mkdir()
+        if left_out:
+            print(f"data.path={config.path} has files that data.files leaves out: {suffixes(left_out)}", flush=True)
         _build(built, config, sources, tokenizer)
         made = cache.read(built, verify=False)  # before the rename: a mapped file outlives its folder
         try:
@@ -145,8 +147,8 @@ def _move(damaged: Path, aside: Path) -> None:
         damaged.rename(aside)
 
 
-def find_files(config: DataConfig) -> list[Source]:
-    """The files of `config.path` and `config.files`, sorted, each once, and the format to read each by.
+def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
+    """The files of `config.path` and `config.files` with the format to read each by, and the files that are left out.
 
     Raises ConfigError if there are none, or if the format of one is unknown.
     """
@@ -154,55 +156,15 @@ def find_files(config: DataConfig) -> list[Source]:
     if not os.path.exists(path):  # pathlib raises for a name that is too long
         hint = "; patterns belong into data.files" if glob.has_magic(config.path) else ""
         raise ConfigError(f"data.path={config.path} does not exist{hint}")
-    files = [path] if path.is_file() else _matches(path, config.files)
-    if not files:
-        raise ConfigError(f"data.path={config.path} data.files={list(config.files)} match no file")
-    return [(file, format_of(file, config.format, config.field)) for file in files]
-
-
-def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The files that a pattern matches, sorted. Folders behind links are searched, hidden files and folders are not."""
-    found = {}
-    for pattern in patterns:
-        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            raise ConfigError(f"data.files={list(patterns)} must be patterns below data.path, not {pattern}")
-        for name in glob.iglob(pattern, root_dir=folder, recursive=True):
-            file = folder / name
-            real = Path(os.path.realpath(file))
-            if not real.exists():
-                raise ConfigError(f"{file} is a link to {real}, which does not exist")
-            if real.is_file():
-                found[file] = real
-    shortest = sorted(found, key=lambda file: (len(file.parts), file), reverse=True)  # the last name of a file stays
-    return sorted({found[file]: file for file in shortest}.values())
-
-
-def _check_readable(folder: Path, patterns: Iterable[str]) -> None:
-    """Raises ConfigError for a folder that the patterns reach but this process may not list: glob skips it."""
-    parents = {str(PurePath(pattern).parent) for pattern in patterns}
-    reached = (name for parent in parents for name in glob.iglob(f"{parent}/", root_dir=folder, recursive=True))
-    for name in itertools.chain([""], reached):
-        if not os.access(folder / name, os.R_OK | os.X_OK):
-            raise ConfigError(f"{folder / name} cannot be listed: permission denied; data.files may leave it out")
-
-
-def _say_left_out(folder: Path, patterns: Iterable[str], sources: list[Source]) -> None:
-    """Prints how many files of records lie beside those of `patterns` and are not read, by suffix."""
-    beside = {str(PurePath(pattern).parent / "*") for pattern in patterns}
-    read = {file.resolve() for file, _ in sources}
-    others = (file for file in _matches(folder, beside) if file.resolve() not in read)
-    counts = Counter(file.suffix for file in others if known_format(file) not in (None, "text"))
-    if counts:
-        left = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
-        print(f"data.path={folder} holds files that no pattern of data.files matches: {left}", flush=True)
+    found = Matches([path], []) if path.is_file() else search(path, config.files)
+    if not found.files:
+        there = f"; the folder has {suffixes(found.others)}" if found.others else ""
+        raise ConfigError(f"data.path={config.path} data.files={list(config.files)} match no file{there}")
+    return [(file, format_of(file, config.format, config.field)) for file in found.files], found.others
 
 
 def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes the cache into `folder`."""
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        _check_readable(path, config.files)
-        _say_left_out(path, config.files, sources)
     encode = encoder(tokenizer, config.tokenizer)
     documents = (tokens for texts in _groups(_documents(sources, config)) for tokens in encode(texts))
     first = next(documents, None)

@@ -6,20 +6,26 @@
     csv, tsv         a header, then one document per record             .csv, .tsv
     parquet          a table, one document per row                      .parquet
 
-All but parquet are UTF-8, with or without a byte order mark, and may be compressed (.gz, .bz2, .xz, .zst, .lz4). A
-suffix that is not in the table is refused: read as text, its braces or commas would become part of the documents.
+All but parquet are UTF-8, with or without a byte order mark, and may be compressed (.gz, .bz2, .xz, .zst, .lz4).
+Refused, with file and line, record or row:
+
+    a suffix that is not in the table: read as text, braces or commas would become part of the documents
+    NUL in a text: UTF-16 without a byte order mark has one beside each ASCII letter, and is valid UTF-8
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
+import itertools
 import json
+import lzma
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from ringflash.errors import ConfigError, reason
 
@@ -40,8 +46,14 @@ FORMATS = tuple(SUFFIXES)
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
 ON_LINES = "a JSON object is expected on each line (data.format=json reads an array of objects, too)"
 IN_ARRAY = "a JSON object is expected as each record"
+MARKS = {  # UTF-32's begin with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
 FIELD = "text"  # read where data.field=null and the format has fields
 
+ROWS = 64  # of a table, read at once
+Part = TypeVar("Part")
 Found = Iterator[tuple[str, Any]]  # where in the file, and what is there: a text, unless the file is wrong
 
 
@@ -87,6 +99,8 @@ def texts(file: Path, form: str, field: str, guessed: bool) -> Iterator[str]:
     for where, text in readers[form](file, field):
         if not isinstance(text, str | None):
             raise ConfigError(f"{where}: data.field={field} holds {type(text).__name__}, not text")
+        if text and "\0" in text:
+            raise ConfigError(f"{where}: data.field={field} holds a NUL at character {text.index(chr(0))}; remove it")
         yield text or ""
 
 
@@ -186,13 +200,20 @@ def _tsv(file: Path, field: str) -> Found:
 def _parquet(file: Path, field: str) -> Found:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as table:
+    with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
         _require(field, table.schema_arrow.names, str(file))
         number = 0
-        for part in table.iter_batches(columns=[field], batch_size=64):
+        parts = table.iter_batches(columns=[field], batch_size=ROWS)
+        for part in _refused(parts, lambda count: f"{file} after row {count * ROWS}"):
             for text in part.column(0):
                 number += 1
-                yield f"{file} row {number}", text.as_py()
+                where = f"{file} row {number}"
+                try:
+                    yield where, text.as_py()
+                except UnicodeDecodeError as error:
+                    raise ConfigError(
+                        f"{where} is not UTF-8: {error.reason} at byte {error.start} of its data.field={field}"
+                    ) from error
 
 
 def _require(field: str, available: list[str], where: str) -> None:
@@ -206,33 +227,58 @@ def _lines(file: Path) -> Iterator[str]:
     """The lines of a file, each with its line feed. Only "\\n" ends one: text may hold other separators."""
     position = 0
     with _opened(file) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(_refused(stream, lambda count: f"{file} after line {count}"), 1):
             yield _decoded(line, f"{file} line {number}", position)
             position += len(line)
 
 
+def _refused(parts: Iterable[Part], where: Callable[[int], str]) -> Iterator[Part]:
+    """The parts of a file. An error in reading one becomes a ConfigError that begins with where(parts before it)."""
+    rest = iter(parts)
+    for count in itertools.count():
+        try:
+            part = next(rest)
+        except StopIteration:
+            return
+        except Exception as error:  # pyarrow and the codecs share no base class
+            raise ConfigError(f"{where(count)} cannot be read: {reason(error)}") from error
+        yield part
+
+
 def _decoded(read: bytes, where: str, position: int) -> str:
     """The text of some bytes, which begin at byte `position` of their file, without the file's byte order mark."""
+    if position == 0 and (kind := next((kind for mark, kind in MARKS.items() if read.startswith(mark)), None)):
+        raise ConfigError(f"{where} is {kind}, not UTF-8; iconv -f {kind} -t UTF-8 converts it")
+    if (nul := read.find(b"\0")) >= 0:
+        at = position + nul
+        raise ConfigError(
+            f"{where} holds a NUL at byte {at}, which no text has; if it is UTF-16 without a byte order mark, "
+            f"iconv -f UTF-16{'LE' if at % 2 else 'BE'} -t UTF-8 converts it"
+        )
     try:
         return read.decode("utf-8" if position else "utf-8-sig")
     except UnicodeDecodeError as error:
         at = position + len(read) - len(error.object) + error.start  # `object` lacks the mark
         byte = error.object[error.start]
-        kind = "UTF-16" if read.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "ENCODING"
         raise ConfigError(
-            f"{where} is not UTF-8: {error.reason} at byte {at} (0x{byte:02x}); iconv -f {kind} -t UTF-8 converts it"
+            f"{where} is not UTF-8: {error.reason} at byte {at} (0x{byte:02x}); iconv -f ENCODING -t UTF-8 converts it"
         ) from error
 
 
-def _opened(file: Path) -> IO[bytes]:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed."""
     import pyarrow
 
     compression = COMPRESSIONS.get(_compression_suffix(file))
-    if compression == "xz":  # which pyarrow does not read
-        import lzma
-
-        return cast(IO[bytes], lzma.open(file))
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression=compression))
+    with open(file, "rb") as stored:  # by Python: pyarrow takes no name that is not UTF-8
+        if compression is None:
+            yield stored
+        elif compression == "xz":  # which pyarrow does not read
+            with lzma.open(stored) as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield io.BufferedReader(pyarrow.input_stream(stored, compression=compression))
 
 
 def _compression_suffix(file: Path) -> str:

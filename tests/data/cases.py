@@ -1,5 +1,6 @@
 """What the tests of the data share: texts on disk in each format, and corpora in memory."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def write_tokenizer(folder, words=("one", "two"), eos="<eos>", bos=None):
         )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos).save_pretrained(folder)
     return folder
+
+
+def texts_of(settings: DataConfig) -> list[str]:
+    """The documents of a byte-tokenised corpus as texts, in order."""
+    tokens, offsets = stored(settings)
+    ends = itertools.pairwise(offsets)
+    return [bytes((tokens[begin : end - 1] - 3).astype("uint8")).decode() for begin, end in ends]
 
 
 def stored(settings: DataConfig) -> tuple[np.ndarray, np.ndarray]:

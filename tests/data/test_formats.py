@@ -10,10 +10,9 @@ import lzma
 import pyarrow
 import pytest
 
-from ringflash.data import load_corpus
 from ringflash.data.formats import FORMATS
 from ringflash.errors import ConfigError
-from tests.data.cases import config, write_parquet
+from tests.data.cases import config, texts_of, write_parquet
 
 TEXTS = ["one", "zwei\r\nzeilen\n", '"quoted", with, commas\tand tabs', "naïve \u2028 café 😀", "x" * 200_000]
 RECORDS = [{"id": i, "body": text} for i, text in enumerate(TEXTS)]
@@ -40,8 +39,7 @@ MARK = b"\xef\xbb\xbf"
 
 def texts(tmp_path, file, **settings):
     """The documents of a file, in order."""
-    train, _ = load_corpus(config(tmp_path, file, held_out=0, **settings))
-    return [bytes(id - 3 for id in train.document(i)[:-1].tolist()).decode() for i in range(len(train))]
+    return texts_of(config(tmp_path, file, **settings))
 
 
 def write(tmp_path, name, content):
@@ -130,7 +128,38 @@ REFUSED = {
     ),
     "not utf-8": ("a.txt", b"na\xefve", {}, "a.txt is not UTF-8: invalid continuation byte at byte 2 (0xef)"),
     "not utf-8 after a mark": ("a.txt", MARK + b"\xff", {}, "a.txt is not UTF-8: invalid start byte at byte 3 (0xff)"),
-    "utf-16": ("a.txt", "naïve".encode("utf-16"), {}, "at byte 0 (0xff); iconv -f UTF-16 -t UTF-8 converts it"),
+    "utf-16": (
+        "a.txt",
+        "naïve".encode("utf-16"),
+        {},
+        "a.txt is UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts it",
+    ),
+    "utf-32": ("a.txt", "naïve".encode("utf-32"), {}, "is UTF-32, not UTF-8; iconv -f UTF-32 -t UTF-8 converts it"),
+    "utf-16 without a mark": (
+        "a.txt",
+        "naive".encode("utf-16-le"),
+        {},
+        "a.txt holds a NUL at byte 1, which no text has; if it is UTF-16 without a byte order mark, iconv -f UTF-16LE ",
+    ),
+    "big-endian utf-16 in a line": (
+        "a.jsonl",
+        b'{"text": "a"}\n' + '{"text": "b"}\n'.encode("utf-16-be"),
+        {},
+        "a.jsonl line 2 holds a NUL at byte 14, which no text has; if it is UTF-16 without a byte order mark, iconv -f "
+        "UTF-16BE",
+    ),
+    "a NUL in a zipped table": (
+        "a.csv.gz",
+        gzip.compress(b"text\na\0b\n"),
+        {},
+        "a.csv.gz line 2 holds a NUL at byte 6",
+    ),
+    "an escaped NUL": (
+        "a.jsonl",
+        b'{"text": "a\\u0000b"}',
+        {},
+        "a.jsonl line 1: data.field=text holds a NUL at character 1; remove it",
+    ),
     "not utf-8 in a line": (
         "a.jsonl",
         b'{"text": "a"}\n{"text": "\xe9"}\n',
@@ -198,6 +227,12 @@ REFUSED = {
         {},
         "a.txt.gz cannot be read: Truncated compressed stream",
     ),
+    "truncated lines": (
+        "a.jsonl.gz",
+        gzip.compress(LINES)[:-20],
+        {"field": "body"},
+        "a.jsonl.gz after line 4 cannot be read: Truncated compressed stream",
+    ),
     "not compressed": ("a.txt.gz", b"text", {}, "a.txt.gz cannot be read: zlib inflate failed"),
     "json lines as parquet": ("a.parquet", LINES, {}, "a.parquet cannot be read: Parquet magic bytes not found"),
     "text as json lines": ("a", b"plain\n", {"format": "jsonl"}, "a line 1 is not JSON: Expecting value"),
@@ -214,6 +249,30 @@ REFUSED = {
         "data.path=corpus/*.txt does not exist; patterns belong",
     ),
 }
+
+
+def written_badly(content, damage):
+    """A parquet file of 100 rows whose bytes `content` are replaced by `damage`."""
+    out = io.BytesIO()
+    column = pyarrow.array([f"row {i:03}" for i in range(100)])
+    options = {"compression": "none", "use_dictionary": False, "row_group_size": 10, "write_statistics": False}
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), out, **options)
+    assert out.getvalue().count(content) == 1
+    return out.getvalue().replace(content, damage)
+
+
+@pytest.mark.parametrize(
+    ("content", "damage", "message"),
+    [
+        (b"row 070", b"row \xff70", "row 71 is not UTF-8: invalid start byte at byte 4 of its data.field=text"),
+        (b"row 071", b"row\x00071", "row 72: data.field=text holds a NUL at character 3"),
+        (b"\x07\0\0\0row 090", b"\xff\xff\xff\x7frow 090", "after row 64 cannot be read: "),
+    ],
+)
+def test_a_damaged_table_is_refused_with_the_row(tmp_path, content, damage, message):
+    file = write(tmp_path, "a.parquet", written_badly(content, damage))
+    with pytest.raises(ConfigError, match=rf"^{file} {message}"):
+        texts(tmp_path, file)
 
 
 @pytest.mark.parametrize("case", REFUSED)
