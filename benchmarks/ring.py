@@ -178,7 +178,6 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
     for case, row in zip(cases, rows, strict=True):
         ran = ring_between.profiled(case, *of_run)
         row["hidden"] = {direction: round(ring_between.hidden(spans), 4) for direction, spans in ran.items()}
-        row["spans"] = {direction: [dataclasses.astuple(s) for s in spans] for direction, spans in ran.items()}
         if world.is_first:
             print(f"{case}: of transfers' time, under attention kernels: {row['hidden']}", flush=True)
             picture = file.with_name(f"{file.stem}-{re.sub('[^a-z0-9]+', '-', str(case))}.png")
