@@ -41,7 +41,7 @@ for i in range(4):
     (pathlib.Path(sys.argv[1]) / f"{i}.txt").write_text(source[i * 1_000_000 : (i + 1) * 1_000_000])
 PY
     timeout 360 python3 launch/local.py experiment=qwen3-0.5b-128k optim.steps=10 optim.warmup=2 data=text "data.path=$text" \
-        "data.cache=$text/cache" data.held_out=0.25 "runs=$text/runs" evaluation.every=0 evaluation.sequences=1 \
+        "data.cache=$text/cache" data.held_out=0.25 "output_dir=$text/runs" evaluation.every=0 evaluation.sequences=1 \
         checkpoint.every=0 logger.mode=disabled "${@:2}" || exit 1
     cp "$text"/runs/*/metrics.jsonl "$out/training.jsonl"
     cat "$out/training.jsonl"

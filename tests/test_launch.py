@@ -33,7 +33,7 @@ def test_a_launcher_trains_with_its_ranks_and_settings(launcher, corpus):
         (fakes / name).write_text(f"#!/bin/bash\n{body}\n")
         (fakes / name).chmod(stat.S_IRWXU)
     settings = [
-        "name=launched", f"runs={corpus}/runs", "data=text", f"data.path={corpus}", f"data.cache={corpus}/cache",
+        "name=launched", f"output_dir={corpus}/runs", "data=text", f"data.path={corpus}", f"data.cache={corpus}/cache",
         "data.held_out=0.3", "data.sequence_length=32", "optim.steps=1", "optim.warmup=0", "evaluation.every=0",
         "evaluation.sequences=1", "logger.mode=disabled", "model.dtype=fp32",
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from ringflash.models.attention import ring_attention_forward
 from ringflash.models.building import build_model
 from ringflash.models.configuration import (
     ARCHITECTURES,
+    AttentionConfig,
     ModelConfig,
     check_kernel,
     check_length,
@@ -31,6 +32,7 @@ from ringflash.models.ring_mask import RingMask
 
 __all__ = [
     "ARCHITECTURES",
+    "AttentionConfig",
     "ModelConfig",
     "RingMask",
     "build_model",

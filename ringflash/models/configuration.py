@@ -51,23 +51,8 @@ class ModelConfig:
     dtype: str = "auto"
     """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
 
-    kernel: str = "auto"
-    """Attention kernel: auto (the fastest that fits), hopper (Gluon), portable (Triton) or blocked (plain torch)."""
-
-    deterministic: bool = False
-    """Gradients of attention bit-equal from run to run, so that a resumed run is too. Costs speed on Hopper; the other
-    kernels are always so."""
-
-    compensated: bool = True
-    """Gradients of 16-bit attention do not suffer from the rounding of its result. Costs a little speed and memory."""
-
     extrapolate_positions: bool = False
     """Train on sequences longer than the model's positions (max_position_embeddings, or what its RoPE scales to)."""
-
-    @property
-    def attention(self) -> dict[str, Any]:
-        """The settings that every layer's attention is called with."""
-        return {"kernel": self.kernel, "deterministic": self.deterministic, "compensated": self.compensated}
 
     def __post_init__(self) -> None:
         if self.path and self.architecture:
@@ -79,10 +64,27 @@ class ModelConfig:
             raise ConfigError(
                 "model.path is not set: model=pretrained starts from model.path=FOLDER, a Hugging Face model"
             )
-        if self.kernel not in ("auto", *FASTEST_FIRST):
-            raise ConfigError(f"model.kernel={self.kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How every layer's attention is computed: the keywords of the same names of `ring_attention_forward`."""
+
+    kernel: str = "auto"
+    """Attention kernel: auto (the fastest that fits), hopper (Gluon), portable (Triton) or blocked (plain torch)."""
+
+    deterministic: bool = False
+    """Make attention's gradients bit-equal from run to run, so that a resumed run's are too. This costs speed on
+    Hopper; the other kernels are always deterministic."""
+
+    compensated: bool = True
+    """Keep the rounding of 16-bit attention's result out of its gradients. This costs a little speed and memory."""
+
+    def __post_init__(self) -> None:
+        if self.kernel not in ("auto", *FASTEST_FIRST):
+            raise ConfigError(f"attention.kernel={self.kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
 
 
 def read_config(config: ModelConfig) -> PreTrainedConfig:
@@ -231,8 +233,10 @@ def known_positions(config: PreTrainedConfig) -> int | None:
     return max([known, *scaled])
 
 
-def check_kernel(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device) -> None:
-    """Raise ConfigError with the reason where model.kernel cannot run this model's attention on `device`.
+def check_kernel(
+    config: ModelConfig, attention: AttentionConfig, hf_config: PreTrainedConfig, device: torch.device
+) -> None:
+    """Raise ConfigError with the reason where attention.kernel cannot run this model's attention on `device`.
 
     The kernel is asked as a layer asks it, of one token: before there is a model.
     """
@@ -242,9 +246,9 @@ def check_kernel(config: ModelConfig, hf_config: PreTrainedConfig, device: torch
     )
     softcap = getattr(hf_config, "attn_logit_softcapping", None) or None
     try:
-        kernels.select(q, k, softcap, config.kernel, config.deterministic)
+        kernels.select(q, k, softcap, attention.kernel, attention.deterministic)
     except ValueError as error:
-        raise ConfigError(str(error).replace("kernel=", "model.kernel=")) from error
+        raise ConfigError(str(error).replace("kernel=", "attention.kernel=")) from error
 
 
 def head_dim(config: PreTrainedConfig) -> int:

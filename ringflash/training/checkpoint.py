@@ -33,8 +33,8 @@ POSITIONS = "document"  # where positions begin; in checkpoints that do not tell
 PARTIAL, UNSOUND = ".partial", ".unsound"
 # Settings that a resumed run may change. The others are part of the state: the run would not be the one that stopped.
 FREE = (
-    "name", "runs", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
-    "memory.recompute", "model.kernel", "model.deterministic", "model.compensated", "model.extrapolate_positions",
+    "name", "output_dir", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
+    "memory.recompute", "attention.", "model.extrapolate_positions",
     "optim.steps", "parallel.",
     # Compared by content, as data.digest and model.digest.
     "data.path", "data.files", "data.field", "data.format", "data.tokenizer", "model.path",
@@ -100,7 +100,7 @@ def save(
 
 
 def resume(
-    engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, settings: dict | None = None, say=print
+    engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, settings: dict | None = None, log=print
 ) -> int:
     """Load the newest sound checkpoint under `folder`, and return its step; 0 where there is no checkpoint.
 
@@ -110,7 +110,7 @@ def resume(
     """
     sound, faults = _newest_sound(folder, world)
     if sound is None:
-        if world.share(faults or _passed_over(folder)):
+        if world.broadcast(faults or _passed_over(folder)):
             fault = next(iter(faults.values()), "moved aside before")
             raise ConfigError(
                 f"{folder} holds checkpoints, and none is sound ({fault}): resume=never starts over in a folder of its "
@@ -123,18 +123,18 @@ def resume(
         _load(engine, path)
     if world.is_first:
         for unsound, fault in faults.items():
-            say(f"{unsound} is not sound ({fault}); going back to the one before")
+            log(f"{unsound} is not sound ({fault}); going back to the one before")
             os.rename(unsound, _aside(unsound))
-        say(f"resumed from {path}")
+        log(f"resumed from {path}")
     return manifest["step"]
 
 
 def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, str]]:
     """The newest sound checkpoint and its manifest, and what is wrong with each that is newer."""
     faults: dict[Path, str] = {}
-    for path in world.share(_written(folder)):
+    for path in world.broadcast(_written(folder)):
         with world.own_pace(f"reading {path} for its digests"):
-            manifest, fault = world.share(_read_manifest(path))
+            manifest, fault = world.broadcast(_read_manifest(path))
             if fault is None:
                 fault = _damage(path, manifest["files"], world)
         if fault is None:

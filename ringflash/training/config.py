@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ringflash.data.documents import DataConfig, python_stdlib
 from ringflash.errors import ConfigError, in_one_line
-from ringflash.models import ARCHITECTURES, ModelConfig, field_refusal
+from ringflash.models import ARCHITECTURES, AttentionConfig, ModelConfig, field_refusal
 from ringflash.models.architecture import LARGEST
 from ringflash.training.checkpoint import CheckpointConfig
 from ringflash.training.metrics import LoggerConfig
@@ -35,7 +35,7 @@ from ringflash.training.step import MemoryConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LONGEST_NAME = 200  # bytes; a folder's name has 255 at most, and -2 or .partial may follow
-PATHS = ("runs", "model.path", "data.path", "data.tokenizer", "data.cache")  # in which ~ is the home folder
+PATHS = ("output_dir", "model.path", "data.path", "data.tokenizer", "data.cache")  # in which ~ is the home folder
 
 OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
 
@@ -62,9 +62,9 @@ class Config:
     """A run."""
 
     name: str = "demo"
-    """Name of the run; its folder is runs/NAME."""
+    """Name of the run; its folder is OUTPUT_DIR/NAME."""
 
-    runs: str = "runs"
+    output_dir: str = "runs"
     """Folder of all runs."""
 
     resume: str = "never"
@@ -78,6 +78,9 @@ class Config:
 
     data: DataConfig
     """What it is trained on."""
+
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """How its attention is computed."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How a sequence is spread over ranks."""
@@ -100,16 +103,18 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed} must be 0 or more and below 2^64")
-        if not self.runs:
-            raise ConfigError("runs= must be a folder, such as runs=runs")
+        if not self.output_dir:
+            raise ConfigError("output_dir= must be a folder, such as output_dir=runs")
         if self.resume not in ("never", "auto"):
             raise ConfigError(f"resume={self.resume} is not one of never, auto")
         if not re.fullmatch(r"[\w.-]+", self.name) or not self.name.strip("."):
             raise ConfigError(f"name={self.name!r} must be letters, digits, '.', '_', '-': it names the run's folder")
         if len(self.name.encode()) > LONGEST_NAME:
             raise ConfigError(f"name={self.name[:20]}... has {len(self.name.encode())} bytes, {LONGEST_NAME} at most")
-        if found := re.search(r"[\[*?]", self.runs):
-            raise ConfigError(f"runs={self.runs} holds {found[0]!r}: DeepSpeed would resume from a pattern, no folder")
+        if found := re.search(r"[\[*?]", self.output_dir):
+            raise ConfigError(
+                f"output_dir={self.output_dir} holds {found[0]!r}: DeepSpeed would resume from a pattern, no folder"
+            )
 
     def check(self, ranks: int) -> None:
         """Raise ConfigError for what cannot work on this many ranks."""
@@ -193,6 +198,8 @@ def _in_one_line(error: Exception, overrides: Sequence[str]) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} is not one of {', '.join(error.options)}"
     cause: BaseException = error
+    if isinstance(cause, HydraException) and isinstance(cause.__context__, OmegaConfBaseException):
+        cause = cause.__context__
     while isinstance(cause.__cause__, OmegaConfBaseException):
         cause = cause.__cause__
     key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)

@@ -36,11 +36,11 @@ class Divergence:
         self.in_a_row = self.in_a_row + 1 if faults else 0
         if not faults:
             return True
-        told = f"step {step}: {faults}: {self.in_a_row} of {LIMIT} steps in a row that end the run"
+        message = f"step {step}: {faults}: {self.in_a_row} of {LIMIT} steps in a row that end the run"
         if self.in_a_row == LIMIT:
-            self._end(told)
+            self._end(message)
         if self.log is not None:
-            self.log.say(told)
+            self.log.write_line(message)
         return False
 
     def check_end(self, step: int, held_out: float | None) -> None:
@@ -52,12 +52,12 @@ class Divergence:
         if self.in_a_row or faults:
             self._end(f"step {step}, the last: {faults or 'its loss or gradient norm is not finite'}")
 
-    def _end(self, told: str) -> None:
+    def _end(self, message: str) -> None:
         # The launcher ends all ranks as soon as one leaves: rank 0 must have finished.
         with self.world.own_pace("finishing wandb's run"):
             if self.log is not None:
                 self.log.close(exit_code=1)
-        raise DivergedError(f"{told}; no checkpoint or model is written; {ADVICE}")
+        raise DivergedError(f"{message}; no checkpoint or model is written; {ADVICE}")
 
 
 def check_weights(engine: deepspeed.DeepSpeedEngine, world: World, file: object) -> None:

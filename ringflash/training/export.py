@@ -63,17 +63,17 @@ def generation_file(path: str | None) -> bytes | None:
 
 
 def rehearse(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: bytes | None, runs: Path, source: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: bytes | None, output_dir: Path, source: str
 ) -> None:
-    """Write what a run writes at its end below `runs`, all but the weights, and delete it.
+    """Write what a run writes at its end below `output_dir`, all but the weights, and delete it.
 
     source: the setting that the model came from. Raises ConfigError for what would fail after the last step.
     """
     try:
-        runs.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=runs, prefix=".rehearsal-")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=output_dir, prefix=".rehearsal-")
     except OSError as error:
-        raise ConfigError(f"runs={runs} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"output_dir={output_dir} cannot be written: {error.strerror}") from error
     with scratch as name:
         try:
             _write(model, Path(name, "model"), tokenizer, generation, state_dict={})

@@ -30,7 +30,7 @@ ALIKE = (ConfigError, DivergedError)  # what every rank meets: one line is enoug
 PATIENCE = 5.0  # seconds that a silent rank leaves to the one that speaks
 LOOK = 1.0  # seconds between two looks at the launcher
 
-_KEY, _WORDS = "ringflash/first-failure", "ringflash/first-failure/words"
+_RANK, _MESSAGE = "ringflash/first-failure", "ringflash/first-failure/message"
 
 
 @contextlib.contextmanager
@@ -50,14 +50,14 @@ def one_line(parent: int) -> Iterator[None]:
             # The launcher ends all ranks as soon as one leaves: the one that speaks must have finished by then.
             time.sleep(PATIENCE)
             if dist.is_initialized():
-                _tell_torchrun(f"rank {_rank()} stopped: another rank failed first")
+                _report_to_torchrun(f"rank {_rank()} stopped: another rank failed first")
                 _end(1)
         if not isinstance(error, ConfigError):
             print(file=sys.stderr)  # below a progress bar
         if not isinstance(error, (*ALIKE, DiskError)):
             traceback.print_exc()
         print(describe(error), file=sys.stderr, flush=True)
-        _tell_torchrun(describe(error))
+        _report_to_torchrun(describe(error))
         _end(1)
 
 
@@ -99,20 +99,20 @@ def _launcher(parent: int) -> tuple[int, int | None]:
 
 def describe(error: BaseException) -> str:
     """The line: the message of an error that all ranks meet alike, or the rank, the kind of error and its message."""
-    words = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, ALIKE):
-        return f"ringflash: {words}"
-    where = traceback.extract_tb(error.__traceback__)[-1:] if not words else []
-    words = words or " ".join(f"in {frame.name}, {frame.filename}:{frame.lineno}" for frame in where)
-    return f"ringflash: rank {_rank()} failed: {type(error).__name__}: {words}"
+        return f"ringflash: {message}"
+    where = traceback.extract_tb(error.__traceback__)[-1:] if not message else []
+    message = message or " ".join(f"in {frame.name}, {frame.filename}:{frame.lineno}" for frame in where)
+    return f"ringflash: rank {_rank()} failed: {type(error).__name__}: {message}"
 
 
-def _tell_torchrun(words: str) -> None:
+def _report_to_torchrun(message: str) -> None:
     """Leave the line where torchrun looks for what it reports of a process that failed."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        extra = {"py_callstack": words, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": words, "extraInfo": extra}}))
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def claim(error: BaseException) -> bool:
@@ -125,9 +125,9 @@ def claim(error: BaseException) -> bool:
         return rank == "0"
     try:
         store = dist.distributed_c10d._get_default_store()
-        mine = store.compare_set(_KEY, "", rank) == rank.encode()
+        mine = store.compare_set(_RANK, "", rank) == rank.encode()
         if mine:
-            store.set(_WORDS, describe(error).removeprefix("ringflash: "))
+            store.set(_MESSAGE, describe(error).removeprefix("ringflash: "))
     except Exception:  # the store went with the rank that held it: better two lines than none
         return True
     return mine
@@ -135,7 +135,7 @@ def claim(error: BaseException) -> bool:
 
 def first(store: dist.Store) -> str | None:
     """What the rank that failed first reports, if any rank has failed."""
-    return store.get(_WORDS).decode() if store.check([_WORDS]) else None
+    return store.get(_MESSAGE).decode() if store.check([_MESSAGE]) else None
 
 
 def _rank() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ringflash.errors import DiskError, in_one_line
 
-DISK_WORDS = ("inline_container", "PytorchStreamWriter", "PyTorchFileWriter", "os error", "I/O error")
+DISK_MESSAGES = ("inline_container", "PytorchStreamWriter", "PyTorchFileWriter", "os error", "I/O error")
 BLOCK = 1 << 20  # bytes of a weights file's beginning, and of its end, that its digest covers
 
 
@@ -45,7 +45,7 @@ def _of_disk(error: Exception) -> bool:
     """Whether a disk is the reason: torch and safetensors raise errors of their own, without a number."""
     if isinstance(error, OSError):
         return not isinstance(error, (ConnectionError, TimeoutError))
-    return any(words in str(error) for words in DISK_WORDS)
+    return any(part in str(error) for part in DISK_MESSAGES)
 
 
 def remove(path: Path) -> None:

@@ -21,7 +21,7 @@ from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
 from ringflash.training.export import export, generation_file, rehearse
 from ringflash.training.files import model_digest, write_whole
-from ringflash.training.parallel import layouts, settle
+from ringflash.training.parallel import layout_chooser, resolve_parallel
 from ringflash.training.step import Layouts, build_engine, evaluate, prepare, train_step
 from ringflash.training.world import World, first_here, join, ranks_here, world_size
 
@@ -30,12 +30,12 @@ def check_here(config: Config) -> None:
     """Raise ConfigError for what a run would refuse of the model, as far as this machine can tell.
 
     Where there is a GPU, a run would be on such a one. Where there is none, this may well be a cluster's login node:
-    whether model.kernel can run is then left to the run, whose device and whose dtype=auto are not known here.
+    whether attention.kernel can run is then left to the run, whose device and whose dtype=auto are not known here.
     """
     model_config = read_config(config.model)
     check_length(config.model, model_config, config.data.sequence_length)
     if torch.cuda.is_available():
-        check_kernel(config.model, model_config, torch.device("cuda"))
+        check_kernel(config.model, config.attention, model_config, torch.device("cuda"))
 
 
 def fit(config: Config, resolved: str) -> None:
@@ -46,11 +46,11 @@ def fit(config: Config, resolved: str) -> None:
     model_config = read_config(config.model)
     length = config.data.sequence_length
     check_length(config.model, model_config, length)
-    parallel, why = settle(config.parallel, model_config, length, world_size(), ranks_here())
+    parallel, why = resolve_parallel(config.parallel, model_config, length, world_size(), ranks_here())
     config = dataclasses.replace(config, parallel=parallel)
     config.check(world_size())
     world = join(parallel)
-    check_kernel(config.model, model_config, world.device)
+    check_kernel(config.model, config.attention, model_config, world.device)
     torch.manual_seed(config.seed)
 
     source = f"model.path={config.model.path}" if config.model.path else "model.architecture"
@@ -58,27 +58,32 @@ def fit(config: Config, resolved: str) -> None:
         tokenizer, generation = load_tokenizer(config.data), generation_file(config.model.path)
         model = build_model(config.model)  # first, so that a broken folder is found before hours of tokenising
         if world.is_first:
-            rehearse(model, tokenizer, generation, Path(config.runs), source)
+            rehearse(model, tokenizer, generation, Path(config.output_dir), source)
     training, held_out = _corpora(config, world)
     _check_vocabulary(config, training, model.config.vocab_size)
     _check_length(config, training, *([held_out] if config.data.held_out else []))
-    ranks_per_node = world.share(ranks_here())  # all ranks of a ring must choose alike, also where machines differ
+    ranks_per_node = world.broadcast(ranks_here())  # all ranks of a ring must choose alike, also where machines differ
     log = None
-    layout_for = layouts(
-        parallel, model_config, length, world.ring.size, ranks_per_node, lambda why: log.say(why) if log else None
+    layout_for = layout_chooser(
+        parallel,
+        model_config,
+        length,
+        world.ring.size,
+        ranks_per_node,
+        lambda why: log.write_line(why) if log else None,
     )
     speed = _Speed(model, config, world)
     with world.own_pace("giving the model to DeepSpeed"):
-        engine = build_engine(model, config.optim, config.memory, world, config.model.attention)
+        engine = build_engine(model, config.optim, config.memory, world, config.attention)
     settings = yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest  # so that a run is not resumed on other text of the same name
     if config.model.path:
         with world.own_pace(f"reading {source} for its digest"):
             found = model_digest(Path(config.model.path)) if world.is_first else None
-        settings["model"]["digest"] = world.share(found)
-    with world.own_pace(f"taking a folder in runs={config.runs}"):
-        run = run_folder.take(Path(config.runs), config.name, config.resume) if world.is_first else None
-    folder = world.share(run and run.path)
+        settings["model"]["digest"] = world.broadcast(found)
+    with world.own_pace(f"taking a folder in output_dir={config.output_dir}"):
+        run = run_folder.take(Path(config.output_dir), config.name, config.resume) if world.is_first else None
+    folder = world.broadcast(run and run.path)
     start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
     run_folder.check_start(folder, start)
     if start > config.optim.steps:
@@ -107,8 +112,8 @@ def fit(config: Config, resolved: str) -> None:
     for step in range(start + 1, config.optim.steps + 1):
         begun = time.perf_counter()
         world.watch.step = step
-        shares, _ = next(batches)
-        result = train_step(engine, shares, world)
+        micro_batches, _ = next(batches)
+        result = train_step(engine, micro_batches, world)
         record = {
             "loss": result.loss.item(),
             "gradient_norm": float(result.gradient_norm),
@@ -149,19 +154,19 @@ def _finish(
 
 def _conclude(log: metrics.Metrics, folder: Path, exported: Path, held_out, loss: float | None, step: int) -> None:
     """The last record, of `step`, the plot, and what there is to be seen where."""
-    entropy, told = None, ""
+    entropy, losses = None, ""
     if loss is not None:
         entropy = held_out.unigram_entropy()
         # A complete run that is resumed has this record, unless it was killed after its last checkpoint.
         if not any(record["step"] == step and "unigram_entropy" in record for record in metrics.read(log.path)):
             log.log(step, {"held_out_loss": loss, "unigram_entropy": entropy})
-        told = (
+        losses = (
             f"held-out loss     {loss:.4f} nats per token\n"
             f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context\n"
         )
     log.close()
     print(
-        f"{told}"
+        f"{losses}"
         f"model             {exported}\n"
         f"loss plot         {metrics.plot(folder, entropy)}\n"
         f"metrics           {log.path}\n"

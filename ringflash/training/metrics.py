@@ -71,7 +71,7 @@ class Metrics:
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def say(self, message: str) -> None:
+    def write_line(self, message: str) -> None:
         """A line above the progress bar."""
         self._bar.write(message)
 

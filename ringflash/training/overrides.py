@@ -22,6 +22,15 @@ from hydra.errors import HydraException
 
 from ringflash.errors import ConfigError
 
+RENAMED = {  # settings of earlier versions, and their names now
+    "runs": "output_dir",
+    "model.kernel": "attention.kernel",
+    "model.deterministic": "attention.deterministic",
+    "model.compensated": "attention.compensated",
+    "parallel.node_gb_per_second": "parallel.intra_node_bandwidth_gb",
+    "parallel.across_gb_per_second": "parallel.inter_node_bandwidth_gb",
+}
+
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?", re.DOTALL)
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
@@ -80,6 +89,8 @@ def wanted(kind: Any) -> str:
 
 def unknown(key: str, schema: type) -> str:
     """That no setting has this key, and the one that was perhaps meant."""
+    if key in RENAMED:
+        return f"{key} is not a setting; did you mean {RENAMED[key]}?"
     keys = [*_keys(schema)]
     of_that_name = [other for other in keys if other.rpartition(".")[2] == key.lower().rpartition(".")[2]]
     close = difflib.get_close_matches(key.lower(), of_that_name or keys, n=1, cutoff=0.0 if of_that_name else 0.75)

@@ -70,8 +70,8 @@ class _Meeting:
         """Wait for all, without a limit. Raises OtherRankError."""
         pause = FIRST_PAUSE
         while not self.store.check([f"{self.key}/all"]):
-            if (words := failure.first(self.store)) is not None:
-                raise OtherRankError(words)
+            if (message := failure.first(self.store)) is not None:
+                raise OtherRankError(message)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         self.store.delete_key(f"{self.key}/{self.rank}")  # of the many meetings of a long run

@@ -38,10 +38,10 @@ class ParallelConfig:
     """Which rank holds which tokens: auto, for each step the layout with the least predicted time; contiguous, zigzag,
     striped; or, fitted to each step's documents, balanced or gathered."""
 
-    node_gb_per_second: float = INTRA_NODE_GB
+    intra_node_bandwidth_gb: float = INTRA_NODE_GB
     """Gigabytes a second that a GPU sends to another of its machine; auto and null reckon with it."""
 
-    across_gb_per_second: float = INTER_NODE_GB
+    inter_node_bandwidth_gb: float = INTER_NODE_GB
     """Gigabytes a second that a GPU sends to another machine."""
 
     transport: str = "auto"
@@ -62,7 +62,7 @@ class ParallelConfig:
             raise ConfigError(f"parallel.layout={self.layout} is not one of auto, {', '.join(LAYOUT_NAMES)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"parallel.transport={self.transport} is not one of {', '.join(TRANSPORTS)}")
-        for name in ("node_gb_per_second", "across_gb_per_second"):
+        for name in ("intra_node_bandwidth_gb", "inter_node_bandwidth_gb"):
             if not 1e-6 <= getattr(self, name) < math.inf:  # slower, predicted times would be infinite
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be 1e-6 or more and finite")
         if not 0 < self.hop_timeout_seconds < math.inf:
@@ -90,7 +90,7 @@ class ParallelConfig:
         return ring
 
 
-def settle(
+def resolve_parallel(
     config: ParallelConfig, model: PreTrainedConfig, length: int, ranks: int, ranks_per_node: int
 ) -> tuple[ParallelConfig, str | None]:
     """The configuration with parallel.ulysses chosen if it was left open, and then why.
@@ -100,7 +100,7 @@ def settle(
     if config.ulysses is None:
         ulysses, why = best_ulysses(
             length, ranks, ranks_per_node, heads_of(model), _machine(config, across=False),
-            config.across_gb_per_second * 1e9,
+            config.inter_node_bandwidth_gb * 1e9,
         )  # fmt: skip
         return dataclasses.replace(config, ulysses=ulysses), f"parallel: {why}"
     reason = heads_refusal(config.ulysses, model.num_attention_heads, model.num_key_value_heads)
@@ -114,17 +114,17 @@ def settle(
     return config, None
 
 
-def layouts(
+def layout_chooser(
     config: ParallelConfig,
     model: PreTrainedConfig,
     length: int,
     ring: int,
     ranks_per_node: int,
-    say: Callable[[str], None] = lambda reason: None,
+    log: Callable[[str], None] = lambda reason: None,
 ) -> Callable[[IntervalMask], Layout]:
     """What gives a step's mask its layout, over `ring` ranks: one for all steps, or the best for each.
 
-    say: is told why, when `auto` takes a layout for the first time.
+    log: called with the reason when `auto` first takes a layout.
     """
     parts = config.ulysses or 1
     if config.layout in FITTED:
@@ -137,7 +137,7 @@ def layouts(
             name, layout, why = fastest(layer_masks(model, mask), ring, heads, machine, parts)
             if name not in known:
                 known.add(name)
-                say(f"parallel: a step's layout is {why}")
+                log(f"parallel: a step's layout is {why}")
             return layout
 
         return chosen
@@ -147,4 +147,4 @@ def layouts(
 
 def _machine(config: ParallelConfig, across: bool) -> Machine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Machine.of(device, config.across_gb_per_second if across else config.node_gb_per_second)
+    return Machine.of(device, config.inter_node_bandwidth_gb if across else config.intra_node_bandwidth_gb)

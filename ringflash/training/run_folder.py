@@ -40,21 +40,21 @@ class RunFolder:
     lock: TextIO
 
 
-def take(runs: Path, name: str, resume: str) -> RunFolder:
+def take(output_dir: Path, name: str, resume: str) -> RunFolder:
     """The folder of a run, made or found as resume=never or auto says, and locked.
 
     Raises ConfigError for folders that cannot be used or belong to a run under way, and where resume=auto cannot tell
     which run is meant.
     """
     try:
-        runs.mkdir(parents=True, exist_ok=True)
-        path = _newest_or_first(runs, name) if resume == "auto" else _new(runs, name)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = _newest_or_first(output_dir, name) if resume == "auto" else _new(output_dir, name)
         run = RunFolder(path, _locked(path))
         (path / "checkpoints").mkdir(exist_ok=True)
         return run
     except OSError as error:
-        where = error.filename or runs / name  # no file is named where a disk is full
-        raise ConfigError(f"runs={runs} cannot be used: {where}: {error.strerror}") from error
+        where = error.filename or output_dir / name  # no file is named where a disk is full
+        raise ConfigError(f"output_dir={output_dir} cannot be used: {where}: {error.strerror}") from error
 
 
 def check_start(path: Path, start: int) -> None:
@@ -67,10 +67,10 @@ def check_start(path: Path, start: int) -> None:
         )
 
 
-def _new(runs: Path, name: str) -> Path:
+def _new(output_dir: Path, name: str) -> Path:
     """A folder that no other process has; mkdir fails for all but one."""
     for number in itertools.count(1):
-        path = runs / (name if number == 1 else f"{name}-{number}")
+        path = output_dir / (name if number == 1 else f"{name}-{number}")
         try:
             path.mkdir()
         except FileExistsError:
@@ -79,21 +79,21 @@ def _new(runs: Path, name: str) -> Path:
     raise AssertionError
 
 
-def _newest_or_first(runs: Path, name: str) -> Path:
+def _newest_or_first(output_dir: Path, name: str) -> Path:
     while True:
-        if (path := _newest(runs, name)) is not None:
+        if (path := _newest(output_dir, name)) is not None:
             return path
         try:
-            (runs / name).mkdir()
+            (output_dir / name).mkdir()
         except FileExistsError:
-            if not (runs / name).is_dir():
-                raise ConfigError(f"{runs / name} is no folder, but name={name} would be trained there") from None
+            if not (output_dir / name).is_dir():
+                raise ConfigError(f"{output_dir / name} is no folder, but name={name} would be trained there") from None
 
 
-def _newest(runs: Path, name: str) -> Path | None:
+def _newest(output_dir: Path, name: str) -> Path | None:
     """The newest folder of runs of this name that has steps behind it, else the newest; None where there is none."""
     found = {}
-    for path in runs.iterdir():
+    for path in output_dir.iterdir():
         match = re.fullmatch(rf"{re.escape(name)}(?:-([2-9]|[1-9][0-9]+))?", path.name)
         if match and path.is_dir() and (match[1] is None or _name_of(path) != path.name):
             found[int(match[1] or 1)] = path
@@ -146,6 +146,6 @@ def _lock(file: TextIO, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        told = f"ringflash: {path} cannot be locked ({error.strerror}): nothing keeps a second run from using it"
-        print(told, file=sys.stderr, flush=True)
+        message = f"ringflash: {path} cannot be locked ({error.strerror}): nothing keeps a second run from using it"
+        print(message, file=sys.stderr, flush=True)
     return True

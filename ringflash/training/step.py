@@ -11,7 +11,7 @@ micro-batches, is the gradient of the mean loss per predicted token, however une
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -25,7 +25,7 @@ from ringflash.data.packing import IGNORE
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
-from ringflash.models import windows_of_layers
+from ringflash.models import AttentionConfig, windows_of_layers
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
@@ -58,11 +58,10 @@ class MemoryConfig:
 class TrainedModel(nn.Module):
     """A causal language model that returns its summed loss, so that DeepSpeed's hooks see one call."""
 
-    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, attention: dict[str, Any]) -> None:
-        """attention: what `ring_attention_forward` is called with, from ModelConfig.attention."""
+    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, attention: AttentionConfig) -> None:
         super().__init__()
         self.model = model
-        self.attention = attention
+        self.attention = asdict(attention)
         softcap = getattr(model.config, "final_logit_softcapping", None)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
         if memory.recompute:
@@ -86,7 +85,7 @@ def build_engine(
     optim: OptimConfig,
     memory: MemoryConfig,
     world: World,
-    attention: dict[str, Any] | None = None,
+    attention: AttentionConfig | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The model under DeepSpeed, with AdamW and its schedule.
 
@@ -102,7 +101,7 @@ def build_engine(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(verbose=False)
-    trained = TrainedModel(model, memory, attention or {})
+    trained = TrainedModel(model, memory, attention or AttentionConfig())
     whole_fp32 = memory.zero == 0 and not bf16
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch,
@@ -140,14 +139,14 @@ class StepResult(NamedTuple):
     imbalance: float
 
 
-class Share(NamedTuple):
+class MicroBatch(NamedTuple):
     """This rank's of a micro-batch: what its model takes, and the (query, key) pairs it computes in all layers."""
 
     inputs: dict[str, Any]
     pairs: int
 
 
-def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> list[Share]:
+def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> list[MicroBatch]:
     """What train_step takes of a step, by micro-batch: layouts and plans are made here, windows of layers among them.
 
     That is the host's work, seconds where ranks are many, so a thread may do it while the step before is computed.
@@ -156,26 +155,26 @@ def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layou
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # of this thread: memory would be pinned through the first GPU
     parts = [_shard(part, world, layout_for) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
-    return [Share(inputs, _pairs(engine.module.model.config, inputs["plan"])) for inputs in parts]
+    return [MicroBatch(inputs, _pairs(engine.module.model.config, inputs["plan"])) for inputs in parts]
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, shares: list[Share], world: World) -> StepResult:
+def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], world: World) -> StepResult:
     """Run one optimizer step on what `prepare` made of it.
 
     The update is skipped, on all ranks alike, if the gradient norm or a micro-batch's loss on any rank is not finite.
     """
-    valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs, _ in shares)).clamp(min=1)
+    valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs, _ in micro_batches)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     learning_rate = engine.learning_rate(engine.global_steps + 1)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    for inputs, _ in shares:
+    for inputs, _ in micro_batches:
         loss = engine(**inputs)
         # 0 * loss: a loss that is not finite makes the gradients NaN, where they might be finite, without a host sync.
         engine.backward(loss * (world.size / valid + 0 * loss.detach()), scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
-    mine = torch.tensor([pairs for _, pairs in shares], dtype=torch.float64, device=world.device)
+    mine = torch.tensor([pairs for _, pairs in micro_batches], dtype=torch.float64, device=world.device)
     neighbours = 1 if world.ulysses is None else world.ulysses.size  # they compute the same pairs, for other heads
     loss, computed = world.sum(torch.stack([total / valid, mine.sum() / neighbours]))
     return StepResult(loss, engine.get_global_grad_norm(), learning_rate, computed, _imbalance(mine, world))

@@ -56,7 +56,7 @@ class World:
         dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
-    def share(self, value):
+    def broadcast(self, value):
         """Rank 0's value, on every rank; any picklable object."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
@@ -76,15 +76,15 @@ class World:
 
 def ranks_here() -> int:
     """Ranks of this run on this machine, as torchrun or deepspeed tells; else all, or as many as there are GPUs."""
-    told = _told_ranks_here()
-    if told is not None:
-        return told
+    given = _ranks_by_launcher()
+    if given is not None:
+        return given
     return min(world_size(), torch.cuda.device_count()) if torch.cuda.is_available() else world_size()
 
 
-def _told_ranks_here() -> int | None:
-    told = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    return next((int(size) for size in told if size), None)
+def _ranks_by_launcher() -> int | None:
+    given = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    return next((int(size) for size in given if size), None)
 
 
 def first_here() -> bool:
@@ -174,7 +174,7 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = _local_rank()
-    here = max(_told_ranks_here() or 1, local_rank + 1)
+    here = max(_ranks_by_launcher() or 1, local_rank + 1)
     if here > torch.cuda.device_count():
         raise ConfigError(
             f"{here} ranks on {socket.gethostname()} but {torch.cuda.device_count()} GPUs: "

@@ -9,6 +9,7 @@ from ringflash import IntervalMask, Layout, Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import (
     ARCHITECTURES,
+    AttentionConfig,
     ModelConfig,
     build_model,
     check_kernel,
@@ -308,15 +309,15 @@ def test_under_autocast_attention_takes_what_sdpa_takes(model_type):
 
 @pytest.mark.parametrize("kernel", ["hopper", "portable"])
 def test_a_kernel_that_cannot_run_on_the_device_is_refused_with_its_reason(kernel):
-    config = ModelConfig(architecture={"model_type": "llama", **TINY}, dtype="bf16", kernel=kernel)
-    with pytest.raises(ConfigError, match=rf"^model\.kernel={kernel} .*(got device cpu|Triton's interpreter)"):
-        check_kernel(config, read_config(config), torch.device("cpu"))
+    config = ModelConfig(architecture={"model_type": "llama", **TINY}, dtype="bf16")
+    with pytest.raises(ConfigError, match=rf"^attention\.kernel={kernel} .*(got device cpu|Triton's interpreter)"):
+        check_kernel(config, AttentionConfig(kernel), read_config(config), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "blocked"])
 def test_a_kernel_for_every_device_is_not_refused(kernel):
-    config = ModelConfig(architecture={"model_type": "gemma2", **TINY}, kernel=kernel)
-    check_kernel(config, read_config(config), torch.device("cpu"))
+    config = ModelConfig(architecture={"model_type": "gemma2", **TINY})
+    check_kernel(config, AttentionConfig(kernel), read_config(config), torch.device("cpu"))
 
 
 def test_arrays_of_tokens_give_what_tensors_give():

@@ -18,7 +18,7 @@ SMALL = [f"model.architecture.{x}" for x in ("hidden_size=32", "intermediate_siz
 
 def settings(text, *others, model=SMALL):
     """Those of a short run on a folder of text, which leaves all that it writes beside that folder."""
-    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs"]
+    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"output_dir={text.parent}/runs"]
     return [*SHORT, *paths, *model, *others]
 
 

@@ -39,12 +39,12 @@ def write_three(folder, zero, keep):
 
 def resume_and_step(folder, zero, settings=None):
     """The step resumed from, the loss of the next one, and what was said."""
-    world, said = joined(None), []
+    world, lines = joined(None), []
     engine = engine_on(world, zero)
-    step = checkpoint.resume(engine, folder, world, settings, said.append)
+    step = checkpoint.resume(engine, folder, world, settings, lines.append)
     layout = Layout.zigzag(LENGTH, world.size)
     loss = train_step(engine, prepare(engine, sequences("full"), world, lambda mask: layout), world).loss
-    return step, loss.item(), said
+    return step, loss.item(), lines
 
 
 def flip_a_bit(path):
@@ -67,17 +67,17 @@ def test_damage_goes_back_to_the_checkpoint_before(ranks, tmp_path, zero):
     newest = tmp_path / "step-00000003"
     largest = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
     flip_a_bit(largest)
-    step, loss, said = ranks.run(resume_and_step, 2, tmp_path, zero)[0]
+    step, loss, lines = ranks.run(resume_and_step, 2, tmp_path, zero)[0]
     assert (step, loss) == (2, losses[2])
     fault = f"{largest.relative_to(newest)} has other contents than were written"
-    assert said == [
+    assert lines == [
         f"{newest} is not sound ({fault}); going back to the one before",
         f"resumed from {tmp_path / 'step-00000002'}",
     ]
     assert newest.with_name("step-00000003.unsound").is_dir()
 
 
-ALONE = SimpleNamespace(rank=0, size=1, is_first=True, share=lambda x: x, own_pace=lambda what: nullcontext())
+ALONE = SimpleNamespace(rank=0, size=1, is_first=True, broadcast=lambda x: x, own_pace=lambda what: nullcontext())
 
 
 def written(folder, step):
@@ -245,8 +245,8 @@ def save_on_a_full_disk(folder):
 
 @pytest.mark.ranks
 def test_a_checkpoint_that_cannot_be_written_is_named_with_the_space_left_and_the_one_before_stays(ranks, tmp_path):
-    (said,) = ranks.run(save_on_a_full_disk, 1, tmp_path)
-    assert re.match(r".*step-00000002\.partial was not written: .*inline_container.*; [0-9.e+]+ GiB are free", said)
+    (line,) = ranks.run(save_on_a_full_disk, 1, tmp_path)
+    assert re.match(r".*step-00000002\.partial was not written: .*inline_container.*; [0-9.e+]+ GiB are free", line)
     assert checkpoint._newest_sound(tmp_path, ALONE)[0][0].name == "step-00000001"
 
 
@@ -335,9 +335,9 @@ def test_a_checkpoint_of_a_release_that_counted_positions_through_the_sequence_i
 
 @pytest.mark.ranks
 def test_without_a_checkpoint_a_run_starts_at_step_0(ranks, tmp_path):
-    step, _, said = ranks.run(resume_and_step, 1, tmp_path / "none", 1)[0]
+    step, _, lines = ranks.run(resume_and_step, 1, tmp_path / "none", 1)[0]
     assert step == 0
-    assert said == []
+    assert lines == []
 
 
 def test_settings_that_keep_nothing_are_refused():

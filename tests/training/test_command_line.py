@@ -53,12 +53,12 @@ def test_quotes_null_and_interpolation_keep_their_meaning(monkeypatch):
     monkeypatch.setenv("CORPUS", "/home/é=1")
     monkeypatch.setenv("HOME", "/home/me")
     config, _ = composed(
-        "name='1e5'", 'data.field="a b"', "data.path=${oc.env:CORPUS}/x=y", "runs=~/runs", r"data.cache=\${x}",
+        "name='1e5'", 'data.field="a b"', "data.path=${oc.env:CORPUS}/x=y", "output_dir=~/runs", r"data.cache=\${x}",
         "parallel.ring=null", "optim.lr='1e-4'", "optim.final_lr=${optim.lr}", "data.files=['a=b.txt', *.md]",
         "model.architecture.max_position_embeddings=16", "+model.architecture.name_or_path='/x/a=b'",
     )  # fmt: skip
     assert (config.name, config.data.field, config.data.path) == ("1e5", "a b", "/home/é=1/x=y")
-    assert (config.runs, config.data.cache) == ("/home/me/runs", "${x}")
+    assert (config.output_dir, config.data.cache) == ("/home/me/runs", "${x}")
     assert (config.parallel.ring, config.optim.lr, config.optim.final_lr) == (None, 1e-4, 1e-4)
     assert config.data.files == ["a=b.txt", "*.md"]
     assert config.model.architecture["max_position_embeddings"] == 16
@@ -144,8 +144,8 @@ TAKEN = {
     "evaluation.every": [0], "checkpoint.every": [0], "optim.warmup": [0], "optim.lr": [0.0, 5e-324, 1.5, 1e308],
     "optim.final_lr": [0.0, 5e-324], "optim.beta1": [0.0, 5e-324], "optim.beta2": [0.0, 5e-324],
     "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],
-    "optim.clip": [0.0, 5e-324, 1.5, 1e308], "parallel.node_gb_per_second": [1.5, 1e308],
-    "parallel.across_gb_per_second": [1.5, 1e308], "parallel.hop_timeout_seconds": [5e-324, 1.5],
+    "optim.clip": [0.0, 5e-324, 1.5, 1e308], "parallel.intra_node_bandwidth_gb": [1.5, 1e308],
+    "parallel.inter_node_bandwidth_gb": [1.5, 1e308], "parallel.hop_timeout_seconds": [5e-324, 1.5],
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_null_is_refused_where_a_value_is_needed(key):
 
 
 WRONG_TEXT = {
-    "runs=": "runs= must be a folder",
+    "output_dir=": "output_dir= must be a folder",
     "logger.project=a/b": "logger.project=a/b must be 1 to 128 characters",
     "logger.project=": "logger.project= must be",
     "data.field=": "data.field= must be",

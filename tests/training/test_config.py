@@ -7,9 +7,11 @@ from dataclasses import is_dataclass
 from typing import get_type_hints
 
 import pytest
+from omegaconf import OmegaConf
 
 from ringflash.errors import ConfigError
 from ringflash.training.config import CONFIGS, Config, compose
+from ringflash.training.overrides import RENAMED
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 GROUPS = [
@@ -38,6 +40,19 @@ def test_the_resolved_yaml_gives_the_same_configuration_again(tmp_path):
     config, resolved = compose(["optim.lr=1e-5"])
     (tmp_path / "train.yaml").write_text("defaults: [schema, _self_]\n" + resolved)
     assert compose([], folder=tmp_path)[0] == config
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items(), ids=RENAMED)
+def test_a_setting_of_an_earlier_version_is_refused_with_its_new_name(tmp_path, old, new):
+    message = rf"^{old} is not a setting; did you mean {new}\?$"
+    with pytest.raises(ConfigError, match=message):
+        compose([f"{old}=1"])
+    _, resolved = compose()
+    settings = OmegaConf.create(resolved)
+    OmegaConf.update(settings, old, 1)
+    (tmp_path / "train.yaml").write_text("defaults: [schema, _self_]\n" + OmegaConf.to_yaml(settings))
+    with pytest.raises(ConfigError, match=message):
+        compose([], folder=tmp_path)
 
 
 def undescribed(part):
@@ -87,11 +102,11 @@ def test_every_setting_is_described_where_it_is_read():
         (["model.path=folder"], "model.path=folder and model.architecture"),
         (["model=pretrained"], "model.path is not set"),
         (["model.dtype=fp8"], "model.dtype=fp8 is not one of"),
-        (["model.kernel=hoper"], "model.kernel=hoper is not one of auto, hopper, portable, blocked"),
+        (["attention.kernel=hoper"], "attention.kernel=hoper is not one of auto, hopper, portable, blocked"),
         (["memory.zero=4"], "memory.zero=4 is not one of 0, 1, 2, 3"),
         (["memory.loss_tile=0"], "memory.loss_tile=0"),
         (["parallel.layout=diagonal"], "parallel.layout=diagonal is not one of auto, contiguous, zigzag, striped"),
-        (["parallel.node_gb_per_second=0"], "parallel.node_gb_per_second=0.0"),
+        (["parallel.intra_node_bandwidth_gb=0"], "parallel.intra_node_bandwidth_gb=0.0"),
         (["parallel.ulysses=null", "parallel.ring=2"], "parallel.ring=2 with parallel.ulysses=null"),
         (["parallel.ring=0"], "parallel.ring=0"),
         (["parallel.ulysses=0"], "parallel.ulysses=0"),

@@ -83,7 +83,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, zero, dt
 
 def writing_on_ranks(folder, zero):
     """What saving and exporting say of a weight that is not finite on its last row."""
-    world, said = joined(None), []
+    world, messages = joined(None), []
     engine = build_engine(build("llama"), OptimConfig(), MemoryConfig(zero=zero), world)
     checkpoint.save(engine, folder, 1, world, 1)
     broken = next(p for name, p in engine.module.named_parameters() if "down_proj" in name)
@@ -97,16 +97,16 @@ def writing_on_ranks(folder, zero):
         try:
             write()
         except DivergedError as error:
-            said.append(str(error))
-    return said
+            messages.append(str(error))
+    return messages
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(ranks, tmp_path, zero):
-    for said in ranks.run(writing_on_ranks, 2, tmp_path, zero):
-        assert len(said) == 2
-        for file, line in zip(("step-00000001", "model"), said, strict=True):
+    for messages in ranks.run(writing_on_ranks, 2, tmp_path, zero):
+        assert len(messages) == 2
+        for file, line in zip(("step-00000001", "model"), messages, strict=True):
             assert line.startswith(f"{tmp_path / file} is not written: the weights are not finite; ")
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert (tmp_path / "step-00000001" / "manifest.json").exists()
@@ -124,7 +124,7 @@ def diverging_on_ranks(config, resolved):
 
 def diverging(ranks, text, *settings):
     """The line that ends a run of two ranks, its records and its checkpoints."""
-    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"runs={text.parent}/runs", "name=diverging"]
+    paths = [f"data.path={text}", f"data.cache={text.parent}/cache", f"output_dir={text.parent}/runs", "name=diverging"]
     run = compose([*SETTINGS, *paths, "checkpoint.every=1", "optim.warmup=0", *settings])
     (line,) = set(ranks.run(diverging_on_ranks, 2, *run))
     folder = text.parent / "runs" / "diverging"

@@ -89,8 +89,8 @@ def test_what_would_fail_at_the_end_is_refused_before_tokenising(ranks, text, so
     (text.parent / "file").write_text("no folder")
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    ((unwritable, _),) = ranks.run(fitted, 1, settings(text, f"runs={text.parent}/file/runs"))
-    assert unwritable == f"runs={text.parent}/file/runs cannot be written: Not a directory"
+    ((unwritable, _),) = ranks.run(fitted, 1, settings(text, f"output_dir={text.parent}/file/runs"))
+    assert unwritable == f"output_dir={text.parent}/file/runs cannot be written: Not a directory"
     ((broken, _),) = ranks.run(fitted, 1, settings(text, model=pretrained(source)))
     assert broken is not None
     assert not (text.parent / "cache").exists()
@@ -105,8 +105,8 @@ class Unwritable:
 
 def test_a_tokenizer_that_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path, source):
     model = AutoModelForCausalLM.from_pretrained(source)
-    words = "^model.path=x: the trained model could not be exported: no files$"
-    with pytest.raises(ConfigError, match=words):
+    message = "^model.path=x: the trained model could not be exported: no files$"
+    with pytest.raises(ConfigError, match=message):
         rehearse(model, Unwritable(), None, tmp_path / "runs", "model.path=x")
     assert model.generation_config.temperature == 0.6
     assert list((tmp_path / "runs").iterdir()) == []

@@ -35,7 +35,7 @@ def test_any_grid_of_gpus_has_the_losses_and_gradient_norms_of_one(text):
 
 @pytest.mark.slow
 def test_a_gpu_that_hangs_ends_the_run_with_a_line_of_every_rank(text):
-    said = failing(text, "hang", "parallel.hop_timeout_seconds=3", "model.kernel=blocked")
-    assert [line[:23] for line in said] == ["ringflash: rank 0, step", "ringflash: rank 1, step"]
-    assert "waits for rank 1 since " in said[0]
-    assert "waits for no rank; its last wait was in layer " in said[1]
+    lines = failing(text, "hang", "parallel.hop_timeout_seconds=3", "attention.kernel=blocked")
+    assert [line[:23] for line in lines] == ["ringflash: rank 0, step", "ringflash: rank 1, step"]
+    assert "waits for rank 1 since " in lines[0]
+    assert "waits for no rank; its last wait was in layer " in lines[1]

@@ -37,7 +37,7 @@ SETTINGS = [
 
 def settings_of(texts):
     """The settings of a run on these texts."""
-    return [*SETTINGS, f"data.path={texts}", f"data.cache={texts.parent}/cache", f"runs={texts.parent}/runs"]
+    return [*SETTINGS, f"data.path={texts}", f"data.cache={texts.parent}/cache", f"output_dir={texts.parent}/runs"]
 
 
 @pytest.fixture(scope="module")

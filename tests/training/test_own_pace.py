@@ -112,8 +112,8 @@ def work_of_which_rank_1_fails(error):
 @pytest.mark.ranks
 @pytest.mark.parametrize("error", [ConfigError("data.path=/x is empty"), OSError("no space left")], ids=repr)
 def test_a_rank_that_fails_at_its_own_pace_ends_those_that_wait(ranks, error):
-    words = "data.path=/x is empty" if isinstance(error, ConfigError) else "rank 1 failed: OSError: no space left"
-    others = (OtherRankError, words)
+    message = "data.path=/x is empty" if isinstance(error, ConfigError) else "rank 1 failed: OSError: no space left"
+    others = (OtherRankError, message)
     assert ranks.run(work_of_which_rank_1_fails, 3, error) == [others, (type(error), str(error)), others]
 
 

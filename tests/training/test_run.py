@@ -61,8 +61,8 @@ def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_m
     assert (folder / "loss.png").stat().st_size > 1000
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
-    for said in ("held-out loss", "unigram entropy", str(folder / "model"), str(folder / "loss.png")):
-        assert said in stdout
+    for line in ("held-out loss", "unigram entropy", str(folder / "model"), str(folder / "loss.png")):
+        assert line in stdout
 
     # plain transformers, its own attention, the same loss on the same documents
     model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="sdpa")
@@ -117,9 +117,9 @@ def failing(text, failure, *settings):
     """What the ranks of a run say of themselves whose rank 1 fails in the ring."""
     arguments = command(text, "name=fails", "data.held_out=0", *settings)[4:]
     _, stderr = run([*LAUNCHER, "tests/training/failing_rank.py", failure, *arguments], code=1)
-    said = sorted(line for line in stderr.splitlines() if line.startswith("ringflash: "))
-    assert said, stderr
-    return said
+    lines = sorted(line for line in stderr.splitlines() if line.startswith("ringflash: "))
+    assert lines, stderr
+    return lines
 
 
 @pytest.mark.slow
@@ -143,9 +143,9 @@ def test_a_rank_that_raises_while_others_wait_in_the_ring_ends_the_run_with_its_
     ids=["ring", "ulysses"],
 )  # fmt: skip
 def test_a_rank_that_hangs_ends_the_run_with_a_line_of_every_rank(text, ulysses, waiting, hanging):
-    said = failing(text, "hang", "parallel.hop_timeout_seconds=2", f"parallel.ulysses={ulysses}")
-    assert said[0].startswith(f"ringflash: rank 0, {waiting}")
-    assert said[1:] == [f"ringflash: rank 1, {hanging}"]
+    lines = failing(text, "hang", "parallel.hop_timeout_seconds=2", f"parallel.ulysses={ulysses}")
+    assert lines[0].startswith(f"ringflash: rank 0, {waiting}")
+    assert lines[1:] == [f"ringflash: rank 1, {hanging}"]
 
 
 BAD_INPUT = {
@@ -162,9 +162,9 @@ BAD_INPUT = {
         "model.architecture.num_attention_heads=4 is not divisible by num_key_value_heads=3",
     ),
     "kernel": (
-        ["model.kernel=hopper"],
-        "model.kernel=hopper needs a GPU of compute capability 9.0, got device cpu; "
-        "model.kernel=auto takes what runs there",
+        ["attention.kernel=hopper"],
+        "attention.kernel=hopper needs a GPU of compute capability 9.0, got device cpu; "
+        "attention.kernel=auto takes what runs there",
     ),
     "experiment": (["experiment=unknown"], "experiment=unknown is not one of llama3-8b-256k, qwen3-0.5b-128k"),
 }  # fmt: skip
@@ -181,7 +181,7 @@ def test_bad_input_is_refused_alike_on_every_rank(ranks, text, others, line):
 def test_bad_input_ends_a_run_with_one_line(text, case):
     others, line = BAD_INPUT[case]
     _, stderr = run(command(text, *others), code=1)
-    assert [said for said in stderr.splitlines() if "ringflash:" in said] == [f"ringflash: {line}"]
+    assert [one for one in stderr.splitlines() if "ringflash:" in one] == [f"ringflash: {line}"]
     assert "Traceback" not in stderr
 
 
@@ -274,14 +274,17 @@ def test_print_refuses_what_a_run_would():
 
 def test_print_leaves_it_to_the_run_whether_a_kernel_can_run_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    check_here(compose(["model.kernel=hopper"])[0])
+    check_here(compose(["attention.kernel=hopper"])[0])
 
 
 def test_print_refuses_a_kernel_that_this_machines_gpu_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(portable_forward, "_arch", lambda device: 80)
-    config, _ = compose(["model.kernel=hopper"])
-    with FakeTensorMode(), pytest.raises(ConfigError, match=r"^model\.kernel=hopper needs .* 9\.0, got one of 8\.0;"):
+    config, _ = compose(["attention.kernel=hopper"])
+    with (
+        FakeTensorMode(),
+        pytest.raises(ConfigError, match=r"^attention\.kernel=hopper needs .* 9\.0, got one of 8\.0;"),
+    ):
         check_here(config)
 
 

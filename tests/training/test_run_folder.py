@@ -115,8 +115,8 @@ def test_steps_without_a_checkpoint_are_not_done_over(tmp_path):
 @pytest.mark.parametrize("runs", ["a[b", "a*/runs", "a?"])
 def test_folders_that_deepspeed_takes_for_patterns_are_refused_before_anything_is_done(runs):
     config, _ = compose([])
-    with pytest.raises(ConfigError, match=r"^runs=a[\S]+ holds '.': DeepSpeed would resume from a pattern"):
-        Config(**{**vars(config), "runs": runs})
+    with pytest.raises(ConfigError, match=r"^output_dir=a[\S]+ holds '.': DeepSpeed would resume from a pattern"):
+        Config(**{**vars(config), "output_dir": runs})
 
 
 @pytest.mark.parametrize("name", ["checkpoints", ".lock", "metrics.jsonl"])
@@ -151,7 +151,7 @@ def test_what_is_no_disks_fault_is_not_reported_as_such(tmp_path, error):
 def test_folders_that_cannot_be_made_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for runs in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc/runs")):
-        with pytest.raises(ConfigError, match=rf"runs={runs} cannot be used: .*: \w"):
+        with pytest.raises(ConfigError, match=rf"output_dir={runs} cannot be used: .*: \w"):
             run_folder.take(runs, "demo", "never")
     with pytest.raises(ConfigError, match="file is no folder, but name=file would be trained there"):
         run_folder.take(tmp_path, "file", "auto")

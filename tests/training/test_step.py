@@ -9,7 +9,7 @@ from torch import nn
 from ringflash import Loopback
 from ringflash.data import Batch
 from ringflash.layout import Layout
-from ringflash.models import ModelConfig, attention, build_model, ring_inputs
+from ringflash.models import AttentionConfig, ModelConfig, attention, build_model, ring_inputs
 from ringflash.training.parallel import ParallelConfig
 from ringflash.training.step import MemoryConfig, OptimConfig, TrainedModel, build_engine, evaluate, prepare, train_step
 from ringflash.training.world import World, join
@@ -189,7 +189,7 @@ def test_the_attention_settings_of_the_model_reach_every_layer(monkeypatch):
     monkeypatch.setattr(
         attention, "ring_attention", lambda *args, **options: asked.append(options) or real(*args, **options)
     )
-    settings = ModelConfig(path="unused", kernel="blocked", deterministic=True, compensated=False).attention
+    settings = AttentionConfig("blocked", deterministic=True, compensated=False)
     trained = TrainedModel(build("qwen3"), MemoryConfig(loss_tile=16), settings)
     inputs = ring_inputs(torch.arange(32)[None], torch.arange(32)[None], ring=Loopback(1))
     trained(torch.arange(32)[None], torch.arange(32)[None], inputs["position_ids"], inputs["plan"])

@@ -55,8 +55,8 @@ def grid_chosen_by_each(ulysses):
 @pytest.mark.ranks
 def test_a_grid_that_machines_of_unequal_size_chose_differently_is_refused_on_every_rank(ranks):
     assert ranks.run(grid_chosen_by_each, 3, (2, 2, 2)) == [None] * 3
-    for said in ranks.run(grid_chosen_by_each, 3, (4, 2, 8)):
-        assert said.startswith("parallel.ulysses=null came to 2 on some machines and 8 on others")
+    for message in ranks.run(grid_chosen_by_each, 3, (4, 2, 8)):
+        assert message.startswith("parallel.ulysses=null came to 2 on some machines and 8 on others")
 
 
 def test_a_launcher_that_tells_a_rank_its_number_alone_gets_its_gpu(monkeypatch):
