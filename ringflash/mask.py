@@ -42,13 +42,13 @@ class Order:
 
     Long tiles that come last keep a GPU waiting; tiles of one document read the same, and find it in L2.
     A tile walks all that lie between what its first row and what its last row sees; nothing where no row sees anything.
-    Fields: tiles int32 [B|1, ceil(rows / rows of a tile)], on the kernel's device. On the host: busy, how many of them
-    walk anything, at most in a batch row; longest, how much the longest walks; total, how much all of them do, on
+    Fields: tiles int32 [B|1, ceil(rows / rows of a tile)], on the kernel's device. On the host: nonempty, how many of
+    them walk anything, at most in a batch row; longest, how much the longest walks; total, how much all of them do, on
     average over batch rows.
     """
 
     tiles: Tensor
-    busy: int
+    nonempty: int
     longest: int
     total: float
 
@@ -253,7 +253,7 @@ class IntervalMask:
         for key in (-walked, document, -longest, walked == 0):  # the last decides, then the one before it
             tiles = tiles.gather(1, key.gather(1, tiles).argsort(dim=1, stable=True))
         return Order(
-            _to_device(tiles, device), busy=int((walked > 0).sum(1).max()), longest=int(walked.max()),
+            _to_device(tiles, device), nonempty=int((walked > 0).sum(1).max()), longest=int(walked.max()),
             total=float(walked.sum()) / self.batch,
         )  # fmt: skip
 

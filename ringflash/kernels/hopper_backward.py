@@ -53,12 +53,12 @@ from ringflash.kernels.hopper_parts import (
     Job,
     Pipe,
     arrive,
-    cap,
     check_inputs,
     check_rows,
-    hide,
     make_pipe,
+    mask_scores,
     processors,
+    softcap,
     sync,
     tile_run,
     tiles,
@@ -119,7 +119,7 @@ class Call:
     group: gl.tensor  # query heads of a KV head
     split: gl.tensor  # programs they are divided among
     pairs: gl.tensor  # batch rows x KV heads
-    section: gl.tensor  # pairs worked on at a time
+    heads_in_l2: gl.tensor  # pairs worked on at a time
     scale: gl.tensor
     c: gl.tensor
     cap_scale: gl.tensor
@@ -131,7 +131,7 @@ class Call:
     @gluon.constexpr_function
     def __init__(
         self, lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, section, scale, c, cap_scale,
+        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale,
         lse_factor, D, BLOCK_Q, CAPPED,
     ):  # fmt: skip
         self.lse = lse
@@ -152,7 +152,7 @@ class Call:
         self.group = group
         self.split = split
         self.pairs = pairs
-        self.section = section
+        self.heads_in_l2 = heads_in_l2
         self.scale = scale
         self.c = c
         self.cap_scale = cap_scale
@@ -171,14 +171,14 @@ class Call:
         """The KV tile of this program, and the query tiles that see it, the same for each of its heads.
 
         Programs start in order, those with the most to do first (`Order`), so that the short ones fill the gaps at the
-        end. `section` bounds how many KV heads' queries and dq share L2 at a time.
+        end. `heads_in_l2` bounds how many KV heads' queries and dq share L2 at a time.
         """
         index = gl.program_id(0)
-        of_section = self.section * self.split * self.tiles
-        section = index // of_section
-        index = index % of_section
-        pairs = gl.minimum(self.section, self.pairs - section * self.section)
-        pair = section * self.section + index % (pairs * self.split) // self.split
+        tiles_in_l2 = self.heads_in_l2 * self.split * self.tiles
+        first_pair = index // tiles_in_l2 * self.heads_in_l2
+        index = index % tiles_in_l2
+        pairs = gl.minimum(self.heads_in_l2, self.pairs - first_pair)
+        pair = first_pair + index % (pairs * self.split) // self.split
         head = self.heads() * (index % self.split)
         batch = pair // self.heads_kv
         head_kv = pair % self.heads_kv
@@ -251,9 +251,9 @@ def produce(call, shared, descriptors):
     index = gl.arange(0, call.BLOCK_Q, layout=gl.BlockedLayout([call.BLOCK_Q // 32], [32], [1], [0]))
     if job.tiles > 0:
         for who in gl.static_range(2):
-            shared.kv.load(who, k, job.batch, job.head_kv, job.first + who * ROWS)
+            shared.kv.load(who, k, job.batch, job.head_kv, job.first_row + who * ROWS)
         for who in gl.static_range(2):
-            shared.kv.load(2 + who, v, job.batch, job.head_kv, job.first + who * ROWS)
+            shared.kv.load(2 + who, v, job.batch, job.head_kv, job.first_row + who * ROWS)
     number = 0
     for member in range(call.heads()):
         head = job.head + member
@@ -371,13 +371,13 @@ def step(
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
     slope = 1.0
     if call.CAPPED:
-        s = cap(s, call.cap_scale)
+        s = softcap(s, call.cap_scale)
         slope = 1.0 - s * s
         p = gl.exp2(s * call.c + lse)
     else:
         p = gl.exp2(s * call.c)
     if EDGE:
-        p = hide(p, key_start, key_end, row, "0f00000000")
+        p = mask_scores(p, key_start, key_end, row, "0f00000000")
     weights = gl.convert_layout(p.to(q_tile.dtype), LEFT)
     dv_next = warpgroup_mma(weights, dout_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dscores,))  # the tensor cores, for all but dv
@@ -410,7 +410,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
     if job.tiles > 0:
         start = call.start + job.batch.to(gl.int64) * call.interval_stride_b
         end = call.end + job.batch.to(gl.int64) * call.interval_stride_b
-        keys = job.first + WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        keys = job.first_row + WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
         key_start = gl.load(start + keys, keys < call.keys, 0)
         key_end = gl.load(end + keys, keys < call.keys, 0)
         dk_acc = gl.zeros([ROWS, call.D], gl.float32, A)
@@ -456,7 +456,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
 
         # 4. k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
         sync(DONE, 256, 4)  # the other consumer
-        row = job.first + WHO * ROWS
+        row = job.first_row + WHO * ROWS
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
         staged = reinterpret(shared.kv.tiles, gl.float32, [2, ROWS, call.D], layout).index(WHO)
         staged.store(dk_acc * call.scale)
@@ -483,7 +483,7 @@ def consume_1(call, shared, descriptors):
 
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b", "order_stride_b",
-    "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs", "section", "scale", "c", "cap_scale",
+    "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs", "heads_in_l2", "scale", "c", "cap_scale",
     "lse_factor",
 ])  # fmt: skip
 def backward_kernel(
@@ -491,14 +491,14 @@ def backward_kernel(
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b, order, order_stride_b, tiles,
-    queries, keys, heads_kv, group, split, pairs, section, scale, c, cap_scale, lse_factor,
+    queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale, lse_factor,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, section, scale, c, cap_scale,
+        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale,
         lse_factor, D, BLOCK_Q, CAPPED,
     )  # fmt: skip
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -574,19 +574,19 @@ def backward(
     rows = ROWS.value
     t, registers = tuning or TUNINGS[D], REGISTERS[2]
     order = intervals.key_order[2 * rows]
-    if not order.busy:
+    if not order.nonempty:
         return
     split = programs_a_group(Hq // Hkv, order.longest / order.total, B * Hkv, processors(q.device))
     lse_factor = -1 / scale if softcap is None else -LOG2_E
     with torch.cuda.device_of(q):
-        backward_kernel[(B * Hkv * split * order.busy,)](
+        backward_kernel[(B * Hkv * split * order.nonempty,)](
             *(tiles(q, t.block_q), tiles(k, rows), tiles(v, rows), tiles(dout, t.block_q)),
             *(tiles(dq, t.block_q, D // 2), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
-            *(order.tiles, interval_stride(order.tiles), order.busy),
-            *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, min(section(q, k), B * Hkv), scale),
+            *(order.tiles, interval_stride(order.tiles), order.nonempty),
+            *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, min(heads_in_l2(q, k), B * Hkv), scale),
             *(*score_scales(scale, softcap), lse_factor),
             D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
@@ -606,7 +606,7 @@ def programs_a_group(group: int, longest: float, pairs: int, processors: int) ->
     return split
 
 
-def section(q: Tensor, k: Tensor) -> int:
+def heads_in_l2(q: Tensor, k: Tensor) -> int:
     """How many (batch row, KV head) pairs are worked on at a time, so that their q, dout and fp32 dq stay in L2."""
     _, Sq, Hq, D = q.shape
     return max(1, L2_BYTES // (Hq // k.shape[2] * Sq * D * (2 * q.element_size() + 4)))

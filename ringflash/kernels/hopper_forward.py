@@ -58,18 +58,18 @@ from ringflash.kernels.hopper_parts import (
     ROWS,
     Job,
     arrive,
-    cap,
     check_addresses,
     check_inputs,
     check_rows,
     counter,
-    handed_over,
-    hide,
     make_pipe,
+    mask_scores,
+    next_tile,
     processors,
+    receive_job,
+    softcap,
     supports,
     sync,
-    take,
     tile_run,
     tiles,
 )
@@ -120,7 +120,7 @@ class Call:
     start: gl.tensor
     end: gl.tensor
     interval_stride_b: gl.tensor
-    counter: gl.tensor  # of `take`
+    counter: gl.tensor  # of `next_tile`
     order: gl.tensor
     order_stride_b: gl.tensor
     tiles: gl.tensor  # query tiles of a head that are looked at
@@ -128,7 +128,7 @@ class Call:
     heads_kv: gl.tensor
     group: gl.tensor  # query heads of a KV head
     pairs: gl.tensor  # batch rows x KV heads
-    section: gl.tensor  # pairs worked on at a time
+    heads_in_l2: gl.tensor  # pairs worked on at a time
     c: gl.tensor
     cap_scale: gl.tensor
     D: gl.constexpr
@@ -140,7 +140,7 @@ class Call:
     @gluon.constexpr_function
     def __init__(
         self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles,
-        queries, heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY,
+        queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY,
     ):  # fmt: skip
         self.lse = lse
         self.lse_stride_b = lse_stride_b
@@ -156,7 +156,7 @@ class Call:
         self.heads_kv = heads_kv
         self.group = group
         self.pairs = pairs
-        self.section = section
+        self.heads_in_l2 = heads_in_l2
         self.c = c
         self.cap_scale = cap_scale
         self.D = gl.constexpr(D)
@@ -181,18 +181,18 @@ class Call:
         """Query tile number `index`, and the KV tiles it walks: one or more, or, past the last query tile, none.
 
         Those that see the most come first (`Order`). Heads run fastest, those of a group first, so that the tiles of K
-        and V that all SMs read at a time come from L2; `section` bounds how many KV heads that are.
+        and V that all SMs read at a time come from L2; `heads_in_l2` bounds how many KV heads that are.
         """
         TILE: gl.constexpr = self.CONSUMERS * ROWS
         total = self.total()
         taken = index < total
         index = gl.minimum(index, total - 1)
 
-        of_section = self.section * self.group * self.tiles
-        section = index // of_section
-        index = index % of_section
-        heads = gl.minimum(self.section, self.pairs - section * self.section) * self.group
-        pair = section * self.section + index % heads // self.group
+        tiles_in_l2 = self.heads_in_l2 * self.group * self.tiles
+        first_pair = index // tiles_in_l2 * self.heads_in_l2
+        index = index % tiles_in_l2
+        heads = gl.minimum(self.heads_in_l2, self.pairs - first_pair) * self.group
+        pair = first_pair + index % heads // self.group
         batch = pair // self.heads_kv
         head_kv = pair % self.heads_kv
         head = head_kv * self.group + index % self.group
@@ -233,14 +233,14 @@ def produce(call, pipes, jobs, descriptors):
     job = call.job(gl.program_id(0))
     while job.tiles > 0:
         # In the order of need: the first consumer's queries, the keys, the others' queries, the values.
-        q_pipe.load(q_number, q, job.batch, job.head, job.first)
+        q_pipe.load(q_number, q, job.batch, job.head, job.first_row)
         hand_over(job.fields(), jobs, q_pipe, q_number, call)
         k_pipe.load(loaded, k, job.batch, job.head_kv, call.key(job, 0))
         for who in gl.static_range(1, call.CONSUMERS):
-            q_pipe.load(q_number + who, q, job.batch, job.head, job.first + who * ROWS)
+            q_pipe.load(q_number + who, q, job.batch, job.head, job.first_row + who * ROWS)
             hand_over(job.fields(), jobs, q_pipe, q_number + who, call)
         v_pipe.load(loaded, v, job.batch, job.head_kv, call.key(job, 0))
-        following = take(call.counter, call.total())  # not at the end, where the next tile's queries would wait for it
+        following = next_tile(call.counter, call.total())  # not at the end, where the next queries would wait for it
         for step in range(1, job.tiles):
             key = call.key(job, step)
             k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
@@ -249,7 +249,7 @@ def produce(call, pipes, jobs, descriptors):
             # Emptied when the consumer has begun with the tile, a use ahead of what the pipe counts.
             for who in gl.static_range(call.CONSUMERS):
                 carry_pipe.wait_empty(q_number + who + call.CONSUMERS)
-                carry_pipe.copy(q_number + who, carry, job.batch, job.head, job.first + who * ROWS)
+                carry_pipe.copy(q_number + who, carry, job.batch, job.head, job.first_row + who * ROWS)
         loaded += job.tiles
         q_number += call.CONSUMERS
         job = call.job(following)
@@ -267,9 +267,9 @@ def produce(call, pipes, jobs, descriptors):
 def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
     """Fold a tile of scores into a row's m and z: the weights p, the new m and z, and what acc is scaled by."""
     if call.CAPPED:
-        s = cap(s, call.cap_scale)
+        s = softcap(s, call.cap_scale)
     if EDGE:
-        s = hide(s, row_start, row_end, key, "0fFF800000")
+        s = mask_scores(s, row_start, row_end, key, "0fFF800000")
     best = gl.max(s, 1) * call.c
     m_new = gl.where(best > m + SLACK, best, m)
     shift = m_new
@@ -397,11 +397,11 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
     q_number = 0 * call.queries + WHO
     number = 0 * call.queries
     q_pipe.wait_full(q_number)  # the copy engine and the producer
-    job = handed_over(jobs.index(WHO))
+    job = receive_job(jobs.index(WHO))
     while job.tiles > 0:
         start = call.start + job.batch.to(gl.int64) * call.interval_stride_b
         end = call.end + job.batch.to(gl.int64) * call.interval_stride_b
-        rows = job.first + WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        rows = job.first_row + WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
         row_start = gl.load(start + rows, rows < call.queries, 0)
         row_end = gl.load(end + rows, rows < call.queries, 0)
         m = gl.full([ROWS], NEG_INF, gl.float32, gl.SliceLayout(1, S))
@@ -448,11 +448,11 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
         v_pipe.release(number - 1)
         acc, total = result(acc, m, z, m_carry, carry_pipe, q_number, call)
         gl.store(lse + rows, total, valid)
-        put(acc, [job.batch, job.head, job.first + WHO * ROWS, 0], carry_pipe.tile(q_number), out)
+        store_output(acc, [job.batch, job.head, job.first_row + WHO * ROWS, 0], carry_pipe.tile(q_number), out)
 
         q_number += call.CONSUMERS
         q_pipe.wait_full(q_number)  # the copy engine and the producer
-        job = handed_over(jobs.index(WHO))
+        job = receive_job(jobs.index(WHO))
     tma.store_wait(0)
 
 
@@ -478,7 +478,7 @@ def result(acc, m, z, m_carry, carry_pipe, number, call):
 
 
 @gluon.jit
-def put(acc, place, staged, out):
+def store_output(acc, place, staged, out):
     """Send rows of out on their way, through shared memory. The copy engine clips rows past the end."""
     if staged.dtype != out.dtype:
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([acc.shape[0], acc.shape[1]], out.dtype)
@@ -508,13 +508,13 @@ def consume_2(call, pipes, jobs, descriptors):
 
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
-    "pairs", "section", "c", "cap_scale",
+    "pairs", "heads_in_l2", "c", "cap_scale",
 ])  # fmt: skip
 def forward_kernel(
     q, k, v, carry, out,
     lse, lse_stride_b, lse_stride_h,
     start, end, interval_stride_b, counter, order, order_stride_b, tiles,
-    queries, heads_kv, group, pairs, section, c, cap_scale,
+    queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     CAPPED: gl.constexpr, CARRY: gl.constexpr,
@@ -522,7 +522,7 @@ def forward_kernel(
     """Shared memory, barriers, and a function for each group of warps. q, k, v, carry, out are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles,
-        queries, heads_kv, group, pairs, section, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY,
+        queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY,
     )  # fmt: skip
     q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, WRITERS=2)
     jobs = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -592,7 +592,7 @@ def forward(
     t = tuning or TUNINGS[D]
     registers = REGISTERS[t.consumers]
     order = intervals.query_order[t.consumers * ROWS.value]
-    q_tiles = order.busy if in_place else order.tiles.shape[1]  # in place, what sees nothing has its result
+    q_tiles = order.nonempty if in_place else order.tiles.shape[1]  # in place, what sees nothing has its result
     if not q_tiles:
         return Partial(out, lse)
     out_tiles = tiles(out, ROWS.value)
@@ -604,7 +604,7 @@ def forward(
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(counter(q.device), order.tiles, interval_stride(order.tiles), q_tiles),
-            *(Sq, Hkv, Hq // Hkv, B * Hkv, min(section(q, k), B * Hkv), *score_scales(scale, softcap)),
+            *(Sq, Hkv, Hq // Hkv, B * Hkv, min(heads_in_l2(q, k), B * Hkv), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
             CAPPED=softcap is not None, CARRY=carry is not None,
@@ -613,7 +613,7 @@ def forward(
     return Partial(out, lse)
 
 
-def section(q: Tensor, k: Tensor) -> int:
+def heads_in_l2(q: Tensor, k: Tensor) -> int:
     """How many (batch row, KV head) pairs are worked on at a time: as many as have K and V stay in L2.
 
     But 8 query heads or more. With fewer, SMs work at query tiles of more different lengths, and no longer read the

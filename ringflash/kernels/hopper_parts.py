@@ -172,18 +172,18 @@ class Job:
     batch: gl.tensor
     head: gl.tensor
     head_kv: gl.tensor
-    first: gl.tensor
+    first_row: gl.tensor
     lo: gl.tensor
     tiles: gl.tensor
     edges: gl.tensor
     full_from: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, batch, head, head_kv, first, lo, tiles, edges, full_from):
+    def __init__(self, batch, head, head_kv, first_row, lo, tiles, edges, full_from):
         self.batch = batch
         self.head = head
         self.head_kv = head_kv
-        self.first = first
+        self.first_row = first_row
         self.lo = lo
         self.tiles = tiles
         self.edges = edges
@@ -191,15 +191,16 @@ class Job:
 
     @gluon.jit
     def fields(self):
-        """The job as a vector of 8, for `handed_over`."""
+        """The job as a vector of 8, for `receive_job`."""
         i = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [1], [0]))
-        where = gl.where(i == 0, self.batch, gl.where(i == 1, self.head, gl.where(i == 2, self.head_kv, self.first)))
+        heads = gl.where(i == 1, self.head, gl.where(i == 2, self.head_kv, self.first_row))
+        where = gl.where(i == 0, self.batch, heads)
         what = gl.where(i == 4, self.lo, gl.where(i == 5, self.tiles, gl.where(i == 6, self.edges, self.full_from)))
         return gl.where(i < 4, where, what)
 
 
 @gluon.jit
-def handed_over(fields):
+def receive_job(fields):
     """The job whose fields are these 8, in shared memory. For a warpgroup."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # each thread reads them all
     i = gl.arange(0, 8, layout=layout)
@@ -212,7 +213,7 @@ def handed_over(fields):
 
 
 @gluon.jit
-def take(counter, total):
+def next_tile(counter, total):
     """The next number of those below `total` that programs take as they come, each having begun with its own.
 
     So one that starts late, because its SM had another kernel's work to finish, takes fewer. For a warp. Each of the
@@ -241,12 +242,12 @@ def tile_run(start, end, first, last, BLOCK: gl.constexpr):
 
 
 @gluon.constexpr_function
-def hide_asm(count, value):
+def mask_scores_asm(count, value):
     """PTX: registers $0.. of a thread's two rows become `value` where a row does not see their column.
 
     A thread has columns 2 (lane % 4) + 8 k and the one after it, of its first row and then of its second, for k = 0,
-    1, ... Operands, after those of the tile: start - first, then end - start, `count` each. One comparison a column:
-    unsigned wraps below start.
+    1, ... Operands, after those of the tile: start - first_column, then end - start, `count` each. One comparison per
+    column: unsigned wraps below start.
     """
     before = f"""
         mov.u32 lane, %laneid;
@@ -265,31 +266,32 @@ def hide_asm(count, value):
 
 
 @gluon.constexpr_function
-def hide_operands(count):
+def mask_scores_operands(count):
     """`count` results, which begin as the first `count` operands, and twice as many others."""
     return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * 2 * count)
 
 
 @gluon.jit
-def hide(s, start, end, first, value: gl.constexpr):
-    """s [rows, columns], of a wgmma, with `value` (PTX) where column `first` + j is not in the row's start:end.
+def mask_scores(s, start, end, first_column, value: gl.constexpr):
+    """s [rows, columns], of a wgmma, with `value` (PTX) where column `first_column` + j is not in the row's start:end.
 
     In PTX, for Triton would make each thread's columns from the bits of its number anew: 237 instructions instead of
     112 in a step of the backward.
     """
     COUNT: gl.constexpr = s.shape[1] // 2  # registers of a thread: 64 rows over 128 threads
-    begin = gl.broadcast(gl.expand_dims(start - first, 1), s)[0]
+    begin = gl.broadcast(gl.expand_dims(start - first_column, 1), s)[0]
     size = gl.broadcast(gl.expand_dims(end - start, 1), s)[0]
     return gl.inline_asm_elementwise(
-        hide_asm(COUNT, value), hide_operands(COUNT), [s, begin, size], dtype=gl.float32, is_pure=True, pack=COUNT
-    )
+        mask_scores_asm(COUNT, value), mask_scores_operands(COUNT), [s, begin, size], dtype=gl.float32, is_pure=True,
+        pack=COUNT,
+    )  # fmt: skip
 
 
 @gluon.jit
-def cap(s, cap_scale):
+def softcap(s, cap_scale):
     """tanh(s scale / softcap), with cap_scale = 2 log2(e) scale / softcap, within a few 1e-6 of itself.
 
-    1 - 2 / (1 + 2^y), but for small y, where that cancels: a polynomial. See `portable_forward.cap`.
+    1 - 2 / (1 + 2^y), but for small y, where that cancels: a polynomial. See `portable_forward.softcap`.
     """
     y = s * cap_scale
     reciprocal = gl.inline_asm_elementwise(  # in one instruction, where Triton's division takes several
@@ -325,7 +327,7 @@ def processors(device: torch.device) -> int:
 
 
 def counter(device: torch.device) -> Tensor:
-    """An int32 that is 0 between two launches on the current stream, and its alone: made once, see `take`."""
+    """An int32 that is 0 between two launches on the current stream, and its alone: made once, see `next_tile`."""
     if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream, and fills what it keeps by itself
         return torch.zeros(1, dtype=torch.int32, device=device)
     return _counter_of(device, torch.cuda.current_stream(device).cuda_stream)

@@ -30,7 +30,6 @@ from ringflash.kernels.portable_forward import (
     NEG_INF,
     Tuning,
     arch,
-    cap,
     check_inputs,
     check_intervals,
     check_rows,
@@ -38,6 +37,7 @@ from ringflash.kernels.portable_forward import (
     interval_stride,
     load_tile,
     score_scales,
+    softcap,
     tile_argument,
     tile_run,
     visible,
@@ -89,7 +89,7 @@ def weights(s, lse, c, cap_scale, CAPPED: tl.constexpr):
     """p and the slope of the softcap, from products s and a log-sum-exp in base 2 that broadcasts over them."""
     slope = 1.0
     if CAPPED:
-        s, slope = cap(s, cap_scale)
+        s, slope = softcap(s, cap_scale)
     return tl.math.exp2(s * c - lse), slope
 
 

@@ -7,7 +7,7 @@ base 2 and c = scale log2(e), each tile updates the softmax state of a row (m it
     z' = alpha z + sum_j p_j      acc' = alpha acc + p v
 
 and at the end out = acc / z, lse = ln(2) (m + log2 z). A carried Partial is such a state too, m = log2(e) lse, z = 1,
-acc = out, and joins last. A softcap replaces s by tanh(s scale / softcap) and c by softcap log2(e); see `cap`.
+acc = out, and joins last. A softcap replaces s by tanh(s scale / softcap) and c by softcap log2(e); see `softcap`.
 
 The intervals never decrease, so the rows' bounds at a tile's first and last row say which keys all rows see, which
 none, and which only some (a full run with a masked edge on either side). The order is 1. full, 2. last, 3. edge:
@@ -131,7 +131,7 @@ def visible(start, end, index):
 
 
 @triton.jit
-def cap(s, cap_scale):
+def softcap(s, cap_scale):
     """tanh x and its derivative, x = s scale / softcap, cap_scale = 2 log2(e) scale / softcap.
 
     Both are within a few units of fp32's last place. u = 2 / (1 + e^2|x|) is 1 - tanh |x|. For small |x|, 1 - u would
@@ -214,7 +214,7 @@ def forward_kernel(
         k_tile = load_tile(k, batch, head_kv, key + BLOCK_K, BLOCK_K, BLOCK_D, D, TMA)
         s_next = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         if CAPPED:
-            s, _ = cap(s, cap_scale)
+            s, _ = softcap(s, cap_scale)
         p, m, z, alpha = softmax_step(s, m, z, c, EDGE=False)
         v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
@@ -227,7 +227,7 @@ def forward_kernel(
     row_end = tl.load(end + rows, valid, 0)
     key = lo + full_to * BLOCK_K
     if CAPPED:
-        s, _ = cap(s, cap_scale)
+        s, _ = softcap(s, cap_scale)
     s = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), s, NEG_INF)
     p, m, z, alpha = softmax_step(s, m, z, c, EDGE=True)
     v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
@@ -239,7 +239,7 @@ def forward_kernel(
         k_tile = load_tile(k, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         if CAPPED:
-            s, _ = cap(s, cap_scale)
+            s, _ = softcap(s, cap_scale)
         s = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), s, NEG_INF)
         p, m, z, alpha = softmax_step(s, m, z, c, EDGE=True)
         v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)

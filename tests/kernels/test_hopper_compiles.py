@@ -258,10 +258,10 @@ def test_a_groups_heads_are_divided_where_a_tile_would_outlast_the_others(group,
     ],
 )
 def test_the_forward_works_at_8_heads_or_as_many_as_l2_holds(heads, tokens, pairs):
-    from ringflash.kernels.hopper_forward import section
+    from ringflash.kernels.hopper_forward import heads_in_l2
 
     q, k = (torch.empty(1, tokens, count, 128, dtype=torch.bfloat16, device="meta") for count in heads)
-    assert section(q, k) == pairs
+    assert heads_in_l2(q, k) == pairs
 
 
 if __name__ == "__main__":
