@@ -1,42 +1,55 @@
 """Train a language model on long contexts.
 
     python train.py                                                         # one GPU, or the CPU
+    python train.py experiment=debug                                        # seconds on a CPU
     torchrun --nproc-per-node 8 train.py experiment=qwen3-0.5b-128k         # eight GPUs of one machine
     sbatch launch/slurm.sh experiment=llama3-8b-256k data.path=corpus data.tokenizer=folder     # a Slurm cluster
 
-Settings are key=value, such as optim.lr=1e-4 or model=qwen3-0.5b; --print shows what they come to and ends.
-Text is taken as typed: it needs no quotes but the shell's.
+    python train.py --help                  # every setting, with its type, default and meaning
+    python train.py --print optim.lr=1e-4   # check the settings, and show what they resolve to
+
+Settings are key=value, such as optim.lr=1e-4, or group=option, such as model=qwen3-0.5b. A value is taken as typed and
+needs no quotes except the shell's.
 """
 
-import argparse
 import os
 import signal
+import sys
 
 PARENT = os.getppid()  # a launcher, which may end during the seconds of the imports
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted import is no error with a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted import prints no traceback
 
 from ringflash.training import failure  # noqa: E402
+
+OPTIONS = ("--print", "--help", "-h")
 
 
 def main() -> None:
     """Compose the configuration, check it, train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="key=value")
-    parser.add_argument("--print", action="store_true", help="show the resolved configuration and end")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; the environment tells
-    arguments, rest = parser.parse_known_intermixed_args()
+    # deepspeed's launcher adds --local_rank, which the environment holds too
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    options = [argument for argument in arguments if argument.startswith("-")]
     with failure.one_line(PARENT):
         from ringflash.errors import ConfigError
 
-        if rest:
-            raise ConfigError(f"{rest[0]} is not an option of train.py: settings are key=value, and --help shows more")
-        from ringflash.training.config import compose
-        from ringflash.training.loop import check_here, fit
+        if unknown := [option for option in options if option not in OPTIONS]:
+            raise ConfigError(f"{unknown[0]} is not an option of train.py: settings are key=value, see --help")
+        import torch
 
-        config, resolved = compose(arguments.settings)
-        if arguments.print:
-            check_here(config)
+        from ringflash.training.config import compose
+
+        if {"--help", "-h"} & {*options}:
+            from ringflash.training.help import settings_help
+
+            print(f"{__doc__}\n{settings_help()}")
+            return
+        from ringflash.training.loop import fit
+        from ringflash.training.preflight import check_inputs
+
+        config, resolved = compose([argument for argument in arguments if argument not in options])
+        if "--print" in options:
+            check_inputs(config, torch.device("cuda") if torch.cuda.is_available() else None)
             print(resolved.rstrip())
             return
         fit(config, resolved)

@@ -45,7 +45,7 @@ def test_a_launcher_trains_with_its_ranks_and_settings(launcher, corpus):
     assert result.returncode == 0, result.stdout + result.stderr
     folder = corpus / "runs" / "launched"
     assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["sequence_length"] == 32
-    assert "1 replicas x 2 ranks of a ring" in result.stdout
+    assert "replicas 1 x ring 2" in result.stdout
     assert (folder / "model" / "model.safetensors").exists()
 
 

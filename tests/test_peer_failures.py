@@ -558,7 +558,8 @@ def test_deadlock_of_ranks_that_skip_different_hops(ranks, size):
 
 def compiled_by_an_engine(folder):
     """What building DeepSpeed's engine leaves in the folder for compiled extensions."""
-    from ringflash.training.step import MemoryConfig, OptimConfig, build_engine
+    from ringflash.training.engine import MemoryConfig, build_engine
+    from ringflash.training.optimizer import OptimConfig
     from tests.training.test_step import build, joined
 
     with pytest.MonkeyPatch.context() as patch:

@@ -27,34 +27,18 @@ from ringflash.errors import ConfigError, in_one_line
 from ringflash.models import ARCHITECTURES, AttentionConfig, ModelConfig, field_refusal
 from ringflash.models.architecture import LARGEST
 from ringflash.training.checkpoint import CheckpointConfig
+from ringflash.training.engine import MemoryConfig
+from ringflash.training.evaluation import EvaluationConfig
 from ringflash.training.metrics import LoggerConfig
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.overrides import for_hydra, kind_of, typed_value, unknown, wanted
 from ringflash.training.parallel import ParallelConfig
-from ringflash.training.step import MemoryConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LONGEST_NAME = 200  # bytes; a folder's name has 255 at most, and -2 or .partial may follow
 PATHS = ("output_dir", "model.path", "data.path", "data.tokenizer", "data.cache")  # in which ~ is the home folder
 
 OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Loss on documents that are not trained on."""
-
-    every: int = 20
-    """Steps between evaluations; 0: only at the end."""
-
-    sequences: int = 4
-    """Held-out sequences of each evaluation."""
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.sequences < 1:
-            raise ConfigError(
-                f"evaluation.every={self.every} must be 0 or more, evaluation.sequences={self.sequences} 1 or more"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +67,7 @@ class Config:
     """How its attention is computed."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How a sequence is spread over ranks."""
+    """Context parallelism: how a sequence is spread over ranks."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """What is traded for memory."""
@@ -114,16 +98,6 @@ class Config:
         if found := re.search(r"[\[*?]", self.output_dir):
             raise ConfigError(
                 f"output_dir={self.output_dir} holds {found[0]!r}: DeepSpeed would resume from a pattern, no folder"
-            )
-
-    def check(self, ranks: int) -> None:
-        """Raise ConfigError for what cannot work on this many ranks."""
-        ring = self.parallel.ring_size(ranks)
-        sharing = ring * (self.parallel.ulysses or 1)
-        self.optim.accumulation(ranks // sharing)
-        if sharing > 1 and self.data.sequence_length < 2 * sharing:
-            raise ConfigError(
-                f"data.sequence_length={self.data.sequence_length} is smaller than 2 x {sharing} ranks that share it"
             )
 
 

@@ -18,7 +18,7 @@ import deepspeed
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ringflash.errors import ConfigError, in_one_line
+from ringflash.errors import ConfigError, DiskError, in_one_line
 from ringflash.training import metrics
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import remove, writing
@@ -76,7 +76,10 @@ def rehearse(
         raise ConfigError(f"output_dir={output_dir} cannot be written: {error.strerror}") from error
     with scratch as name:
         try:
-            _write(model, Path(name, "model"), tokenizer, generation, state_dict={})
+            with writing(output_dir):
+                _write(model, Path(name, "model"), tokenizer, generation, state_dict={})
+        except DiskError:
+            raise
         except Exception as error:  # transformers and tokenizers share no base class
             raise ConfigError(f"{source}: the trained model could not be exported: {in_one_line(error)}") from error
         metrics.plot(Path(name), None)

@@ -6,18 +6,17 @@ import json
 import math
 import os
 import re
-import resource
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from tqdm import tqdm
 
 from ringflash.errors import ConfigError
 from ringflash.training.files import write_whole, writing
 
+FILE = "metrics.jsonl"
 MODES = ("offline", "online", "disabled")
 
 
@@ -45,7 +44,7 @@ class Metrics:
     """
 
     def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], start: int, steps: int) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / FILE
         kept = [line for line in read(self.path) if line["step"] <= start]
         write_whole(self.path, "".join(_json(line) for line in kept))
         self._file = self.path.open("a", buffering=1)
@@ -75,6 +74,16 @@ class Metrics:
         """A line above the progress bar."""
         self._bar.write(message)
 
+    def conclude(self, step: int, held_out_loss: float | None, unigram_entropy: float | None) -> None:
+        """Add the last record of a complete run, of `step`, if anything is held out; then close.
+
+        A complete run that is resumed has this record already, unless it was killed after its last checkpoint.
+        """
+        written = any(record["step"] == step and "unigram_entropy" in record for record in read(self.path))
+        if held_out_loss is not None and unigram_entropy is not None and not written:
+            self.log(step, {"held_out_loss": held_out_loss, "unigram_entropy": unigram_entropy})
+        self.close()
+
     def close(self, exit_code: int = 0) -> None:
         """Finish the file, the bar and the wandb run, which shows whether the run succeeded: exit code 0."""
         self._bar.close()
@@ -97,7 +106,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
     return records
 
@@ -106,7 +115,7 @@ def plot(folder: Path, unigram: float | None) -> Path:
     """Draw the run's training loss and, if any is held out, that text's loss and unigram entropy, as loss.png."""
     from matplotlib.figure import Figure
 
-    records = read(folder / "metrics.jsonl")
+    records = read(folder / FILE)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, style in (("loss", {"linewidth": 1}), ("held_out_loss", {"marker": "o", "markersize": 4})):
@@ -125,22 +134,13 @@ def plot(folder: Path, unigram: float | None) -> Path:
     return folder / "loss.png"
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process since it began: the GPU's, or on the CPU the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
     import wandb
 
-    run_id = folder / "wandb-id"
-    if not run_id.exists():
-        write_whole(run_id, secrets.token_hex(4))
+    run_id = _wandb_id(folder / "wandb-id")
     try:
         return wandb.init(
-            project=config.project, name=folder.name, id=run_id.read_text(), resume="allow",
+            project=config.project, name=folder.name, id=run_id, resume="allow",
             mode=cast(Literal["offline", "online", "disabled"], config.mode),
             dir=str(folder), config=settings, settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
@@ -149,3 +149,16 @@ def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
             f"logger.mode={config.mode} logger.project={config.project}: wandb cannot start: {error}; "
             f"logger.mode=offline needs no key and no network"
         ) from error
+
+
+def _wandb_id(file: Path) -> str:
+    """The id of the folder's wandb run, drawn when there is none. Raises ConfigError where the file holds no id."""
+    if not os.path.lexists(file):
+        write_whole(file, secrets.token_hex(4))
+    try:
+        found = file.read_text(errors="replace").strip()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; delete it to start a new wandb run") from error
+    if not re.fullmatch(r"[\w.-]{1,128}", found, re.ASCII):
+        raise ConfigError(f"{file} holds {found[:40]!r}, not the id of a wandb run: delete it to start a new wandb run")
+    return found

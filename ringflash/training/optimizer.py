@@ -52,6 +52,9 @@ class OptimConfig:
     """Gradient norm above which gradients are scaled down; 0: never."""
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "warmup"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be a whole number")
         for name in ("steps", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
@@ -63,6 +66,12 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and below 1")
+
+        if self.warmup > self.steps:
+            raise ConfigError(
+                f"optim.warmup={self.warmup} is more than optim.steps={self.steps}: the learning rate would never "
+                f"reach optim.lr={self.lr}"
+            )
 
     def accumulation(self, replicas: int) -> int:
         """Micro-batches of a step. Raises ConfigError where the batch does not divide."""

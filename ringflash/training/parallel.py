@@ -24,7 +24,7 @@ YEAR = 365 * 24 * 60  # in minutes
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a sequence is spread over ranks."""
+    """Context parallelism: how a sequence is spread over ranks."""
 
     ring: int | None = None
     """Ranks in a ring; null: all that there are, over ulysses. A sequence is shared by ring x ulysses ranks, and the

@@ -53,16 +53,19 @@ def take(output_dir: Path, name: str, resume: str) -> RunFolder:
         (path / "checkpoints").mkdir(exist_ok=True)
         return run
     except OSError as error:
-        where = error.filename or output_dir / name  # no file is named where a disk is full
-        raise ConfigError(f"output_dir={output_dir} cannot be used: {where}: {error.strerror}") from error
+        where = Path(error.filename or output_dir / name)  # no file is named where a disk is full
+        reason = f"links to {where.readlink()}, which does not exist" if _dangles(where) else error.strerror
+        raise ConfigError(f"output_dir={output_dir} cannot be used: {where}: {reason}") from error
 
 
-def check_start(path: Path, start: int) -> None:
-    """Raise ConfigError where a run would begin at step 0 in a folder that has steps behind it."""
-    steps = max((record["step"] for record in metrics.read(path / "metrics.jsonl")), default=0)
-    if start == 0 and steps > 0:
+def check_start(path: Path, start: int, steps: int) -> None:
+    """Raise ConfigError for a start beyond the run's last step, or at 0 in a folder that has steps behind it."""
+    if start > steps:
+        raise ConfigError(f"optim.steps={steps} is less than the {start} steps that {path} has done")
+    done = max((record["step"] for record in metrics.read(path / metrics.FILE)), default=0)
+    if start == 0 and done > 0:
         raise ConfigError(
-            f"{path} has {steps} steps behind it and no checkpoint to resume from: resume=never starts over in a "
+            f"{path} has {done} steps behind it and no checkpoint to resume from: resume=never starts over in a "
             f"folder of its own"
         )
 
@@ -95,6 +98,11 @@ def _newest(output_dir: Path, name: str) -> Path | None:
     found = {}
     for path in output_dir.iterdir():
         match = re.fullmatch(rf"{re.escape(name)}(?:-([2-9]|[1-9][0-9]+))?", path.name)
+        if match and _dangles(path):
+            raise ConfigError(
+                f"resume=auto: {path} links to {path.readlink()}, which does not exist, so the newest run of "
+                f"name={name} is not known: restore that folder, or delete the link"
+            )
         if match and path.is_dir() and (match[1] is None or _name_of(path) != path.name):
             found[int(match[1] or 1)] = path
     begun = [number for number in sorted(found) if _has_begun(found[number])]
@@ -118,9 +126,13 @@ def _name_of(path: Path) -> str | None:
     return settings.get("name") if isinstance(settings, dict) else None
 
 
+def _dangles(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
 def _has_begun(path: Path) -> bool:
     checkpoints = path / "checkpoints"
-    return bool(metrics.read(path / "metrics.jsonl")) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    return bool(metrics.read(path / metrics.FILE)) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def _locked(path: Path) -> TextIO:

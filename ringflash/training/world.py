@@ -108,7 +108,7 @@ def join(config: ParallelConfig) -> World:
     deepspeed or Slurm's srun under torchrun set; alone, the world is one process. Raises ConfigError for more ranks on
     this machine than GPUs, a grid that does not divide the ranks, or one that machines chose differently.
     """
-    device = _device()
+    device = local_device()
     _environment_of_one()
     size = config.ring_size(world_size())
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -170,7 +170,13 @@ def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
     return options
 
 
-def _device() -> torch.device:
+def is_rank_0() -> bool:
+    """Whether this is the run's first rank, as the launcher tells; true without one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_device() -> torch.device:
+    """This rank's GPU, made the current one, or the CPU. Raises ConfigError for more ranks here than GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = _local_rank()

@@ -13,7 +13,9 @@ import torch
 
 from ringflash.errors import ConfigError, DiskError
 from ringflash.training import checkpoint
-from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, prepare, train_step
+from ringflash.training.engine import MemoryConfig, build_engine
+from ringflash.training.optimizer import OptimConfig
+from ringflash.training.step import prepare, train_step
 from ringflash.training.world import World
 from tests.training.test_step import LENGTH, SEQUENCES, Layout, build, joined, sequences
 

@@ -1,8 +1,6 @@
 """Every configuration composes, and a wrong key or value fails at once with the name of the key."""
 
-import ast
-import inspect
-import textwrap
+import re
 from dataclasses import is_dataclass
 from typing import get_type_hints
 
@@ -10,8 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from ringflash.errors import ConfigError
-from ringflash.training.config import CONFIGS, Config, compose
+from ringflash.training.config import CONFIGS, Config, _schema, compose
+from ringflash.training.help import settings_help
 from ringflash.training.overrides import RENAMED
+from ringflash.training.preflight import check_ranks
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 GROUPS = [
@@ -36,6 +36,21 @@ def test_every_option_of_every_group_composes(group, name):
     compose([f"{group}={name}", *needed])
 
 
+@pytest.mark.parametrize(("group", "name"), GROUPS)
+def test_no_option_of_a_group_repeats_a_default(group, name):
+    given = flat(OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml")), f"{group}.")
+    defaults = flat(OmegaConf.to_container(OmegaConf.structured(_schema(Config))))
+    assert [key for key, value in given.items() if key in defaults and value == defaults[key]] == []
+
+
+def flat(settings, prefix=""):
+    """The values below nested dictionaries, by dotted key."""
+    found = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def test_the_resolved_yaml_gives_the_same_configuration_again(tmp_path):
     config, resolved = compose(["optim.lr=1e-5"])
     (tmp_path / "train.yaml").write_text("defaults: [schema, _self_]\n" + resolved)
@@ -55,20 +70,32 @@ def test_a_setting_of_an_earlier_version_is_refused_with_its_new_name(tmp_path, 
         compose([], folder=tmp_path)
 
 
-def undescribed(part):
-    """Fields below a dataclass that no docstring follows."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
-    for field, after in zip(body, [*body[1:], None], strict=True):
-        if isinstance(field, ast.AnnAssign):
-            if not (isinstance(after, ast.Expr) and isinstance(after.value.value, str)):
-                yield f"{part.__name__}.{field.target.id}"
-            kind = get_type_hints(part)[field.target.id]
-            if is_dataclass(kind):
-                yield from undescribed(kind)
+TYPED = {"True": "true", "False": "false", "None": "null"}
 
 
-def test_every_setting_is_described_where_it_is_read():
-    assert list(undescribed(Config)) == []
+def test_help_lists_every_setting_with_its_default_type_and_sentence():
+    text, defaults = settings_help(), OmegaConf.create(compose()[1])
+    for key in settings_of(Config):
+        default = OmegaConf.select(defaults, key)
+        shown = "..." if OmegaConf.is_config(default) else TYPED.get(repr(default), default)
+        head = re.search(rf"^  {re.escape(f'{key}={shown}')}  \((.+)\)\n      (\S.+)", text, re.MULTILINE)
+        assert head, f"{key}={shown} is not in the help with a type and a sentence"
+
+
+def test_help_lists_every_option_of_every_group():
+    text = settings_help()
+    for group, name in [*GROUPS, *(("experiment", name) for name in EXPERIMENTS)]:
+        assert re.search(rf"^  {group}={re.escape(name)} +\w.+", text, re.MULTILINE), f"{group}={name}"
+
+
+def test_help_of_the_parallel_group_says_context_parallel():
+    assert re.search(r"^parallel: .*[Cc]ontext parallel", settings_help(), re.MULTILINE)
+
+
+def settings_of(part, prefix=""):
+    """The keys of all settings below a dataclass."""
+    for name, kind in get_type_hints(part).items():
+        yield from settings_of(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +112,10 @@ def test_every_setting_is_described_where_it_is_read():
         ),
         (["optim.lr=abc"], "optim.lr=abc must be a number"),
         (["optim.steps=0"], "optim.steps=0 must be 1 or more"),
+        (
+            ["optim.steps=3", "optim.warmup=4"],
+            "optim.warmup=4 is more than optim.steps=3: the learning rate would never",
+        ),
         (["optim.clip=-1"], "optim.clip=-1.0 must be 0 or more and finite"),
         (["optim.lr=nan"], "optim.lr=nan must be 0 or more and finite"),
         (["optim.beta1=2"], "optim.beta1=2.0 must be 0 or more and below 1"),
@@ -96,7 +127,7 @@ def test_every_setting_is_described_where_it_is_read():
             "parallel.hop_timeout_seconds=58.0 must end 4 seconds before parallel.timeout_minutes=1",
         ),
         (["parallel.hop_timeout_seconds=nan"], "parallel.hop_timeout_seconds=nan must be above 0 and finite"),
-        (["experiment=foo"], "experiment=foo is not one of llama3-8b-256k, qwen3-0.5b-128k"),
+        (["experiment=foo"], "experiment=foo is not one of debug, llama3-8b-256k, qwen3-0.5b-128k"),
         (["model=foo"], "model=foo is not one of llama3-8b, pretrained, qwen3"),
         (["data=text"], "data.path is not set"),
         (["model.path=folder"], "model.path=folder and model.architecture"),
@@ -133,9 +164,14 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(overrides, message
         (["parallel.ulysses=3"], 4, "parallel.ulysses=3 does not divide the 4 ranks"),
         (["data.sequence_length=15"], 8, "data.sequence_length=15 is smaller than 2 x 8 ranks"),
         (["optim.batch=3", "optim.micro_batch=2"], 1, "optim.batch=3 is not a multiple of 1 replicas x optim.micro"),
+        (
+            ["memory.zero=0", "model.dtype=bf16", "optim.batch=3"],
+            1,
+            "memory.zero=0 with bf16 weights would accumulate 3 micro-batches in bf16",
+        ),
         (["optim.batch=1", "parallel.ring=2"], 4, "optim.batch=1 is not a multiple of 2 replicas"),
     ],
 )
 def test_what_does_not_fit_the_ranks_is_refused(overrides, ranks, message):
     with pytest.raises(ConfigError, match=message):
-        compose(overrides)[0].check(ranks)
+        check_ranks(compose(overrides)[0], ranks)

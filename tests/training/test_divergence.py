@@ -11,8 +11,10 @@ from ringflash.layout import Layout
 from ringflash.training import checkpoint, failure, metrics
 from ringflash.training.config import compose
 from ringflash.training.divergence import LIMIT, Divergence
+from ringflash.training.engine import MemoryConfig, build_engine
 from ringflash.training.export import export
-from ringflash.training.step import MemoryConfig, OptimConfig, build_engine, prepare, train_step
+from ringflash.training.optimizer import OptimConfig
+from ringflash.training.step import prepare, train_step
 from tests.training.test_optimizer import SETTINGS, fit_on_ranks, weights_of
 from tests.training.test_step import LENGTH, build, joined, sequences
 

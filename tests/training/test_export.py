@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, DiskError
 from ringflash.training.config import compose
 from ringflash.training.export import rehearse
 from tests.models.test_models import TINY
@@ -94,6 +94,17 @@ def test_what_would_fail_at_the_end_is_refused_before_tokenising(ranks, text, so
     ((broken, _),) = ranks.run(fitted, 1, settings(text, model=pretrained(source)))
     assert broken is not None
     assert not (text.parent / "cache").exists()
+
+
+def test_a_full_disk_is_not_blamed_on_the_model(tmp_path, source, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    monkeypatch.setattr(model, "save_pretrained", full)
+    message = rf"^{tmp_path} was not written: .*No space left on device; .* GiB are free on its disk$"
+    with pytest.raises(DiskError, match=message):
+        rehearse(model, Unwritable(), None, tmp_path, "model.path=x")
 
 
 class Unwritable:

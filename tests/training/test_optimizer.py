@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ringflash.data import batch, load_corpus
+from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import ARCHITECTURES, build_model
 from ringflash.training import loop
 from ringflash.training.config import compose
+from ringflash.training.engine import MemoryConfig, build_engine
 from ringflash.training.metrics import read
 from ringflash.training.optimizer import OptimConfig, parameter_groups
-from ringflash.training.step import MemoryConfig, build_engine, prepare, train_step
+from ringflash.training.step import prepare, train_step
 from tests.models.test_models import tiny
 from tests.training.test_step import LENGTH, build, joined, sequences
 
@@ -253,11 +255,18 @@ def test_a_resumed_run_equals_one_that_was_not_bit_for_bit(ranks, texts, zero, d
 @pytest.mark.parametrize(
     ("warmup", "steps", "rates"),
     [(2, 6, [0.5, 1.0, 0.9267767, 0.75, 0.5732233, 0.5]), (0, 3, [1.0, 0.75, 0.5]), (1, 3, [1.0, 0.75, 0.5]),
-     (4, 3, [0.25, 0.5, 0.75]), (0, 1, [1.0])],
+     (4, 4, [0.25, 0.5, 0.75, 1.0]), (0, 1, [1.0])],
 )  # fmt: skip
 def test_the_rate_rises_from_the_first_step_and_ends_at_the_final_one(warmup, steps, rates):
     optim = OptimConfig(steps=steps, warmup=warmup, lr=2.0, final_lr=0.5)
     assert [optim.learning_rate(step) for step in range(1, steps + 1)] == pytest.approx([2 * rate for rate in rates])
+
+
+@pytest.mark.parametrize("value", [1.5, math.inf, "1", True, None])
+@pytest.mark.parametrize("name", ["steps", "batch", "micro_batch", "warmup"])
+def test_a_count_that_is_no_whole_number_is_refused(name, value):
+    with pytest.raises(ConfigError, match=rf"^optim\.{name}={value} must be a whole number$"):
+        OptimConfig(**{name: value})
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -44,13 +44,14 @@ def tokenised_by_a_slow_rank(settings):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(reported):
         patch.setattr(loop, "load_corpus", load_slowly)
         patch.setattr(watch, "REPORT", 0.5)
-        training, _ = loop._corpora(compose(settings)[0], world)
+        training, _ = loop._load_corpora(compose(settings)[0], world)
     return len(training), reported.getvalue(), timeouts()
 
 
 @pytest.mark.ranks
 def test_tokenising_beyond_the_timeout_is_waited_for_and_reported(ranks, text):
     settings = ["data=text", f"data.path={text}", f"data.cache={text.parent}/cache", "data.held_out=0.3"]
+    settings.append("data.sequence_length=64")
     (mine, _, _), (other, reported, left) = ranks.run(tokenised_by_a_slow_rank, 2, settings)
     assert mine == other == 7
     line = rf"\nringflash: rank 1, step 0: waits for rank 0 since \d+ s: tokenising data\.path={re.escape(str(text))}\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,8 +19,8 @@ from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
 from ringflash.kernels import portable_forward
 from ringflash.training.config import compose
-from ringflash.training.loop import check_here
 from ringflash.training.metrics import read
+from ringflash.training.preflight import check_inputs
 from tests.training.runs import fitted, settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +167,7 @@ BAD_INPUT = {
         "attention.kernel=hopper needs a GPU of compute capability 9.0, got device cpu; "
         "attention.kernel=auto takes what runs there",
     ),
-    "experiment": (["experiment=unknown"], "experiment=unknown is not one of llama3-8b-256k, qwen3-0.5b-128k"),
+    "experiment": (["experiment=unknown"], "experiment=unknown is not one of debug, llama3-8b-256k, qwen3-0.5b-128k"),
 }  # fmt: skip
 
 
@@ -186,12 +187,30 @@ def test_bad_input_ends_a_run_with_one_line(text, case):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")))
-def test_every_experiment_takes_two_steps_on_the_cpu_with_a_small_model(ranks, text, experiment):
+@pytest.mark.parametrize("experiment", ["llama3-8b-256k", "qwen3-0.5b-128k"])
+def test_every_large_experiment_takes_two_steps_on_the_cpu_with_a_small_model(ranks, text, experiment):
     others = [f"experiment={experiment}", "model=tiny-llama", "optim.steps=2", "name=short"]
     (error, stdout), _ = ranks.run(fitted, 2, settings(text, *others))
     assert error is None
     assert "held-out loss" in stdout
+
+
+@pytest.mark.ranks
+def test_the_debug_experiment_does_all_that_a_run_does_on_few_tokens(ranks, tmp_path):
+    others = [f"output_dir={tmp_path}", f"data.cache={tmp_path}/cache", "experiment=debug"]
+    config, _ = compose(others)
+    assert config.optim.steps * config.optim.batch * config.data.sequence_length <= 1024
+    ((error, stdout),) = ranks.run(fitted, 1, others)
+    assert error is None
+    model = re.search(r"^model +llama, ([0-9,]+) parameters in fp32$", stdout, re.MULTILINE)
+    assert int(model[1].replace(",", "")) < 100_000
+    assert re.search(
+        r"^data .* \(source text of Python's standard library; .*\), tokenizer bytes$", stdout, re.MULTILINE
+    )
+    folder = tmp_path / "debug"
+    assert ["held_out_loss" in record for record in read(folder / "metrics.jsonl")] == [False, True, False, True, True]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert (folder / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.ranks
@@ -217,6 +236,15 @@ def test_a_run_killed_after_its_last_checkpoint_has_its_last_record_once_when_re
     for _ in range(2):  # the second finds the run complete
         assert ranks.run(fitted, 1, arguments)[0][0] is None
         assert file.read_text() == complete
+
+
+@pytest.mark.ranks
+def test_a_plot_that_could_not_be_written_at_the_end_is_refused_before_the_first_step(ranks, text):
+    folder = text.parent / "runs" / "blocked"
+    (folder / "loss.png").mkdir(parents=True)
+    ((error, _),) = ranks.run(fitted, 1, settings(text, "name=blocked", "resume=auto"))
+    assert error.startswith(f"{folder}/loss.png was not written: ")
+    assert read(folder / "metrics.jsonl") == []
 
 
 @pytest.mark.ranks
@@ -267,36 +295,44 @@ def test_print_shows_a_configuration_that_can_be_read_back():
     assert OmegaConf.create(stdout).optim.lr == 1e-5
 
 
-def test_print_refuses_what_a_run_would():
-    with pytest.raises(ConfigError, match=r"attention_dropout=0\.1 is not supported"):
-        check_here(compose(["+model.architecture.attention_dropout=0.1"])[0])
+REFUSED_BY_PRINT = {
+    "model": (["+model.architecture.attention_dropout=0.1"], "attention_dropout=0.1 is not supported"),
+    "length": (["data.sequence_length=9000"], "data.sequence_length=9000 is more than the 8192 positions"),
+    "data": (["data.path=/nowhere"], "data.path=/nowhere does not exist"),
+    "files": (["data.files=['*.nothing']"], "match no file"),
+    "tokenizer": (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere is neither bytes nor a folder"),
+    "vocabulary": (["model.architecture.vocab_size=100"], "data.tokenizer=bytes has 384 tokens, more than the model's"),
+}
 
 
-def test_print_leaves_it_to_the_run_whether_a_kernel_can_run_where_there_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    check_here(compose(["attention.kernel=hopper"])[0])
+@pytest.mark.parametrize(("others", "message"), REFUSED_BY_PRINT.values(), ids=REFUSED_BY_PRINT)
+def test_print_refuses_what_a_run_would(others, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_inputs(compose(others)[0])
+
+
+def test_print_leaves_it_to_the_run_whether_a_kernel_can_run_where_there_is_no_gpu():
+    check_inputs(compose(["attention.kernel=hopper"])[0])
 
 
 def test_print_refuses_a_kernel_that_this_machines_gpu_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(portable_forward, "_arch", lambda device: 80)
     config, _ = compose(["attention.kernel=hopper"])
-    with (
-        FakeTensorMode(),
-        pytest.raises(ConfigError, match=r"^attention\.kernel=hopper needs .* 9\.0, got one of 8\.0;"),
-    ):
-        check_here(config)
+    message = r"^attention\.kernel=hopper needs .* 9\.0, got one of 8\.0;"
+    with FakeTensorMode(), pytest.raises(ConfigError, match=message):
+        check_inputs(config, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("experiment", [None, "qwen3-0.5b-128k", "llama3-8b-256k"])
-def test_every_experiment_trains_on_positions_that_its_model_knows(experiment):
-    chosen = [f"experiment={experiment}", f"data.path={__file__}"] if experiment else []
+def test_every_experiment_trains_on_positions_that_its_model_knows(text, experiment):
+    chosen = [f"experiment={experiment}", "data=text", f"data.path={text}"] if experiment else []
     config, _ = compose(chosen)
-    check_here(config)
+    check_inputs(config)
     longer = f"data.sequence_length={2 * config.data.sequence_length}"
     with pytest.raises(ConfigError, match=rf"^{longer} is more than the {config.data.sequence_length} positions"):
-        check_here(compose([*chosen, longer])[0])
-    check_here(compose([*chosen, longer, "model.extrapolate_positions=true"])[0])
+        check_inputs(compose([*chosen, longer])[0])
+    check_inputs(compose([*chosen, longer, "model.extrapolate_positions=true"])[0])
 
 
 def test_a_metrics_line_cut_short_by_a_kill_is_passed_over(tmp_path):

@@ -107,8 +107,8 @@ def test_a_numbered_folder_that_may_be_another_runs_is_refused(tmp_path):
 def test_steps_without_a_checkpoint_are_not_done_over(tmp_path):
     folder = begun(tmp_path / "demo", "demo", steps=7)
     with pytest.raises(ConfigError, match="demo has 7 steps behind it and no checkpoint to resume from: resume=never"):
-        run_folder.check_start(folder, 0)
-    run_folder.check_start(folder, 4)
+        run_folder.check_start(folder, 0, 9)
+    run_folder.check_start(folder, 4, 9)
     assert len(read(folder / "metrics.jsonl")) == 7
 
 
@@ -128,6 +128,40 @@ def test_a_run_folder_in_which_a_name_is_taken_by_another_kind_of_file_is_refuse
         (tmp_path / "demo" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"cannot be used: .*/demo/{name}: "):
         run_folder.take(tmp_path, "demo", "auto")
+
+
+def test_a_link_to_nowhere_is_named_with_its_target(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "checkpoints").symlink_to("/nowhere")
+    with pytest.raises(ConfigError, match=r"demo/checkpoints: links to /nowhere, which does not exist$"):
+        run_folder.take(tmp_path, "demo", "auto")
+
+
+def test_a_run_that_is_a_link_to_nowhere_is_not_passed_over_for_another(tmp_path):
+    (tmp_path / "demo").symlink_to("/nowhere")
+    begun(tmp_path / "demo-2", "demo")
+    with pytest.raises(ConfigError, match=r"^resume=auto: .*/demo links to /nowhere, which does not exist"):
+        run_folder.take(tmp_path, "demo", "auto")
+
+
+def test_an_error_that_names_no_file_is_reported_with_the_runs_folder(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "_locked", full)
+    message = rf"^output_dir={tmp_path} cannot be used: {tmp_path}/demo: No space left on device$"
+    with pytest.raises(ConfigError, match=message):
+        run_folder.take(tmp_path, "demo", "never")
+
+
+def test_a_record_whose_step_is_no_number_is_no_record(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": true}\n{"step": "1"}\n{"step": 1.0}\n{"step": 2}\n')
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 2}]
+
+
+def test_a_run_that_has_done_more_steps_than_it_is_asked_for_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^optim\.steps=3 is less than the 4 steps that .* has done$"):
+        run_folder.check_start(tmp_path, 4, 3)
 
 
 def test_a_damaged_line_of_metrics_costs_no_other_line(tmp_path):

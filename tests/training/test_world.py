@@ -69,7 +69,7 @@ def test_a_launcher_that_tells_a_rank_its_number_alone_gets_its_gpu(monkeypatch)
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert world._device() == torch.device("cuda", 3)
+    assert world.local_device() == torch.device("cuda", 3)
     assert taken == [3]
     assert world.ranks_here() == 8
 

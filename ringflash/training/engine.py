@@ -1,0 +1,101 @@
+"""Engine: the model and its loss under DeepSpeed, with AdamW.
+
+DeepSpeed sees plain data parallelism over all ranks and averages their gradients; `step` scales the loss to match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ringflash.errors import ConfigError
+from ringflash.models import AttentionConfig
+from ringflash.models.ring_mask import RingMask
+from ringflash.ring.plan import AttentionPlan
+from ringflash.training.loss import LossHead
+from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
+from ringflash.training.world import World
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is traded for memory, in the order it pays."""
+
+    zero: int = 1
+    """DeepSpeed's ZeRO stage. Ranks shard nothing (0), the optimizer (1), also gradients (2), or also weights (3)."""
+
+    recompute: bool = False
+    """Keep only each layer's input and attention's result, and compute the rest again in the backward."""
+
+    loss_tile: int = 2048
+    """Tokens whose logits exist at once."""
+
+    def __post_init__(self) -> None:
+        if self.zero not in (0, 1, 2, 3):
+            raise ConfigError(f"memory.zero={self.zero} is not one of 0, 1, 2, 3")
+        if self.loss_tile < 1:
+            raise ConfigError(f"memory.loss_tile={self.loss_tile} must be 1 or more")
+
+
+class TrainedModel(nn.Module):
+    """A causal language model that returns its summed loss, so that DeepSpeed's hooks see one call."""
+
+    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, attention: AttentionConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.attention = asdict(attention)
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
+        if memory.recompute:
+            model.gradient_checkpointing_enable()
+
+    def forward(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
+        """Summed loss of this rank's shard: tokens, labels, position_ids int64 [B, S]."""
+        hidden = self.model.base_model(
+            input_ids=tokens,
+            attention_mask=RingMask(tokens.shape),
+            position_ids=position_ids,
+            plan=plan,
+            use_cache=False,
+            **self.attention,
+        ).last_hidden_state
+        return self.model.lm_head(hidden, labels)
+
+
+def build_engine(
+    model: PreTrainedModel,
+    optim: OptimConfig,
+    memory: MemoryConfig,
+    world: World,
+    attention: AttentionConfig | None = None,
+) -> deepspeed.DeepSpeedEngine:
+    """The model under DeepSpeed, with AdamW and its schedule; all ranks call it."""
+    # On the CPU, DeepSpeed would compile an op that serves inference only, for half a minute, under a lock.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed(verbose=False)
+    trained = TrainedModel(model, memory, attention or AttentionConfig())
+    bf16, zero0 = model.dtype == torch.bfloat16, memory.zero == 0
+    fp32_zero0 = zero0 and not bf16
+    settings = {
+        "train_micro_batch_size_per_gpu": optim.micro_batch,
+        "gradient_accumulation_steps": optim.accumulation(world.replicas),
+        "gradient_clipping": 0.0 if fp32_zero0 else optim.clip,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 and zero0 else "fp32"},
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": memory.zero},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0), config=settings
+    )
+    if bf16 and zero0:
+        start_moments(engine)
+    engine.learning_rate = optim.learning_rate
+    return engine

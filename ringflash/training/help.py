@@ -1,0 +1,82 @@
+"""Help: every setting with its type, its default and its sentence, for `train.py --help`.
+
+The sentences are the docstrings below the fields of Config and its parts, and the defaults are those of a run without
+arguments, so neither is written twice.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ringflash.training.config import CONFIGS, Config, compose
+
+WIDTH = 120
+_NAMES = {int: "int", float: "float", bool: "bool", str: "text", type(None): "null", Any: "any"}
+
+
+def settings_help() -> str:
+    """All settings, group by group, as they are listed below the usage."""
+    config, _ = compose()
+    own = [key for key in sentences(Config) if not is_dataclass(get_type_hints(Config)[key])]
+    blocks = ["settings of the run", *(_entry(key, Config, key, getattr(config, key)) for key in own)]
+    for name, kind in get_type_hints(Config).items():
+        if is_dataclass(kind):
+            blocks += ["", f"{name}: {_first_line(kind)}", *_options(CONFIGS / name)]
+            part = getattr(config, name)
+            blocks += [_entry(f"{name}.{key}", kind, key, getattr(part, key)) for key in sentences(kind)]  # type: ignore[arg-type]  # a class is hashable
+    blocks += ["", "experiment: settings of several groups under one name", *_options(CONFIGS / "experiment")]
+    return "\n".join(blocks)
+
+
+@functools.cache
+def sentences(part: Any) -> dict[str, str]:
+    """The docstring of each field of a dataclass; empty where there is none."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for statement, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            found[statement.target.id] = " ".join(str(text).split())
+    return found
+
+
+def _entry(key: str, part: Any, name: str, default: Any) -> str:
+    kind = type_name(get_type_hints(part)[name])
+    head = f"  {key}={_value(default)}  ({kind})"
+    return f"{head}\n{textwrap.fill(sentences(part)[name], WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
+
+
+def type_name(kind: Any) -> str:
+    """What a setting's type is called: "int", "text or null", "list of text"."""
+    if get_origin(kind) is list:
+        return f"list of {type_name(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return "fields"
+    return " or ".join(_NAMES[one] for one in get_args(kind) or (kind,))
+
+
+def _value(default: Any) -> str:
+    """A default as it is typed; a long list or many fields are left to --print."""
+    if isinstance(default, list | dict):
+        return "..." if default else "{}"
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _first_line(part: Any) -> str:
+    return inspect.getdoc(part).splitlines()[0]  # type: ignore[union-attr]
+
+
+def _options(folder: Path) -> Iterator[str]:
+    """The YAML files of a group, each with its first comment."""
+    for path in sorted(folder.glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = next(x.lstrip("# ") for x in lines if x.startswith("# ") and "@package" not in x)
+        head = f"  {folder.name}={path.stem}"
+        yield textwrap.fill(f"{head:<29} {comment}", WIDTH, subsequent_indent=" " * 30)

@@ -1,0 +1,70 @@
+"""Meter: the figures of one step, over all ranks: loss, speed, model FLOPs utilisation, memory, traffic, imbalance."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+from ringflash.ring.cost import peak_flops
+from ringflash.training import flops
+from ringflash.training.step import StepResult
+from ringflash.training.world import World
+
+
+class Meter:
+    """Times steps of `tokens` tokens and makes their records; all ranks call it alike."""
+
+    def __init__(self, model, tokens: int, world: World) -> None:
+        """model: the transformers model, before DeepSpeed divides its weights."""
+        self.model_config, self.weights = model.config, flops.matmul_parameters(model)
+        self.tokens, self.world = tokens, world
+        self.peak = peak_flops(world.device)
+        self._begun = time.perf_counter()
+
+    def start(self) -> None:
+        """Start the step's clock."""
+        self._begun = time.perf_counter()
+
+    def record(self, result: StepResult) -> dict[str, float]:
+        """The step's figures, by their names in metrics.jsonl. Reading the loss waits until the step is computed."""
+        loss, pairs = result.loss.item(), result.pairs.item()
+        seconds = time.perf_counter() - self._begun
+        record = {
+            "loss": loss,
+            "gradient_norm": float(result.gradient_norm),
+            "lr": result.learning_rate,
+            "tokens_per_second": self.tokens / seconds,
+            "seconds": seconds,
+            "pairs": pairs,
+            "memory_gib": memory_gib(self.world.device),
+        }
+        if self.peak is not None:
+            done = flops.step_flops(self.model_config, self.weights, self.tokens, pairs)
+            record["mfu"] = done / seconds / (self.peak * self.world.size)
+        return record | _traffic(self.world, result.imbalance)
+
+
+def _traffic(world: World, imbalance: float) -> dict[str, float]:
+    """What was exchanged since the last call: GiB summed over ranks; waits, hops and imbalance of the largest rank.
+
+    The step's loss must have been read before, so that the GPU's waits are over and known.
+    """
+    drained = world.watch.take()
+    ring, ulysses = drained["ring"], drained["ulysses"]
+    received = torch.tensor([ring.bytes, ulysses.bytes], dtype=torch.float64, device=world.device)
+    ring_gib, ulysses_gib = (world.sum(received) / 2**30).tolist()
+    most = torch.tensor([ring.seconds, ulysses.seconds, ring.exchanges, imbalance], dtype=torch.float64)
+    ring_wait, ulysses_wait, hops, imbalance = world.max(most.to(world.device)).tolist()
+    record = {"ring_wait_seconds": ring_wait, "ring_gib": ring_gib, "ring_hops": int(hops), "imbalance": imbalance}
+    if world.ulysses is not None:
+        record |= {"ulysses_wait_seconds": ulysses_wait, "ulysses_gib": ulysses_gib}
+    return record
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process since it began: the GPU's, or on the CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

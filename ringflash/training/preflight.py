@@ -1,0 +1,115 @@
+"""Preflight: what a run is refused for before it allocates anything, and the lines that say what is about to run.
+
+`check_inputs` needs no GPU and no other process, so `train.py --print` runs it too. `check` adds what depends on the
+ranks and on this machine's device. Later refusals need what is made later: weights that cannot be loaded, a corpus that
+is too short (`check_corpora`), and a run folder that cannot be used or resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ringflash.data import TokenCorpus, load_tokenizer, python_stdlib, sequences_per_epoch
+from ringflash.data.documents import find_files
+from ringflash.errors import ConfigError
+from ringflash.models import check_kernel, check_length, read_config
+from ringflash.models.configuration import DTYPES
+from ringflash.training.config import Config
+from ringflash.training.parallel import resolve_parallel
+from ringflash.training.world import is_rank_0, local_device, ranks_here, world_size
+
+
+class Job(NamedTuple):
+    """A run that nothing is known to prevent. config: with parallel.ulysses resolved."""
+
+    config: Config
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def check(config: Config) -> Job:
+    """Raise ConfigError, on every rank alike, for what cannot run on these ranks; else rank 0 logs what will run."""
+    device, ranks, length = local_device(), world_size(), config.data.sequence_length
+    model_config, tokenizer = check_inputs(config, device)
+    parallel, reason = resolve_parallel(config.parallel, model_config, length, ranks, ranks_here())
+    config = dataclasses.replace(config, parallel=parallel)
+    check_ranks(config, ranks)
+    if is_rank_0():
+        print(*_summary(config, model_config, ranks, device), *filter(None, [reason]), sep="\n", flush=True)
+    return Job(config, model_config, tokenizer)
+
+
+def check_inputs(
+    config: Config, device: torch.device | None = None
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Raise ConfigError for a model, a tokenizer or files that cannot be trained on; else return the first two.
+
+    device: where the kernel will run. None: unknown, as on a cluster's login node, so attention.kernel is not checked.
+    """
+    model_config = read_config(config.model)
+    check_length(config.model, model_config, config.data.sequence_length)
+    if device is not None:
+        check_kernel(config.model, config.attention, model_config, device)
+    tokenizer = load_tokenizer(config.data)
+    size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    if size > model_config.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} has {size} tokens, more than the model's "
+            f"model.architecture.vocab_size={model_config.vocab_size}"
+        )
+    find_files(config.data)
+    return model_config, tokenizer
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Raise ConfigError for a grid, batch or length that does not divide among `ranks` ranks."""
+    ring = config.parallel.ring_size(ranks)
+    sharing = ring * (config.parallel.ulysses or 1)
+    accumulation = config.optim.accumulation(ranks // sharing)
+    if sharing > 1 and config.data.sequence_length < 2 * sharing:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} is smaller than 2 x {sharing} ranks that share it"
+        )
+    if DTYPES[config.model.dtype] == torch.bfloat16 and config.memory.zero == 0 and accumulation > 1:
+        raise ConfigError(
+            f"memory.zero=0 with bf16 weights would accumulate {accumulation} micro-batches in bf16; "
+            f"set memory.zero=1, model.dtype=fp32 or a larger optim.micro_batch"
+        )
+
+
+def check_corpora(config: Config, training: TokenCorpus, held_out: TokenCorpus) -> None:
+    """Raise ConfigError for documents that do not fill one sequence."""
+    for corpus in (training, held_out) if config.data.held_out else (training,):
+        sequences_per_epoch(corpus, config.data.sequence_length)
+
+
+def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device: torch.device) -> list[str]:
+    """Model, ranks, step and memory."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+    optim, memory, parallel = config.optim, config.memory, config.parallel
+    ring, ulysses = parallel.ring_size(ranks), parallel.ulysses or 1
+    replicas = ranks // (ring * ulysses)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
+    return [
+        f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}",
+        f"data       {config.data.path}{_nature(config.data.path)}, tokenizer {config.data.tokenizer}",
+        f"ranks      {ranks} x {where}: replicas {replicas} x ring {ring} x ulysses {ulysses}, "
+        f"layout {parallel.layout}",
+        f"step       {optim.batch} x {config.data.sequence_length:,} = "
+        f"{optim.batch * config.data.sequence_length:,} tokens in {optim.accumulation(replicas)} x {optim.micro_batch} "
+        f"sequences per replica; {optim.steps} steps",
+        f"memory     ZeRO {memory.zero}, {'recomputation' if memory.recompute else 'no recomputation'}, loss tiles of "
+        f"{memory.loss_tile:,} tokens",
+    ]
+
+
+def _nature(path: str) -> str:
+    """A note on text that nobody would choose for a real model."""
+    note = " (source text of Python's standard library; data=... trains on other text)"
+    return note if path == python_stdlib() else ""

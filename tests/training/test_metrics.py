@@ -1,0 +1,31 @@
+"""The plot and the wandb run of a folder can be written and continued, or the file in the way is named."""
+
+import pytest
+
+from ringflash.errors import ConfigError, DiskError
+from ringflash.training import metrics
+
+
+def test_a_wandb_id_is_drawn_once_and_read_again(tmp_path):
+    drawn = metrics._wandb_id(tmp_path / "wandb-id")
+    (tmp_path / "wandb-id").write_text(drawn + "\n")  # as an editor leaves it
+    assert metrics._wandb_id(tmp_path / "wandb-id") == drawn
+
+
+@pytest.mark.parametrize("contents", [b"", b" \n", b"a/b", b"a" * 200, b"\xff\xfe", b"two\nlines"])
+def test_a_file_that_holds_no_wandb_id_is_named_with_its_mend(tmp_path, contents):
+    (tmp_path / "wandb-id").write_bytes(contents)
+    with pytest.raises(ConfigError, match=r"wandb-id holds .*, not the id of a wandb run: delete it to start a new"):
+        metrics._wandb_id(tmp_path / "wandb-id")
+
+
+def test_a_wandb_id_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "wandb-id").mkdir()
+    with pytest.raises(ConfigError, match=r"wandb-id cannot be read: Is a directory; delete it"):
+        metrics._wandb_id(tmp_path / "wandb-id")
+
+
+def test_a_plot_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "loss.png").mkdir()
+    with pytest.raises(DiskError, match=r"loss\.png was not written: .*Is a directory"):
+        metrics.plot(tmp_path, None)
