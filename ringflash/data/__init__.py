@@ -9,7 +9,7 @@ from ringflash.data.batches import Batch, batch, stream
 from ringflash.data.corpus import TokenCorpus, load_corpus
 from ringflash.data.documents import DataConfig, python_stdlib, tokenised
 from ringflash.data.packing import IGNORE, Packed, pack, sequences_per_epoch
-from ringflash.data.tokenizer import load_tokenizer
+from ringflash.data.tokenizer import check_vocabulary, load_tokenizer
 
 __all__ = [
     "IGNORE",
@@ -18,6 +18,7 @@ __all__ = [
     "Packed",
     "TokenCorpus",
     "batch",
+    "check_vocabulary",
     "load_corpus",
     "load_tokenizer",
     "pack",

@@ -18,16 +18,14 @@ class TokenCorpus:
     """Some of the documents in a flat array of tokens.
 
     Fields: tokens uint16 or uint32 [all tokens]; offsets int64 [all documents + 1]; selection int64 [documents], the
-    numbers of the documents in this split, ascending; vocabulary, the highest token id of the whole corpus + 1, which
-    the model must have; tokenizer_size, the ids that the tokenizer can give; digest, of all documents' tokens; source
-    and split, for messages.
+    numbers of the documents in this split, ascending; vocabulary, the highest token id of the whole corpus + 1; digest,
+    of all documents' tokens; source and split, for messages.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     selection: np.ndarray
     vocabulary: int
-    tokenizer_size: int
     digest: str = ""
     source: str = "memory"
     split: str = "training"
@@ -84,7 +82,6 @@ def load_corpus(config: DataConfig, *, verify: bool = True) -> tuple[TokenCorpus
             offsets=offsets,
             selection=np.sort(selection),
             vocabulary=contents["vocabulary"],
-            tokenizer_size=contents["tokenizer_size"],
             digest=contents["digest"],
             source=config.path,
             split=split,

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from ringflash.data import cache
 from ringflash.data.files import Matches, is_below, search, suffixes
 from ringflash.data.formats import FIELD, FORMATS, format_of, texts
-from ringflash.data.tokenizer import encoder, load_tokenizer
+from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: P
     if first is None:
         raise ConfigError(f"data.path={config.path} holds no text: all of its documents are empty")
     made_of = {"path": config.path, "files": len(sources), "tokenizer": config.tokenizer}
-    cache.write(folder, itertools.chain([first], documents), _size(tokenizer), made_of)
+    cache.write(folder, itertools.chain([first], documents), tokenizer_size(tokenizer), made_of)
 
 
 def _documents(sources: list[Source], config: DataConfig) -> Iterator[str]:
@@ -208,11 +208,6 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def _size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many token ids a tokenizer may give: the highest, and 1."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -55,6 +55,20 @@ def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids a tokenizer may give: the highest, and 1."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def check_vocabulary(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise ConfigError for a tokenizer that may give ids which a model of `vocab_size` tokens does not have."""
+    if (size := tokenizer_size(tokenizer)) > vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer} has {size} tokens, more than the model's "
+            f"model.architecture.vocab_size={vocab_size}"
+        )
+
+
 def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
     """The function that encodes documents. What the tokenizer adds at their begin, such as a bos, it adds.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ringflash.data import TokenCorpus, load_tokenizer, python_stdlib, sequences_per_epoch
+from ringflash.data import TokenCorpus, check_vocabulary, load_tokenizer, python_stdlib, sequences_per_epoch
 from ringflash.data.documents import find_files
 from ringflash.errors import ConfigError
 from ringflash.models import check_kernel, check_length, read_config
@@ -55,12 +55,7 @@ def check_inputs(
     if device is not None:
         check_kernel(config.model, config.attention, model_config, device)
     tokenizer = load_tokenizer(config.data)
-    size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    if size > model_config.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} has {size} tokens, more than the model's "
-            f"model.architecture.vocab_size={model_config.vocab_size}"
-        )
+    check_vocabulary(config.data, tokenizer, model_config.vocab_size)
     find_files(config.data)
     return model_config, tokenizer
 

@@ -25,7 +25,6 @@ def corpus(lengths: list[int], chosen: list[int] | None = None) -> TokenCorpus:
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
         selection=np.arange(len(lengths)) if chosen is None else np.array(chosen),
         vocabulary=sum(lengths),
-        tokenizer_size=sum(lengths),
     )
 
 

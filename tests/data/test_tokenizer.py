@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from ringflash.data import load_corpus, load_tokenizer
+from ringflash.data import check_vocabulary, load_corpus, load_tokenizer
 from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
 from tests.data.cases import config, stored, write_texts, write_tokenizer
@@ -208,17 +208,18 @@ def test_a_hugging_face_folder_tokenises_and_ends_each_document_once(tmp_path, b
     start = [bos] if bos else []
     found = {tuple(tokenizer.convert_ids_to_tokens(ids)) for ids in documents_of((train, held_out))}
     assert found == {(*start, "one", "two", "<eos>"), (*start, "two", "<eos>")}
-    assert train.vocabulary == train.tokenizer_size == len(tokenizer)
+    assert train.vocabulary == len(tokenizer)
 
 
-def test_a_vocabulary_above_65536_is_stored_in_four_bytes(tmp_path):
-    words = [f"w{i}" for i in range(70000)]
-    settings = config(
-        tmp_path,
-        write_texts(tmp_path / "text", ["w0 w69999", "w1"]),
-        tokenizer=str(write_tokenizer(tmp_path / "tokenizer", words)),
-    )
+def test_a_token_id_above_65535_is_stored_in_four_bytes(tmp_path):
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["model"]["vocab"]["two"] = 70_000
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    settings = config(tmp_path, write_texts(tmp_path / "text", ["one two", "one"]), tokenizer=str(folder))
     tokens, _ = stored(settings)
-    assert (tokens.dtype, tokens.max()) == (np.uint32, 70001)
-    train, _ = load_corpus(settings)
-    assert (train.vocabulary, train.tokenizer_size) == (70002, 70002)
+    assert (tokens.dtype, tokens.max()) == (np.uint32, 70_000)
+    assert load_corpus(settings)[0].vocabulary == 70_001
+    with pytest.raises(ConfigError, match=r"has 70001 tokens, more than the model's .*vocab_size=70000"):
+        check_vocabulary(settings, load_tokenizer(settings), 70_000)
+    check_vocabulary(settings, load_tokenizer(settings), 70_001)

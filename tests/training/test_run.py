@@ -152,7 +152,7 @@ def test_a_rank_that_hangs_ends_the_run_with_a_line_of_every_rank(text, ulysses,
 BAD_INPUT = {
     "missing-data": (["data.path=/nowhere"], "data.path=/nowhere does not exist"),
     "vocabulary": (
-        ["model.architecture.vocab_size=100"],
+        ["model.architecture.vocab_size=100", "data.format=jsonl"],  # refused before text is read as JSON
         "data.tokenizer=bytes has 384 tokens, more than the model's model.architecture.vocab_size=100",
     ),
     "short-sequence": (
