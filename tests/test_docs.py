@@ -1,13 +1,21 @@
-"""What the documentation shows is true: examples in docstrings, the README's code, and the picture."""
+"""What the documentation shows is true: its examples run, its links lead somewhere, the README is short."""
 
 import doctest
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.run import __file__ as torchrun
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SHOWN = [
     "ringflash",
     "ringflash.mask",
@@ -18,6 +26,13 @@ SHOWN = [
 ]
 
 
+def example(beginning: str) -> str:
+    """The README's Python example that begins so."""
+    found = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if code.startswith(beginning)]
+    assert len(found) == 1, f"{len(found)} examples begin with {beginning!r}"
+    return found[0]
+
+
 @pytest.mark.parametrize("name", SHOWN)
 def test_examples_in_docstrings_give_what_they_show(name):
     result = doctest.testmod(importlib.import_module(name))
@@ -26,13 +41,63 @@ def test_examples_in_docstrings_give_what_they_show(name):
 
 
 def test_the_readmes_torch_example_runs(capsys):
-    code = re.findall(r"```python\n(import torch\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 1
-    exec(code[0], {})
+    exec(example("import torch\n"), {})
     assert "hop 3" in capsys.readouterr().out
 
 
-def test_every_file_that_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text()
-    named = re.findall(r"(?:ringflash|configs|launch|benchmarks|docs)/[\w./-]*\w", text)
+def test_the_readmes_transformers_example_gives_the_loss_of_one_rank_on_two(tmp_path):
+    code = example("# Save as example.py")
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    assert "torchrun --nproc-per-node 2 example.py" in code
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, torchrun, "--nproc-per-node", "2", "example.py"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    losses = re.findall(r"rank \d: loss ([\d.]+)", ran.stdout)
+    assert len(losses) == 2, ran.stdout
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, **shape), attn_implementation="sdpa")
+    documents = torch.randint(256, (1, 1024)).split([400, 624], dim=1)
+    summed = sum(model(input_ids=x, labels=x).loss * (x.shape[1] - 1) for x in documents)
+    expected = f"{float(summed) / (1024 - 2):.4f}"
+    assert losses == [expected, expected]
+
+
+def test_the_readme_has_120_lines_at_most():
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_readme_opens_with_context_parallelism():
+    assert "context parallel" in README.splitlines()[0].lower()
+
+
+def test_every_path_that_the_readme_names_exists():
+    named = re.findall(r"(?:ringflash|configs|launch|benchmarks|docs|tests)/[\w./-]*\w", README)
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, heading = link.partition("#")
+        path = ROOT / page.parent / target if target else ROOT / page
+        outside = link.startswith(("http://", "https://"))
+        if not outside and not (path.exists() and (not heading or heading in _headings(path))):
+            broken.append(link)
+    assert broken == []
+
+
+def _headings(path: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_committed_results_hold_no_profiler_spans():
+    results = sorted((ROOT / "docs" / "measured").glob("*.json"))
+    assert results
+    assert [path.name for path in results if '"spans"' in path.read_text(encoding="utf-8")] == []
