@@ -60,8 +60,8 @@ def test_the_readmes_transformers_example_gives_the_loss_of_one_rank_on_two(tmp_
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, **shape), attn_implementation="sdpa")
     documents = torch.randint(256, (1, 1024)).split([400, 624], dim=1)
-    summed = sum(model(input_ids=x, labels=x).loss * (x.shape[1] - 1) for x in documents)
-    expected = f"{float(summed) / (1024 - 2):.4f}"
+    summed = sum(model(input_ids=x, labels=x).loss.item() * (x.shape[1] - 1) for x in documents)
+    expected = f"{summed / (1024 - 2):.4f}"
     assert losses == [expected, expected]
 
 
