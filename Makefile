@@ -10,9 +10,9 @@ PIP_ARGS ?=
 # The Hopper kernels are compiled with the pinned Triton and with this one: Gluon changes from version to version.
 NEWEST_TRITON := 3.9.0
 
-.PHONY: help train test check format gpu clean
+.PHONY: help train test check format gpu docs clean
 
-help:  ## what there is to make
+help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1	/' | expand -t 10
 
 .venv/installed: pyproject.toml constraints.txt
@@ -23,7 +23,7 @@ help:  ## what there is to make
 	    -c constraints.txt -e '.[train,dev]'
 	@touch $@
 
-train: .venv/installed  ## train the demo: every GPU there is, or two ranks on the CPU
+train: .venv/installed  ## train the demo on every GPU, or on two CPU ranks: 3 minutes on two idle cores
 	@$(BIN)/python launch/local.py $(ARGS)
 
 .venv/triton-$(NEWEST_TRITON): .venv/installed
@@ -31,19 +31,27 @@ train: .venv/installed  ## train the demo: every GPU there is, or two ranks on t
 	    --target $@ triton==$(NEWEST_TRITON)
 	@touch $@
 
-test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the tests
+test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the CPU test suite: 10 to 15 minutes on two cores
 	@$(BIN)/python -m pytest $(ARGS)
 
-gpu: .venv/installed  ## run the tests that need a GPU
+gpu: .venv/installed  ## run the tests that need a GPU: 15 minutes on an H100
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
-check: .venv/installed  ## what CI checks besides the tests: style, types, docstrings
+check: .venv/installed  ## what CI checks before the tests: style, types, docstrings, prose, links: 1 minute
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/mypy ringflash
+	$(BIN)/mypy ringflash benchmarks
 	$(BIN)/interrogate -q ringflash train.py launch benchmarks
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_prose.py -k "links or readme_has or every_path or prose"
 
-format: .venv/installed  ## put the code in form
+format: .venv/installed  ## format the code and apply the linter's fixes
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-clean:  ## remove the environment and caches; runs stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: .venv/docs  ## build the documentation with its API pages in site/: seconds, after installing mkdocs
+	@$(BIN)/mkdocs build --strict --quiet --site-dir site
+
+clean:  ## remove the environment, caches and site/; runs stay
+	rm -rf .venv site .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

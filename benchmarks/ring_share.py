@@ -105,7 +105,7 @@ class OneRank:
         before = dict(self._here)
         for message in incoming:
             x, address = message.tensor, _address(message.tensor)
-            start = x.storage_offset()
+            start = int(x.storage_offset())
             coming = Runs([Run(start, start + x.numel())])
             for begin, end in coming.without(before.get(address, _EVERYTHING)):
                 part = x.view(-1)[begin - start : end - start]
