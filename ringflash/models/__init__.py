@@ -1,10 +1,10 @@
 """Hugging Face models on the ring: attn_implementation="ring".
 
-Importing this module registers "ring" with transformers, and has gradient_checkpointing_enable keep attention's results
-for such models. A model then takes a shard of each sequence and, as the keyword `plan`, the step's AttentionPlan,
-which its attention layers hand to `ring_attention`:
+Importing this module registers "ring" with transformers. A model then takes a shard of each sequence and, as the
+keyword `plan`, the step's AttentionPlan, which its attention layers pass to `ring_attention`:
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="ring")
+    checkpoint_layers(model)    # optional: recompute layers in the backward, without running the ring again
     loss = model(**ring_inputs(input_ids, labels, ring=ProcessRing())).loss     # sums over ranks to the mean loss
 
 The plan is the mask. Whatever else transformers could use to change a mask (padding masks, dropout, a cache, keywords
@@ -14,6 +14,7 @@ architecture, whose layers may mix tokens by other means than attention, or one 
 
 from ringflash.models.attention import ring_attention_forward
 from ringflash.models.building import build_model
+from ringflash.models.checkpointing import checkpoint_layers
 from ringflash.models.configuration import (
     ARCHITECTURES,
     AttentionConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "build_model",
     "check_kernel",
     "check_length",
+    "checkpoint_layers",
     "field_refusal",
     "head_dim",
     "heads_of",

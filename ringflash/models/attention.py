@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 from transformers.modeling_utils import AttentionInterface
 
@@ -18,7 +18,6 @@ from ringflash.models.configuration import BIDIRECTIONAL, refusal
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
-from ringflash.ring.recompute import keep_attention
 
 # What transformers passes to every attention function and what does not change attention.
 _HARMLESS = {
@@ -153,34 +152,14 @@ def _ring_mask(
     return None
 
 
+def _refuse_architecture(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> NoReturn:
+    """Stands for a layer's class in the tables of models that choose it by the name of the attention."""
+    raise ValueError(f"config.{refusal(config, router_logits=False)}")
+
+
 AttentionInterface.register("ring", ring_attention_forward)
 AttentionMaskInterface.register("ring", _ring_mask)
-
-
-_enable_checkpointing = PreTrainedModel.gradient_checkpointing_enable
-
-
-@functools.wraps(_enable_checkpointing)
-def _keep_attention_in_checkpoints(
-    self: PreTrainedModel, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-) -> None:
-    """transformers' own, by which the layers of a model on the ring keep attention's result.
-
-    Its caller may be transformers' Trainer, which knows nothing of a ring; without this, recomputing a layer would send
-    keys round again. Raises ValueError for use_reentrant=True and another context_fn, which leave no place to keep
-    anything. A model that gets this attention later needs the call again, as its first backward then says.
-    """
-    if self.config._attn_implementation == "ring":
-        ours = {"use_reentrant": False, "context_fn": keep_attention}
-        given = {name: x for name, x in (gradient_checkpointing_kwargs or {}).items() if x is not None}
-        for name, value in ours.items():
-            if given.get(name, value) is not value:
-                raise ValueError(
-                    f'gradient_checkpointing_kwargs={{"{name}": {given[name]!r}}} is not supported by ring attention: '
-                    f"recomputing a layer would run the ring again; leave it out"
-                )
-        gradient_checkpointing_kwargs = given | ours
-    _enable_checkpointing(self, gradient_checkpointing_kwargs, *args, **kwargs)
-
-
-PreTrainedModel.gradient_checkpointing_enable = _keep_attention_in_checkpoints  # type: ignore[method-assign]
+for _name in ("falcon", "git", "gpt_neo", "gptj"):
+    _module = importlib.import_module(f"transformers.models.{_name}.modeling_{_name}")
+    for _table in (table for name, table in vars(_module).items() if name.endswith("_ATTENTION_CLASSES")):
+        _table["ring"] = _refuse_architecture

@@ -5,7 +5,7 @@ neither. But the frames of their `forward` are on the stack while the layer runs
 
     Trainer.compute_loss > LlamaForSequenceClassification.forward > LlamaModel.forward > ... > attention
 
-Only frames that take a model's inputs are looked at: a frame's locals, once read, live until the frame ends.
+Only frames that take a model's inputs are looked at, and only arguments that are checked are read from them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ _OTHER_LOSS = (
 )
 
 
+_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
+
+
 class _Frame(NamedTuple):
     owner: Any  # self
-    arguments: dict[str, Any]
+    arguments: dict[str, Any]  # those of _ARGUMENTS that it has
 
 
 def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor | None, items: Any) -> None:
@@ -64,11 +67,21 @@ def _frames() -> list[_Frame]:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        # A layer's forward takes hidden_states: its locals are activations, which must not live longer for this.
+        # A layer's forward takes hidden_states.
         if code.co_name in ("forward", "compute_loss") and code.co_varnames[1:2] != ("hidden_states",):
-            found.append(_Frame(frame.f_locals.get("self"), dict(frame.f_locals)))
+            found.append(_read(frame))
         frame = frame.f_back
     return found
+
+
+def _read(frame: FrameType) -> _Frame:
+    variables = frame.f_locals
+    read = _Frame(variables.get("self"), {name: variables[name] for name in _ARGUMENTS if name in variables})
+    # Before Python 3.13, a copy that the frame keeps until it ends. References: the frame's, this one, the call's; with
+    # more, it is what the frame's own code got from locals().
+    if isinstance(variables, dict) and sys.getrefcount(variables) <= 3:
+        variables.clear()
+    return read
 
 
 def _check_head(model: PreTrainedModel, bare: bool) -> None:
@@ -110,14 +123,20 @@ def _check_loss(model: PreTrainedModel, mask: RingMask | None, shift_labels: Ten
         )
     if mask is None or mask.labels is None:
         return
-    told = (
+    message = (
         f"num_items_in_batch={{}} is less than the {mask.labels} labels of the whole sequences: each rank would divide "
         f"by its own labels. A Trainer must count them over ranks: average_tokens_across_devices=True"
     )
+    if mask.labels == 0:
+        message = (
+            "num_items_in_batch={} and every label of the batch is -100, so the loss would be 0/0: leave out sequences "
+            "without labels"
+        )
+    expected = max(1, mask.labels)
     if isinstance(items, Tensor) and items.is_cuda:  # compared there, which ends the program: nothing waits for it
-        torch._assert_async((items >= mask.labels).all(), told.format("..."))
-    elif (least := int(items.min() if isinstance(items, Tensor) else items)) < mask.labels:
-        raise ValueError(told.format(least))
+        torch._assert_async((items >= expected).all(), message.format("..."))
+    elif (least := int(items.min() if isinstance(items, Tensor) else items)) < expected:
+        raise ValueError(message.format(least))
 
 
 def _check_trainer(owner: Any, several: bool) -> None:

@@ -43,7 +43,8 @@ def ring_inputs(
     integers too); no token sees or predicts another document's, and positions begin again with each.
     first: number of tokens at each document's start that layers with a sliding window also see.
     layout: "contiguous", "zigzag", "striped", "balanced", "gathered", or "auto", the one with the least predicted time
-    for these documents and the layers of `config`, the model's.
+    for these documents and the layers of `config`.
+    config: model.config. Given, a model that cannot be on the ring is refused here, also one that reads no mask.
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
@@ -62,6 +63,7 @@ def ring_inputs(
             rows, length = input_ids.shape
             document = _documents_mask(documents, rows, length)
             mask = IntervalMask.causal(length) & document
+            _check_config(config)
             chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
             plan = AttentionPlan(mask, chosen, ring, ulysses, first)
         except (ValueError, TypeError):
@@ -85,8 +87,18 @@ def _shard_labels(labels: Tensor, document: IntervalMask, plan: AttentionPlan) -
     last = document.hi <= torch.arange(1, document.queries + 1)
     shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
     held = plan.shard(shifted, _IGNORE)
-    count = max(1, int((shifted != _IGNORE).sum()))  # where nothing is predicted: a loss of 0
-    return {"labels": held, "shift_labels": held, "num_items_in_batch": count}, count
+    count = int((shifted != _IGNORE).sum())
+    return {"labels": held, "shift_labels": held, "num_items_in_batch": max(1, count)}, count  # no label: a loss of 0
+
+
+def _check_config(config: Any) -> None:
+    """Refuse models that cannot be on the ring: some (RWKV, xLSTM, CPM-Ant) read no mask that could refuse them."""
+    if config is None:
+        return
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"config must be model.config, a transformers configuration, got {type(config).__name__}")
+    if (reason := refusal(config, router_logits=False)) is not None:
+        raise ValueError(f"config.{reason}")
 
 
 def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTrainedConfig | None) -> Layout:
@@ -96,13 +108,8 @@ def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTr
         raise ValueError(f"layout={told} is not one of {', '.join(names)}")
     if name != "auto":
         return Layout.of(name, mask, ring.size, parts)
-    if not isinstance(config, PreTrainedConfig):
-        raise ValueError(
-            f'layout="auto" needs config=model.config, a transformers configuration, got {type(config).__name__}: its '
-            f"heads and windows decide what is fastest"
-        )
-    if (reason := refusal(config, router_logits=False)) is not None:
-        raise ValueError(f"config.{reason}")
+    if config is None:
+        raise ValueError('layout="auto" needs config=model.config: its heads and windows decide what is fastest')
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ring.size * parts))
     within = isinstance(ring, Loopback) or here % (ring.size * parts) == 0
     machine = Machine.of(ring.device, INTRA_NODE_GB if within else INTER_NODE_GB)

@@ -12,7 +12,8 @@ Every attention implementation but the ring's reads attention_mask, so this one 
 Tensor.__getitem__): load the model with attn_implementation="ring"
 
 Models that read no attention_mask refuse nothing: those without attention (RWKV, xLSTM), CPM-Ant, and attention that
-was registered with transformers' AttentionInterface alone, without a function for its masks.
+was registered with transformers' AttentionInterface alone, without a function for its masks. ring_inputs(config=...)
+refuses such models by their configuration.
 
 It is not a torch.Tensor, since torch.compile cannot follow a subclass whose functions raise. What code around a model
 does with inputs (move, pin, detach, copy, ask for their shape) gives the same object.

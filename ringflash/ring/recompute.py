@@ -1,7 +1,7 @@
 """Activation checkpointing that keeps attention's results, so that recomputing a layer does not run the ring again.
 
     checkpoint(layer, x, use_reentrant=False, context_fn=keep_attention)
-    model.gradient_checkpointing_enable()    # a Hugging Face model on the ring: the same, by ringflash.models
+    ringflash.models.checkpoint_layers(model)    # the same for the layers of a Hugging Face model on the ring
 
 A checkpointed layer forgets its activations and is run again in the backward. Everything in it is local and cheap to
 repeat but attention, whose ring would travel a third time. `ring_attention` therefore leaves its (out, lse) with the
@@ -85,6 +85,6 @@ def _result(role: _Role | None, compute: Callable[[], tuple[Tensor, ...]], trave
         raise RuntimeError(
             "attention is recomputed in the backward, and the ring would run again: checkpoint layers with "
             "use_reentrant=False and context_fn=ringflash.keep_attention, or call "
-            'model.gradient_checkpointing_enable() after set_attn_implementation("ring")'
+            "ringflash.models.checkpoint_layers(model)"
         )
     return compute()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError
-from ringflash.models import AttentionConfig
+from ringflash.models import AttentionConfig, checkpoint_layers
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
@@ -51,7 +51,7 @@ class TrainedModel(nn.Module):
         softcap = getattr(model.config, "final_logit_softcapping", None)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
         if memory.recompute:
-            model.gradient_checkpointing_enable()
+            checkpoint_layers(model)
 
     def forward(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
         """Summed loss of this rank's shard: tokens, labels, position_ids int64 [B, S]."""

@@ -1,5 +1,6 @@
 """A call whose result needs the whole sequence is refused by name; one whose result is each token's own is exact."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -243,9 +244,59 @@ def test_generating_on_the_ring_names_the_attention_that_generates():
         tiny("llama").generate(TOKENS, max_new_tokens=2)
 
 
-def test_a_look_at_the_stack_holds_no_activations_of_layers(monkeypatch):
-    """In Python 3.11 a frame's locals, once read, live until the frame ends, so those of layers are not read."""
+def test_a_look_at_the_stack_reads_models_and_no_layers(monkeypatch):
     seen, look = [], checks._frames
     monkeypatch.setattr(checks, "_frames", lambda: seen.extend(look()) or seen)
     tiny("llama")(**LABELLED)
     assert [type(frame.owner).__name__ for frame in seen[:2]] == ["LlamaModel", "LlamaForCausalLM"]
+    assert {name for frame in seen for name in frame.arguments} <= set(checks._ARGUMENTS)
+
+
+class Outer(torch.nn.Module):
+    """A user's own, which frees a tensor after the model's call, and looks at its own locals."""
+
+    def __init__(self, keeps):
+        super().__init__()
+        self.model, self.keeps = tiny("llama"), keeps
+
+    def forward(self, inputs):
+        large = torch.zeros(8)
+        freed = weakref.ref(large)
+        own = locals() if self.keeps else None
+        self.model(**inputs)
+        del large
+        return freed() is None, own
+
+
+def test_a_look_at_the_stack_keeps_no_tensor_of_an_outer_forward():
+    """Until Python 3.12 a frame keeps a copy of its locals, once they are read, until it ends."""
+    assert Outer(keeps=False)(LABELLED)[0]
+
+
+def test_a_look_at_the_stack_leaves_an_outer_forwards_own_locals():
+    assert {"self", "inputs", "large"} <= Outer(keeps=True)(LABELLED)[1].keys()
+
+
+NO_LABELS = torch.full_like(TOKENS, -100)
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0)], ids=["int", "tensor"])
+def test_a_trainers_batch_without_any_label_is_refused_by_that_reason(items):
+    inputs = ring_inputs(TOKENS, NO_LABELS, ring=Loopback(2))
+    with pytest.raises(ValueError, match="num_items_in_batch=0 and every label of the batch is -100, so the"):
+        tiny("llama")(**inputs | {"num_items_in_batch": items})
+    assert tiny("llama")(**inputs).loss == 0
+    assert tiny("llama")(**inputs | {"num_items_in_batch": 7}).loss == 0  # other batches of its step have labels
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "gpt_neo", "gptj"])
+def test_a_model_that_picks_a_layers_class_by_its_attention_is_refused_by_its_name(model_type):
+    message = rf"^config\.model_type={model_type} is not one of gemma2"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type), attn_implementation="ring")
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "xlstm", "cpmant"])
+def test_a_model_that_reads_no_mask_is_refused_by_its_configuration(model_type):
+    with pytest.raises(ValueError, match=rf"^config\.model_type={model_type} is not one of gemma2"):
+        ring_inputs(TOKENS, ring=Loopback(2), config=AutoConfig.for_model(model_type))

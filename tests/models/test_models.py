@@ -142,9 +142,9 @@ def test_an_auto_layout_is_the_fastest_for_the_models_heads_and_windows():
 
 
 WRONG_CONFIGURATIONS = {
-    "none": (None, r'layout="auto" needs config=model\.config, .* got NoneType'),
-    "the model": (tiny("llama"), r'layout="auto" needs config=model\.config, .* got LlamaForCausalLM'),
-    "fields": (TINY, r'layout="auto" needs config=model\.config, .* got dict'),
+    "none": (None, r'layout="auto" needs config=model\.config: '),
+    "the model": (tiny("llama"), r"config must be model\.config, .* got LlamaForCausalLM"),
+    "fields": (TINY, r"config must be model\.config, .* got dict"),
     "a model without heads": (AutoConfig.for_model("mamba"), r"config\.model_type=mamba is not one of gemma2"),
     "of images and text": (AutoConfig.for_model("gemma3"), r"config\.model_type=gemma3 is not one of gemma2"),
 }
@@ -394,7 +394,7 @@ def test_windows_of_layers_show_first_tokens_where_ring_inputs_is_told_to():
 
 def test_a_compiled_model_gives_the_same_gradients():
     """Attention runs as it is between graphs, which are compiled."""
-    model, tokens = tiny("llama"), torch.randint(1, 97, (1, 32))
+    model, tokens = tiny("llama", num_hidden_layers=1), torch.randint(1, 97, (1, 32))
     inputs = ring_inputs(tokens, tokens, ring=Loopback(2))
     loss, gradients = loss_and_gradients(model, inputs)
     model.forward = torch.compile(model.forward, backend="aot_eager")

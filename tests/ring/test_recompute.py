@@ -1,16 +1,19 @@
 """Recomputing a checkpointed layer does not run the ring again, and changes no gradient."""
 
+import copy
 import dataclasses
 import gc
+import inspect
 from collections import Counter
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ringflash import IntervalMask, Loopback, flash_attention, keep_attention, kernels
-from ringflash.models import ring_inputs
+from ringflash.models import checkpoint_layers, ring_inputs
 from ringflash.ring import recompute
 from tests.models.test_models import loss_and_gradients, tiny
 
@@ -58,6 +61,7 @@ def test_one_forward_and_one_backward_ring_a_layer_a_step(launches, model_type, 
     plain = dict(launches)
     launches.clear()
     ring.told.clear()
+    checkpoint_layers(model)
     model.gradient_checkpointing_enable(*given)
     again, recomputed = loss_and_gradients(model, inputs)
     assert launches == plain
@@ -78,22 +82,22 @@ def test_one_forward_and_one_backward_ring_a_layer_a_step(launches, model_type, 
     ids=["reentrant", "context"],
 )
 def test_checkpointing_that_cannot_keep_anything_is_refused(given, message):
+    model = tiny("qwen3")
+    checkpoint_layers(model)
     with pytest.raises(ValueError, match=message):
-        tiny("qwen3").gradient_checkpointing_enable(given)
+        model.gradient_checkpointing_enable(given)
 
 
 def test_a_checkpoint_that_keeps_nothing_is_refused_where_the_ring_would_run_again():
     model, tokens, ring = tiny("qwen3").train(), torch.randint(1, 97, (1, 32)), Telling(2)
-    model.set_attn_implementation("sdpa")
-    model.gradient_checkpointing_enable()
-    model.set_attn_implementation("ring")
+    model.gradient_checkpointing_enable()  # transformers' own
     inputs = ring_inputs(tokens, tokens, ring=ring)
     loss = model(**inputs).loss
-    with pytest.raises(RuntimeError, match=r"the ring would run again: .* after set_attn_implementation"):
+    with pytest.raises(RuntimeError, match=r"the ring would run again: .*checkpoint_layers\(model\)"):
         loss.backward()
     assert not any("backward" in about for about in ring.told)
     assert len(ring.told) == 2  # of the forwards
-    model.gradient_checkpointing_enable()
+    checkpoint_layers(model)
     model(**inputs).loss.backward()
 
 
@@ -105,11 +109,27 @@ def test_a_ring_of_one_may_be_recomputed(launches, reentrant):
     assert launches["forward"] == 2
 
 
-def test_a_model_on_its_own_attention_is_checkpointed_as_ever():
+def test_a_model_that_left_the_ring_is_checkpointed_as_ever():
     model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))
+    checkpoint_layers(model)
     model.set_attn_implementation("sdpa")
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def test_a_model_that_is_not_on_the_ring_is_refused():
+    model = tiny("qwen3")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match='checkpoint_layers needs a model on the ring, got attn_implementation="sdpa"'):
+        checkpoint_layers(model)
+
+
+def test_nothing_of_transformers_is_replaced():
+    plain = inspect.getsourcefile(PreTrainedModel.gradient_checkpointing_enable)
+    assert plain.endswith("transformers/modeling_utils.py")
+    model = tiny("qwen3")
+    checkpoint_layers(model)
+    assert copy.deepcopy(model).gradient_checkpointing_enable.args[0] is not model
 
 
 @pytest.mark.parametrize("attention_is_last", [False, True])
@@ -131,7 +151,7 @@ def test_a_checkpoint_inside_another_runs_no_ring_again():
     model, tokens, ring = tiny("qwen3").train(), torch.randint(1, 97, (1, 32)), Telling(2)
     inputs = ring_inputs(tokens, tokens, ring=ring)
     loss, gradients = loss_and_gradients(model, inputs)
-    model.gradient_checkpointing_enable()
+    checkpoint_layers(model)
     ring.told.clear()
     again = checkpoint(lambda: model(**inputs).loss, **KEPT)
     recomputed = torch.autograd.grad(again, list(model.parameters()))
@@ -142,7 +162,7 @@ def test_a_checkpoint_inside_another_runs_no_ring_again():
 
 def test_a_checkpoint_that_keeps_inside_one_that_does_not_is_refused():
     model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))
-    model.gradient_checkpointing_enable()
+    checkpoint_layers(model)
     loss = checkpoint(lambda: model(**ring_inputs(tokens, tokens, ring=Loopback(2))).loss, **PLAIN)
     with pytest.raises(RuntimeError, match="the ring would run again"):
         loss.backward()
@@ -157,7 +177,7 @@ def test_a_graph_that_is_dropped_leaves_nothing_kept(monkeypatch):
 
     monkeypatch.setattr(recompute._Kept, "of", noted)
     model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))
-    model.gradient_checkpointing_enable()
+    checkpoint_layers(model)
     loss = model(**ring_inputs(tokens, tokens, ring=Loopback(2))).loss
     assert len(kept) == 2
     assert not any(ref.expired() for ref in kept)
