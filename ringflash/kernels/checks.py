@@ -1,13 +1,20 @@
-"""What no kernel takes, whatever it is written in: refused before a kernel's own code is imported or run."""
+"""What a kernel refuses, in its own name, whatever it is written in.
+
+A `..._refusal` returns None or the tail of "kernel=NAME ...". A `check_...` raises ValueError with NAME and the values.
+"""
 
 from __future__ import annotations
 
 from numbers import Real
 
+import torch
 from torch import Tensor
+
+from ringflash.mask import Intervals
 
 # Kernels compute in fp32: between these, a scale, a softcap and their quotient neither overflow nor become 0.
 LEAST, MOST = 1e-15, 1e15
+OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def number_refusal(value: object) -> str | None:
@@ -28,3 +35,73 @@ def request_refusal(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
     if softcap is not None and (reason := number_refusal(softcap)):
         return f"takes as softcap {reason}"
     return None
+
+
+def stride_refusal(q: Tensor, k: Tensor, copy_engine: bool) -> str | None:
+    """None, or why a Triton kernel cannot read q and k where they lie. copy_engine: whether it loads tiles by TMA."""
+    for name, x in (("q", q), ("k", k)):
+        if x.stride(3) != 1:
+            return f"takes a contiguous last dimension, got {name} with stride {x.stride(3)}"
+        if copy_engine and (reason := address_refusal(name, x)):
+            return reason
+    return None
+
+
+def address_refusal(name: str, x: Tensor) -> str | None:
+    """None, or why the copy engine (TMA) cannot address x [B, S, H, D]."""
+    if x.data_ptr() % 16:
+        return f"takes tensors that begin at a multiple of 16 bytes, got {name} at {x.data_ptr() % 16} past one"
+    width = x.element_size()
+    for dimension, (count, stride) in enumerate(zip(x.shape[:3], x.stride(), strict=False)):
+        if count > 1 and stride * width % 16:
+            size = stride * width
+            return f"takes strides that are multiples of 16 bytes, got {name} with stride({dimension}) of {size} bytes"
+    return None
+
+
+def check_alike(kernel: str, q: Tensor, k: Tensor, scale: float, **others: Tensor) -> None:
+    """Raise ValueError unless scale is a scale, dout is like q and any other tensor like k."""
+    if reason := number_refusal(scale):
+        raise ValueError(f"kernel={kernel} takes as scale {reason}")
+    for name, x in others.items():
+        like = q if name == "dout" else k
+        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device or x.stride(3) != 1:
+            raise ValueError(
+                f"kernel={kernel} takes {name} as {[*like.shape]}, {like.dtype}, last dimension contiguous, on "
+                f"{like.device}, got {[*x.shape]}, {x.dtype}, strides {x.stride()}, on {x.device}"
+            )
+
+
+def check_rows(kernel: str, like: Tensor, **tensors: Tensor) -> None:
+    """Raise ValueError unless each is fp32, contiguous in its last dimension, [B, S, H, D] or [B, H, S] of `like`."""
+    B, S, H, D = like.shape
+    for name, x in tensors.items():
+        shape = (B, H, S) if x.dim() == 3 else (B, S, H, D)
+        contiguous = x.stride(-1) == 1 or x.shape[-1] == 1
+        if x.shape != shape or x.dtype != torch.float32 or not contiguous:
+            raise ValueError(
+                f"kernel={kernel} takes {name} as {[*shape]}, torch.float32, last dimension contiguous, "
+                f"got {[*x.shape]}, {x.dtype}, strides {x.stride()}"
+            )
+
+
+def check_out(kernel: str, q: Tensor, out: Tensor) -> None:
+    """Raise ValueError unless out is of q's shape, in a dtype that kernels write, contiguous in its last dimension."""
+    if out.shape != q.shape or out.dtype not in OUT_DTYPES or out.stride(3) != 1:
+        raise ValueError(
+            f"kernel={kernel} takes out as {[*q.shape]}, float16, bfloat16 or float32, last dimension contiguous, "
+            f"got {[*out.shape]}, {out.dtype}, strides {out.stride()}"
+        )
+
+
+def check_intervals(kernel: str, q: Tensor, k: Tensor, intervals: Intervals) -> None:
+    """Raise ValueError unless every query and key has its bounds, as contiguous rows of int32."""
+    for x, bounds in ((q, ("start", "end")), (k, ("query_start", "query_end"))):
+        for name in bounds:
+            bound = getattr(intervals, name)
+            fits = bound.dim() == 2 and bound.shape[0] in (1, len(x)) and bound.shape[1] == x.shape[1]
+            if not fits or bound.dtype != torch.int32 or not bound.is_contiguous():
+                raise ValueError(
+                    f"kernel={kernel} takes intervals.{name} as [1 or {len(x)}, {x.shape[1]}], torch.int32, "
+                    f"contiguous, got {[*bound.shape]}, {bound.dtype}, strides {bound.stride()}"
+                )

@@ -5,14 +5,20 @@
     add_out(descriptor, coordinates, tile)             the same, adding to what memory holds, atomically
     reinterpret(tile, dtype, shape, layout)            the same shared memory as another type
 
-All but the last run on the copy engine (TMA), asynchronously. `aggregate` makes a struct of a class, for device code.
+All but the last run on the copy engine (TMA), asynchronously.
+
+    @aggregate class Name: field: gl.tensor ...        a struct for device code, with the constructor Name(field, ...)
 """
+
+from typing import Any, TypeVar, dataclass_transform
 
 import triton
 from triton._C.libtriton import ir
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
-from triton.language.core import _aggregate as aggregate
+from triton.language.core import _aggregate
+from triton.runtime.jit import JITCallable
 
 __all__ = ["TESTED", "add_out", "aggregate", "copy_in", "copy_out", "reinterpret", "triton_version"]
 
@@ -22,6 +28,36 @@ TESTED = ("3.6", "3.7", "3.9")  # the versions that tests/kernels/test_hopper_co
 def triton_version() -> str:
     """Major and minor, as in TESTED."""
     return ".".join(triton.__version__.split(".")[:2])
+
+
+T = TypeVar("T")
+
+
+class _Constructor(JITCallable):
+    """__init__ of an aggregate: one argument per field, in order.
+
+    A JITCallable, since that is what Triton's cache key takes in of an aggregate: here, the names and types of fields.
+    """
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = fields
+        self.__name__ = "__init__"
+        self.used_global_vals: dict = {}
+
+    @property
+    def cache_key(self) -> str:
+        return str(self.fields)
+
+    def __call__(self, instance: Any, *values: Any) -> None:
+        for (name, kind), value in zip(self.fields.items(), values, strict=True):
+            setattr(instance, name, gl.constexpr(value) if kind is gl.constexpr else value)
+
+
+@dataclass_transform()
+def aggregate(cls: type[T]) -> type[T]:
+    """A struct for device code, whose fields are the annotations of `cls`."""
+    cls.__init__ = _Constructor(cls.__annotations__)  # type: ignore[assignment,misc]
+    return _aggregate(cls)
 
 
 @builtin

@@ -64,7 +64,7 @@ from ringflash.kernels.hopper_parts import (
     tiles,
 )
 from ringflash.kernels.portable_backward import delta, round_into
-from ringflash.kernels.portable_forward import LOG2_E, interval_stride, score_scales
+from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales
 from ringflash.mask import Intervals
 
 __all__ = ["backward", "delta", "round_into"]
@@ -128,39 +128,6 @@ class Call:
     BLOCK_Q: gl.constexpr
     CAPPED: gl.constexpr
 
-    @gluon.constexpr_function
-    def __init__(
-        self, lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale,
-        lse_factor, D, BLOCK_Q, CAPPED,
-    ):  # fmt: skip
-        self.lse = lse
-        self.lse_stride_b = lse_stride_b
-        self.lse_stride_h = lse_stride_h
-        self.delta = delta
-        self.delta_stride_b = delta_stride_b
-        self.delta_stride_h = delta_stride_h
-        self.start = start
-        self.end = end
-        self.interval_stride_b = interval_stride_b
-        self.order = order
-        self.order_stride_b = order_stride_b
-        self.tiles = tiles
-        self.queries = queries
-        self.keys = keys
-        self.heads_kv = heads_kv
-        self.group = group
-        self.split = split
-        self.pairs = pairs
-        self.heads_in_l2 = heads_in_l2
-        self.scale = scale
-        self.c = c
-        self.cap_scale = cap_scale
-        self.lse_factor = lse_factor
-        self.D = gl.constexpr(D)
-        self.BLOCK_Q = gl.constexpr(BLOCK_Q)
-        self.CAPPED = gl.constexpr(CAPPED)
-
     @gluon.jit
     def heads(self):
         """Query heads of a program."""
@@ -219,18 +186,6 @@ class Shared:
     ds: gl.shared_memory_descriptor  # two steps of one tile a consumer, [keys, queries]
     dq: gl.shared_memory_descriptor  # one tile a consumer: half of the columns
     DEPTH: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(self, kv, q, dout, lse, delta, full, ds, dq, DEPTH):
-        self.kv = kv
-        self.q = q
-        self.dout = dout
-        self.lse = lse
-        self.delta = delta
-        self.full = full
-        self.ds = ds
-        self.dq = dq
-        self.DEPTH = gl.constexpr(DEPTH)
 
     @gluon.jit
     def wait_full(self, number, pred=True):
@@ -564,7 +519,7 @@ def backward(
             dout, q, k, v, lse, delta, intervals, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv
         )
         return
-    check_inputs(q, k, scale, softcap, v=v, dout=dout)
+    check_inputs(q, k, scale, softcap, intervals, v=v, dout=dout)
     check_rows(q, lse=lse, delta=delta, dq=dq)
     check_rows(k, dk=dk, dv=dv)
     if 0 in q.shape or 0 in k.shape:

@@ -49,6 +49,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ringflash.kernels.checks import check_out
 from ringflash.kernels.gluon_names import aggregate, copy_out, reinterpret
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
@@ -73,7 +74,7 @@ from ringflash.kernels.hopper_parts import (
     tile_run,
     tiles,
 )
-from ringflash.kernels.portable_forward import LOG2_E, check_out, interval_stride, nothing_seen, score_scales
+from ringflash.kernels.portable_parts import LOG2_E, interval_stride, result_without_keys, score_scales
 from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
@@ -136,34 +137,6 @@ class Call:
     CONSUMERS: gl.constexpr
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(
-        self, lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles,
-        queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY,
-    ):  # fmt: skip
-        self.lse = lse
-        self.lse_stride_b = lse_stride_b
-        self.lse_stride_h = lse_stride_h
-        self.start = start
-        self.end = end
-        self.interval_stride_b = interval_stride_b
-        self.counter = counter
-        self.order = order
-        self.order_stride_b = order_stride_b
-        self.tiles = tiles
-        self.queries = queries
-        self.heads_kv = heads_kv
-        self.group = group
-        self.pairs = pairs
-        self.heads_in_l2 = heads_in_l2
-        self.c = c
-        self.cap_scale = cap_scale
-        self.D = gl.constexpr(D)
-        self.BLOCK_K = gl.constexpr(BLOCK_K)
-        self.CONSUMERS = gl.constexpr(CONSUMERS)
-        self.CAPPED = gl.constexpr(CAPPED)
-        self.CARRY = gl.constexpr(CARRY)
 
     @gluon.jit
     def key(self, job, step):
@@ -574,14 +547,14 @@ def forward(
     Raises ValueError, with the values, where `supports` would refuse, where v or the carry do not fit q and k, and
     where scale is not positive (a row's maximum is taken before scaling). tuning replaces the table's choice.
     """
-    check_inputs(q, k, scale, softcap, v=v)
+    check_inputs(q, k, scale, softcap, intervals, v=v)
     if carry is not None:
         check_rows(q, **{"carry.out": carry.out, "carry.lse": carry.lse})
     if out is not None:
-        check_out(q, out)
+        check_out("hopper", q, out)
         check_addresses(out=out)
     if 0 in q.shape or 0 in k.shape:
-        return nothing_seen(q, carry, out)
+        return result_without_keys(q, carry, out)
 
     B, Sq, Hq, D = q.shape
     Hkv = k.shape[2]

@@ -15,10 +15,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ringflash.kernels import portable_forward
-from ringflash.kernels.checks import request_refusal
+from ringflash.kernels import checks
+from ringflash.kernels.checks import address_refusal, check_alike, check_intervals, request_refusal, stride_refusal
 from ringflash.kernels.gluon_names import TESTED, aggregate, copy_in, triton_version
-from ringflash.kernels.portable_forward import LOG2_E, arch, tma_refusal
+from ringflash.kernels.portable_parts import LOG2_E, arch
+from ringflash.mask import Intervals
 
 ROWS = gl.constexpr(64)  # of a consumer's tile: what one wgmma computes
 NEG_INF = gl.constexpr(float("-inf"))
@@ -89,15 +90,6 @@ class Pipe:
     DEPTH: gl.constexpr
     READERS: gl.constexpr
     EMPTY: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(self, tiles, full, empty, DEPTH, READERS, EMPTY):
-        self.tiles = tiles
-        self.full = full
-        self.empty = empty
-        self.DEPTH = gl.constexpr(DEPTH)
-        self.READERS = gl.constexpr(READERS)
-        self.EMPTY = gl.constexpr(EMPTY)
 
     @gluon.jit
     def tile(self, number):
@@ -177,17 +169,6 @@ class Job:
     tiles: gl.tensor
     edges: gl.tensor
     full_from: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, batch, head, head_kv, first_row, lo, tiles, edges, full_from):
-        self.batch = batch
-        self.head = head
-        self.head_kv = head_kv
-        self.first_row = first_row
-        self.lo = lo
-        self.tiles = tiles
-        self.edges = edges
-        self.full_from = full_from
 
     @gluon.jit
     def fields(self):
@@ -291,7 +272,7 @@ def mask_scores(s, start, end, first_column, value: gl.constexpr):
 def softcap(s, cap_scale):
     """tanh(s scale / softcap), with cap_scale = 2 log2(e) scale / softcap, within a few 1e-6 of itself.
 
-    1 - 2 / (1 + 2^y), but for small y, where that cancels: a polynomial. See `portable_forward.softcap`.
+    1 - 2 / (1 + 2^y), but for small y, where that cancels: a polynomial. See `portable_parts.softcap`.
     """
     y = s * cap_scale
     reciprocal = gl.inline_asm_elementwise(  # in one instruction, where Triton's division takes several
@@ -354,25 +335,30 @@ def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
         return f"takes float16 and bfloat16, got {q.dtype}; kernel=portable takes float32"
     if q.shape[3] not in HEAD_DIMS:
         return f"takes head_dim {' and '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}; kernel=portable takes others"
-    return portable_forward.supports(q, k, softcap)
+    if k.dtype != q.dtype or k.shape[3] != q.shape[3]:
+        return f"takes k of q's dtype and head_dim, {q.dtype} and {q.shape[3]}, got {k.dtype} and {k.shape[3]}"
+    return stride_refusal(q, k, copy_engine=True)
 
 
-def check_inputs(q: Tensor, k: Tensor, scale: float, softcap: float | None, **others: Tensor) -> None:
+def check_inputs(
+    q: Tensor, k: Tensor, scale: float, softcap: float | None, intervals: Intervals, **others: Tensor
+) -> None:
     """Raise ValueError unless the kernels take these; others: v as k is, dout as q is."""
     if reason := supports(q, k, softcap):
         raise ValueError(f"kernel=hopper {reason}")
-    portable_forward.check_alike(q, k, scale, **others)
+    check_alike("hopper", q, k, scale, **others)
     check_addresses(**others)
+    check_intervals("hopper", q, k, intervals)
 
 
 def check_rows(like: Tensor, **tensors: Tensor) -> None:
     """Raise ValueError unless each is fp32 and [B, S, H, D] or [B, H, S] of `like`, the former as TMA takes it."""
-    portable_forward.check_rows(like, **tensors)
+    checks.check_rows("hopper", like, **tensors)
     check_addresses(**{name: x for name, x in tensors.items() if x.dim() == 4})
 
 
 def check_addresses(**tensors: Tensor) -> None:
     """Raise ValueError unless the copy engine can address each."""
     for name, x in tensors.items():
-        if reason := tma_refusal(name, x):
+        if reason := address_refusal(name, x):
             raise ValueError(f"kernel=hopper {reason}")

@@ -24,15 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringflash.kernels.portable_forward import (
+from ringflash.kernels.checks import check_rows
+from ringflash.kernels.portable_parts import (
     LARGE_SHARED,
     LOG2_E_,
     NEG_INF,
     Tuning,
     arch,
     check_inputs,
-    check_intervals,
-    check_rows,
     exact_tuning,
     interval_stride,
     load_tile,
@@ -385,13 +384,12 @@ def backward(
 ) -> None:
     """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
 
-    Raises ValueError, with the values, where `portable_forward.supports` would refuse, where a tensor does not fit q
+    Raises ValueError, with the values, where `portable_parts.supports` would refuse, where a tensor does not fit q
     and k, and where scale is not positive. The tunings replace the tables' choice.
     """
-    check_inputs(q, k, scale, softcap, v=v, dout=dout)
-    check_intervals(q, k, intervals)
-    check_rows(q, lse=lse, delta=delta, dq=dq)
-    check_rows(k, dk=dk, dv=dv)
+    check_inputs(q, k, scale, softcap, intervals, v=v, dout=dout)
+    check_rows("portable", q, lse=lse, delta=delta, dq=dq)
+    check_rows("portable", k, dk=dk, dv=dv)
     if 0 in q.shape or 0 in k.shape:
         return
     B, Sq, Hq, D = q.shape

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ringflash.kernels.portable_forward import LOG2_E, softcap
+from ringflash.kernels.portable_parts import LOG2_E, softcap
 
 CAP_SCALE = 2 * LOG2_E  # of scale 1 and softcap 1
 

@@ -264,6 +264,22 @@ def test_the_forward_works_at_8_heads_or_as_many_as_l2_holds(heads, tokens, pair
     assert heads_in_l2(q, k) == pairs
 
 
+def test_the_fields_of_an_aggregate_enter_tritons_cache_key():
+    from triton.experimental.gluon import language as gl
+    from triton.runtime.jit import DependenciesFinder
+
+    from ringflash.kernels.gluon_names import aggregate
+
+    def key(fields: dict[str, Any]) -> str:
+        finder = DependenciesFinder("kernel", {}, {}, "")
+        finder.record_reference(aggregate(type("Pair", (), {"__annotations__": fields})))
+        return finder.ret
+
+    pair = {"a": gl.tensor, "b": gl.tensor}
+    assert key(pair) == key(dict(pair))
+    assert len({key(pair), key({"a": gl.tensor, "c": gl.tensor}), key(pair | {"b": gl.constexpr})}) == 3
+
+
 if __name__ == "__main__":
     for case_name in CASES:
         print(json.dumps(report(case_name)), flush=True)
