@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,10 @@ def ring_inputs(
     ulysses: Ulysses | None = None,
     documents: Sequence[Any] | np.ndarray | Tensor | None = None,
     first: int = 0,
-    layout: str = "zigzag",
+    layout: str | Callable[[IntervalMask], Layout] = "zigzag",
     config: PreTrainedConfig | None = None,
+    shift_labels: Tensor | None = None,
+    compare_ranks: bool = True,
 ) -> dict[str, Any]:
     """This rank's keyword arguments for a causal language model's forward, from whole sequences.
 
@@ -43,12 +45,15 @@ def ring_inputs(
     integers too); no token sees or predicts another document's, and positions begin again with each.
     first: number of tokens at each document's start that layers with a sliding window also see.
     layout: "contiguous", "zigzag", "striped", "balanced", "gathered", or "auto", the one with the least predicted time
-    for these documents and the layers of `config`.
+    for these documents and the layers of `config`; or a function that gives a mask its layout.
     config: model.config. Given, a model that cannot be on the ring is refused here, also one that reads no mask.
+    shift_labels: int64 [B, S], instead of labels where these are shifted already.
+    compare_ranks: raise an error where ranks were given different sequences, which is a collective. Without it, this
+    may run in a thread while the ring is used.
 
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
-    A collective: every rank of the ring calls it, and none while another thread uses the ring. Raises ValueError or
+    Every rank of the ring calls it, and by default none while another thread uses the ring. Raises ValueError or
     TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and, for the
     others not to wait in vain, where another rank's do not fit. Raises RuntimeError in a DataLoader's worker.
     """
@@ -59,7 +64,10 @@ def ring_inputs(
         group.process.check()
     with torch.device("cpu"):  # plans are made there, whatever device torch.set_default_device names
         try:
-            input_ids, labels = _checked_tokens(input_ids, labels)
+            if labels is not None and shift_labels is not None:
+                raise ValueError("labels and shift_labels were both given: shift_labels are labels, shifted already")
+            name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+            input_ids, targets = _checked_tokens(input_ids, name, targets)
             rows, length = input_ids.shape
             document = _documents_mask(documents, rows, length)
             mask = IntervalMask.causal(length) & document
@@ -67,13 +75,17 @@ def ring_inputs(
             chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
             plan = AttentionPlan(mask, chosen, ring, ulysses, first)
         except (ValueError, TypeError):
-            _agree(torch.tensor(_REFUSED, device=ring.device), shared)
+            if compare_ranks:
+                _agree(torch.tensor(_REFUSED, device=ring.device), shared)
             raise
-        given = (input_ids, labels, document.lo, document.hi, chosen.chunks, torch.tensor([min(first, length)]))
-        _agree(_checksum(ring.device, *given), shared)
-        targets, count = ({}, None) if labels is None else _shard_labels(labels, document, plan)
+        given = (input_ids, targets, document.lo, document.hi, chosen.chunks, torch.tensor([min(first, length)]))
+        if compare_ranks:
+            _agree(_checksum(ring.device, *given), shared)
+        if targets is not None and shift_labels is None:
+            targets = _shifted(targets, document)
+        keywords, count = ({}, None) if targets is None else _shard_labels(targets, plan)
         ids = plan.shard(input_ids)
-        return targets | {
+        return keywords | {
             "input_ids": ids,
             "position_ids": plan.position_ids(rows),
             "attention_mask": RingMask(ids.shape, count, ring.device),
@@ -82,10 +94,14 @@ def ring_inputs(
         }
 
 
-def _shard_labels(labels: Tensor, document: IntervalMask, plan: AttentionPlan) -> tuple[dict[str, Any], int]:
-    """The labels held here, shifted in whole sequences, as keywords of a model; and how many there are on all ranks."""
+def _shifted(labels: Tensor, document: IntervalMask) -> Tensor:
+    """Each token's label, which is that of the next token of its document; the last of a document has none."""
     last = document.hi <= torch.arange(1, document.queries + 1)
-    shifted = labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
+    return labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
+
+
+def _shard_labels(shifted: Tensor, plan: AttentionPlan) -> tuple[dict[str, Any], int]:
+    """The labels held here, as keywords of a model; and how many there are on all ranks."""
     held = plan.shard(shifted, _IGNORE)
     count = int((shifted != _IGNORE).sum())
     return {"labels": held, "shift_labels": held, "num_items_in_batch": max(1, count)}, count  # no label: a loss of 0
@@ -101,8 +117,16 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"config.{reason}")
 
 
-def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTrainedConfig | None) -> Layout:
+def _layout(
+    name: str | Callable[[IntervalMask], Layout],
+    mask: IntervalMask,
+    ring: Ring,
+    parts: int,
+    config: PreTrainedConfig | None,
+) -> Layout:
     """The layout that ring_inputs was asked for; "auto" reckons with a machine as torchrun describes it."""
+    if callable(name):
+        return name(mask)
     if name not in (names := ("auto", *LAYOUT_NAMES)):
         told = name[:100] if isinstance(name, str) else f"an object of {type(name)}"
         raise ValueError(f"layout={told} is not one of {', '.join(names)}")
@@ -116,7 +140,7 @@ def _layout(name: str, mask: IntervalMask, ring: Ring, parts: int, config: PreTr
     return fastest(layer_masks(config, mask), ring.size, heads_of(config, parts), machine, parts)[1]
 
 
-def _checked_tokens(input_ids: Any, labels: Any) -> tuple[Tensor, Tensor | None]:
+def _checked_tokens(input_ids: Any, name: str, labels: Any) -> tuple[Tensor, Tensor | None]:
     """Both as tensors. Refuses what is not [B, S], or not alike, before it is cut into shards, whose shapes would no
     longer tell."""
     # What torch's embedding and cross entropy take. They would refuse the rest too, but name neither argument.
@@ -125,9 +149,9 @@ def _checked_tokens(input_ids: Any, labels: Any) -> tuple[Tensor, Tensor | None]
         raise ValueError(f"input_ids must be [B, S] with a token or more, got {[*ids.shape]}")
     if labels is None:
         return ids, None
-    targets = _integers("labels", labels, (torch.int64,))
+    targets = _integers(name, labels, (torch.int64,))
     if targets.shape != ids.shape:
-        raise ValueError(f"labels {[*targets.shape]} must have the shape of input_ids, {[*ids.shape]}")
+        raise ValueError(f"{name} {[*targets.shape]} must have the shape of input_ids, {[*ids.shape]}")
     return ids, targets
 
 

@@ -6,6 +6,7 @@ DeepSpeed sees plain data parallelism over all ranks and averages their gradient
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -14,8 +15,6 @@ from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError
 from ringflash.models import AttentionConfig, checkpoint_layers
-from ringflash.models.ring_mask import RingMask
-from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.world import World
@@ -53,17 +52,10 @@ class TrainedModel(nn.Module):
         if memory.recompute:
             checkpoint_layers(model)
 
-    def forward(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
-        """Summed loss of this rank's shard: tokens, labels, position_ids int64 [B, S]."""
-        hidden = self.model.base_model(
-            input_ids=tokens,
-            attention_mask=RingMask(tokens.shape),
-            position_ids=position_ids,
-            plan=plan,
-            use_cache=False,
-            **self.attention,
-        ).last_hidden_state
-        return self.model.lm_head(hidden, labels)
+    def forward(self, shift_labels: Tensor, labels: object, num_items_in_batch: object, **inputs: Any) -> Tensor:
+        """Summed loss of this rank's shard, from what `ring_inputs` returns. `step` divides it by all ranks' labels."""
+        hidden = self.model.base_model(**inputs, **self.attention).last_hidden_state
+        return self.model.lm_head(hidden, shift_labels)
 
 
 def build_engine(

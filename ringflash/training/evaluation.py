@@ -65,7 +65,7 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world:
     for sequences in batches:
         inputs = shard(sequences, world, layout_for)
         total[0] += engine(**inputs)
-        total[1] += (inputs["labels"] != IGNORE).sum()
+        total[1] += (inputs["shift_labels"] != IGNORE).sum()
     engine.train()
     loss, valid = world.sum(total).tolist()
     return loss / max(valid, 1)

@@ -23,7 +23,7 @@ from ringflash.data.batches import Batch
 from ringflash.data.packing import IGNORE
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
-from ringflash.models import windows_of_layers
+from ringflash.models import ring_inputs, windows_of_layers
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.world import World
 
@@ -70,7 +70,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
 
     The update is skipped, on all ranks alike, if the gradient norm or a micro-batch's loss on any rank is not finite.
     """
-    valid = world.sum(sum((inputs["labels"] != IGNORE).sum() for inputs, _ in micro_batches)).clamp(min=1)
+    valid = world.sum(sum((inputs["shift_labels"] != IGNORE).sum() for inputs, _ in micro_batches)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     learning_rate = engine.learning_rate(engine.global_steps + 1)
     for group in engine.optimizer.param_groups:
@@ -102,13 +102,10 @@ def _imbalance(pairs: Tensor, world: World) -> float:
     return float((most * world.ring.size / of_all.clamp(min=1)).max()) - 1
 
 
-def shard(batch: Batch, world: World, layout_for: Layouts) -> dict:
-    """What this rank's model takes of a batch."""
-    mask = batch.mask()
-    plan = AttentionPlan(mask, layout_for(mask), world.ring, world.ulysses)
-    return {
-        "tokens": plan.shard(batch.tokens),
-        "labels": plan.shard(batch.labels, padding=IGNORE),
-        "position_ids": plan.position_ids(len(batch.tokens)),
-        "plan": plan,
-    }
+def shard(batch: Batch, world: World, layout_for: Layouts) -> dict[str, Any]:
+    """What this rank's model takes of a batch; layout_for: gives a mask its layout."""
+    # Ranks made the same batch from the same seed, and the ring may be in use by the step before.
+    return ring_inputs(
+        batch.tokens, shift_labels=batch.labels, documents=batch.documents, ring=world.ring, ulysses=world.ulysses,
+        layout=layout_for, compare_ranks=False,
+    )  # fmt: skip

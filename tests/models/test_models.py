@@ -320,6 +320,31 @@ def test_a_kernel_for_every_device_is_not_refused(kernel):
     check_kernel(config, AttentionConfig(kernel), read_config(config), torch.device("cpu"))
 
 
+def test_labels_that_are_shifted_already_give_what_labels_give():
+    tokens = torch.randint(1, 97, (2, 13))
+    shifted = tokens.roll(-1, dims=1)
+    shifted[:, [4, 12]] = -100  # the last tokens of documents
+    options = {"ring": Loopback(2), "documents": [5, 8]}
+    expected, found = ring_inputs(tokens, tokens, **options), ring_inputs(tokens, shift_labels=shifted, **options)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], x) for name, x in expected.items() if isinstance(x, torch.Tensor))
+    assert found["num_items_in_batch"] == expected["num_items_in_batch"] == 2 * 11
+    with pytest.raises(ValueError, match="labels and shift_labels were both given"):
+        ring_inputs(tokens, tokens, shift_labels=shifted, **options)
+    with pytest.raises(ValueError, match=r"^shift_labels \[2, 12\] must have the shape of input_ids, \[2, 13\]"):
+        ring_inputs(tokens, shift_labels=shifted[:, 1:], **options)
+
+
+def test_a_layout_can_be_chosen_by_a_function_of_the_mask():
+    masks = []
+    tokens = torch.randint(1, 97, (1, 12))
+    inputs = ring_inputs(
+        tokens, documents=[5, 7], ring=Loopback(2), layout=lambda mask: masks.append(mask) or Layout.striped(12, 2)
+    )
+    assert inputs["input_ids"].tolist() == [tokens[0, 0::2].tolist(), tokens[0, 1::2].tolist()]
+    assert masks[0].area() == 5 * 6 // 2 + 7 * 8 // 2
+
+
 def test_arrays_of_tokens_give_what_tensors_give():
     tokens = torch.randint(1, 97, (2, 13))
     backwards = tokens.numpy()[:, ::-1].copy()[:, ::-1]

@@ -188,8 +188,7 @@ def test_the_attention_settings_of_the_model_reach_every_layer(monkeypatch):
     )
     settings = AttentionConfig("blocked", deterministic=True, compensated=False)
     trained = TrainedModel(build("qwen3"), MemoryConfig(loss_tile=16), settings)
-    inputs = ring_inputs(torch.arange(32)[None], torch.arange(32)[None], ring=Loopback(1))
-    trained(torch.arange(32)[None], torch.arange(32)[None], inputs["position_ids"], inputs["plan"])
+    trained(**ring_inputs(torch.arange(32)[None], torch.arange(32)[None], ring=Loopback(1)))
     wanted = {"kernel": "blocked", "deterministic": True, "compensated": False}
     assert [{name: options[name] for name in wanted} for options in asked] == [wanted] * len(asked)
     assert len(asked) == trained.model.config.num_hidden_layers
