@@ -1,11 +1,21 @@
-"""The trainer: configuration, processes, the step, checkpoints, metrics and the loop that ties them together."""
+"""The trainer.
+
+config, overrides, help     the settings: typed, read from a command line, listed
+preflight                   what is refused before anything is allocated, and the log of what will run
+world, own_pace, failure    processes: ring, Ulysses and replicas; work without a timeout; how a run fails
+engine, loss, optimizer     the model under DeepSpeed
+step, evaluation            one optimizer step, and the held-out loss
+meter, metrics, flops       a step's figures, and where they are written
+checkpoint, export          what a run can be resumed from, and what it leaves
+loop                        the run, top to bottom
+"""
 
 import os
 import warnings
 
 import torch
 
-# Read by deepspeed when it is imported: it would otherwise look for accelerators and warn that it found none.
+# deepspeed reads it on import; without it, deepspeed looks for accelerators and warns that it found none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# DeepSpeed calls collectives by names that newer torch deprecates, on every step; no user can do anything about it.
+# On every step DeepSpeed calls collectives by names that newer torch deprecates; a user cannot change that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there: written aside, listed with their digests, then renamed.
+"""Checkpoints that are complete or absent: written aside, listed with their digests, then renamed.
 
     runs/NAME/checkpoints/step-00000100/state/           DeepSpeed's files: weights, optimizer, schedule, by rank
                           step-00000100/manifest.json    the size and SHA-256 of every file, written last
-                          step-00000200.partial/         one being written, or what a killed run left
-                          step-00000150.unsound/         one whose files were not what was written, moved aside
+                          step-00000200.partial/         one being written, or left by a killed run
+                          step-00000150.unsound/         one whose files differ from what was written, moved aside
 
-A run resumes from the newest checkpoint whose files are what its manifest says; older sound ones stand behind it.
-Folders of any other name are the user's and left alone.
+A run resumes from the newest sound checkpoint: one whose files are those that its manifest lists. An older one serves
+where a newer is damaged. Folders of any other name are the user's and are not touched.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ringflash.training.world import World
 
 STATE = "state"
 MANIFEST = "manifest.json"
-POSITIONS = "document"  # where positions begin; in checkpoints that do not tell, with the sequence
+POSITIONS = "document"  # where positions begin; in manifests without this entry, with the sequence
 PARTIAL, UNSOUND = ".partial", ".unsound"
-# Settings that a resumed run may change. The others are part of the state: the run would not be the one that stopped.
+# Settings that a resumed run may change. With another value of any other setting it would be a different run.
 FREE = (
     "name", "output_dir", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
     "memory.recompute", "attention.", "model.extrapolate_positions",
@@ -47,13 +47,13 @@ BY_DIGEST = {
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = 100
     """Steps between checkpoints; 0: only at the end."""
 
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of checkpoints that are kept, the newest."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
@@ -65,13 +65,13 @@ def save(
 ) -> Path:
     """Write the state after `step` steps under `folder`; all ranks call it. Returns the checkpoint's path.
 
-    keep: how many stay, this one included; settings: the run's, nested, which a resumed run must share. Raises
-    DivergedError, and leaves the earlier checkpoints, where a weight is not finite.
+    keep: how many are kept, including this one. settings: the run's, nested; a resumed run must share them. Raises
+    DivergedError where a weight is not finite; the earlier checkpoints stay.
     """
     path = folder / f"step-{step:08d}"
     check_weights(engine, world, path)
     aside = path.with_name(path.name + PARTIAL)
-    with world.own_pace(f"deleting what killed runs left half-written in {folder}"):
+    with world.own_pace(f"deleting half-written checkpoints of killed runs in {folder}"):
         if world.is_first:
             with writing(aside):
                 for left in _half_written(folder):
@@ -80,8 +80,8 @@ def save(
     with world.own_pace(f"writing {path}"), writing(aside):
         engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
     with world.own_pace(f"reading {path} for its digests"):
-        digests = _digests(aside, _share(aside, world))
-    files = _gathered(digests, world)
+        digests = _digests(aside, _files_to_read(aside, world))
+    files = _all_gathered(digests, world)
     with world.own_pace(f"renaming {path} into place, and deleting older checkpoints"):
         if world.is_first:
             manifest = {
@@ -104,17 +104,16 @@ def resume(
 ) -> int:
     """Load the newest sound checkpoint under `folder`, and return its step; 0 where there is no checkpoint.
 
-    Later ones, which are not sound, are moved aside once it is loaded, and rank 0 reports which and why. Raises
-    ConfigError, and leaves all as it is, where none is sound, for a checkpoint of another number of ranks (its
-    optimizer shards fit no other), and for one of other settings.
+    Once it is loaded, newer ones, which are not sound, are moved aside, and rank 0 reports which and why. Raises
+    ConfigError and changes nothing where none is sound, where the checkpoint has another number of ranks (its optimizer
+    is sharded over them), and where it has other settings.
     """
     sound, faults = _newest_sound(folder, world)
     if sound is None:
-        if world.broadcast(faults or _passed_over(folder)):
+        if world.broadcast(faults or _moved_aside(folder)):
             fault = next(iter(faults.values()), "moved aside before")
             raise ConfigError(
-                f"{folder} holds checkpoints, and none is sound ({fault}): resume=never starts over in a folder of its "
-                f"own"
+                f"{folder} holds checkpoints, and none is sound ({fault}): resume=never starts again in a new folder"
             )
         return 0
     path, manifest = sound
@@ -123,14 +122,14 @@ def resume(
         _load(engine, path)
     if world.is_first:
         for unsound, fault in faults.items():
-            log(f"{unsound} is not sound ({fault}); going back to the one before")
+            log(f"{unsound} is not sound ({fault}); trying the checkpoint before it")
             os.rename(unsound, _aside(unsound))
         log(f"resumed from {path}")
     return manifest["step"]
 
 
 def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, str]]:
-    """The newest sound checkpoint and its manifest, and what is wrong with each that is newer."""
+    """The newest sound checkpoint with its manifest, and the fault of each newer one."""
     faults: dict[Path, str] = {}
     for path in world.broadcast(_written(folder)):
         with world.own_pace(f"reading {path} for its digests"):
@@ -147,16 +146,18 @@ def _load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     try:
         loaded, _ = engine.load_checkpoint(str(path), tag=STATE)
     except Exception as error:
-        raise RuntimeError(f"{path} is what was written, but DeepSpeed cannot load it: {error}") from error
+        raise RuntimeError(
+            f"{path} has the digests that were written, but DeepSpeed cannot load it: {error}"
+        ) from error
     if loaded is None:
-        raise RuntimeError(f"{path} is what was written, but DeepSpeed finds nothing to load in it")
+        raise RuntimeError(f"{path} has its digests, but DeepSpeed finds nothing to load in it")
 
 
 def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> None:
-    """Raise ConfigError for a checkpoint that was not written by this run as it is now."""
+    """Raise ConfigError for a checkpoint that other ranks, other settings or an earlier version wrote."""
     if "ulysses" not in manifest:
         raise ConfigError(
-            f"{path} was written by an earlier version of ringflash: resume=never starts over in a folder of its own"
+            f"{path} was written by an earlier version of ringflash: resume=never starts again in a new folder"
         )
     if (before := manifest.get("positions", "sequence")) != POSITIONS:
         raise ConfigError(
@@ -166,14 +167,14 @@ def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: di
     for name, now in _grid(world).items():
         if manifest[name] != now:
             raise ConfigError(
-                f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with as "
-                f"many, or start again from its exported weights (model.path)"
+                f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with "
+                f"{name}={manifest[name]}, or start again from its exported weights (model.path)"
             )
     _check_settings(path, _bound(manifest["settings"]), _bound(settings))
 
 
 def _grid(world: World) -> dict[str, int]:
-    """How the ranks are divided, however that was asked for."""
+    """The grid of ranks, whichever settings led to it."""
     return {"ranks": world.size, "ring": world.ring.size, "ulysses": world.size // world.replicas // world.ring.size}
 
 
@@ -182,8 +183,8 @@ def _check_settings(path: Path, before: dict, now: dict) -> None:
         if before.get(key) != now.get(key):
             name = BY_DIGEST.get(key, key)
             raise ConfigError(
-                f"{name}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with the "
-                f"same, or start over (resume=never)"
+                f"{name}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with "
+                f"that value, or start again (resume=never)"
             )
 
 
@@ -200,38 +201,38 @@ def _bound(settings: dict, prefix: str = "") -> dict:
 
 
 def _written(folder: Path) -> list[Path]:
-    """Checkpoints that were renamed into place, newest first; what was left half-written is not among them."""
+    """Checkpoints that were renamed into place, newest first; half-written ones are not among them."""
     found = {path: _step_of(path) for path in (folder.iterdir() if folder.is_dir() else ())}
     return sorted((p for p, step in found.items() if step is not None), key=lambda p: found[p] or 0, reverse=True)
 
 
 def _step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name tells; None for what is no checkpoint."""
+    """The step in a checkpoint's name; None for other names."""
     step = path.name.removeprefix("step-")
     return int(step) if re.fullmatch(r"[0-9]+", step) and path.name == f"step-{int(step):08d}" else None
 
 
-def _passed_over(folder: Path) -> bool:
-    """Whether there are checkpoints that an earlier run moved aside."""
+def _moved_aside(folder: Path) -> bool:
+    """Whether an earlier run moved checkpoints aside."""
     return folder.is_dir() and any(re.fullmatch(rf"step-[0-9]+{UNSOUND}(-[0-9]+)?", p.name) for p in folder.iterdir())
 
 
 def _half_written(folder: Path) -> list[Path]:
-    """What killed runs left of checkpoints, of whichever step."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    return [p for p in there if p.name.endswith(PARTIAL) and _step_of(p.with_suffix("")) is not None]
+    """Half-written checkpoints of killed runs, of any step."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [p for p in found if p.name.endswith(PARTIAL) and _step_of(p.with_suffix("")) is not None]
 
 
 def _aside(path: Path) -> Path:
-    """A name for an unsound checkpoint that nothing has yet."""
+    """The first free name for an unsound checkpoint."""
     names = (f"{path.name}{UNSOUND}{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
     return next(p for p in map(path.with_name, names) if not os.path.lexists(p))
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
-    """A checkpoint's manifest, and the first thing wrong with it."""
+    """A checkpoint's manifest, and its first fault or None."""
     if (path / MANIFEST).exists() and not (path / MANIFEST).is_file():
-        return {}, f"{MANIFEST} is no file"
+        return {}, f"{MANIFEST} is not a file"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -241,9 +242,9 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
     step = manifest.get("step")
     if type(step) is not int or step != _step_of(path):
         return {}, f"{MANIFEST} is of step {step!r:.40}"
-    ranks = (manifest.get("ranks"), manifest.get("ring"), manifest.get("ulysses", 1))  # 1: of an earlier version
+    ranks = (manifest.get("ranks"), manifest.get("ring"), manifest.get("ulysses", 1))  # an earlier version had none
     if any(type(number) is not int for number in ranks):
-        return {}, f"{MANIFEST} does not list by how many ranks it was written"
+        return {}, f"{MANIFEST} has no number of ranks that wrote it"
     files, settings = manifest.get("files"), manifest.get("settings")
     if not isinstance(settings, dict) or not isinstance(files, dict) or not files:
         return {}, f"{MANIFEST} lists no files or no settings"
@@ -251,7 +252,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
     if wrong is not None:
         return {}, f"{MANIFEST} has no size and digest of {wrong!r:.200} in its folder"
     there = (str(p.relative_to(path)) for p in (path / STATE).rglob("*") if p.is_file())
-    unlisted = next((name for name in sorted(there) if name not in files), None)  # DeepSpeed would read it, too
+    unlisted = next((name for name in sorted(there) if name not in files), None)  # DeepSpeed would read it as well
     return manifest, None if unlisted is None else f"{MANIFEST} does not list {unlisted}"
 
 
@@ -264,12 +265,12 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 
 def _damage(path: Path, files: dict[str, tuple[int, str]], world: World) -> str | None:
-    """The first thing wrong with a checkpoint's files, alike on every rank; each rank reads its share of them."""
+    """The first fault of a checkpoint's files, the same on every rank; the ranks divide the reading."""
     faults = {}
     for name in sorted(files)[world.rank :: world.size]:
         if (fault := _fault(path / name, *files[name])) is not None:
             faults[name] = fault
-    return next((f"{name} {fault}" for name, fault in sorted(_gathered(faults, world).items())), None)
+    return next((f"{name} {fault}" for name, fault in sorted(_all_gathered(faults, world).items())), None)
 
 
 def _fault(path: Path, size: int, expected: str) -> str | None:
@@ -278,13 +279,13 @@ def _fault(path: Path, size: int, expected: str) -> str | None:
             return "is missing"
         if path.stat().st_size != size:
             return f"has {path.stat().st_size} of {size} bytes"
-        return None if digest(path) == expected else "has other contents than were written"
+        return None if digest(path) == expected else "has another digest than was written"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
 
-def _share(folder: Path, world: World) -> list[Path]:
-    """The files that this rank reads for all."""
+def _files_to_read(folder: Path, world: World) -> list[Path]:
+    """The files whose digests this rank computes, for all ranks."""
     return sorted(p for p in folder.rglob("*") if p.is_file())[world.rank :: world.size]
 
 
@@ -292,8 +293,8 @@ def _digests(folder: Path, files: list[Path]) -> dict[str, tuple[int, str]]:
     return {str(p.relative_to(folder)): (p.stat().st_size, digest(p)) for p in files}
 
 
-def _gathered(mine: dict, world: World) -> dict:
-    """Every rank's dict in one, on every rank."""
+def _all_gathered(mine: dict, world: World) -> dict:
+    """The union of all ranks' dicts, on every rank."""
     if world.size == 1:
         return mine
     parts: list[dict] = [{}] * world.size

@@ -1,7 +1,7 @@
-"""Config: the whole of a run, typed. Each part is the dataclass at the head of the module that reads it.
+"""Config: all settings of a run, typed. Each part is the dataclass at the head of the module that reads it.
 
-The YAML groups in configs/ give the values, Hydra composes them with the command line, and what comes out is checked
-against these dataclasses: a key or value that does not fit ends the run before anything is started.
+Hydra composes the dataclasses' defaults, the YAML groups in configs/ and the command line. The result is checked
+against the dataclasses: a key or value that does not fit ends the run before anything is started.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ringflash.training.overrides import for_hydra, kind_of, typed_value, unknow
 from ringflash.training.parallel import ParallelConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-LONGEST_NAME = 200  # bytes; a folder's name has 255 at most, and -2 or .partial may follow
+LONGEST_NAME = 200  # bytes; a file system takes 255, and -2 or .partial may follow
 PATHS = ("output_dir", "model.path", "data.path", "data.tokenizer", "data.cache")  # in which ~ is the home folder
 
 OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
@@ -46,16 +46,16 @@ class Config:
     """A run."""
 
     name: str = "demo"
-    """Name of the run; its folder is OUTPUT_DIR/NAME."""
+    """Name of the run; its folder is OUTPUT_DIR/NAME, or OUTPUT_DIR/NAME-2 if that is taken."""
 
     output_dir: str = "runs"
     """Folder of all runs."""
 
     resume: str = "never"
-    """never: start in a new folder. auto: continue from the newest sound checkpoint, if there is any."""
+    """never: start in a new folder; auto: continue from the newest sound checkpoint, if there is one."""
 
     seed: int = 0
-    """Seed of the weights; data.seed orders the documents."""
+    """Seed of random weights; data.seed orders the documents."""
 
     model: ModelConfig
     """What is trained."""
@@ -70,7 +70,7 @@ class Config:
     """Context parallelism: how a sequence is spread over ranks."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """What is traded for memory."""
+    """What is traded for GPU memory."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
@@ -79,7 +79,7 @@ class Config:
     """Loss on held-out documents."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When checkpoints are written."""
+    """When checkpoints are written, and how many are kept."""
 
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Where metrics go."""
@@ -97,7 +97,7 @@ class Config:
             raise ConfigError(f"name={self.name[:20]}... has {len(self.name.encode())} bytes, {LONGEST_NAME} at most")
         if found := re.search(r"[\[*?]", self.output_dir):
             raise ConfigError(
-                f"output_dir={self.output_dir} holds {found[0]!r}: DeepSpeed would resume from a pattern, no folder"
+                f"output_dir={self.output_dir} holds {found[0]!r}: DeepSpeed would take it for a pattern on resume"
             )
 
 
@@ -124,7 +124,7 @@ def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Conf
 
 @functools.cache
 def _schema(part: Any) -> type:
-    """A dataclass's fields without its checks and not frozen: what Hydra fills in and OmegaConf types."""
+    """A dataclass's fields without its checks and not frozen, which Hydra fills in and OmegaConf type-checks."""
     kinds = get_type_hints(part)
     opened: list[tuple[str, Any, Any]] = []
     for f in fields(part):
@@ -140,13 +140,13 @@ def _schema(part: Any) -> type:
 
 
 def built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
-    """The dataclass of settings whose types are right already; its own checks run here."""
+    """The dataclass made of settings of the right types; its own checks run here."""
     kinds = get_type_hints(part)
     for name in settings:
         if name not in kinds:
             raise ConfigError(unknown(prefix + name, Config))
         value = settings[name]
-        if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:  # counts, which kernels hold in 32 bits
+        if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:  # kernels hold counts in 32 bits
             raise ConfigError(f"{prefix}{name}={value} must be {LARGEST} at most")
     return part(
         **{k: built(kinds[k], v, f"{prefix}{k}.") if is_dataclass(kinds[k]) else v for k, v in settings.items()}
@@ -163,11 +163,11 @@ def _expand_home(settings: dict[str, Any]) -> None:
             try:
                 part[name] = str(Path(value).expanduser())
             except RuntimeError as error:
-                raise ConfigError(f"{key}={value} names no home folder of this machine") from error
+                raise ConfigError(f"{key}={value} names no user of this machine") from error
 
 
 def _in_one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """What is wrong, with the key and its value as typed, or else in Hydra's and OmegaConf's words."""
+    """The error with the key and its value as typed, or else Hydra's or OmegaConf's own message."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} is not one of {', '.join(error.options)}"
@@ -192,7 +192,7 @@ def _in_one_line(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _unknown_field(key: str, parent: Any) -> str:
-    """Of a key below model.architecture, in `parent`, that the model's YAML does not have: transformers may have it."""
+    """The error for a key of model.architecture that `parent`, its YAML, lacks; transformers may have the field."""
     name, model_type = key.removeprefix("model.architecture."), parent.get("model_type")
     reason = field_refusal(model_type, name) if model_type in ARCHITECTURES and "." not in name else None
     return reason or f"{key} is not in this model's architecture; +{key}=... adds it"

@@ -1,7 +1,7 @@
-"""Divergence: steps whose figures are not finite, and weights that are not.
+"""Divergence: steps whose loss or gradient norm is not finite, and weights that are not.
 
-`train_step` makes no update where the loss or the gradient norm is not finite. Such a step is reported and writes no
-checkpoint, and a few of them in a row end the run. All ranks see the same figures, so they decide alike.
+`train_step` makes no update in such a step. It is reported and writes no checkpoint, and three of them in a row end the
+run. All ranks have the same figures, so all decide the same.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ringflash.errors import DivergedError
 from ringflash.training.metrics import Metrics
 from ringflash.training.world import World
 
-LIMIT = 3  # steps in a row: one may be a single bad batch, three are the weights
+LIMIT = 3  # steps in a row: one may be due to its batch, three are due to the weights
 WATCHED = ("loss", "gradient_norm", "held_out_loss")
 ADVICE = "a lower optim.lr, a longer optim.warmup or a lower optim.clip may keep it from diverging"
 
 
 class Divergence:
-    """The steps in a row, up to now, whose figures are not finite. log: the run's, on rank 0."""
+    """Counts the last steps in a row whose figures are not finite. log: the run's, on rank 0."""
 
     def __init__(self, world: World, log: Metrics | None) -> None:
         self.world, self.log = world, log
@@ -44,7 +44,7 @@ class Divergence:
         return False
 
     def check_end(self, step: int, held_out: float | None) -> None:
-        """Raise DivergedError where the last step or the loss after it is not finite: no such model is written."""
+        """Raise DivergedError, so that no model is written, where the last step or the loss after it is not finite."""
         record = {} if held_out is None else {"held_out_loss": held_out}
         faults = _faults(record)
         if faults and self.log is not None:
@@ -53,7 +53,7 @@ class Divergence:
             self._end(f"step {step}, the last: {faults or 'its loss or gradient norm is not finite'}")
 
     def _end(self, message: str) -> None:
-        # The launcher ends all ranks as soon as one leaves: rank 0 must have finished.
+        # The launcher ends all ranks as soon as one exits, so rank 0 must finish first.
         with self.world.own_pace("finishing wandb's run"):
             if self.log is not None:
                 self.log.close(exit_code=1)
@@ -68,7 +68,7 @@ def check_weights(engine: deepspeed.DeepSpeedEngine, world: World, file: object)
 
 
 def _held(p: Any, world: World) -> Tensor:
-    """What this rank has of a parameter; at ZeRO 3 its part, without the padding, which is never written."""
+    """This rank's part of a parameter, which ZeRO 3 shards; without the padding, which is never written."""
     if not hasattr(p, "ds_tensor"):
         return p.detach()
     size = p.ds_tensor.numel()

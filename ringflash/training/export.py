@@ -1,10 +1,10 @@
-"""The trained model in Hugging Face form, for any other program: what it was loaded as, with other weights.
+"""Export: the trained model as a Hugging Face folder; its configuration is that which it was loaded with.
 
     runs/NAME/model/            config.json, weights (safetensors), generation_config.json, tokenizer
-    runs/NAME/model.partial/    one being written, or what a killed run left
+    runs/NAME/model.partial/    one being written, or left by a killed run
 
-generation_config.json is the file that the model came with, byte for byte: transformers would refuse to write many a
-published one, such as a temperature without do_sample. `rehearse` writes all but the weights before step 1.
+generation_config.json is copied byte for byte from the folder that the model came from. transformers refuses to write
+many published ones, such as a temperature without do_sample. `rehearse` writes all except the weights before step 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ringflash.errors import ConfigError, DiskError, in_one_line
-from ringflash.training import metrics
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import remove, writing
 from ringflash.training.world import World
@@ -41,7 +40,7 @@ def export(
     """
     check_weights(engine, world, folder)
     model, aside = engine.module.model, folder.with_name(folder.name + ".partial")
-    # ZeRO 3 holds a part of each weight on each rank; rank 0 needs them whole.
+    # ZeRO 3 shards each weight over the ranks; rank 0 needs all of it.
     parameters = list(model.parameters()) if engine.zero_optimization_partition_weights() else []
     with (
         world.own_pace(f"exporting {folder}"),
@@ -65,9 +64,9 @@ def generation_file(path: str | None) -> bytes | None:
 def rehearse(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: bytes | None, output_dir: Path, source: str
 ) -> None:
-    """Write what a run writes at its end below `output_dir`, all but the weights, and delete it.
+    """Write below `output_dir` what a run writes at its end, except the weights, and delete it.
 
-    source: the setting that the model came from. Raises ConfigError for what would fail after the last step.
+    source: the setting that names the model. Raises ConfigError or DiskError for what would fail after the last step.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -82,7 +81,6 @@ def rehearse(
             raise
         except Exception as error:  # transformers and tokenizers share no base class
             raise ConfigError(f"{source}: the trained model could not be exported: {in_one_line(error)}") from error
-        metrics.plot(Path(name), None)
 
 
 def _write(

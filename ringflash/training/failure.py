@@ -1,11 +1,13 @@
-"""How a run ends before its time: one clear line, from one process, and an exit code that is not 0.
+"""Failure: a run that fails prints one line, from one process, and exits with a code other than 0.
 
-Errors come in two kinds. A setting that cannot work and a run that diverges meet every rank alike: one reports it.
-Anything else may strike one rank while the others wait for it in the ring; the first to fail says who and why, with its
-traceback above, and the others, whose transfers then break, stay silent.
+There are two kinds of errors:
 
-A signal ends a rank at once, and its launcher reports it; a process alone reports it itself. A launcher that was killed
-ends nobody: then each rank ends by itself.
+- All ranks raise ConfigError and DivergedError, and one of them prints it.
+- Any other error may occur on one rank while the others wait for it in the ring. The first rank to fail prints its
+  traceback and a line with its rank. The others, whose transfers then break, print nothing.
+
+A signal ends a rank at once, and its launcher reports the signal; a process without a launcher reports it itself. A
+launcher that is killed does not end its ranks, so each rank watches for that and ends.
 """
 
 from __future__ import annotations
@@ -26,28 +28,31 @@ import torch.distributed as dist
 
 from ringflash.errors import ConfigError, DiskError, DivergedError
 
-ALIKE = (ConfigError, DivergedError)  # what every rank meets: one line is enough
-PATIENCE = 5.0  # seconds that a silent rank leaves to the one that speaks
-LOOK = 1.0  # seconds between two looks at the launcher
+ALIKE = (ConfigError, DivergedError)  # raised by every rank: one line is enough
+PATIENCE = 5.0  # seconds that a silent rank waits for the one that reports
+POLL = 1.0  # seconds between two checks of the launcher
 
 _RANK, _MESSAGE = "ringflash/first-failure", "ringflash/first-failure/message"
 
 
 @contextlib.contextmanager
 def one_line(parent: int) -> Iterator[None]:
-    """Turn an exception into its line on stderr and end the process with code 1; end it with its launcher, too.
+    """Print an exception as one line on stderr and exit with code 1; also exit when the launcher is gone.
 
-    parent: the process that started this one, asked when this one began.
+    parent: the process that started this one, read when this one began.
     """
     if "WORLD_SIZE" not in os.environ:
         report_signals()
-    elif {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & os.environ.keys():  # torchrun's, deepspeed's; no shell ends with them
+    elif {
+        "TORCHELASTIC_RUN_ID",
+        "CROSS_SIZE",
+    } & os.environ.keys():  # torchrun's and deepspeed's
         threading.Thread(target=_end_with_launcher, args=(parent,), name="launcher-watch", daemon=True).start()
     try:
         yield
     except Exception as error:
         if not claim(error):
-            # The launcher ends all ranks as soon as one leaves: the one that speaks must have finished by then.
+            # The launcher ends all ranks as soon as one exits, so the rank that reports must exit first.
             time.sleep(PATIENCE)
             if dist.is_initialized():
                 _report_to_torchrun(f"rank {_rank()} stopped: another rank failed first")
@@ -62,7 +67,7 @@ def one_line(parent: int) -> Iterator[None]:
 
 
 def report_signals() -> None:
-    """Have SIGINT and SIGTERM end this process with one line, and 130 or 143."""
+    """Let SIGINT and SIGTERM end this process with one line and exit code 130 or 143."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -74,22 +79,22 @@ def _stop(number: int, frame: object) -> None:
 
 
 def stopped(number: int) -> str:
-    """The line of a run that a signal ended."""
+    """The line for a run that a signal ended."""
     return f"ringflash: stopped by {signal.Signals(number).name}; resume=auto continues from the last checkpoint"
 
 
 def _end_with_launcher(parent: int) -> None:
-    """End once the launcher is gone, which started this process."""
+    """Exit once the launcher that started this process is gone."""
     launcher = _launcher(parent)
     while _launcher(os.getppid()) == launcher:
-        time.sleep(LOOK)
+        time.sleep(POLL)
     if os.environ.get("LOCAL_RANK") == "0":
         print(f"\nringflash: rank {_rank()} ends: its launcher was killed", file=sys.stderr, flush=True)
     _end(1)
 
 
 def _launcher(parent: int) -> tuple[int, int | None]:
-    """The parent, and what started that: deepspeed's launcher on one machine, which outlives its own."""
+    """The parent process, and under deepspeed also its parent: the inner launcher outlives the outer one."""
     if os.environ.get("CROSS_SIZE") != "1":
         return parent, None
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,7 +103,7 @@ def _launcher(parent: int) -> tuple[int, int | None]:
 
 
 def describe(error: BaseException) -> str:
-    """The line: the message of an error that all ranks meet alike, or the rank, the kind of error and its message."""
+    """The line: the message of an error that all ranks raise, or else the rank, the kind of error and its message."""
     message = " ".join(str(error).split())
     if isinstance(error, ALIKE):
         return f"ringflash: {message}"
@@ -108,7 +113,7 @@ def describe(error: BaseException) -> str:
 
 
 def _report_to_torchrun(message: str) -> None:
-    """Leave the line where torchrun looks for what it reports of a process that failed."""
+    """Write the line to the file that torchrun reads when a process fails."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -116,9 +121,9 @@ def _report_to_torchrun(message: str) -> None:
 
 
 def claim(error: BaseException) -> bool:
-    """Whether this rank reports its error: the first to fail does, which the others learn from the store.
+    """Whether this rank reports its error. The first to fail does, and the store tells the others.
 
-    Before ranks can reach each other that is rank 0, which fails alike.
+    Before the ranks are connected it is rank 0, which raises the same error.
     """
     rank = _rank()
     if not dist.is_initialized():
@@ -128,13 +133,13 @@ def claim(error: BaseException) -> bool:
         mine = store.compare_set(_RANK, "", rank) == rank.encode()
         if mine:
             store.set(_MESSAGE, describe(error).removeprefix("ringflash: "))
-    except Exception:  # the store went with the rank that held it: better two lines than none
+    except Exception:  # the rank that held the store is gone: two lines are better than none
         return True
     return mine
 
 
 def first(store: dist.Store) -> str | None:
-    """What the rank that failed first reports, if any rank has failed."""
+    """The line of the rank that failed first, if any has failed."""
     return store.get(_MESSAGE).decode() if store.check([_MESSAGE]) else None
 
 
@@ -143,7 +148,7 @@ def _rank() -> str:
 
 
 def _end(code: int) -> None:
-    """Leave without waiting for other ranks: destructors of a broken process group may hang."""
+    """Exit without waiting for other ranks: destructors of a broken process group may hang."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

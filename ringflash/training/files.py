@@ -1,4 +1,4 @@
-"""Files of a run: whole or not there, and named where they cannot be written."""
+"""Files of a run are complete or absent, and are named where they cannot be written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from ringflash.errors import DiskError, in_one_line
 
 DISK_MESSAGES = ("inline_container", "PytorchStreamWriter", "PyTorchFileWriter", "os error", "I/O error")
-BLOCK = 1 << 20  # bytes of a weights file's beginning, and of its end, that its digest covers
+BLOCK = 1 << 20  # bytes at a weights file's beginning and end that its digest covers
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it: a reader, or a run that is killed, finds the old one or the new one."""
+    """Write a text file aside and rename it: at any time the old file or the new one is there."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         with aside.open("w", encoding="utf-8") as file:
@@ -28,7 +28,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what libraries raise when `path` cannot be written into a DiskError that names it and the space left."""
+    """Raise a DiskError that names `path` and the space left instead of what libraries raise on a disk error."""
     try:
         yield
     except Exception as error:
@@ -36,13 +36,13 @@ def writing(path: Path) -> Iterator[None]:
             raise
         folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
         free = shutil.disk_usage(folder).free / 2**30
-        # Where torch writes through a Python file, the system's reason stands behind torch's.
+        # Where torch writes through a Python file, the system's error is the context of torch's.
         known = error.__context__ if isinstance(error.__context__, OSError) else error
         raise DiskError(f"{path} was not written: {in_one_line(known)}; {free:.3g} GiB are free on its disk") from error
 
 
 def _of_disk(error: Exception) -> bool:
-    """Whether a disk is the reason: torch and safetensors raise errors of their own, without a number."""
+    """Whether the disk is the cause: torch and safetensors raise errors of their own, without an error number."""
     if isinstance(error, OSError):
         return not isinstance(error, (ConnectionError, TimeoutError))
     return any(part in str(error) for part in DISK_MESSAGES)
@@ -63,7 +63,7 @@ def digest(path: Path) -> str:
 
 
 def model_digest(folder: Path) -> str:
-    """What a model folder holds, wherever it is: a digest of config.json and of the weights' names, sizes and ends."""
+    """A digest of a model folder's config.json and of its weight files' names, sizes, beginnings and ends."""
     found = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
         size = path.stat().st_size

@@ -1,9 +1,9 @@
-"""Arithmetic of a training step, counted exactly, and what part of the GPU's peak it reached.
+"""FLOPs of a training step, counted exactly, for model FLOPs utilisation (MFU).
 
 Matrix products of weights take 2 operations per weight and token forward and 4 backward. Attention takes 4 operations
 per visible (query, key) pair, query head and head dimension forward (q k^T and p v) and twice that backward. Masked
-pairs are not counted and neither is recomputation, so this is causal MFU: what the model needed, over what the GPUs
-could have done.
+pairs are not counted and neither is recomputation, so this is causal MFU: the operations that the model needs, divided
+by the peak of the GPUs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ringflash.models import head_dim
 
 
 def matmul_parameters(model: PreTrainedModel) -> int:
-    """Weights that every token is multiplied with: all matrices, less an embedding that is only looked up.
+    """Weights that every token is multiplied with: all matrices except an embedding that is only looked up.
 
-    Of stacked experts, [experts, in, out], each token meets num_experts_per_tok.
+    Of stacked experts, [experts, in, out], each token is multiplied with num_experts_per_tok.
     """
     experts = getattr(model.config, "num_local_experts", 1)
-    met = getattr(model.config, "num_experts_per_tok", 1)
+    active = getattr(model.config, "num_experts_per_tok", 1)
     total = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    total += sum(p.numel() * met // experts for p in model.parameters() if p.dim() == 3)
+    total += sum(p.numel() * active // experts for p in model.parameters() if p.dim() == 3)
     embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
     tied = cast(nn.Linear, model.get_output_embeddings()).weight is embedding
     return total if tied else total - embedding.numel()

@@ -1,4 +1,4 @@
-"""Cross entropy from hidden states, a tile of tokens at a time: the logits of a whole sequence never exist.
+"""Cross entropy from hidden states, one tile of tokens at a time: the logits of a whole sequence never exist.
 
 For a token with hidden state h, label y and logits z = W h (capped where the model caps them), the loss is
 logsumexp(z) - z_y and its gradient softmax(z) - onehot(y). Both need one tile of logits only, so the forward computes
@@ -26,8 +26,8 @@ def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: in
 class LossHead(nn.Linear):
     """A model's lm_head that can return the loss instead of the logits.
 
-    It owns the weight under its usual name, so ZeRO 3 gathers it when the head is called, and a checkpoint looks the
-    same.
+    It owns the weight under its usual name, so ZeRO 3 gathers it when the head is called, and checkpoints name it as
+    usual.
     """
 
     def __init__(self, head: nn.Linear, tile: int, softcap: float | None) -> None:

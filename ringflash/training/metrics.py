@@ -1,4 +1,4 @@
-"""Metrics: one record a step, to metrics.jsonl, wandb and the progress bar, under the same names; and the loss plot."""
+"""Metrics: one record per step, to metrics.jsonl, wandb and the progress bar, under the same names; the loss plot."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MODES = ("offline", "online", "disabled")
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go in addition to metrics.jsonl."""
 
     mode: str = "offline"
-    """wandb: offline (a folder, no network), online (needs a key) or disabled."""
+    """wandb's mode: offline (a folder in the run's, no network), online (needs a key) or disabled."""
 
     project: str = "ringflash"
-    """wandb's project."""
+    """Name of the wandb project."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -38,9 +38,9 @@ class LoggerConfig:
 
 
 class Metrics:
-    """The records of a run; rank 0 holds one, the others none.
+    """Writes the records of a run, on rank 0.
 
-    A resumed run goes on where its checkpoint was: records of later steps, which will be made again, are dropped.
+    Records of steps after the checkpoint are dropped when a run is resumed: those steps are made again.
     """
 
     def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], start: int, steps: int) -> None:
@@ -52,9 +52,9 @@ class Metrics:
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def log(self, step: int, record: dict[str, float]) -> None:
-        """Keep a record of `step`. Names are those of metrics.jsonl and wandb alike.
+        """Write the record of `step`.
 
-        What is not finite is null in metrics.jsonl, since JSON has no NaN; wandb takes it as it is.
+        A value that is not finite is null in metrics.jsonl, since JSON has no NaN; wandb gets it unchanged.
         """
         with writing(self.path):
             self._file.write(_json({"step": step, **record}))
@@ -71,7 +71,7 @@ class Metrics:
         self._bar.update(step - self._bar.n)
 
     def write_line(self, message: str) -> None:
-        """A line above the progress bar."""
+        """Print a line above the progress bar."""
         self._bar.write(message)
 
     def conclude(self, step: int, held_out_loss: float | None, unigram_entropy: float | None) -> None:
@@ -85,7 +85,7 @@ class Metrics:
         self.close()
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the file, the bar and the wandb run, which shows whether the run succeeded: exit code 0."""
+        """Close the file, the bar and the wandb run; wandb shows a run with another exit code than 0 as failed."""
         self._bar.close()
         self._file.close()
         if self._wandb is not None:
@@ -99,7 +99,7 @@ def _json(record: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl: None is what was not finite; a line that a killed run cut short is skipped."""
+    """The records of a metrics.jsonl, None for values that were not finite. Lines cut short by a kill are skipped."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -112,7 +112,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(folder: Path, unigram: float | None) -> Path:
-    """Draw the run's training loss and, if any is held out, that text's loss and unigram entropy, as loss.png."""
+    """Draw the training loss, and the held-out loss and unigram entropy if text is held out, to loss.png."""
     from matplotlib.figure import Figure
 
     records = read(folder / FILE)

@@ -1,4 +1,4 @@
-"""AdamW and its schedule, under DeepSpeed: which weights decay, the learning rate of a step, clipping, skipped steps.
+"""Optimizer: AdamW and its schedule under DeepSpeed; which weights decay, clipping, and steps that are skipped.
 
 At ZeRO 1 to 3 DeepSpeed computes the gradient norm, clips by it, and skips a step whose norm is not finite. At ZeRO 0
 it does some of that, by dtype: `build_optimizer` and `start_moments` supply the rest.
@@ -22,22 +22,22 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     steps: int = 100
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run, including those before it was resumed."""
 
     batch: int = 1
-    """Sequences of a step, over all replicas and micro-batches."""
+    """Sequences per step, over all replicas and micro-batches."""
 
     micro_batch: int = 1
-    """Sequences that a ring processes at once; the rest of its share is accumulated."""
+    """Sequences that a ring processes at once; gradients of the others of its step are accumulated."""
 
     lr: float = 3e-4
-    """Peak learning rate; it warms up linearly and falls along a cosine."""
+    """Peak learning rate, after a linear warm-up and before a cosine decay."""
 
     warmup: int = 10
-    """Steps of warm-up; the last of them has the peak learning rate. 0: the first step has it."""
+    """Warm-up steps, the last of which has the peak learning rate; 0: the first step has it."""
 
     final_lr: float = 0.1
-    """Learning rate at the last step, as a part of the peak."""
+    """Learning rate of the last step, as a fraction of the peak."""
 
     beta1: float = 0.9
     """AdamW's decay rate of the first moment."""
@@ -49,7 +49,7 @@ class OptimConfig:
     """AdamW's decoupled weight decay of matrices; norms and biases do not decay."""
 
     clip: float = 1.0
-    """Gradient norm above which gradients are scaled down; 0: never."""
+    """Gradient norm to which larger gradients are scaled down; 0: no clipping."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch", "warmup"):
@@ -59,7 +59,7 @@ class OptimConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
         if not 0 <= self.final_lr <= 1:
-            raise ConfigError(f"optim.final_lr={self.final_lr} must be a part of the peak, 0 to 1")
+            raise ConfigError(f"optim.final_lr={self.final_lr} must be a fraction of the peak, 0 to 1")
         for name in ("lr", "warmup", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and finite")
@@ -83,7 +83,7 @@ class OptimConfig:
         return self.batch // (replicas * self.micro_batch)
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 1: a function of the step alone, so a resumed run follows it.
+        """The learning rate of a step, counted from 1. It depends on the step alone, so a resumed run continues it.
 
         >>> [round(OptimConfig(steps=6, warmup=2, lr=1.0, final_lr=0.5).learning_rate(step), 3) for step in range(1, 7)]
         [0.5, 1.0, 0.927, 0.75, 0.573, 0.5]
@@ -98,8 +98,8 @@ class OptimConfig:
 class ClippedAdamW(torch.optim.AdamW):
     """AdamW that clips by the norm of all gradients, and skips a step whose norm is not finite.
 
-    It serves fp32 weights at ZeRO 0, where every rank has the averaged gradients and DeepSpeed adds nothing.
-    DeepSpeed's engine reads `overflow` and `_global_grad_norm` after a step, as it does of its own optimizers.
+    It is for fp32 weights at ZeRO 0, where all ranks have the averaged gradients and DeepSpeed does neither. Its engine
+    reads `overflow` and `_global_grad_norm` after a step, as it does from its own optimizers.
     """
 
     def __init__(self, groups: list[dict], clip: float, **settings: Any) -> None:
@@ -121,20 +121,20 @@ class ClippedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, whole_fp32: bool) -> torch.optim.AdamW:
-    """The optimizer to hand to DeepSpeed. whole_fp32: fp32 weights at ZeRO 0, which DeepSpeed would not clip.
+def build_optimizer(model: nn.Module, optim: OptimConfig, fp32_zero0: bool) -> torch.optim.AdamW:
+    """The optimizer for DeepSpeed. fp32_zero0: fp32 weights at ZeRO 0, which DeepSpeed would not clip.
 
-    Its learning rate is 0 until `train_step` sets that of the step: DeepSpeed makes a step of its own beforehand.
+    Its learning rate is 0 until `train_step` sets that of the step: DeepSpeed makes a step of its own while it starts.
     """
     settings: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2)}
     groups = parameter_groups(model, optim.weight_decay)
-    return ClippedAdamW(groups, optim.clip, **settings) if whole_fp32 else torch.optim.AdamW(groups, **settings)
+    return ClippedAdamW(groups, optim.clip, **settings) if fp32_zero0 else torch.optim.AdamW(groups, **settings)
 
 
 def start_moments(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Have AdamW's bias correction begin at the first step.
+    """Let AdamW's bias correction begin at the first step.
 
-    With bf16 weights at ZeRO 0, DeepSpeed makes a step of zero gradients as it is built, which AdamW would count.
+    With bf16 weights at ZeRO 0, DeepSpeed makes a step of zero gradients while it starts, which AdamW would count.
     """
     engine.basic_optimizer.state.clear()
 
@@ -142,7 +142,7 @@ def start_moments(engine: deepspeed.DeepSpeedEngine) -> None:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups: matrices, which decay, and norms and biases, which do not.
 
-    Biases of experts are two-dimensional, [experts, features], so the name counts as well as the shape.
+    Biases of experts are two-dimensional, [experts, features], so the name decides as well as the shape.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.dim() > 1 and not name.endswith("bias")]

@@ -1,9 +1,8 @@
-"""Overrides: the key=value settings of a command line, written for Hydra's grammar.
+"""Overrides: the key=value settings of a command line, rewritten for Hydra's grammar.
 
-Hydra would parse a value before it knows the setting's type: name=1e5 would become 100000.0, and data.path=/x/a=b or
-/x/(c) would not parse. A setting of one value is therefore taken as typed: it is quoted here, and its own type converts
-it. null, a value in quotes and ${...} mean what they mean to Hydra. Lists, dictionaries and fields of
-model.architecture, whose types are not known here, keep Hydra's grammar.
+Hydra parses a value before it knows the setting's type: name=1e5 would become 100000.0, and data.path=/x/a=b or /x/(c)
+would not parse. A setting of one value is therefore quoted here, and its type converts it. null, a value in quotes and
+${...} have their meaning in Hydra. Lists, dictionaries and fields of model.architecture keep Hydra's grammar.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 
 
 def for_hydra(override: str, schema: type, folder: Path) -> str:
-    """`override` so that Hydra reads it as typed. schema: the dataclass of all settings; folder: the YAML groups.
+    """`override`, so quoted that Hydra reads it as typed. schema: dataclass of all settings; folder: the YAML groups.
 
-    Raises ConfigError, in one line, for what is not key=value, an unknown key or option, and a value that Hydra cannot
-    parse, with the quotes that it needs.
+    Raises ConfigError, in one line, for what is not key=value, for an unknown key or option, and for a value that Hydra
+    cannot parse; then it names the quotes that the value needs.
     """
     found = _OVERRIDE.fullmatch(override)
     if found is None or (found["value"] is None and found["prefix"] != "~"):
@@ -53,7 +52,7 @@ def for_hydra(override: str, schema: type, folder: Path) -> str:
     if kind is None:
         raise ConfigError(unknown(key, schema))
     if prefix == "~" and kind is not Any:
-        raise ConfigError(f"{override} removes a setting, which always has a value: set {key}=... to another one")
+        raise ConfigError(f"{override} would remove a setting, but each has a value: set {key}=... to another one")
     if value is None:
         return override
     if kind is bool and value.lstrip("+-").isdecimal() and value not in ("0", "1"):
@@ -80,7 +79,7 @@ def kind_of(key: str, schema: type) -> Any:
 
 
 def wanted(kind: Any) -> str:
-    """What a setting of this type must be, for an error: "a whole number", "a number or null", ..."""
+    """What a value of this type must be, for an error: "a whole number", "a number or null", ..."""
     null = " or null" if type(None) in get_args(kind) else ""
     return (
         " or ".join(_names(kind)) + null if _names(kind) else "a list" if get_origin(kind) is list else "a dictionary"
@@ -88,7 +87,7 @@ def wanted(kind: Any) -> str:
 
 
 def unknown(key: str, schema: type) -> str:
-    """That no setting has this key, and the one that was perhaps meant."""
+    """The error for an unknown key, with the setting that was perhaps meant."""
     if key in RENAMED:
         return f"{key} is not a setting; did you mean {RENAMED[key]}?"
     keys = [*_keys(schema)]
@@ -98,13 +97,13 @@ def unknown(key: str, schema: type) -> str:
 
 
 def typed_value(key: str, overrides: Sequence[str]) -> str | None:
-    """The value that a command line gives `key` last; None where it gives none."""
+    """The last value that a command line gives to `key`; None where it gives none."""
     found = (_OVERRIDE.fullmatch(override) for override in reversed(overrides))
     return next((match["value"] for match in found if match and match["key"] == key), None)
 
 
 def _names(kind: Any) -> list[str]:
-    """What the types of one value, such as int or str | None, are called; empty for lists and dictionaries."""
+    """The names of the types of a single value, such as int or str | None; empty for lists and dictionaries."""
     return (
         []
         if get_origin(kind) in (list, dict)
@@ -113,7 +112,7 @@ def _names(kind: Any) -> list[str]:
 
 
 def _option(group: Path, key: str, value: str) -> str:
-    """The quoted name of a YAML file of `group`."""
+    """The quoted name of a YAML file in the folder `group`."""
     name = value[1:-1] if _QUOTED.fullmatch(value) else value
     options = sorted(path.stem for path in group.glob("*.yaml"))
     if name not in options:
@@ -122,17 +121,17 @@ def _option(group: Path, key: str, value: str) -> str:
 
 
 def _check_parsed(override: str, key: str, value: str, kind: Any) -> None:
-    """Raise ConfigError where Hydra cannot parse an override, or it holds other than one value of its kind."""
+    """Raise ConfigError for an override that Hydra cannot parse, or that is not one value of its kind."""
     example = _list_of(value) if get_origin(kind) is list else QuotedString(value, Quote.double).with_quotes()
     hint = shlex.quote(f"{key}={example}")
     try:
         parsed = OverridesParser.create().parse_override(override)
         given = parsed.value()
     except HydraException as error:
-        raise ConfigError(f"{key}={value} does not parse: text with other than letters, digits and -_./ needs quotes, "
+        raise ConfigError(f"{key}={value} does not parse: text of other than letters, digits and -_./ needs quotes, "
                           f"such as {hint}") from error  # fmt: skip
     if parsed.is_sweep_override() and get_origin(kind) is not list:
-        raise ConfigError(f"{key}={value} holds several values, and a run takes one: {hint} is text, [...] a list")
+        raise ConfigError(f"{key}={value} has several values, but a run takes one: {hint} is text, [...] a list")
     interpolated = isinstance(given, str | QuotedString) and "${" in str(given)
     if get_origin(kind) is list and not interpolated:
         texts = isinstance(given, list) and all(isinstance(one, str | QuotedString) for one in given)
@@ -141,7 +140,7 @@ def _check_parsed(override: str, key: str, value: str, kind: Any) -> None:
 
 
 def _list_of(value: str) -> str:
-    """The list of quoted text that was perhaps meant by a value: *.txt,*.md is ["*.txt","*.md"]."""
+    """The list of quoted text that a value perhaps means: *.txt,*.md is ["*.txt","*.md"]."""
     names = [name.strip(" '\"") for name in value.strip("[] '\"").split(",")]
     quoted = [QuotedString(name, Quote.double).with_quotes() for name in names if name]
     return "[" + ",".join(quoted or ['"*.txt"']) + "]"

@@ -4,6 +4,7 @@ import contextlib
 import io
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ringflash.training import loop
@@ -24,7 +25,8 @@ def settings(text, *others, model=SMALL):
 
 def fitted(overrides):
     """What a run raises on this rank, or None, and what it prints."""
-    printed, error = io.StringIO(), None
+    printed, error, threads = io.StringIO(), None, torch.get_num_threads()
+    torch.set_num_threads(1)  # threads decide in which order sums are taken, as in launched runs of OMP_NUM_THREADS=1
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(dist, "init_process_group", lambda *args, **options: None)  # the pool's is there already
         patch.setattr(dist, "destroy_process_group", lambda *args: None)
@@ -32,4 +34,5 @@ def fitted(overrides):
             loop.fit(*compose(overrides))
         except Exception as raised:
             error = f"{raised}"
+    torch.set_num_threads(threads)
     return error, printed.getvalue()

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there; a run resumes from the newest sound one, and says what it passed over."""
+"""A checkpoint is complete or absent; a run resumes from the newest sound one, and reports the unsound ones."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def write_three(folder, zero, keep):
 
 
 def resume_and_step(folder, zero, settings=None):
-    """The step resumed from, the loss of the next one, and what was said."""
+    """The step resumed from, the loss of the next one, and the lines that were logged."""
     world, lines = joined(None), []
     engine = engine_on(world, zero)
     step = checkpoint.resume(engine, folder, world, settings, lines.append)
@@ -56,7 +56,7 @@ def flip_a_bit(path):
 
 
 DAMAGE = {
-    "has other contents than were written": flip_a_bit,
+    "has another digest than was written": flip_a_bit,
     "has 100 of ": lambda path: path.write_bytes(path.read_bytes()[:100]),
     "is missing": lambda path: path.unlink(),
 }
@@ -64,16 +64,16 @@ DAMAGE = {
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_damage_goes_back_to_the_checkpoint_before(ranks, tmp_path, zero):
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_resumed(ranks, tmp_path, zero):
     losses = ranks.run(write_three, 2, tmp_path, zero, 3)[0]
     newest = tmp_path / "step-00000003"
     largest = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
     flip_a_bit(largest)
     step, loss, lines = ranks.run(resume_and_step, 2, tmp_path, zero)[0]
     assert (step, loss) == (2, losses[2])
-    fault = f"{largest.relative_to(newest)} has other contents than were written"
+    fault = f"{largest.relative_to(newest)} has another digest than was written"
     assert lines == [
-        f"{newest} is not sound ({fault}); going back to the one before",
+        f"{newest} is not sound ({fault}); trying the checkpoint before it",
         f"resumed from {tmp_path / 'step-00000002'}",
     ]
     assert newest.with_name("step-00000003.unsound").is_dir()
@@ -230,7 +230,7 @@ def test_with_no_sound_checkpoint_left_every_resume_is_refused_and_all_stays_as_
 
 
 def save_on_a_full_disk(folder):
-    """What is said when torch cannot write."""
+    """The error where torch cannot write."""
     world = joined(None)
     engine = engine_on(world, 1)
     checkpoint.save(engine, folder, 1, world, 1)
@@ -351,5 +351,5 @@ def test_a_manifest_lists_every_file(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.pt").write_bytes(b"123")
     world = World(0, 1, torch.device("cpu"), None, None, None, 0, 1)
-    digests = checkpoint._digests(tmp_path, checkpoint._share(tmp_path, world))
+    digests = checkpoint._digests(tmp_path, checkpoint._files_to_read(tmp_path, world))
     assert json.loads(json.dumps(digests))["a/b.pt"][0] == 3

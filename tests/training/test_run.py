@@ -88,8 +88,8 @@ def _as_config(folder):
 
 
 @pytest.mark.slow
-def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(text):
-    run(command(text, "name=straight"))
+@pytest.mark.ranks
+def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(ranks, text):
     arguments = command(text, "name=killed", "resume=auto")
     launcher = psutil.Popen(
         [*LAUNCHER, "tests/training/failing_rank.py", "sleep", *arguments[4:]],
@@ -100,12 +100,14 @@ def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(t
     while not (folder / "checkpoints" / "step-00000003").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    ranks = launcher.children()
+    children = launcher.children()
     launcher.kill()
     launcher.wait()
-    assert psutil.wait_procs(ranks, LIMIT)[1] == [], "ranks outlive their launcher"
-    stdout, stderr = run(arguments)
-    assert "resumed from" in stdout + stderr
+    assert psutil.wait_procs(children, LIMIT)[1] == [], "ranks outlive their launcher"
+    (error, stdout), _ = ranks.run(fitted, 2, arguments[4:])
+    assert error is None
+    assert "resumed from" in stdout
+    assert ranks.run(fitted, 2, settings(text, "name=straight"))[0][0] is None
     straight = text.parent / "runs" / "straight"
     weights = [(f / "model" / "model.safetensors").read_bytes() for f in (straight, folder)]
     assert weights[0] == weights[1]
@@ -178,9 +180,14 @@ def test_bad_input_is_refused_alike_on_every_rank(ranks, text, others, line):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["heads", "missing-data"])  # before ranks can reach each other, and on rank 0 alone
+@pytest.mark.parametrize("case", ["every-rank", "rank-0"])
 def test_bad_input_ends_a_run_with_one_line(text, case):
-    others, line = BAD_INPUT[case]
+    """Every rank refuses a model before they are connected; rank 0 alone tries to write to output_dir."""
+    runs = f"{text}/0.txt/runs"
+    others, line = {
+        "every-rank": BAD_INPUT["heads"],
+        "rank-0": ([f"output_dir={runs}"], f"output_dir={runs} cannot be written: Not a directory"),
+    }[case]
     _, stderr = run(command(text, *others), code=1)
     assert [one for one in stderr.splitlines() if "ringflash:" in one] == [f"ringflash: {line}"]
     assert "Traceback" not in stderr

@@ -115,7 +115,7 @@ def test_steps_without_a_checkpoint_are_not_done_over(tmp_path):
 @pytest.mark.parametrize("runs", ["a[b", "a*/runs", "a?"])
 def test_folders_that_deepspeed_takes_for_patterns_are_refused_before_anything_is_done(runs):
     config, _ = compose([])
-    with pytest.raises(ConfigError, match=r"^output_dir=a[\S]+ holds '.': DeepSpeed would resume from a pattern"):
+    with pytest.raises(ConfigError, match=r"^output_dir=a[\S]+ holds '.': DeepSpeed would take it for a pattern"):
         Config(**{**vars(config), "output_dir": runs})
 
 
