@@ -3,9 +3,9 @@
     <data.cache>/<fingerprint>/    tokens.npy, offsets.npy, corpus.json: see cache.py
 
 The fingerprint covers all that decides the tokens: files, sizes, times of change, formats, field, tokenizer. The folder
-is written aside and renamed when complete, so a killed build leaves nothing that looks finished (only `*.unfinished-*`,
-to be deleted at will), and builders that run at the same time do not disturb each other: the first to finish wins. Run
-one rank ahead of the others to save the work. A damaged folder is replaced.
+is written in a scratch folder and renamed when complete, so a killed build leaves nothing that looks finished. Builders
+that run at the same time do not disturb each other: the first to finish wins. Run one rank ahead of the others to save
+the work. A damaged folder is replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import sysconfig
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING
 from ringflash.data import cache
 from ringflash.data.files import Matches, is_below, search, suffixes
 from ringflash.data.formats import FIELD, FORMATS, format_of, texts
+from ringflash.data.scratch import scratch_folder
 from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
 from ringflash.errors import ConfigError, reason
 
@@ -131,12 +131,9 @@ def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
 @contextlib.contextmanager
 def _scratch(config: DataConfig, name: str) -> Iterator[Path]:
     """A folder beside the finished ones, deleted after use. Raises ConfigError where the cache cannot be written."""
-    folder = Path(config.cache).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        prefix = f"{name}.unfinished-"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True) as scratch:
-            yield Path(scratch)
+        with scratch_folder(Path(config.cache).expanduser(), name) as scratch:
+            yield scratch
     except OSError as error:  # a full disk, too; errors of the files that are read are ConfigErrors by then
         raise ConfigError(f"data.cache={config.cache} cannot be written: {error.strerror or reason(error)}") from error
 

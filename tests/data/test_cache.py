@@ -1,17 +1,20 @@
 """The cache holds what its text gives: made once, named by all that decides it, never half-written, never damaged."""
 
 import json
+import multiprocessing
 import os
+import signal
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from ringflash.data import cache, documents, load_corpus, load_tokenizer, tokenised
+from ringflash.data import cache, documents, load_corpus, load_tokenizer, scratch, tokenised
+from ringflash.data.scratch import scratch_folder
 from ringflash.errors import ConfigError
 from tests.data.cases import TEXTS, config, write_jsonl, write_texts, write_tokenizer
 from tests.data.cases import documents as documents_of
@@ -94,18 +97,43 @@ def test_a_build_that_dies_leaves_nothing_and_the_next_one_starts_over(tmp_path,
     assert len(documents_of(load_corpus(settings))) == len(TEXTS)
 
 
-def test_what_a_kill_leaves_behind_is_not_taken_for_a_finished_cache(tmp_path, monkeypatch):
+def build_until_killed(settings):
+    """A builder that never gets to the end of its arrays."""
+    cache.np.save = lambda *_: signal.pause()
+    tokenised(settings)
+
+
+def test_what_a_killed_builder_leaves_is_not_taken_for_a_cache_and_is_deleted_by_the_next(tmp_path):
     settings = config(tmp_path, write_texts(tmp_path / "text"))
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            tempfile, "TemporaryDirectory", lambda dir, prefix, **_: nullcontext(tempfile.mkdtemp("", prefix, dir))
-        )
-        patch.setattr(cache.np, "save", Mock(side_effect=KeyboardInterrupt))  # with all tokens written
-        with pytest.raises(KeyboardInterrupt):
-            tokenised(settings)
-    [left] = (tmp_path / "cache").iterdir()
-    assert {file.name for file in (left / "built").iterdir()} == {"tokens.npy"}
+    builder = multiprocessing.get_context("fork").Process(target=build_until_killed, args=(settings,))
+    builder.start()
+    while not list(tmp_path.glob("cache/*/built/tokens.npy")):
+        assert builder.is_alive()
+        time.sleep(0.01)
+    with scratch_folder(tmp_path / "cache", "another"):
+        assert len(entries(tmp_path)) == 2  # that of the living builder is left alone
+    builder.kill()
+    builder.join()
+    [left] = entries(tmp_path)
+    assert ".unfinished-" in left.name
     assert len(documents_of(load_corpus(settings))) == len(TEXTS)
+    assert [entry.name for entry in entries(tmp_path)] == [left.name.split(".")[0]]
+
+
+def test_scratch_folders_of_other_hosts_are_left_alone(tmp_path):
+    other = tmp_path / "cache" / "name.unfinished-another host-x"
+    other.mkdir(parents=True)
+    with scratch_folder(tmp_path / "cache", "name"):
+        pass
+    assert entries(tmp_path) == [other]
+
+
+def test_a_file_system_without_locks_still_has_scratch_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch.fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
+    with scratch_folder(tmp_path / "cache", "a") as first, scratch_folder(tmp_path / "cache", "b") as second:
+        assert first.exists()
+        assert second.exists()
+    assert entries(tmp_path) == []
 
 
 def test_a_builder_that_finishes_second_takes_the_first_ones_cache(tmp_path, monkeypatch):
