@@ -1,4 +1,4 @@
-"""Draw docs/ring.png: a packed causal mask, the shards that four ranks hold of it, and what each computes on each hop.
+"""Draw docs/ring.png: a packed causal mask, the shards of four ranks, and what each rank computes on each hop.
 
 python docs/draw_ring.py
 """
@@ -17,7 +17,7 @@ DOCUMENTS = [23, 30, 11]
 
 
 def main() -> None:
-    """Whole mask on the left, hop by hop on the right."""
+    """Draw the whole mask on the left and each hop on the right."""
     mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
     layout = Layout.zigzag(LENGTH, RANKS)
     plan = AttentionPlan(mask, layout, Loopback(RANKS))
@@ -30,7 +30,7 @@ def main() -> None:
     axes = left.subplots()
     seen = mask.dense()[0].numpy()
     _show(axes, np.where(seen, owner[:, None] + 1, 0))
-    axes.set(title="three documents, causal: who sees whom", xlabel="key", ylabel="query, in its rank's colour")
+    axes.set(title="mask: causal, three documents", xlabel="key", ylabel="query, in its rank's colour")
 
     grid = right.subplots(RANKS, RANKS, sharex=True, sharey=True)
     for s, hops in enumerate(plan.hops):
@@ -41,7 +41,7 @@ def main() -> None:
                 grid[rank, s].set_xlabel(f"hop {s}")
             if s == 0:
                 grid[rank, s].set_ylabel(f"rank {rank}")
-    right.suptitle("each rank's queries (rows) against the keys that are with it (columns)")
+    right.suptitle("each rank's queries (rows) against the keys it has on that hop (columns)")
     figure.savefig(Path(__file__).with_name("ring.png"), dpi=110)
 
 
