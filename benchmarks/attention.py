@@ -8,7 +8,7 @@
     python benchmarks/attention.py --sweep                           # tile sizes of the portable kernels, best first
 
 A case is `B,Hq,Hkv,S,D mask` (benchmarks/cases.py); --cases takes parts of the listed names, or a case of your own.
-benchmarks/peers.py says who is timed and how. Whoever does not take part is in the table with the reason.
+benchmarks/contenders.py says who is timed and how. Whoever does not take part is in the table with the reason.
 
 Correct first: each kernel's out, dq, dk and dv are compared with float64 at up to 2048 tokens, then some rows of out
 and dq at full size (benchmarks/checks.py). One that is wrong is called WRONG and is not timed, and the exit code is 1,
@@ -42,10 +42,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, checks, peers, report, sweep, timing
+from benchmarks import cases, checks, contenders, report, sweep, timing
 from benchmarks.cases import Case
 from benchmarks.checks import Reference
-from benchmarks.peers import Contender
+from benchmarks.contenders import Contender
 from benchmarks.report import Row
 from benchmarks.timing import Timing
 
@@ -84,7 +84,7 @@ class Entry:
             self.runs["forward"] = functools.partial(attention, q, k, v)
             self.runs["backward"] = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
             self._judge("forward", reference.errors(out=out.detach()), case)
-        except peers.Absent as reason:
+        except contenders.Absent as reason:
             self.refusals["both"] = ("absent", str(reason))
         except Exception as error:  # a peer may raise anything; the table says what
             self.refusals["both"] = ("failed", _first_line(error))
@@ -125,7 +125,7 @@ def measure(
         shown = [e for e in entries if direction == "forward" or "both" not in e.refusals]
         variants = {e.contender.name: e.runs[direction] for e in shown if not e.refused(direction)}
         found = timing.interleaved(variants, device, seconds)
-        rows += _rows(case, direction, shown, found, peers.BASELINE[device.type], _peak(device)[0])
+        rows += _rows(case, direction, shown, found, contenders.BASELINE[device.type], _peak(device)[0])
     return rows
 
 
@@ -211,18 +211,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write. Returns the exit code: 1 if a kernel is wrong, or one of ours raises."""
     options = _options(arguments)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    facts = report.card(device, {"peak": _peak(device)[1], **peers.versions()}, options.commit)
+    facts = report.card(device, {"peak": _peak(device)[1], **contenders.versions()}, options.commit)
     print("; ".join(f"{name} {value}" for name, value in facts.items()), f"inputs {options.dtype}", "", sep="\n")
     if options.sweep is not None:
         return sweep.main(options.sweep or list(sweep.TARGETS), dtype, device, options.out, facts)
-    entrants = peers.contenders(device, options.against and peers.imported(options.against))
+    entrants = contenders.contenders(device, options.against and contenders.imported(options.against))
     unwanted = [c.name for c in entrants if options.only and not any(part in c.name for part in options.only)]
     absent = dict.fromkeys(unwanted, "not asked for (--only)")
     file = options.out / f"attention-{report.slug(device)}.json"
     rows: list[Row] = []
     for case in options.cases:
         measured = measure(case, entrants, absent, dtype, device, options.seconds)
-        print(report.table(measured, peers.BASELINE[device.type], header=not rows) + "\n", flush=True)
+        print(report.table(measured, contenders.BASELINE[device.type], header=not rows) + "\n", flush=True)
         rows += measured
         contents = {"benchmark": "attention", "card": facts, "dtype": options.dtype, "rows": report.as_json(rows)}
         report.write_json(file, contents | {"summary": report.summary(rows)})

@@ -126,7 +126,7 @@ def error(options: argparse.Namespace, device: torch.device, facts: dict[str, st
 
 
 def timeline(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
-    """Mode 3: compute and transfer lanes of every rank."""
+    """Mode 3: compute and transfer streams of every rank."""
     case = options.case or (TIMELINE_QUICK if options.quick else TIMELINE)
     if options.tflops is None:
         forward, backward = measured_tflops(case, options, device)
@@ -186,7 +186,7 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
         report.write_json(file, contents)
         print(f"wrote {file} and a picture of each case")
         _closed("ring between GPUs", facts, [], {"efficiency": {row.case: row.summary() for row in found}})
-    world.watch.close()
+    world.watchdog.close()
     dist.destroy_process_group()
     return 0
 
@@ -239,7 +239,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--error", action="store_const", dest="mode", const=error, help="error against ring size")
     mode.add_argument(
-        "--timeline", action="store_const", dest="mode", const=timeline, help="predicted lanes of a layer"
+        "--timeline", action="store_const", dest="mode", const=timeline, help="predicted streams of a layer"
     )
     mode.add_argument("--between", action="store_const", dest="mode", const=between, help="the ring between GPUs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -152,14 +152,14 @@ class _GpuRing(ProcessRing):
             self.size, self.rank = case.ranks, case.ranks // 2
             self.local = (self.rank,)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
         """As ProcessRing's, between GPUs."""
         if self.size != self.gpus:
             after, before = (self.gpu + 1) % self.gpus, (self.gpu - 1) % self.gpus
             outgoing = [Message(self.gpu, after, self._noise.like(m.tensor), m.tensor) for m in incoming]
             incoming = [Message(before, self.gpu, m.tensor) for m in incoming]
         self.received += sum(m.tensor.nbytes for m in incoming)
-        return super().exchange(outgoing, incoming, about)
+        return super().exchange(outgoing, incoming, context)
 
 
 # -- the peer
@@ -262,7 +262,7 @@ def profiled(
 ) -> dict[str, list[Span]]:
     """What each GPU ran in a forward and in a backward, by direction; on every rank, all of it.
 
-    Seconds from a common start. `hop` is the lane: 0 and 1 of compute, -1 of transfers. A process that has been
+    Seconds from a common start. `hop` is the stream: 0 and 1 of compute, -1 of transfers. A process that has been
     profiled launches more slowly for the rest of its life: time first.
     """
     ours = passes(case.inputs(dtype, device), case.plan(_GpuRing(case, group, device)), kernel)
@@ -358,7 +358,7 @@ COLOURS = {"compute": "#4477aa", "transfer": "#66aa77", "passes": "#bbbbbb"}
 
 
 def draw(path: Path, ran: dict[str, list[Span]], title: str) -> None:
-    """What every GPU ran: two lanes of compute, one of transfers; forward on the left, backward on the right."""
+    """What every GPU ran: two streams of compute, one of transfers; forward on the left, backward on the right."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -381,7 +381,7 @@ def draw(path: Path, ran: dict[str, list[Span]], title: str) -> None:
         axes.set_yticks([rank + 0.5 for rank in range(gpus)], [f"GPU {r}" for r in range(gpus)])
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right"]].set_visible(False)
-    labels = {"compute": "attention kernels, two lanes", "transfer": "transfers", "passes": "other passes"}
+    labels = {"compute": "attention kernels, two streams", "transfer": "transfers", "passes": "other passes"}
     named = [Patch(color=colour, label=labels[kind]) for kind, colour in COLOURS.items()]
     figure.legend(handles=named, loc="outside lower center", ncols=len(named), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)

@@ -56,10 +56,10 @@ def state_rounded(kernel: Kernel) -> Kernel:
 class GradientsRounded(Loopback):
     """A ring that sends fp32 as bf16."""
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
         """As Loopback, fp32 rounded on the way."""
         rounded = [dataclasses.replace(message, tensor=_sent(message.tensor)) for message in outgoing]
-        return super().exchange(rounded, incoming, about)
+        return super().exchange(rounded, incoming, context)
 
 
 def _sent(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from benchmarks.ring_cases import RingCase, kernels_wrapped
 from ringflash import AttentionPlan, Partial, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.mask import Intervals
-from ringflash.ring.transport import Empty, Message, fresh_inbox
+from ringflash.ring.transport import Allocate, Message, plain_buffers
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Recorder:
         self._width = width
         self._exchanges = 0
 
-    def inbox(self, about: str) -> AbstractContextManager[Empty]:
+    def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
         """Memory of torch's allocator."""
-        return fresh_inbox(self.device)
+        return plain_buffers(self.device)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> _Awaited:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> _Awaited:
         """Note the messages."""
         kind = "gradients" if any(m.tensor.dtype == torch.float32 for m in (*outgoing, *incoming)) else "keys"
         sent, received = Counter[int](), Counter[int]()

@@ -25,8 +25,8 @@ from benchmarks import checks, ring_cases, timing
 from benchmarks.ring_cases import Noise, Passes, RingCase, whole_ring
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, Loopback, kernels
-from ringflash.ring.runs import Run, Runs
-from ringflash.ring.transport import Empty, Message
+from ringflash.ring.ranges import Range, Ranges
+from ringflash.ring.transport import Allocate, Message
 
 CHECKED_LENGTH = 2048
 COLUMNS = ("forward", "backward", "both")
@@ -82,10 +82,10 @@ class OneRank:
         self.device = torch.device(device)
         self._noise = Noise()
         self._buffers: list[Tensor] = []  # in the order in which a pass asks for them
-        self._here: dict[int, Runs] = {}  # in this pass, elements that are not cleared, by address
+        self._here: dict[int, Ranges] = {}  # in this pass, elements that are not cleared, by address
 
     @contextmanager
-    def inbox(self, about: str) -> Iterator[Empty]:
+    def receive_buffers(self, context: str) -> Iterator[Allocate]:
         """The buffers of passes before, where they fit."""
         self._here.clear()
         count = itertools.count()
@@ -98,7 +98,7 @@ class OneRank:
 
         yield kept
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Arrival:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Arrival:
         """Copy to where numbers are missing, in the order of the current stream."""
         copied = False
         self._here = {_address(m.tensor): _EVERYTHING for m in outgoing} | self._here
@@ -106,17 +106,17 @@ class OneRank:
         for message in incoming:
             x, address = message.tensor, _address(message.tensor)
             start = int(x.storage_offset())
-            coming = Runs([Run(start, start + x.numel())])
+            coming = Ranges([Range(start, start + x.numel())])
             for begin, end in coming.without(before.get(address, _EVERYTHING)):
                 part = x.view(-1)[begin - start : end - start]
                 part.copy_(self._noise.like(part))
                 copied = True
-            self._here[address] = self._here.get(address, Runs()).union(coming)
+            self._here[address] = self._here.get(address, Ranges()).union(coming)
         on_gpu = copied and self.device.type == "cuda"
         return Arrival(torch.cuda.current_stream(self.device).record_event() if on_gpu else None)
 
 
-_EVERYTHING = Runs([Run(0, 2**62)])  # of a buffer
+_EVERYTHING = Ranges([Range(0, 2**62)])  # of a buffer
 
 
 def _address(x: Tensor) -> int:
@@ -244,7 +244,7 @@ def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 # -- what is printed and drawn
 
 
-def peers_of(case: RingCase) -> dict[str, tuple[float | None, ...]]:
+def copy_engine_of(case: RingCase) -> dict[str, tuple[float | None, ...]]:
     """Others' figures for the same lengths, ranks, heads and mask, under zigzag as theirs are."""
     if (case.heads, case.kv_heads, case.head_dim, case.layout) != (32, 8, 128, "zigzag"):
         return {}
@@ -266,7 +266,7 @@ def table(case: RingCase, share: Share, header: bool) -> str:
             cells = [f"{share.efficiency(column)[which]:.3f}" for column in COLUMNS]
             rank = f"{which} of {','.join(map(str, share.ranks))}"
             lines.append(_line(share.case, ours, rank, [*cells, f"{share.busiest:.3f}", ms]))
-    for name, figures in peers_of(case).items():
+    for name, figures in copy_engine_of(case).items():
         lines.append(
             _line(share.case, name, "not of this run", [*("-" if x is None else f"{x:.3f}" for x in figures), "", ""])
         )
@@ -289,7 +289,7 @@ def draw(path: Path, cases: list[RingCase], shares: list[Share], title: str) -> 
         for x, (case, share) in enumerate(timed):
             for which, value in share.efficiency(column).items():
                 bars.setdefault(f"ringflash, {which} rank", {})[x] = value
-            for name, figures in peers_of(case).items():
+            for name, figures in copy_engine_of(case).items():
                 if (figure_ := figures[i]) is not None:
                     bars.setdefault(name, {})[x] = figure_
         width = 0.85 / max(1, len(bars))

@@ -51,7 +51,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Span:
-    """Something on a rank's lane, in seconds. hop: of a compute span, otherwise -1."""
+    """Something on a rank's stream, in seconds. hop: of a compute span, otherwise -1."""
 
     rank: int
     kind: str
@@ -249,7 +249,7 @@ def table(timeline: Timeline) -> str:
 
 
 def draw(path: Path, timeline: Timeline, subtitle: str) -> None:
-    """Two lanes a rank, compute above transfer, forward on the left and backward on the right, to one scale."""
+    """Two streams a rank, compute above transfer, forward on the left and backward on the right, to one scale."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

@@ -37,7 +37,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from ringflash.dealing import by_hop, deal, gather
+from ringflash.load_balance import assign, assign_long, by_hop
 from ringflash.mask import IntervalMask
 
 # Rows of a kernel's tile of queries: shorter chunks would cut tiles.
@@ -102,16 +102,16 @@ class Layout:
         """Chunks dealt out so that all ranks have the same number of tokens and nearly the same work on every hop.
 
         Zigzag, where no rank has more than `tolerance` above the mean of (query, key) pairs under it and its
-        `lockstep` is at most `waiting`; else 16 chunks a rank, or 32 where 16 do not reach that. Finer ones balance
-        better, but more keys are sent and each hop touches more tiles of queries. Chunks have 256 tokens or more; 128,
-        64 or 32 where shards are so short that `tolerance` takes as little.
+        `per_hop_imbalance` is at most `waiting`; else 16 chunks per rank, or 32 where 16 do not reach that. Finer ones
+        balance better, but send more keys, and each hop touches more tiles of queries. Chunks have at least 256 tokens;
+        128, 64 or 32 where shards are so short that `tolerance` needs it.
 
         Contiguous, where sending keys over NVLink would take longer than balance saves: documents far shorter than a
         shard. Slower links need ring_inputs' or the trainer's layout=auto.
         """
 
         def rating(layout: Layout) -> tuple[float, float]:
-            return max(layout.imbalance(mask), tolerance), max(layout.lockstep(mask), waiting)
+            return max(layout.imbalance(mask), tolerance), max(layout.per_hop_imbalance(mask), waiting)
 
         best = cls.zigzag(mask.queries, ranks, parts)
         for per_rank, least in _GRAINS:
@@ -120,12 +120,12 @@ class Layout:
                 break
             count = _count(mask, ranks, parts, per_rank, least)
             if count != best.chunks.shape[1]:
-                best = min(best, _dealt(mask, ranks, parts, count, deal), key=rating)
+                best = min(best, _assigned(mask, ranks, parts, count, assign), key=rating)
         contiguous = cls.contiguous(mask.queries, ranks, parts)
         return contiguous if contiguous._duration(mask) <= best._duration(mask) * (1 + tolerance) else best
 
     @classmethod
-    def gathered(cls, mask: IntervalMask, ranks: int, parts: int = 1, longest: float = 0.5) -> Layout:
+    def document_local(cls, mask: IntervalMask, ranks: int, parts: int = 1, longest: float = 0.5) -> Layout:
         """Chunks of long documents dealt out so that all ranks have nearly the same work; short ones stay in runs.
 
         A document is long if it has more than `longest` of the tokens that a rank holds. Less is sent than in a
@@ -134,7 +134,7 @@ class Layout:
         count = _count(mask, ranks, parts, _GATHERED, _TILE)
         # A token of a causal document of n tokens is in n pairs, as query and as key together.
         most = longest * (mask.queries / ranks) ** 2 / count * mask.batch
-        return _dealt(mask, ranks, parts, count, functools.partial(gather, most=most))
+        return _assigned(mask, ranks, parts, count, functools.partial(assign_long, most=most))
 
     @classmethod
     def named(cls, name: str, length: int, ranks: int, parts: int = 1) -> Layout:
@@ -206,7 +206,7 @@ class Layout:
         work = self.pairs(mask).sum(1).double()
         return float(work.max() / work.mean().clamp(min=1e-9)) - 1
 
-    def lockstep(self, mask: IntervalMask) -> float:
+    def per_hop_imbalance(self, mask: IntervalMask) -> float:
         """How much more pairs the busiest rank of each hop has, summed over hops, than a mean rank in all.
 
         0.12: ranks that wait for each other on every hop take 12 percent longer than perfectly balanced ones.
@@ -286,7 +286,7 @@ LAYOUTS: dict[str, Callable[[int, int, int], Layout]] = {
 }
 FITTED: dict[str, Callable[[IntervalMask, int, int], Layout]] = {  # to a mask
     "balanced": Layout.balanced,
-    "gathered": Layout.gathered,
+    "document_local": Layout.document_local,
 }
 LAYOUT_NAMES = (*LAYOUTS, *FITTED)
 
@@ -304,8 +304,10 @@ def _count(mask: IntervalMask, ranks: int, parts: int, per_rank: int, least: int
     return max(1, min(per_rank, mask.queries // (least * ranks * parts), _CHUNKS // ranks))
 
 
-def _dealt(mask: IntervalMask, ranks: int, parts: int, count: int, deal: Callable[[Tensor, int], Tensor]) -> Layout:
+def _assigned(
+    mask: IntervalMask, ranks: int, parts: int, count: int, assign: Callable[[Tensor, int], Tensor]
+) -> Layout:
     """So many chunks to each rank, as deal(pairs, ranks) deals them."""
     runs = Layout.contiguous(mask.queries, ranks * count, parts)
-    owner = deal(runs.pairs(mask), ranks)
+    owner = assign(runs.pairs(mask), ranks)
     return Layout(mask.queries, runs.chunk, owner.argsort(stable=True).view(ranks, count))

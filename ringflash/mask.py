@@ -175,18 +175,20 @@ class IntervalMask:
         lo = torch.maximum(self.lo, other.lo)
         return IntervalMask(lo, torch.maximum(lo, torch.minimum(self.hi, other.hi)), self.keys)
 
-    def windowed(self, left: int, first: int = 0) -> tuple[IntervalMask, ...]:
+    def windowed(self, left: int, leading_tokens: int = 0) -> tuple[IntervalMask, ...]:
         """What each query sees of itself and `left` keys before it; and of the first keys that it sees, those before.
 
-        The `first` tokens of a sequence, or a document, that every window shows besides are StreamingLLM's attention
+        The `leading_tokens` of a sequence, or a document, that every window shows besides are StreamingLLM's attention
         sinks (arXiv:2309.17453). The masks share no pair: attention is over their union.
         """
-        left, first = (min(tokens(name, x), self.queries) for name, x in (("left", left), ("first", first)))
+        left, leading_tokens = (
+            min(tokens(name, x), self.queries) for name, x in (("left", left), ("leading_tokens", leading_tokens))
+        )
         near = self & IntervalMask.window(self.queries, left)
-        if first == 0:
+        if leading_tokens == 0:
             return (near,)
         before = (torch.arange(self.queries) - left).clamp(min=0)
-        end = torch.minimum(torch.minimum(self.lo + first, before), self.hi)
+        end = torch.minimum(torch.minimum(self.lo + leading_tokens, before), self.hi)
         return near, IntervalMask(self.lo, torch.maximum(self.lo, end), self.keys)
 
     def restrict(self, queries: Tensor, keys: Tensor) -> IntervalMask:

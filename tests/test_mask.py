@@ -67,7 +67,10 @@ def test_intervals_hold_the_mask_and_its_transpose_as_int32(case):
     [
         (lambda: IntervalMask(torch.tensor([[0, 2, 1]]), torch.tensor([[3, 3, 3]]), 3), "lo must not decrease"),
         (lambda: IntervalMask(torch.tensor([[2]]), torch.tensor([[1]]), 3), "lo must not exceed hi"),
-        (lambda: IntervalMask.causal(8).windowed(3, first=-1), "first must be 0 or more tokens, got first=-1"),
+        (
+            lambda: IntervalMask.causal(8).windowed(3, leading_tokens=-1),
+            "leading_tokens must be 0 or more tokens, got leading_tokens=-1",
+        ),
         (lambda: IntervalMask(torch.tensor([[0]]), torch.tensor([[4]]), 3), r"hi must lie in 0\.\.3, got 4"),
         (lambda: IntervalMask.documents([5, 4], length=8), "documents hold 9 tokens, more than the sequence's 8"),
         (lambda: IntervalMask.documents([5, -1]), "must not be negative"),
@@ -125,8 +128,8 @@ def test_a_reach_beyond_every_integer_of_the_machine_is_the_whole_sequence(huge)
     assert torch.equal(IntervalMask.window(9, huge, huge).dense(), full)
     assert torch.equal(IntervalMask.window(9, huge).dense(), causal.dense())
     assert torch.equal(IntervalMask.chunked(9, huge).dense(), full)
-    assert torch.equal(causal.windowed(huge, first=2)[0].dense(), causal.dense())
-    near, before = causal.windowed(2, first=huge)
+    assert torch.equal(causal.windowed(huge, leading_tokens=2)[0].dense(), causal.dense())
+    near, before = causal.windowed(2, leading_tokens=huge)
     assert torch.equal(near.dense() | before.dense(), causal.dense())
 
 
@@ -136,12 +139,12 @@ def test_a_reach_beyond_every_integer_of_the_machine_is_the_whole_sequence(huge)
     [
         lambda n: IntervalMask.causal(n), lambda n: IntervalMask.window(8, n), lambda n: IntervalMask.window(8, 1, n),
         lambda n: IntervalMask.prefix(8, n), lambda n: IntervalMask.chunked(8, n), lambda n: IntervalMask.full(n),
-        lambda n: IntervalMask.causal(8).windowed(n), lambda n: IntervalMask.causal(8).windowed(1, first=n),
+        lambda n: IntervalMask.causal(8).windowed(n), lambda n: IntervalMask.causal(8).windowed(1, leading_tokens=n),
     ],
 )  # fmt: skip
 def test_what_is_no_number_of_tokens_is_refused_by_the_arguments_name(make, count):
     with pytest.raises(
-        TypeError, match=r"(length|left|right|prefix|chunk|first) must be a whole number of tokens, got"
+        TypeError, match=r"(length|left|right|prefix|chunk|leading_tokens) must be a whole number of tokens, got"
     ):
         make(count)
 

@@ -56,7 +56,7 @@ a barrier on each hop                                           -> test_a_barrie
 every hop's buffers are kept                                    -> ring/test_memory.py::test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring
 deadlock where ranks skip different hops                        -> test_deadlock_of_ranks_that_skip_different_hops
 a rank refuses its input, and the others wait for it            -> test_a_rank_that_refuses_its_input_leaves_the_others_waiting
-a hang without a word of where                                  -> ring/test_watch.py::test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends
+a hang without a word of where                                  -> ring/test_watchdog.py::test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends
 a stale compiler lock hangs every later run                     -> test_a_compiler_lock_that_hangs_every_later_run
 a launcher adds an argument that the configuration rejects      -> test_launch.py::test_a_launcher_trains_with_its_ranks_and_settings
 """  # noqa: E501
@@ -273,8 +273,8 @@ def test_labels_shifted_after_sharding():
     tokens = torch.arange(21)[None]
     inputs = ring_inputs(tokens, tokens, ring=Loopback(3), documents=documents)
     ends = torch.tensor(documents).cumsum(0) - 1
-    places = inputs["plan"].places[0]
-    expected = torch.where((places < 21) & ~torch.isin(places, ends), places + 1, -100)
+    positions = inputs["plan"].positions[0]
+    expected = torch.where((positions < 21) & ~torch.isin(positions, ends), positions + 1, -100)
     assert torch.equal(inputs["shift_labels"], expected)
     assert inputs["num_items_in_batch"] == (expected != -100).sum() == 21 - 3
 
@@ -420,11 +420,11 @@ class Recording(Loopback):
         super().__init__(size)
         self.events = events
 
-    def exchange(self, outgoing, incoming, about):
-        transfer, number = super().exchange(outgoing, incoming, about), len(self.events)
+    def exchange(self, outgoing, incoming, context):
+        transfer, number = super().exchange(outgoing, incoming, context), len(self.events)
         if outgoing:
-            self.events.append(("sent", number, about))
-        return Noted(transfer, lambda: self.events.append(("waited for", number, about)))
+            self.events.append(("sent", number, context))
+        return Noted(transfer, lambda: self.events.append(("waited for", number, context)))
 
 
 @dataclasses.dataclass
@@ -456,11 +456,11 @@ def test_transfers_that_wait_for_the_kernel(monkeypatch, mask, heads):
     monkeypatch.setattr(kernels, "select", noting)
     on_ring(whole_inputs(1, 64, *heads), AttentionPlan(mask, Layout.zigzag(64, 4), Recording(4, events)))
     exposed = []
-    for i, (what, number, about) in enumerate(events):
+    for i, (what, number, context) in enumerate(events):
         if what == "sent":
-            until = events.index(("waited for", number, about))
-            exposed += [] if "kernel" in [what for what, *_ in events[i:until]] else [about]
-    assert {about for _, _, about in events if "gradients of hop" in about}
+            until = events.index(("waited for", number, context))
+            exposed += [] if "kernel" in [what for what, *_ in events[i:until]] else [context]
+    assert {context for _, _, context in events if "gradients of hop" in context}
     assert set(exposed) <= {"attention, backward, hop 1"}  # own keys come last: only delta is computed meanwhile
 
 

@@ -104,14 +104,14 @@ def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
     On a GPU the comparison is left to the device, which stops the program: nothing waits for it here.
     """
     told = "position_ids must count from the beginning of each document (plan.position_ids) or of the sequence"
-    rows, ranks, places = len(position_ids), len(plan.ring.local), plan.places
+    rows, ranks, positions = len(position_ids), len(plan.ring.local), plan.positions
     fits = rows == 1 or (rows % ranks == 0 and plan.batch in (1, rows // ranks))
-    if not fits or position_ids.shape[-1] != places.shape[-1]:
+    if not fits or position_ids.shape[-1] != positions.shape[-1]:
         raise ValueError(
             f"position_ids {[*position_ids.shape]} do not fit the plan, of {ranks} local ranks, {plan.batch} batch "
-            f"rows and {places.shape[-1]} tokens per shard: a plan is for the inputs that it was made with"
+            f"rows and {positions.shape[-1]} tokens per shard: a plan is for the inputs that it was made with"
         )
-    of_sequence, of_document = places.repeat_interleave(max(1, rows // places.shape[1]), dim=1)
+    of_sequence, of_document = positions.repeat_interleave(max(1, rows // positions.shape[1]), dim=1)
     past_end = of_sequence >= plan.layout.length
     right = ((position_ids == of_sequence) | (position_ids == of_document) | past_end).all()
     if right.is_cuda:

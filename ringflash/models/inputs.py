@@ -44,7 +44,7 @@ def ring_inputs(
     ring. documents: token counts of packed documents that sum to S, one list or one per row (arrays and tensors of
     integers too); no token sees or predicts another document's, and positions begin again with each.
     first: number of tokens at each document's start that layers with a sliding window also see.
-    layout: "contiguous", "zigzag", "striped", "balanced", "gathered", or "auto", the one with the least predicted time
+    layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", the one with the least predicted time
     for these documents and the layers of `config`; or a function that gives a mask its layout.
     config: model.config. Given, a model that cannot be on the ring is refused here, also one that reads no mask.
     shift_labels: int64 [B, S], instead of labels where these are shifted already.
@@ -206,7 +206,7 @@ def _checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
     """An int64 scalar, 0 or more, that other numbers, other places or another shape would almost surely change."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for x in (x for x in tensors if x is not None):
-        places = torch.arange(1, x.numel() + 1, device=x.device)
-        mixed = (x.flatten().long() + 0x9E3779B9) * (places * 0x85EBCA6B + x.shape[-1])
+        positions = torch.arange(1, x.numel() + 1, device=x.device)
+        mixed = (x.flatten().long() + 0x9E3779B9) * (positions * 0x85EBCA6B + x.shape[-1])
         total += ((mixed ^ (mixed >> 29)).sum() & (2**58 - 1)).to(device)
     return total

@@ -2,7 +2,7 @@
 
 Forward. Keys and values travel round the ring; the queries stay, with their running (out, lse), which each hop's
 kernel carries in and updates. While hop s is computed, the keys of hop s + 1 are on their way. Heads are computed in
-two halves, each on a stream of its own (`ring.lanes`):
+two halves, each on a stream of its own (`ring.streams`):
 
     rank r      compute   | own keys      | keys of r - 1 | keys of r - 2 | ...
                 transfer  | keys of r - 1 | keys of r - 2 | keys of r - 3 | ...
@@ -37,11 +37,11 @@ from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge_sink
 from ringflash.ring.checks import check_call, check_tensors
 from ringflash.ring.compensation import CenteredKeys
-from ringflash.ring.lanes import Lanes
 from ringflash.ring.plan import AttentionPlan, Part
+from ringflash.ring.ranges import Range, Ranges
 from ringflash.ring.recompute import kept_or_computed
-from ringflash.ring.runs import Run, Runs
-from ringflash.ring.transport import Empty, Loopback, Message, Transfer
+from ringflash.ring.streams import Streams
+from ringflash.ring.transport import Allocate, Loopback, Message, Transfer
 
 
 def ring_attention(
@@ -130,18 +130,18 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: _Call) -> Tensor:
         kv_heads = k.shape[2]
         ranks, ulysses = len(call.plan.ring.local), call.plan.ulysses
-        about = f"{call.layer}, forward"
+        context = f"{call.layer}, forward"
         if ulysses is not None:
-            q = ulysses.queries(q, f"{about}, exchange of queries")
-            k, v = (ulysses.keys(x, f"{about}, exchange of {what}") for x, what in ((k, "keys"), (v, "values")))
+            q = ulysses.queries(q, f"{context}, exchange of queries")
+            k, v = (ulysses.keys(x, f"{context}, exchange of {what}") for x, what in ((k, "keys"), (v, "values")))
 
         def compute() -> tuple[Tensor, ...]:
             q_, k_, v_ = (_by_rank(x, ranks) for x in (q, k, v))
-            with call.plan.ring.inbox(about) as empty:
-                kv = _KeysOnTheirWay(call.plan, k_, v_, about, empty)
+            with call.plan.ring.receive_buffers(context) as allocate:
+                kv = _TravellingKeys(call.plan, k_, v_, context, allocate)
                 results = _forward(q_, kv, call.own_sink(sink), call.keeps_residue and any(ctx.needs_input_grad), call)
             out, *kept = (_together(list(parts)) for parts in zip(*results, strict=True))
-            return out if ulysses is None else ulysses.tokens(out, f"{about}, exchange of results"), *kept
+            return out if ulysses is None else ulysses.tokens(out, f"{context}, exchange of results"), *kept
 
         out, *kept = kept_or_computed(compute, travels=call.plan.ring.size > 1 or ulysses is not None)
         ctx.save_for_backward(q, k, v, sink, out, *kept)
@@ -151,29 +151,29 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        about = f"{ctx.call.layer}, backward"
-        with torch.autocast(dout.device.type, enabled=False), ctx.call.plan.ring.inbox(about) as empty:
-            return *_gradients(ctx, dout, about, empty), None
+        context = f"{ctx.call.layer}, backward"
+        with torch.autocast(dout.device.type, enabled=False), ctx.call.plan.ring.receive_buffers(context) as allocate:
+            return *_gradients(ctx, dout, context, allocate), None
 
 
-def _gradients(ctx, dout: Tensor, about: str, empty: Empty) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _gradients(ctx, dout: Tensor, context: str, allocate: Allocate) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Those of q, k, v and the sink."""
     q, k, v, sink, out, lse, *residue = ctx.saved_tensors
     ranks, ulysses = len(ctx.call.plan.ring.local), ctx.call.plan.ulysses
     q_, k_, v_, lse_ = (_by_rank(x, ranks) for x in (q, k, v, lse))
-    kv = _KeysOnTheirWay(ctx.call.plan, k_, v_, about, empty)
+    kv = _TravellingKeys(ctx.call.plan, k_, v_, context, allocate)
     kv.send_for(1)  # own keys come last, so what follows is all there is to hide this behind
     # out is where the model's tokens are; everything else is where attention was computed.
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     delta = ctx.call.kernel.delta(out, dout)
     if ulysses is not None:
-        dout = ulysses.queries(dout, f"{about}, exchange of results' gradients")
-        delta = ulysses.queries(delta.transpose(1, 2), f"{about}, exchange of delta").transpose(1, 2).contiguous()
+        dout = ulysses.queries(dout, f"{context}, exchange of results' gradients")
+        delta = ulysses.queries(delta.transpose(1, 2), f"{context}, exchange of delta").transpose(1, 2).contiguous()
     for rounded_away in residue:
         delta += ctx.call.kernel.delta(rounded_away, dout)
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
-    dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call, empty)
+    dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call, allocate)
     dsink = None
     if sink is not None:
         # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries. Where nothing is seen and the
@@ -182,14 +182,14 @@ def _gradients(ctx, dout: Tensor, about: str, empty: Empty) -> tuple[Tensor, Ten
         dsink = torch.zeros_like(sink)
         ctx.call.own_sink(dsink).copy_(-(weight * delta).sum((0, 2)))
     if ulysses is not None:
-        dq = ulysses.tokens(dq.to(q.dtype), f"{about}, exchange of queries' gradients")
-        dk = ulysses.key_gradients(dk, ctx.kv_heads, f"{about}, exchange of keys' gradients")
-        dv = ulysses.key_gradients(dv, ctx.kv_heads, f"{about}, exchange of values' gradients")
+        dq = ulysses.tokens(dq.to(q.dtype), f"{context}, exchange of queries' gradients")
+        dk = ulysses.key_gradients(dk, ctx.kv_heads, f"{context}, exchange of keys' gradients")
+        dv = ulysses.key_gradients(dv, ctx.kv_heads, f"{context}, exchange of values' gradients")
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
 
 
 def _forward(
-    q: list[Tensor], kv: _KeysOnTheirWay, sink: Tensor | None, keeps_residue: bool, call: _Call
+    q: list[Tensor], kv: _TravellingKeys, sink: Tensor | None, keeps_residue: bool, call: _Call
 ) -> list[tuple[Tensor, ...]]:
     """(out, lse) over all keys, and the sink, for each local rank; out in q's dtype.
 
@@ -202,32 +202,32 @@ def _forward(
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in q]
     stays_exact = sink is not None or keeps_residue
 
-    def add(s: int, i: int, lane: int) -> None:
+    def add(s: int, i: int, stream: int) -> None:
         """Merge hop s into local rank i's state, for some of the heads; the last one's result is that part of out.
 
         Where a sink or the residue is to come, it stays in fp32.
         """
-        of_q, of_k = halves[lane]
+        of_q, of_k = halves[stream]
         hop = plan.hops[s][i]
         for intervals in hop.intervals:
             k_here, v_here = kv.at(s, i)
             final = s == last[i] and intervals is hop.intervals[-1]
-            state[i][lane] = call.kernel.forward(
+            state[i][stream] = call.kernel.forward(
                 q[i][:, :, of_q], k_here[:, :, of_k], v_here[:, :, of_k], intervals,
-                scale=call.scale, softcap=call.softcap, carry=state[i][lane],
+                scale=call.scale, softcap=call.softcap, carry=state[i][stream],
                 out=out[i][:, :, of_q] if final and not stays_exact else None,
             )  # fmt: skip
 
-    with Lanes(len(halves), plan.ring.device) as lanes:
+    with Streams(len(halves), plan.ring.device) as streams:
         for s in range(plan.ring.size):
             kv.arrive()
-            lanes.fork()
-            with lanes.on(lanes.last):  # here both are done with hop s - 1, whose buffer this fills
+            streams.fork()
+            with streams.on(streams.last):  # here both are done with hop s - 1, whose buffer this fills
                 kv.send_for(s + 1)
-            for lane in range(len(halves)):
-                with lanes.on(lane):
+            for stream in range(len(halves)):
+                with streams.on(stream):
                     for i in range(len(q)):
-                        add(s, i, lane)
+                        add(s, i, stream)
     residue = [torch.empty_like(x) for x in out] if keeps_residue else []
     for i, heads in enumerate(state if stays_exact else []):
         for half, (of_q, _) in zip(heads, halves, strict=True):
@@ -237,19 +237,19 @@ def _forward(
             if keeps_residue:
                 residue[i][:, :, of_q] = half.out.sub_(out[i][:, :, of_q])  # type: ignore[union-attr]
     lse = [_together([half.lse for half in heads], dim=1) for heads in state]  # type: ignore[union-attr]
-    lanes.fork()  # lane 1's memory was read here, and may be given out there as soon as this returns
+    streams.fork()  # stream 1's memory was read here, and may be given out there as soon as this returns
     return list(zip(*(results for results in (out, lse, residue) if results), strict=True))
 
 
 def _backward(
     dout: list[Tensor],
     q: list[Tensor],
-    kv: _KeysOnTheirWay,
+    kv: _TravellingKeys,
     lse: list[Tensor],
     delta: list[Tensor],
     dtype: torch.dtype,
     call: _Call,
-    empty: Empty,
+    allocate: Allocate,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in `dtype`, of all local ranks, ranks outermost in the batch.
 
@@ -262,12 +262,12 @@ def _backward(
     whole = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs] for xs in (q, k, k)]
     halves = _halves(q[0].shape[2], k[0].shape[2], plan)
     parts = [
-        (lane, _GradientsOnTheirWay(plan, part, k, of_k, kv.about, empty), part, of_q, of_k)
-        for lane, (of_q, of_k) in enumerate(halves)
+        (stream, _TravellingGradients(plan, part, k, of_k, kv.context, allocate), part, of_q, of_k)
+        for stream, (of_q, of_k) in enumerate(halves)
         for part in _parts(plan, len(halves))
     ]
 
-    def add(s: int, i: int, dkv: _GradientsOnTheirWay, part: Part, of_q: slice, of_k: slice) -> None:
+    def add(s: int, i: int, dkv: _TravellingGradients, part: Part, of_q: slice, of_k: slice) -> None:
         """What hop s gives local rank i, for some of the heads or keys."""
         hop = part.hops[s][i]
         if not hop.intervals:
@@ -283,25 +283,29 @@ def _backward(
             )  # fmt: skip
 
     hops = [*range(1, plan.ring.size), 0]
-    for _, dkv, *_ in parts:  # here the first keys' way hides it; on a lane it would wait for the other's kernel to end
+    for (
+        _,
+        dkv,
+        *_,
+    ) in parts:  # here the first keys' way hides it; on a stream it would wait for the other's kernel to end
         dkv.arrive(hops[0])
-    with Lanes(len(halves), plan.ring.device) as lanes:  # parts of the keys add to the same dq, one after another
+    with Streams(len(halves), plan.ring.device) as streams:  # parts of the keys add to the same dq, one after another
         for s in hops:
             kv.arrive()
-            lanes.fork()
+            streams.fork()
             if s > 0:
-                with lanes.on(lanes.last):  # as in the forward
+                with streams.on(streams.last):  # as in the forward
                     kv.send_for(s + 1)
-            for lane, dkv, part, of_q, of_k in parts:
-                with lanes.on(lane):
+            for stream, dkv, part, of_q, of_k in parts:
+                with streams.on(stream):
                     if s != hops[0]:
                         dkv.arrive(s)
                     for i in range(len(q)):
                         add(s, i, dkv, part, of_q, of_k)
                     if s > 0:
                         dkv.send_after(s)
-        for lane, dkv, part, of_q, of_k in parts:
-            with lanes.on(lane):  # of the half that is done first, under the other's last kernel
+        for stream, dkv, part, of_q, of_k in parts:
+            with streams.on(stream):  # of the half that is done first, under the other's last kernel
                 for i, (into_q, *into_kv) in enumerate(zip(*whole, strict=True)):
                     for into, x in zip(into_kv, dkv.at(0, i), strict=True):
                         call.kernel.round_into(into[:, part.rows, of_k], x)
@@ -310,24 +314,24 @@ def _backward(
     return _together(whole[0]), _together(whole[1]), _together(whole[2])
 
 
-class _KeysOnTheirWay:
+class _TravellingKeys:
     """Keys and values of every hop: a rank's own, and two buffers that take turns in receiving and sending on.
 
     Those of hop s lie in buffer s % 2, [S, B, Hkv, D], so that a run of tokens is contiguous. Own keys that do not lie
     like that are copied into buffer 0, which receives nothing before hop 2.
     """
 
-    def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor], about: str, empty: Empty) -> None:
-        self.plan, self.own, self.about = plan, list(zip(k, v, strict=True)), about
+    def __init__(self, plan: AttentionPlan, k: list[Tensor], v: list[Tensor], context: str, allocate: Allocate) -> None:
+        self.plan, self.own, self.context = plan, list(zip(k, v, strict=True)), context
         self.buffers: tuple[list[list[Tensor]], ...] = ([], [])  # two, of each local rank, of keys and of values
         self.leaving: list[list[Tensor]] = []  # own keys and values, as they are sent
         self.transfer: Transfer | None = None
-        if not any(route.reach for route in plan.routes):
+        if not any(route.last_hop for route in plan.routes):
             return
         for i, pair in enumerate(self.own):
             by_token = [x.transpose(0, 1) for x in pair]
             for parity, buffers in enumerate(self.buffers):
-                buffers.append([empty(x.shape, x.dtype) for x in by_token] if plan.arrives[parity] else [])
+                buffers.append([allocate(x.shape, x.dtype) for x in by_token] if plan.arrives[parity] else [])
                 self._clear_unwritten(parity, i)
             if not all(x.is_contiguous() for x in by_token):
                 into = self.buffers[0][i] or [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in by_token]
@@ -345,7 +349,7 @@ class _KeysOnTheirWay:
             for buffer in self.buffers[parity][i]:
                 _clear(buffer, _all(buffer).without(first))
 
-    def _coming(self, s: int, i: int) -> Runs:
+    def _coming(self, s: int, i: int) -> Ranges:
         """The tokens that local rank i receives with hop s."""
         ring = self.plan.ring
         return self.plan.routes[(ring.local[i] - s) % ring.size].keys[s]
@@ -361,12 +365,12 @@ class _KeysOnTheirWay:
             into = self.buffers[s % 2][i]
             leaving, coming = self.plan.routes[(rank - s + 1) % ring.size].keys[s], self._coming(s, i)
             outgoing += [
-                Message(rank, (rank + 1) % ring.size, x[slice(*run)], lands[slice(*run)])
-                for run in leaving
-                for x, lands in zip(here, into, strict=True)
+                Message(rank, (rank + 1) % ring.size, x[slice(*r)], target[slice(*r)])
+                for r in leaving
+                for x, target in zip(here, into, strict=True)
             ]
-            incoming += [Message((rank - 1) % ring.size, rank, x[slice(*run)]) for run in coming for x in into]
-        self.transfer = ring.exchange(outgoing, incoming, f"{self.about}, hop {s}")
+            incoming += [Message((rank - 1) % ring.size, rank, x[slice(*r)]) for r in coming for x in into]
+        self.transfer = ring.exchange(outgoing, incoming, f"{self.context}, hop {s}")
 
     def arrive(self) -> None:
         """Wait for what is under way, if anything is; it is then here."""
@@ -382,7 +386,7 @@ class _KeysOnTheirWay:
         return k, v
 
 
-class _GradientsOnTheirWay:
+class _TravellingGradients:
     """dk and dv of some KV heads and keys, fp32: they follow their keys one hop behind, then return to the keys' rank.
 
     Two buffers [rows, 2, B, heads, D] a rank take turns: one is added to and sent while the other receives. Own
@@ -390,18 +394,18 @@ class _GradientsOnTheirWay:
     """
 
     def __init__(
-        self, plan: AttentionPlan, part: Part, k: list[Tensor], heads: slice, about: str, empty: Empty
+        self, plan: AttentionPlan, part: Part, k: list[Tensor], heads: slice, context: str, allocate: Allocate
     ) -> None:
-        self.routes, self.ring, self.about = part.routes, plan.ring, about
+        self.routes, self.ring, self.context = part.routes, plan.ring, context
         batch, _, _, dim = k[0].shape
         length, count = part.rows.stop - part.rows.start, heads.stop - heads.start
-        travels = any(route.reach for route in part.routes)
+        travels = any(route.last_hop for route in part.routes)
 
         def buffers() -> list[Tensor]:
-            return [empty((length, 2, batch, count, dim), torch.float32) for _ in k]
+            return [allocate((length, 2, batch, count, dim), torch.float32) for _ in k]
 
         self.buffers = [buffers() for _ in range(2 if travels else 1)]
-        self.home = buffers() if part.comes_home_early else None
+        self.home = buffers() if part.returned_early else None
         self.transfer: Transfer | None = None
 
     def _lie(self, rank: int, s: int) -> list[Tensor]:
@@ -420,7 +424,7 @@ class _GradientsOnTheirWay:
             self.transfer = None
         for i, rank in enumerate(self.ring.local):
             route, here = self.routes[(rank - s) % self.ring.size], self._lie(rank, s)[i]
-            came = route.onward[s - 1] if s > 0 else route.returned
+            came = route.forwarded[s - 1] if s > 0 else route.all_returned
             _clear(here, (route.gradients[s] if s > 0 else _all(here)).without(came))
 
     def send_after(self, s: int) -> None:
@@ -429,15 +433,15 @@ class _GradientsOnTheirWay:
         outgoing, incoming = [], []
         for i, rank in enumerate(self.ring.local):
             x, here, after, before = self._lie(rank, s)[i], (rank - s) % size, (rank + 1) % size, (rank - 1) % size
-            for to, hop, runs in ((after, s + 1, routes[here].onward[s]), (here, 0, routes[here].homeward[s])):
-                lands = self._lie(to, hop)[i]
-                outgoing += [Message(rank, to, x[slice(*run)], lands[slice(*run)]) for run in runs]
-            for source, hop, runs in (
-                (before, s + 1, routes[(before - s) % size].onward[s]),
-                ((rank + s) % size, 0, routes[rank].homeward[s]),
+            for to, hop, ranges in ((after, s + 1, routes[here].forwarded[s]), (here, 0, routes[here].returned[s])):
+                target = self._lie(to, hop)[i]
+                outgoing += [Message(rank, to, x[slice(*r)], target[slice(*r)]) for r in ranges]
+            for source, hop, ranges in (
+                (before, s + 1, routes[(before - s) % size].forwarded[s]),
+                ((rank + s) % size, 0, routes[rank].returned[s]),
             ):
-                incoming += [Message(source, rank, self._lie(rank, hop)[i][slice(*run)]) for run in runs]
-        self.transfer = self.ring.exchange(outgoing, incoming, f"{self.about}, gradients of hop {s}")
+                incoming += [Message(source, rank, self._lie(rank, hop)[i][slice(*r)]) for r in ranges]
+        self.transfer = self.ring.exchange(outgoing, incoming, f"{self.context}, gradients of hop {s}")
 
     def at(self, s: int, i: int) -> tuple[Tensor, Tensor]:
         """dk and dv [B, S, heads, D] of hop s and local rank i, to add to."""
@@ -445,14 +449,14 @@ class _GradientsOnTheirWay:
         return dk, dv
 
 
-def _all(x: Tensor) -> Runs:
+def _all(x: Tensor) -> Ranges:
     """Every row of x."""
-    return Runs([Run(0, len(x))])
+    return Ranges([Range(0, len(x))])
 
 
-def _clear(x: Tensor, runs: Runs) -> None:
+def _clear(x: Tensor, ranges: Ranges) -> None:
     """Zero the rows of x that are in runs."""
-    for begin, end in runs:
+    for begin, end in ranges:
         x[begin:end].zero_()
 
 

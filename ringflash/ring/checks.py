@@ -72,8 +72,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         raise ValueError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} KV heads")
     if q.device.type != plan.ring.device.type:
         raise ValueError(f"q, k and v are on {q.device}, the plan on {plan.ring.device}")
-    if q.shape[1] != plan.tokens.shard_length:
-        raise ValueError(f"the plan's shards hold {plan.tokens.shard_length} tokens, got {shapes}")
+    if q.shape[1] != plan.token_layout.shard_length:
+        raise ValueError(f"the plan's shards hold {plan.token_layout.shard_length} tokens, got {shapes}")
     if plan.ulysses is not None and (reason := heads_refusal(plan.ulysses.size, q.shape[2], k.shape[2])):
         raise ValueError(reason)
     ranks = len(plan.ring.local)

@@ -6,9 +6,9 @@ hop s - 1 travel. It begins when it is done with hop s - 1 and what it needs is 
     there = when both ends were ready and their links free  +  bytes x time a byte
     done  = begun  +  pairs x time a pair
 
-Both follow from mask and layout alone. Contiguous runs send least and balance worst, zigzag balances a causal mask,
-balanced layouts balance documents and send more, gathered ones balance long documents alone and keep short ones where
-they are: which is fastest depends on documents, windows, heads and links.
+Both follow from mask and layout alone. Contiguous layouts send least and balance worst. Zigzag balances a causal mask.
+Balanced layouts balance documents and send more. Document-local ones balance long documents and leave short ones where
+they are. Which is fastest depends on documents, windows, heads and links.
 
     >>> machine = Machine(flops=500e12, bytes_per_second=400e9)
     >>> heads = Heads(query=32, key=8, dim=128)
@@ -21,7 +21,7 @@ they are: which is fastest depends on documents, windows, heads and links.
     >>> fastest([(packed, 32)], ranks=8, heads=heads, machine=machine)[0]
     'balanced'
     >>> fastest([(packed, 32)], ranks=8, heads=heads, machine=Machine(flops=500e12, bytes_per_second=50e9))[0]
-    'gathered'
+    'document_local'
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringflash.dealing import by_hop
 from ringflash.layout import Layout
+from ringflash.load_balance import by_hop
 from ringflash.mask import IntervalMask
 from ringflash.ring.plan import routes
 
@@ -41,7 +41,7 @@ from ringflash.ring.plan import routes
 FLOPS_A_PAIR = 4 * 3.5
 # A predicted gain below this is not worth a finer layout.
 WORTH = 0.02
-# Of a rank's tokens, what short documents of a gathered layout have at most: two that are tried.
+# Of a rank's tokens, what short documents of a document_local layout have at most: two that are tried.
 LONGEST = (0.25, 1.0)
 # Gigabytes per second that a GPU sends to another GPU of its machine, and of another one, where nothing else is known.
 INTRA_NODE_GB, INTER_NODE_GB = 300.0, 40.0
@@ -104,7 +104,7 @@ def fastest(
         "contiguous": contiguous,
         "zigzag": Layout.zigzag(mask.queries, ranks, parts),
         "balanced": Layout.balanced(mask, ranks, parts),
-        **{f"gathered {longest:g}": Layout.gathered(mask, ranks, parts, longest) for longest in LONGEST},
+        **{f"document_local {longest:g}": Layout.document_local(mask, ranks, parts, longest) for longest in LONGEST},
     }
     seconds = {label: _all_layers(layers, layout, heads, machine) for label, layout in candidates.items()}
     best = next(label for label, took in seconds.items() if min(seconds.values()) >= took * (1 - WORTH))
@@ -148,16 +148,20 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
     computing = by_hop(layout.pairs(mask)).double()
     computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
     # [s, r]: what rank r receives with hop s, the gradients that this adds to, and its own that come home from it.
-    keys, onward, home = torch.zeros(3, ranks, ranks, dtype=torch.float64)
+    keys, forwarded, home = torch.zeros(3, ranks, ranks, dtype=torch.float64)
     for s in range(1, ranks):
         for r in range(ranks):
             way = ways[(r - s) % ranks]
-            keys[s, r], onward[s, r] = way.keys[s].tokens, way.onward[s - 1].tokens
-            home[s, r] = ways[r].homeward[s].tokens
+            keys[s, r], forwarded[s, r] = way.keys[s].tokens, way.forwarded[s - 1].tokens
+            home[s, r] = ways[r].returned[s].tokens
     token = heads.key * heads.dim / machine.bytes_per_second
-    keys, onward, home = 2 * 2 * token * keys, 2 * 4 * token * onward, 2 * 4 * token * home  # k, v: 2 bytes; dk, dv: 4
+    keys, forwarded, home = (
+        2 * 2 * token * keys,
+        2 * 4 * token * forwarded,
+        2 * 4 * token * home,
+    )  # k, v: 2 bytes; dk, dv: 4
     forward = _forward_seconds(computing / 3.5, keys)
-    return forward + _backward_seconds(computing * 2.5 / 3.5, keys, onward, home)
+    return forward + _backward_seconds(computing * 2.5 / 3.5, keys, forwarded, home)
 
 
 def _forward_seconds(computing: Tensor, keys: Tensor) -> float:
@@ -171,10 +175,10 @@ def _forward_seconds(computing: Tensor, keys: Tensor) -> float:
     return float(done.max())
 
 
-def _backward_seconds(computing: Tensor, keys: Tensor, onward: Tensor, home: Tensor) -> float:
+def _backward_seconds(computing: Tensor, keys: Tensor, forwarded: Tensor, home: Tensor) -> float:
     """The same, where half of a hop's gradients travel while the other half is computed; own keys come last.
 
-    onward, home [hops, ranks]: receiving gradients that a hop adds to, and one's own after a hop.
+    forwarded, home [hops, ranks]: receiving gradients that a hop adds to, and one's own after a hop.
     """
     ranks = len(computing)
     done = torch.zeros(ranks, dtype=torch.float64)
@@ -188,7 +192,7 @@ def _backward_seconds(computing: Tensor, keys: Tensor, onward: Tensor, home: Ten
         for half in range(2):
             done = torch.maximum(done, came[half]) + computing[s] / 2
             if s > 0:
-                onward_there = _there(done, link, onward[(s + 1) % ranks] / 2)
+                onward_there = _there(done, link, forwarded[(s + 1) % ranks] / 2)
                 link = torch.maximum(link, onward_there)
                 home_there = _there(done, link, home[s] / 2, from_behind=-s)
                 link = torch.maximum(link, home_there)

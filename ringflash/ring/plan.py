@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, Intervals, tokens
-from ringflash.ring.runs import Run, Runs
+from ringflash.ring.ranges import Range, Ranges
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
@@ -71,31 +71,31 @@ class Hop:
 class Route:
     """How far one rank's keys travel, and which of them.
 
-    reach: the last hop on which any rank sees them. keys[s]: what arrives with hop s, all that hops s and later see.
-    gradients[s]: what has gradients on the rank that has computed hop s; of these onward[s] are sent to the next rank,
-    whose hop may add to them, and homeward[s], to which none will, to the keys' own.
+    last_hop: the last hop on which any rank sees them. keys[s]: what arrives with hop s, all that hops s and later see.
+    gradients[s]: what has gradients on the rank that has computed hop s. Of these, forwarded[s] are sent to the next
+    rank, whose hop may add to them; returned[s], which no later hop adds to, go to the keys' owner.
     """
 
-    reach: int
-    keys: tuple[Runs, ...]
-    gradients: tuple[Runs, ...]
-    onward: tuple[Runs, ...]
-    homeward: tuple[Runs, ...]
+    last_hop: int
+    keys: tuple[Ranges, ...]
+    gradients: tuple[Ranges, ...]
+    forwarded: tuple[Ranges, ...]
+    returned: tuple[Ranges, ...]
 
     @functools.cached_property
-    def returned(self) -> Runs:
+    def all_returned(self) -> Ranges:
         """The gradients that come home."""
-        return functools.reduce(Runs.union, self.homeward)
+        return functools.reduce(Ranges.union, self.returned)
 
     @property
     def first_return(self) -> int:
         """The first hop after which gradients come home; 0 where none do."""
-        return next((s for s, runs in enumerate(self.homeward) if runs), 0)
+        return next((s for s, ranges in enumerate(self.returned) if ranges), 0)
 
     def within(self, begin: int, end: int) -> Route:
         """The same of tokens begin..end - 1 alone, counted from begin."""
-        sides = (self.keys, self.gradients, self.onward, self.homeward)
-        return Route(self.reach, *(tuple(runs.within(begin, end) for runs in side) for side in sides))
+        sides = (self.keys, self.gradients, self.forwarded, self.returned)
+        return Route(self.last_hop, *(tuple(ranges.within(begin, end) for ranges in side) for side in sides))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class Part:
     routes: tuple[Route, ...]
 
     @functools.cached_property
-    def comes_home_early(self) -> bool:
+    def returned_early(self) -> bool:
         """Whether any rank still carries others' gradients on a hop after some of its own have come home."""
         size, first = len(self.routes), [route.first_return for route in self.routes]
         return any(
@@ -123,19 +123,19 @@ class AttentionPlan:
     """One step's attention: mask, layout and ring, and the hops and routes that follow from them.
 
     mask may be a tuple of masks that share no pair: attention is then over the union of what they show. With ulysses,
-    each ring shard of the layout is divided among its ranks. first: how many of a document's first tokens the windows
-    of layers (`window`) show besides. hops[s][i] is hop s of local rank ring.local[i]; routes[c] is that of rank c's
-    keys; tokens, which rank holds which tokens outside attention, and holders, which of its ranks are local. Raises
-    ValueError where masks, layout and ring do not fit, TypeError where they are none.
+    each ring shard of the layout is divided among its ranks. leading_tokens: how many of a document's first tokens the
+    windows of layers (`window`) also show. hops[s][i] is hop s of local rank ring.local[i]; routes[c] is that of rank
+    c's keys. token_layout: which rank holds which tokens outside attention; local_holders: which of its ranks are
+    local. Raises ValueError where masks, layout and ring do not fit, TypeError where they are none.
     """
 
     mask: IntervalMask | tuple[IntervalMask, ...]
     layout: Layout
     ring: Ring
     ulysses: Ulysses | None = None
-    first: int = 0
-    tokens: Layout = field(init=False)
-    holders: tuple[int, ...] = field(init=False)
+    leading_tokens: int = 0
+    token_layout: Layout = field(init=False)
+    local_holders: tuple[int, ...] = field(init=False)
     masks: tuple[IntervalMask, ...] = field(init=False)
     hops: tuple[tuple[Hop, ...], ...] = field(init=False)
     routes: tuple[Route, ...] = field(init=False)
@@ -147,8 +147,8 @@ class AttentionPlan:
         object.__setattr__(self, "masks", masks)
         self._check()
         parts, part = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
-        object.__setattr__(self, "tokens", self.layout.split(parts))
-        object.__setattr__(self, "holders", tuple(rank * parts + part for rank in self.ring.local))
+        object.__setattr__(self, "token_layout", self.layout.split(parts))
+        object.__setattr__(self, "local_holders", tuple(rank * parts + part for rank in self.ring.local))
         object.__setattr__(self, "hops", self._hops(slice(0, self.layout.shard_length)))
         object.__setattr__(self, "routes", routes(masks, self.layout))
 
@@ -170,7 +170,7 @@ class AttentionPlan:
                 raise ValueError(
                     f"a mask of {mask.queries} x {mask.keys} does not fit a layout of {self.layout.length} tokens"
                 )
-        tokens("first", self.first)
+        tokens("leading_tokens", self.leading_tokens)
         if self.layout.ranks != self.ring.size:
             raise ValueError(f"a layout for {self.layout.ranks} ranks does not fit a ring of {self.ring.size}")
         for a, b in combinations(self.masks, 2):
@@ -194,19 +194,19 @@ class AttentionPlan:
         return max(mask.batch for mask in self.masks)
 
     def window(self, left: int) -> AttentionPlan:
-        """The same plan with each query limited to itself, `left` keys before it and `first` tokens; made once.
+        """The same plan with each query limited to itself, `left` keys before it and `leading_tokens`; made once.
 
         Raises ValueError for a plan of several masks, of which a window would hide what they were given to show.
         """
         if len(self.masks) > 1:
             raise ValueError(
                 f"a plan of {len(self.masks)} masks cannot be limited to windows of {left + 1}: for layers with "
-                f"windows that show first tokens besides, give one mask and first=N"
+                f"windows that show first tokens besides, give one mask and leading_tokens=N"
             )
         left = min(tokens("left", left), self.layout.length)
         if left not in self._windows:
             with torch.device("cpu"):  # a layer asks, maybe under another default device
-                masks = self.masks[0].windowed(left, self.first)
+                masks = self.masks[0].windowed(left, self.leading_tokens)
                 self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
         return self._windows[left]
 
@@ -235,7 +235,7 @@ class AttentionPlan:
             raise TypeError(f"x must be a tensor [B, {self.layout.length}, ...], got {type(x).__name__}")
         if x.dim() < 2 or self.batch not in (1, len(x)):
             raise ValueError(f"a plan of {self.batch} batch rows and {self.layout.length} tokens got {[*x.shape]}")
-        shards = [self.tokens.shard(x, rank, padding=padding) for rank in self.holders]
+        shards = [self.token_layout.shard(x, rank, padding=padding) for rank in self.local_holders]
         return torch.cat(shards).to(self.ring.device, non_blocking=True)
 
     def position_ids(self, batch: int | None = None) -> Tensor:
@@ -249,7 +249,7 @@ class AttentionPlan:
         rows = self.batch if batch is None else batch
         if rows < 1 or self.batch not in (1, rows):
             raise ValueError(f"a plan whose masks have {self.batch} batch rows does not fit a batch of {rows}")
-        return self.places[1].repeat_interleave(rows // self.batch, dim=0)
+        return self.positions[1].repeat_interleave(rows // self.batch, dim=0)
 
     @functools.cached_property
     def arrives(self) -> tuple[bool, bool]:
@@ -258,7 +258,7 @@ class AttentionPlan:
         return even, odd
 
     @functools.cached_property
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         """Where each token held is in the sequence, and where in its document.
 
         A document begins where no pair of the masks lies across. int64 [2, local ranks * batch, n], on the ring's
@@ -266,9 +266,9 @@ class AttentionPlan:
         """
         divides = functools.reduce(torch.logical_and, (mask.divides().expand(self.batch, -1) for mask in self.masks))
         begins = torch.where(divides, torch.arange(self.layout.length), 0).cummax(1).values
-        in_sequence = torch.stack([self.tokens.positions(rank) for rank in self.holders])
+        in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_holders])
         in_sequence = in_sequence.repeat_interleave(self.batch, dim=0)
-        in_document = in_sequence - torch.cat([self.tokens.shard(begins, rank) for rank in self.holders])
+        in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_holders])
         return torch.stack([in_sequence, in_document]).to(self.ring.device, non_blocking=True)
 
     def __str__(self) -> str:
@@ -281,8 +281,8 @@ class AttentionPlan:
 
     def _summary(self, s: int, hop: Hop) -> str:
         keys = self.routes[hop.source].keys
-        onward = keys[s + 1].tokens if s + 1 < len(keys) else 0
-        return f"{hop.pairs or '.'}" + (f" > {onward}" if onward else "")
+        forwarded = keys[s + 1].tokens if s + 1 < len(keys) else 0
+        return f"{hop.pairs or '.'}" + (f" > {forwarded}" if forwarded else "")
 
 
 def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]:
@@ -295,33 +295,33 @@ def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]
     found = []
     for source in range(ranks):
         by_hop = [seen[(source + s) % ranks][source] for s in range(ranks)]
-        reach = max((s for s in range(1, ranks) if by_hop[s]), default=0)
-        keys, later = [Runs([Run(0, layout.shard_length)])] * ranks, Runs()
+        last_hop = max((s for s in range(1, ranks) if by_hop[s]), default=0)
+        keys, later = [Ranges([Range(0, layout.shard_length)])] * ranks, Ranges()
         for s in reversed(range(1, ranks)):
             keys[s] = later = later.union(by_hop[s], gap)
-        gradients, onward, homeward = ([Runs()] * ranks for _ in range(3))
+        gradients, forwarded, returned = ([Ranges()] * ranks for _ in range(3))
         for s in range(1, ranks):
-            gradients[s] = onward[s - 1].union(by_hop[s])
-            over = gradients[s].without(keys[s + 1] if s < reach else Runs())
-            homeward[s] = Runs(run for run in over if s == reach or run.end - run.begin >= gap)
-            onward[s] = gradients[s].without(homeward[s])
-        found.append(Route(reach, *map(tuple, (keys, gradients, onward, homeward))))
+            gradients[s] = forwarded[s - 1].union(by_hop[s])
+            over = gradients[s].without(keys[s + 1] if s < last_hop else Ranges())
+            returned[s] = Ranges(r for r in over if s == last_hop or r.end - r.begin >= gap)
+            forwarded[s] = gradients[s].without(returned[s])
+        found.append(Route(last_hop, *map(tuple, (keys, gradients, forwarded, returned))))
     return tuple(found)
 
 
-def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[list[Runs]]:
+def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[list[Ranges]]:
     """seen[rank][source]: source's local keys that rank's queries see, and gaps between them shorter than `gap`.
 
     Bounds never decrease, so the keys that a run of queries sees lie between the first one's lo and the last one's hi.
     """
     bounds = [_keys_seen(mask, layout, gap) for mask in masks]
     of_rank = [torch.cat(some, dim=1) for some in zip(*bounds, strict=True)]  # first keys and ends, [2, runs]
-    seen: list[list[Runs]] = [[] for _ in range(layout.ranks)]
+    seen: list[list[Ranges]] = [[] for _ in range(layout.ranks)]
     for source in range(layout.ranks):
-        places = torch.searchsorted(layout.positions(source), torch.cat(of_rank, dim=1))
-        for rank, (begin, end) in enumerate(places.split([x.shape[1] for x in of_rank], dim=1)):
+        positions = torch.searchsorted(layout.positions(source), torch.cat(of_rank, dim=1))
+        for rank, (begin, end) in enumerate(positions.split([x.shape[1] for x in of_rank], dim=1)):
             some = begin < end
-            seen[rank].append(Runs.covering(map(Run, begin[some].tolist(), end[some].tolist()), gap))
+            seen[rank].append(Ranges.covering(map(Range, begin[some].tolist(), end[some].tolist()), gap))
     return seen
 
 
@@ -336,10 +336,10 @@ def _keys_seen(mask: IntervalMask, layout: Layout, gap: int) -> list[Tensor]:
     seen = []
     for first, last in zip(*_query_runs(layout), strict=True):
         begins = torch.cat([first, jumps]).unique()
-        run = torch.searchsorted(first, begins, right=True) - 1
-        inside = (run >= 0) & (begins <= last[run])
-        begins, run = begins[inside], run[inside]
-        ends = torch.minimum(last[run], torch.cat([begins[1:] - 1, last[-1:]]))
+        r = torch.searchsorted(first, begins, right=True) - 1
+        inside = (r >= 0) & (begins <= last[r])
+        begins, r = begins[inside], r[inside]
+        ends = torch.minimum(last[r], torch.cat([begins[1:] - 1, last[-1:]]))
         begin, end = lo[begins.clamp(max=mask.queries)], hi[ends.clamp(max=mask.queries - 1)]
         seen.append(torch.stack([begin, torch.maximum(begin, end)]))
     return seen

@@ -1,12 +1,12 @@
 """Who sends what to whom: the three verbs that a ring needs, over processes or inside one.
 
-    with ring.inbox(about) as empty:
-        x = empty(shape, dtype)                                 # memory in which messages may arrive
+    with ring.receive_buffers(context) as allocate:
+        x = allocate(shape, dtype)                                 # memory in which messages may arrive
         transfer = ring.exchange(outgoing, incoming, about)     # messages between ranks set off
         transfer.wait()                                         # incoming is there, outgoing may be overwritten
 
-`ProcessRing` has one rank in each process; GPUs of one machine copy into one another's memory (`ring.peers`), others
-talk over NCCL, processes without a GPU over gloo. `Loopback` has all ranks in one process, for tests and for measuring
+`ProcessRing` has one rank in each process. GPUs of one machine copy into one another's memory (`ring.copy_engine`),
+others use NCCL, processes without a GPU use gloo. `Loopback` has all ranks in one process, for tests and for measuring
 one GPU's share of a ring: its tensors hold the ranks side by side. Code written against `Ring` loops over `ring.local`,
 the ranks that live here, and runs on either.
 """
@@ -25,26 +25,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from ringflash.ring.peers import Awaited, Peers, peers_of
-from ringflash.ring.watch import Pending, Watch
+from ringflash.ring.copy_engine import CopyEngine, PendingWork, copy_engine_of
+from ringflash.ring.watchdog import Pending, Watchdog
 
 TRANSPORTS = ("auto", "nccl")
 COPY_ENGINES = "copy engines"
-Empty = Callable[[Sequence[int], torch.dtype], Tensor]  # makes a tensor
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]  # makes a tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
     """A contiguous tensor on its way between two ranks of the ring; on the receiving side, where it is to go.
 
-    lands: on the sending side, the place in this rank's inbox that stands for the one in the other's; a ring whose
-    inbox is memory like any other does not ask for it.
+    target: on the sending side, the place in this rank's receive buffers that stands for the one in the receiver's. A
+    ring whose receive buffers are ordinary memory does not need it.
     """
 
     source: int
     destination: int
     tensor: Tensor
-    lands: Tensor | None = None
+    target: Tensor | None = None
 
 
 class Transfer(Protocol):
@@ -61,25 +61,25 @@ class Ring(Protocol):
     local: tuple[int, ...]
     device: torch.device
 
-    def inbox(self, about: str) -> AbstractContextManager[Empty]:
+    def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
         """For the length of a pass, what makes tensors (shape, dtype) for messages to arrive in.
 
-        All ranks make tensors of the same sizes in the same order, and use none of them after the pass. about: layer
+        All ranks make tensors of the same sizes in the same order, and use none of them after the pass. context: layer
         and pass, for who has to be told.
         """
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
         """Set off messages from local ranks, and receive those to local ranks.
 
         Both sides of a message name it in the same exchange, counting exchanges from the start, and several between the
-        same two ranks in the same order. No tensor may be written before the wait. about: layer, pass and hop, for who
-        has to be told.
+        same two ranks in the same order. No tensor may be written before the wait. context: layer, pass and hop, for
+        reports.
         """
 
 
-def fresh_inbox(device: torch.device) -> AbstractContextManager[Empty]:
+def plain_buffers(device: torch.device) -> AbstractContextManager[Allocate]:
     """Of a ring whose messages may arrive in any memory."""
-    return nullcontext(_Anywhere(device).empty)
+    return nullcontext(_Anywhere(device).allocate)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Anywhere:
 
     device: torch.device
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
 
@@ -104,11 +104,11 @@ class Loopback:
         self.local = tuple(range(self.size))
         self.device = torch.device(device)
 
-    def inbox(self, about: str) -> AbstractContextManager[Empty]:
+    def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
         """Memory of torch's allocator."""
-        return fresh_inbox(self.device)
+        return plain_buffers(self.device)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
         """Copy at once, in the order of the current stream; whatever stream waits, waits for that."""
         sent: dict[tuple[int, int], list[Tensor]] = {}
         for message in outgoing:
@@ -116,7 +116,7 @@ class Loopback:
         for message in incoming:
             message.tensor.copy_(sent[message.source, message.destination].pop(0))
         if left := sorted(pair for pair, tensors in sent.items() if tensors):
-            raise ValueError(f"{about}: messages between ranks {left} were sent and not received")
+            raise ValueError(f"{context}: messages between ranks {left} were sent and not received")
         if self.device.type == "cpu":
             return _Done()
         return torch.cuda.current_stream(self.device).record_event()
@@ -140,7 +140,7 @@ class ProcessRing:
         self,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
-        watch: Watch | None = None,
+        watchdog: Watchdog | None = None,
         transport: str = "auto",
     ) -> None:
         if transport not in TRANSPORTS:
@@ -151,32 +151,32 @@ class ProcessRing:
         self.rank = dist.get_rank(self.group)
         self.local: tuple[int, ...] = (self.rank,)
         self.device = torch.device(device)
-        self.watch = watch
+        self.watchdog = watchdog
         self.carrier: str = dist.get_backend(self.group)
-        self._peers: Peers | None = None
+        self._copy_engine: CopyEngine | None = None
         if transport == "auto" and self.device.type == "cuda" and self.size > 1:
             place = torch.device("cuda", torch.cuda.current_device()) if self.device.index is None else self.device
-            peers = peers_of(self.group, place)
-            if isinstance(peers, Peers):
-                self.carrier, self._peers, self.watch = COPY_ENGINES, peers, watch or peers.watch
+            engine = copy_engine_of(self.group, place)
+            if isinstance(engine, CopyEngine):
+                self.carrier, self._copy_engine, self.watchdog = COPY_ENGINES, engine, watchdog or engine.watchdog
             else:
-                self.carrier += f", since {peers}"
+                self.carrier += f", since {engine}"
 
-    def inbox(self, about: str) -> AbstractContextManager[Empty]:
+    def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
         """Memory that peers map; without them, of torch's allocator."""
-        if self._peers is None:
-            return fresh_inbox(self.device)
-        assert self.watch is not None
-        return self._peers.inbox(about, self.watch)
+        if self._copy_engine is None:
+            return plain_buffers(self.device)
+        assert self.watchdog is not None
+        return self._copy_engine.receive_buffers(context, self.watchdog)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], about: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
         """Sends and receives, in flight until waited for. Raises RuntimeError in a fork of this process."""
         self.process.check()
         size = sum(m.tensor.nbytes for m in incoming)
-        works = (self._peers.exchange if self._peers else self._through_group)(outgoing, incoming)
-        return _InFlight(works, self.watch, about, size, self.device) if works else _Done()
+        works = (self._copy_engine.exchange if self._copy_engine else self._through_group)(outgoing, incoming)
+        return _InFlight(works, self.watchdog, context, size, self.device) if works else _Done()
 
-    def _through_group(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[Awaited]:
+    def _through_group(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[PendingWork]:
         """One batch of the group's: a work for each message, or on NCCL one for all."""
         operations = [
             *(dist.P2POp(dist.isend, m.tensor, group=self.group, group_peer=m.destination) for m in outgoing),
@@ -230,17 +230,17 @@ class _Done:
 
 @dataclass(frozen=True, eq=False)
 class _InFlight:
-    works: list[Awaited]
-    watch: Watch | None
-    about: str
+    works: list[PendingWork]
+    watchdog: Watchdog | None
+    context: str
     size: int  # bytes that come
     device: torch.device
 
     def wait(self) -> None:
         """Wait for every work of the batch."""
         works = [work for work, _ in self.works]
-        if self.watch is not None:
-            self.watch.wait(works, "ring", self.about, self.pending, self.size, self.device)
+        if self.watchdog is not None:
+            self.watchdog.wait(works, "ring", self.context, self.pending, self.size, self.device)
             return
         for work in works:
             work.wait()

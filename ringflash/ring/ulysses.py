@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.ring.transport import Process
-from ringflash.ring.watch import Pending, Watch
+from ringflash.ring.watchdog import Pending, Watchdog
 
 
 class Ulysses:
@@ -28,47 +28,47 @@ class Ulysses:
     A watch, where given, is told of every exchange, `about` which is layer, pass and what is exchanged.
     """
 
-    def __init__(self, group: dist.ProcessGroup, watch: Watch | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, watchdog: Watchdog | None = None) -> None:
         self.process = Process.this()
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self.watch = watch
+        self.watchdog = watchdog
 
-    def queries(self, x: Tensor, about: str) -> Tensor:
+    def queries(self, x: Tensor, context: str) -> Tensor:
         """[B, s, H, ...] of this rank's tokens to [B, size * s, H / size, ...] of the ring shard's."""
         batch, tokens, heads, *rest = x.shape
-        gathered = self._exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), about)
-        return gathered.movedim(0, 1).reshape(batch, self.size * tokens, heads // self.size, *rest)
+        document_local = self._exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), context)
+        return document_local.movedim(0, 1).reshape(batch, self.size * tokens, heads // self.size, *rest)
 
-    def tokens(self, x: Tensor, about: str) -> Tensor:
+    def tokens(self, x: Tensor, context: str) -> Tensor:
         """The inverse of `queries`."""
-        return self._exchange(x.unflatten(1, (self.size, -1)).movedim(1, 0), about).movedim(0, 2).flatten(2, 3)
+        return self._exchange(x.unflatten(1, (self.size, -1)).movedim(1, 0), context).movedim(0, 2).flatten(2, 3)
 
-    def keys(self, x: Tensor, about: str) -> Tensor:
+    def keys(self, x: Tensor, context: str) -> Tensor:
         """As `queries`, for KV heads: with fewer than ranks, each goes to size / H ranks."""
-        return self.queries(x.repeat_interleave(max(1, self.size // x.shape[2]), dim=2), about)
+        return self.queries(x.repeat_interleave(max(1, self.size // x.shape[2]), dim=2), context)
 
-    def key_gradients(self, x: Tensor, heads: int, about: str) -> Tensor:
+    def key_gradients(self, x: Tensor, heads: int, context: str) -> Tensor:
         """The inverse of `keys` for fp32 gradients, to `heads` heads: what several ranks found for one is summed."""
-        return self.tokens(x, about).unflatten(2, (heads, -1)).sum(3)
+        return self.tokens(x, context).unflatten(2, (heads, -1)).sum(3)
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of something that has an entry a query head, [Hq]."""
         return x.unflatten(0, (self.size, -1))[self.rank]
 
-    def _exchange(self, x: Tensor, about: str) -> Tensor:
+    def _exchange(self, x: Tensor, context: str) -> Tensor:
         """Entry r of x [size, ...] goes to rank r, and what comes from it takes its place; nothing hides this."""
         self.process.check()
         outgoing = x.contiguous()
         incoming = torch.empty_like(outgoing)
         work = dist.all_to_all_single(incoming, outgoing, group=self.group, async_op=True)
-        if self.watch is None:
+        if self.watchdog is None:
             work.wait()
             return incoming
         others = Pending(tuple(rank for rank in dist.get_process_group_ranks(self.group) if rank != dist.get_rank()))
         size = incoming.nbytes // self.size * (self.size - 1)
-        self.watch.wait([work], "ulysses", about, lambda: others, size, incoming.device)
+        self.watchdog.wait([work], "ulysses", context, lambda: others, size, incoming.device)
         return incoming
 
 

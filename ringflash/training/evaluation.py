@@ -53,7 +53,7 @@ class Evaluation:
             for i in range(sequences or self.config.sequences)
         )
         loss = evaluate(engine, batches, self.world, self.layout_for)
-        self.world.watch.take()
+        self.world.watchdog.drain()
         return loss
 
 

@@ -30,7 +30,7 @@ from ringflash.training.world import World, first_here, join, ranks_here
 
 
 @dataclass(frozen=True)
-class Run:
+class Range:
     """What the steps and the end of a run share. start: steps done before; taken, log: rank 0's, None on the others."""
 
     job: Job
@@ -85,7 +85,7 @@ def fit(config: Config, resolved: str) -> None:
     )
     with contextlib.closing(batches):
         for step in range(run.start + 1, config.optim.steps + 1):
-            world.watch.step = step
+            world.watchdog.step = step
             meter.start()
             micro_batches, _ = next(batches)
             record = meter.record(train_step(run.engine, micro_batches, world))
@@ -143,7 +143,7 @@ def _settings(config: Config, resolved: str, training: TokenCorpus, world: World
     return settings
 
 
-def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, Any], resolved: str) -> Run:
+def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, Any], resolved: str) -> Range:
     """The run in its folder, at its newest checkpoint."""
     config = job.config
     with world.own_pace("initialising DeepSpeed"):
@@ -162,10 +162,10 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
             if world.ring.size > 1:
                 print(f"messages   of a ring of {world.ring.size} travel by {world.ring.carrier}", flush=True)
             log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
-    return Run(job, world, engine, settings, taken, folder, start, log)
+    return Range(job, world, engine, settings, taken, folder, start, log)
 
 
-def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> None:
+def _finish(run: Range, evaluation: Evaluation | None, divergence: Divergence) -> None:
     """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
     config, world = run.job.config, run.world
     steps = config.optim.steps
@@ -179,7 +179,7 @@ def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> 
             entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
             run.log.conclude(steps, loss, entropy)
             _print_outcome(run.folder, exported, loss, entropy)
-    world.watch.close()  # before any rank, and the store with it, is gone
+    world.watchdog.close()  # before any rank, and the store with it, is gone
     dist.barrier()
     dist.destroy_process_group()
 

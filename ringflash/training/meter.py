@@ -51,7 +51,7 @@ def _traffic(world: World, imbalance: float) -> dict[str, float]:
 
     The step's loss must have been read before, so that the GPU's waits are over and known.
     """
-    drained = world.watch.take()
+    drained = world.watchdog.drain()
     ring, ulysses = drained["ring"], drained["ulysses"]
     received = torch.tensor([ring.bytes, ulysses.bytes], dtype=torch.float64, device=world.device)
     ring_gib, ulysses_gib = (world.sum(received) / 2**30).tolist()

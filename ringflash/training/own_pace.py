@@ -21,7 +21,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ringflash.ring.watch import Watch
+from ringflash.ring.watchdog import Watchdog
 from ringflash.training import failure
 
 FIRST_PAUSE, LONGEST_PAUSE = 1e-3, 0.25  # seconds between two questions to the store
@@ -36,11 +36,11 @@ class OtherRankError(RuntimeError):
 
 
 @contextlib.contextmanager
-def own_pace(what: str, rank: int, size: int, watch: Watch) -> Iterator[None]:
+def own_pace(what: str, rank: int, size: int, watchdog: Watchdog) -> Iterator[None]:
     """`World.own_pace`, whose docstring says what it does, of this rank out of `size`."""
     store = dist.distributed_c10d._get_default_store()
     meeting = _Meeting(store, f"{_PREFIX}/{store.add(f'{_PREFIX}/of-{rank}', 1)}", rank, size)
-    with watch.without_limit(what, meeting), _collectives_without_limit():
+    with watchdog.without_limit(what, meeting), _collectives_without_limit():
         try:
             yield
         except BaseException as error:

@@ -17,7 +17,7 @@ from ringflash.models import heads_of, layer_masks
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, best_ulysses, fastest
 from ringflash.ring.transport import TRANSPORTS
 from ringflash.ring.ulysses import heads_refusal
-from ringflash.ring.watch import LAST_WORDS, POLL
+from ringflash.ring.watchdog import LAST_WORDS, POLL
 
 YEAR = 365 * 24 * 60  # in minutes
 
@@ -36,7 +36,7 @@ class ParallelConfig:
 
     layout: str = "auto"
     """Which rank holds which tokens: auto, for each step the layout with the least predicted time; contiguous, zigzag,
-    striped; or, fitted to each step's documents, balanced or gathered."""
+    striped; or, fitted to each step's documents, balanced or document_local."""
 
     intra_node_bandwidth_gb: float = INTRA_NODE_GB
     """Gigabytes a second that a GPU sends to another of its machine; auto and null reckon with it."""

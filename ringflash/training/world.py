@@ -24,7 +24,7 @@ from torch import Tensor
 from ringflash.errors import ConfigError
 from ringflash.ring.transport import ProcessRing
 from ringflash.ring.ulysses import Ulysses
-from ringflash.ring.watch import Watch
+from ringflash.ring.watchdog import Watchdog
 from ringflash.training.own_pace import own_pace
 from ringflash.training.parallel import ParallelConfig
 
@@ -36,7 +36,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    watch: Watch
+    watchdog: Watchdog
     ring: ProcessRing
     ulysses: Ulysses | None
     replica: int
@@ -71,7 +71,7 @@ class World:
 
         Nothing inside reaches parallel.timeout_minutes. Raises OtherRankError where another rank failed.
         """
-        return own_pace(what, self.rank, self.size, self.watch)
+        return own_pace(what, self.rank, self.size, self.watchdog)
 
 
 def ranks_here() -> int:
@@ -121,11 +121,11 @@ def join(config: ParallelConfig) -> World:
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
     store = dist.distributed_c10d._get_default_store()
-    watch = Watch(config.hop_timeout_seconds, rank, store, ends_with_store=True)
+    watchdog = Watchdog(config.hop_timeout_seconds, rank, store, ends_with_store=True)
     return World(
-        rank, ranks, device, watch,
-        ring=ProcessRing(ring, device, watch, config.transport),
-        ulysses=None if row is None else Ulysses(row, watch),
+        rank, ranks, device, watchdog,
+        ring=ProcessRing(ring, device, watchdog, config.transport),
+        ulysses=None if row is None else Ulysses(row, watchdog),
         replica=rank // (size * neighbours), replicas=len(grid),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks import attention, checks, peers, timing
+from benchmarks import attention, checks, contenders, timing
 from benchmarks.cases import CPU_QUICK, GPU_CASES, Case
 from ringflash import kernels
 
@@ -130,14 +130,14 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     case = GPU_CASES[0].shrunk(64)
     q, k, *_ = case.inputs(torch.float32, CPU)
-    with pytest.raises(peers.Absent, match=r"flash_attn.cute cannot be imported: ModuleNotFoundError"):
-        peers._fa4(case, q, k)
+    with pytest.raises(contenders.Absent, match=r"flash_attn.cute cannot be imported: ModuleNotFoundError"):
+        contenders._fa4(case, q, k)
 
 
 @pytest.mark.parametrize("case", [GPU_CASES[i].shrunk(700) for i in (0, 6, 7)], ids=str)
 def test_the_block_mask_is_what_flex_attention_would_make_itself(case):
-    ours = peers.block_mask(case, CPU)
-    theirs = create_block_mask(peers._mask_mod(case, CPU), 1, 1, case.length, case.length, CPU)
+    ours = contenders.block_mask(case, CPU)
+    theirs = create_block_mask(contenders._mask_mod(case, CPU), 1, 1, case.length, case.length, CPU)
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert torch.equal(ours.to_dense(), theirs.to_dense())

@@ -47,7 +47,7 @@ class Counted(OneRank):
 
     received = copied = 0
 
-    def exchange(self, outgoing, incoming, about):
+    def exchange(self, outgoing, incoming, context):
         like = self._noise.like
 
         def counting(x):
@@ -56,7 +56,7 @@ class Counted(OneRank):
 
         self.received += sum(m.tensor.numel() for m in incoming)
         with mock.patch.object(self._noise, "like", counting):
-            return super().exchange(outgoing, incoming, about)
+            return super().exchange(outgoing, incoming, context)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -123,8 +123,8 @@ def test_a_quick_run_ends_with_a_table_a_plot_and_json(tmp_path, capsys):
 
 
 def test_others_figures_stand_beside_a_case_of_theirs_only():
-    assert all(ring_share.peers_of(case) for case in ring.GPU_CASES if case.layout == "zigzag")
-    assert ring_share.peers_of(RingCase.of("128k", 8, heads=(16, 16))) == {}
+    assert all(ring_share.copy_engine_of(case) for case in ring.GPU_CASES if case.layout == "zigzag")
+    assert ring_share.copy_engine_of(RingCase.of("128k", 8, heads=(16, 16))) == {}
 
 
 def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, monkeypatch):
@@ -191,7 +191,7 @@ def test_the_record_holds_the_plans_pairs_and_bytes(case):
     plan = case.plan(Loopback(case.ranks))
     width = 2 * case.kv_heads * case.head_dim  # k and v
     keys = sum(2 * width * run.tokens for route in plan.routes for run in route.keys[1:])
-    gradients = sum(4 * width * run.tokens for route in plan.routes for run in (*route.onward, *route.homeward))
+    gradients = sum(4 * width * run.tokens for route in plan.routes for run in (*route.forwarded, *route.returned))
     for records, travels in zip(record(case), (keys, keys + gradients), strict=True):
         events = [event for events in records for event in events]
         assert sum(sum(e.outgoing.values()) for e in events if isinstance(e, Exchange)) == travels

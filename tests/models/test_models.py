@@ -110,7 +110,10 @@ WRONG_INPUTS = {
     "an array of booleans": ((TOKENS,), {"documents": np.ones(12, bool)}, r"documents must .* got array\(\["),
     "a negative count": ((TOKENS,), {"documents": [13, -1]}, r"must not be negative, got \[13, -1\]"),
     "a tensor too short": ((TOKENS,), {"documents": torch.tensor([[12, 0], [5, 6]])}, r"sum\(documents\[1\]\)=11"),
-    "half a first token": ((TOKENS,), {"first": 0.5}, r"first must be a whole number of tokens, got first=0\.5"),
+    "half a leading token": (
+        (TOKENS,), {"leading_tokens": 0.5},
+        r"leading_tokens must be a whole number of tokens, got leading_tokens=0\.5",
+    ),
     "an array of floats": ((TOKENS.float().numpy(),), {}, "input_ids must be a tensor of .*, got float32"),
     "lists and numbers": ((TOKENS,), {"documents": [12, [12]]}, r"documents must be a list of .* got \[12, \[12\]\]"),
     "a layout that is none": ((TOKENS,), {"layout": "even"}, "layout=even is not one of auto, .*, striped, balanced"),
@@ -407,7 +410,7 @@ def test_a_window_of_no_token_is_refused(window):
 
 def test_windows_of_layers_show_first_tokens_where_ring_inputs_is_told_to():
     model, tokens = tiny("mistral").eval(), torch.randint(1, 97, (1, 32))
-    found = model(**ring_inputs(tokens, ring=Loopback(1), documents=[20, 12], first=2)).logits
+    found = model(**ring_inputs(tokens, ring=Loopback(1), documents=[20, 12], leading_tokens=2)).logits
     i, j = torch.arange(32)[:, None], torch.arange(32)
     document = (i < 20) == (j < 20)
     seen = (j <= i) & document & ((i - j < 7) | (j < 2) | ((j >= 20) & (j < 22)))

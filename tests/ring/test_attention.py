@@ -140,12 +140,12 @@ class Counting(Loopback):
         super().__init__(size)
         self.elements, self.messages = Counter(), Counter()
 
-    def exchange(self, outgoing, incoming, about):
+    def exchange(self, outgoing, incoming, context):
         for message in outgoing:
             assert message.tensor.is_contiguous()
             self.elements[message.tensor.dtype] += message.tensor.numel()
             self.messages[message.tensor.dtype] += 1
-        return super().exchange(outgoing, incoming, about)
+        return super().exchange(outgoing, incoming, context)
 
 
 def test_with_a_window_one_neighbour_hop_moves_in_both_passes():
@@ -195,7 +195,7 @@ def shuffled(length, ranks, per_rank):
         IntervalMask.window(128, 5),
         IntervalMask.causal(128) & IntervalMask.documents([3, 72, 10, 43]),
         IntervalMask.causal(128) & IntervalMask.documents([[3, 72, 10, 43], [3, 60, 22, 43]]),
-        IntervalMask.causal(128).windowed(9, first=4),
+        IntervalMask.causal(128).windowed(9, leading_tokens=4),
     ],
     ids=["window", "documents", "rows", "first tokens"],
 )
@@ -216,7 +216,7 @@ def test_nothing_that_was_never_written_is_read(monkeypatch, masks, kv_heads):
 
 def test_the_union_of_disjoint_masks_is_one_attention():
     length = 60
-    masks = IntervalMask.causal(length).windowed(9, first=4)
+    masks = IntervalMask.causal(length).windowed(9, leading_tokens=4)
     for ranks, name in ((1, "contiguous"), (4, "zigzag"), (5, "contiguous")):
         layout = Layout.named(name, length, ranks)
         inputs = whole_inputs(2, length)

@@ -64,14 +64,14 @@ def test_a_balanced_layout_is_within_3_percent_on_packed_sequences(length, ranks
 def test_a_balanced_layout_is_within_12_percent_hop_by_hop(ranks):
     for seed in range(8):
         mask = corpus(seed, 131072)
-        assert Layout.balanced(mask, ranks).lockstep(mask) <= 0.12, f"seed {seed}"
+        assert Layout.balanced(mask, ranks).per_hop_imbalance(mask) <= 0.12, f"seed {seed}"
 
 
 def test_a_million_tokens_are_balanced_over_64_ranks():
     mask = corpus(1, 2**20)
     layout = Layout.balanced(mask, 64)
     assert layout.imbalance(mask) <= 0.03
-    assert layout.lockstep(mask) <= 0.25
+    assert layout.per_hop_imbalance(mask) <= 0.25
 
 
 def test_a_balanced_layout_takes_little_longer_than_a_perfect_one():
@@ -98,7 +98,7 @@ def test_lockstep_and_imbalance_follow_from_the_plans_pairs(data, length, ranks,
     plan = AttentionPlan(mask, layout, Loopback(ranks))
     work = torch.tensor([[hop.pairs for hop in hops] for hops in plan.hops]).double()
     mean = max(float(work.sum()) / ranks, 1e-9)
-    assert layout.lockstep(mask) == pytest.approx(float(work.amax(1).sum()) / mean - 1)
+    assert layout.per_hop_imbalance(mask) == pytest.approx(float(work.amax(1).sum()) / mean - 1)
     assert layout.imbalance(mask) == pytest.approx(float(work.sum(0).max()) / mean - 1)
 
 
@@ -131,7 +131,7 @@ def test_a_balanced_layout_is_no_slower_over_nvlink_than_one_that_is_made_withou
 def test_the_fastest_layout_is_at_most_2_percent_slower_than_any_other(of, speed):
     mask, machine = equal_documents(131072, of), Machine(500e12, speed)
     seconds = predict(mask, fastest([(mask, 32)], 8, LLAMA_8B, machine)[1], LLAMA_8B, machine)
-    for name in ("contiguous", "zigzag", "balanced", "gathered"):
+    for name in ("contiguous", "zigzag", "balanced", "document_local"):
         assert seconds <= predict(mask, Layout.of(name, mask, 8), LLAMA_8B, machine) / (1 - cost.WORTH)
 
 
@@ -170,30 +170,33 @@ SHORT_AND_LONG = IntervalMask.causal(131072) & IntervalMask.documents([29696, *[
 def test_slow_links_favour_layouts_that_send_less():
     speeds = (400e9, 50e9, 1e9)
     picked = [fastest([(SHORT_AND_LONG, 1)], 8, LLAMA_8B, Machine(500e12, speed))[0] for speed in speeds]
-    assert picked == ["balanced", "gathered", "contiguous"]
+    assert picked == ["balanced", "document_local", "contiguous"]
 
 
 @pytest.mark.parametrize(("documents", "most"), [([29696, *[1056] * 96], 0.4), ([14848, 14848, *[2112] * 48], 0.4)])
 def test_a_gathered_layout_balances_long_documents_and_keeps_short_ones_on_neighbours(documents, most):
     mask = IntervalMask.causal(131072) & IntervalMask.documents(documents)
-    gathered, balanced = Layout.gathered(mask, 8), Layout.balanced(mask, 8)
-    assert gathered.imbalance(mask) <= 0.05
+    document_local, balanced = Layout.document_local(mask, 8), Layout.balanced(mask, 8)
+    assert document_local.imbalance(mask) <= 0.05
     owner = torch.empty(131072, dtype=torch.int64)
     for rank in range(8):
-        owner[gathered.positions(rank)] = rank
-    begin = sum(length for length in documents if length > 8192) + gathered.chunk  # where none shares a chunk with them
+        owner[document_local.positions(rank)] = rank
+    begin = (
+        sum(length for length in documents if length > 8192) + document_local.chunk
+    )  # where none shares a chunk with them
     runs = torch.tensor([begin, *(end for end in np.cumsum(documents) if end > begin)])
     for first, last in zip(runs, runs[1:] - 1, strict=False):
         assert owner[last] - owner[first] in (0, 1)
         assert (owner[first : last + 1].diff() >= 0).all()
     sent = [
-        sum(runs.tokens for way in routes((mask,), layout) for runs in way.keys[1:]) for layout in (gathered, balanced)
+        sum(runs.tokens for way in routes((mask,), layout) for runs in way.keys[1:])
+        for layout in (document_local, balanced)
     ]
     assert sent[0] <= most * sent[1]
 
 
 def test_a_gathered_layout_of_one_causal_document_is_balanced():
-    assert Layout.gathered(IntervalMask.causal(131072), 8).imbalance(IntervalMask.causal(131072)) <= 0.01
+    assert Layout.document_local(IntervalMask.causal(131072), 8).imbalance(IntervalMask.causal(131072)) <= 0.01
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -221,7 +224,7 @@ def played(mask, layout, speed):
     return sum(simulate(r, pair * part, speed).seconds for r, part in zip(records, (1 / 3.5, 2.5 / 3.5), strict=True))
 
 
-@pytest.mark.parametrize("name", ["zigzag", "contiguous", "balanced", "gathered"])
+@pytest.mark.parametrize("name", ["zigzag", "contiguous", "balanced", "document_local"])
 @pytest.mark.parametrize("speed", [1e15, 400e9, 50e9])
 def test_predicted_time_is_that_of_what_attention_does(name, speed):
     causal = IntervalMask.causal(16384)
@@ -276,8 +279,8 @@ def test_exchanges_of_heads_are_counted_to_the_byte_and_kv_heads_are_not_replica
     assert best in (1, 2)
 
 
-def test_a_dealt_layout_that_balances_worse_than_zigzag_is_not_taken(monkeypatch):
-    monkeypatch.setattr(layout_module, "_dealt", lambda mask, ranks, *_: Layout.contiguous(mask.queries, ranks))
+def test_an_assigned_layout_that_balances_worse_than_zigzag_is_not_taken(monkeypatch):
+    monkeypatch.setattr(layout_module, "_assigned", lambda mask, ranks, *_: Layout.contiguous(mask.queries, ranks))
     mask = IntervalMask.causal(4096) & IntervalMask.documents([700, 3396])
     assert torch.equal(Layout.balanced(mask, 8).chunks, Layout.zigzag(4096, 8).chunks)
 

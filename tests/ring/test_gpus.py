@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
-from ringflash.ring.watch import Watch
+from ringflash.ring.watchdog import Watchdog
 from tests.pool import Pool
 from tests.ring.test_attention import whole_inputs
-from tests.ring.test_watch import with_one_rank_that_never_comes
+from tests.ring.test_watchdog import with_one_rank_that_never_comes
 
 GPUS = min(torch.cuda.device_count(), 8)
 LENGTH = 4096
@@ -59,7 +59,7 @@ def own_part(plan_here, plan_there, x):
     """The part of all ranks' results that the rank of plan_here has."""
     if x.dim() < 4:
         return None  # a sink's gradient, which is a sum over ranks
-    whole = plan_there.tokens.unshard(x.chunk(len(plan_there.holders)))
+    whole = plan_there.token_layout.unshard(x.chunk(len(plan_there.local_holders)))
     return plan_here.shard(whole)
 
 
@@ -114,7 +114,7 @@ def growing():
         found, expected = (layers(plan, (8, 2, 128), torch.bfloat16, False) for plan in (here, there))
         if not all(torch.equal(x, own_part(here, there, whole)) for x, whole in zip(found, expected, strict=True)):
             wrong.append(length)
-    return wrong, len(ring._peers._blocks)
+    return wrong, len(ring._copy_engine._blocks)
 
 
 def test_sequences_of_any_length_find_room_in_as_many_blocks_as_a_pass_takes(gpus):
@@ -125,12 +125,12 @@ def test_sequences_of_any_length_find_room_in_as_many_blocks_as_a_pass_takes(gpu
 
 def waits():
     """What a watch counts of a layer, and whether it says that nothing is under way when the GPU is done."""
-    guard = Watch(60.0)
-    ring = ProcessRing(device="cuda", watch=guard)
+    guard = Watchdog(60.0)
+    ring = ProcessRing(device="cuda", watchdog=guard)
     plan = AttentionPlan(causal(), Layout.zigzag(LENGTH, ring.size), ring)
     layers(plan, (8, 2, 128), torch.bfloat16, False, count=1)
     torch.cuda.synchronize()
-    taken = guard.take()["ring"]
+    taken = guard.drain()["ring"]
     guard.close()
     return taken.exchanges, taken.bytes, taken.seconds
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ringflash import AttentionPlan, IntervalMask, Layout, Partial, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.ring import attention
-from ringflash.ring.transport import fresh_inbox
+from ringflash.ring.transport import plain_buffers
 
 SHARD, HEADS, DIM = 64, 4, 8
 KEYS = 2 * SHARD * DIM * 2  # bytes of a shard of keys and values in 16 bits, for each KV head
@@ -64,14 +64,14 @@ class Alone:
     def __init__(self, size: int, rank: int, following: Following) -> None:
         self.size, self.local, self.device, self.following = size, (rank,), torch.device("cpu"), following
         self.made_on_hops: dict[str, int] = {}
-        self.about = "before"
+        self.context = "before"
 
-    def inbox(self, about):
-        return fresh_inbox(self.device)
+    def receive_buffers(self, context):
+        return plain_buffers(self.device)
 
-    def exchange(self, outgoing, incoming, about):
-        self.made_on_hops[self.about] = self.following.largest_made
-        self.about, self.following.largest_made = about, 0
+    def exchange(self, outgoing, incoming, context):
+        self.made_on_hops[self.context] = self.following.largest_made
+        self.context, self.following.largest_made = context, 0
         return self
 
     def wait(self) -> None:
@@ -167,12 +167,12 @@ def test_no_hop_allocates_anything(monkeypatch, mask):
         *_, made = passes(monkeypatch, *layout, rank)
         hops = [f"attention, forward, hop {s}" for s in range(2, 7)]
         hops += [f"attention, backward, {what}hop {s}" for s in range(2, 7) for what in ("", "gradients of ")]
-        assert {about: made[about] for about in hops} == dict.fromkeys(hops, 0)
+        assert {context: made[context] for context in hops} == dict.fromkeys(hops, 0)
 
 
 def test_buffers_that_are_kept_are_found(monkeypatch):
     """A ring that received into fresh memory would not pass."""
-    send_for = attention._KeysOnTheirWay.send_for
+    send_for = attention._TravellingKeys.send_for
 
     def into_fresh_memory(self, s):
         self.kept = [*getattr(self, "kept", []), *self.buffers[s % 2]]
@@ -180,7 +180,7 @@ def test_buffers_that_are_kept_are_found(monkeypatch):
             self.buffers[s % 2][i] = [torch.empty_like(x) for x in pair]
         send_for(self, s)
 
-    monkeypatch.setattr(attention._KeysOnTheirWay, "send_for", into_fresh_memory)
+    monkeypatch.setattr(attention._TravellingKeys, "send_for", into_fresh_memory)
     most, _, made = passes(monkeypatch, *MASKS["full"](8), 0)
     assert most > in_forward(2)
     assert made["attention, forward, hop 3"] > 0

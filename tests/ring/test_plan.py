@@ -61,17 +61,17 @@ def test_routes_carry_all_that_ranks_further_on_see(data, length, ranks, name):
         for s in range(1, ranks):
             later, so_far = seen[s:].any(0), seen[1 : s + 1].any(0)
             assert later.sum() == sum(later[begin:end].sum() for begin, end in route.keys[s])
-            assert s <= route.reach or not later.any()
-            here, onward, homeward = (
-                tokens(runs[s], layout.shard_length) for runs in (route.gradients, route.onward, route.homeward)
+            assert s <= route.last_hop or not later.any()
+            here, forwarded, returned = (
+                tokens(runs[s], layout.shard_length) for runs in (route.gradients, route.forwarded, route.returned)
             )
             assert torch.equal(so_far | here | (home > 0), here | (home > 0))
-            assert torch.equal(here.long(), onward.long() + homeward.long())
-            assert not (homeward & seen[s + 1 :].any(0)).any()
-            home += homeward
-            assert not (onward & (home > 0)).any()
+            assert torch.equal(here.long(), forwarded.long() + returned.long())
+            assert not (returned & seen[s + 1 :].any(0)).any()
+            home += returned
+            assert not (forwarded & (home > 0)).any()
         assert home.max() <= 1
-        assert torch.equal(home > 0, tokens(route.returned, layout.shard_length))
+        assert torch.equal(home > 0, tokens(route.all_returned, layout.shard_length))
         assert not (seen[1:].any(0) & (home == 0)).any()
 
 
@@ -83,7 +83,7 @@ def sent(plan):
 def test_with_a_window_and_a_contiguous_layout_only_the_windows_tail_moves_to_one_neighbour():
     plan = AttentionPlan(IntervalMask.window(131072, left=4095), Layout.contiguous(131072, 8), Loopback(8))
     assert sent(plan) == [7 * 4095, 0, 0, 0, 0, 0, 0]
-    assert [route.reach for route in plan.routes] == [1] * 7 + [0]
+    assert [route.last_hop for route in plan.routes] == [1] * 7 + [0]
 
 
 def needed(plan):
@@ -111,11 +111,11 @@ PACKED = IntervalMask.causal(LENGTH) & IntervalMask.documents([900, 9000, 3100, 
     [
         (IntervalMask.window(LENGTH, 1023), Layout.contiguous(LENGTH, 8), 0.0),
         (IntervalMask.window(LENGTH, 1023), Layout.zigzag(LENGTH, 8), 0.0),
-        (IntervalMask.causal(LENGTH).windowed(1023, first=4), Layout.contiguous(LENGTH, 8), 0.0),
-        (IntervalMask.causal(LENGTH).windowed(1023, first=4), Layout.zigzag(LENGTH, 8), 0.0),
-        (PACKED.windowed(1023, first=4), Layout.contiguous(LENGTH, 8), 0.0),
-        (PACKED.windowed(1023, first=4), Layout.zigzag(LENGTH, 8), 0.01),
-        (PACKED.windowed(1023, first=4), Layout.balanced(PACKED, 8), 0.02),
+        (IntervalMask.causal(LENGTH).windowed(1023, leading_tokens=4), Layout.contiguous(LENGTH, 8), 0.0),
+        (IntervalMask.causal(LENGTH).windowed(1023, leading_tokens=4), Layout.zigzag(LENGTH, 8), 0.0),
+        (PACKED.windowed(1023, leading_tokens=4), Layout.contiguous(LENGTH, 8), 0.0),
+        (PACKED.windowed(1023, leading_tokens=4), Layout.zigzag(LENGTH, 8), 0.01),
+        (PACKED.windowed(1023, leading_tokens=4), Layout.balanced(PACKED, 8), 0.02),
         (IntervalMask.causal(LENGTH), Layout.zigzag(LENGTH, 8), 0.0),
         (PACKED, Layout.contiguous(LENGTH, 8), 0.0),
         (PACKED, Layout.zigzag(LENGTH, 8), 0.01),
@@ -129,7 +129,7 @@ def test_no_more_keys_travel_than_ranks_further_on_see(mask, layout, excess):
     """But for gaps below 1/32 of a shard, which are not worth a message."""
     plan = AttentionPlan(mask, layout, Loopback(8))
     assert sum(sent(plan)) <= needed(plan) * (1 + excess)
-    messages = [runs for route in plan.routes for runs in (*route.keys, *route.onward, *route.homeward)]
+    messages = [runs for route in plan.routes for runs in (*route.keys, *route.forwarded, *route.returned)]
     assert max(map(len, messages)) <= (7 if len(plan.masks) > 1 else 6)
     for runs in (runs for route in plan.routes for runs in route.keys):
         assert all(later.begin - run.end >= layout.shard_length // 32 for run, later in pairwise(runs))
@@ -159,7 +159,7 @@ def test_a_windowed_plan_is_made_once_and_limits_every_query():
 
 def test_windows_show_first_tokens_besides_where_the_plan_says_so():
     mask, layout = IntervalMask.causal(32) & IntervalMask.documents([20, 12]), Layout.zigzag(32, 2)
-    narrow = AttentionPlan(mask, layout, Loopback(2), first=2).window(3)
+    narrow = AttentionPlan(mask, layout, Loopback(2), leading_tokens=2).window(3)
     i, j = torch.arange(32)[:, None], torch.arange(32)
     shown = mask.dense()[0] & ((j >= i - 3) | (j < 2) | ((j >= 20) & (j < 22)))
     assert torch.equal(sum(mask.dense()[0].int() for mask in narrow.masks), shown.int())
@@ -176,18 +176,18 @@ def test_masks_of_fewer_batch_rows_count_for_every_row():
 
 def test_a_tokens_place_in_its_document_counts_from_the_first_token_that_any_mask_shows():
     lengths = [12, 20]
-    masks = (IntervalMask.causal(32) & IntervalMask.documents(lengths)).windowed(3, first=2)
+    masks = (IntervalMask.causal(32) & IntervalMask.documents(lengths)).windowed(3, leading_tokens=2)
     layout = Layout.zigzag(32, 2)
     plan = AttentionPlan(masks, layout, Loopback(2))
     in_document = torch.cat([torch.arange(n) for n in lengths])[None]
     expected = torch.cat([layout.shard(in_document, rank) for rank in range(2)])
-    assert torch.equal(plan.places[1], expected)
+    assert torch.equal(plan.positions[1], expected)
 
 
 def test_a_plan_of_several_masks_is_not_limited_to_windows():
     """What one of them was given to show, as first tokens far back, would be hidden without a word."""
-    plan = AttentionPlan(IntervalMask.causal(32).windowed(9, first=4), Layout.zigzag(32, 2), Loopback(2))
-    with pytest.raises(ValueError, match=r"a plan of 2 masks cannot be limited to windows of 4: .* first=N"):
+    plan = AttentionPlan(IntervalMask.causal(32).windowed(9, leading_tokens=4), Layout.zigzag(32, 2), Loopback(2))
+    with pytest.raises(ValueError, match=r"a plan of 2 masks cannot be limited to windows of 4: .* leading_tokens=N"):
         plan.window(3)
 
 
@@ -245,10 +245,13 @@ def test_a_window_longer_than_any_sequence_is_one_plan_of_the_whole():
     [
         (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(9, 2), Loopback(2)), "8 x 8 does not fit"),
         (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(3)), "2 ranks .* ring of 3"),
-        (lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), first=-1), "first must .*=-1"),
         (
-            lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), first=0.5),
-            "first must .*=0.5",
+            lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), leading_tokens=-1),
+            "leading_tokens must .*=-1",
+        ),
+        (
+            lambda: AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2), leading_tokens=0.5),
+            "leading_tokens must .*=0.5",
         ),
         (lambda: AttentionPlan("causal", Layout.zigzag(8, 2), Loopback(2)), "mask must be an .* got 'causal'"),
         (lambda: AttentionPlan((), Layout.zigzag(8, 2), Loopback(2)), r"mask must be an .* got \(\)"),

@@ -43,9 +43,9 @@ class Telling(Loopback):
         super().__init__(size)
         self.told = []
 
-    def exchange(self, outgoing, incoming, about):
-        self.told.append(about)
-        return super().exchange(outgoing, incoming, about)
+    def exchange(self, outgoing, incoming, context):
+        self.told.append(context)
+        return super().exchange(outgoing, incoming, context)
 
 
 OPEN = {"use_reentrant": None, "context_fn": None}
@@ -66,8 +66,8 @@ def test_one_forward_and_one_backward_ring_a_layer_a_step(launches, model_type, 
     again, recomputed = loss_and_gradients(model, inputs)
     assert launches == plain
     once = [f"layer {layer}, {what}, hop 1" for layer in range(2) for what in ("forward", "backward")]
-    assert sorted(about for about in ring.told if "gradients" not in about) == sorted(once)
-    assert sum("gradients" in about for about in ring.told) == 2 * 2  # layers, halves of the heads
+    assert sorted(context for context in ring.told if "gradients" not in context) == sorted(once)
+    assert sum("gradients" in context for context in ring.told) == 2 * 2  # layers, halves of the heads
     assert torch.equal(loss, again)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, recomputed[name]), name
@@ -95,7 +95,7 @@ def test_a_checkpoint_that_keeps_nothing_is_refused_where_the_ring_would_run_aga
     loss = model(**inputs).loss
     with pytest.raises(RuntimeError, match=r"the ring would run again: .*checkpoint_layers\(model\)"):
         loss.backward()
-    assert not any("backward" in about for about in ring.told)
+    assert not any("backward" in context for context in ring.told)
     assert len(ring.told) == 2  # of the forwards
     checkpoint_layers(model)
     model(**inputs).loss.backward()
@@ -155,7 +155,7 @@ def test_a_checkpoint_inside_another_runs_no_ring_again():
     ring.told.clear()
     again = checkpoint(lambda: model(**inputs).loss, **KEPT)
     recomputed = torch.autograd.grad(again, list(model.parameters()))
-    assert sum("forward" in about for about in ring.told) == 2  # layers
+    assert sum("forward" in context for context in ring.told) == 2  # layers
     assert torch.equal(loss, again)
     assert all(torch.equal(a, b) for a, b in zip(gradients.values(), recomputed, strict=True))
 

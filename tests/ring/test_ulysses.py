@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
 from ringflash.ring.ulysses import heads_refusal
-from ringflash.ring.watch import Watch
+from ringflash.ring.watchdog import Watchdog
 from tests.ring.test_attention import assert_exact, oracle, whole_inputs
 
 LENGTH = 75
@@ -99,7 +99,7 @@ def nccl_of_one():
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_stream_waits_for_an_exchange_and_the_watch_is_told(nccl_of_one):
-    guard = Watch(60.0, end=lambda: pytest.fail("ended"))
+    guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     mask, length = IntervalMask.causal(512), 512
     rings = [ProcessRing(nccl_of_one, "cuda"), Loopback(1, "cuda")]
     rows = [Ulysses(nccl_of_one, guard), None]
@@ -112,7 +112,7 @@ def test_on_a_gpu_the_stream_waits_for_an_exchange_and_the_watch_is_told(nccl_of
     for exchanged, direct in zip(*results, strict=True):
         torch.testing.assert_close(exchanged, direct)
     torch.cuda.synchronize()
-    taken = guard.take()["ulysses"]
+    taken = guard.drain()["ulysses"]
     assert (taken.exchanges, taken.bytes) == (4 + 5, 0)  # q, k, v, out; dout, delta, dq, dk, dv: nothing from others
     assert taken.seconds > 0
     guard.close()

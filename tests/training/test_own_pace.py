@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from ringflash.errors import ConfigError
-from ringflash.ring import watch
-from ringflash.ring.watch import Watch
+from ringflash.ring import watchdog
+from ringflash.ring.watchdog import Watchdog
 from ringflash.training import checkpoint, loop
 from ringflash.training.config import compose
 from ringflash.training.export import export
@@ -43,7 +43,7 @@ def tokenised_by_a_slow_rank(settings):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(reported):
         patch.setattr(loop, "load_corpus", load_slowly)
-        patch.setattr(watch, "REPORT", 0.5)
+        patch.setattr(watchdog, "REPORT", 0.5)
         training, _ = loop._load_corpora(compose(settings)[0], world)
     return len(training), reported.getvalue(), timeouts()
 
@@ -130,9 +130,9 @@ class Abandoned:
 
 def test_a_rank_in_a_collective_with_one_that_failed_is_ended(monkeypatch):
     """Collectives inside work without a limit have none, either."""
-    monkeypatch.setattr(watch, "GRACE", 0.1)
+    monkeypatch.setattr(watchdog, "GRACE", 0.1)
     ended = threading.Event()
-    guard = Watch(60.0, 0, dist.HashStore(), end=ended.set)
+    guard = Watchdog(60.0, 0, dist.HashStore(), end=ended.set)
     with guard.without_limit("saving", Abandoned()):
         assert ended.wait(60)
     guard.close()
@@ -147,9 +147,9 @@ class Gone:
 
 @pytest.mark.parametrize("closes", [False, True], ids=["launcher", "end-of-run"])
 def test_a_rank_whose_store_is_gone_ends_unless_its_run_is_complete(monkeypatch, capsys, closes):
-    monkeypatch.setattr(watch, "LAST_WORDS", 1e6 if closes else 0.1)
+    monkeypatch.setattr(watchdog, "LAST_WORDS", 1e6 if closes else 0.1)
     ended = threading.Event()
-    guard = Watch(60.0, 2, Gone(), end=ended.set, ends_with_store=True)
+    guard = Watchdog(60.0, 2, Gone(), end=ended.set, ends_with_store=True)
     if closes:
         guard.close()
         guard._listener.join(60)

@@ -76,7 +76,7 @@ def test_auto_says_once_why_it_takes_a_layout():
         "parallel: a step's layout is balanced",
     ]
     assert "contiguous: " in lines[0]
-    assert "gathered 0.25: " in lines[0]
+    assert "document_local 0.25: " in lines[0]
 
 
 def test_auto_reckons_with_a_window_that_all_layers_have():

@@ -5,17 +5,17 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash.ring.runs import Run, Runs
+from ringflash.ring.ranges import Range, Ranges
 
 bounds = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=6)
 
 
 def made(drawn, gap=1):
-    return Runs.covering((Run(begin, begin + n) for begin, n in drawn), gap)
+    return Ranges.covering((Range(begin, begin + n) for begin, n in drawn), gap)
 
 
-def held(runs):
-    return {token for begin, end in runs for token in range(begin, end)}
+def held(ranges):
+    return {token for begin, end in ranges for token in range(begin, end)}
 
 
 def drawn_tokens(drawn):
@@ -37,11 +37,11 @@ def test_what_lies_within_is_counted_from_its_beginning(a, begin, length):
 
 @given(bounds, bounds, st.integers(1, 5))
 def test_runs_ascend_with_gaps_between_and_short_gaps_are_filled(a, b, gap):
-    for runs in (made(a, gap), made(a).union(made(b), gap), made(a).without(made(b))):
-        assert all(begin < end for begin, end in runs)
-        assert runs.tokens == len(held(runs))
-    for runs in (made(a, gap), made(a).union(made(b), gap)):
-        gaps = [later.begin - run.end for run, later in pairwise(runs)]
+    for ranges in (made(a, gap), made(a).union(made(b), gap), made(a).without(made(b))):
+        assert all(begin < end for begin, end in ranges)
+        assert ranges.tokens == len(held(ranges))
+    for ranges in (made(a, gap), made(a).union(made(b), gap)):
+        gaps = [later.begin - r.end for r, later in pairwise(ranges)]
         assert all(length >= gap for length in gaps)
     exact, filled = drawn_tokens(a), held(made(a, gap))
     for token in filled - exact:
@@ -51,6 +51,6 @@ def test_runs_ascend_with_gaps_between_and_short_gaps_are_filled(a, b, gap):
 
 
 def test_nothing_is_no_run():
-    assert not Runs()
-    assert not Runs([Run(3, 5)]).without(Runs([Run(0, 9)]))
-    assert repr(Runs()) == "none"
+    assert not Ranges()
+    assert not Ranges([Range(3, 5)]).without(Ranges([Range(0, 9)]))
+    assert repr(Ranges()) == "none"

@@ -20,7 +20,7 @@ from torch import Tensor
 _ENTRIES = 2**15
 
 
-def deal(pairs: Tensor, ranks: int) -> Tensor:
+def assign(pairs: Tensor, ranks: int) -> Tensor:
     """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
 
     pairs: visible (query, key) pairs of each chunk's queries with each chunk's keys, [chunks, chunks]. Rounds of
@@ -31,7 +31,7 @@ def deal(pairs: Tensor, ranks: int) -> Tensor:
     return _exchanging(owner, pairs, ranks, torch.arange(len(work)))
 
 
-def gather(pairs: Tensor, ranks: int, most: float) -> Tensor:
+def assign_long(pairs: Tensor, ranks: int, most: float) -> Tensor:
     """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
 
     Chunks that are in more than `most` pairs, as queries and as keys, are dealt in rounds, but those with least work
@@ -67,9 +67,9 @@ def _rounds(work: Tensor, load: Tensor) -> Tensor:
     rounds = work.view(-1, len(load))
     owner = torch.empty(rounds.shape, dtype=torch.int64)
     for r in rounds.sum(1).argsort(descending=True, stable=True).tolist():
-        cards, hands = rounds[r].argsort(descending=True, stable=True), load.argsort(stable=True)
-        owner[r, cards] = hands
-        load[hands] += rounds[r, cards]
+        chunks, owners = rounds[r].argsort(descending=True, stable=True), load.argsort(stable=True)
+        owner[r, chunks] = owners
+        load[owners] += rounds[r, chunks]
     return owner.flatten()
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
-from ringflash.ring import watch
+from ringflash.ring import watchdog
 from ringflash.ring.transport import Message
-from ringflash.ring.watch import Pending, Traffic, Watch
+from ringflash.ring.watchdog import Pending, Traffic, Watchdog
 from tests.ring.test_attention import whole_inputs
 
 LIMIT = 60.0  # seconds for what takes less than one: the machine may do other work
@@ -32,11 +32,11 @@ def attend_in_vain(ring):
 
 def with_one_rank_that_never_comes(hanging):
     """What this rank says; the hanging one sleeps instead of its second layer."""
-    watch.LAST_WORDS, said, ended = 0.1, io.StringIO(), threading.Event()
+    watchdog.LAST_WORDS, said, ended = 0.1, io.StringIO(), threading.Event()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    guard = Watch(60.0, rank, store, end=ended.set)
+    guard = Watchdog(60.0, rank, store, end=ended.set)
     guard.step = 12
-    ring = ProcessRing(device="cuda" if dist.get_backend() == "nccl" else "cpu", watch=guard)
+    ring = ProcessRing(device="cuda" if dist.get_backend() == "nccl" else "cpu", watchdog=guard)
     with contextlib.redirect_stderr(said):
         attend(ring)
         guard.limit = 1.0
@@ -80,10 +80,10 @@ def test_ranks_are_named_by_their_number_in_the_run(ranks):
 
 
 def telemetry():
-    guard = Watch(60.0)
+    guard = Watchdog(60.0)
     for _ in range(2):
-        attend(ProcessRing(watch=guard))
-    first, second = guard.take(), guard.take()
+        attend(ProcessRing(watchdog=guard))
+    first, second = guard.drain(), guard.drain()
     guard.close()
     return first, second
 
@@ -123,12 +123,12 @@ class Passing:
 def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Passing)
     monkeypatch.setattr(Passing, "passed", False)
-    guard = Watch(60.0, end=lambda: pytest.fail("ended"))
+    guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     guard.wait([], "ring", "on the GPU", lambda: Pending((1,), (3,)), 8, torch.device("cuda"))
     guard.wait([], "ring", "on the host", lambda: Pending((2,)), 8, torch.device("cpu"))
     assert "on the GPU: waits for rank 1, or for rank 3 to take what it sent since " in guard.where()
     Passing.passed = True
-    assert guard.take()["ring"].seconds == pytest.approx(5e-3, abs=1e-3)
+    assert guard.drain()["ring"].seconds == pytest.approx(5e-3, abs=1e-3)
     assert "waits for no rank; its last wait was in on the GPU" in guard.where()
     guard.close()
 
@@ -152,12 +152,12 @@ def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
 
     class Work:
         def wait(self):
-            looked.append(guard.take()["ring"].seconds)
+            looked.append(guard.drain()["ring"].seconds)
             looked.append(guard.where())
 
     monkeypatch.setattr(torch.cuda, "Event", Unrecorded)
     monkeypatch.setattr(Passing, "passed", False)
-    guard, looked = Watch(60.0, end=lambda: pytest.fail("ended")), []
+    guard, looked = Watchdog(60.0, end=lambda: pytest.fail("ended")), []
     guard.wait([Work()], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device("cuda"))
     assert looked[0] == 0
     assert "hop 1: waits for rank 1 since " in looked[1]
@@ -165,11 +165,11 @@ def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
 
 
 def test_a_meeting_is_told_of_and_not_counted():
-    guard = Watch(60.0, end=lambda: pytest.fail("ended"))
+    guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     with guard.meeting("layer 1, forward, memory for messages", lambda: Pending((1, 2))):
         assert "memory for messages: waits for rank 1 and rank 2 since " in guard.where()
     assert "waits for no rank" in guard.where()
-    assert guard.take()["ring"] == Traffic()
+    assert guard.drain()["ring"] == Traffic()
     guard.close()
 
 
@@ -184,7 +184,7 @@ class Breaking:
 def test_a_wait_that_raised_is_over(monkeypatch, device):
     """Who catches the error goes on; nothing is left that would end the process later."""
     monkeypatch.setattr(torch.cuda, "Event", Passing)
-    guard = Watch(60.0, end=lambda: pytest.fail("ended"))
+    guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     with pytest.raises(RuntimeError, match="connection reset"):
         guard.wait([Breaking()], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device(device))
     with pytest.raises(ArithmeticError), guard.meeting("memory", lambda: Pending((1,))):
@@ -199,17 +199,17 @@ def test_a_gpu_in_error_does_not_silence_the_watch(monkeypatch, capsys):
             raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "Event", Failing)
-    monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
     ended = threading.Event()
-    guard = Watch(60.0, end=ended.set)
+    guard = Watchdog(60.0, end=ended.set)
     guard.wait([], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device("cuda"))
     assert ended.wait(LIMIT)
     assert "ringflash: rank 0, step 0, hop 1: waits for rank 1 since " in capsys.readouterr().err
 
 
 def test_a_watch_with_nothing_to_wait_for_stays_silent(capsys):
-    guard = Watch(0.1, end=lambda: pytest.fail("ended"))
-    time.sleep(3 * watch.POLL)
+    guard = Watchdog(0.1, end=lambda: pytest.fail("ended"))
+    time.sleep(3 * watchdog.POLL)
     guard.close()
     assert capsys.readouterr().err == ""
 
@@ -240,9 +240,9 @@ def waiting(guard, work):
 
 
 def test_a_rank_speaks_and_ends_though_the_store_does_not_answer(monkeypatch, capsys):
-    monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
     ended, work = threading.Event(), Never()
-    guard = Watch(0.5, 0, FrozenStore(), end=ended.set)
+    guard = Watchdog(0.5, 0, FrozenStore(), end=ended.set)
     waiting(guard, work)
     assert ended.wait(LIMIT)
     assert "rank 0, step 0, layer 5, forward, hop 1: waits for rank 1 since " in capsys.readouterr().err
@@ -262,8 +262,8 @@ class Clock:
 
 def test_time_without_a_wait_is_not_counted_as_one(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(watch, "time", clock)
-    guard, begun = Watch(1e6, end=lambda: pytest.fail("ended")), []
+    monkeypatch.setattr(watchdog, "time", clock)
+    guard, begun = Watchdog(1e6, end=lambda: pytest.fail("ended")), []
     clock.now = 1000.0
     with guard.meeting("memory", lambda: Pending((1,))):
         begun.append(guard.where())
@@ -274,9 +274,9 @@ def test_time_without_a_wait_is_not_counted_as_one(monkeypatch):
 
 
 def test_a_rank_that_cannot_tell_where_it_is_ends_all_the_same(monkeypatch, capsys):
-    monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
     ended, work = threading.Event(), Never()
-    guard = Watch(0.3, 7, end=ended.set)
+    guard = Watchdog(0.3, 7, end=ended.set)
     arguments = ([work], "ring", "layer 5", lambda: 1 / 0, 8, torch.device("cpu"))
     threading.Thread(target=guard.wait, args=arguments, daemon=True).start()
     assert ended.wait(LIMIT)
@@ -285,10 +285,10 @@ def test_a_rank_that_cannot_tell_where_it_is_ends_all_the_same(monkeypatch, caps
 
 
 def test_a_run_that_is_over_while_last_words_are_said_is_not_ended(monkeypatch):
-    monkeypatch.setattr(watch, "LAST_WORDS", 1e6)
+    monkeypatch.setattr(watchdog, "LAST_WORDS", 1e6)
     spoken, ended, work = threading.Event(), threading.Event(), Never()
-    monkeypatch.setattr(Watch, "_speak", lambda self: spoken.set())
-    guard = Watch(0.3, end=ended.set)
+    monkeypatch.setattr(Watchdog, "_speak", lambda self: spoken.set())
+    guard = Watchdog(0.3, end=ended.set)
     waiting(guard, work)
     assert spoken.wait(LIMIT)
     work.done.set()
@@ -318,9 +318,9 @@ class Failing:
     ("error", "hears"), [(RuntimeError("once"), True), (dist.DistNetworkError("gone"), False)], ids=["error", "gone"]
 )
 def test_a_store_is_asked_again_until_it_is_gone(monkeypatch, error, hears):
-    monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
     ended = threading.Event()
-    guard = Watch(60.0, 0, Failing(error), end=ended.set)
+    guard = Watchdog(60.0, 0, Failing(error), end=ended.set)
     guard._listener.join(LIMIT)
     assert not guard._listener.is_alive()
     assert not hears or ended.wait(LIMIT)

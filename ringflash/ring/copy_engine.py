@@ -33,16 +33,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.ring.watch import Pending, Watch, Work
+from ringflash.ring.watchdog import Pending, Watchdog, Work
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Message
 
-Awaited = tuple[Work, Pending]  # and the rank that it concerns
+PendingWork = tuple[Work, Pending]  # and the rank that it concerns
 _FREE, _HERE = 0, 1  # flags, of each other rank: what it may write to, and what it has written
 
 
-class Peers:
+class CopyEngine:
     """This rank of a ring whose GPUs reach one another's memory; made, and taken through passes, by all of them alike.
 
     Raises RuntimeError where the GPUs' memory cannot be mapped.
@@ -56,10 +56,10 @@ class Peers:
         self._taken: dict[int, _Block] = {}  # by address, in the pass that runs
         self._running: str | None = None  # that pass
         self._broken: str | None = None  # a pass that ended in an error, after it had exchanged something
-        self._watch: Watch | None = None  # of that pass's ring
+        self._watch: Watchdog | None = None  # of that pass's ring
         self._over: torch.cuda.Event | None = None  # the last pass
         self._sent, self._received = [0] * self.size, [0] * self.size  # exchanges, by rank
-        # Exchanges of both lanes go through these in the order in which they are numbered.
+        # Exchanges of both streams go through these in the order in which they are numbered.
         self._freeing, self._copying = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._flags = self._map(2 * self.size * 4)
         self._flags.memory.zero_()
@@ -74,42 +74,46 @@ class Peers:
         return group
 
     @functools.cached_property
-    def watch(self) -> Watch:
+    def watchdog(self) -> Watchdog:
         """For rings that have none: without one, nobody would end a wait, as NCCL does after the group's timeout."""
-        watch = Watch(_timeout(self.group, self.device), dist.get_rank(), dist.distributed_c10d._get_default_store())
-        weakref.finalize(self, watch.close)
-        return watch
+        watchdog = Watchdog(
+            _timeout(self.group, self.device), dist.get_rank(), dist.distributed_c10d._get_default_store()
+        )
+        weakref.finalize(self, watchdog.close)
+        return watchdog
 
     @contextlib.contextmanager
-    def inbox(self, about: str, watch: Watch) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
+    def receive_buffers(
+        self, context: str, watchdog: Watchdog
+    ) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
         """For a pass, what makes tensors for messages to arrive in: called with the same sizes on all ranks.
 
         Raises RuntimeError for a pass inside another, and after one that raised when it had exchanged something: what
         was under way may arrive at any time, and ranks may no longer count alike.
         """
         if self._running is not None:
-            raise RuntimeError(f"{about}, inside {self._running}: a ring's ranks take its passes one after another")
+            raise RuntimeError(f"{context}, inside {self._running}: a ring's ranks take its passes one after another")
         if self._broken is not None:
-            raise RuntimeError(f"{about}: its ranks no longer agree since an error in {self._broken}; start them anew")
+            raise RuntimeError(f"{context}: its ranks no longer agree since an error in {self._broken}; restart them")
         if self._over is not None:
             self._over.wait()
-        self._running, self._watch = about, watch
+        self._running, self._watch = context, watchdog
         exchanged = [*self._sent, *self._received]
         try:
             yield self._empty
         except BaseException:
-            self._broken = about if exchanged != [*self._sent, *self._received] else None
+            self._broken = context if exchanged != [*self._sent, *self._received] else None
             raise
         finally:
             self._running, self._taken = None, {}
             self._over = torch.cuda.current_stream(self.device).record_event()
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[Awaited]:
-        """Set off messages whose places, `lands` or where they are to go, are in the inbox of the pass that runs."""
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[PendingWork]:
+        """Start messages whose targets lie in the receive buffers of the running pass."""
         here = torch.cuda.current_stream(self.device)
-        works: list[Awaited] = []
+        works: list[PendingWork] = []
         for message in incoming:
-            self._in_inbox(message.tensor)
+            self._in_receive_buffers(message.tensor)
         if incoming:
             self._freeing.wait_stream(here)
         for source in dict.fromkeys(m.source for m in incoming):
@@ -130,13 +134,13 @@ class Peers:
         return works
 
     def _copy(self, message: Message) -> None:
-        x, lands = message.tensor, self._in_inbox(message.lands)
-        into = self._taken[_storage(lands)].everywhere[message.destination] + lands.data_ptr() - _storage(lands)
+        x, target = message.tensor, self._in_receive_buffers(message.target)
+        into = self._taken[_storage(target)].everywhere[message.destination] + target.data_ptr() - _storage(target)
         _done(_driver().cuMemcpyDtoDAsync(into, x.data_ptr(), x.nbytes, self._copying.cuda_stream))
 
-    def _in_inbox(self, x: Tensor | None) -> Tensor:
+    def _in_receive_buffers(self, x: Tensor | None) -> Tensor:
         if x is None or _storage(x) not in self._taken:
-            raise ValueError("where a message between GPUs goes must have been made by the inbox of the pass that runs")
+            raise ValueError("the target of a message between GPUs must be one of the running pass's receive buffers")
         return x
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -201,9 +205,9 @@ class Peers:
         others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
         return self._watch.meeting(f"{self._running}, memory for messages", lambda: others)
 
-    def _flag(self, owner: int, kind: int, about: int) -> int:
+    def _flag(self, owner: int, kind: int, context: int) -> int:
         """Address of one of the owner's flags."""
-        return self._flags.everywhere[owner] + 4 * (kind * self.size + about)
+        return self._flags.everywhere[owner] + 4 * (kind * self.size + context)
 
     def _in_run(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
@@ -259,31 +263,31 @@ class _Copied:
         return self.event.query()
 
 
-_known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Peers | str]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, CopyEngine | str]] = weakref.WeakKeyDictionary()
 
 
-def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | str:
+def copy_engine_of(group: dist.ProcessGroup, device: torch.device) -> CopyEngine | str:
     """The group's peers, or why its ranks cannot be; called by all of them.
 
     Found out once, so that a ring may be made anew each step.
     """
     known = _known.setdefault(group, {})
     if device not in known:
-        known[device] = refusal(group, device) or Peers(group, device)
+        known[device] = refusal(group, device) or CopyEngine(group, device)
     return known[device]
 
 
 def refusal(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Why the group's ranks cannot be peers, the same on each of them; None where they can."""
-    places: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(places, (socket.gethostname(), device.index), group)
-    machines = {machine for machine, _ in places}
+    positions: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(positions, (socket.gethostname(), device.index), group)
+    machines = {machine for machine, _ in positions}
     if len(machines) > 1:
         return f"the ring's ranks are on {len(machines)} machines"
-    if len(set(places)) < len(places):
+    if len(set(positions)) < len(positions):
         return "the ring's processes cannot see one another's GPUs"  # each calls its own cuda:0
-    reasons: list[Any] = [None] * len(places)
-    dist.all_gather_object(reasons, _own_refusal(device, [index for _, index in places]), group)
+    reasons: list[Any] = [None] * len(positions)
+    dist.all_gather_object(reasons, _own_refusal(device, [index for _, index in positions]), group)
     return next(filter(None, reasons), None)
 
 

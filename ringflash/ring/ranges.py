@@ -15,50 +15,50 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Run(NamedTuple):
+class Range(NamedTuple):
     """Local indices begin..end - 1 of a shard."""
 
     begin: int
     end: int
 
 
-class Runs(tuple[Run, ...]):
+class Ranges(tuple[Range, ...]):
     """Runs that are not empty, ascending, with gaps between them."""
 
     @classmethod
-    def covering(cls, runs: Iterable[Run], gap: int = 1) -> Runs:
+    def covering(cls, ranges: Iterable[Range], gap: int = 1) -> Ranges:
         """Those of any runs, in any order, and the gaps between that are shorter than `gap`."""
-        found: list[Run] = []
-        for begin, end in sorted(runs):
+        found: list[Range] = []
+        for begin, end in sorted(ranges):
             if found and begin - found[-1].end < gap:
-                found[-1] = Run(found[-1].begin, max(found[-1].end, end))
+                found[-1] = Range(found[-1].begin, max(found[-1].end, end))
             else:
-                found.append(Run(begin, end))
+                found.append(Range(begin, end))
         return cls(found)
 
     @property
     def tokens(self) -> int:
         return sum(end - begin for begin, end in self)
 
-    def union(self, other: Runs, gap: int = 1) -> Runs:
+    def union(self, other: Ranges, gap: int = 1) -> Ranges:
         """What either holds, and the gaps between that are shorter than `gap`."""
-        return Runs.covering([*self, *other], gap)
+        return Ranges.covering([*self, *other], gap)
 
-    def without(self, other: Runs) -> Runs:
+    def without(self, other: Ranges) -> Ranges:
         """What is here and not in the other."""
         found = []
         for begin, end in self:
             for cut, until in other:
                 if cut < end and begin < until:
-                    found.append(Run(begin, cut))
+                    found.append(Range(begin, cut))
                     begin = until
-            found.append(Run(begin, end))
-        return Runs(run for run in found if run.begin < run.end)
+            found.append(Range(begin, end))
+        return Ranges(r for r in found if r.begin < r.end)
 
-    def within(self, begin: int, end: int) -> Runs:
+    def within(self, begin: int, end: int) -> Ranges:
         """What lies in begin..end - 1, counted from begin."""
-        cut = (Run(max(run.begin, begin) - begin, min(run.end, end) - begin) for run in self)
-        return Runs(run for run in cut if run.begin < run.end)
+        cut = (Range(max(r.begin, begin) - begin, min(r.end, end) - begin) for r in self)
+        return Ranges(r for r in cut if r.begin < r.end)
 
     def __repr__(self) -> str:
         return " ".join(f"{begin}..{end - 1}" for begin, end in self) or "none"

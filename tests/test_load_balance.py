@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash.dealing import _exchanged, by_hop, deal
+from ringflash.load_balance import _exchanged, assign, by_hop
 
 
 def drawn(seed, chunks):
@@ -15,7 +15,7 @@ def drawn(seed, chunks):
 
 @given(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 9))
 def test_every_rank_gets_equally_many_chunks(seed, ranks, each):
-    owner = deal(drawn(seed, ranks * each), ranks)
+    owner = assign(drawn(seed, ranks * each), ranks)
     assert owner.bincount(minlength=ranks).tolist() == [each] * ranks
 
 

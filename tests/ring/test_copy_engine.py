@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.partial import Partial
-from ringflash.ring import attention, peers, watch
+from ringflash.ring import attention, copy_engine, watchdog
 from ringflash.ring.transport import Message
-from ringflash.ring.watch import Watch
+from ringflash.ring.watchdog import Watchdog
 
 
 class Noting:
-    """One rank, whose inbox has numbered blocks: what it sends and receives, by exchange."""
+    """One rank, whose receive_buffers has numbered blocks: what it sends and receives, by exchange."""
 
     def __init__(self, size: int, rank: int) -> None:
         self.size, self.local, self.device = size, (rank,), torch.device("cpu")
@@ -38,15 +38,15 @@ class Noting:
         self.sent: list[list[tuple]] = []
         self.received: list[list[tuple]] = []
 
-    def inbox(self, about):
+    def receive_buffers(self, context):
         self.blocks = []
 
-        def empty(shape, dtype):
+        def allocate(shape, dtype):
             self.sizes.append(math.prod(shape) * dtype.itemsize)
             self.blocks.append(torch.zeros(shape, dtype=dtype))
             return self.blocks[-1]
 
-        return nullcontext(empty)
+        return nullcontext(allocate)
 
     def place(self, message: Message, x: torch.Tensor) -> tuple:
         """Who sends to whom, the number of the block where it lands, the place in there."""
@@ -55,10 +55,10 @@ class Noting:
         offset = x.data_ptr() - self.blocks[number].data_ptr()
         return message.source, message.destination, number, offset, x.nbytes
 
-    def exchange(self, outgoing, incoming, about):
+    def exchange(self, outgoing, incoming, context):
         for message in outgoing:
-            assert message.lands.shape == message.tensor.shape
-        self.sent.append([self.place(m, m.lands) for m in outgoing])
+            assert message.target.shape == message.tensor.shape
+        self.sent.append([self.place(m, m.target) for m in outgoing])
         self.received.append([self.place(m, m.tensor) for m in incoming])
         return self
 
@@ -106,7 +106,8 @@ def test_what_is_sent_lands_where_the_other_rank_has_it_come(monkeypatch, name, 
         assert all(ring.sizes == rings[0].sizes for ring in rings)  # so the n-th block is known to all by its number
         for exchange in zip(*(ring.sent for ring in rings), *(ring.received for ring in rings), strict=True):
             sent, received = (
-                sorted(place for places in side for place in places) for side in (exchange[:ranks], exchange[ranks:])
+                sorted(place for positions in side for place in positions)
+                for side in (exchange[:ranks], exchange[ranks:])
             )
             assert sent == received
         assert any(any(ring.sent) for ring in rings)
@@ -115,7 +116,7 @@ def test_what_is_sent_lands_where_the_other_rank_has_it_come(monkeypatch, name, 
 # -- the protocol, on streams that advance in any order
 
 
-QUIET = types.SimpleNamespace(meeting=lambda about, pending: nullcontext())  # a watch
+QUIET = types.SimpleNamespace(meeting=lambda context, pending: nullcontext())  # a watch
 
 
 class FakeStream:
@@ -205,14 +206,14 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "Stream", self.stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Machine.current)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-        monkeypatch.setattr(peers, "_driver", FakeDriver)
-        monkeypatch.setattr(peers.dist, "get_rank", lambda group: group.rank)
-        monkeypatch.setattr(peers.dist, "get_world_size", lambda group: size)
-        monkeypatch.setattr(peers.dist, "get_global_rank", lambda group, rank: rank)
+        monkeypatch.setattr(copy_engine, "_driver", FakeDriver)
+        monkeypatch.setattr(copy_engine.dist, "get_rank", lambda group: group.rank)
+        monkeypatch.setattr(copy_engine.dist, "get_world_size", lambda group: size)
+        monkeypatch.setattr(copy_engine.dist, "get_global_rank", lambda group, rank: rank)
         self.called: list[str] = []
-        monkeypatch.setattr(peers.dist, "barrier", lambda group: self.called.append("barrier"))
-        monkeypatch.setattr(peers.dist, "all_gather_object", self.meet)
-        monkeypatch.setattr(peers, "_symmetric", lambda: self)
+        monkeypatch.setattr(copy_engine.dist, "barrier", lambda group: self.called.append("barrier"))
+        monkeypatch.setattr(copy_engine.dist, "all_gather_object", self.meet)
+        monkeypatch.setattr(copy_engine, "_symmetric", lambda: self)
 
     def stream(self, device=None) -> FakeStream:
         self.streams.append(FakeStream())
@@ -256,29 +257,29 @@ def passed_on(machine: Machine, exchanges: int, first_count: int = 0) -> list[st
     wrong: list[str] = []
     for group in machine.groups:
         Machine.current = machine.stream()
-        peer = peers.Peers(group, torch.device("cpu"))
+        peer = copy_engine.CopyEngine(group, torch.device("cpu"))
         peer._sent, peer._received = [first_count] * machine.size, [first_count] * machine.size
         peer._flags.memory.view(torch.int32).fill_(ctypes.c_int32(first_count).value)
         for _ in range(2):
-            take_a_pass(machine, peer, exchanges, wrong)
+            run_a_pass(machine, peer, exchanges, wrong)
     return wrong
 
 
-def take_a_pass(machine: Machine, peer: peers.Peers, exchanges: int, wrong: list[str]) -> None:
-    """On lanes that no pass before was on, which take turns, as in the backward.
+def run_a_pass(machine: Machine, peer: copy_engine.CopyEngine, exchanges: int, wrong: list[str]) -> None:
+    """On streams that no pass before was on, which take turns, as in the backward.
 
-    What arrives with one exchange is read and then overwritten for the next of the same lane.
+    What arrives with one exchange is read and then overwritten for the next of the same stream.
     """
-    rank, lanes = peer.rank, [machine.stream(), machine.stream()]
+    rank, streams = peer.rank, [machine.stream(), machine.stream()]
     after, before = (rank + 1) % machine.size, (rank - 1) % machine.size
-    Machine.current = lanes[0]
-    with peer.inbox("a pass", QUIET) as empty:
-        here = [[empty((4,), torch.int64) for _ in range(2)] for _ in lanes]
-        lanes[1].wait_stream(lanes[0])
+    Machine.current = streams[0]
+    with peer.receive_buffers("a pass", QUIET) as allocate:
+        here = [[allocate((4,), torch.int64) for _ in range(2)] for _ in streams]
+        streams[1].wait_stream(streams[0])
         for n in range(exchanges):
-            lane = n % 2
-            Machine.current = lanes[lane]
-            mine, into = here[lane][n // 2 % 2], here[lane][(n // 2 + 1) % 2]
+            stream = n % 2
+            Machine.current = streams[stream]
+            mine, into = here[stream][n // 2 % 2], here[stream][(n // 2 + 1) % 2]
 
             def fill(mine=mine, number=n * machine.size + rank) -> bool:
                 mine.fill_(number)
@@ -289,12 +290,12 @@ def take_a_pass(machine: Machine, peer: peers.Peers, exchanges: int, wrong: list
                     wrong.append(f"{into.tolist()} for {number}")
                 return True
 
-            lanes[lane].put(fill)
+            streams[stream].put(fill)
             for work, _ in peer.exchange([Message(rank, after, mine, into)], [Message(before, rank, into)]):
                 work.wait()
-            lanes[lane].put(look)
-        lanes[0].wait_stream(lanes[1])
-        Machine.current = lanes[0]
+            streams[stream].put(look)
+        streams[0].wait_stream(streams[1])
+        Machine.current = streams[0]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -317,15 +318,15 @@ def machine(monkeypatch):
 @pytest.fixture
 def alone(machine):
     """A rank of two."""
-    return peers.Peers(machine.groups[0], torch.device("cpu"))
+    return copy_engine.CopyEngine(machine.groups[0], torch.device("cpu"))
 
 
 def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
     """Mapping waits for the others with Python's lock in its hand: nobody would say that one never came."""
     for _ in range(2):
-        with alone.inbox("a pass", QUIET) as empty:
-            empty((4,), torch.float32)
-            empty((4,), torch.float32)
+        with alone.receive_buffers("a pass", QUIET) as allocate:
+            allocate((4,), torch.float32)
+            allocate((4,), torch.float32)
     assert machine.called == ["allocate", "meet", "map", "barrier"] + 2 * ["allocate", "meet", "map"]
 
 
@@ -334,32 +335,37 @@ def test_a_rank_without_memory_is_named_on_all_ranks_and_nobody_maps(machine, al
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
     monkeypatch.setattr(machine, "empty", mock.Mock(side_effect=RuntimeError("CUDA out of memory")))
     told = r"rank 0 on .* has no memory that its ring can map \(CUDA out of memory\); transport='nccl'"
-    with pytest.raises(RuntimeError, match=told), alone.inbox("a pass", QUIET) as empty:
-        empty((4,), torch.float32)
+    with pytest.raises(RuntimeError, match=told), alone.receive_buffers("a pass", QUIET) as allocate:
+        allocate((4,), torch.float32)
     assert given_back
     memory = torch.zeros(32768, dtype=torch.uint8)
     machine.empty.side_effect = [RuntimeError("CUDA out of memory"), torch.zeros(512, dtype=torch.uint8), memory]
-    with alone.inbox("a pass", QUIET) as empty:  # there was, once torch's allocator gave some back
-        empty((4,), torch.float32)
-    monkeypatch.setattr(peers.dist, "all_gather_object", lambda errors, error, group: errors.__setitem__(1, "full"))
-    with pytest.raises(RuntimeError, match=r"rank 1 on .* \(full\)"), alone.inbox("a pass", QUIET) as empty:
-        empty((8192,), torch.float32)
+    with alone.receive_buffers("a pass", QUIET) as allocate:  # there was, once torch's allocator gave some back
+        allocate((4,), torch.float32)
+    monkeypatch.setattr(
+        copy_engine.dist, "all_gather_object", lambda errors, error, group: errors.__setitem__(1, "full")
+    )
+    with (
+        pytest.raises(RuntimeError, match=r"rank 1 on .* \(full\)"),
+        alone.receive_buffers("a pass", QUIET) as allocate,
+    ):
+        allocate((8192,), torch.float32)
 
 
 def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(alone):
-    with alone.inbox("a pass", QUIET) as empty:
-        large, small = empty((8, 512), torch.float32), empty((2,), torch.float16)
-    with alone.inbox("a pass", QUIET) as empty:
-        assert empty((2,), torch.bfloat16).data_ptr() == small.data_ptr()
-        assert empty((512,), torch.uint8).data_ptr() == large.data_ptr()
-        assert empty((1,), torch.uint8).data_ptr() not in {large.data_ptr(), small.data_ptr()}
+    with alone.receive_buffers("a pass", QUIET) as allocate:
+        large, small = allocate((8, 512), torch.float32), allocate((2,), torch.float16)
+    with alone.receive_buffers("a pass", QUIET) as allocate:
+        assert allocate((2,), torch.bfloat16).data_ptr() == small.data_ptr()
+        assert allocate((512,), torch.uint8).data_ptr() == large.data_ptr()
+        assert allocate((1,), torch.uint8).data_ptr() not in {large.data_ptr(), small.data_ptr()}
 
 
 def test_passes_that_grow_keep_no_more_blocks_than_one_takes(alone):
     for length in (*range(1, 40), *range(40, 0, -1)):
-        with alone.inbox("a pass", QUIET) as empty:
+        with alone.receive_buffers("a pass", QUIET) as allocate:
             wanted = [(100 * length,), (100 * length,), (200 * length,)]
-            made = [empty(shape, torch.float32) for shape in wanted]
+            made = [allocate(shape, torch.float32) for shape in wanted]
         assert [tuple(x.shape) for x in made] == wanted
         assert len({x.data_ptr() for x in made}) == 3
         assert len(alone._blocks) == 3
@@ -369,15 +375,15 @@ def test_passes_that_grow_keep_no_more_blocks_than_one_takes(alone):
 def test_a_pass_inside_another_is_refused(alone):
     with (
         pytest.raises(RuntimeError, match="layer 2, forward, inside layer 1, backward: a ring's ranks take its passes"),
-        alone.inbox("layer 1, backward", QUIET),
-        alone.inbox("layer 2, forward", QUIET),
+        alone.receive_buffers("layer 1, backward", QUIET),
+        alone.receive_buffers("layer 2, forward", QUIET),
     ):
         pass
 
 
-def fail(alone, about, exchanging):
-    with alone.inbox(about, QUIET) as empty:
-        place = empty((4,), torch.float32)
+def fail(alone, context, exchanging):
+    with alone.receive_buffers(context, QUIET) as allocate:
+        place = allocate((4,), torch.float32)
         if exchanging:
             alone.exchange([Message(0, 1, place, place)], [])
         raise ArithmeticError
@@ -385,30 +391,30 @@ def fail(alone, about, exchanging):
 
 def test_after_an_error_passes_go_on_only_if_nothing_was_exchanged(alone):
     """What was under way arrives at any time, in memory that the next pass may have taken."""
-    for about, exchanging in (("layer 1, forward", False), ("layer 2, forward", True)):
+    for context, exchanging in (("layer 1, forward", False), ("layer 2, forward", True)):
         with pytest.raises(ArithmeticError):
-            fail(alone, about, exchanging)
+            fail(alone, context, exchanging)
     with pytest.raises(RuntimeError, match="layer 3, forward: its ranks no longer agree since an error in layer 2"):
         fail(alone, "layer 3, forward", False)
 
 
 def test_sizes_are_rounded_to_an_eighth_of_a_power_of_two():
     for size, expected in ((1, 512), (512, 512), (513, 1024), (2**27, 2**27), (2**27 + 1, 2**27 + 2**24)):
-        assert peers._rounded(size) == expected
+        assert copy_engine._rounded(size) == expected
 
 
 def test_messages_whose_place_no_other_rank_knows_are_refused(alone):
     elsewhere = torch.zeros(4)
-    with alone.inbox("a pass", QUIET) as empty:
-        place = empty((4,), torch.float32)
+    with alone.receive_buffers("a pass", QUIET) as allocate:
+        place = allocate((4,), torch.float32)
         for outgoing, incoming in (
             ([Message(0, 1, place)], []),
             ([Message(0, 1, place, elsewhere)], []),
             ([], [Message(1, 0, elsewhere)]),
         ):
-            with pytest.raises(ValueError, match="must have been made by the inbox of the pass that runs"):
+            with pytest.raises(ValueError, match="must be one of the running pass's receive buffers"):
                 alone.exchange(outgoing, incoming)
-    with pytest.raises(ValueError, match="of the pass that runs"):
+    with pytest.raises(ValueError, match="running pass"):
         alone.exchange([Message(0, 1, elsewhere, place)], [])
 
 
@@ -425,14 +431,14 @@ class OwnMemory:
 def with_one_rank_that_never_maps_memory():
     """What a rank says that waits for the other in a pass which needs memory for the first time."""
     said, ended, rank = io.StringIO(), threading.Event(), dist.get_rank()
-    guard = Watch(1.0, rank, end=ended.set)
+    guard = Watchdog(1.0, rank, end=ended.set)
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(said):
         monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-        monkeypatch.setattr(watch, "LAST_WORDS", 0.1)
-        monkeypatch.setattr(peers, "_symmetric", OwnMemory)
-        peer = peers.Peers(dist.distributed_c10d._get_default_group(), torch.device("cpu"))
+        monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
+        monkeypatch.setattr(copy_engine, "_symmetric", OwnMemory)
+        peer = copy_engine.CopyEngine(dist.distributed_c10d._get_default_group(), torch.device("cpu"))
         store = dist.distributed_c10d._get_default_store()
         if rank == 0:
             threading.Thread(target=ask_in_vain, args=(peer, guard), daemon=True).start()
@@ -446,9 +452,9 @@ def with_one_rank_that_never_maps_memory():
 def ask_in_vain(peer, guard):
     with (
         contextlib.suppress(RuntimeError),
-        peer.inbox("layer 3, backward", guard) as empty,
+        peer.receive_buffers("layer 3, backward", guard) as allocate,
     ):  # it breaks when the test is over
-        empty((4,), torch.float32)
+        allocate((4,), torch.float32)
 
 
 @pytest.mark.ranks
@@ -460,7 +466,7 @@ def test_a_rank_that_never_maps_memory_is_told_of(ranks):
     assert second == ""
 
 
-class Mapped(peers.Peers):
+class Mapped(copy_engine.CopyEngine):
     """Without memory."""
 
     made = 0
@@ -473,17 +479,17 @@ class Mapped(peers.Peers):
 def rings_made_each_step():
     """How often peers are made, their carrier, and whether the watch of a ring that was given none knows an end."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(peers, "Peers", Mapped)
-        monkeypatch.setattr(peers, "_timeout", lambda group, device: 1200.0)
-        monkeypatch.setattr(peers, "refusal", lambda group, device: None)
-        guard = Watch(60.0)
-        rings = [ProcessRing(device="cuda:0", watch=given) for given in (None, None, guard)]
-        found = Mapped.made, {ring.carrier for ring in rings}, [ring.watch.limit for ring in rings]
-        own = rings[0].watch
-        assert own is rings[1].watch
+        monkeypatch.setattr(copy_engine, "CopyEngine", Mapped)
+        monkeypatch.setattr(copy_engine, "_timeout", lambda group, device: 1200.0)
+        monkeypatch.setattr(copy_engine, "refusal", lambda group, device: None)
+        guard = Watchdog(60.0)
+        rings = [ProcessRing(device="cuda:0", watchdog=given) for given in (None, None, guard)]
+        found = Mapped.made, {ring.carrier for ring in rings}, [ring.watchdog.limit for ring in rings]
+        own = rings[0].watchdog
+        assert own is rings[1].watchdog
         other = ProcessRing(device="cuda:0", transport="nccl")
-        assert (other.watch, other.carrier) == (None, "gloo")
-        peers._known.clear()
+        assert (other.watchdog, other.carrier) == (None, "gloo")
+        copy_engine._known.clear()
         del rings
         gc.collect()
         assert own._closed.is_set()
@@ -498,10 +504,10 @@ def test_rings_that_are_made_anew_each_step_share_memory_and_none_waits_for_ever
 
 def ring_that_cannot():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(peers, "refusal", lambda group, device: "the ring's ranks are on 2 machines")
+        monkeypatch.setattr(copy_engine, "refusal", lambda group, device: "the ring's ranks are on 2 machines")
         ring = ProcessRing(device="cuda:0")
-        peers._known.clear()
-    return ring.carrier, ring.watch
+        copy_engine._known.clear()
+    return ring.carrier, ring.watchdog
 
 
 @pytest.mark.ranks
@@ -521,9 +527,9 @@ def refusals(machines, indices, reached, seen=2):
         monkeypatch.setattr(socket, "gethostname", lambda: machines[rank])
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other in reached)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
-        monkeypatch.setattr(peers, "_driver", FakeDriver)
+        monkeypatch.setattr(copy_engine, "_driver", FakeDriver)
         group = dist.distributed_c10d._get_default_group()
-        return peers.refusal(group, torch.device("cuda", indices[rank]))
+        return copy_engine.refusal(group, torch.device("cuda", indices[rank]))
 
 
 @pytest.mark.ranks
@@ -545,10 +551,10 @@ def test_what_one_rank_cannot_is_a_reason_and_no_error_for_which_others_would_wa
         raise OSError("libcuda.so.1 is not there")
 
     one, both = torch.device("cuda", 0), [0, 1]
-    monkeypatch.setattr(peers, "_driver", FakeDriver)
+    monkeypatch.setattr(copy_engine, "_driver", FakeDriver)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert peers._own_refusal(one, both) == "the process of GPU 0 does not see GPU 1"
-    monkeypatch.setattr(peers, "_driver", missing)
-    assert peers._own_refusal(one, both) == "a library does not load (libcuda.so.1 is not there)"
+    assert copy_engine._own_refusal(one, both) == "the process of GPU 0 does not see GPU 1"
+    monkeypatch.setattr(copy_engine, "_driver", missing)
+    assert copy_engine._own_refusal(one, both) == "a library does not load (libcuda.so.1 is not there)"
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    assert peers._own_refusal(one, both) == "NCCL_P2P_DISABLE is set"
+    assert copy_engine._own_refusal(one, both) == "NCCL_P2P_DISABLE is set"

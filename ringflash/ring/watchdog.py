@@ -75,7 +75,7 @@ class Pending:
 
 @dataclass(eq=False)
 class _Wait:
-    about: str
+    context: str
     pending: Callable[[], Pending]
     kind: Kind | None = None  # of what is counted
     on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # before and after it, on the compute stream
@@ -104,7 +104,7 @@ class _Work:
     due: float
 
 
-class Watch:
+class Watchdog:
     """The waits of one process, of which ring and Ulysses tell it. `step` is the caller's to set.
 
     limit: seconds; rank: this process's in the run, as users know it; store: the run's, or None for a process alone;
@@ -138,7 +138,7 @@ class Watch:
             self._listener.start()
 
     def wait(
-        self, works: Sequence[Work], kind: Kind, about: str, pending: Callable[[], Pending], size: int,
+        self, works: Sequence[Work], kind: Kind, context: str, pending: Callable[[], Pending], size: int,
         device: torch.device,
     ) -> None:  # fmt: skip
         """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes.
@@ -151,7 +151,7 @@ class Watch:
         with self._lock:
             self._traffic[kind].bytes += size
             self._traffic[kind].exchanges += 1
-        wait = _Wait(about, pending, kind, on_gpu)
+        wait = _Wait(context, pending, kind, on_gpu)
         if on_gpu is None:
             with self._host_waits(wait):
                 for work in works:
@@ -168,9 +168,9 @@ class Watch:
             self._over(wait)
             raise
 
-    def meeting(self, about: str, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
+    def meeting(self, context: str, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
         """While entered, the host waits for other ranks to come; that is no traffic, and counted nowhere."""
-        return self._host_waits(_Wait(about, pending))
+        return self._host_waits(_Wait(context, pending))
 
     @contextmanager
     def without_limit(self, what: str, meeting: Meeting) -> Iterator[None]:
@@ -202,11 +202,11 @@ class Watch:
             self._waits.remove(wait)  # before it there may be some that a GPU has not passed yet
             self._passed(wait, seconds)
 
-    def take(self) -> dict[Kind, Traffic]:
+    def drain(self) -> dict[Kind, Traffic]:
         """What exchanges since the last call cost.
 
-        Waiting is that of streams for transfers. Of two lanes one may have computed while the other waited, so it is an
-        upper bound of what no computing hid.
+        Seconds are those that streams waited for transfers. One of two streams may have computed while the other
+        waited, so this is an upper bound of what no computation hid.
         """
         with self._lock:
             self._advance()
@@ -227,7 +227,7 @@ class Watch:
     def _passed(self, wait: _Wait, seconds: float) -> None:
         if wait.kind is not None:
             self._traffic[wait.kind].seconds += seconds
-        self._last, self._moved = wait.about, time.monotonic()
+        self._last, self._moved = wait.context, time.monotonic()
 
     def _look(self, device: int | None) -> None:
         if device is not None:
@@ -303,4 +303,4 @@ class Watch:
             if not self._waits:
                 return f"rank {self.rank}, step {self.step}: waits for no rank; its last wait was in {self._last}"
             wait, seconds = self._waits[0], time.monotonic() - self._moved
-        return f"rank {self.rank}, step {self.step}, {wait.about}: waits for {wait.pending()} since {seconds:.0f} s"
+        return f"rank {self.rank}, step {self.step}, {wait.context}: waits for {wait.pending()} since {seconds:.0f} s"
