@@ -32,7 +32,7 @@ def ring_inputs(
     ring: Ring,
     ulysses: Ulysses | None = None,
     documents: Sequence[Any] | np.ndarray | Tensor | None = None,
-    first: int = 0,
+    leading_tokens: int = 0,
     layout: str | Callable[[IntervalMask], Layout] = "zigzag",
     config: PreTrainedConfig | None = None,
     shift_labels: Tensor | None = None,
@@ -43,9 +43,9 @@ def ring_inputs(
     input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted; any S will do for any
     ring. documents: token counts of packed documents that sum to S, one list or one per row (arrays and tensors of
     integers too); no token sees or predicts another document's, and positions begin again with each.
-    first: number of tokens at each document's start that layers with a sliding window also see.
-    layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", the one with the least predicted time
-    for these documents and the layers of `config`; or a function that gives a mask its layout.
+    leading_tokens: number of tokens at each document's start that layers with a sliding window also see.
+    layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", the one with the least predicted
+    time for these documents and the layers of `config`; or a function that gives a mask its layout.
     config: model.config. Given, a model that cannot be on the ring is refused here, also one that reads no mask.
     shift_labels: int64 [B, S], instead of labels where these are shifted already.
     compare_ranks: raise an error where ranks were given different sequences, which is a collective. Without it, this
@@ -73,12 +73,13 @@ def ring_inputs(
             mask = IntervalMask.causal(length) & document
             _check_config(config)
             chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
-            plan = AttentionPlan(mask, chosen, ring, ulysses, first)
+            plan = AttentionPlan(mask, chosen, ring, ulysses, leading_tokens)
         except (ValueError, TypeError):
             if compare_ranks:
                 _agree(torch.tensor(_REFUSED, device=ring.device), shared)
             raise
-        given = (input_ids, targets, document.lo, document.hi, chosen.chunks, torch.tensor([min(first, length)]))
+        leading = torch.tensor([min(leading_tokens, length)])
+        given = (input_ids, targets, document.lo, document.hi, chosen.chunks, leading)
         if compare_ranks:
             _agree(_checksum(ring.device, *given), shared)
         if targets is not None and shift_labels is None:
@@ -194,11 +195,11 @@ def _agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
         return
     if least == _REFUSED:
         raise ValueError(
-            "another rank of the ring refused its input_ids, labels, documents, first or layout: see its error"
+            "another rank of the ring refused its input_ids, labels, documents, leading_tokens or layout: see its error"
         )
     raise ValueError(
-        "input_ids, labels, documents, first and layout must be the same on every rank of a ring: each takes its shard "
-        "of them"
+        "input_ids, labels, documents, leading_tokens and layout must be the same on every rank of a ring: each takes "
+        "its shard of them"
     )
 
 
