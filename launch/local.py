@@ -1,10 +1,10 @@
-"""Train on this machine: a rank on every GPU, or without a GPU two ranks on the CPU.
+"""Train on this machine: one process per GPU, or two processes on the CPU where there is no GPU.
 
     python launch/local.py                                  # the demo
     python launch/local.py optim.steps=20 name=short        # settings as for train.py
     python launch/local.py --ranks 4 experiment=qwen3-0.5b-128k
 
-The same as torchrun, in the words of one line when a run fails.
+It starts processes as torchrun does. A run that fails ends with one line instead of torchrun's report.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> int:
     if options.ranks < 1:
         parser.error(f"--ranks {options.ranks} must be 1 or more")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.ranks)))
-    logging.disable(logging.ERROR)  # torch's lines about signals and ranks, which ours replace
+    logging.disable(logging.ERROR)  # torch's lines about signals and ranks: one line of ours replaces them
     failure.report_signals()  # until torch's own handlers
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=options.ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
@@ -49,7 +49,7 @@ def main() -> int:
         return 128 + end.sigval
     except ChildFailedError as error:
         rank, failed = error.get_first_failure()
-        if failed.exitcode < 0:  # it had no time to say anything itself, and may have left a progress bar
+        if failed.exitcode < 0:  # it reported nothing itself, and may have left a progress bar
             name = signal.Signals(-failed.exitcode).name
             why = " (out of memory?)" if name == "SIGKILL" else ""
             print(f"\nringflash: rank {rank} was ended by {name}{why}", file=sys.stderr)

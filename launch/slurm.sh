@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# sbatch launch/slurm.sh experiment=qwen3-0.5b-128k
-# sbatch --nodes 4 launch/slurm.sh experiment=... resume=auto
+# Train on a Slurm cluster: one torchrun per node, one process per GPU.
 #
-# One torchrun a node, one rank a GPU. A rank that fails ends the job; with resume=auto the same command goes on from
-# the newest checkpoint, also after a requeue.
+#   sbatch launch/slurm.sh experiment=qwen3-0.5b-128k
+#   sbatch --nodes 4 launch/slurm.sh experiment=... resume=auto
+#
+# A rank that fails ends the job. With resume=auto, the same command continues from the newest checkpoint, also when
+# Slurm requeues the job.
 #SBATCH --job-name=ringflash
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -13,6 +15,10 @@
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
+if [[ -z ${SLURM_JOB_NODELIST:-} || ${1:-} =~ ^(-h|--help)$ ]]; then
+    sed -n '2,/^#SBATCH/s/^# \?//p' "$0" | grep -v ^SBATCH
+    [[ ${1:-} =~ ^(-h|--help)$ ]] && exit 0 || exit 2
+fi
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 export PATH="$PWD/.venv/bin:$PATH"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

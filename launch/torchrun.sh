@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
+# Train with torchrun, one process per GPU.
+#
+#   launch/torchrun.sh RANKS_PER_MACHINE key=value ...
+#
 # One machine:       launch/torchrun.sh 8 experiment=qwen3-0.5b-128k
 # Several machines:  NNODES=4 HEAD=first-machine:29500 launch/torchrun.sh 8 experiment=...     (the same on each)
 set -euo pipefail
-ranks=${1:?usage: launch/torchrun.sh RANKS_PER_MACHINE key=value ...}
+if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
+    sed -n '2,/^set/s/^# \?//p' "$0"
+    [[ ${1:-} =~ ^(-h|--help)$ ]] && exit 0 || exit 2
+fi
+ranks=$1
 shift
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
