@@ -39,7 +39,7 @@ gpu: .venv/installed  ## run the tests that need a GPU: 15 minutes on an H100
 
 check: .venv/installed  ## what CI checks before the tests: style, types, docstrings, prose, links: 1 minute
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/mypy ringflash benchmarks
+	$(BIN)/mypy ringflash train.py launch benchmarks
 	$(BIN)/interrogate -q ringflash train.py launch benchmarks
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_prose.py -k "links or readme_has or every_path or prose"
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = Path(__file__).with_name("prose_allowed.txt")
 LONGEST_SENTENCE = 30  # words, in Markdown
 UNITS = (
-    r"(?:tokens?(?:/s)?|[GM]i?B(?:/s)?|[GMT]?bytes?|TFLOP/s|FLOPs?|memory|seconds?|milliseconds?|microseconds|ms|"
+    r"(?:tokens?(?:/s)?|[GM]i?B(?:/s)?|(?:giga)?bytes?|TFLOP/s|FLOPs?|memory|seconds?|milliseconds?|microseconds|ms|"
     r"launches|messages|instructions|processes|programs|rows?|registers?|times?|lines?)"
 )
 # What is found, and what to write instead.
