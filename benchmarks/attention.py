@@ -1,4 +1,4 @@
-"""Attention on one device: ringflash's kernels beside everyone else's, in one run.
+"""Attention on one device: ringflash's kernels beside other libraries', in one run.
 
     python benchmarks/attention.py --device cpu --quick              # any machine, seconds: does it work here
     python benchmarks/attention.py --quick                           # a GPU, two cases, under 2 minutes
@@ -7,22 +7,24 @@
     python benchmarks/attention.py --against ../other --only hopper  # this version and another, in turns
     python benchmarks/attention.py --sweep                           # tile sizes of the portable kernels, best first
 
-A case is `B,Hq,Hkv,S,D mask` (benchmarks/cases.py); --cases takes parts of the listed names, or a case of your own.
-benchmarks/contenders.py says who is timed and how. Whoever does not take part is in the table with the reason.
+A case is `B,Hq,Hkv,S,D mask` (benchmarks/cases.py). --cases takes parts of the listed names, or a new case.
+benchmarks/contenders.py lists who is timed and how. A contender that is not timed is in the table with the reason.
 
-Correct first: each kernel's out, dq, dk and dv are compared with float64 at up to 2048 tokens, then some rows of out
-and dq at full size (benchmarks/checks.py). One that is wrong is called WRONG and is not timed, and the exit code is 1,
-as it is where one of ours raises.
+Results are checked before they are timed. Each kernel's out, dq, dk and dv are compared with float64 at up to 2048
+tokens, then some rows of out and dq at full size (benchmarks/checks.py). A kernel that is wrong is marked WRONG and not
+timed. The exit code is then 1, as it is if one of ringflash's kernels raises.
 
-Inputs are standard normal. Forward keeps what a backward needs. Backward is `torch.autograd.grad` alone, with what a
-user pays for besides the kernels: for ringflash that is delta = rowsum(dout * out), three zeroed fp32 buffers and their
-conversion to the inputs' dtype. Kernels take turns, shuffled in every round, so that power capping hits all alike; a
-figure is the median of its rounds (benchmarks/timing.py). FLOPs are counted from the mask, 4 D for each visible pair
-and query head forward, 2.5 times that backward; % peak is of the dense bf16 datasheet peak; ns/Mpair is the time of a
-million (query, key) pairs of one head, which compares masks of any shape.
+Inputs are standard normal. Forward keeps what a backward needs. Backward is `torch.autograd.grad` alone, including what
+a user pays for beyond the kernels: for ringflash delta = rowsum(dout * out), three zeroed fp32 buffers and their
+conversion to the inputs' dtype. Kernels take turns in an order that is shuffled each round, so that power capping
+affects all alike. A figure is the median of its rounds (benchmarks/timing.py).
 
-The folder --out (benchmarks/results) gets attention-DEVICE.json and .png after every case; the last line printed is
-the summary in JSON.
+FLOPs are counted from the mask: 4 D per visible pair and query head forward, 2.5 times that backward. % peak is of the
+dense bf16 datasheet peak. ns/Mpair is the time per million (query, key) pairs of one head, which compares masks of any
+shape.
+
+The folder --out (benchmarks/results) gets attention-DEVICE.json and .png after every case. The last line printed is the
+summary in JSON.
 """
 
 from __future__ import annotations
@@ -56,10 +58,10 @@ CHECKED_LENGTH = 2048
 
 @dataclass
 class Entry:
-    """What is known of one contender on one case.
+    """One contender on one case.
 
-    refusals: (status, reason) of what will not be timed, under "both" or "backward". errors: the worst so far, by
-    direction. runs: what is timed, by direction.
+    refusals: (status, reason) of what will not be timed, under "both" or "backward". errors: the largest so far, by
+    direction. runs: the timed functions, by direction.
     """
 
     contender: Contender
@@ -137,7 +139,7 @@ def _rows(
     baseline: str,
     peak: float | None,
 ) -> list[Row]:
-    """One row an entry: its time, or why there is none."""
+    """One row per entry: its time, or the reason why there is none."""
     rows = []
     reference = found.get(baseline)
     for entry in entries:
@@ -179,16 +181,16 @@ def _first_line(error: Exception) -> str:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (bf16; on the CPU fp32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on the CPU)")
     parser.add_argument("--quick", action="store_true", help="two cases; on the CPU, tiny ones")
     parser.add_argument("--cases", nargs="+", default=[], metavar="CASE", help="parts of names, or whole cases")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of kernels' names")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of measuring, for each figure (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="measured per figure (%(default)s)")
     parser.add_argument(
-        "--against", type=Path, metavar="CHECKOUT", help="another version of ringflash, timed beside this"
+        "--against", type=Path, metavar="CHECKOUT", help="another version of ringflash to time in the same turns"
     )
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
-    parser.add_argument("--commit", help="named in the report where the checkout has no .git")
+    parser.add_argument("--commit", help="recorded in the report if the checkout has no .git")
     parser.add_argument(
         "--sweep", nargs="*", choices=sweep.TARGETS, metavar="KERNEL",
         help=f"tile sizes instead of cases: all, or some of {', '.join(sweep.TARGETS)}",

@@ -50,7 +50,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """The case so written. Raises ValueError with the form where it is not one."""
+        """The case of a name. Raises ValueError, with the form of a name, for other texts."""
         match = ROW_PATTERN.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"{text!r} is not B,Hq,Hkv,S,D mask, such as '1,32,8,32k,128 causal'")

@@ -1,11 +1,11 @@
-"""Right before fast: every result is compared with float64 before it is timed.
+"""Correctness before speed: every result is compared with float64 before it is timed.
 
-The bound is that of FlashAttention's own tests: the error may be at most twice that of plain torch attention, with its
-whole matrix of scores, in the same dtype. In fp32, where that is rounding noise, it is 1e-5. Errors are norms,
-|x - reference| / |reference|; whatever is not finite is infinitely wrong.
+The bound is that of FlashAttention's own tests. The error may be at most twice that of plain torch attention, which
+holds the whole matrix of scores, in the same dtype. In fp32, where that is rounding noise, the bound is 1e-5. Errors
+are relative norms, |x - reference| / |reference|; a result that is not finite has an infinite error.
 
-A small version of a case is compared whole: out, dq, dk and dv. At full size, where errors of addressing would show,
-some rows of out and dq are, which need no other row; dk and dv must be finite.
+A small version of a case is compared in full: out, dq, dk and dv. At full size, where addressing errors would show,
+some rows of out and dq are compared, which need no other row; dk and dv must be finite.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Who is timed: every kernel of ringflash, and the peers that people would use instead.
+"""The contenders: every kernel of ringflash, and the libraries that people would use instead.
 
-All get the same q, k, v [B, S, H, D] in the same memory and give out in the same form. A peer that wants [B, H, S, D]
-gets a transposed view, which costs nothing, and none is timed copying for us. What each prepares once a step is made
-before the clock starts: our AttentionPlan, FlexAttention's BlockMask, the documents' offsets of the others.
+All get the same q, k, v [B, S, H, D] in the same memory and return the same form. A contender that takes [B, H, S, D]
+gets a transposed view, which costs nothing. No contender is timed while it copies. What each prepares once per step is
+made before the clock starts: AttentionPlan, FlexAttention's BlockMask, the offsets of documents.
 
 | name | what runs |
 |---|---|

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What GPUs have to prove, each part under its own time limit; results go to OUT (default benchmarks/results).
+# Tests and benchmarks that need GPUs, each under its own time limit; results go to OUT (default benchmarks/results).
 #
 #   benchmarks/gpu.sh tests        kernels against float64, every mask kind               4 minutes on an H100 with pytest-xdist, else 15
 #   benchmarks/gpu.sh attention    the kernels beside their peers: table, JSON, plot      7 minutes
@@ -25,7 +25,7 @@ ring)
     timeout 480 python3 benchmarks/ring.py --out "$out" "${@:2}"
     ;;
 sanitizer)
-    # racecheck reports one hazard, in Triton's own dispatch of warp groups: docs/kernels.md.
+    # racecheck reports two hazards, one in Triton's own dispatch of warp groups: docs/log.md.
     for tool in memcheck racecheck; do
         timeout 120 compute-sanitizer --tool "$tool" python3 -m pytest -m gpu -p no:cacheprovider \
             tests/kernels/test_hopper_gpu.py -k "written or strided" | tee "$out/$tool.txt"

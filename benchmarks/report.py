@@ -1,4 +1,4 @@
-"""What a benchmark says of itself: the card it ran on, its table, its JSON and its plot."""
+"""What a benchmark reports: the card, a table, JSON and a plot."""
 
 from __future__ import annotations
 

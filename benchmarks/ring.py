@@ -1,4 +1,4 @@
-"""The ring: what it costs a GPU beside its kernels, what it costs in precision, and where its GPUs would wait.
+"""The ring: what it costs a GPU beyond its kernels, what it costs in precision, and where its GPUs would wait.
 
     python benchmarks/ring.py --device cpu --quick                   # any machine, seconds: does it work here
     python benchmarks/ring.py --timeline --tflops 500                # any machine, seconds: 128k tokens on 8 ranks
@@ -7,27 +7,28 @@
     python benchmarks/ring.py                                        # a GPU, all cases, under 8 minutes
     python benchmarks/ring.py --error                                # a GPU, under 4 minutes
     python benchmarks/ring.py --timeline --gbps 400                  # a GPU: the kernel's speed is measured here
-    torchrun --nproc-per-node 2 benchmarks/ring.py --between         # as many GPUs: the ring itself, 3 minutes
+    torchrun --nproc-per-node 2 benchmarks/ring.py --between         # two or more GPUs: the ring itself, 3 minutes
 
-Without a switch: efficiency. One rank's forward and backward are run on one device without its neighbours, and held
-against the whole call's share, (one causal call over all tokens by the same kernel) / ranks, or of as many pairs where
-documents are packed (benchmarks/ring_share.py). Ranks first, middle, last and the one with most pairs are timed, in
-turns with the whole call; beside them are others' figures, which are not of this run. Before that, all ranks of a small
-ring are compared with float64: one that is wrong is called WRONG and not timed, and the exit code is 1.
+Without a mode: efficiency. One rank's forward and backward run on one device without its neighbours. Their time is
+compared with the rank's share of one causal call over all tokens by the same kernel (benchmarks/ring_share.py). The
+first, middle and last rank and the one with most pairs are timed, in turns with the whole call. Figures of other rings
+are printed beside them and are not of this run. Before that, all ranks of a small ring are compared with float64. A
+ring that is wrong is marked WRONG and not timed, and the exit code is 1.
 
---error: error of out, dq, dk and dv against float64 at 1 to 32 ranks, for our ring and for rings that round to 16 bits
-what they merge or send (benchmarks/ring_error.py). Exit code 1 if ours grows with the ring or is beyond the bound.
+--error: error of out, dq, dk and dv against float64 at 1 to 32 ranks, for this ring and for rings that round to 16 bits
+what they merge or send (benchmarks/ring_error.py). The exit code is 1 if ringflash's error grows with the ring or
+exceeds the bound.
 
 --timeline: compute and transfer of every rank and hop of one layer's attention, predicted from what ring_attention
-does, the kernel's speed and the link's (benchmarks/ring_timeline.py): 400 GB/s each way is NVLink on Hopper, 50
-InfiniBand NDR. Kernel speed is --tflops FORWARD/BACKWARD, or measured, on a causal sequence of up to 32k tokens.
+does and from the speed of kernel and link (benchmarks/ring_timeline.py). 400 GB/s each way is NVLink on Hopper, 50
+InfiniBand NDR. The kernel's speed is --tflops FORWARD/BACKWARD, or measured on a causal sequence of up to 32k tokens.
 
---between: the ring itself, a rank on each GPU that torchrun started a process for, beside the same ranks without
-transfers and PyTorch's context_parallel; and rings larger than there are GPUs, of which each plays a rank, with all its
-transfers (benchmarks/ring_between.py). ring-between-....png shows what every GPU ran.
+--between: the ring itself, one rank per GPU that torchrun started a process for, beside the same ranks without
+transfers and PyTorch's context_parallel. Rings larger than the number of GPUs are emulated: each GPU runs one rank with
+its full traffic (benchmarks/ring_between.py). ring-between-....png shows what every GPU ran.
 
---length, --ranks, --heads, --dim, --mask, --layout choose the case (in place of all of them). --mask is `causal`,
-`full`, `window 4096` or `packed 64`: so many documents of lognormal lengths. --out (benchmarks/results) gets
+--length, --ranks, --heads, --dim, --mask, --layout choose one case instead of all of them. --mask is `causal`, `full`,
+`window 4096` or `packed 64`, which is 64 documents of lognormal lengths. --out (benchmarks/results) gets
 ring-DEVICE.json and .png, ring-error-..., ring-timeline-...; the last line printed is the summary in JSON.
 """
 
@@ -126,7 +127,7 @@ def error(options: argparse.Namespace, device: torch.device, facts: dict[str, st
 
 
 def timeline(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
-    """Mode 3: compute and transfer streams of every rank."""
+    """Mode 3: the predicted timeline of every rank."""
     case = options.case or (TIMELINE_QUICK if options.quick else TIMELINE)
     if options.tflops is None:
         forward, backward = measured_tflops(case, options, device)
@@ -173,13 +174,13 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
             print(ring_between.table(found[-1], header=len(found) == 1) + "\n", flush=True)
     rows = [dataclasses.asdict(row) | {"efficiency": row.summary()} for row in found]
     contents = {"benchmark": "ring between GPUs", "card": facts, "rows": rows}
-    if world.is_first:  # what is measured is kept, whatever becomes of the pictures
+    if world.is_first:  # the measurements are kept even if drawing fails
         report.write_json(file, contents)
     for case, row in zip(cases, rows, strict=True):
         ran = ring_between.profiled(case, *of_run)
         row["hidden"] = {direction: round(ring_between.hidden(spans), 4) for direction, spans in ran.items()}
         if world.is_first:
-            print(f"{case}: of transfers' time, under attention kernels: {row['hidden']}", flush=True)
+            print(f"{case}: share of the transfers' time under attention kernels: {row['hidden']}", flush=True)
             picture = file.with_name(f"{file.stem}-{re.sub('[^a-z0-9]+', '-', str(case))}.png")
             _drawn(ring_between.draw, picture, ran, f"{case}, {options.dtype}, {world.size} x {_signature(facts)}")
     if world.is_first:
@@ -228,7 +229,7 @@ def _written(file: Path, undrawn: str | None) -> None:
 
 
 def _closed(benchmark: str, facts: dict[str, str], wrong: list[str], found: dict[str, Any]) -> int:
-    """Print what is wrong, then the summary; the exit code."""
+    """Print what is wrong, then the summary. Returns the exit code."""
     print("".join(f"{line}\n" for line in wrong), end="")
     print(json.dumps({"benchmark": benchmark, "device": facts["device"], "wrong": wrong} | found))
     return 1 if wrong else 0
@@ -239,14 +240,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--error", action="store_const", dest="mode", const=error, help="error against ring size")
     mode.add_argument(
-        "--timeline", action="store_const", dest="mode", const=timeline, help="predicted streams of a layer"
+        "--timeline", action="store_const", dest="mode", const=timeline, help="predicted timeline of a layer"
     )
     mode.add_argument("--between", action="store_const", dest="mode", const=between, help="the ring between GPUs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of what is timed (bf16; on the CPU fp32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on the CPU)")
     parser.add_argument("--quick", action="store_true", help="one small case; on the CPU, tiny ones")
     parser.add_argument("--kernel", default="auto", choices=("auto", *kernels.FASTEST_FIRST), help="(%(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each figure (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="measured per figure (%(default)s)")
     parser.add_argument("--length", help="tokens, such as 131072 or 128k")
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--heads", help="query and KV heads, such as 32/8")
@@ -256,9 +257,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--layout", choices=LAYOUT_NAMES)
     parser.add_argument("--tflops", help="the kernel's speed, FORWARD/BACKWARD or one number for both")
-    parser.add_argument("--gbps", type=float, default=400.0, help="GB/s of a rank's link, each way (%(default)g)")
+    parser.add_argument("--gbps", type=float, default=400.0, help="GB/s of each rank's link, each way (%(default)g)")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
-    parser.add_argument("--commit", help="named in the report where the checkout has no .git")
+    parser.add_argument("--commit", help="recorded in the report if the checkout has no .git")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
@@ -281,7 +282,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _case(options: argparse.Namespace) -> RingCase | None:
-    """The case that the options describe, or None where they leave it to the mode."""
+    """The case that the options describe, or None if the mode's own cases are to run."""
     given = (options.length, options.ranks, options.heads, options.dim, options.mask, options.layout)
     if all(option is None for option in given):
         return None

@@ -1,12 +1,12 @@
-"""The ring between GPUs: every rank on a GPU of its own, with the transfers that training has.
+"""The ring between GPUs: one rank per GPU, with the transfers that training has.
 
     efficiency = (one call over the whole causal sequence on one GPU) x (pairs of the case / pairs of that) / ranks
                  --------------------------------------------------------------------------------------------------
-                                               the slowest rank's time, which waits
+                                         the slowest rank's time, waiting included
 
-The same ranks are timed without their neighbours, too (benchmarks/ring_share.py): what is left of the difference is
-what transfers cost that no kernel hides. A round begins on all GPUs at once, after an all-reduce, and takes as long as
-its slowest rank. The peer is PyTorch's context_parallel, in the same processes and rounds, where it has the mask.
+The same ranks are also timed without their neighbours (benchmarks/ring_share.py). The difference is what transfers cost
+that no kernel hides. A round begins on all GPUs at once, after an all-reduce, and takes as long as its slowest rank.
+The peer is PyTorch's context_parallel, in the same processes and rounds, for masks that it has.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ TORCH = "torch context_parallel, "
 
 @dataclass(frozen=True)
 class Between:
-    """What a case took on all GPUs together, in milliseconds by variant and direction.
+    """Times of a case on all GPUs together, in milliseconds by variant and direction.
 
-    host_ms: what the host took to launch it, which is hidden where it is ahead of the GPU, as it was here.
-    refused: why a variant was not timed. gib: received by a rank in one forward and backward, the most.
+    host_ms: the host's time to launch it, which is hidden while the host is ahead of the GPU, as it was here. refused:
+    why a variant was not timed. gib: the most that one rank receives in a forward and backward.
     """
 
     case: str
@@ -133,9 +133,9 @@ def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device
 class _GpuRing(ProcessRing):
     """A rank of the case's ring on this GPU; `received` adds up bytes.
 
-    Where there are fewer GPUs than ranks, every GPU plays the same one, the middle rank, and receives from the GPU
-    before it all that this rank would, which that GPU sends from memory of its own. So kernels, waits, the number of
-    messages received and their bytes are those of the larger ring, on real links; as much is sent as is received.
+    If there are fewer GPUs than ranks, every GPU runs the work of the middle rank. It receives from the previous GPU
+    all that this rank would receive. So kernels, waits, messages received and their bytes are those of the larger ring,
+    on real links; each GPU sends as much as it receives.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class _GpuRing(ProcessRing):
 
 
 def _torch_passes(case: RingCase, inputs: tuple[Tensor, ...], backend: str, group: dist.ProcessGroup) -> Passes:
-    """PyTorch's ring on one of its kernels, whose shards are dealt as it deals them: head and tail."""
+    """PyTorch's ring on one of its kernels, with its own layout: head and tail."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.experimental import context_parallel
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -205,7 +205,7 @@ def _in_turns(
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Milliseconds by variant and direction, of GPU and host: medians of runs that begin on all GPUs at once.
 
-    Before a run GPUs multiply matrices for as long as the host takes to launch it, as in `timing`.
+    Before each run, GPUs multiply matrices for as long as the host takes to launch it, as in `timing`.
     """
     runs = {f"{d} {name}": run for name, both in variants.items() for d, run in zip(DIRECTIONS, both, strict=True)}
     estimates = torch.zeros(2, len(runs), device=device, dtype=torch.float64)
@@ -250,7 +250,7 @@ def _in_turns(
 
 
 def _together(device: torch.device) -> None:
-    """Have this GPU wait for all others; the host goes on."""
+    """Have this GPU wait for all others; the host does not wait."""
     dist.all_reduce(torch.zeros(1, device=device))
 
 
@@ -263,7 +263,7 @@ def profiled(
     """What each GPU ran in a forward and in a backward, by direction; on every rank, all of it.
 
     Seconds from a common start. `hop` is the stream: 0 and 1 of compute, -1 of transfers. A process that has been
-    profiled launches more slowly for the rest of its life: time first.
+    profiled launches more slowly from then on: time first.
     """
     ours = passes(case.inputs(dtype, device), case.plan(_GpuRing(case, group, device)), kernel)
     found: dict[str, list[Span]] = {}
@@ -271,8 +271,8 @@ def profiled(
         for _ in range(2):
             run()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            # The host gets ahead, though the profiler takes half a millisecond a launch of it: what is drawn is what
-            # GPUs wait for.
+            # The host gets ahead, although the profiler costs it half a millisecond per launch: gaps in the picture are
+            # then the GPUs' own.
             torch.cuda._sleep(10 * HEAD_START_CYCLES)
             _together(device)
             run()
@@ -285,7 +285,7 @@ def profiled(
 
 
 def _spans(events: Iterable[Any], rank: int) -> list[Span]:
-    """One rank's kernels after the first collective, which all ranks end at the same time."""
+    """One rank's kernels after the first collective, which ends on all ranks at the same time."""
     ran = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and e.duration_ns() > 0]
     start = min(e.start_ns() + e.duration_ns() for e in ran if "AllReduce" in e.name())
     streams = sorted({e.device_resource_id() for e in ran if _attention(e.name())})
@@ -308,7 +308,7 @@ def _attention(name: str) -> bool:
 
 
 def hidden(spans: Sequence[Span]) -> float:
-    """Of the time in which transfers ran, the part in which their rank's attention kernels ran too; the least."""
+    """The share of the transfers' time in which their rank's attention kernels also ran; the least of all ranks."""
     return min((_hidden([s for s in spans if s.rank == rank]) for rank in {s.rank for s in spans}), default=1.0)
 
 
@@ -334,7 +334,7 @@ def _union(stretches: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def table(found: Between, header: bool) -> str:
-    """A line a variant: efficiency of the slowest rank, milliseconds; then what travelled and what hid it."""
+    """A line per variant: efficiency of the slowest rank, milliseconds; then the bytes received."""
     lines = []
     if header:
         lines.append(_line("case", "variant", [*DIRECTIONS, "both", "ms fwd + bwd", "host, ms"]))
@@ -345,7 +345,7 @@ def table(found: Between, header: bool) -> str:
             cells.append(" + ".join(f"{took[d]:.2f}" for d in DIRECTIONS))
         lines.append(_line(found.case, name, cells))
     lines += [f"{found.case:<26} {name:<30} not timed: {why}" for name, why in found.refused.items()]
-    lines.append(f"{'':<26} a rank receives {found.gib:.3f} GiB at most")
+    lines.append(f"{'':<26} each rank receives at most {found.gib:.3f} GiB")
     return "\n".join(line.rstrip() for line in lines)
 
 

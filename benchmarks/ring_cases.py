@@ -1,4 +1,4 @@
-"""What the three parts of benchmarks/ring.py share: a case with ranks and a layout, a ring run whole, kernels wrapped.
+"""What the modes of benchmarks/ring.py share: a case with ranks and a layout, a whole ring, wrapped kernels.
 
 >>> case = RingCase.of("128k", 8, "packed")
 >>> str(case), len(case.documents()), sum(case.documents())
@@ -44,7 +44,7 @@ class RingCase(Case):
         dim: int = 128,
         **rest,
     ) -> RingCase:
-        """One sequence of so many tokens ("128k" is 131072) and (query, KV) heads."""
+        """One sequence of `length` tokens ("128k" is 131072) and (query, KV) heads."""
         if isinstance(length, str):
             length = int(length.removesuffix("k")) * (1024 if length.endswith("k") else 1)
         return cls(1, *heads, length, dim, kind, ranks=ranks, **rest)
@@ -59,7 +59,7 @@ class RingCase(Case):
         return AttentionPlan(mask, Layout.of(self.layout, mask, self.ranks), ring)
 
     def whole(self) -> RingCase:
-        """The causal case of this shape on one rank, whose speed a share of this case is held to."""
+        """The causal case of this shape on one rank, the reference for the speed of this one."""
         return replace(self, kind="causal", window=0, ranks=1, layout="contiguous")
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class RingCase(Case):
 
 
 def lognormal_lengths(count: int, total: int) -> list[int]:
-    """Tokens of `count` documents that fill `total`: log-lengths normal with deviation 1, always the same draw."""
+    """Tokens of `count` documents that fill `total`: log-lengths normal with deviation 1, from a fixed seed."""
     if count > total:
         raise ValueError(f"{count} documents of 1 token or more do not fit {total} tokens")
     drawn = torch.randn(count, generator=torch.Generator().manual_seed(0)).double().exp()
@@ -78,13 +78,13 @@ def lognormal_lengths(count: int, total: int) -> list[int]:
 
 
 class Noise:
-    """Random numbers to copy from, made once."""
+    """Random numbers to copy from, generated once."""
 
     def __init__(self) -> None:
         self._made: dict[torch.dtype, Tensor] = {}
 
     def like(self, x: Tensor) -> Tensor:
-        """As many as x has, in its shape and dtype, on its device."""
+        """Random numbers in the shape and dtype of x, on its device."""
         made = self._made.get(x.dtype)
         if made is None or len(made) < x.numel():
             made = self._made[x.dtype] = torch.randn(x.numel(), dtype=x.dtype, device=x.device)
@@ -92,7 +92,7 @@ class Noise:
 
 
 def passes(inputs: tuple[Tensor, ...], plan: AttentionPlan, kernel: str = "auto") -> Passes:
-    """The local ranks' forward, and their backward alone, as functions to be called again and again."""
+    """The local ranks' forward, and their backward alone, as functions that can be called repeatedly."""
     *leaves, dout = (plan.shard(x.detach()) for x in inputs)
     q, k, v = (x.requires_grad_() for x in leaves)
     attend = functools.partial(ring_attention, q, k, v, plan, kernel=kernel)
@@ -108,7 +108,7 @@ def whole_ring(inputs: tuple[Tensor, ...], plan: AttentionPlan, kernel: str = "a
 
 @contextmanager
 def kernels_wrapped(wrap: Callable[[Kernel], Kernel]) -> Iterator[None]:
-    """While entered, ring_attention runs wrap(kernel) in the place of the kernel it selects."""
+    """While entered, ring_attention runs wrap(kernel) instead of the kernel it selects."""
     select = kernels.select
     with mock.patch.object(kernels, "select", lambda *args, **options: wrap(select(*args, **options))):
         yield

@@ -1,6 +1,6 @@
-"""Error against ring size: what precision costs where partial results and gradients meet.
+"""Error against ring size: what it costs in precision to merge partial results and send gradients in 16 bits.
 
-The same kernel in four rings, the first ringflash's own, the others emulated by rounding to 16 bits what they would:
+The same kernel runs in four rings. The first is ringflash's own; the others are emulated by rounding to 16 bits:
 
 | name | what is rounded |
 |---|---|
@@ -32,7 +32,7 @@ GROWTH = 1.3  # what the error may grow by from 1 rank to any other number and s
 
 
 def blocks_rounded(kernel: Kernel) -> Kernel:
-    """The kernel as one that gives each block's output in the inputs' dtype, merged in fp32 outside it."""
+    """The kernel with each block's output in the inputs' dtype, merged in fp32 outside it."""
 
     def forward(q: Tensor, *args, carry: Partial | None, out: Tensor | None, **options) -> Partial:
         block = kernel.forward(q, *args, carry=None, out=torch.empty_like(q), **options)
@@ -43,7 +43,7 @@ def blocks_rounded(kernel: Kernel) -> Kernel:
 
 
 def state_rounded(kernel: Kernel) -> Kernel:
-    """The kernel with a running output that holds no more than the inputs' dtype does."""
+    """The kernel with a running output rounded to the inputs' dtype."""
 
     def forward(q: Tensor, *args, **options) -> Partial:
         state = kernel.forward(q, *args, **options)
@@ -57,7 +57,7 @@ class GradientsRounded(Loopback):
     """A ring that sends fp32 as bf16."""
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
-        """As Loopback, fp32 rounded on the way."""
+        """As Loopback, with fp32 messages rounded."""
         rounded = [dataclasses.replace(message, tensor=_sent(message.tensor)) for message in outgoing]
         return super().exchange(rounded, incoming, context)
 
@@ -110,7 +110,7 @@ def growth(found: list[Found], ring: str) -> dict[str, float]:
 
 
 def wrong(found: list[Found], bound: dict[str, float]) -> list[str]:
-    """In words, what of ours is beyond the bound or grows with the ring; empty where all is well."""
+    """Which errors of ringflash exceed the bound or grow with the ring, in words."""
     over = [
         f"{name} {row.errors[name]:.1e} > {bound[name]:.1e} at {row.ranks} ranks"
         for row in found
@@ -123,7 +123,7 @@ def wrong(found: list[Found], bound: dict[str, float]) -> list[str]:
 
 
 def table(found: list[Found], bound: dict[str, float]) -> str:
-    """A line a ring and tensor, a column a size."""
+    """A line per ring and tensor, a column per size."""
     sizes = sorted({row.ranks for row in found})
     lines = [f"{'ring':<18} {'of':<4}" + "".join(f"{f'{n} ranks':>10}" for n in sizes) + f"{'grows':>8}{'bound':>10}"]
     lines.append("-" * len(lines[0]))
@@ -136,7 +136,7 @@ def table(found: list[Found], bound: dict[str, float]) -> str:
 
 
 def draw(path: Path, found: list[Found], bound: dict[str, float], title: str) -> None:
-    """Error against ring size: a panel a tensor, a line a ring."""
+    """Error against ring size: a panel per tensor, a line per ring."""
     from matplotlib.figure import Figure
 
     sizes = sorted({row.ranks for row in found})

@@ -1,7 +1,7 @@
-"""What ring_attention does on each rank, written down: kernel launches, messages and waits, in order.
+"""A record of what ring_attention does on each rank: kernel launches, messages and waits, in order.
 
-ring_attention itself runs, on a ring and a kernel that only note what they are asked. So whatever its code does first
-is first here too. Heads are one number wide, so a million tokens take megabytes; bytes are counted at the true width.
+ring_attention itself runs, on a ring and a kernel that only note what is asked of them. So the order is that of its
+code. Heads have size 1, so that a million tokens take megabytes; bytes are counted at the true size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Messages set off together: bytes by destination and by source; kind "keys" or "gradients"."""
+    """Messages posted together: bytes by destination and by source; kind "keys" or "gradients"."""
 
     outgoing: dict[int, int]
     incoming: dict[int, int]
@@ -40,7 +40,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Wait:
-    """The pass's exchange of this number must be over."""
+    """The exchange with this number in the pass must be complete."""
 
     exchange: int
 
@@ -50,7 +50,7 @@ Records = list[list[Event]]  # of all ranks, in one pass
 
 
 class Recorder:
-    """A ring with one rank of `size` that delivers nothing and writes down what is asked; `width` scales bytes."""
+    """A ring with one rank of `size` that delivers nothing and notes what is asked; `width` scales bytes."""
 
     def __init__(self, size: int, rank: int, width: int) -> None:
         self.size = size
@@ -77,7 +77,7 @@ class Recorder:
         return _Awaited(self, self._exchanges - 1)
 
     def taken(self) -> list[Event]:
-        """The events so far; the next pass begins anew."""
+        """The events so far, which are then forgotten."""
         events, self.events, self._exchanges = self.events, [], 0
         return events
 

@@ -1,12 +1,12 @@
-"""One rank's share of a ring, timed on one device: everything that ring_attention does but waiting for transfers.
+"""One rank's share of a ring, timed on one device: everything that ring_attention does except waiting for transfers.
 
     efficiency = (one call over the whole causal sequence, same kernel) x (pairs of the case / pairs of that) / ranks
                  ------------------------------------------------------------------------------------------------
                                                   the rank's own time
 
-so 1 is a ring that adds nothing to its kernels and gives every rank the same work. The rank's time is that of the very
-code which training runs, on a ring object that delivers nothing: carry, accumulation in fp32, zeroing, delta, the
-gradients' return and the conversion to the inputs' dtype are in it.
+1 is a ring that adds nothing to its kernels and gives every rank the same work. The rank runs the code that training
+runs, on a ring object that delivers nothing. Its time includes carry, accumulation in fp32, zeroing, delta, the
+gradients' return and the conversion to the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PEERS: dict[tuple[int, int, str], dict[str, tuple[float | None, ...]]] = {
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a rank receives: there once the copies before this event are done."""
+    """A finished receive: complete once the copies before this event are done."""
 
     event: torch.cuda.Event | None
 
@@ -69,11 +69,11 @@ class Arrival:
 
 
 class OneRank:
-    """A rank of a ring of `size` without the others: what it would receive is random, and there at once.
+    """A rank of a ring of `size` without the others: what it would receive is random and arrives at once.
 
-    Nothing is to be timed on what happens to be in memory (zeros draw less power, so a GPU clocks higher). So messages
-    arrive in buffers that are kept from pass to pass and begin as random numbers. Of a buffer a pass may clear what its
-    first message leaves as it is: where later ones come there, random numbers are copied, as a transfer would.
+    The contents of memory must not change the time: zeros draw less power, so a GPU clocks higher. So messages arrive
+    in buffers that are reused from pass to pass and begin as random numbers. A pass may clear the part of a buffer that
+    its first message leaves unwritten. Where later messages arrive there, random numbers are copied in.
     """
 
     def __init__(self, size: int, rank: int, device: torch.device | str = "cpu") -> None:
@@ -125,11 +125,11 @@ def _address(x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """What some ranks of a case took.
+    """Times of some ranks of a case.
 
     status: "timed", "WRONG" or "failed", and then the reason. errors: of the small ring against float64, by tensor.
-    whole, ranks: times of one call over the whole causal sequence, and of each rank, by direction. share_ms: what a
-    perfect ring's rank would take. busiest: pairs of the rank that has most over the mean. ns_per_million_pairs: of the
+    whole, ranks: times of one call over the whole causal sequence, and of each rank, by direction. share_ms: the time
+    of a rank in a perfect ring. busiest: pairs of the rank that has most over the mean. ns_per_million_pairs: of the
     whole call, of one query head.
     """
 
@@ -252,7 +252,7 @@ def copy_engine_of(case: RingCase) -> dict[str, tuple[float | None, ...]]:
 
 
 def table(case: RingCase, share: Share, header: bool) -> str:
-    """A line for the slowest rank, one for the mean, and one a peer."""
+    """A line for the slowest rank, one for the mean, and one per peer."""
     lines = []
     if header:
         lines.append(_line("case", "ring", "rank", ["forward", "backward", "both", "busiest", "ms fwd + bwd"]))

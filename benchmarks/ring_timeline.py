@@ -1,17 +1,17 @@
 """Where a ring of N GPUs would wait: one layer's attention, predicted hop by hop on every rank.
 
-What every rank computes, sends and waits for, and in which order, is recorded from ring_attention itself
+What every rank computes, sends and waits for, in which order, is recorded from ring_attention itself
 (benchmarks/ring_record.py). `simulate` plays the records of all ranks:
 
-- a rank's kernels run one after another, at a given time a pair; nothing else it does takes time (packed documents
-  take some 30 percent more, for tiles that are short or masked in part: docs/kernels.md)
-- its exchanges run one after another on a stream of their own (as on GPUs); a message sets off when both
-  its ranks have got to it, which is after all kernels that they launched before it
-- a rank's link carries its outgoing bytes at the given speed and, beside them, its incoming bytes at the same speed
-- a kernel starts when the transfers that its rank waited for are there
+- A rank's kernels run one after another, at a given time per pair. Nothing else it does takes time. Packed documents
+  take some 30 percent more than predicted, for tiles that are short or partly masked.
+- Its exchanges run one after another on a stream of their own, as on GPUs. A message starts when both of its ranks have
+  reached it, after all kernels that they launched before it.
+- A rank's link carries its outgoing and its incoming bytes at the same time, each at the given speed.
+- A kernel starts when the transfers that its rank waited for are complete.
 
-A rank that waits while its own link is busy waits for the link, which a faster one would mend; otherwise it waits for a
-rank that is behind, which a better layout would mend.
+A rank that waits while its own link is busy waits for the link, which a faster link would mend. Otherwise it waits for
+a rank that is behind, which a better layout would mend.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks.ring_cases import RingCase
 from benchmarks.ring_record import Event, Exchange, Records, Wait, record
 
-# What is drawn, in the order of the legend.
+# Kinds of spans, in the order of the legend.
 COLOURS = {
     "compute": "#4477aa",
     "keys": "#66aa77",
@@ -37,7 +37,7 @@ WAITS = ("wait for the link", "wait for a rank")
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds a (query, key) pair of one query head, forward and backward, and bytes a second of a link, each way."""
+    """Seconds per (query, key) pair of one query head, forward and backward; bytes per second of a link, each way."""
 
     forward: float
     backward: float
@@ -45,13 +45,13 @@ class Speed:
 
     @classmethod
     def of(cls, forward_tflops: float, backward_tflops: float, head_dim: int, gbps: float) -> Speed:
-        """From kernel speed in TFLOP/s, 4 D operations a pair forward and 10 D backward, and GB/s."""
+        """From kernel speed in TFLOP/s, at 4 D operations per pair forward and 10 D backward, and GB/s."""
         return cls(4 * head_dim / forward_tflops / 1e12, 10 * head_dim / backward_tflops / 1e12, gbps * 1e9)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something on a rank's stream, in seconds. hop: of a compute span, otherwise -1."""
+    """Something that a rank's GPU or link does, in seconds. hop: of a compute span, otherwise -1."""
 
     rank: int
     kind: str
@@ -210,7 +210,7 @@ def predict(
 
 
 def sufficient_link(case: RingCase, speed: Speed, records: tuple[Records, Records]) -> float:
-    """The least link speed, in bytes a second to 1 percent, that costs less than 1 percent of the time."""
+    """The least link speed, in bytes per second within 1 percent, that costs less than 1 percent of the time."""
     bound = 1.01 * predict(case, dataclasses.replace(speed, link=float("inf")), records).seconds
     low, high = 1e6, 1e15
     while high > 1.01 * low:
@@ -236,7 +236,7 @@ def heading(timeline: Timeline) -> str:
 
 
 def table(timeline: Timeline) -> str:
-    """A line a rank: milliseconds by what they go into, and GB sent."""
+    """A line per rank: milliseconds by what they are spent on, and GB sent."""
     columns = ("compute", *WAITS)
     lines = [f"{'rank':>4} " + "".join(f"{name + ', ms':>24}" for name in (*columns, "done")) + f"{'GB sent':>10}"]
     lines.append("-" * len(lines[0]))
@@ -249,7 +249,7 @@ def table(timeline: Timeline) -> str:
 
 
 def draw(path: Path, timeline: Timeline, subtitle: str) -> None:
-    """Two streams a rank, compute above transfer, forward on the left and backward on the right, to one scale."""
+    """Two rows per rank, compute above transfer; forward on the left and backward on the right, to one scale."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

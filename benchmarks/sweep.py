@@ -1,10 +1,10 @@
-"""The portable kernels' tile sizes: all that fit, timed in turns, best first.
+"""Tile sizes of the portable kernels: all that fit, timed in turns, best first.
 
     python benchmarks/attention.py --sweep forward
 
-The forward is timed alone; dq and dkdv within the whole backward, the other of the two as its table has it, so their
-differences are right and their speeds are the backward's. Each variant's result is compared with the table's choice.
-Variants are compiled beforehand in several processes, into Triton's cache on disk.
+The forward is timed alone. dq and dkdv are timed within the whole backward, where the other of the two keeps the tuning
+of its table: differences are theirs, speeds are the backward's. Each variant's result is compared with that of the
+table's choice. Variants are compiled beforehand in several processes, into Triton's cache on disk.
 """
 
 from __future__ import annotations

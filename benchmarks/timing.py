@@ -1,12 +1,13 @@
-"""Times of several variants, taken in turns.
+"""Times of several variants, measured in turns.
 
-A GPU at its power limit slows down by 10 to 20 percent, and so does the next thing it runs. So the variants take
-turns, in an order that is shuffled in every round (fixed seed), one that is short several times in a row, so that all
-meet a card that is as warm. Each is described by the median of its runs and their 20th and 80th percentile. On a GPU
-the time is between CUDA events on the stream, and the whole queue is sent without waiting: the host's work hides behind
-the GPU's. A run that the host takes long to launch is preceded by matrix products of that length: the GPU then neither
-waits for the host nor cools down. Products heat it more than attention does, and what follows them runs slower: where a
-run is short and hosts take long, time its `Graph`.
+A GPU at its power limit slows down by 10 to 20 percent, and so does whatever runs next. So the variants take turns, in
+an order that is shuffled each round (fixed seed); a short variant runs several times in a row. All then run on an
+equally warm card. Each is described by the median of its runs and their 20th and 80th percentile.
+
+On a GPU the time is between CUDA events on the stream, and the whole queue is launched without waiting, so the host's
+work is hidden behind the GPU's. A run that takes the host long to launch is preceded by matrix products of that length:
+the GPU then neither waits for the host nor cools down. Matrix products heat the card more than attention does, so what
+follows them runs slower. Where a run is short and the host slow, time its `Graph`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ HEAD_START_CYCLES = 20_000_000  # about 10 ms in which the host gets ahead of th
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: median, 20th and 80th percentile, how many runs they are of, and the host's, to launch one."""
+    """Milliseconds: median, 20th and 80th percentile, the number of runs, and the host's time to launch one."""
 
     ms: float
     p20: float
@@ -36,7 +37,7 @@ class Timing:
 
     @classmethod
     def of(cls, times: list[float], host_ms: float = 0.0) -> Timing:
-        """What describes these milliseconds."""
+        """Statistics of these milliseconds."""
         ordered = sorted(times)
 
         def at(fraction: float) -> float:
@@ -48,7 +49,7 @@ class Timing:
 def interleaved(
     variants: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
 ) -> dict[str, Timing | Exception]:
-    """Each variant's times, from about `seconds` of measuring a variant; or what it raised instead.
+    """Each variant's times, from about `seconds` of measuring per variant; or what it raised instead.
 
     Each runs twice untimed, then once to see how many rounds fit, and how often each runs in one.
     """
@@ -75,7 +76,7 @@ def interleaved(
 
 
 def in_turns(estimates: Mapping[str, float], seconds: float) -> list[str]:
-    """Who runs when: rounds of all variants, of estimated seconds, for about `seconds` each; the same on all ranks."""
+    """The order of runs: rounds of all variants, for about `seconds` per variant; the same on all ranks."""
     longest = max(estimates.values())
     repeats = {name: max(1, min(REPEATS, int(longest / max(took, 1e-9)))) for name, took in estimates.items()}
     a_round = sum(took * repeats[name] for name, took in estimates.items())
@@ -97,7 +98,7 @@ def _launching(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _gpu_times(runs: list[tuple[Callable[[], object], float]], device: torch.device) -> list[float]:
-    """Milliseconds of each run; with each, the host's to launch it."""
+    """Milliseconds of each run. With each run comes the time that the host takes to launch it."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
     keep_busy = matrix_products(device)
     torch.cuda.synchronize(device)
@@ -112,7 +113,7 @@ def _gpu_times(runs: list[tuple[Callable[[], object], float]], device: torch.dev
 
 
 def matrix_products(device: torch.device) -> Callable[[float], None]:
-    """A function that queues so many milliseconds of matrix products, in steps of about one and a half."""
+    """A function that queues the given milliseconds of matrix products, in steps of about 1.5 ms."""
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
     out = torch.empty_like(a)
 
@@ -125,7 +126,7 @@ def matrix_products(device: torch.device) -> Callable[[float], None]:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """A stream on which what is launched while entered is queued, after what the current one has."""
+    """A stream that receives what is launched while entered, after what the current stream has queued."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -134,14 +135,14 @@ def side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
 
 @dataclass(frozen=True)
 class Graph:
-    """What a run launches, recorded: the GPU does the same again, and the host launches it all at once."""
+    """A run as a CUDA graph: the host launches all of it at once."""
 
     run: Callable[[], object]  # which holds the memory
     recorded: torch.cuda.CUDAGraph
 
     @classmethod
     def of(cls, run: Callable[[], object], stream: torch.cuda.Stream) -> Graph:
-        """Record a run whose memory and work belong to that side stream. It runs once before, and compiles."""
+        """Record a run whose memory and work belong to that side stream, after one run that compiles."""
         run()
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded, stream=stream):
