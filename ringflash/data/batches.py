@@ -71,7 +71,7 @@ def stream(
 ) -> Generator[tuple[Any, dict[str, int]]]:
     """Endless (prepare(batch), state) from `start_step` on, made ahead in a thread.
 
-    state = {"seed", "step"} is JSON and says where to go on *after* its batch:
+    state = {"seed", "step"} is JSON and names the step *after* its batch:
     `stream(..., seed=state["seed"], start_step=state["step"])` continues as if there had been no interruption.
 
     An error in the thread is raised here. Closing the iterator (or dropping it) ends the thread.

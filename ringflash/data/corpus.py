@@ -63,7 +63,7 @@ class TokenCorpus:
 def load_corpus(config: DataConfig, *, verify: bool = True) -> tuple[TokenCorpus, TokenCorpus]:
     """The training and the held-out documents of `config`, tokenised first if they are not in the cache.
 
-    The split depends on `config.seed`, `config.held_out` and the number of documents alone. verify: compare the cached
+    The split depends only on `config.seed`, `config.held_out` and the number of documents. verify: compare the cached
     tokens with their digest, which reads them all; one process per machine is enough. Raises ConfigError for input that
     cannot be used, or for too few documents to hold one out.
     """

@@ -60,10 +60,10 @@ class DataConfig:
     """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields."""
 
     tokenizer: str = "bytes"
-    """"bytes" (ByT5: a token a byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
+    """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
 
     cache: str = "runs/.cache"
-    """Folder for tokenised text, 2 or 4 bytes a token; entries may be deleted at any time between runs."""
+    """Folder for tokenised text, 2 or 4 bytes per token; entries may be deleted at any time between runs."""
 
     held_out: float = 0.05
     """Fraction of the documents kept apart for evaluation, at least one document; 0 keeps none, and nothing is
@@ -208,7 +208,7 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A name for all that decides the tokens. st_ctime tells a change that left size and st_mtime alone."""
+    """A name for all that decides the tokens. st_ctime tells a change that left size and st_mtime as they were."""
     stats = []
     for file, form in sources:
         stat = file.stat()

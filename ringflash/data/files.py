@@ -49,7 +49,7 @@ def search(folder: Path, patterns: Iterable[str]) -> Matches:
     seen = {(os.path.realpath(folder), start)}
     while queue:
         directory, real_directory, state = queue.popleft()
-        for entry in _listed(directory):
+        for entry in _entries(directory):
             below = _below(state, entry.name)
             file = directory / entry.name
             real = os.path.realpath(file) if entry.is_symlink() else os.path.join(real_directory, entry.name)
@@ -76,9 +76,9 @@ def is_below(pattern: str) -> bool:
 def suffixes(files: Iterable[Path]) -> str:
     """How many files have which suffix, "12 .TXT, 3 .pdf, 1 without a suffix"; the most frequent first."""
     counts = Counter(file.suffix or "without a suffix" for file in files).most_common()
-    told = [f"{count} {printable(suffix)}" for suffix, count in counts[:KINDS]]
+    listed = [f"{count} {printable(suffix)}" for suffix, count in counts[:KINDS]]
     rest = sum(count for _, count in counts[KINDS:])
-    return ", ".join([*told, *([f"{rest} with others"] if rest else [])])
+    return ", ".join([*listed, *([f"{rest} with others"] if rest else [])])
 
 
 def printable(name: str) -> str:
@@ -86,7 +86,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _listed(directory: Path) -> Iterator[os.DirEntry[str]]:
+def _entries(directory: Path) -> Iterator[os.DirEntry[str]]:
     if not os.access(directory, os.R_OK | os.X_OK):
         raise ConfigError(f"{directory} cannot be listed: permission denied; data.files may leave it out")
     try:

@@ -189,8 +189,8 @@ def _csv(file: Path, field: str, delimiter: str = ",") -> Found:
             yield where, row[column] if row else ""
     except csv.Error as error:
         lone = "a carriage return without a line feed stands outside of quotes"
-        words = lone if str(error).startswith("new-line character") else str(error)
-        raise ConfigError(f"{file} line {rows.line_num} is not CSV: {words}") from error
+        message = lone if str(error).startswith("new-line character") else str(error)
+        raise ConfigError(f"{file} line {rows.line_num} is not CSV: {message}") from error
 
 
 def _tsv(file: Path, field: str) -> Found:

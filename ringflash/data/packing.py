@@ -1,8 +1,8 @@
 """Packing: sequence number `index` of an endless stream, as a pure function of (corpus, seed, index, length).
 
 In every epoch the documents are put in an order drawn from (seed, epoch), laid end to end and cut every `length`
-tokens. A cut makes documents of their own of the pieces; the last tokens of an epoch, fewer than `length`, are left
-out of it. Three documents of 5, 4 and 6 tokens at length 4:
+tokens. The pieces of a cut document are documents of their own. The last tokens of an epoch, fewer than `length`,
+are left out. Three documents of 5, 4 and 6 tokens at length 4:
 
     epoch 0    a a a a a b b b b c c c c c c
     index      |0      |1      |2      |

@@ -24,7 +24,7 @@ def scratch_folder(cache: Path, name: str) -> Iterator[Path]:
     cache.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
     with contextlib.ExitStack() as held:
-        with _locked(cache, wait=True):  # nobody looks for abandoned folders between this one's making and its lock
+        with _locked(cache, wait=True):  # so that no builder finds the new folder before it is locked
             _delete_abandoned(cache, host)
             made = tempfile.TemporaryDirectory(
                 dir=cache, prefix=f"{name}.unfinished-{host}-", ignore_cleanup_errors=True

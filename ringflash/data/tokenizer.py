@@ -31,7 +31,7 @@ Encoder = Callable[[list[str]], list[np.ndarray]]  # texts to tokens of one docu
 
 def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `config.tokenizer`. Raises ConfigError if its folder is missing or holds none with an end."""
-    from transformers import AutoTokenizer, ByT5Tokenizer  # slow to import: only when text is at hand
+    from transformers import AutoTokenizer, ByT5Tokenizer  # slow to import, so only where text is tokenised
 
     name = config.tokenizer
     if name == "bytes":
@@ -40,7 +40,7 @@ def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
     if not os.path.isdir(folder):  # pathlib raises for a name that is too long
         raise ConfigError(f"data.tokenizer={name} is neither bytes nor a folder that exists")
     try:
-        # trust_remote_code=None would ask at the terminal, and wait for an answer
+        # trust_remote_code=None would ask at the terminal
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and tokenizers' bare Exception
         raise ConfigError(
@@ -56,7 +56,7 @@ def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many token ids a tokenizer may give: the highest, and 1."""
+    """The highest token id that a tokenizer may give, plus 1."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
@@ -141,7 +141,7 @@ def _text_only(tokenizer: Any, name: str) -> Tokenizer:
     if tokenizer.eos_token in characters:
         raise ConfigError(
             f"data.tokenizer={name} has eos_token={tokenizer.eos_token!r}, which is ordinary text of its vocabulary: "
-            f"the end of a document could not be told from it; give the tokenizer an eos_token that is no text"
+            f"the end of a document would look like text; give the tokenizer an eos_token that is no text"
         )
     names = {token: UNSPELLABLE + token for token in special - characters}
     _rename(model, names)

@@ -1,7 +1,7 @@
 """Architecture: what no model can have in its configuration.
 
 transformers takes most values as they are: num_hidden_layers=-1 gives a model without layers, vocab_size=0 fails inside
-torch, and a billion layers never come to an end. Here they are refused before anything is built.
+torch, and a billion layers take days to build. Here they are refused before anything is built.
 """
 
 from __future__ import annotations
@@ -62,23 +62,23 @@ def token_refusal(settings: Mapping[str, Any], vocab_size: int) -> str | None:
     return None
 
 
-def words_of(error: Exception) -> str:
-    """The words of another library's error, in one line."""
-    words = in_one_line(error)
-    return f"KeyError: {words}" if isinstance(error, KeyError) else words[:400]
+def message_of(error: Exception) -> str:
+    """The message of another library's error, in one line."""
+    message = in_one_line(error)
+    return f"KeyError: {message}" if isinstance(error, KeyError) else message[:400]
 
 
 def refused(where: str, error: Exception, settings: dict[str, Any]) -> str:
     """What transformers refuses of a configuration, as "<where>FIELD=VALUE must be ..." if it says which field."""
-    words = re.sub(r"^.* error for (field|validator) '\w+': \w+Error: ", "", words_of(error))
-    if field := re.match(r"Field '(\w+)' ", words):
-        kinds = " or ".join(re.findall(r"expected (?:an? )?([\w\[\]]+), got", words)).replace("NoneType", "null")
+    message = re.sub(r"^.* error for (field|validator) '\w+': \w+Error: ", "", message_of(error))
+    if field := re.match(r"Field '(\w+)' ", message):
+        kinds = " or ".join(re.findall(r"expected (?:an? )?([\w\[\]]+), got", message)).replace("NoneType", "null")
         return f"{where}{field[1]}={settings.get(field[1])!r} must be {kinds}"
-    if sizes := re.match(r"The hidden size \((\d+)\) is not a multiple of the number of .* \((\d+)\)", words):
+    if sizes := re.match(r"The hidden size \((\d+)\) is not a multiple of the number of .* \((\d+)\)", message):
         return f"{where}hidden_size={sizes[1]} is not a multiple of num_attention_heads={sizes[2]}"
-    if lacking := re.match(r"KeyError: .Missing required keys in `(\w+)` for .*?: \{(.*)\}", words):
+    if lacking := re.match(r"KeyError: .Missing required keys in `(\w+)` for .*?: \{(.*)\}", message):
         return f"{where}{lacking[1]}={settings.get(lacking[1])} lacks {lacking[2]}"
-    return f"{where.rstrip('. ')} is refused by transformers: {words}"
+    return f"{where.rstrip('. ')} is refused by transformers: {message}"
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-@torch.compiler.disable  # a compiled model runs it as it is, between graphs: streams and exchanges are part of none
+@torch.compiler.disable  # streams and exchanges cannot be part of a compiled graph
 def ring_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -66,7 +66,7 @@ def ring_attention_forward(
     if sliding_window is not None:
         plan = plan.window(tokens("sliding_window", sliding_window, least=1) - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:  # rotated in fp32, projected not
+    if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:  # RoPE gives fp32
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
     out = ring_attention(
         q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel, deterministic=deterministic,
@@ -76,14 +76,14 @@ def ring_attention_forward(
 
 
 def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dropout: float, unknown: dict) -> None:
-    """Refuse what a layer is, or is asked for in unknown keywords, that would come out wrong on shards."""
+    """Refuse layers, and keywords of their calls, whose results would be wrong on shards."""
     config = getattr(module, "config", None)
     if config is not None and (reason := refusal(config, unknown.pop("output_router_logits", None))) is not None:
         raise ValueError(f"config.{reason}")
     if not getattr(module, "is_causal", True):
         raise ValueError(BIDIRECTIONAL)
     if attention_mask is not None and not isinstance(attention_mask, RingMask):
-        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: plan says who sees whom")
+        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: the plan is the mask")
     if dropout:
         raise ValueError(f"attention_dropout={dropout} is not supported by ring attention; set it to 0")
     refused = {name: value for name, value in unknown.items() if name not in _HARMLESS and value is not None}
@@ -91,19 +91,19 @@ def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dr
         raise ValueError("labels went to a model that makes no loss of them: call it without labels")
     if refused:
         name, value = next(iter(refused.items()))
-        told = [*value.shape] if isinstance(value, Tensor) else f"{value!r:.100}"
-        raise ValueError(f"{name}={told} is not supported by ring attention: it may change who sees whom")
+        shown = [*value.shape] if isinstance(value, Tensor) else f"{value!r:.100}"
+        raise ValueError(f"{name}={shown} is not supported by ring attention: it may change the mask")
     if unknown.get("output_attentions"):
         raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
 
 
 def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
-    """Refuse positions that are neither the sequence's nor a document's own, such as those that transformers makes up
-    for lack of any, counted from 0 on every shard.
+    """Refuse positions that are neither the sequence's nor a document's own.
 
-    On a GPU the comparison is left to the device, which stops the program: nothing waits for it here.
+    transformers' default is one of these: it counts from 0 on every shard. On a GPU the device compares and stops the
+    program; the host does not wait.
     """
-    told = "position_ids must count from the beginning of each document (plan.position_ids) or of the sequence"
+    message = "position_ids must count from the beginning of each document (plan.position_ids) or of the sequence"
     rows, ranks, positions = len(position_ids), len(plan.ring.local), plan.positions
     fits = rows == 1 or (rows % ranks == 0 and plan.batch in (1, rows // ranks))
     if not fits or position_ids.shape[-1] != positions.shape[-1]:
@@ -115,9 +115,9 @@ def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
     past_end = of_sequence >= plan.layout.length
     right = ((position_ids == of_sequence) | (position_ids == of_document) | past_end).all()
     if right.is_cuda:
-        torch._assert_async(right, told)
+        torch._assert_async(right, message)
     elif not right:
-        raise ValueError(told)
+        raise ValueError(message)
 
 
 def _ring_mask(
@@ -131,7 +131,7 @@ def _ring_mask(
 ) -> RingMask | None:
     """The mask that transformers gives to layers: that of ring_inputs, so that a layer off the ring refuses it.
 
-    transformers builds none. One that hides tokens is refused, since nothing here would honour it.
+    transformers builds none. One that hides tokens is refused, since ring attention would ignore it.
     """
     if config is not None and (reason := refusal(config, router_logits=False)) is not None:
         raise ValueError(f"config.{reason}")

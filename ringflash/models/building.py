@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ringflash.errors import ConfigError
-from ringflash.models.architecture import words_of
+from ringflash.models.architecture import message_of
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
 
 
@@ -29,7 +29,7 @@ def build_model(config: ModelConfig) -> PreTrainedModel:
     except ConfigError:
         raise
     except Exception as error:  # of torch and transformers, of any kind
-        raise ConfigError(f"model.architecture cannot be built: {words_of(error)}") from error
+        raise ConfigError(f"model.architecture cannot be built: {message_of(error)}") from error
 
 
 def _pretrained(path: str, hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
@@ -40,7 +40,7 @@ def _pretrained(path: str, hf_config: PreTrainedConfig, options: dict[str, Any])
             **options,
         )  # fmt: skip
     except Exception as error:  # transformers, safetensors and torch have no error in common
-        raise ConfigError(f"model.path={path} has weights that cannot be loaded: {words_of(error)}") from error
+        raise ConfigError(f"model.path={path} has weights that cannot be loaded: {message_of(error)}") from error
     model, loaded = loading
     # transformers would fill missing weights at random, and drop layers beyond config.json
     if missing := sorted(loaded["missing_keys"]):

@@ -133,7 +133,7 @@ def _check_loss(model: PreTrainedModel, mask: RingMask | None, shift_labels: Ten
             "without labels"
         )
     expected = max(1, mask.labels)
-    if isinstance(items, Tensor) and items.is_cuda:  # compared there, which ends the program: nothing waits for it
+    if isinstance(items, Tensor) and items.is_cuda:  # the device compares and stops the program; the host does not wait
         torch._assert_async((items >= expected).all(), message.format("..."))
     elif (least := int(items.min() if isinstance(items, Tensor) else items)) < expected:
         raise ValueError(message.format(least))

@@ -20,7 +20,7 @@ from ringflash import kernels
 from ringflash.errors import ConfigError
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.mask import IntervalMask
-from ringflash.models.architecture import refused, token_refusal, value_refusal, words_of
+from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.ring.cost import Heads
 
 # Architectures whose training is tested against their own sdpa attention.
@@ -127,7 +127,7 @@ def _configuration_of(path: str) -> PreTrainedConfig:
     try:
         settings = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: config.json cannot be read: {words_of(error)}") from error
+        raise ConfigError(f"model.path={path}: config.json cannot be read: {message_of(error)}") from error
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
     if model_type not in ARCHITECTURES:
         raise ConfigError(f"model.path={path}: model_type={model_type} is not one of {', '.join(ARCHITECTURES)}")
@@ -203,25 +203,25 @@ def refusal(config: PreTrainedConfig, router_logits: bool | None = None) -> str 
 
 
 def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) -> None:
-    """Raise ConfigError where sequences of `length` tokens have more positions than the model knows.
+    """Raise ConfigError where sequences of `length` tokens have more positions than the model supports.
 
     Positions count within each document, but a document may fill its sequence.
     """
-    known = known_positions(hf_config)
+    known = supported_positions(hf_config)
     if known is None or length <= known or config.extrapolate_positions:
         return
     kinds = ", ".join(rope.get("rope_type", "default") for rope in _rope_parameters(hf_config)) or "none"
     where = "model.architecture." if config.path is None else f"{config.path}/config.json: "
     raise ConfigError(
-        f"data.sequence_length={length} is more than the {known} positions that the model knows "
+        f"data.sequence_length={length} is more than the {known} positions that the model supports "
         f"({where}max_position_embeddings={hf_config.max_position_embeddings}, rope_type={kinds}): raise "
         f"max_position_embeddings (with random weights), scale rope_parameters there (linear, yarn or llama3, factor x "
         f"original_max_position_embeddings), or allow it by model.extrapolate_positions=true"
     )
 
 
-def known_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model knows: those it was made for, or what its RoPE scales them to. None: any number."""
+def supported_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model supports: its own, or what its RoPE scales them to. None: any number."""
     known = getattr(config, "max_position_embeddings", None)
     if known is None:
         return None

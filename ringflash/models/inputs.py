@@ -40,9 +40,10 @@ def ring_inputs(
 ) -> dict[str, Any]:
     """This rank's keyword arguments for a causal language model's forward, from whole sequences.
 
-    input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted; any S will do for any
-    ring. documents: token counts of packed documents that sum to S, one list or one per row (arrays and tensors of
-    integers too); no token sees or predicts another document's, and positions begin again with each.
+    input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted; S need not divide among
+    the ranks.
+    documents: token counts of packed documents that sum to S, one list or one per row (arrays and tensors of integers
+    too); no token sees or predicts another document's, and positions begin again with each.
     leading_tokens: number of tokens at each document's start that layers with a sliding window also see.
     layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", the one with the least predicted
     time for these documents and the layers of `config`; or a function that gives a mask its layout.
@@ -54,8 +55,8 @@ def ring_inputs(
     The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
 
     Every rank of the ring calls it, and by default none while another thread uses the ring. Raises ValueError or
-    TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and, for the
-    others not to wait in vain, where another rank's do not fit. Raises RuntimeError in a DataLoader's worker.
+    TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and where
+    another rank's do not fit, so that no rank waits for one that raised. Raises RuntimeError in a DataLoader's worker.
     """
     if not hasattr(ring, "exchange") or isinstance(ring, type):
         raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
@@ -125,12 +126,12 @@ def _layout(
     parts: int,
     config: PreTrainedConfig | None,
 ) -> Layout:
-    """The layout that ring_inputs was asked for; "auto" reckons with a machine as torchrun describes it."""
+    """The layout that ring_inputs was asked for; "auto" assumes the machine that torchrun describes."""
     if callable(name):
         return name(mask)
     if name not in (names := ("auto", *LAYOUT_NAMES)):
-        told = name[:100] if isinstance(name, str) else f"an object of {type(name)}"
-        raise ValueError(f"layout={told} is not one of {', '.join(names)}")
+        shown = name[:100] if isinstance(name, str) else f"an object of {type(name)}"
+        raise ValueError(f"layout={shown} is not one of {', '.join(names)}")
     if name != "auto":
         return Layout.of(name, mask, ring.size, parts)
     if config is None:
@@ -142,8 +143,8 @@ def _layout(
 
 
 def _checked_tokens(input_ids: Any, name: str, labels: Any) -> tuple[Tensor, Tensor | None]:
-    """Both as tensors. Refuses what is not [B, S], or not alike, before it is cut into shards, whose shapes would no
-    longer tell."""
+    """Both as tensors. Refuses what is not [B, S], or not alike, before shards are cut, whose shapes would hide
+    it."""
     # What torch's embedding and cross entropy take. They would refuse the rest too, but name neither argument.
     ids = _integers("input_ids", input_ids, (torch.int64, torch.int32))
     if ids.dim() != 2 or ids.numel() == 0:
@@ -166,7 +167,7 @@ def _integers(name: str, x: Any, taken: Sequence[torch.dtype]) -> Tensor:
 
 
 def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
-    """Who is in whose document. Refuses counts that leave tokens out, which would train on less than was given."""
+    """The mask of packed documents. Raises ValueError for counts that leave tokens out."""
     if documents is None:
         return IntervalMask.full(length)
     counts, alike = document_rows(documents)
@@ -184,8 +185,8 @@ def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
 def _agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
     """Refuse ranks that were given different sequences, as a sampler for data parallelism gives them.
 
-    Each would take its shard of its own, and train on a sequence that nobody wrote. checksum: of what this rank was
-    given; _REFUSED where that did not fit, of which only the others need to be told.
+    Each would shard its own, and the ring would train on a mixture of them. checksum: of what this rank was
+    given; _REFUSED where that did not fit, on which the other ranks then raise an error.
     """
     extremes = torch.stack([checksum, -checksum])
     for group in shared:

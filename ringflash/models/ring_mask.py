@@ -1,6 +1,6 @@
 """RingMask: the attention_mask of ring_inputs, which nothing but ring attention can read.
 
-A model that is not on the ring would attend within its shard alone, to other documents too, and no error would tell.
+A model that is not on the ring would attend within its shard, across documents, and nothing would report it.
 Every attention implementation but the ring's reads attention_mask, so this one raises an error when it is read:
 
     >>> mask = RingMask(shape=(1, 4), labels=3)
@@ -82,7 +82,7 @@ def _refuse(name: str) -> NoReturn:
     if name in _JOINS:
         raise ValueError(
             f"the attention_mask of ring_inputs was made longer (torch.{name}): prompt tuning, prefix tuning and "
-            f"generate add tokens or keys, of which the plan knows nothing. Use LoRA to adapt a model on the ring, and "
+            f"generate add tokens or keys, which are not in the plan. Use LoRA to adapt a model on the ring, and "
             f'load it with attn_implementation="sdpa" to generate'
         )
     raise ValueError(

@@ -236,9 +236,9 @@ def test_a_damaged_cache_is_made_again_with_a_word(tmp_path, capsys, calls, case
     damage(folder)
     capsys.readouterr()
     assert documents_of(load_corpus(settings)) == sound
-    told = capsys.readouterr().out
-    assert told.startswith(f"{folder}: {message}")
-    assert told.endswith(f"; tokenising data.path={settings.path} again\n")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{folder}: {message}")
+    assert printed.endswith(f"; tokenising data.path={settings.path} again\n")
     assert documents_of(load_corpus(settings)) == sound
     assert (capsys.readouterr().out, len(calls)) == ("", 2)
 

@@ -72,8 +72,8 @@ def test_files_that_no_pattern_matches_are_counted_by_suffix(tmp_path, capsys):
         (folder / name).write_text("")
     settings = config(tmp_path, folder, files=["**/*.txt"])
     stored(settings)
-    told = "2 .ndjson, 1 .TXT, 1 .JSONL, 1 .gz, 1 without a suffix"
-    assert capsys.readouterr().out == f"data.path={folder} has files that data.files leaves out: {told}\n"
+    counts = "2 .ndjson, 1 .TXT, 1 .JSONL, 1 .gz, 1 without a suffix"
+    assert capsys.readouterr().out == f"data.path={folder} has files that data.files leaves out: {counts}\n"
     stored(settings)
     assert capsys.readouterr().out == ""  # from the cache
     with pytest.raises(ConfigError, match=r"data\.files=\['\*\.md'\] match no file; the folder has 2 \.ndjson, 1 \.t"):
