@@ -42,14 +42,15 @@ from ringflash.mask import IntervalMask
 
 # Rows of a kernel's tile of queries: shorter chunks would cut tiles.
 _TILE = 128
-# Chunks that a rank is dealt, each of so many tokens at least, in the order in which they are tried.
+# (chunks per rank, least tokens of a chunk), in the order in which they are tried.
 _GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
 # Chunks of a rank where short documents stay together: they begin and end inside some.
 _GATHERED = 32
-# Chunks that are dealt at most: the time that takes grows with their square, to seconds for these.
+# The most chunks that are assigned: the time for it grows with their square, to seconds for these.
 _CHUNKS = 4096
 # (query, key) pairs that are computed while one token's keys, values and their gradients are sent: 32 query and 8 KV
-# heads of 128 at 500 TFLOP/s, over a link of 400 GB/s (14 x 32 x 128 operations a pair, 16 x 8 x 128 bytes a token).
+# heads of 128 at 500 TFLOP/s, over a link of 400 GB/s (14 x 32 x 128 operations per pair,
+# 16 x 8 x 128 bytes per token).
 _PAIRS_PER_TOKEN_SENT = 360
 
 
@@ -99,7 +100,7 @@ class Layout:
     def balanced(
         cls, mask: IntervalMask, ranks: int, parts: int = 1, tolerance: float = 0.03, waiting: float = 0.12
     ) -> Layout:
-        """Chunks dealt out so that all ranks have the same number of tokens and nearly the same work on every hop.
+        """Chunks assigned so that all ranks have the same number of tokens and nearly the same work on every hop.
 
         Zigzag, where no rank has more than `tolerance` above the mean of (query, key) pairs under it and its
         `per_hop_imbalance` is at most `waiting`; else 16 chunks per rank, or 32 where 16 do not reach that. Finer ones
@@ -126,7 +127,7 @@ class Layout:
 
     @classmethod
     def document_local(cls, mask: IntervalMask, ranks: int, parts: int = 1, longest: float = 0.5) -> Layout:
-        """Chunks of long documents dealt out so that all ranks have nearly the same work; short ones stay in runs.
+        """Chunks of long documents assigned for nearly the same work on all ranks; short documents stay in runs.
 
         A document is long if it has more than `longest` of the tokens that a rank holds. Less is sent than in a
         balanced layout and ranks wait more for each other, which pays where links are slow.
@@ -307,7 +308,7 @@ def _count(mask: IntervalMask, ranks: int, parts: int, per_rank: int, least: int
 def _assigned(
     mask: IntervalMask, ranks: int, parts: int, count: int, assign: Callable[[Tensor, int], Tensor]
 ) -> Layout:
-    """So many chunks to each rank, as deal(pairs, ranks) deals them."""
+    """`count` chunks per rank, assigned by assign(pairs, ranks)."""
     runs = Layout.contiguous(mask.queries, ranks * count, parts)
     owner = assign(runs.pairs(mask), ranks)
     return Layout(mask.queries, runs.chunk, owner.argsort(stable=True).view(ranks, count))

@@ -6,9 +6,9 @@ and the one that has most in all ends last. So what is made small here is, in (q
 
     sum over hops of max over ranks of pairs(rank, hop)  +  max over ranks of sum over hops of pairs(rank, hop)
 
-Where links are slow, what is sent matters more: `gather` deals out long documents only.
+Where links are slow, what is sent matters more: `gather` assigns long documents only.
 
-All counts are whole numbers in float64, hence exact: every rank of a ring deals for itself, and all deal alike.
+All counts are whole numbers in float64, hence exact: every rank of a ring assigns for itself, and all assign alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def assign(pairs: Tensor, ranks: int) -> Tensor:
     """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
 
     pairs: visible (query, key) pairs of each chunk's queries with each chunk's keys, [chunks, chunks]. Rounds of
-    neighbouring chunks are dealt one to a rank, which spreads a document over all hops; then some are exchanged.
+    neighbouring chunks are assigned one per rank, which spreads a document over all hops; then some are exchanged.
     """
     work = pairs.double().sum(1)
     owner = _rounds(work, torch.zeros(ranks, dtype=work.dtype))
@@ -34,7 +34,7 @@ def assign(pairs: Tensor, ranks: int) -> Tensor:
 def assign_long(pairs: Tensor, ranks: int, most: float) -> Tensor:
     """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
 
-    Chunks that are in more than `most` pairs, as queries and as keys, are dealt in rounds, but those with least work
+    Chunks that are in more than `most` pairs, as queries and as keys, are assigned in rounds, but those with least work
     of them where they do not fill the last round. The others stay in runs, as in a contiguous layout: a document that
     is short lies on one rank or two.
     """

@@ -178,7 +178,7 @@ class IntervalMask:
     def windowed(self, left: int, leading_tokens: int = 0) -> tuple[IntervalMask, ...]:
         """What each query sees of itself and `left` keys before it; and of the first keys that it sees, those before.
 
-        The `leading_tokens` of a sequence, or a document, that every window shows besides are StreamingLLM's attention
+        The `leading_tokens` of a sequence, or a document, that every window also shows are StreamingLLM's attention
         sinks (arXiv:2309.17453). The masks share no pair: attention is over their union.
         """
         left, leading_tokens = (
@@ -238,7 +238,7 @@ class IntervalMask:
         return Intervals(start, end, query_start, query_end, *orders)
 
     def _order(self, rows: int, device: torch.device | str) -> Order:
-        """Tiles of so many queries: those of the documents with the longest tile first, and each one's longest first.
+        """Tiles of `rows` queries: those of the documents with the longest tile first, and each one's longest first.
 
         A document is here a run of tiles whose last queries begin, or whose last queries end, at the same key.
         """

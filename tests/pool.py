@@ -44,7 +44,7 @@ class Pool:
     def run(self, function, size: int, *args, timeout: float = 240.0) -> list:
         """The function's results on `size` ranks. Raises RankError if one raised or did not answer in time.
 
-        Ranks that wait for one that raised never answer: then all processes are started anew.
+        Ranks that wait for one that raised never answer: then all processes are started again.
         """
         self._grow(size)
         # A rank's store may write a last time after the rank has answered.

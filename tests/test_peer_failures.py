@@ -45,7 +45,7 @@ micro-batches are summed in bf16                                -> training/test
 a resumed run sees other data                                   -> data/test_batches.py::test_a_stream_resumed_from_its_state_equals_one_that_ran_on
 a resumed run at another degree sees other data                 -> data/test_batches.py::test_rows_are_the_same_however_many_ranks_share_them
 
-slow, large, or standing still
+slow, large, or hanging
 query-sized gradients travel under GQA                          -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once
 masked keys travel                                              -> ring/test_attention.py::test_with_a_window_one_neighbour_hop_moves_in_both_passes
 masked blocks are computed                                      -> ring/test_attention.py::test_hops_that_see_nothing_launch_no_kernel
@@ -56,7 +56,7 @@ a barrier on each hop                                           -> test_a_barrie
 every hop's buffers are kept                                    -> ring/test_memory.py::test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring
 deadlock where ranks skip different hops                        -> test_deadlock_of_ranks_that_skip_different_hops
 a rank refuses its input, and the others wait for it            -> test_a_rank_that_refuses_its_input_leaves_the_others_waiting
-a hang without a word of where                                  -> ring/test_watchdog.py::test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends
+a hang that does not say where                                  -> ring/test_watchdog.py::test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends
 a stale compiler lock hangs every later run                     -> test_a_compiler_lock_that_hangs_every_later_run
 a launcher adds an argument that the configuration rejects      -> test_launch.py::test_a_launcher_trains_with_its_ranks_and_settings
 """  # noqa: E501
@@ -410,7 +410,7 @@ def test_zigzag_positions_read_as_packed_documents(ranks):
     assert_shares_add_up(shares, tokens, tokens)
 
 
-# -- slow, or standing still
+# -- slow, or hanging
 
 
 class Recording(Loopback):

@@ -9,8 +9,8 @@ two halves, each on a stream of its own (`ring.streams`):
 
 Backward. delta = rowsum(dout * out) and the global lse make each block's gradient independent of the others. Keys and
 values go round again; their gradients follow in fp32, one hop behind, added to by each rank's kernel. A rank computes
-its own keys last, adding to what came home. One half's gradients are on their way while the kernel adds to the
-other's:
+its own keys last, adding to the gradients that have returned. One half's gradients are on their way while the
+kernel adds to the other's:
 
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
@@ -18,7 +18,7 @@ other's:
 Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, in the
 forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size, and one of
 keys where they are 16 bits (`ring.compensation`); a third of gradients where
-a rank's own gradients come home while it still passes on those of others, as with documents, wide windows or contiguous
+a rank's own gradients return while it still passes on those of others, as with documents, wide windows or contiguous
 runs can be.
 With one KV head, what takes turns in the backward is a quarter of the keys and the rest.
 """
@@ -110,7 +110,7 @@ def flash_attention(
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a layer's forward and backward share besides tensors."""
+    """What a layer's forward and backward share, apart from tensors."""
 
     plan: AttentionPlan
     kernel: kernels.Kernel
@@ -390,7 +390,7 @@ class _TravellingGradients:
     """dk and dv of some KV heads and keys, fp32: they follow their keys one hop behind, then return to the keys' rank.
 
     Two buffers [rows, 2, B, heads, D] a rank take turns: one is added to and sent while the other receives. Own
-    gradients come home into the latter, too; into memory apart where any rank still has others' to pass on by then.
+    gradients return into the latter, too; into memory apart where any rank still has others' to pass on by then.
     """
 
     def __init__(

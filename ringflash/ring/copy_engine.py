@@ -168,7 +168,7 @@ class CopyEngine:
         """Memory that all ranks map, who each call this; the host waits for them."""
         memory, error = self._allocate(size)
         self._meet(error)
-        # This waits for all, too, but with Python's lock in its hand: no watch could say that one never comes.
+        # rendezvous() also blocks on all ranks, but holds the GIL: the watchdog could not report a missing rank.
         addresses = tuple(_symmetric().rendezvous(memory, self.group).buffer_ptrs)
         if addresses[self.rank] != memory.data_ptr():  # type: ignore[union-attr]
             raise RuntimeError("PyTorch's symmetric memory does not begin where its tensor does")
@@ -269,7 +269,7 @@ _known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, CopyEngi
 def copy_engine_of(group: dist.ProcessGroup, device: torch.device) -> CopyEngine | str:
     """The group's peers, or why its ranks cannot be; called by all of them.
 
-    Found out once, so that a ring may be made anew each step.
+    Found out once, so that a ring may be made again each step.
     """
     known = _known.setdefault(group, {})
     if device not in known:

@@ -4,7 +4,7 @@ On hop s, rank r computes with the keys of rank (r - s) mod ranks, while the key
 hop s - 1 travel. It begins when it is done with hop s - 1 and what it needs is there, and
 
     there = when both ends were ready and their links free  +  bytes x time a byte
-    done  = begun  +  pairs x time a pair
+    done  = begun  +  pairs x time per pair
 
 Both follow from mask and layout alone. Contiguous layouts send least and balance worst. Zigzag balances a causal mask.
 Balanced layouts balance documents and send more. Document-local ones balance long documents and leave short ones where
@@ -65,7 +65,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class Machine:
-    """Attention speed of one rank in FLOP/s, and bytes a second from each rank to the next."""
+    """Attention speed of one rank in FLOP/s, and bytes per second from each rank to the next."""
 
     flops: float
     bytes_per_second: float
@@ -122,7 +122,7 @@ def best_ulysses(
 ) -> tuple[int, str]:
     """How many neighbouring ranks should exchange heads, the rest forming the ring, and why, in a sentence.
 
-    length: of a causal sequence; across: bytes a second between nodes. Ulysses stays inside a node and never
+    length: of a causal sequence; across: bytes per second between nodes. Ulysses stays inside a node and never
     replicates KV heads; its exchanges hide behind nothing, a ring's hide behind the attention of a hop.
     """
     seconds: dict[int, float] = {}
@@ -147,7 +147,7 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
     ranks, ways = layout.ranks, routes((mask,), layout)
     computing = by_hop(layout.pairs(mask)).double()
     computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
-    # [s, r]: what rank r receives with hop s, the gradients that this adds to, and its own that come home from it.
+    # [s, r]: what rank r receives with hop s, the gradients that this adds to, and its own that return from it.
     keys, forwarded, home = torch.zeros(3, ranks, ranks, dtype=torch.float64)
     for s in range(1, ranks):
         for r in range(ranks):
@@ -201,6 +201,6 @@ def _backward_seconds(computing: Tensor, keys: Tensor, forwarded: Tensor, home: 
 
 
 def _there(ready: Tensor, link: Tensor, seconds: Tensor, from_behind: int = 1) -> Tensor:
-    """When each has what the rank so many places behind it sends, both ready and their links free; 0 for nothing."""
+    """When each has what the rank `from_behind` places behind it sends, both ready, links free; 0 for nothing."""
     begun = torch.maximum(ready, link)
     return torch.where(seconds > 0, torch.maximum(begun, begun.roll(from_behind)) + seconds, 0.0)

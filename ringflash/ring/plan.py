@@ -15,7 +15,7 @@ passes on to the next rank.
 
 (Nobody but rank 0 sees the end of the sequence, which rank 0 holds: it sends the other half of its keys.)
 
-Windows of three keys, one run of tokens a rank: the next rank sees the last two keys of a run, the ranks after it see
+Windows of three keys, one run of tokens per rank: the next rank sees the last two keys of a run, the ranks after it see
 none. What nobody further on sees is not sent.
 
     >>> print(AttentionPlan(IntervalMask.window(16, left=2), Layout.contiguous(16, ranks=4), Loopback(4)))
@@ -84,12 +84,12 @@ class Route:
 
     @functools.cached_property
     def all_returned(self) -> Ranges:
-        """The gradients that come home."""
+        """The gradients that return to their owner."""
         return functools.reduce(Ranges.union, self.returned)
 
     @property
     def first_return(self) -> int:
-        """The first hop after which gradients come home; 0 where none do."""
+        """The first hop after which gradients return to their owner; 0 if none do."""
         return next((s for s, ranges in enumerate(self.returned) if ranges), 0)
 
     def within(self, begin: int, end: int) -> Route:
@@ -108,7 +108,7 @@ class Part:
 
     @functools.cached_property
     def returned_early(self) -> bool:
-        """Whether any rank still carries others' gradients on a hop after some of its own have come home."""
+        """Whether any rank still carries others' gradients on a hop after some of its own have returned."""
         size, first = len(self.routes), [route.first_return for route in self.routes]
         return any(
             bool(self.routes[(rank - s) % size].gradients[s])
@@ -201,7 +201,7 @@ class AttentionPlan:
         if len(self.masks) > 1:
             raise ValueError(
                 f"a plan of {len(self.masks)} masks cannot be limited to windows of {left + 1}: for layers with "
-                f"windows that show first tokens besides, give one mask and leading_tokens=N"
+                f"windows that also show leading tokens, give one mask and leading_tokens=N"
             )
         left = min(tokens("left", left), self.layout.length)
         if left not in self._windows:

@@ -54,7 +54,7 @@ class _Kept:
         if self.results[0]._version != self.version:
             raise RuntimeError(
                 "attention's result, which a checkpoint keeps, was changed in place before the backward: make the "
-                "operation that did it out of place, such as out = out + x in the place of out += x"
+                "operation that did it out of place, such as out = out + x instead of out += x"
             )
         return tuple(x.detach() for x in self.results)
 

@@ -1,7 +1,7 @@
 """Watch: what a rank waits for; how long, for the metrics; and what each rank reports if a ring hop hangs.
 
-A rank that hangs leaves all others waiting, in a hop of the ring or an exchange of heads, without a word. The watch is
-a thread that looks at the oldest wait under way. When none has ended for `limit` seconds it tells the other ranks
+A rank that hangs leaves all others waiting, in a hop of the ring or an exchange of heads, without a message. The watchdog
+is a thread that looks at the oldest wait under way. When none has ended for `limit` seconds it tells the other ranks
 through their store, and every rank says where it is:
 
     ringflash: rank 2, step 12, layer 5, backward, hop 3: waits for rank 1 since 300 s
@@ -253,7 +253,7 @@ class Watchdog:
         try:
             words = self.where()
         except Exception as error:  # a group that is gone, a GPU in error: the run ends all the same
-            words = f"rank {self.rank}, step {self.step}: stands still, and where is not known ({error})"
+            words = f"rank {self.rank}, step {self.step}: hangs, and where is not known ({error})"
         print(f"\nringflash: {words}", file=sys.stderr, flush=True)  # below a progress bar
         if self._store is not None:
             threading.Thread(target=self._store.set, args=(_KEY, "1"), daemon=True).start()

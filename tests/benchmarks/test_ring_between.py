@@ -31,7 +31,7 @@ class HostEvent:
 
 
 def measured(case):
-    """What a rank finds of a case on processes of this machine, in the place of GPUs, and for how long it kept busy."""
+    """What a rank finds of a case on processes of this machine instead of GPUs, and for how long it kept busy."""
     group, busy = dist.distributed_c10d._get_default_group(), []
     with (
         mock.patch.multiple(torch.cuda, Event=HostEvent, synchronize=lambda *_: None, _sleep=lambda *_: None),

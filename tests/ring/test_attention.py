@@ -168,7 +168,7 @@ def test_with_a_window_and_first_tokens_these_go_round_and_nothing_between():
     on_ring([x.half() for x in whole_inputs(1, length)], plan)
     tail, head = (ranks - 1) * left, (ranks - 1) * first
     assert ring.elements[torch.float16] == 2 * (tail + head) * 2 * 2 * 16
-    # The tail's gradients come home after the first hop, the first tokens' from the last rank.
+    # The tail's gradients return after the first hop, the first tokens' from the last rank.
     assert ring.elements[torch.float32] == (tail + head) * 2 * 2 * 16
 
 

@@ -322,7 +322,7 @@ def alone(machine):
 
 
 def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
-    """Mapping waits for the others with Python's lock in its hand: nobody would say that one never came."""
+    """Mapping waits for the others while holding the GIL, so nothing could report a rank that never came."""
     for _ in range(2):
         with alone.receive_buffers("a pass", QUIET) as allocate:
             allocate((4,), torch.float32)

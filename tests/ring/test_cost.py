@@ -46,7 +46,7 @@ def corpus(seed, length):
     ("length", "ranks", "seeds"),
     [
         *((131072, ranks, range(4)) for ranks in (2, 4, 8, 16, 32)),
-        (131072, 64, (0,)),  # 2048 tokens a rank: no tile of 128 is small enough
+        (131072, 64, (0,)),  # 2048 tokens per rank: no tile of 128 is small enough
         (65536, 8, range(4)),
         (65536, 32, (11, 15, 21)),
         (32768, 16, (14, 16, 18)),

@@ -127,7 +127,7 @@ def packed(n):
     return IntervalMask.causal(n * SHARD) & IntervalMask.documents(lengths)
 
 
-# Where a rank's own gradients come home while it still has others' to pass on, they need a third place.
+# Where a rank's own gradients return while it still has others' to pass on, they need a third place.
 THIRD = {"window of two shards", "causal, contiguous", "documents"}
 
 

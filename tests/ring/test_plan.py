@@ -185,7 +185,7 @@ def test_a_tokens_place_in_its_document_counts_from_the_first_token_that_any_mas
 
 
 def test_a_plan_of_several_masks_is_not_limited_to_windows():
-    """What one of them was given to show, as first tokens far back, would be hidden without a word."""
+    """What one of them was given to show, as first tokens far back, would be hidden without an error."""
     plan = AttentionPlan(IntervalMask.causal(32).windowed(9, leading_tokens=4), Layout.zigzag(32, 2), Loopback(2))
     with pytest.raises(ValueError, match=r"a plan of 2 masks cannot be limited to windows of 4: .* leading_tokens=N"):
         plan.window(3)

@@ -1,4 +1,4 @@
-"""When a ring stands still every rank says where it is and whom it waits for, and all end; else waits are counted."""
+"""When a ring hangs, every rank reports where it is and for which rank it waits, and all end; else waits count."""
 
 import contextlib
 import io
@@ -280,7 +280,7 @@ def test_a_rank_that_cannot_tell_where_it_is_ends_all_the_same(monkeypatch, caps
     arguments = ([work], "ring", "layer 5", lambda: 1 / 0, 8, torch.device("cpu"))
     threading.Thread(target=guard.wait, args=arguments, daemon=True).start()
     assert ended.wait(LIMIT)
-    assert "rank 7, step 0: stands still, and where is not known (division by zero)" in capsys.readouterr().err
+    assert "rank 7, step 0: hangs, and where is not known (division by zero)" in capsys.readouterr().err
     work.done.set()
 
 
