@@ -1,8 +1,8 @@
 """Watch: what a rank waits for; how long, for the metrics; and what each rank reports if a ring hop hangs.
 
-A rank that hangs leaves all others waiting, in a hop of the ring or an exchange of heads, without a message. The watchdog
-is a thread that looks at the oldest wait under way. When none has ended for `limit` seconds it tells the other ranks
-through their store, and every rank says where it is:
+A rank that hangs leaves all others waiting, in a hop of the ring or an exchange of heads, without a message. The
+watchdog is a thread that looks at the oldest wait under way. When none has ended for `limit` seconds, it tells the
+other ranks through their store, and every rank reports where it is:
 
     ringflash: rank 2, step 12, layer 5, backward, hop 3: waits for rank 1 since 300 s
     ringflash: rank 0, step 12, layer 5, backward, hop 3: waits for rank 1 to take what it sent since 300 s
