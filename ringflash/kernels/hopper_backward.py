@@ -44,13 +44,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels import portable_backward
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
+from ringflash.kernels.hopper_backward_256 import backward_kernel as backward_kernel_256
+from ringflash.kernels.hopper_backward_parts import Call, stage_dq
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
     L2_BYTES,
     NEG_INF,
     REGISTERS,
     ROWS,
-    Job,
     Pipe,
     arrive,
     check_inputs,
@@ -60,7 +61,6 @@ from ringflash.kernels.hopper_parts import (
     processors,
     softcap,
     sync,
-    tile_run,
     tiles,
 )
 from ringflash.kernels.portable_backward import delta, round_into
@@ -94,79 +94,9 @@ TUNINGS = {
     64: Tuning(block_q=64, stages=3),
     # dk and dv take 128 registers a thread, s and dp 64: two consumers' 240 is what there is. 226 of 227 KB.
     128: Tuning(block_q=64, stages=3),
+    # `hopper_backward_256`: stages of q; dout has one.
+    256: Tuning(block_q=64, stages=2),
 }
-
-
-@aggregate
-class Call:
-    """The scalars and pointers of a call, and its constants."""
-
-    lse: gl.tensor
-    lse_stride_b: gl.tensor
-    lse_stride_h: gl.tensor
-    delta: gl.tensor
-    delta_stride_b: gl.tensor
-    delta_stride_h: gl.tensor
-    start: gl.tensor  # query_start and query_end
-    end: gl.tensor
-    interval_stride_b: gl.tensor
-    order: gl.tensor
-    order_stride_b: gl.tensor
-    tiles: gl.tensor  # KV tiles of a head that are looked at
-    queries: gl.tensor
-    keys: gl.tensor
-    heads_kv: gl.tensor
-    group: gl.tensor  # query heads of a KV head
-    split: gl.tensor  # programs they are divided among
-    pairs: gl.tensor  # batch rows x KV heads
-    heads_in_l2: gl.tensor  # pairs worked on at a time
-    scale: gl.tensor
-    c: gl.tensor
-    cap_scale: gl.tensor
-    lse_factor: gl.tensor  # of what is added to a score: -1 / scale, and after a softcap -log2(e)
-    D: gl.constexpr
-    BLOCK_Q: gl.constexpr
-    CAPPED: gl.constexpr
-
-    @gluon.jit
-    def heads(self):
-        """Query heads of a program."""
-        return self.group // self.split
-
-    @gluon.jit
-    def job(self):
-        """The KV tile of this program, and the query tiles that see it, the same for each of its heads.
-
-        Programs start in order, those with the most to do first (`Order`), so that the short ones fill the gaps at the
-        end. `heads_in_l2` bounds how many KV heads' queries and dq share L2 at a time.
-        """
-        index = gl.program_id(0)
-        tiles_in_l2 = self.heads_in_l2 * self.split * self.tiles
-        first_pair = index // tiles_in_l2 * self.heads_in_l2
-        index = index % tiles_in_l2
-        pairs = gl.minimum(self.heads_in_l2, self.pairs - first_pair)
-        pair = first_pair + index % (pairs * self.split) // self.split
-        head = self.heads() * (index % self.split)
-        batch = pair // self.heads_kv
-        head_kv = pair % self.heads_kv
-        first = gl.load(self.order + batch.to(gl.int64) * self.order_stride_b + index // (pairs * self.split)) * (
-            2 * ROWS
-        )
-
-        last = gl.minimum(first + 2 * ROWS, self.keys) - 1
-        start = self.start + batch.to(gl.int64) * self.interval_stride_b
-        end = self.end + batch.to(gl.int64) * self.interval_stride_b
-        lo, count, full_from, full = tile_run(start, end, first, last, self.BLOCK_Q)
-        # Keys past the end are zeros, whose score 0 may lie far above lse: 2^(0 - lse) = inf would make dq NaN.
-        full = gl.where(first + 2 * ROWS > self.keys, 0, full)
-        return Job(batch, head_kv * self.group + head, head_kv, first, lo, count, count - full, full_from)
-
-    @gluon.jit
-    def row(self, job, step):
-        """The first query of the tile walked as number `step`: the full ones from the last, then the edges."""
-        full = job.tiles - job.edges
-        edge = gl.where(step - full < job.full_from, step - full, step)
-        return job.lo + gl.where(step < full, job.full_from + full - 1 - step, edge) * self.BLOCK_Q
 
 
 @aggregate
@@ -265,41 +195,6 @@ def announce(number, WHO: gl.constexpr):
     arrive(PUBLISHED + 2 * WHO + number % 2, 256)
 
 
-@gluon.constexpr_function
-def swapped(rows, columns):
-    """A [rows, columns] fp32 tile in the copy engine's 128-byte swizzle, columns 0..15 and 16..31 swapped in odd rows.
-
-    By bits of the offset: 32 columns, the rows, the next 32 columns. The swizzle moves a row's 16-byte pieces: piece i
-    of row r lies at i ^ (r % 8).
-    """
-    bases = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
-    row = 1
-    while row < rows:
-        bases.append([row, 4 * row % 32 ^ (16 if row == 1 else 0)])
-        row *= 2
-    if columns == 64:
-        bases.append([0, 32])
-    return gl.SharedLinearLayout(bases, alignment=1024)
-
-
-@gluon.jit
-def stage_dq(dq_half, shared, call, WHO: gl.constexpr):
-    """This consumer's half of dq's columns into shared memory, as the copy engine will add it to dq.
-
-    Half a warp writes 32 bytes of each of four rows at a time, and under the swizzle rows 0 and 1, and 2 and 3, would
-    meet in the same banks. So odd rows write the columns 16 from those that even rows write: what a thread holds is
-    swapped in its registers, and the layout swaps where it goes.
-    """
-    HALF: gl.constexpr = call.D // 2
-    low, high = (dq_half * call.scale).reshape([call.BLOCK_Q, HALF // 32, 2, 16]).permute((0, 1, 3, 2)).split()
-    rows = gl.arange(0, call.BLOCK_Q, layout=gl.SliceLayout(1, gl.SliceLayout(2, low.type.layout)))
-    odd = gl.expand_dims(gl.expand_dims(rows, 1), 2) % 2 == 1
-    both = gl.join(gl.where(odd, high, low), gl.where(odd, low, high)).permute((0, 1, 3, 2))
-    layout: gl.constexpr = swapped(call.BLOCK_Q, HALF)
-    tile = reinterpret(shared.dq.index(WHO), gl.float32, [call.BLOCK_Q, HALF], layout)
-    tile.store(both.reshape([call.BLOCK_Q, HALF]))
-
-
 @gluon.jit
 def step(
     dk, dv, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
@@ -343,7 +238,7 @@ def step(
     tma.store_wait(0)  # the copy engine, reading dq of the step before out of the same shared memory
     dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but dk
     publish(ds, shared, number + 1, WHO)
-    stage_dq(dq_half, shared, call, WHO)
+    stage_dq(dq_half, shared.dq.index(WHO), call.scale)
     fence_async_shared()  # what threads wrote, made visible to tensor cores and copy engine
     announce(number + 1, WHO)
     add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
@@ -405,7 +300,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         dq_next = begin_dq(shared, number, call, WHO)
         tma.store_wait(0)
         dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
-        stage_dq(dq_half, shared, call, WHO)
+        stage_dq(dq_half, shared.dq.index(WHO), call.scale)
         fence_async_shared()
         add_out(dq, [job.batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
 
@@ -454,7 +349,7 @@ def backward_kernel(
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
         order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale,
-        lse_factor, D, BLOCK_Q, CAPPED,
+        lse_factor, D, BLOCK_Q, 2 * ROWS, CAPPED,
     )  # fmt: skip
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
@@ -531,12 +426,15 @@ def backward(
     order = intervals.key_order[2 * rows]
     if not order.nonempty:
         return
-    split = programs_a_group(Hq // Hkv, order.longest / order.total, B * Hkv, processors(q.device))
+    split = programs_a_group(
+        Hq // Hkv, order.longest / order.total / (2 if D > 128 else 1), B * Hkv, processors(q.device)
+    )
     lse_factor = -1 / scale if softcap is None else -LOG2_E
+    kernel, parts = (backward_kernel, 1) if D <= 128 else (backward_kernel_256, 2)
     with torch.cuda.device_of(q):
-        backward_kernel[(B * Hkv * split * order.nonempty,)](
+        kernel[(parts * B * Hkv * split * order.nonempty,)](
             *(tiles(q, t.block_q), tiles(k, rows), tiles(v, rows), tiles(dout, t.block_q)),
-            *(tiles(dq, t.block_q, D // 2), tiles(dk, rows), tiles(dv, rows)),
+            *(tiles(dq, t.block_q, min(64, D // 2)), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),

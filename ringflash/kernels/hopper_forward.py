@@ -108,6 +108,8 @@ TUNINGS = {
     64: Tuning(consumers=3, block_k=128),
     # Scores and p 64 registers a thread, acc 64, p in flight 32. 224 of 227 KB with a carry; 64 keys: 15% slower.
     128: Tuning(consumers=2, block_k=128),
+    # acc takes 128 registers a thread, scores 32, p 32. 192 KB: no room for out, which leaves from registers.
+    256: Tuning(consumers=2, block_k=64),
 }
 
 
@@ -118,6 +120,12 @@ class Call:
     lse: gl.tensor
     lse_stride_b: gl.tensor
     lse_stride_h: gl.tensor
+    carry_stride_b: gl.tensor  # these six where DIRECT
+    carry_stride_s: gl.tensor
+    carry_stride_h: gl.tensor
+    out_stride_b: gl.tensor
+    out_stride_s: gl.tensor
+    out_stride_h: gl.tensor
     start: gl.tensor
     end: gl.tensor
     interval_stride_b: gl.tensor
@@ -137,6 +145,7 @@ class Call:
     CONSUMERS: gl.constexpr
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
+    DIRECT: gl.constexpr  # carry and out go between registers and memory, with no shared memory between
 
     @gluon.jit
     def key(self, job, step):
@@ -218,7 +227,7 @@ def produce(call, pipes, jobs, descriptors):
             key = call.key(job, step)
             k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
             v_pipe.load(loaded + step, v, job.batch, job.head_kv, key)
-        if call.CARRY:
+        if call.CARRY and not call.DIRECT:
             # Emptied when the consumer has begun with the tile, a use ahead of what the pipe counts.
             for who in gl.static_range(call.CONSUMERS):
                 carry_pipe.wait_empty(q_number + who + call.CONSUMERS)
@@ -385,9 +394,10 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
         q_tile = q_pipe.tile(q_number)
         k_pipe.wait_full(number)  # the copy engine
         scores = begin_scores(q_tile, k_pipe, number, call, WHO)
-        tma.store_wait(0)  # the copy engine, reading that result
-        if call.CARRY:
-            carry_pipe.release(q_number)
+        if not call.DIRECT:
+            tma.store_wait(0)  # the copy engine, reading that result
+            if call.CARRY:
+                carry_pipe.release(q_number)
         s = warpgroup_mma_wait(0, deps=(scores,))  # the tensor cores
         k_pipe.release(number)
         key = call.key(job, 0)
@@ -419,18 +429,41 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
             m_carry = gl.load(lse + rows, valid, NEG_INF) * LOG2_E_
         acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
         v_pipe.release(number - 1)
-        acc, total = result(acc, m, z, m_carry, carry_pipe, q_number, call)
+        first_row = job.first_row + WHO * ROWS
+        acc, total = result(acc, m, z, m_carry, carry_pipe, q_number, descriptors[3], job, first_row, call)
         gl.store(lse + rows, total, valid)
-        store_output(acc, [job.batch, job.head, job.first_row + WHO * ROWS, 0], carry_pipe.tile(q_number), out)
+        if call.DIRECT:
+            at = elements(out, call.out_stride_b, call.out_stride_s, call.out_stride_h, job, first_row, acc)
+            gl.store(at, acc.to(out.dtype.element_ty), inside(first_row, acc, call))
+        else:
+            store_output(acc, [job.batch, job.head, first_row, 0], carry_pipe.tile(q_number), out)
 
         q_number += call.CONSUMERS
         q_pipe.wait_full(q_number)  # the copy engine and the producer
         job = receive_job(jobs.index(WHO))
-    tma.store_wait(0)
+    if not call.DIRECT:
+        tma.store_wait(0)
 
 
 @gluon.jit
-def result(acc, m, z, m_carry, carry_pipe, number, call):
+def elements(x, stride_b, stride_s, stride_h, job, first_row, tile):
+    """Pointers to the rows of x [B, S, H, D] from `first_row` that correspond to a tile of accumulators."""
+    A: gl.constexpr = tile.type.layout
+    rows = first_row + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, A))
+    columns = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, A))
+    x += job.batch.to(gl.int64) * stride_b + job.head.to(gl.int64) * stride_h
+    return x + gl.expand_dims(rows.to(gl.int64) * stride_s, 1) + gl.expand_dims(columns, 0)
+
+
+@gluon.jit
+def inside(first_row, tile, call):
+    """Which elements of a tile of accumulators are rows of the sequence."""
+    rows = first_row + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, tile.type.layout))
+    return gl.broadcast(gl.expand_dims(rows < call.queries, 1), tile)[0]
+
+
+@gluon.jit
+def result(acc, m, z, m_carry, carry_pipe, number, carry, job, first_row, call):
     """out and lse of rows whose softmax state is (m, z, acc), joined with the carried state."""
     A: gl.constexpr = acc.type.layout
     if call.CARRY:
@@ -440,9 +473,14 @@ def result(acc, m, z, m_carry, carry_pipe, number, call):
         alpha_carry = gl.exp2(m_carry - shift)
         z = z * alpha + alpha_carry
         m = m_new
-        carry_pipe.wait_full(number)  # the copy engine
-        acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1)
-        carried = carry_pipe.tile(number).load(A)
+        if call.DIRECT:
+            at = elements(carry, call.carry_stride_b, call.carry_stride_s, call.carry_stride_h, job, first_row, acc)
+            carried = gl.load(at, inside(first_row, acc, call), 0.0)
+            acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1)
+        else:
+            carry_pipe.wait_full(number)  # the copy engine
+            acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1)
+            carried = carry_pipe.tile(number).load(A)
         acc += carried * gl.expand_dims(gl.convert_layout(alpha_carry, gl.SliceLayout(1, A)), 1)
     seen = z > 0
     z = gl.where(seen, z, 1.0)  # a row that has seen nothing: acc is 0 already
@@ -480,28 +518,32 @@ def consume_2(call, pipes, jobs, descriptors):
 
 
 @gluon.jit(do_not_specialize=[
-    "lse_stride_b", "lse_stride_h", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
+    "lse_stride_b", "lse_stride_h", "carry_stride_b", "carry_stride_s", "carry_stride_h", "out_stride_b",
+    "out_stride_s", "out_stride_h", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
     "pairs", "heads_in_l2", "c", "cap_scale",
 ])  # fmt: skip
 def forward_kernel(
     q, k, v, carry, out,
+    carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s, out_stride_h,
     lse, lse_stride_b, lse_stride_h,
     start, end, interval_stride_b, counter, order, order_stride_b, tiles,
     queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    CAPPED: gl.constexpr, CARRY: gl.constexpr,
+    CAPPED: gl.constexpr, CARRY: gl.constexpr, DIRECT: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and a function for each group of warps. q, k, v, carry, out are [B, H, S, D] for TMA."""
     call = Call(
-        lse, lse_stride_b, lse_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles,
-        queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY,
+        lse, lse_stride_b, lse_stride_h, carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s,
+        out_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles, queries, heads_kv, group,
+        pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, DIRECT,
     )  # fmt: skip
     q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, WRITERS=2)
     jobs = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, K_EMPTY)
     v_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, V_EMPTY)
-    carry_pipe = make_pipe(carry.dtype, CONSUMERS, ROWS, D)  # out leaves through it, too
+    # Where not DIRECT, out leaves through it as well.
+    carry_pipe = q_pipe if DIRECT else make_pipe(carry.dtype, CONSUMERS, ROWS, D)
     pipes = (q_pipe, k_pipe, v_pipe, carry_pipe)
     descriptors = (q, k, v, carry, out)
     if CONSUMERS == 2:
@@ -568,19 +610,21 @@ def forward(
     q_tiles = order.nonempty if in_place else order.tiles.shape[1]  # in place, what sees nothing has its result
     if not q_tiles:
         return Partial(out, lse)
-    out_tiles = tiles(out, ROWS.value)
-    carry_tiles = out_tiles if carry is None or in_place else tiles(carry.out, ROWS.value)
+    direct = D > 128
+    carry_out = out if carry is None else carry.out
+    out_tiles = out if direct else tiles(out, ROWS.value)
+    carry_tiles = carry_out if direct else out_tiles if carry_out is out else tiles(carry_out, ROWS.value)
     with torch.cuda.device_of(q):
         forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
-            *(carry_tiles, out_tiles),
+            *(carry_tiles, out_tiles, *carry_out.stride()[:3], *out.stride()[:3]),
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(counter(q.device), order.tiles, interval_stride(order.tiles), q_tiles),
             *(Sq, Hkv, Hq // Hkv, B * Hkv, min(heads_in_l2(q, k), B * Hkv), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
-            CAPPED=softcap is not None, CARRY=carry is not None,
+            CAPPED=softcap is not None, CARRY=carry is not None, DIRECT=direct,
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
     return Partial(out, lse)

@@ -32,7 +32,7 @@ SERIES_1, SERIES_3, SERIES_5 = (
 FIRST_BARRIER = 8  # of the 16 that warps meet at by number. Triton takes those from 0: one a partition, two of its own
 L2_BYTES = 32 << 20  # of 50 MB: what a program's heads read again and again; the rest is for what streams through
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, got {q.dtype}; kernel=portable takes float32"
     if q.shape[3] not in HEAD_DIMS:
-        return f"takes head_dim {' and '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}; kernel=portable takes others"
+        return f"takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}; kernel=portable takes others"
     if k.dtype != q.dtype or k.shape[3] != q.shape[3]:
         return f"takes k of q's dtype and head_dim, {q.dtype} and {q.shape[3]}, got {k.dtype} and {k.shape[3]}"
     return stride_refusal(q, k, copy_engine=True)

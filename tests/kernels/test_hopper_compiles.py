@@ -34,9 +34,14 @@ CASES: dict[str, dict[str, Any]] = {
     "forward-D128": {"head_dim": 128},
     "forward-D128-in-place": {"head_dim": 128, "carry": True, "out": torch.float32},
     "forward-D128-carry-fp16-capped": {"head_dim": 128, "carry": True, "dtype": torch.float16, "capped": True},
+    "forward-D256": {"head_dim": 256},
+    "forward-D256-in-place": {"head_dim": 256, "carry": True, "out": torch.float32},
+    "forward-D256-carry-fp16-capped": {"head_dim": 256, "carry": True, "dtype": torch.float16, "capped": True},
     "backward-D64": {"head_dim": 64},
     "backward-D128": {"head_dim": 128},
     "backward-D128-capped": {"head_dim": 128, "capped": True},
+    "backward-D256": {"head_dim": 256},
+    "backward-D256-capped": {"head_dim": 256, "capped": True},
 }
 
 # Loads and stores of the stack in the loop over unmasked tiles, and why they are accepted.
@@ -46,6 +51,10 @@ SPILLS_IN_LOOP = {
     "backward-D128": 26,
     "backward-D128-capped": 107,  # and tanh: 90 with 3.7.1, 107 with 3.9.0
     "forward-D128-carry-fp16-capped": 10,
+    # dk or dv fills 128, two pieces of dq 64: 19 with 3.6.0, 20 with 3.7.1 and 3.9.0. The consumers' loops differ; this
+    # is the shorter one, with the exponentials.
+    "backward-D256": 20,
+    "backward-D256-capped": 31,
 }
 
 # Selects in that loop: the forward's keep a row's maximum, two rows a thread; the backward's swap half of dq's columns.
@@ -55,8 +64,11 @@ SELECTS_IN_LOOP = {
     "forward-D64-in-place": 2,
     "forward-D128": 2,
     "forward-D128-in-place": 2,
+    "forward-D256": 2,
+    "forward-D256-in-place": 2,
     "backward-D64": 16,
     "backward-D128": 32,
+    "backward-D256": 64,
 }
 
 
@@ -69,33 +81,38 @@ def compile_case(name: str):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from ringflash.kernels import hopper_backward, hopper_forward, hopper_parts
+    from tests.kernels.offline import TYPE_NAMES
 
     case = {"dtype": torch.bfloat16, "carry": False, "capped": False} | CASES[name]
     module = hopper_forward if name.startswith("forward") else hopper_backward
     kernel = module.forward_kernel if name.startswith("forward") else module.backward_kernel
+    if name.startswith("backward-D256"):
+        kernel = module.backward_kernel_256
     head_dim, dtype, tuning = case["head_dim"], case["dtype"], module.TUNINGS[case["head_dim"]]
     out = case.get("out", dtype)
     rows = hopper_parts.ROWS.value
     registers = hopper_parts.REGISTERS[getattr(tuning, "consumers", 2)]
     constants = {
-        "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"],
+        "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"], "DIRECT": head_dim > 128,
         "CONSUMER_REGISTERS": registers.consumer, "PRODUCER_REGISTERS": registers.producer,
     }  # fmt: skip
     constants |= {name.upper(): value for name, value in asdict(tuning).items()}
 
     def descriptor(*block: int, dtype: torch.dtype) -> str:
         layout = hopper_parts.tile_layout((1, 1, *block), dtype)
-        type_name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        return f"tensordesc<{type_name}{[1, 1, *block]},{layout!r}>"
+        return f"tensordesc<{TYPE_NAMES[dtype]}{[1, 1, *block]},{layout!r}>"
+
+    def tile_of(rows: int, dtype: torch.dtype) -> str:
+        return f"*{TYPE_NAMES[dtype]}" if head_dim > 128 else descriptor(rows, head_dim, dtype=dtype)
 
     keys_tile = getattr(tuning, "block_k", rows)
     queries_tile = getattr(tuning, "block_q", rows)
     types = {
         "q": descriptor(queries_tile, head_dim, dtype=dtype), "dout": descriptor(queries_tile, head_dim, dtype=dtype),
         "k": descriptor(keys_tile, head_dim, dtype=dtype), "v": descriptor(keys_tile, head_dim, dtype=dtype),
-        "carry": descriptor(rows, head_dim, dtype=torch.float32 if case["carry"] else out),
-        "out": descriptor(rows, head_dim, dtype=out),
-        "dq": descriptor(queries_tile, head_dim // 2, dtype=torch.float32),
+        "carry": tile_of(rows, dtype=torch.float32 if case["carry"] else out),
+        "out": tile_of(rows, dtype=out),
+        "dq": descriptor(queries_tile, min(64, head_dim // 2), dtype=torch.float32),
         "dk": descriptor(rows, head_dim, dtype=torch.float32), "dv": descriptor(rows, head_dim, dtype=torch.float32),
         "lse": "*fp32", "delta": "*fp32", "start": "*i32", "end": "*i32", "order": "*i32", "scale": "fp32",
         "counter": "*i32", "c": "fp32", "cap_scale": "fp32", "lse_factor": "fp32",
@@ -198,9 +215,13 @@ def test_products_run_on_warpgroups_and_copies_on_the_copy_engine(compiled):
     assert breaking(compiled, wgmma=lambda r: r["wgmma"] > 0 == r["mma_sync"], loads=lambda r: r["loads"] >= 6) == []
     forward = [r for r in compiled if r["name"].startswith("forward")]
     backward = [r for r in compiled if r["name"].startswith("backward")]
-    # A consumer stores out once; dq of the loop's two forms and of its last step, dk and dv.
-    assert breaking(forward, stores=lambda r: r["stores"] == consumers(r), none=lambda r: r["reductions"] == 0) == []
-    assert breaking(backward, none=lambda r: r["stores"] == 0, reductions=lambda r: r["reductions"] == 10) == []
+    # A consumer stores out once, at head_dim 256 from registers; dq of the loop's two forms and of its last step (at
+    # head_dim 256 in two pieces), dk and dv.
+    wide = "D256"
+    stores = lambda r: r["stores"] == (0 if wide in r["name"] else consumers(r))  # noqa: E731
+    reductions = lambda r: r["reductions"] == (16 if wide in r["name"] else 10)  # noqa: E731
+    assert breaking(forward, stores=stores, none=lambda r: r["reductions"] == 0) == []
+    assert breaking(backward, none=lambda r: r["stores"] == 0, reductions=reductions) == []
 
 
 @pytest.mark.slow
@@ -221,11 +242,12 @@ def test_ptxas_waits_for_products_only_where_the_kernel_does(compiled):
 
 @pytest.mark.slow
 def test_a_tile_of_exponentials_runs_under_products(compiled):
-    # 64 x 128 scores a forward step over 128 threads, and 64 x 64 a backward step. The forward's three consumers at
-    # head_dim 64 run under each other's products, not their own; a capped loop is split into many blocks.
-    tile = {"forward": 64, "backward": 32}
+    # 64 x 128 scores a forward step over 128 threads, 64 x 64 at head_dim 256 and in a backward step. The forward's
+    # three consumers at head_dim 64 run under each other's products, not their own; a capped loop is split into many
+    # blocks.
+    tile = {"forward-D128": 64, "forward-D256": 32, "backward-D64": 32, "backward-D128": 32, "backward-D256": 32}
     plain = [r for r in compiled if "capped" not in r["name"] and consumers(r) == 2]
-    assert breaking(plain, overlap=lambda r: r["exp2_under_wgmma"] >= tile[r["name"].split("-")[0]]) == []
+    assert breaking(plain, overlap=lambda r: r["exp2_under_wgmma"] >= tile["-".join(r["name"].split("-")[:2])]) == []
 
 
 @pytest.mark.slow

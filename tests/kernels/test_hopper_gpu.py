@@ -55,33 +55,33 @@ def checked(mask: IntervalMask, **options) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_is_within_the_bound_of_float64(name, head_dim, dtype):
     assert checked(MASKS[name](1111), heads=(4, 2), head_dim=head_dim, dtype=dtype) == []
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (8, 1), (16, 1), (32, 2)], ids="{0[0]}q{0[1]}kv".format)
 def test_query_heads_share_kv_heads(heads, head_dim):
     assert checked(MASKS["packed, window"](700), heads=heads, head_dim=head_dim, dtype=torch.bfloat16) == []
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_any_length(length, head_dim):
     assert checked(MASKS["causal"](length), heads=(2, 1), head_dim=head_dim, dtype=torch.bfloat16) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
 def test_softcap_and_its_derivative(softcap, head_dim, dtype):
     assert checked(MASKS["causal"](600), heads=(2, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("softcap", [None, 20.0], ids=["centered keys", "residue"])
 def test_gradients_do_not_suffer_from_the_results_rounding(softcap, head_dim, dtype):
     p = problem(MASKS["causal"](1500), head_dim=head_dim, dtype=dtype, device="cuda", softcap=softcap, means=(2.0, 1.0))
@@ -94,7 +94,7 @@ def test_gradients_do_not_suffer_from_the_results_rounding(softcap, head_dim, dt
     )
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_scores_far_below_zero_leave_no_nan(head_dim):
     """lse far below the score 0 of keys past the end, whose weight would be infinite."""
     p = problem(MASKS["causal"](200), heads=(2, 1), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
@@ -106,7 +106,7 @@ def test_scores_far_below_zero_leave_no_nan(head_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("rise", [-0.2, 0.02, 0.04, 0.06, 0.1, 3.0])
 def test_scores_that_rise_from_key_to_key(rise, head_dim, dtype):
     """A row's maximum is taken anew when a weight passes 2^8: never, every few tiles of 128 keys, in each tile."""
@@ -117,7 +117,7 @@ def test_scores_that_rise_from_key_to_key(rise, head_dim, dtype):
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "16 bits"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, in_place):
     forward, _ = kernels()
     p = problem(MASKS["packed"](1111), heads=(4, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
@@ -137,7 +137,7 @@ def test_a_chain_of_32_carries_is_within_the_bound_of_float64(head_dim, in_place
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_carry_over_many_tiles_of_which_half_are_skipped(head_dim, dtype):
     """Each program takes several tiles, so that the carry's shared memory is used again, also over skipped ones."""
     forward, _ = kernels()
@@ -153,7 +153,7 @@ def test_a_carry_over_many_tiles_of_which_half_are_skipped(head_dim, dtype):
 
 
 @pytest.mark.parametrize("longest_last", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_carry_in_batch_rows_of_which_one_has_many_tiles_more(head_dim, longest_last):
     """More tiles than programs, and most of one row see nothing of the first half: the others must not be left out."""
     forward, _ = kernels()
@@ -171,7 +171,7 @@ def test_a_carry_in_batch_rows_of_which_one_has_many_tiles_more(head_dim, longes
     assert distance(state.lse, whole.lse) <= 1e-5
 
 
-@pytest.mark.parametrize(("head_dim", "begin"), [(64, 192), (128, 256)])
+@pytest.mark.parametrize(("head_dim", "begin"), [(64, 192), (128, 256), (256, 256)])
 def test_query_tiles_that_see_nothing_are_not_written(head_dim, begin):
     forward, _ = kernels()
     mask = MASKS["causal"](300).restrict(torch.arange(300), torch.arange(290, 300))
@@ -210,7 +210,7 @@ def test_strided_views_give_the_same_bits(dtype):
     assert distance(strided_[4], contiguous[4]) < 1e-6
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_deterministic_runs_are_bit_equal(head_dim):
     forward, backward = kernels()
     p = problem(MASKS["packed"](3000), heads=(8, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
@@ -302,4 +302,4 @@ def test_what_cannot_be_done_is_refused_with_its_values():
 
     assert told(torch.bfloat16, 128) is None
     assert told(torch.float32, 128) == "takes float16 and bfloat16, got torch.float32; kernel=portable takes float32"
-    assert told(torch.float16, 96) == "takes head_dim 64 and 128, got 96; kernel=portable takes others"
+    assert told(torch.float16, 96) == "takes head_dim 64, 128, 256, got 96; kernel=portable takes others"

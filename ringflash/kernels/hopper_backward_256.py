@@ -1,0 +1,366 @@
+"""Attention backward for Hopper at head_dim 256, in Gluon: the mathematics of `hopper_backward`, divided another way.
+
+A program holds 64 keys of one KV head. dk and dv, [64, 256] in fp32, fill 128 registers a thread of one consumer each,
+so the consumers divide the products by gradient instead of by keys:
+
+    consumer 0    s = k q^T     p = 2^(c s)           dv += p^T dout    columns   0..127 of dq
+    consumer 1    dp = v dout^T    ds = p (dp - delta)    dk += ds^T q    columns 128..255 of dq
+
+p goes from 0 to 1 in 16 bits through shared memory, ds from 1 to 0. dq = ds k is a step late, as in `hopper_backward`:
+64 columns at a time, the first under the exponentials, the second before dv or dk, and under that leaves for memory.
+
+What waits for what, in step 2; ds1 is of the step before:
+
+    tensor cores, 0   s2 = k q2^T . dq1 = ds1 k    | dq1' = ds1 k' . dv += p2 dout2 |
+    consumer 0        |             p2 = 2^(c s2)  | dq1 out       | dq1' out       |
+    tensor cores, 1   dp2 = v dout2^T . dq1 = ds1 k | dq1' = ds1 k' . dk += ds2 q2 |
+    consumer 1        |                ds2          | dq1 out       | dq1' out      |
+"""
+
+# Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
+from ringflash.kernels.hopper_backward_parts import Call, stage_dq
+from ringflash.kernels.hopper_parts import (
+    FIRST_BARRIER,
+    NEG_INF,
+    ROWS,
+    Pipe,
+    arrive,
+    make_pipe,
+    mask_scores,
+    softcap,
+    sync,
+)
+
+WEIGHTS = gl.constexpr(FIRST_BARRIER)  # p is in shared memory
+PUBLISHED = gl.constexpr(FIRST_BARRIER + 1)  # ds is
+Q_EMPTY = gl.constexpr(FIRST_BARRIER + 2)  # 2, one a stage
+DOUT_EMPTY = gl.constexpr(FIRST_BARRIER + 4)
+DONE = gl.constexpr(FIRST_BARRIER + 5)
+PIECE = gl.constexpr(64)  # columns of dq that leave at a time
+
+
+@aggregate
+class Shared:
+    """Everything in shared memory. k and v: tiles 0 and 1 of kv, filled once.
+
+    Query tile number n lies in slot n % DEPTH of q, its lse beside it; dout and delta have one slot.
+    """
+
+    kv: Pipe
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor  # lse_factor lse, -inf where a row sees nothing
+    delta: gl.shared_memory_descriptor  # -delta
+    q_full: gl.shared_memory_descriptor
+    dout_full: gl.shared_memory_descriptor
+    p: gl.shared_memory_descriptor  # [keys, queries], times the softcap's slope
+    ds: gl.shared_memory_descriptor  # of even steps and of odd ones, [keys, queries]
+    dq: gl.shared_memory_descriptor  # a piece a consumer
+    DEPTH: gl.constexpr
+
+    @gluon.jit
+    def wait_q(self, number, pred=True):
+        """Wait for a query tile and its lse."""
+        mbarrier.wait(self.q_full.index(number % self.DEPTH), number // self.DEPTH & 1, pred=pred)
+
+    @gluon.jit
+    def wait_dout(self, number, pred=True):
+        """Wait for a tile of dout and its delta."""
+        mbarrier.wait(self.dout_full.index(0), number & 1, pred=pred)
+
+
+# -- the producer: one warp
+
+
+@gluon.jit
+def produce(call, shared, descriptors):
+    """Order every copy, as far ahead as there are empty slots, and bring lse and delta. Waits for consumers only."""
+    q, k, v, dout = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
+    job = call.job()
+    lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b
+    delta = call.delta + job.batch.to(gl.int64) * call.delta_stride_b
+    index = gl.arange(0, call.BLOCK_Q, layout=gl.BlockedLayout([call.BLOCK_Q // 32], [32], [1], [0]))
+    if job.tiles > 0:
+        shared.kv.load(0, k, job.batch, job.head_kv, job.first_row)
+        shared.kv.load(1, v, job.batch, job.head_kv, job.first_row)
+    number = 0
+    for member in range(call.heads()):
+        head = job.head + member
+        head_lse = lse + head.to(gl.int64) * call.lse_stride_h
+        head_delta = delta + head.to(gl.int64) * call.delta_stride_h
+        for step in range(job.tiles):
+            row = call.row(job, step)
+            rows = row + index
+            row_lse = gl.load(head_lse + rows, rows < call.queries, NEG_INF)
+            row_delta = gl.load(head_delta + rows, rows < call.queries, 0.0)
+            slot = number % shared.DEPTH
+            if number >= shared.DEPTH:
+                sync(Q_EMPTY + slot, 288, 1)  # both consumers
+            full = shared.q_full.index(slot)
+            mbarrier.expect(full, q.block_type.nbytes)
+            copy_in(q, [job.batch, head, row, 0], full, shared.q.index(slot))
+            shared.lse.index(slot).store(gl.where(row_lse == NEG_INF, NEG_INF, row_lse * call.lse_factor))
+            mbarrier.arrive(full, count=1)
+            if number >= 1:
+                sync(DOUT_EMPTY, 288, 1)  # both consumers
+            full = shared.dout_full.index(0)
+            mbarrier.expect(full, dout.block_type.nbytes)
+            copy_in(dout, [job.batch, head, row, 0], full, shared.dout.index(0))
+            shared.delta.index(0).store(-row_delta)
+            mbarrier.arrive(full, count=1)
+            number += 1
+
+
+# -- the consumers: a warpgroup each
+
+
+@gluon.jit
+def begin_dq(shared, number, call, column):
+    """64 columns of dq of the step before, ds of slot `number`: a product in flight."""
+    Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 16])
+    zeros = gl.zeros([call.BLOCK_Q, PIECE], gl.float32, Q)
+    k_piece = shared.kv.tile(0).slice(column, PIECE, 1)
+    ds = shared.ds.index(number % 2).permute((1, 0))
+    return warpgroup_mma(ds, k_piece, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_dq(piece, shared, dq, batch, head, row, column, call, WHO: gl.constexpr):
+    """Add a piece of dq to memory."""
+    tma.store_wait(0)  # the copy engine, reading the piece before out of the same shared memory
+    stage_dq(piece, shared.dq.index(WHO), call.scale)
+    fence_async_shared()  # what threads wrote, made visible to the copy engine
+    add_out(dq, [batch, head, row, column], shared.dq.index(WHO))
+
+
+@gluon.jit
+def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
+    """p of a tile of scores, and p times the softcap's slope."""
+    slope = 1.0
+    if call.CAPPED:
+        s = softcap(s, call.cap_scale)
+        slope = 1.0 - s * s
+        p = gl.exp2(s * call.c + lse)
+    else:
+        p = gl.exp2(s * call.c)
+    if EDGE:
+        p = mask_scores(p, key_start, key_end, row, "0f00000000")
+    return p, p * slope
+
+
+@gluon.jit
+def step(
+    acc, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
+    WHO: gl.constexpr, EDGE: gl.constexpr,
+):  # fmt: skip
+    """Query tile `number` of this consumer's gradient, acc, and its half of dq of the tile before.
+
+    more: whether another tile follows.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
+    )
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+    COLUMN: gl.constexpr = WHO * (call.D // 2)
+    slot = number % shared.DEPTH
+    q_tile = shared.q.index(slot)
+    dout_tile = shared.dout.index(0)
+    zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S)
+    if WHO == 0:
+        lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
+        begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
+        scores = warpgroup_mma(shared.kv.tile(0), q_tile.permute((1, 0)), begin, is_async=True)
+        sync(PUBLISHED, 256, 4)  # ds of the step before
+        dq_piece = begin_dq(shared, number, call, COLUMN)
+        s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
+        arrive(Q_EMPTY + slot, 288)
+        p, weighted = weights(s, lse, call, row, key_start, key_end, EDGE)
+        left = gl.convert_layout(p.to(q_tile.dtype), LEFT)
+        shared.p.store(weighted.to(q_tile.dtype))
+        arrive(WEIGHTS, 256)
+        dq_piece = warpgroup_mma_wait(0, deps=(dq_piece,))
+        shared.wait_dout(number)  # the copy engine and the producer
+        right = dout_tile
+    else:
+        scores = warpgroup_mma(shared.kv.tile(1), dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dq_piece = begin_dq(shared, number, call, COLUMN)
+        delta = gl.expand_dims(shared.delta.index(0).load(gl.SliceLayout(0, S)), 0)
+        dp = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
+        dp = dp + delta
+        arrive(DOUT_EMPTY, 288)
+        sync(WEIGHTS, 256, 4)  # the other consumer
+        ds = (shared.p.load(S).to(gl.float32) * dp).to(q_tile.dtype)
+        shared.ds.index((number + 1) % 2).store(ds)
+        fence_async_shared()  # what threads wrote, made visible to the tensor cores
+        arrive(PUBLISHED, 256)
+        left = gl.convert_layout(ds, LEFT)
+        dq_piece = warpgroup_mma_wait(0, deps=(dq_piece,))
+        shared.wait_q(number)
+        right = q_tile
+    acc_next = warpgroup_mma(left, right, acc, is_async=True)
+    add_dq(dq_piece, shared, dq, batch, dq_head, dq_row, COLUMN, call, WHO)
+    second = begin_dq(shared, number, call, COLUMN + PIECE)
+    acc = warpgroup_mma_wait(1, deps=(acc_next,))  # the tensor cores
+    if WHO == 0:
+        shared.wait_q(number + 1, more)
+    else:
+        shared.wait_dout(number + 1, more)
+    if WHO == 0:
+        arrive(DOUT_EMPTY, 288)
+    else:
+        arrive(Q_EMPTY + slot, 288)
+    second = warpgroup_mma_wait(0, deps=(second,))
+    add_dq(second, shared, dq, batch, dq_head, dq_row, COLUMN + PIECE, call, WHO)
+    return acc, head, row
+
+
+@gluon.jit
+def consume(call, shared, descriptors, WHO: gl.constexpr):
+    """dv (WHO 0) or dk of this program's keys, and half of dq's columns."""
+    dq, dk, dv = descriptors[4], descriptors[5], descriptors[6]
+    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
+    )
+    COLUMN: gl.constexpr = WHO * (call.D // 2)
+    job = call.job()
+    if job.tiles > 0:
+        start = call.start + job.batch.to(gl.int64) * call.interval_stride_b
+        end = call.end + job.batch.to(gl.int64) * call.interval_stride_b
+        keys = job.first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        key_start = gl.load(start + keys, keys < call.keys, 0)
+        key_end = gl.load(end + keys, keys < call.keys, 0)
+        acc = gl.zeros([ROWS, call.D], gl.float32, A)
+        full = job.tiles - job.edges
+        last = job.tiles * call.heads() - 1
+        number = 0
+        if WHO == 1:
+            # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
+            shared.ds.index(0).store(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S))
+            fence_async_shared()
+            arrive(PUBLISHED, 256)
+        dq_head = job.head
+        dq_row = call.queries
+        shared.kv.wait_full(0)  # the copy engine; dq takes k
+        shared.kv.wait_full(1)
+        if WHO == 0:
+            shared.wait_q(0)
+        else:
+            shared.wait_dout(0)
+        for member in range(call.heads()):
+            head = job.head + member
+
+            # 1. Query tiles that see every key: no mask.
+            for i in range(full):
+                acc, dq_head, dq_row = step(
+                    acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head, call.row(job, i),
+                    0, 0, dq, call, WHO, EDGE=False,
+                )  # fmt: skip
+
+            # 2. Query tiles that see only some of the keys.
+            for i in range(full, job.tiles):
+                acc, dq_head, dq_row = step(
+                    acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head, call.row(job, i),
+                    key_start, key_end, dq, call, WHO, EDGE=True,
+                )  # fmt: skip
+            number += job.tiles
+
+        # 3. dq of the last query tile.
+        if WHO == 0:
+            sync(PUBLISHED, 256, 4)
+        for piece in gl.static_range(2):
+            dq_piece = warpgroup_mma_wait(0, deps=(begin_dq(shared, number, call, COLUMN + piece * PIECE),))
+            add_dq(dq_piece, shared, dq, job.batch, dq_head, dq_row, COLUMN + piece * PIECE, call, WHO)
+
+        # 4. k and v, and q, make room for dv and dk in fp32, once neither consumer reads them.
+        sync(DONE, 256, 4)  # the other consumer
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
+        if WHO == 0:
+            staged = reinterpret(shared.kv.tiles, gl.float32, [ROWS, call.D], layout)
+            staged.store(acc)
+            fence_async_shared()
+            add_out(dv, [job.batch, job.head_kv, job.first_row, 0], staged)
+        else:
+            staged = reinterpret(shared.q, gl.float32, [ROWS, call.D], layout)
+            staged.store(acc * call.scale)
+            fence_async_shared()
+            add_out(dk, [job.batch, job.head_kv, job.first_row, 0], staged)
+        tma.store_wait(0)  # the copy engine, reading
+
+
+@gluon.jit
+def consume_0(call, shared, descriptors):
+    """The first consumer."""
+    consume(call, shared, descriptors, 0)
+
+
+@gluon.jit
+def consume_1(call, shared, descriptors):
+    """The second consumer."""
+    consume(call, shared, descriptors, 1)
+
+
+@gluon.jit(do_not_specialize=[
+    "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b", "order_stride_b",
+    "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs", "heads_in_l2", "scale", "c", "cap_scale",
+    "lse_factor",
+])  # fmt: skip
+def backward_kernel(
+    q, k, v, dout, dq, dk, dv,
+    lse, lse_stride_b, lse_stride_h,
+    delta, delta_stride_b, delta_stride_h,
+    start, end, interval_stride_b, order, order_stride_b, tiles,
+    queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale, lse_factor,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
+    call = Call(
+        lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
+        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale,
+        lse_factor, D, BLOCK_Q, ROWS, CAPPED,
+    )  # fmt: skip
+    rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, PIECE], gl.float32)
+    barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D], q.dtype)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    dout_full = gl.allocate_shared_memory(gl.int64, [1, 1], barrier_layout)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(slot), count=2)
+    mbarrier.init(dout_full.index(0), count=2)
+    shared = Shared(
+        make_pipe(q.dtype, 2, ROWS, D),
+        gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_Q, D], tile_layout),
+        gl.allocate_shared_memory(q.dtype, [1, BLOCK_Q, D], tile_layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
+        gl.allocate_shared_memory(gl.float32, [1, BLOCK_Q], rows_layout),
+        q_full,
+        dout_full,
+        gl.allocate_shared_memory(q.dtype, [ROWS, BLOCK_Q], ds_layout),
+        gl.allocate_shared_memory(q.dtype, [2, ROWS, BLOCK_Q], ds_layout),
+        gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, PIECE], dq_layout),
+        STAGES,
+    )
+    descriptors = (q, k, v, dout, dq, dk, dv)
+    gl.warp_specialize(
+        [
+            (consume_0, (call, shared, descriptors)),
+            (consume_1, (call, shared, descriptors)),
+            (produce, (call, shared, descriptors)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )

@@ -1,0 +1,125 @@
+"""What the Hopper backward kernels share: a call's arguments, which tile is whose, and dq on its way to memory."""
+
+# Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ringflash.kernels.gluon_names import aggregate, reinterpret
+from ringflash.kernels.hopper_parts import ROWS, Job, tile_run
+
+
+@aggregate
+class Call:
+    """The scalars and pointers of a call, and its constants."""
+
+    lse: gl.tensor
+    lse_stride_b: gl.tensor
+    lse_stride_h: gl.tensor
+    delta: gl.tensor
+    delta_stride_b: gl.tensor
+    delta_stride_h: gl.tensor
+    start: gl.tensor  # query_start and query_end
+    end: gl.tensor
+    interval_stride_b: gl.tensor
+    order: gl.tensor
+    order_stride_b: gl.tensor
+    tiles: gl.tensor  # KV tiles of a head that are looked at
+    queries: gl.tensor
+    keys: gl.tensor
+    heads_kv: gl.tensor
+    group: gl.tensor  # query heads of a KV head
+    split: gl.tensor  # programs they are divided among
+    pairs: gl.tensor  # batch rows x KV heads
+    heads_in_l2: gl.tensor  # pairs worked on at a time
+    scale: gl.tensor
+    c: gl.tensor
+    cap_scale: gl.tensor
+    lse_factor: gl.tensor  # of what is added to a score: -1 / scale, and after a softcap -log2(e)
+    D: gl.constexpr
+    BLOCK_Q: gl.constexpr
+    KEYS: gl.constexpr  # of a program: 128, or half of them
+    CAPPED: gl.constexpr
+
+    @gluon.jit
+    def heads(self):
+        """Query heads of a program."""
+        return self.group // self.split
+
+    @gluon.jit
+    def job(self):
+        """The KV tile of this program, and the query tiles that see it, the same for each of its heads.
+
+        Programs start in order, those with the most to do first (`Order`), so that the short ones fill the gaps at the
+        end. `heads_in_l2` bounds how many KV heads' queries and dq share L2 at a time.
+        """
+        PARTS: gl.constexpr = 2 * ROWS // self.KEYS  # of a tile of `order`
+        index = gl.program_id(0)
+        part = 0
+        if PARTS > 1:
+            part = index % PARTS
+            index = index // PARTS
+        tiles_in_l2 = self.heads_in_l2 * self.split * self.tiles
+        first_pair = index // tiles_in_l2 * self.heads_in_l2
+        index = index % tiles_in_l2
+        pairs = gl.minimum(self.heads_in_l2, self.pairs - first_pair)
+        pair = first_pair + index % (pairs * self.split) // self.split
+        head = self.heads() * (index % self.split)
+        batch = pair // self.heads_kv
+        head_kv = pair % self.heads_kv
+        tile = gl.load(self.order + batch.to(gl.int64) * self.order_stride_b + index // (pairs * self.split))
+        first = tile * (2 * ROWS) + part * self.KEYS
+        last = gl.minimum(first + self.KEYS, self.keys) - 1
+        start = self.start + batch.to(gl.int64) * self.interval_stride_b
+        end = self.end + batch.to(gl.int64) * self.interval_stride_b
+        first_key = first
+        if PARTS > 1:
+            first_key = gl.minimum(first, last)  # the last tile's second part may have no keys
+        lo, count, full_from, full = tile_run(start, end, first_key, last, self.BLOCK_Q)
+        # Keys past the end are zeros, whose score 0 may lie far above lse: 2^(0 - lse) = inf would make dq NaN.
+        full = gl.where(first + self.KEYS > self.keys, 0, full)
+        if PARTS > 1:
+            count = gl.where(first < self.keys, count, 0)
+        return Job(batch, head_kv * self.group + head, head_kv, first, lo, count, count - full, full_from)
+
+    @gluon.jit
+    def row(self, job, step):
+        """The first query of the tile walked as number `step`: the full ones from the last, then the edges."""
+        full = job.tiles - job.edges
+        edge = gl.where(step - full < job.full_from, step - full, step)
+        return job.lo + gl.where(step < full, job.full_from + full - 1 - step, edge) * self.BLOCK_Q
+
+
+@gluon.constexpr_function
+def swapped(rows, columns):
+    """A [rows, columns] fp32 tile in the copy engine's 128-byte swizzle, columns 0..15 and 16..31 swapped in odd rows.
+
+    By bits of the offset: 32 columns, the rows, the next 32 columns. The swizzle moves a row's 16-byte pieces: piece i
+    of row r lies at i ^ (r % 8).
+    """
+    bases = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
+    row = 1
+    while row < rows:
+        bases.append([row, 4 * row % 32 ^ (16 if row == 1 else 0)])
+        row *= 2
+    if columns == 64:
+        bases.append([0, 32])
+    return gl.SharedLinearLayout(bases, alignment=1024)
+
+
+@gluon.jit
+def stage_dq(dq_tile, staged, scale):
+    """Columns of dq into shared memory `staged`, times scale, as the copy engine will add them to dq.
+
+    Half a warp writes 32 bytes of each of four rows at a time, and under the swizzle rows 0 and 1, and 2 and 3, would
+    meet in the same banks. So odd rows write the columns 16 from those that even rows write: what a thread holds is
+    swapped in its registers, and the layout swaps where it goes.
+    """
+    ROWS_: gl.constexpr = dq_tile.shape[0]
+    COLUMNS: gl.constexpr = dq_tile.shape[1]
+    low, high = (dq_tile * scale).reshape([ROWS_, COLUMNS // 32, 2, 16]).permute((0, 1, 3, 2)).split()
+    rows = gl.arange(0, ROWS_, layout=gl.SliceLayout(1, gl.SliceLayout(2, low.type.layout)))
+    odd = gl.expand_dims(gl.expand_dims(rows, 1), 2) % 2 == 1
+    both = gl.join(gl.where(odd, high, low), gl.where(odd, low, high)).permute((0, 1, 3, 2))
+    layout: gl.constexpr = swapped(ROWS_, COLUMNS)
+    tile = reinterpret(staged, gl.float32, [ROWS_, COLUMNS], layout)
+    tile.store(both.reshape([ROWS_, COLUMNS]))
