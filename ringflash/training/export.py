@@ -1,7 +1,7 @@
 """Export: the trained model as a Hugging Face folder; its configuration is that which it was loaded with.
 
-    runs/NAME/model/            config.json, weights (safetensors), generation_config.json, tokenizer
-    runs/NAME/model.partial/    one being written, or left by a killed run
+    OUTPUT_DIR/NAME/model/            config.json, weights (safetensors), generation_config.json, tokenizer
+    OUTPUT_DIR/NAME/model.partial/    one being written, or left by a killed run
 
 generation_config.json is copied byte for byte from the folder that the model came from. transformers refuses to write
 many published ones, such as a temperature without do_sample. `rehearse` writes all except the weights before step 1.

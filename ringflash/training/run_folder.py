@@ -1,13 +1,13 @@
 """The folder of a run, and the lock by which one run at a time uses it.
 
-    runs/NAME/      .lock           held by rank 0 for as long as its process lives
-                    config.yaml     the resolved configuration
-                    metrics.jsonl   a record per step
-                    checkpoints/    see `checkpoint`
-    runs/NAME-2/    the second run of that name, and so on
+    OUTPUT_DIR/NAME/      .lock           held by rank 0 until its process ends
+                          config.yaml     the resolved configuration
+                          metrics.jsonl   one record per step
+                          checkpoints/    see `checkpoint`
+    OUTPUT_DIR/NAME-2/    the second run of that name, and so on
 
-A new run makes a new folder. With resume=auto, a run takes the newest folder of its name that has steps behind it, and
-never starts over there: where no checkpoint can be resumed, it is refused.
+A new run makes a new folder. With resume=auto, a run takes the newest folder of its name that holds steps. It never
+starts again at step 0 there: where no checkpoint can be resumed, it is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ringflash.errors import ConfigError
 from ringflash.training import metrics
 
 LOCK = ".lock"
-ENDING = 6.0  # seconds; ranks whose launcher was killed take some to end
+ENDING = 6.0  # seconds that ranks take to exit after their launcher was killed
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +41,10 @@ class RunFolder:
 
 
 def take(output_dir: Path, name: str, resume: str) -> RunFolder:
-    """The folder of a run, made or found as resume=never or auto says, and locked.
+    """The locked folder of a run: a new one for resume=never, the newest of its name for resume=auto.
 
-    Raises ConfigError for folders that cannot be used or belong to a run under way, and where resume=auto cannot tell
-    which run is meant.
+    Raises ConfigError for a folder that cannot be used or that a running process has locked, and where resume=auto
+    cannot tell which run is meant.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -59,19 +59,18 @@ def take(output_dir: Path, name: str, resume: str) -> RunFolder:
 
 
 def check_start(path: Path, start: int, steps: int) -> None:
-    """Raise ConfigError for a start beyond the run's last step, or at 0 in a folder that has steps behind it."""
+    """Raise ConfigError for a start beyond the run's last step, or at 0 in a folder that holds steps."""
     if start > steps:
         raise ConfigError(f"optim.steps={steps} is less than the {start} steps that {path} has done")
     done = max((record["step"] for record in metrics.read(path / metrics.FILE)), default=0)
     if start == 0 and done > 0:
         raise ConfigError(
-            f"{path} has {done} steps behind it and no checkpoint to resume from: resume=never starts over in a "
-            f"folder of its own"
+            f"{path} has {done} steps and no checkpoint to resume from: resume=never starts again in a new folder"
         )
 
 
 def _new(output_dir: Path, name: str) -> Path:
-    """A folder that no other process has; mkdir fails for all but one."""
+    """A folder that no other process has: mkdir succeeds for one only."""
     for number in itertools.count(1):
         path = output_dir / (name if number == 1 else f"{name}-{number}")
         try:
@@ -90,11 +89,13 @@ def _newest_or_first(output_dir: Path, name: str) -> Path:
             (output_dir / name).mkdir()
         except FileExistsError:
             if not (output_dir / name).is_dir():
-                raise ConfigError(f"{output_dir / name} is no folder, but name={name} would be trained there") from None
+                raise ConfigError(
+                    f"{output_dir / name} is not a folder, but name={name} would be trained there"
+                ) from None
 
 
 def _newest(output_dir: Path, name: str) -> Path | None:
-    """The newest folder of runs of this name that has steps behind it, else the newest; None where there is none."""
+    """The newest folder of this name that holds steps, else the newest; None where there is none."""
     found = {}
     for path in output_dir.iterdir():
         match = re.fullmatch(rf"{re.escape(name)}(?:-([2-9]|[1-9][0-9]+))?", path.name)
@@ -111,14 +112,14 @@ def _newest(output_dir: Path, name: str) -> Path | None:
     number = (begun or sorted(found))[-1]
     if number > 1 and _name_of(found[number]) != name:
         raise ConfigError(
-            f"resume=auto: {found[number] / 'config.yaml'} does not tell whether that is a run of name={name}, or of "
-            f"name={found[number].name}, which resumes it"
+            f"resume=auto: {found[number] / 'config.yaml'} names no run, so this may be one of name={name} or of "
+            f"name={found[number].name}: to resume it, set name={found[number].name}"
         )
     return found[number]
 
 
 def _name_of(path: Path) -> str | None:
-    """The name that a run was given, as its configuration has it; None where that cannot be read."""
+    """The name in a run's configuration; None where that cannot be read."""
     try:
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -136,14 +137,14 @@ def _has_begun(path: Path) -> bool:
 
 
 def _locked(path: Path) -> TextIO:
-    """The lock's file, open. A run that ends takes its lock along, so one that is ending now is waited for."""
+    """The lock's file, open and locked. A lock is released when its process ends; one that is ending is waited for."""
     file = (path / LOCK).open("a+")
     until = time.monotonic() + ENDING
     while not _lock(file, path):
         if time.monotonic() > until:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise ConfigError(f"{path} is in use by {holder}: wait for its end, or give this run another name=...")
+            raise ConfigError(f"{path} is in use by {holder}: wait until it ends, or give this run another name=...")
         time.sleep(0.2)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -152,12 +153,12 @@ def _locked(path: Path) -> TextIO:
 
 
 def _lock(file: TextIO, path: Path) -> bool:
-    """Whether no other process has the lock; it is then this one's."""
+    """Try to take the lock; false where another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        message = f"ringflash: {path} cannot be locked ({error.strerror}): nothing keeps a second run from using it"
+        message = f"ringflash: {path} cannot be locked ({error.strerror}): a second run could use it at the same time"
         print(message, file=sys.stderr, flush=True)
     return True

@@ -1,11 +1,11 @@
-"""One optimizer step: the global batch, sharded, through model, loss and DeepSpeed.
+"""One optimizer step: the global batch is sharded and goes through model, loss and DeepSpeed.
 
 DeepSpeed sees plain data parallelism over all ranks and averages their gradients. A rank's loss is therefore
 
     local_sum * ranks / valid_tokens
 
-with valid_tokens counted over all ranks and the whole accumulation window: the average over ranks, summed over
-micro-batches, is the gradient of the mean loss per predicted token, however unevenly labels fall on shards.
+with valid_tokens counted over all ranks and all micro-batches. The average over ranks, summed over micro-batches, is
+then the gradient of the mean loss per predicted token, however unevenly labels are distributed over shards.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Layouts = Callable[[IntervalMask], Layout]
 
 
 class StepResult(NamedTuple):
-    """What a step came to.
+    """The results of a step.
 
-    loss, pairs: float64 scalars, alike on all ranks: the mean loss per predicted token, and the (query, key) pairs that
-    attention computed, over all sequences and layers. gradient_norm: of all weights, before clipping; not finite where
-    the update was skipped. learning_rate: the one of this step. imbalance: how far the busiest rank of this ring is
-    above the mean in pairs, in the worst micro-batch.
+    loss, pairs: float64 scalars, the same on all ranks: the mean loss per predicted token, and the (query, key) pairs
+    that attention computed, over all sequences and layers. gradient_norm: of all weights, before clipping; not finite
+    where the update was skipped. learning_rate: of this step. imbalance: pairs of the busiest rank of this ring over
+    the mean of its ranks, minus 1, in the worst micro-batch.
     """
 
     loss: Tensor
@@ -47,28 +47,28 @@ class StepResult(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """This rank's of a micro-batch: what its model takes, and the (query, key) pairs it computes in all layers."""
+    """This rank's shard of a micro-batch: the model's inputs, and the (query, key) pairs computed in all layers."""
 
     inputs: dict[str, Any]
     pairs: int
 
 
 def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> list[MicroBatch]:
-    """What train_step takes of a step, by micro-batch: layouts and plans are made here, windows of layers among them.
+    """The micro-batches of a step for train_step, with their layouts and plans, also those of windowed layers.
 
-    That is the host's work, seconds where ranks are many, so a thread may do it while the step before is computed.
-    batch: this replica's sequences of the step, in whole. layout_for: gives a mask its layout.
+    This is work of the host, seconds for many ranks, so a thread may do it during the step before. batch: this
+    replica's sequences of the step, not sharded. layout_for: gives a mask its layout.
     """
     if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)  # of this thread: memory would be pinned through the first GPU
+        torch.cuda.set_device(world.device)  # in this thread; else memory would be pinned through the first GPU
     parts = [shard(part, world, layout_for) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
     return [MicroBatch(inputs, _pairs(engine.module.model.config, inputs["plan"])) for inputs in parts]
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], world: World) -> StepResult:
-    """Run one optimizer step on what `prepare` made of it.
+    """Run one optimizer step on the micro-batches that `prepare` made.
 
-    The update is skipped, on all ranks alike, if the gradient norm or a micro-batch's loss on any rank is not finite.
+    All ranks skip the update if the gradient norm, or a micro-batch's loss on any rank, is not finite.
     """
     valid = world.sum(sum((inputs["shift_labels"] != IGNORE).sum() for inputs, _ in micro_batches)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -77,12 +77,12 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
         group["lr"] = learning_rate
     for inputs, _ in micro_batches:
         loss = engine(**inputs)
-        # 0 * loss: a loss that is not finite makes the gradients NaN, where they might be finite, without a host sync.
+        # 0 * loss makes all gradients NaN where the loss is not finite, without a host synchronisation.
         engine.backward(loss * (world.size / valid + 0 * loss.detach()), scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
     mine = torch.tensor([pairs for _, pairs in micro_batches], dtype=torch.float64, device=world.device)
-    neighbours = 1 if world.ulysses is None else world.ulysses.size  # they compute the same pairs, for other heads
+    neighbours = 1 if world.ulysses is None else world.ulysses.size  # these compute the same pairs for other heads
     loss, computed = world.sum(torch.stack([total / valid, mine.sum() / neighbours]))
     return StepResult(loss, engine.get_global_grad_norm(), learning_rate, computed, _imbalance(mine, world))
 
@@ -95,7 +95,7 @@ def _pairs(config: PreTrainedConfig, plan: AttentionPlan) -> int:
 
 
 def _imbalance(pairs: Tensor, world: World) -> float:
-    """How far the busiest rank of this ring is above the mean in pairs [micro-batches], in the worst of them."""
+    """Pairs [micro-batches] of the busiest rank of this ring over the mean, minus 1, in the worst micro-batch."""
     most, of_all = pairs.clone(), pairs.clone()
     dist.all_reduce(most, dist.ReduceOp.MAX, group=world.ring.group)
     dist.all_reduce(of_all, group=world.ring.group)
@@ -103,7 +103,7 @@ def _imbalance(pairs: Tensor, world: World) -> float:
 
 
 def shard(batch: Batch, world: World, layout_for: Layouts) -> dict[str, Any]:
-    """What this rank's model takes of a batch; layout_for: gives a mask its layout."""
+    """The inputs of this rank's model for a batch; layout_for: gives a mask its layout."""
     # Ranks made the same batch from the same seed, and the ring may be in use by the step before.
     return ring_inputs(
         batch.tokens, shift_labels=batch.labels, documents=batch.documents, ring=world.ring, ulysses=world.ulysses,

@@ -1,4 +1,4 @@
-"""A command line is read as it was typed, and a bad one ends in one line that names the setting and its value."""
+"""A command line is read as typed, and an error is one line that names the setting and its value."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Figures that are not finite are reported, change no weight, replace no checkpoint, and end the run."""
+"""Steps that are not finite are reported, change no weight, write no checkpoint, and end the run."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, zero, dt
 
 
 def writing_on_ranks(folder, zero):
-    """What saving and exporting say of a weight that is not finite on its last row."""
+    """The errors of saving and exporting where a weight is not finite in its last row."""
     world, messages = joined(None), []
     engine = build_engine(build("llama"), OptimConfig(), MemoryConfig(zero=zero), world)
     checkpoint.save(engine, folder, 1, world, 1)
@@ -200,7 +200,7 @@ def test_metrics_are_json_for_strict_readers_and_wandb_has_them_too(tmp_path, mo
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DivergedError])
-def test_what_all_ranks_meet_alike_is_one_line_and_exit_code_1(monkeypatch, capsys, kind):
+def test_an_error_of_all_ranks_is_one_line_and_exit_code_1(monkeypatch, capsys, kind):
     codes = []
     monkeypatch.setattr(failure, "_end", codes.append)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():  # as a launcher that this process need not watch

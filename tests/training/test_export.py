@@ -1,4 +1,4 @@
-"""What is exported is what was loaded with other weights, and what could fail at the end is tried at the start."""
+"""An exported model is the loaded one with other weights, and its export is tried before training."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""On GPUs any grid of ring and Ulysses trains as one GPU does; and a rank that hangs is told of."""
+"""Any grid of GPUs has the losses and gradient norms of one GPU, and a rank that hangs is reported."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the settings leave open is chosen from heads, GPUs, length and documents, and never what cannot work."""
+"""A grid or layout that the settings leave open is chosen from heads, GPUs, length and documents, and can run."""
 
 import pytest
 from transformers import AutoConfig
@@ -46,7 +46,7 @@ def test_heads_are_not_exchanged_between_machines():
         ((4, 1), 6, "across"),  # ranks 4 to 7 form a ring
     ],
 )
-def test_a_ring_inside_a_machine_is_reckoned_with_its_link(grid, ranks_per_node, link):
+def test_predicted_times_use_the_bandwidth_of_the_links_that_a_ring_uses(grid, ranks_per_node, link):
     """Over the slow link of the two, packed documents are better left in contiguous runs."""
     mask = IntervalMask.causal(65536) & IntervalMask.documents([40000, 1000, 24536])
     speeds = {"intra_node_bandwidth_gb": 300.0, "inter_node_bandwidth_gb": 1e-4}
@@ -64,7 +64,7 @@ def test_auto_gives_each_step_the_layout_its_documents_want():
     assert layout_for(uneven).imbalance(uneven) <= 0.03
 
 
-def test_auto_says_once_why_it_takes_a_layout():
+def test_auto_logs_its_reason_once_per_layout():
     lines = []
     layout_for = layout_chooser(ParallelConfig(layout="auto"), LLAMA_8B, 65536, 8, ranks_per_node=8, log=lines.append)
     causal = IntervalMask.causal(65536)
@@ -79,7 +79,7 @@ def test_auto_says_once_why_it_takes_a_layout():
     assert "document_local 0.25: " in lines[0]
 
 
-def test_auto_reckons_with_a_window_that_all_layers_have():
+def test_auto_takes_into_account_a_window_that_all_layers_have():
     mistral = AutoConfig.for_model("mistral", sliding_window=512)
     layout_for = layout_chooser(ParallelConfig(layout="auto"), mistral, 65536, 8, ranks_per_node=8)
     assert layout_for(IntervalMask.causal(65536)).chunks.equal(Layout.contiguous(65536, 8).chunks)

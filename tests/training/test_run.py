@@ -1,4 +1,4 @@
-"""Runs of train.py as a user starts them: what they leave, how they resume after kill -9, and how they fail."""
+"""train.py as a user starts it leaves what it promises, resumes after kill -9, and fails with one line."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(r
 
 
 def failing(text, failure, *settings):
-    """What the ranks of a run say of themselves whose rank 1 fails in the ring."""
+    """The lines that ranks print in a run whose rank 1 fails in the ring."""
     arguments = command(text, "name=fails", "data.held_out=0", *settings)[4:]
     _, stderr = run([*LAUNCHER, "tests/training/failing_rank.py", failure, *arguments], code=1)
     lines = sorted(line for line in stderr.splitlines() if line.startswith("ringflash: "))
@@ -270,7 +270,7 @@ def test_the_record_counts_what_all_ranks_of_ring_and_ulysses_received(ranks, tm
 
 
 @pytest.mark.ranks
-def test_what_is_chosen_is_said_with_its_reason(ranks, text):
+def test_a_grid_and_a_layout_that_are_chosen_are_logged_with_their_reasons(ranks, text):
     (error, stdout), _ = ranks.run(fitted, 2, settings(text, "parallel=auto", "optim.steps=2", "name=chosen"))
     assert error is None
     assert "parallel: ulysses=" in stdout
@@ -342,7 +342,7 @@ def test_every_experiment_trains_on_positions_that_its_model_knows(text, experim
     check_inputs(compose([*chosen, longer, "model.extrapolate_positions=true"])[0])
 
 
-def test_a_metrics_line_cut_short_by_a_kill_is_passed_over(tmp_path):
+def test_a_metrics_line_cut_short_by_a_kill_is_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert read(path) == [{"step": 1, "loss": 2.0}]

@@ -1,4 +1,4 @@
-"""A run has a folder of its own, is the only one in it, and never starts over where steps are behind it."""
+"""A run has its own folder, is the only one in it, and never starts again at step 0 where there are steps."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_runs_that_start_at_once_never_share_a_folder(tmp_path, resume):
 
 def test_the_lock_of_a_run_that_has_ended_is_free(tmp_path):
     first = run_folder.take(tmp_path, "demo", "auto")
-    with pytest.raises(ConfigError, match=r"demo is in use by process \d+ on .*: wait for its end"):
+    with pytest.raises(ConfigError, match=r"demo is in use by process \d+ on .*: wait until it ends"):
         run_folder.take(tmp_path, "demo", "auto")
     first.lock.close()
     assert run_folder.take(tmp_path, "demo", "auto").path == first.path
@@ -70,7 +70,7 @@ def test_a_disk_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
     assert run_folder.take(tmp_path, "demo", "never").path == tmp_path / "demo"
-    assert "demo cannot be locked (Operation not supported): nothing keeps a second run" in capsys.readouterr().err
+    assert "demo cannot be locked (Operation not supported): a second run could use it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_run_is_found_by_its_folders_name_whatever_its_configuration_is(tmp_pa
     assert run_folder.take(tmp_path, "demo", "auto").path == folder
 
 
-def test_of_several_runs_of_a_name_the_newest_that_has_begun_is_resumed(tmp_path):
+def test_of_several_runs_of_a_name_the_newest_that_has_steps_is_resumed(tmp_path):
     begun(tmp_path / "demo", "demo")
     begun(tmp_path / "demo-2", "demo")
     begun(tmp_path / "demo-10", "demo")
@@ -100,13 +100,13 @@ def test_of_several_runs_of_a_name_the_newest_that_has_begun_is_resumed(tmp_path
 def test_a_numbered_folder_that_may_be_another_runs_is_refused(tmp_path):
     begun(tmp_path / "demo", "demo")
     begun(tmp_path / "demo-2", None)
-    with pytest.raises(ConfigError, match=r"demo-2/config\.yaml does not tell whether that is a run of name=demo"):
+    with pytest.raises(ConfigError, match=r"demo-2/config\.yaml names no run, so this may be one of name=demo"):
         run_folder.take(tmp_path, "demo", "auto")
 
 
-def test_steps_without_a_checkpoint_are_not_done_over(tmp_path):
+def test_a_folder_of_steps_without_a_checkpoint_is_refused(tmp_path):
     folder = begun(tmp_path / "demo", "demo", steps=7)
-    with pytest.raises(ConfigError, match="demo has 7 steps behind it and no checkpoint to resume from: resume=never"):
+    with pytest.raises(ConfigError, match="demo has 7 steps and no checkpoint to resume from: resume=never"):
         run_folder.check_start(folder, 0, 9)
     run_folder.check_start(folder, 4, 9)
     assert len(read(folder / "metrics.jsonl")) == 7
@@ -164,7 +164,7 @@ def test_a_run_that_has_done_more_steps_than_it_is_asked_for_is_refused(tmp_path
         run_folder.check_start(tmp_path, 4, 3)
 
 
-def test_a_damaged_line_of_metrics_costs_no_other_line(tmp_path):
+def test_a_damaged_line_of_metrics_is_skipped_alone(tmp_path):
     folder = begun(tmp_path / "demo", "demo", steps=2)
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step\xff\xfe": 3}\n' + b"[" * 100000 + b'\n{"step": 4}\n')
@@ -177,7 +177,7 @@ def test_a_damaged_line_of_metrics_costs_no_other_line(tmp_path):
     [ConnectionResetError(104, "Connection reset by peer"), RuntimeError("CUDA out of memory")],
     ids=["network", "memory"],
 )
-def test_what_is_no_disks_fault_is_not_reported_as_such(tmp_path, error):
+def test_an_error_that_no_disk_caused_is_not_reported_as_one(tmp_path, error):
     with pytest.raises(type(error), match=str(error).split("] ")[-1]), files.writing(tmp_path):
         raise error
 
@@ -187,7 +187,7 @@ def test_folders_that_cannot_be_made_are_refused(tmp_path):
     for runs in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc/runs")):
         with pytest.raises(ConfigError, match=rf"output_dir={runs} cannot be used: .*: \w"):
             run_folder.take(runs, "demo", "never")
-    with pytest.raises(ConfigError, match="file is no folder, but name=file would be trained there"):
+    with pytest.raises(ConfigError, match="file is not a folder, but name=file would be trained there"):
         run_folder.take(tmp_path, "file", "auto")
 
 
@@ -206,7 +206,7 @@ def test_records_after_the_checkpoint_are_dropped_and_others_stay(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_keeps_its_contents(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     files.write_whole(path, "old")
     monkeypatch.setattr(files.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -36,7 +36,7 @@ torch.distributed.destroy_process_group()
         ({}, 1),
     ],
 )
-def test_the_launcher_tells_how_many_ranks_a_machine_has(monkeypatch, launcher, here):
+def test_the_ranks_of_a_machine_are_read_from_the_launchers_environment(monkeypatch, launcher, here):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in launcher.items():
@@ -45,7 +45,7 @@ def test_the_launcher_tells_how_many_ranks_a_machine_has(monkeypatch, launcher, 
 
 
 def grid_chosen_by_each(ulysses):
-    """What a rank that chose ulysses[rank] is told."""
+    """The error of a rank that chose ulysses[rank]."""
     try:
         world._check_agreed(ulysses[dist.get_rank()], torch.device("cpu"))
     except ConfigError as error:
@@ -59,7 +59,7 @@ def test_a_grid_that_machines_of_unequal_size_chose_differently_is_refused_on_ev
         assert message.startswith("parallel.ulysses=null came to 2 on some machines and 8 on others")
 
 
-def test_a_launcher_that_tells_a_rank_its_number_alone_gets_its_gpu(monkeypatch):
+def test_a_rank_that_knows_only_its_local_rank_takes_the_gpu_of_that_number(monkeypatch):
     """Slurm's srun or mpirun without torchrun: 16 ranks of two machines, 8 GPUs on each."""
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
