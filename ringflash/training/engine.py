@@ -68,6 +68,8 @@ def build_engine(
     """The model under DeepSpeed, with AdamW and its schedule; all ranks call it."""
     # On the CPU, DeepSpeed would compile an op that serves inference only, for half a minute, under a lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # With any optimizer DeepSpeed imports Muon, which would load torch's compiler for seconds.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(verbose=False)
     trained = TrainedModel(model, memory, attention or AttentionConfig())

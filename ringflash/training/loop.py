@@ -158,7 +158,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
         if world.is_first:
             run_folder.check_start(folder, start, config.optim.steps)
             write_whole(folder / "config.yaml", resolved)
-            metrics.plot(folder, None)  # a plot that cannot be written fails before the first step
+            metrics.check_plot(folder)
             if world.ring.size > 1:
                 print(f"messages   of a ring of {world.ring.size} travel by {world.ring.carrier}", flush=True)
             log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)

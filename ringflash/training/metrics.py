@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -109,6 +110,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
     return records
+
+
+def check_plot(folder: Path) -> None:
+    """Raise DiskError, before the first step, where `plot` could not replace loss.png after the last."""
+    with writing(folder / "loss.png"):
+        if (folder / "loss.png").is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / "loss.png"))
 
 
 def plot(folder: Path, unigram: float | None) -> Path:

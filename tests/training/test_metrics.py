@@ -25,7 +25,16 @@ def test_a_wandb_id_that_cannot_be_read_is_named(tmp_path):
         metrics._wandb_id(tmp_path / "wandb-id")
 
 
-def test_a_plot_that_cannot_be_written_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "write", [metrics.check_plot, lambda folder: metrics.plot(folder, None)], ids=["check", "plot"]
+)
+def test_a_plot_that_cannot_be_written_is_named(tmp_path, write):
     (tmp_path / "loss.png").mkdir()
     with pytest.raises(DiskError, match=r"loss\.png was not written: .*Is a directory"):
-        metrics.plot(tmp_path, None)
+        write(tmp_path)
+
+
+def test_a_plot_is_replaced(tmp_path):
+    (tmp_path / "loss.png").write_bytes(b"of an earlier run")
+    metrics.check_plot(tmp_path)
+    assert metrics.plot(tmp_path, None).stat().st_size > 1000
