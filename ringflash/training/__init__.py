@@ -5,7 +5,7 @@ preflight                   what is refused before anything is allocated, and th
 world, own_pace, failure    processes: ring, Ulysses and replicas; work without a timeout; how a run fails
 engine, loss, optimizer     the model under DeepSpeed
 step, evaluation            one optimizer step, and the held-out loss
-meter, metrics, flops       a step's figures, and where they are written
+meter, flops, metrics       a step's figures, and where they are written
 checkpoint, export          what a run can be resumed from, and what it leaves
 loop                        the run, top to bottom
 """

@@ -1,12 +1,12 @@
-"""Work without a limit: one rank, or each its share, takes as long as it takes, and all others wait for it.
+"""Work without a timeout: one rank, or each on its part, works as long as needed, and the others wait.
 
-A barrier would give up after the group's timeout. Here a rank that is done asks the store for the others:
+A barrier would fail after the group's timeout. Here a rank that is done polls the store for the others:
 
-    ringflash/own-pace/of-RANK      how many of these RANK has entered, so that ranks count alike
+    ringflash/own-pace/of-RANK      how many of these RANK has entered: the number N of this one
     ringflash/own-pace/N/RANK       RANK has done its part of the N-th
     ringflash/own-pace/N/all        all have
 
-While it waits, the watch reports which ranks it waits for and their work. If one fails, the others raise
+While it waits, the watchdog reports which ranks it waits for, and their work. If one fails, the others raise
 OtherRankError.
 """
 
@@ -24,20 +24,20 @@ import torch.distributed as dist
 from ringflash.ring.watchdog import Watchdog
 from ringflash.training import failure
 
-FIRST_PAUSE, LONGEST_PAUSE = 1e-3, 0.25  # seconds between two questions to the store
-NAMED = 4  # ranks that a report names at most
+FIRST_PAUSE, LONGEST_PAUSE = 1e-3, 0.25  # seconds between two polls of the store
+NAMED = 4  # ranks that a report names at the most
 NO_LIMIT = timedelta(days=365)
 
 _PREFIX = "ringflash/own-pace"
 
 
 class OtherRankError(RuntimeError):
-    """Another rank failed first; the message is its own."""
+    """Another rank failed first; the message is that rank's."""
 
 
 @contextlib.contextmanager
 def own_pace(what: str, rank: int, size: int, watchdog: Watchdog) -> Iterator[None]:
-    """`World.own_pace`, whose docstring says what it does, of this rank out of `size`."""
+    """`World.own_pace` for this rank of `size`."""
     store = dist.distributed_c10d._get_default_store()
     meeting = _Meeting(store, f"{_PREFIX}/{store.add(f'{_PREFIX}/of-{rank}', 1)}", rank, size)
     with watchdog.without_limit(what, meeting), _collectives_without_limit():
@@ -52,13 +52,13 @@ def own_pace(what: str, rank: int, size: int, watchdog: Watchdog) -> Iterator[No
 
 @dataclass
 class _Meeting:
-    """All ranks, which arrive one after another when their work is done."""
+    """A meeting of all ranks, each of which arrives when its work is done."""
 
     store: dist.Store
     key: str
     rank: int
     size: int
-    place: int = 0  # in the order of arrivals, from 1 on; 0: not yet
+    place: int = 0  # in the order of arrivals, from 1; 0: not yet arrived
 
     def arrive(self) -> None:
         self.store.set(f"{self.key}/{self.rank}", "")
@@ -67,20 +67,20 @@ class _Meeting:
             self.store.set(f"{self.key}/all", "")
 
     def wait(self) -> None:
-        """Wait for all, without a limit. Raises OtherRankError."""
+        """Wait for all ranks. Raises OtherRankError."""
         pause = FIRST_PAUSE
         while not self.store.check([f"{self.key}/all"]):
             if (message := failure.first(self.store)) is not None:
                 raise OtherRankError(message)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-        self.store.delete_key(f"{self.key}/{self.rank}")  # of the many meetings of a long run
+        self.store.delete_key(f"{self.key}/{self.rank}")  # a long run has many meetings
 
     def failed(self) -> bool:
         return failure.first(self.store) is not None
 
     def report(self) -> str | None:
-        """Who is waited for, from the rank that arrived first; before any did, from rank 0."""
+        """Which ranks are missing, from the rank that arrived first; before any arrived, from rank 0."""
         if self.place == 1:
             missing = (rank for rank in range(self.size) if not self.store.check([f"{self.key}/{rank}"]))
             named = list(itertools.islice(missing, NAMED + 1))
@@ -92,7 +92,7 @@ class _Meeting:
 
 @contextlib.contextmanager
 def _collectives_without_limit() -> Iterator[None]:
-    """No collective gives up while entered, for those inside what others do, such as DeepSpeed's when it saves."""
+    """Suspend the timeouts of all groups, also for collectives inside libraries, such as DeepSpeed's when it saves."""
     groups = {
         group: group._get_backend(device).options._timeout
         for group in list(dist.distributed_c10d._world.pg_map)

@@ -1,4 +1,4 @@
-"""How a sequence is spread over ranks: the settings, and what is chosen where they leave it open."""
+"""Context parallelism: the settings, and the grid and layouts that are chosen where they leave that open."""
 
 from __future__ import annotations
 
@@ -27,55 +27,56 @@ class ParallelConfig:
     """Context parallelism: how a sequence is spread over ranks."""
 
     ring: int | None = None
-    """Ranks in a ring; null: all that there are, over ulysses. A sequence is shared by ring x ulysses ranks, and the
-    rest is data parallelism over replicas."""
+    """Ranks in a ring; null: all ranks / ulysses. ring x ulysses ranks share a sequence; replicas of such groups are
+    data parallel."""
 
     ulysses: int | None = 1
     """Neighbouring ranks of one machine that exchange tokens for heads inside attention; null: the number with the
-    least predicted time, which is logged with its reason."""
+    least predicted time. The log gives the reason."""
 
     layout: str = "auto"
-    """Which rank holds which tokens: auto, for each step the layout with the least predicted time; contiguous, zigzag,
-    striped; or, fitted to each step's documents, balanced or document_local."""
+    """Which rank holds which tokens: auto (per step the layout with the least predicted time), contiguous, zigzag,
+    striped, or, fitted to each step's documents, balanced or document_local."""
 
     intra_node_bandwidth_gb: float = INTRA_NODE_GB
-    """Gigabytes a second that a GPU sends to another of its machine; auto and null reckon with it."""
+    """Gigabytes per second from a GPU to another of its machine, for the times that auto and null predict."""
 
     inter_node_bandwidth_gb: float = INTER_NODE_GB
-    """Gigabytes a second that a GPU sends to another machine."""
+    """Gigabytes per second from a GPU to another machine, for the times that auto and null predict."""
 
     transport: str = "auto"
-    """What carries a ring's messages: auto, copy engines between GPUs of one machine, else NCCL; or nccl."""
+    """What sends a ring's messages: nccl, or auto: copy engines between GPUs of one machine, else NCCL."""
 
     timeout_minutes: int = 10
-    """Minutes without an answer after which a collective gives up; tokenising, saving and the like have no limit."""
+    """Minutes after which a collective that other ranks do not join fails. Tokenising and saving have no limit."""
 
     hop_timeout_seconds: float = 300.0
-    """Seconds for which a hop of the ring may stand still before every rank says where it is and the run ends."""
+    """Seconds after which a hop of the ring that hangs ends the run. Every rank reports which rank it waits for."""
 
     def __post_init__(self) -> None:
         if self.ring is not None and self.ring < 1:
             raise ConfigError(f"parallel.ring={self.ring} must be 1 or more, or null for all ranks")
         if self.ulysses is not None and self.ulysses < 1:
-            raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more, or null to have it chosen")
+            raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more, or null for the fastest")
         if self.layout not in ("auto", *LAYOUT_NAMES):
             raise ConfigError(f"parallel.layout={self.layout} is not one of auto, {', '.join(LAYOUT_NAMES)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"parallel.transport={self.transport} is not one of {', '.join(TRANSPORTS)}")
         for name in ("intra_node_bandwidth_gb", "inter_node_bandwidth_gb"):
-            if not 1e-6 <= getattr(self, name) < math.inf:  # slower, predicted times would be infinite
+            if not 1e-6 <= getattr(self, name) < math.inf:  # below it, predicted times would be infinite
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be 1e-6 or more and finite")
         if not 0 < self.hop_timeout_seconds < math.inf:
             raise ConfigError(f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be above 0 and finite")
-        if not 1 <= self.timeout_minutes <= YEAR:  # the clock of gloo's waits, in nanoseconds, wraps after 292 years
+        if not 1 <= self.timeout_minutes <= YEAR:  # gloo's clock, in nanoseconds, wraps after 292 years
             raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more, and {YEAR} at most")
         if self.hop_timeout_seconds + LAST_WORDS + 2 * POLL > 60 * self.timeout_minutes:
             raise ConfigError(
-                f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must end 4 seconds before "
-                f"parallel.timeout_minutes={self.timeout_minutes}, after which a collective gives up without a word"
+                f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be at least 4 s less than "
+                f"parallel.timeout_minutes={self.timeout_minutes}: otherwise NCCL aborts before the watchdog can "
+                f"report the hang"
             )
         if self.ulysses is None and self.ring is not None:
-            raise ConfigError(f"parallel.ring={self.ring} with parallel.ulysses=null: choose both or neither")
+            raise ConfigError(f"parallel.ring={self.ring} with parallel.ulysses=null: set both or neither")
 
     def ring_size(self, ranks: int) -> int:
         """Ranks in a ring, out of `ranks`. Raises ConfigError where they do not divide."""
@@ -93,9 +94,9 @@ class ParallelConfig:
 def resolve_parallel(
     config: ParallelConfig, model: PreTrainedConfig, length: int, ranks: int, ranks_per_node: int
 ) -> tuple[ParallelConfig, str | None]:
-    """The configuration with parallel.ulysses chosen if it was left open, and then why.
+    """The configuration with parallel.ulysses chosen where it is null, and the reason of that choice.
 
-    Raises ConfigError where the heads do not divide among the ranks of Ulysses, or those are not of one machine.
+    Raises ConfigError where heads do not divide among the Ulysses ranks, or these are not of one machine.
     """
     if config.ulysses is None:
         ulysses, why = best_ulysses(
@@ -109,7 +110,7 @@ def resolve_parallel(
     if ranks_per_node % config.ulysses:
         raise ConfigError(
             f"parallel.ulysses={config.ulysses} does not divide the {ranks_per_node} ranks of this machine: heads are "
-            f"exchanged inside a machine, between machines runs the ring"
+            f"exchanged inside a machine, and the ring connects machines"
         )
     return config, None
 
@@ -122,7 +123,7 @@ def layout_chooser(
     ranks_per_node: int,
     log: Callable[[str], None] = lambda reason: None,
 ) -> Callable[[IntervalMask], Layout]:
-    """What gives a step's mask its layout, over `ring` ranks: one for all steps, or the best for each.
+    """A function from a step's mask to its layout over `ring` ranks: the same for all steps, or the best per step.
 
     log: called with the reason when `auto` first takes a layout.
     """

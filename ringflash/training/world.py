@@ -1,7 +1,7 @@
-"""The processes of a run: who is there, on which device, and which of them form a ring.
+"""World: the ranks of a run, their devices, and the groups that they form.
 
-All ranks together are DeepSpeed's data-parallel world. Consecutive ranks form replicas of the model that each train on
-their own sequences. Inside a replica, neighbours (one node's GPUs) exchange heads, and a ring runs across them:
+All ranks together are DeepSpeed's data-parallel world. Consecutive ranks form a replica, and each replica trains on its
+own sequences. Inside a replica, neighbours (GPUs of one node) exchange heads, and rings connect their counterparts:
 
     8 ranks, parallel.ring=2 parallel.ulysses=2
 
@@ -31,7 +31,7 @@ from ringflash.training.parallel import ParallelConfig
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """This process's place: rank of size, its ring and who watches it, with whom it exchanges heads, its replica."""
+    """This rank of `size` ranks: its device, watchdog, ring, Ulysses group and replica."""
 
     rank: int
     size: int
@@ -47,12 +47,12 @@ class World:
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """x summed over all ranks, in place."""
+        """Sum x over all ranks, in place."""
         dist.all_reduce(x)
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        """The largest of all ranks, entry by entry, in place."""
+        """Elementwise maximum of x over all ranks, in place."""
         dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
@@ -63,19 +63,19 @@ class World:
         return box[0]
 
     def own_pace(self, what: str) -> AbstractContextManager[None]:
-        """Entered by all ranks around work of some, which takes as long as it takes; left once all are done.
+        """Let some ranks work without a timeout: all ranks enter it, and leave it once all are done.
 
             with world.own_pace(f"tokenising data.path={path}"):
                 if world.is_first:
                     tokenise()
 
-        Nothing inside reaches parallel.timeout_minutes. Raises OtherRankError where another rank failed.
+        parallel.timeout_minutes does not apply inside. Raises OtherRankError where another rank failed.
         """
         return own_pace(what, self.rank, self.size, self.watchdog)
 
 
 def ranks_here() -> int:
-    """Ranks of this run on this machine, as torchrun or deepspeed tells; else all, or as many as there are GPUs."""
+    """Ranks on this machine, from torchrun's or deepspeed's environment; else all, but at most one per GPU."""
     given = _ranks_by_launcher()
     if given is not None:
         return given
@@ -88,7 +88,7 @@ def _ranks_by_launcher() -> int | None:
 
 
 def first_here() -> bool:
-    """Whether this is the first rank of its machine, as the launcher tells; true without one."""
+    """Whether this is the first rank of its machine, from the launcher's environment; true without one."""
     return _local_rank() == 0
 
 
@@ -97,16 +97,16 @@ def _local_rank() -> int:
 
 
 def world_size() -> int:
-    """Ranks of this run, as the launcher tells; 1 without one."""
+    """Ranks of this run, from the launcher's environment; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(config: ParallelConfig) -> World:
-    """Join the other processes where a settled configuration places this one.
+    """Connect this process with the others, on the grid of a resolved configuration.
 
-    NCCL and a GPU each, or gloo on the CPU where the machine has no GPU. Reads the environment that torchrun,
-    deepspeed or Slurm's srun under torchrun set; alone, the world is one process. Raises ConfigError for more ranks on
-    this machine than GPUs, a grid that does not divide the ranks, or one that machines chose differently.
+    Each rank has a GPU and NCCL, or gloo where the machine has no GPU. The environment is torchrun's or deepspeed's;
+    without one, the world is one process. Raises ConfigError for more ranks on this machine than GPUs, for a grid that
+    does not divide the ranks, and for one that machines chose differently.
     """
     device = local_device()
     _environment_of_one()
@@ -131,22 +131,22 @@ def join(config: ParallelConfig) -> World:
 
 
 def _check_agreed(neighbours: int, device: torch.device) -> None:
-    """Raise ConfigError, on every rank, where they chose differently how many of them exchange heads."""
+    """Raise ConfigError, on every rank, where ranks chose different numbers of Ulysses ranks."""
     ends = torch.tensor([neighbours, -neighbours], device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     most, least = int(ends[0]), -int(ends[1])
     if least != most:
         raise ConfigError(
-            f"parallel.ulysses=null came to {least} on some machines and {most} on others, which have other numbers of "
-            f"ranks: set it, such as parallel.ulysses=1"
+            f"parallel.ulysses=null resolves to {least} on some machines and to {most} on others, which have another "
+            f"number of ranks: set it, such as parallel.ulysses=1"
         )
 
 
 def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
-    """The group of `rank` among rows of members, each with a communicator of its own.
+    """The group of `rank`: one of the rows of `members`, each with its own communicator.
 
-    Ring transfers must not queue behind ZeRO's collectives. NCCL sets a communicator up when all its ranks first use
-    it; a ring's exchanges may concern only some of them, so it is used once here.
+    So ring transfers do not queue behind ZeRO's collectives. NCCL sets a communicator up when all its ranks first use
+    it. A ring's exchange may concern only some of them, so a barrier uses it here.
     """
     groups = {
         tuple(row): dist.new_group(row, timeout=timeout, pg_options=_urgent(timeout) if len(row) > 1 else None)
@@ -158,10 +158,10 @@ def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.Proc
 
 
 def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
-    """NCCL options of a group whose transfers run beside attention: a stream of high priority; None on gloo.
+    """NCCL options of a group whose transfers overlap attention: a stream of high priority; None on gloo.
 
-    NCCL moves data by a kernel of its own, for which an attention kernel, that fills every multiprocessor, leaves no
-    room. Of high priority, it takes the first ones that come free, and not those that the next attention kernel leaves.
+    NCCL moves data by a kernel, and an attention kernel fills every SM. With high priority NCCL's kernel gets the first
+    SMs that become free; otherwise it would wait until the next attention kernel, too, leaves some.
     """
     if dist.get_backend() != "nccl":
         return None
@@ -171,7 +171,7 @@ def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
 
 
 def is_rank_0() -> bool:
-    """Whether this is the run's first rank, as the launcher tells; true without one."""
+    """Whether this is the run's first rank, from the launcher's environment; true without one."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -191,7 +191,7 @@ def local_device() -> torch.device:
 
 
 def _environment_of_one() -> None:
-    """What a launcher would have set, for a process started alone."""
+    """Set what a launcher would have set, for a process without one."""
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -124,7 +124,7 @@ def settings_of(part, prefix=""):
         (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0 must be 1 or more"),
         (
             ["parallel.hop_timeout_seconds=58", "parallel.timeout_minutes=1"],
-            "parallel.hop_timeout_seconds=58.0 must end 4 seconds before parallel.timeout_minutes=1",
+            "parallel.hop_timeout_seconds=58.0 must be at least 4 s less than parallel.timeout_minutes=1",
         ),
         (["parallel.hop_timeout_seconds=nan"], "parallel.hop_timeout_seconds=nan must be above 0 and finite"),
         (["experiment=foo"], "experiment=foo is not one of debug, llama3-8b-256k, qwen3-0.5b-128k"),

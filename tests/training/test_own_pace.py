@@ -1,4 +1,4 @@
-"""Work without a limit: the others wait beyond the group's timeout, report for what, and end with a rank's error."""
+"""Ranks wait for work beyond the group's timeout, report which rank and work that is, and end when it fails."""
 
 import contextlib
 import io

@@ -56,7 +56,7 @@ def grid_chosen_by_each(ulysses):
 def test_a_grid_that_machines_of_unequal_size_chose_differently_is_refused_on_every_rank(ranks):
     assert ranks.run(grid_chosen_by_each, 3, (2, 2, 2)) == [None] * 3
     for message in ranks.run(grid_chosen_by_each, 3, (4, 2, 8)):
-        assert message.startswith("parallel.ulysses=null came to 2 on some machines and 8 on others")
+        assert message.startswith("parallel.ulysses=null resolves to 2 on some machines and to 8 on others")
 
 
 def test_a_rank_that_knows_only_its_local_rank_takes_the_gpu_of_that_number(monkeypatch):
