@@ -192,7 +192,10 @@ def bf16_steps(zero, accumulation):
     The latter takes each rank's gradients as autograd made them. At ZeRO 0 their mean over ranks is rounded to bf16.
     """
     world = joined(1)
-    optim = OptimConfig(STEPS, 4 * accumulation, 1, 1e-2, 2, 0.3, 0.8, 0.9, 0.5, 0.05)
+    optim = OptimConfig(
+        steps=STEPS, batch=4 * accumulation, micro_batch=1, lr=1e-2, warmup=2, final_lr=0.3, beta1=0.8, beta2=0.9,
+        weight_decay=0.5, clip=0.05,
+    )  # fmt: skip
     engine = build_engine(build("llama").bfloat16(), optim, MemoryConfig(zero=zero), world)
     named = dict(engine.module.named_parameters())
     sums = {}

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
-from ringflash.kernels import portable_forward
+from ringflash.kernels import portable_parts
+from ringflash.training import metrics
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs
@@ -245,6 +246,23 @@ def test_a_run_killed_after_its_last_checkpoint_has_its_last_record_once_when_re
         assert file.read_text() == complete
 
 
+def metrics_files_read(overrides):
+    """How often this rank reads a metrics.jsonl during a run."""
+    reads, real = [], metrics.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "read", lambda path: reads.append(path) or real(path))
+        error, _ = fitted(overrides)
+    assert error is None
+    return len(reads)
+
+
+@pytest.mark.ranks
+def test_rank_0_alone_reads_the_metrics_of_a_run(ranks, text):
+    first, second = ranks.run(metrics_files_read, 2, settings(text, "optim.steps=1", "name=read", "resume=auto"))
+    assert first > 0
+    assert second == 0
+
+
 @pytest.mark.ranks
 def test_a_plot_that_could_not_be_written_at_the_end_is_refused_before_the_first_step(ranks, text):
     folder = text.parent / "runs" / "blocked"
@@ -324,7 +342,7 @@ def test_print_leaves_it_to_the_run_whether_a_kernel_can_run_where_there_is_no_g
 
 def test_print_refuses_a_kernel_that_this_machines_gpu_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(portable_forward, "_arch", lambda device: 80)
+    monkeypatch.setattr(portable_parts, "_arch", lambda device: 80)
     config, _ = compose(["attention.kernel=hopper"])
     message = r"^attention\.kernel=hopper needs .* 9\.0, got one of 8\.0;"
     with FakeTensorMode(), pytest.raises(ConfigError, match=message):
