@@ -2,7 +2,8 @@
 
 config, overrides, help     the settings: typed, read from a command line, listed
 preflight                   what is refused before anything is allocated, and the log of what will run
-world, own_pace, failure    processes: ring, Ulysses and replicas; work without a timeout; how a run fails
+world, without_timeout      ring, Ulysses and replicas; work without a timeout
+failure                     how a run fails
 engine, loss, optimizer     the model under DeepSpeed
 step, evaluation            one optimizer step, and the held-out loss
 meter, flops, metrics       a step's figures, and where they are written

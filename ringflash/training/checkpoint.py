@@ -71,18 +71,18 @@ def save(
     path = folder / f"step-{step:08d}"
     check_weights(engine, world, path)
     aside = path.with_name(path.name + PARTIAL)
-    with world.own_pace(f"deleting half-written checkpoints of killed runs in {folder}"):
+    with world.without_timeout(f"deleting half-written checkpoints of killed runs in {folder}"):
         if world.is_first:
             with writing(aside):
                 for left in _half_written(folder):
                     remove(left)
                 aside.mkdir(parents=True)
-    with world.own_pace(f"writing {path}"), writing(aside):
+    with world.without_timeout(f"writing {path}"), writing(aside):
         engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
-    with world.own_pace(f"reading {path} for its digests"):
+    with world.without_timeout(f"reading {path} for its digests"):
         digests = _digests(aside, _files_to_read(aside, world))
     files = _all_gathered(digests, world)
-    with world.own_pace(f"renaming {path} into place, and deleting older checkpoints"):
+    with world.without_timeout(f"renaming {path} into place, and deleting older checkpoints"):
         if world.is_first:
             manifest = {
                 "step": step,
@@ -118,7 +118,7 @@ def resume(
         return 0
     path, manifest = sound
     _check_fits(path, manifest, world, settings or {})
-    with world.own_pace(f"loading {path}"):
+    with world.without_timeout(f"loading {path}"):
         _load(engine, path)
     if world.is_first:
         for unsound, fault in faults.items():
@@ -132,7 +132,7 @@ def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any
     """The newest sound checkpoint with its manifest, and the fault of each newer one."""
     faults: dict[Path, str] = {}
     for path in world.broadcast(_written(folder)):
-        with world.own_pace(f"reading {path} for its digests"):
+        with world.without_timeout(f"reading {path} for its digests"):
             manifest, fault = world.broadcast(_read_manifest(path))
             if fault is None:
                 fault = _damage(path, manifest["files"], world)

@@ -54,7 +54,7 @@ class Divergence:
 
     def _end(self, message: str) -> None:
         # The launcher ends all ranks as soon as one exits, so rank 0 must finish first.
-        with self.world.own_pace("finishing wandb's run"):
+        with self.world.without_timeout("finishing wandb's run"):
             if self.log is not None:
                 self.log.close(exit_code=1)
         raise DivergedError(f"{message}; no checkpoint or model is written; {ADVICE}")

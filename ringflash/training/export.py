@@ -43,7 +43,7 @@ def export(
     # ZeRO 3 shards each weight over the ranks; rank 0 needs all of it.
     parameters = list(model.parameters()) if engine.zero_optimization_partition_weights() else []
     with (
-        world.own_pace(f"exporting {folder}"),
+        world.without_timeout(f"exporting {folder}"),
         deepspeed.zero.GatheredParameters(parameters, modifier_rank=None),
     ):
         if world.is_first:

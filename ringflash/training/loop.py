@@ -110,7 +110,7 @@ def _source(config: Config) -> str:
 def _build_model(job: Job, world: World) -> PreTrainedModel:
     """The model; rank 0 tries its export. Both come before tokenising, which may take hours."""
     config = job.config
-    with world.own_pace(f"building the model of {_source(config)}"):
+    with world.without_timeout(f"building the model of {_source(config)}"):
         model = build_model(config.model)
         if world.is_first:
             generation = generation_file(config.model.path)
@@ -120,13 +120,14 @@ def _build_model(job: Job, world: World) -> PreTrainedModel:
 
 def _load_corpora(config: Config, world: World) -> tuple[TokenCorpus, TokenCorpus]:
     """Training and held-out documents. Rank 0 tokenises; then one rank of each other machine checks what it finds."""
-    with world.own_pace(f"tokenising data.path={config.data.path}"):
+    with world.without_timeout(f"tokenising data.path={config.data.path}"):
         if world.is_first:
             load_corpus(config.data)
-    with world.own_pace(f"checking the tokens of data.path={config.data.path} in data.cache={config.data.cache}"):
+    cached = f"the tokens of data.path={config.data.path} in data.cache={config.data.cache}"
+    with world.without_timeout(f"checking {cached}"):
         if first_here() and not world.is_first:
             load_corpus(config.data)
-    with world.own_pace(f"reading the tokens of data.path={config.data.path} in data.cache={config.data.cache}"):
+    with world.without_timeout(f"reading {cached}"):
         training, held_out = load_corpus(config.data, verify=False)
     preflight.check_corpora(config, training, held_out)
     return training, held_out
@@ -137,7 +138,7 @@ def _settings(config: Config, resolved: str, training: TokenCorpus, world: World
     settings = yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest
     if config.model.path:
-        with world.own_pace(f"reading {_source(config)} for its digest"):
+        with world.without_timeout(f"reading {_source(config)} for its digest"):
             found = model_digest(Path(config.model.path)) if world.is_first else None
         settings["model"]["digest"] = world.broadcast(found)
     return settings
@@ -146,15 +147,15 @@ def _settings(config: Config, resolved: str, training: TokenCorpus, world: World
 def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, Any], resolved: str) -> Range:
     """The run in its folder, at its newest checkpoint."""
     config = job.config
-    with world.own_pace("initialising DeepSpeed"):
+    with world.without_timeout("initialising DeepSpeed"):
         engine = build_engine(model, config.optim, config.memory, world, config.attention)
-    with world.own_pace(f"taking a folder in output_dir={config.output_dir}"):
+    with world.without_timeout(f"taking a folder in output_dir={config.output_dir}"):
         output_dir = Path(config.output_dir)
         taken = run_folder.take(output_dir, config.name, config.resume) if world.is_first else None
     folder = world.broadcast(taken and taken.path)
     start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
     log = None
-    with world.own_pace(f"opening {folder} and wandb's run"):
+    with world.without_timeout(f"opening {folder} and wandb's run"):
         if world.is_first:
             run_folder.check_start(folder, start, config.optim.steps)
             write_whole(folder / "config.yaml", resolved)
@@ -174,7 +175,7 @@ def _finish(run: Range, evaluation: Evaluation | None, divergence: Divergence) -
     if run.start < steps and not _due(steps, config.checkpoint.every):
         run.save(steps)
     exported = export(run.engine, run.folder / "model", run.job.tokenizer, world, generation_file(config.model.path))
-    with world.own_pace("finishing the loss plot and wandb's run"):
+    with world.without_timeout("finishing the loss plot and wandb's run"):
         if run.log is not None:
             entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
             run.log.conclude(steps, loss, entropy)

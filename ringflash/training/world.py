@@ -25,8 +25,8 @@ from ringflash.errors import ConfigError
 from ringflash.ring.transport import ProcessRing
 from ringflash.ring.ulysses import Ulysses
 from ringflash.ring.watchdog import Watchdog
-from ringflash.training.own_pace import own_pace
 from ringflash.training.parallel import ParallelConfig
+from ringflash.training.without_timeout import without_timeout
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +62,16 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def own_pace(self, what: str) -> AbstractContextManager[None]:
+    def without_timeout(self, what: str) -> AbstractContextManager[None]:
         """Let some ranks work without a timeout: all ranks enter it, and leave it once all are done.
 
-            with world.own_pace(f"tokenising data.path={path}"):
+            with world.without_timeout(f"tokenising data.path={path}"):
                 if world.is_first:
                     tokenise()
 
         parallel.timeout_minutes does not apply inside. Raises OtherRankError where another rank failed.
         """
-        return own_pace(what, self.rank, self.size, self.watchdog)
+        return without_timeout(what, self.rank, self.size, self.watchdog)
 
 
 def ranks_here() -> int:

@@ -79,7 +79,9 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_resumed(ranks
     assert newest.with_name("step-00000003.unsound").is_dir()
 
 
-ALONE = SimpleNamespace(rank=0, size=1, is_first=True, broadcast=lambda x: x, own_pace=lambda what: nullcontext())
+ALONE = SimpleNamespace(
+    rank=0, size=1, is_first=True, broadcast=lambda x: x, without_timeout=lambda what: nullcontext()
+)
 
 
 def written(folder, step):

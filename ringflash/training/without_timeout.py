@@ -2,9 +2,9 @@
 
 A barrier would fail after the group's timeout. Here a rank that is done polls the store for the others:
 
-    ringflash/own-pace/of-RANK      how many of these RANK has entered: the number N of this one
-    ringflash/own-pace/N/RANK       RANK has done its part of the N-th
-    ringflash/own-pace/N/all        all have
+    ringflash/without-timeout/of-RANK      how many of these RANK has entered: the number N of this one
+    ringflash/without-timeout/N/RANK       RANK has done its part of the N-th
+    ringflash/without-timeout/N/all        all have
 
 While it waits, the watchdog reports which ranks it waits for, and their work. If one fails, the others raise
 OtherRankError.
@@ -28,7 +28,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1e-3, 0.25  # seconds between two polls of the stor
 NAMED = 4  # ranks that a report names at the most
 NO_LIMIT = timedelta(days=365)
 
-_PREFIX = "ringflash/own-pace"
+_PREFIX = "ringflash/without-timeout"
 
 
 class OtherRankError(RuntimeError):
@@ -36,8 +36,8 @@ class OtherRankError(RuntimeError):
 
 
 @contextlib.contextmanager
-def own_pace(what: str, rank: int, size: int, watchdog: Watchdog) -> Iterator[None]:
-    """`World.own_pace` for this rank of `size`."""
+def without_timeout(what: str, rank: int, size: int, watchdog: Watchdog) -> Iterator[None]:
+    """`World.without_timeout` for this rank of `size`."""
     store = dist.distributed_c10d._get_default_store()
     meeting = _Meeting(store, f"{_PREFIX}/{store.add(f'{_PREFIX}/of-{rank}', 1)}", rank, size)
     with watchdog.without_limit(what, meeting), _collectives_without_limit():

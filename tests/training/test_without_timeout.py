@@ -17,7 +17,7 @@ from ringflash.ring.watchdog import Watchdog
 from ringflash.training import checkpoint, loop
 from ringflash.training.config import compose
 from ringflash.training.export import export
-from ringflash.training.own_pace import NO_LIMIT, OtherRankError
+from ringflash.training.without_timeout import NO_LIMIT, OtherRankError
 from tests.training.test_checkpoint import engine_on
 from tests.training.test_step import joined
 
@@ -103,7 +103,7 @@ def work_of_which_rank_1_fails(error):
     """What each rank raises."""
     world = joined(None)
     try:
-        with world.own_pace("digests"):
+        with world.without_timeout("digests"):
             if world.rank == 1:
                 raise error
     except Exception as raised:
@@ -112,7 +112,7 @@ def work_of_which_rank_1_fails(error):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("error", [ConfigError("data.path=/x is empty"), OSError("no space left")], ids=repr)
-def test_a_rank_that_fails_at_its_own_pace_ends_those_that_wait(ranks, error):
+def test_a_rank_that_fails_at_its_without_timeout_ends_those_that_wait(ranks, error):
     message = "data.path=/x is empty" if isinstance(error, ConfigError) else "rank 1 failed: OSError: no space left"
     others = (OtherRankError, message)
     assert ranks.run(work_of_which_rank_1_fails, 3, error) == [others, (type(error), str(error)), others]
