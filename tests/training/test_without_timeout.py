@@ -112,7 +112,7 @@ def work_of_which_rank_1_fails(error):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("error", [ConfigError("data.path=/x is empty"), OSError("no space left")], ids=repr)
-def test_a_rank_that_fails_at_its_without_timeout_ends_those_that_wait(ranks, error):
+def test_a_rank_that_fails_in_work_without_a_timeout_ends_those_that_wait(ranks, error):
     message = "data.path=/x is empty" if isinstance(error, ConfigError) else "rank 1 failed: OSError: no space left"
     others = (OtherRankError, message)
     assert ranks.run(work_of_which_rank_1_fails, 3, error) == [others, (type(error), str(error)), others]
