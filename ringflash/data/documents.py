@@ -19,13 +19,15 @@ import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
 
 from ringflash.data import cache
 from ringflash.data.files import Matches, is_below, search, suffixes
-from ringflash.data.formats import FIELD, FORMATS, format_of, texts
+from ringflash.data.formats import FIELD, FORMATS, IDS, format_of, texts, token_ids
 from ringflash.data.scratch import scratch_folder
 from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
 from ringflash.errors import ConfigError, reason
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 GROUP = 1 << 20  # characters tokenised at once: enough documents for a tokenizer's threads, bounded memory
 
+Document = TypeVar("Document", str, np.ndarray)
 Source = tuple[Path, str]  # a file, and the format to read it by
 
 
@@ -57,7 +60,8 @@ class DataConfig:
     """How to read each file: text (one document), jsonl, json, csv, tsv or parquet. null: by the file's suffix."""
 
     field: str | None = None
-    """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields."""
+    """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields.
+    input_ids: a list of the tokenizer's ids per document instead of text; nothing is added to them."""
 
     tokenizer: str = "bytes"
     """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
@@ -162,29 +166,36 @@ def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
 
 def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes the cache into `folder`."""
-    encode = encoder(tokenizer, config.tokenizer)
-    documents = (tokens for texts in _groups(_documents(sources, config)) for tokens in encode(texts))
+    size = tokenizer_size(tokenizer)
+    documents: Iterator[np.ndarray]
+    if config.field == IDS:
+        documents = _documents(sources, lambda file, form: token_ids(file, form, size))
+    else:
+        field, guessed = config.field or FIELD, config.format is None
+        encode = encoder(tokenizer, config.tokenizer)
+        found = _documents(sources, lambda file, form: texts(file, form, field, guessed))
+        documents = (tokens for group in _groups(found) for tokens in encode(group))
     first = next(documents, None)
     if first is None:
         raise ConfigError(f"data.path={config.path} holds no text: all of its documents are empty")
     made_of = {"path": config.path, "files": len(sources), "tokenizer": config.tokenizer}
-    cache.write(folder, itertools.chain([first], documents), tokenizer_size(tokenizer), made_of)
+    cache.write(folder, itertools.chain([first], documents), size, made_of)
 
 
-def _documents(sources: list[Source], config: DataConfig) -> Iterator[str]:
-    """All texts that are not empty, in the order of the files, behind a progress bar over the files' bytes."""
+def _documents(sources: list[Source], read: Callable[[Path, str], Iterator[Document]]) -> Iterator[Document]:
+    """All documents that are not empty, in the order of the files, behind a progress bar over the files' bytes."""
     from tqdm import tqdm
 
-    field, total = config.field or FIELD, sum(file.stat().st_size for file, _ in sources)
+    total = sum(file.stat().st_size for file, _ in sources)
     with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True) as bar:
         for file, form in sources:
             left = file.stat().st_size
             try:
-                for text in texts(file, form, field, guessed=config.format is None):
-                    step = min(left, len(text))
+                for document in read(file, form):
+                    step = min(left, len(document))
                     left -= step
-                    if text:
-                        yield text
+                    if len(document):
+                        yield document
                     bar.update(step)
             except ConfigError:
                 raise

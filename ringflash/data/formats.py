@@ -1,10 +1,12 @@
-"""Formats: the texts of one file, by its suffix or by `data.format`.
+"""Formats: the texts or token ids of one file, by its suffix or by `data.format`.
 
     text             the whole file is one document                     .txt, .md, .py, .html, ...
     jsonl            one JSON object per line, one document each        .jsonl, .ndjson, .jsonlines
     json             an array of objects, or one object per line        .json
     csv, tsv         a header, then one document per record             .csv, .tsv
     parquet          a table, one document per row                      .parquet
+
+With data.field=input_ids, the records of jsonl, json and parquet hold token ids instead of text.
 
 All but parquet are UTF-8, with or without a byte order mark, and may be compressed (.gz, .bz2, .xz, .zst, .lz4).
 Refused, with file and line, record or row:
@@ -26,6 +28,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
+
+import numpy as np
 
 from ringflash.errors import ConfigError, reason
 
@@ -51,6 +55,8 @@ MARKS = {  # UTF-32's begin with UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
 FIELD = "text"  # read where data.field=null and the format has fields
+IDS = "input_ids"  # the field of token ids
+BESIDE = (IDS, "labels", "attention_mask")  # what Hugging Face's tokenised records hold
 
 ROWS = 64  # of a table, read at once
 Part = TypeVar("Part")
@@ -70,6 +76,8 @@ def format_of(file: Path, chosen: str | None, field: str | None) -> str:
     Raises ConfigError for an unknown suffix, and for a field where the format has none.
     """
     form = chosen or known_format(file)
+    if field == IDS and form in ("csv", "tsv"):
+        raise ConfigError(f"data.field={IDS} is a list per record, but {file} is read as {form}; use jsonl or parquet")
     if form is None:
         raise ConfigError(
             f"{file}: the suffix {file.suffix or '(none)'} names no known format; set data.format to one of "
@@ -88,20 +96,37 @@ def texts(file: Path, form: str, field: str, guessed: bool) -> Iterator[str]:
 
     guessed: the format is by the suffix. A text file that begins with JSON records is then refused.
     """
-    readers: dict[str, Callable[[Path, str], Found]] = {
-        "text": _guessed_text if guessed else _text,
-        "jsonl": _json_lines,
-        "json": _json,
-        "csv": _csv,
-        "tsv": _tsv,
-        "parquet": _parquet,
-    }
-    for where, text in readers[form](file, field):
+    reader = _guessed_text if form == "text" and guessed else _READERS[form]
+    for where, text in reader(file, field):
         if not isinstance(text, str | None):
             raise ConfigError(f"{where}: data.field={field} holds {type(text).__name__}, not text")
         if text and "\0" in text:
             raise ConfigError(f"{where}: data.field={field} holds a NUL at character {text.index(chr(0))}; remove it")
         yield text or ""
+
+
+def token_ids(file: Path, form: str, size: int) -> Iterator[np.ndarray]:
+    """The input_ids of a file's records in order, int64 [tokens], empty ones among them.
+
+    size: of the tokenizer. Refused are ids that it does not have, labels other than input_ids, and padding: each token
+    of a document is read and predicted.
+    """
+    for where, record in _READERS[form](file, IDS):
+        ids = np.asarray(record[IDS] or [], np.int64) if _is_list_of_ids(record[IDS]) else None
+        if ids is None:
+            raise ConfigError(f"{where}: data.field={IDS} holds {record[IDS]!r:.60}, not a list of token ids")
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if len(wrong):
+            raise ConfigError(f"{where}: data.field={IDS} holds {wrong[0]}, and data.tokenizer has {size} tokens")
+        if record.get("labels") not in (None, record[IDS]):
+            raise ConfigError(f"{where} has labels other than its {IDS}, which are not supported: remove the field")
+        if not all(record.get("attention_mask") or []):
+            raise ConfigError(f"{where} has an attention_mask that hides tokens: remove the padding from its {IDS}")
+        yield ids
+
+
+def _is_list_of_ids(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(type(x) is int and abs(x) < 2**63 for x in value))
 
 
 def _text(file: Path, field: str) -> Found:
@@ -169,6 +194,8 @@ def _json_text(record: Any, field: str, where: str, expected: str) -> Any:
     if not isinstance(record, dict):
         raise ConfigError(f"{where} holds a {type(record).__name__}; {expected}")
     _require(field, list(record), where)
+    if field == IDS:
+        return record
     text = record[field]  # JSON can escape half a surrogate pair, which no tokenizer takes
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
 
@@ -203,17 +230,29 @@ def _parquet(file: Path, field: str) -> Found:
     with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
         _require(field, table.schema_arrow.names, str(file))
         number = 0
-        parts = table.iter_batches(columns=[field], batch_size=ROWS)
+        columns = [name for name in table.schema_arrow.names if name in BESIDE] if field == IDS else [field]
+        parts = table.iter_batches(columns=columns, batch_size=ROWS)
         for part in _refused(parts, lambda count: f"{file} after row {count * ROWS}"):
-            for text in part.column(0):
+            for row in range(len(part)):
                 number += 1
                 where = f"{file} row {number}"
                 try:
-                    yield where, text.as_py()
+                    record = {name: part.column(name)[row].as_py() for name in columns}
+                    yield where, record if field == IDS else record[field]
                 except UnicodeDecodeError as error:
                     raise ConfigError(
                         f"{where} is not UTF-8: {error.reason} at byte {error.start} of its data.field={field}"
                     ) from error
+
+
+_READERS: dict[str, Callable[[Path, str], Found]] = {
+    "text": _text,
+    "jsonl": _json_lines,
+    "json": _json,
+    "csv": _csv,
+    "tsv": _tsv,
+    "parquet": _parquet,
+}
 
 
 def _require(field: str, available: list[str], where: str) -> None:
