@@ -232,7 +232,7 @@ def _parquet(file: Path, field: str) -> Found:
         number = 0
         columns = [name for name in table.schema_arrow.names if name in BESIDE] if field == IDS else [field]
         parts = table.iter_batches(columns=columns, batch_size=ROWS)
-        for part in _refused(parts, lambda count: f"{file} after row {count * ROWS}"):
+        for part in _located(parts, lambda count: f"{file} after row {count * ROWS}"):
             for row in range(len(part)):
                 number += 1
                 where = f"{file} row {number}"
@@ -266,12 +266,12 @@ def _lines(file: Path) -> Iterator[str]:
     """The lines of a file, each with its line feed. Only "\\n" ends one: text may hold other separators."""
     position = 0
     with _opened(file) as stream:
-        for number, line in enumerate(_refused(stream, lambda count: f"{file} after line {count}"), 1):
+        for number, line in enumerate(_located(stream, lambda count: f"{file} after line {count}"), 1):
             yield _decoded(line, f"{file} line {number}", position)
             position += len(line)
 
 
-def _refused(parts: Iterable[Part], where: Callable[[int], str]) -> Iterator[Part]:
+def _located(parts: Iterable[Part], where: Callable[[int], str]) -> Iterator[Part]:
     """The parts of a file. An error in reading one becomes a ConfigError that begins with where(parts before it)."""
     rest = iter(parts)
     for count in itertools.count():
