@@ -24,10 +24,10 @@ ADVICE = "a lower optim.lr, a longer optim.warmup or a lower optim.clip may keep
 
 
 class Divergence:
-    """Counts the last steps in a row whose figures are not finite. log: the run's, on rank 0."""
+    """Counts the last steps in a row whose figures are not finite. metrics: the run's, on rank 0."""
 
-    def __init__(self, world: World, log: Metrics | None) -> None:
-        self.world, self.log = world, log
+    def __init__(self, world: World, metrics: Metrics | None) -> None:
+        self.world, self.metrics = world, metrics
         self.in_a_row = 0
 
     def finite(self, step: int, record: dict[str, float]) -> bool:
@@ -39,24 +39,24 @@ class Divergence:
         message = f"step {step}: {faults}: {self.in_a_row} of {LIMIT} steps in a row that end the run"
         if self.in_a_row == LIMIT:
             self._end(message)
-        if self.log is not None:
-            self.log.write_line(message)
+        if self.metrics is not None:
+            self.metrics.write_line(message)
         return False
 
     def check_end(self, step: int, held_out: float | None) -> None:
         """Raise DivergedError, so that no model is written, where the last step or the loss after it is not finite."""
         record = {} if held_out is None else {"held_out_loss": held_out}
         faults = _faults(record)
-        if faults and self.log is not None:
-            self.log.log(step, record)
+        if faults and self.metrics is not None:
+            self.metrics.log(step, record)
         if self.in_a_row or faults:
             self._end(f"step {step}, the last: {faults or 'its loss or gradient norm is not finite'}")
 
     def _end(self, message: str) -> None:
         # The launcher ends all ranks as soon as one exits, so rank 0 must finish first.
         with self.world.without_timeout("finishing wandb's run"):
-            if self.log is not None:
-                self.log.close(exit_code=1)
+            if self.metrics is not None:
+                self.metrics.close(exit_code=1)
         raise DivergedError(f"{message}; no checkpoint or model is written; {ADVICE}")
 
 

@@ -30,8 +30,8 @@ from ringflash.training.world import World, first_here, join, ranks_here
 
 
 @dataclass(frozen=True)
-class Range:
-    """What the steps and the end of a run share. start: steps done before; taken, log: rank 0's, None on the others."""
+class Run:
+    """What the steps and the end of a run share. start: steps done before. taken, metrics: on rank 0 only."""
 
     job: Job
     world: World
@@ -40,7 +40,7 @@ class Range:
     taken: run_folder.RunFolder | None  # its lock is held while this lives
     folder: Path
     start: int
-    log: metrics.Metrics | None
+    metrics: metrics.Metrics | None
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step."""
@@ -66,13 +66,13 @@ def fit(config: Config, resolved: str) -> None:
     layout_for = layout_chooser(
         config.parallel, job.model_config, config.data.sequence_length, world.ring.size,
         world.broadcast(ranks_here()),  # all ranks of a ring must choose alike, also where machines differ
-        run.log.write_line if run.log else lambda reason: None,
+        run.metrics.write_line if run.metrics else lambda reason: None,
     )  # fmt: skip
     evaluation = None
     if config.data.held_out:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
         evaluation.loss(run.engine, sequences=1)  # an evaluation that cannot run fails before the first step
-    divergence = Divergence(world, run.log)
+    divergence = Divergence(world, run.metrics)
     share = config.optim.batch // world.replicas
     batches = stream(
         training,
@@ -91,9 +91,9 @@ def fit(config: Config, resolved: str) -> None:
             record = meter.record(train_step(run.engine, micro_batches, world))
             if evaluation is not None and _due(step, config.evaluation.every):
                 record["held_out_loss"] = evaluation.loss(run.engine)
-            if run.log is not None:
-                run.log.log(step, record)
-                run.log.show(step, record)
+            if run.metrics is not None:
+                run.metrics.log(step, record)
+                run.metrics.show(step, record)
             if divergence.finite(step, record) and _due(step, config.checkpoint.every):
                 run.save(step)
     _finish(run, evaluation, divergence)
@@ -144,7 +144,7 @@ def _settings(config: Config, resolved: str, training: TokenCorpus, world: World
     return settings
 
 
-def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, Any], resolved: str) -> Range:
+def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, Any], resolved: str) -> Run:
     """The run in its folder, at its newest checkpoint."""
     config = job.config
     with world.without_timeout("initialising DeepSpeed"):
@@ -154,7 +154,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
         taken = run_folder.take(output_dir, config.name, config.resume) if world.is_first else None
     folder = world.broadcast(taken and taken.path)
     start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
-    log = None
+    opened = None
     with world.without_timeout(f"opening {folder} and wandb's run"):
         if world.is_first:
             run_folder.check_start(folder, start, config.optim.steps)
@@ -162,11 +162,11 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
             metrics.check_plot(folder)
             if world.ring.size > 1:
                 print(f"messages   of a ring of {world.ring.size} travel by {world.ring.carrier}", flush=True)
-            log = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
-    return Range(job, world, engine, settings, taken, folder, start, log)
+            opened = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
+    return Run(job, world, engine, settings, taken, folder, start, opened)
 
 
-def _finish(run: Range, evaluation: Evaluation | None, divergence: Divergence) -> None:
+def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> None:
     """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
     config, world = run.job.config, run.world
     steps = config.optim.steps
@@ -176,9 +176,9 @@ def _finish(run: Range, evaluation: Evaluation | None, divergence: Divergence) -
         run.save(steps)
     exported = export(run.engine, run.folder / "model", run.job.tokenizer, world, generation_file(config.model.path))
     with world.without_timeout("finishing the loss plot and wandb's run"):
-        if run.log is not None:
+        if run.metrics is not None:
             entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
-            run.log.conclude(steps, loss, entropy)
+            run.metrics.conclude(steps, loss, entropy)
             _print_outcome(run.folder, exported, loss, entropy)
     world.watchdog.close()  # before any rank, and the store with it, is gone
     dist.barrier()
