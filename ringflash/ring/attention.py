@@ -15,12 +15,14 @@ kernel adds to the other's:
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
-Only what ranks further on will see travels (`plan.routes`). Extra memory is two shards of keys and values, in the
-forward its running result in fp32, and in the backward two shards of gradients, whatever the ring's size, and one of
-keys where they are 16 bits (`ring.compensation`); a third of gradients where
-a rank's own gradients return while it still passes on those of others, as with documents, wide windows or contiguous
-runs can be.
-With one KV head, what takes turns in the backward is a quarter of the keys and the rest.
+Only what later ranks see is sent (`plan.routes`). Extra memory, whatever the ring's size:
+
+- two shards of keys and values, and in the forward the running result in fp32;
+- in the backward also two shards of gradients, and one of centered keys (`ring.compensation`);
+- a third shard of gradients where a rank's own return while it still forwards those of others, as with documents, wide
+  windows or contiguous layouts.
+
+With one KV head there are no halves of the heads. The two parts are then a quarter of the keys, and the rest.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def ring_attention(
     fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch, ranks outermost.
     scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the
     softmax and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly
-    on Hopper. compensated: gradients of 16-bit inputs do not suffer from out's rounding (see `ring.compensation`).
+    on Hopper. compensated: gradients do not suffer from out's rounding (see `ring.compensation`).
     layer: its number, for reports of a ring that hangs. Returns out [B, S, Hq, D] in q's dtype; queries that
     see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
@@ -72,14 +74,13 @@ def ring_attention(
     check_call(q, k, v, plan, scale, softcap, sink, deterministic=deterministic, compensated=compensated)
     if not len(q):  # no batch rows, on any rank: nothing to compute or send
         return q + 0 * sum(x.sum().to(q.dtype) for x in (k, v, sink) if x is not None)
-    compensated = compensated and q.dtype != torch.float32
     call = _Call(
         plan=plan,
         kernel=kernels.select(q, k, softcap, kernel, deterministic),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap=None if softcap is None else float(softcap),
         centers_keys=compensated and softcap is None and sink is None,
-        keeps_residue=compensated and not (softcap is None and sink is None),
+        keeps_residue=compensated and q.dtype != torch.float32 and not (softcap is None and sink is None),
         layer="attention" if layer is None else f"layer {layer}",
     )
     with torch.autocast(q.device.type, enabled=False):  # what is fp32 here is so for a reason
@@ -96,6 +97,7 @@ def flash_attention(
     softcap: float | None = None,
     sink: Tensor | None = None,
     kernel: str = "auto",
+    deterministic: bool = False,
     compensated: bool = True,
 ) -> Tensor:
     """Attention on one device under any IntervalMask: ring_attention on a ring of one. Same arguments and errors."""
@@ -104,8 +106,9 @@ def flash_attention(
         raise TypeError(f"mask must be an IntervalMask, such as IntervalMask.causal(tokens), got {mask!r:.100}")
     plan = AttentionPlan(mask, Layout.contiguous(mask.queries, 1), Loopback(1, q.device))
     return ring_attention(
-        q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel, compensated=compensated
-    )
+        q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel,
+        deterministic=deterministic, compensated=compensated,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +277,7 @@ def _backward(
             return
         (dk, dv), (k_here, v_here) = dkv.at(s, i), (x[:, part.rows, of_k] for x in kv.at(s, i))
         if centered is not None:
-            k_here = centered.keys(k_here, i, part.rows, of_k)
+            k_here = centered.keys(k_here, i, part.routes[hop.source].seen[s], part.rows, of_k)
         for intervals in hop.intervals:
             call.kernel.backward(
                 dout[i][:, :, of_q], q[i][:, :, of_q], k_here, v_here,

@@ -1,4 +1,4 @@
-"""Compensation: gradients of 16-bit inputs that do not suffer from `out` having been rounded to 16 bits.
+"""Compensation: gradients that do not suffer from the rounding of `out`.
 
 The backward makes delta = rowsum(dout * out). Where the rounding of out changes delta_i by e_i, it changes row i of the
 scores' gradient, ds_ij = p_ij (dp_ij - delta_i), by p_ij e_i, and
@@ -16,7 +16,7 @@ with lse - scale q . c for lse, p is unchanged. The kernels run unchanged on the
 its own, the mean of its own keys, so nothing more is communicated.
 
 The residue. A softcap does not allow scores to be shifted, and with a sink a row of ds does not sum to 0. There the
-forward also keeps what rounding took from out, in 16 bits, and delta is made of both.
+forward of 16-bit inputs also keeps what rounding took from out, in 16 bits, and delta is made of both.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ringflash.ring.ranges import Ranges
+
 SAMPLED = 1024  # keys, and queries, that are looked at, evenly spaced: a mean's error is 3 percent of their deviation
 SIGNIFICANT = 16.0  # times its own sampling variance, which a mean must exceed (squared) to be used
 WORTH = 0.06  # of the keys' variance, which it must also exceed: a smaller mean does less harm than rounding k - c
-LARGEST = 2.0**14  # of keys that are centered: k - c of larger ones could leave fp16's range
+LARGEST = 14.0  # of c in fp16: k - c of the largest number is then rounded to it, not to infinity
 BITS = 3  # of c's mantissa: k - c of keys much larger than c is then exact
 SPREAD = 8.0  # of the scores of centered keys: where it is larger, their rounding would change the weights visibly
 
@@ -43,13 +45,14 @@ def key_mean(k: Tensor, q: Tensor, scale: float) -> Tensor:
     """
     keys, queries = (x[:, :: max(1, -(-x.shape[1] // SAMPLED))].float() for x in (k, q))
     count = keys.shape[1]
-    mean, variance = keys.mean(1, keepdim=True), keys.var(1, correction=0, keepdim=True)
+    variance, mean = torch.var_mean(keys, 1, correction=0, keepdim=True)
     used = mean.square() > variance * max(WORTH, SIGNIFICANT / max(count - 1, 1))
-    used &= keys.abs().amax((1, 3), keepdim=True) <= LARGEST
     largest = queries.square().mean(1, keepdim=True).unflatten(2, (k.shape[2], -1)).amax(3)
     used &= scale**2 * (largest * variance * used).sum(-1, keepdim=True) <= SPREAD**2
     mantissa, exponent = torch.frexp(mean)
     coarse = torch.ldexp((mantissa * 2**BITS).round() / 2**BITS, exponent)
+    if k.dtype == torch.float16:
+        coarse = coarse.clamp(-LARGEST, LARGEST)
     return torch.where(used, coarse, 0.0).to(k.dtype)
 
 
@@ -58,7 +61,8 @@ class CenteredKeys:
 
     def __init__(self, own: list[Tensor], q: list[Tensor], scale: float) -> None:
         self.c = [key_mean(k, q_, scale) for k, q_ in zip(own, q, strict=True)]
-        self.room = torch.empty(own[0].shape, dtype=own[0].dtype, device=own[0].device)
+        # Zeros: a kernel's tiles read past the keys that are seen, and 0 times what is there must be 0.
+        self.room = torch.zeros(own[0].shape, dtype=own[0].dtype, device=own[0].device)
 
     def lse(
         self, lse: list[Tensor], q: list[Tensor], scale: float, rowsum: Callable[[Tensor, Tensor], Tensor]
@@ -73,6 +77,12 @@ class CenteredKeys:
         )
         return [shift.mul_(-scale).add_(x) for x, shift in zip(lse, shifts, strict=True)]
 
-    def keys(self, k: Tensor, i: int, rows: slice, heads: slice) -> Tensor:
-        """k - c for local rank i, of `rows` and `heads` of a shard, [B, rows, heads, D] in k's dtype."""
-        return torch.sub(k, self.c[i][:, :, heads], out=self.room[:, rows, heads])
+    def keys(self, k: Tensor, i: int, seen: Ranges, rows: slice, heads: slice) -> Tensor:
+        """k - c for local rank i, of `rows` and `heads` of a shard, [B, rows, heads, D] in k's dtype.
+
+        Only the rows that are seen, counted from the first of `rows`, are those of k; the others are finite.
+        """
+        room = self.room[:, rows, heads]
+        for begin, end in seen:
+            torch.sub(k[:, begin:end], self.c[i][:, :, heads], out=room[:, begin:end])
+        return room

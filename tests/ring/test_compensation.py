@@ -137,12 +137,22 @@ def test_keys_around_0_are_left_as_they_are_bit_for_bit(ranks):
     assert all(torch.equal(a, b) for a, b in zip(compensated, plain, strict=True))
 
 
-def test_fp32_is_left_as_it_is_bit_for_bit():
-    plan = AttentionPlan(IntervalMask.causal(LENGTH), Layout.zigzag(LENGTH, 4), Loopback(4))
-    for extra in EXTRAS.values():
-        tensors = inputs("means", torch.float32)
-        compensated, plain = (on_ring(tensors, plan, **extra, compensated=on) for on in (True, False))
-        assert all(torch.equal(a, b) for a, b in zip(compensated, plain, strict=True))
+@pytest.mark.parametrize("kind", ["means", "uniform", "normal", "an outlier"])  # large scores round lse in fp32
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_fp32_gradients_are_within_1e_5_whatever_means_the_inputs_have(ranks, kind):
+    mask = IntervalMask.causal(LENGTH)
+    plan = AttentionPlan(mask, Layout.zigzag(LENGTH, ranks), Loopback(ranks))
+    tensors = inputs(kind, torch.float32)
+    expected = dense(tensors, mask, torch.float64)
+    for name, found, exact in zip(NAMES, on_ring(tensors, plan), expected, strict=False):
+        assert (found - exact).norm() <= 1e-5 * exact.norm(), name
+
+
+def test_fp16_keys_near_the_largest_number_have_finite_gradients_on_ranks_whose_own_keys_are_small():
+    plan = AttentionPlan(IntervalMask.causal(LENGTH), Layout.contiguous(LENGTH, 2), Loopback(2))
+    q, k, v, dout = inputs("normal", torch.float16)
+    k[:, : LENGTH // 2], k[:, LENGTH // 2 :] = -6e4, 8e3
+    assert all(x.isfinite().all() for x in on_ring([q / 64, k, v, dout], plan))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -176,10 +186,9 @@ def test_no_residue_is_kept_where_no_gradient_will_be_asked_for(monkeypatch):
         (torch.randn(1, 300, 1, 64), False),
         (torch.ones(1, 300, 1, 64), True),
         (torch.randn(1, 3000, 1, 64) + 0.25, True),  # of which each third is looked at
-        (torch.full((1, 300, 1, 64), 60000.0), False),
         (torch.randn(1, 300, 1, 64) + torch.inf, False),
     ],
-    ids=["mean 1", "mean 0", "all alike", "long", "k - c could leave fp16", "infinite"],
+    ids=["mean 1", "mean 0", "all alike", "long", "infinite"],
 )
 def test_a_mean_is_used_where_it_is_no_chance(keys, used):
     c = CenteredKeys([keys.half()], [torch.randn(1, keys.shape[1], 3, 64).half()], 64**-0.5).c[0]
