@@ -12,7 +12,7 @@ Scores are ``scale * q k^T``, scale > 0, then ``softcap * tanh(scores / softcap)
 values that no query sees must be finite all the same: tiles reach over an interval's edge, and 0 x NaN is NaN.
 
 forward: `carry`, where given, is the Partial of keys seen before; it is updated in place and returned. `out`, where
-given, [B, Sq, Hq, D] of q's dtype or fp32 and any strides with a contiguous last dimension, is written in the place of
+given, [B, Sq, Hq, D] of q's dtype or fp32 and any strides with a contiguous last dimension, is written instead of
 carry.out, all of it; lse is updated in place all the same. Without a carry the Partial is new, in fp32 but for `out`.
 
 backward: lse and delta, fp32 [B, Hq, Sq], are those of the whole softmax, over all shards: delta = rowsum(dout * out).

@@ -82,7 +82,7 @@ __all__ = ["forward", "supports"]
 
 LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
-SLACK = gl.constexpr(8.0)  # how far log2 of a weight may grow before the row's maximum is taken anew; fp16 ends at 16
+SLACK = gl.constexpr(8.0)  # how far log2 of a weight may grow before the row's maximum is taken again; fp16 ends at 16
 STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
 # Of the barriers by number, TURN has one a consumer, which it shares with the one before it.
 TURN = gl.constexpr(FIRST_BARRIER)

@@ -256,7 +256,7 @@ def mask_scores_operands(count):
 def mask_scores(s, start, end, first_column, value: gl.constexpr):
     """s [rows, columns], of a wgmma, with `value` (PTX) where column `first_column` + j is not in the row's start:end.
 
-    In PTX, for Triton would make each thread's columns from the bits of its number anew: 237 instructions instead of
+    In PTX, for Triton would make each thread's columns again from the bits of its number: 237 instructions instead of
     112 in a step of the backward.
     """
     COUNT: gl.constexpr = s.shape[1] // 2  # registers of a thread: 64 rows over 128 threads

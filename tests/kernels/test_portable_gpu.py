@@ -28,7 +28,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def no_tf32():
-    """Plain torch attention in fp32 is a yardstick, so it must be fp32."""
+    """Plain torch attention in fp32 is a reference, so it must be fp32."""
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
