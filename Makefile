@@ -41,6 +41,7 @@ check: .venv/installed  ## what CI checks before the tests: style, types, docstr
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy ringflash train.py launch benchmarks
 	$(BIN)/interrogate -q ringflash train.py launch benchmarks
+	$(BIN)/python -m tests.prose
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_prose.py -k "links or readme_has or every_path or prose"
 
 format: .venv/installed  ## format the code and apply the linter's fixes
