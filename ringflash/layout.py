@@ -45,7 +45,7 @@ _TILE = 128
 # (chunks per rank, least tokens of a chunk), in the order in which they are tried.
 _GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
 # Chunks of a rank where short documents stay together: they begin and end inside some.
-_GATHERED = 32
+_DOCUMENT_LOCAL = 32
 # The most chunks that are assigned: the time for it grows with their square, to seconds for these.
 _CHUNKS = 4096
 # (query, key) pairs that are computed while one token's keys, values and their gradients are sent: 32 query and 8 KV
@@ -80,7 +80,7 @@ class Layout:
 
     @classmethod
     def contiguous(cls, length: int, ranks: int, parts: int = 1) -> Layout:
-        """Rank r holds the r-th of `ranks` runs. parts, in all layouts: a rank's tokens shall divide into as many."""
+        """Rank r holds the r-th of `ranks` runs. parts, in all layouts: a rank's tokens divide into that many."""
         return cls(length, _ceil(length, ranks * parts) * parts, torch.arange(ranks)[:, None])
 
     @classmethod
@@ -132,7 +132,7 @@ class Layout:
         A document is long if it has more than `longest` of the tokens that a rank holds. Less is sent than in a
         balanced layout and ranks wait more for each other, which pays where links are slow.
         """
-        count = _count(mask, ranks, parts, _GATHERED, _TILE)
+        count = _count(mask, ranks, parts, _DOCUMENT_LOCAL, _TILE)
         # A token of a causal document of n tokens is in n pairs, as query and as key together.
         most = longest * (mask.queries / ranks) ** 2 / count * mask.batch
         return _assigned(mask, ranks, parts, count, functools.partial(assign_long, most=most))

@@ -1,14 +1,15 @@
-"""Dealing chunks of a sequence to the ranks of a ring so that ranks wait little for each other.
+"""Load balance: chunks of a sequence are assigned to the ranks of a ring so that ranks wait little for each other.
 
-On hop s, rank r computes with the keys of rank (r - s) mod ranks, and gradients travel on from rank to rank: a ring
-waits on every hop for the rank that has most to do on it. In a forward, where only keys travel, ranks may run ahead,
-and the one that has most in all ends last. So what is made small here is, in (query, key) pairs,
+On hop s, rank r computes with the keys of rank (r - s) mod ranks, and gradients are forwarded from rank to rank: on
+every hop the ring waits for the rank that has most work on it. In a forward, where only keys travel, ranks may run
+ahead, and the one with most work over all hops ends last. So what is minimised here is, in (query, key) pairs,
 
     sum over hops of max over ranks of pairs(rank, hop)  +  max over ranks of sum over hops of pairs(rank, hop)
 
-Where links are slow, what is sent matters more: `gather` assigns long documents only.
+Where links are slow, what is sent matters more: `assign_long` assigns long documents only.
 
-All counts are whole numbers in float64, hence exact: every rank of a ring assigns for itself, and all assign alike.
+All counts are whole numbers in float64, hence exact: every rank computes the assignment for itself, and all get the
+same one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Entries of a table [exchanges, hops, ranks] that is tried at once: more take longer than they gain.
+# Entries of a table [exchanges, hops, ranks] that are tried at once: more take longer than they gain.
 _ENTRIES = 2**15
 
 
@@ -55,7 +56,7 @@ def by_hop(pairs: Tensor) -> Tensor:
 
 
 def _time(table: Tensor) -> Tensor:
-    """What deal makes small, of pairs [..., hops, ranks]."""
+    """What `assign` minimises, of pairs [..., hops, ranks]."""
     return table.amax(-1).sum(-1) + table.sum(-2).amax(-1)
 
 

@@ -56,7 +56,7 @@ a barrier on each hop                                           -> test_a_barrie
 every hop's buffers are kept                                    -> ring/test_memory.py::test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring
 deadlock where ranks skip different hops                        -> test_deadlock_of_ranks_that_skip_different_hops
 a rank refuses its input, and the others wait for it            -> test_a_rank_that_refuses_its_input_leaves_the_others_waiting
-a hang that does not say where                                  -> ring/test_watchdog.py::test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends
+a hang that does not say where                                  -> ring/test_watchdog.py::test_every_rank_reports_where_it_is_and_which_rank_it_waits_for_and_then_exits
 a stale compiler lock hangs every later run                     -> test_a_compiler_lock_that_hangs_every_later_run
 a launcher adds an argument that the configuration rejects      -> test_launch.py::test_a_launcher_trains_with_its_ranks_and_settings
 """  # noqa: E501

@@ -358,7 +358,7 @@ class _TravellingKeys:
         return self.plan.routes[(ring.local[i] - s) % ring.size].keys[s]
 
     def send_for(self, s: int) -> None:
-        """Set off what hop s needs, from where it is on hop s - 1."""
+        """Send what hop s needs, from where it is on hop s - 1."""
         ring = self.plan.ring
         if s == ring.size or not self.leaving:
             return

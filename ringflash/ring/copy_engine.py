@@ -1,20 +1,20 @@
-"""Peers: GPUs of one machine that write into one another's memory, each by its copy engines.
+"""CopyEngine: GPUs of one machine write into one another's memory by their copy engines.
 
-NCCL moves data by a kernel. An attention kernel fills every multiprocessor and leaves it no room until the first of its
-programs end; and while it waits for its neighbour, it holds multiprocessors that attention could use. A copy engine
-needs none, begins at once, and is faster over NVLink. The n-th exchange that has messages from rank a to rank b:
+NCCL moves data by a kernel. An attention kernel fills every SM, so NCCL's cannot start until the first of its programs
+end. While NCCL's kernel waits for its neighbour, it holds SMs that attention could use. A copy engine needs no SM,
+starts at once, and is faster over NVLink. The n-th exchange that has messages from rank a to rank b:
 
     b, freeing           free: write n to a's flag
     a, copying                     wait for flag of b, n | copy to b | here: write n to b's flag
     b, current stream                                                            wait for flag of a, n | read
 
 Flags are written and waited for by the GPU's front end (stream memory operations), not by a kernel, and never by the
-host. Memory in which messages arrive is symmetric: all ranks take tensors of the same sizes in the same order, so a
-place in one's own stands for that place in another's. It is kept from pass to pass, as many blocks as a pass takes;
-where one needs larger ones than any before, as a run's first do, hosts wait for one another.
+host. Receive buffers are symmetric memory: all ranks allocate tensors of the same sizes in the same order, so an offset
+in one rank's buffer is the same offset in another's. Blocks are reused across passes. Where a pass needs a larger block
+than any before it, as a run's first ones do, the ranks' hosts wait for one another.
 
 PyTorch's symmetric memory maps it: https://docs.pytorch.org/docs/stable/symmetric_memory.html. Flags as in 6.18 of the
-CUDA driver's manual, whose comparison goes round, so that n may exceed 32 bits.
+CUDA driver's manual, whose comparison wraps, so that n may exceed 32 bits.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ _FREE, _HERE = 0, 1  # flags, of each other rank: what it may write to, and what
 
 
 class CopyEngine:
-    """This rank of a ring whose GPUs reach one another's memory; made, and taken through passes, by all of them alike.
+    """This rank of a ring whose GPUs reach one another's memory. All its ranks make one, and run the same passes.
 
     Raises RuntimeError where the GPUs' memory cannot be mapped.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._weak_group = weakref.ref(group)  # `_known` keeps peers for as long as there is a group
+        self._weak_group = weakref.ref(group)  # `_known` keeps an engine for as long as there is a group
         self.device = device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._blocks: list[_Block] = []
         self._taken: dict[int, _Block] = {}  # by address, in the pass that runs
         self._running: str | None = None  # that pass
         self._broken: str | None = None  # a pass that ended in an error, after it had exchanged something
-        self._watch: Watchdog | None = None  # of that pass's ring
+        self._watchdog: Watchdog | None = None  # of that pass's ring
         self._over: torch.cuda.Event | None = None  # the last pass
         self._sent, self._received = [0] * self.size, [0] * self.size  # exchanges, by rank
         # Exchanges of both streams go through these in the order in which they are numbered.
@@ -68,14 +68,14 @@ class CopyEngine:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """That of the ring, which holds it while it takes a pass."""
+        """That of the ring, which holds it during a pass."""
         group = self._weak_group()
         assert group is not None
         return group
 
     @functools.cached_property
     def watchdog(self) -> Watchdog:
-        """For rings that have none: without one, nobody would end a wait, as NCCL does after the group's timeout."""
+        """For rings that have none: without one a wait would never end, where NCCL's ends after the group's timeout."""
         watchdog = Watchdog(
             _timeout(self.group, self.device), dist.get_rank(), dist.distributed_c10d._get_default_store()
         )
@@ -86,18 +86,18 @@ class CopyEngine:
     def receive_buffers(
         self, context: str, watchdog: Watchdog
     ) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
-        """For a pass, what makes tensors for messages to arrive in: called with the same sizes on all ranks.
+        """For one pass, a function that allocates receive buffers: all ranks call it with the same sizes.
 
-        Raises RuntimeError for a pass inside another, and after one that raised when it had exchanged something: what
-        was under way may arrive at any time, and ranks may no longer count alike.
+        Raises RuntimeError for a pass inside another. Raises it also after a pass that failed once it had exchanged
+        something: its messages may arrive at any time, and the ranks' counts may differ.
         """
         if self._running is not None:
-            raise RuntimeError(f"{context}, inside {self._running}: a ring's ranks take its passes one after another")
+            raise RuntimeError(f"{context}, inside {self._running}: a ring's ranks run its passes one after another")
         if self._broken is not None:
             raise RuntimeError(f"{context}: its ranks no longer agree since an error in {self._broken}; restart them")
         if self._over is not None:
             self._over.wait()
-        self._running, self._watch = context, watchdog
+        self._running, self._watchdog = context, watchdog
         exchanged = [*self._sent, *self._received]
         try:
             yield self._empty
@@ -160,12 +160,12 @@ class CopyEngine:
         """The largest block that is not taken, and is too small: so there are never more than a pass takes."""
         left = [b for b in self._blocks if b not in self._taken.values()]
         if left:
-            with self._waiting():  # what others had to write to it they have: every pass waits for that
+            with self._waiting():  # the others have written to it all that they had to: every pass waits for that
                 torch.cuda.synchronize(self.device)
             self._blocks.remove(max(left, key=lambda b: b.memory.numel()))
 
     def _map(self, size: int) -> _Block:
-        """Memory that all ranks map, who each call this; the host waits for them."""
+        """Memory that all ranks map. Each calls this, and the hosts wait for one another."""
         memory, error = self._allocate(size)
         self._meet(error)
         # rendezvous() also blocks on all ranks, but holds the GIL: the watchdog could not report a missing rank.
@@ -179,7 +179,7 @@ class CopyEngine:
         error = None
         for _ in range(2):
             try:
-                with torch.inference_mode(False):  # training must write to it, too, where an evaluation is first
+                with torch.inference_mode(False):  # training also writes to it, where an evaluation comes first
                     return _symmetric().empty(size, dtype=torch.uint8, device=self.device), None
             except RuntimeError as refused:
                 error = str(refused)
@@ -199,15 +199,15 @@ class CopyEngine:
                 )
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
-        """While entered, the host waits for the other ranks, and the watch knows."""
-        if self._watch is None:
+        """While entered, the host waits for the other ranks, and the watchdog knows."""
+        if self._watchdog is None:
             return contextlib.nullcontext()
         others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
-        return self._watch.meeting(f"{self._running}, memory for messages", lambda: others)
+        return self._watchdog.meeting(f"{self._running}, memory for messages", lambda: others)
 
-    def _flag(self, owner: int, kind: int, context: int) -> int:
-        """Address of one of the owner's flags."""
-        return self._flags.everywhere[owner] + 4 * (kind * self.size + context)
+    def _flag(self, owner: int, kind: int, rank: int) -> int:
+        """Address of the owner's flag of that kind for a rank."""
+        return self._flags.everywhere[owner] + 4 * (kind * self.size + rank)
 
     def _in_run(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
@@ -267,9 +267,9 @@ _known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, CopyEngi
 
 
 def copy_engine_of(group: dist.ProcessGroup, device: torch.device) -> CopyEngine | str:
-    """The group's peers, or why its ranks cannot be; called by all of them.
+    """The group's engine, or why it cannot have one; called by all ranks.
 
-    Found out once, so that a ring may be made again each step.
+    It is found out once, so that a ring may be made again each step.
     """
     known = _known.setdefault(group, {})
     if device not in known:
@@ -278,16 +278,16 @@ def copy_engine_of(group: dist.ProcessGroup, device: torch.device) -> CopyEngine
 
 
 def refusal(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Why the group's ranks cannot be peers, the same on each of them; None where they can."""
-    positions: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(positions, (socket.gethostname(), device.index), group)
-    machines = {machine for machine, _ in positions}
+    """Why the group's GPUs cannot copy into one another's memory, the same on each rank; None where they can."""
+    places: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(places, (socket.gethostname(), device.index), group)
+    machines = {machine for machine, _ in places}
     if len(machines) > 1:
         return f"the ring's ranks are on {len(machines)} machines"
-    if len(set(positions)) < len(positions):
+    if len(set(places)) < len(places):
         return "the ring's processes cannot see one another's GPUs"  # each calls its own cuda:0
-    reasons: list[Any] = [None] * len(positions)
-    dist.all_gather_object(reasons, _own_refusal(device, [index for _, index in positions]), group)
+    reasons: list[Any] = [None] * len(places)
+    dist.all_gather_object(reasons, _own_refusal(device, [index for _, index in places]), group)
     return next(filter(None, reasons), None)
 
 

@@ -108,9 +108,9 @@ def fastest(
     }
     seconds = {label: _all_layers(layers, layout, heads, machine) for label, layout in candidates.items()}
     best = next(label for label, took in seconds.items() if min(seconds.values()) >= took * (1 - WORTH))
-    told = ", ".join(f"{label}: {1e3 * took:.4g} ms" for label, took in seconds.items())
+    times = ", ".join(f"{label}: {1e3 * took:.4g} ms" for label, took in seconds.items())
     name = best.split()[0]
-    return name, candidates[best], f"{name}, by the predicted time of all layers' attention ({told})"
+    return name, candidates[best], f"{name}, by the predicted time of all layers' attention ({times})"
 
 
 def _all_layers(layers: Sequence[tuple[IntervalMask, int]], layout: Layout, heads: Heads, machine: Machine) -> float:
@@ -138,8 +138,8 @@ def best_ulysses(
         moved = (4 * 2 * heads.query + 2 * (2 + 4) * heads.key) * heads.dim * length / ranks * (1 - 1 / ulysses)
         seconds[ulysses] = hops + moved / in_node.bytes_per_second
     best = min(seconds, key=seconds.__getitem__)
-    told = ", ".join(f"{u} x {ranks // u}: {1e3 * t:.4g} ms" for u, t in seconds.items())
-    return best, f"ulysses={best} x ring={ranks // best}, the least predicted time of a layer's attention ({told})"
+    times = ", ".join(f"{u} x {ranks // u}: {1e3 * t:.4g} ms" for u, t in seconds.items())
+    return best, f"ulysses={best} x ring={ranks // best}, the least predicted time of a layer's attention ({times})"
 
 
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:

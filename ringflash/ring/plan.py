@@ -13,10 +13,10 @@ passes on to the next rank.
        2     10 > 4     8 > 4     8 > 2         8
        3     10 > 4     8 > 4     8 > 4         8
 
-(Nobody but rank 0 sees the end of the sequence, which rank 0 holds: it sends the other half of its keys.)
+(Only rank 0 sees the end of the sequence, which it holds: it sends the other half of its keys.)
 
 Windows of three keys, one run of tokens per rank: the next rank sees the last two keys of a run, the ranks after it see
-none. What nobody further on sees is not sent.
+none. What no later rank sees is not sent.
 
     >>> print(AttentionPlan(IntervalMask.window(16, left=2), Layout.contiguous(16, ranks=4), Loopback(4)))
     rank      hop 0     hop 1     hop 2     hop 3
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
     from ringflash.ring.ulysses import Ulysses
 
-# Chunks of a rank that are told apart when working out who sees what of whom; a finer layout counts as one run.
+# Chunks of a rank that are distinguished when working out which ranks see which keys; a finer layout counts as one run.
 _CHUNKS = 64
 # Gaps in what is needed that are shorter than this part of a shard are sent along: every run is a message.
 _GAP = 1 / 32

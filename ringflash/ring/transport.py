@@ -1,9 +1,9 @@
-"""Who sends what to whom: the three verbs that a ring needs, over processes or inside one.
+"""Transports: the three calls that a ring needs, between processes or inside one.
 
     with ring.receive_buffers(context) as allocate:
-        x = allocate(shape, dtype)                                 # memory in which messages may arrive
-        transfer = ring.exchange(outgoing, incoming, about)     # messages between ranks set off
-        transfer.wait()                                         # incoming is there, outgoing may be overwritten
+        x = allocate(shape, dtype)                              # memory in which messages may arrive
+        transfer = ring.exchange(outgoing, incoming, context)   # messages between ranks start
+        transfer.wait()                                         # incoming has arrived, outgoing may be overwritten
 
 `ProcessRing` has one rank in each process. GPUs of one machine copy into one another's memory (`ring.copy_engine`),
 others use NCCL, processes without a GPU use gloo. `Loopback` has all ranks in one process, for tests and for measuring
@@ -35,7 +35,7 @@ Allocate = Callable[[Sequence[int], torch.dtype], Tensor]  # makes a tensor
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """A contiguous tensor on its way between two ranks of the ring; on the receiving side, where it is to go.
+    """A contiguous tensor that one rank of the ring sends to another; on the receiving side, where it is written.
 
     target: on the sending side, the place in this rank's receive buffers that stands for the one in the receiver's. A
     ring whose receive buffers are ordinary memory does not need it.
@@ -48,7 +48,7 @@ class Message:
 
 
 class Transfer(Protocol):
-    """An exchange under way."""
+    """An exchange that has started."""
 
     def wait(self) -> None:
         """Return when incoming can be read and outgoing overwritten (on CUDA: by work queued after this call)."""
@@ -62,14 +62,14 @@ class Ring(Protocol):
     device: torch.device
 
     def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
-        """For the length of a pass, what makes tensors (shape, dtype) for messages to arrive in.
+        """For one pass, a function that allocates tensors (shape, dtype) in which messages may arrive.
 
-        All ranks make tensors of the same sizes in the same order, and use none of them after the pass. context: layer
-        and pass, for who has to be told.
+        All ranks allocate the same sizes in the same order, and use none of them after the pass. context: layer and
+        pass, for reports.
         """
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
-        """Set off messages from local ranks, and receive those to local ranks.
+        """Start messages from local ranks, and receive those to local ranks.
 
         Both sides of a message name it in the same exchange, counting exchanges from the start, and several between the
         same two ranks in the same order. No tensor may be written before the wait. context: layer, pass and hop, for
@@ -78,7 +78,7 @@ class Ring(Protocol):
 
 
 def plain_buffers(device: torch.device) -> AbstractContextManager[Allocate]:
-    """Of a ring whose messages may arrive in any memory."""
+    """The receive buffers of a ring whose messages may arrive in any memory."""
     return nullcontext(_Anywhere(device).allocate)
 
 
@@ -130,8 +130,8 @@ class ProcessRing:
     transfer. transport: with "auto", GPUs of one machine that reach one another's memory copy into it; all others go
     through the group, and with "nccl" these, too. Then give the ring a group of its own, or its transfers queue behind
     other collectives, and one whose stream has high priority (`pg_options`), or they queue behind kernels that fill the
-    GPU. A watch, where given, is told of every wait; copy engines, which wait for ever, have one of the group's
-    timeout where none is given. `carrier` says what carries messages, and why.
+    GPU. The watchdog, where given, records every wait. Copy engines would wait for ever, so without one they
+    have their own, with the group's timeout. `carrier` names what carries messages, and why.
 
     On GPUs all ranks of the group make it together, and rings on several groups in the same order.
     """
@@ -163,7 +163,7 @@ class ProcessRing:
                 self.carrier += f", since {engine}"
 
     def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
-        """Memory that peers map; without them, of torch's allocator."""
+        """Memory that the ring's GPUs map; without copy engines, of torch's allocator."""
         if self._copy_engine is None:
             return plain_buffers(self.device)
         assert self.watchdog is not None

@@ -25,7 +25,7 @@ from ringflash.ring.watchdog import Pending, Watchdog
 class Ulysses:
     """The ranks that share a ring shard; one process a rank, over a torch.distributed group.
 
-    A watch, where given, is told of every exchange, `about` which is layer, pass and what is exchanged.
+    The watchdog, where given, records every exchange. context: layer, pass and what is exchanged.
     """
 
     def __init__(self, group: dist.ProcessGroup, watchdog: Watchdog | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Watch: what a rank waits for; how long, for the metrics; and what each rank reports if a ring hop hangs.
+"""Watchdog: what a rank waits for and how long, for the metrics, and what each rank reports if a ring hop hangs.
 
 A rank that hangs leaves all others waiting, in a hop of the ring or an exchange of heads, without a message. The
 watchdog is a thread that looks at the oldest wait under way. When none has ended for `limit` seconds, it tells the
@@ -8,9 +8,9 @@ other ranks through their store, and every rank reports where it is:
     ringflash: rank 0, step 12, layer 5, backward, hop 3: waits for rank 1 to take what it sent since 300 s
     ringflash: rank 1, step 12: waits for no rank; its last wait was in layer 5, backward, hop 2
 
-then all end. A layer never blocks for the watch: on CUDA two events frame each wait on the compute stream, and the
-thread asks whether they have passed. Nor does the watch block for the store, which may be on the rank that hangs: a
-second thread asks it. If the store is gone, so is the launcher or the rank that held it, and this rank ends too.
+then all exit. A layer never blocks for the watchdog: on CUDA two events enclose each wait on the compute stream, and
+the thread asks whether they have passed. Nor does the watchdog block for the store, which may be on the rank that
+hangs: a second thread asks it. If the store is gone, so is the launcher or the rank that held it, and this rank exits.
 
 Work that has no limit (tokenising, saving) ends nothing; every half minute the second thread reports it:
 
@@ -33,16 +33,16 @@ import torch
 import torch.distributed as dist
 
 POLL = 0.25  # seconds between two looks
-LAST_WORDS = 3.0  # seconds between what a rank says and its end: launchers end all ranks as soon as one leaves
+LAST_WORDS = 3.0  # seconds between a rank's report and its exit: launchers end all ranks as soon as one exits
 REPORT = 30.0  # seconds between two reports of work without a limit
 GRACE = 10.0  # seconds that a rank has to end by itself once another has failed
-_KEY = "ringflash/stands-still"
+_KEY = "ringflash/hangs"
 
 Kind = Literal["ring", "ulysses"]
 
 
 class Work(Protocol):
-    """What of an exchange is waited for apart; as torch.distributed's."""
+    """A part of an exchange that can be waited for, as torch.distributed's."""
 
     def wait(self) -> object:
         """Have the current stream wait."""
@@ -62,15 +62,15 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Pending:
-    """Ranks of the run that an exchange still waits for: to send, and to take what was sent."""
+    """Ranks of the run that an exchange still waits for: to send, and to receive what was sent."""
 
     sources: tuple[int, ...] = ()
     destinations: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        taking = tuple(rank for rank in self.destinations if rank not in self.sources)
-        said = [" and ".join(f"rank {rank}" for rank in ranks) for ranks in (self.sources, taking)]
-        return ", or for ".join(filter(None, [said[0], said[1] and f"{said[1]} to take what it sent"]))
+        receiving = tuple(rank for rank in self.destinations if rank not in self.sources)
+        senders, receivers = (" and ".join(f"rank {rank}" for rank in ranks) for ranks in (self.sources, receiving))
+        return ", or for ".join(filter(None, [senders, receivers and f"{receivers} to take what it sent"]))
 
 
 @dataclass(eq=False)
@@ -79,7 +79,7 @@ class _Wait:
     pending: Callable[[], Pending]
     kind: Kind | None = None  # of what is counted
     on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # before and after it, on the compute stream
-    queued: bool = False  # both events; one that is not recorded yet says that it has passed
+    queued: bool = False  # both events; one that is not recorded yet counts as passed
 
     def passed(self) -> bool:
         """Whether the GPU is past it."""
@@ -105,11 +105,11 @@ class _Work:
 
 
 class Watchdog:
-    """The waits of one process, of which ring and Ulysses tell it. `step` is the caller's to set.
+    """The waits of one process, which ring and Ulysses record here. The caller sets `step`.
 
     limit: seconds; rank: this process's in the run, as users know it; store: the run's, or None for a process alone;
-    end: what ends the process once all has been said; ends_with_store: whether that is called too when the store is
-    gone, for a caller that closes the watch before the store may leave.
+    end: what ends the process after its report; ends_with_store: whether it is also called when the store is gone,
+    for a caller that closes the watchdog before the store may go.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._told = threading.Event()
+        self._others_report = threading.Event()
         self._looker = threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True)
         self._looker.start()
         if store is not None:
@@ -233,8 +233,8 @@ class Watchdog:
         if device is not None:
             torch.cuda.set_device(device)
         while not self._closed.wait(POLL):
-            if self._is_late() or self._told.is_set():
-                self._speak()
+            if self._is_late() or self._others_report.is_set():
+                self._report()
                 if not self._closed.wait(LAST_WORDS):
                     self._end()
                 return
@@ -248,8 +248,8 @@ class Watchdog:
                 return True
             return bool(self._waits) and time.monotonic() - self._moved > self.limit
 
-    def _speak(self) -> None:
-        """Say where this rank is, and have the others told."""
+    def _report(self) -> None:
+        """Report where this rank is, and have the others report."""
         try:
             words = self.where()
         except Exception as error:  # a group that is gone, a GPU in error: the run ends all the same
@@ -265,7 +265,7 @@ class Watchdog:
                 if (work := self._work) is not None:
                     self._look_after(work)
                 if store.check([_KEY]):
-                    self._told.set()
+                    self._others_report.set()
                     return
             except dist.DistNetworkError:
                 if self._ends_with_store:

@@ -374,7 +374,7 @@ def test_passes_that_grow_keep_no_more_blocks_than_one_takes(alone):
 
 def test_a_pass_inside_another_is_refused(alone):
     with (
-        pytest.raises(RuntimeError, match="layer 2, forward, inside layer 1, backward: a ring's ranks take its passes"),
+        pytest.raises(RuntimeError, match="layer 2, forward, inside layer 1, backward: a ring's ranks run its passes"),
         alone.receive_buffers("layer 1, backward", QUIET),
         alone.receive_buffers("layer 2, forward", QUIET),
     ):

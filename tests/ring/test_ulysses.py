@@ -98,7 +98,7 @@ def nccl_of_one():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_stream_waits_for_an_exchange_and_the_watch_is_told(nccl_of_one):
+def test_on_a_gpu_the_stream_waits_for_an_exchange_and_the_watchdog_records_it(nccl_of_one):
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     mask, length = IntervalMask.causal(512), 512
     rings = [ProcessRing(nccl_of_one, "cuda"), Loopback(1, "cuda")]

@@ -43,14 +43,14 @@ def with_one_rank_that_never_comes(hanging):
         if rank != hanging:
             threading.Thread(target=attend_in_vain, args=(ring,), daemon=True).start()
         assert ended.wait(LIMIT)
-    store.set(f"spoken-{rank}", "")  # no connection breaks before all have
-    store.wait([f"spoken-{other}" for other in range(dist.get_world_size())], timedelta(seconds=LIMIT))
+    store.set(f"reported-{rank}", "")  # no connection breaks before all have
+    store.wait([f"reported-{other}" for other in range(dist.get_world_size())], timedelta(seconds=LIMIT))
     return said.getvalue().strip()
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_every_rank_says_where_it_is_and_for_whom_it_waits_and_then_ends(ranks):
+def test_every_rank_reports_where_it_is_and_which_rank_it_waits_for_and_then_exits(ranks):
     said = ranks.run(with_one_rank_that_never_comes, 3, 1)
     assert said[0].startswith(
         "ringflash: rank 0, step 12, layer 5, forward, hop 1: waits for rank 1 to take what it sent since "
@@ -193,7 +193,7 @@ def test_a_wait_that_raised_is_over(monkeypatch, device):
     guard.close()
 
 
-def test_a_gpu_in_error_does_not_silence_the_watch(monkeypatch, capsys):
+def test_a_gpu_in_error_does_not_silence_the_watchdog(monkeypatch, capsys):
     class Failing(Passing):
         def query(self):
             raise RuntimeError("an illegal memory access was encountered")
@@ -239,7 +239,7 @@ def waiting(guard, work):
     threading.Thread(target=guard.wait, args=arguments, daemon=True).start()
 
 
-def test_a_rank_speaks_and_ends_though_the_store_does_not_answer(monkeypatch, capsys):
+def test_a_rank_reports_and_exits_though_the_store_does_not_answer(monkeypatch, capsys):
     monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
     ended, work = threading.Event(), Never()
     guard = Watchdog(0.5, 0, FrozenStore(), end=ended.set)
@@ -286,11 +286,11 @@ def test_a_rank_that_cannot_tell_where_it_is_ends_all_the_same(monkeypatch, caps
 
 def test_a_run_that_is_over_while_last_words_are_said_is_not_ended(monkeypatch):
     monkeypatch.setattr(watchdog, "LAST_WORDS", 1e6)
-    spoken, ended, work = threading.Event(), threading.Event(), Never()
-    monkeypatch.setattr(Watchdog, "_speak", lambda self: spoken.set())
+    reported, ended, work = threading.Event(), threading.Event(), Never()
+    monkeypatch.setattr(Watchdog, "_report", lambda self: reported.set())
     guard = Watchdog(0.3, end=ended.set)
     waiting(guard, work)
-    assert spoken.wait(LIMIT)
+    assert reported.wait(LIMIT)
     work.done.set()
     guard.close()
     guard._looker.join(LIMIT)
