@@ -7,6 +7,8 @@ BIN := .venv/bin
 ARGS ?=
 # Options for pip, as in: make train PIP_ARGS="--index-url URL" for another source of wheels
 PIP_ARGS ?=
+# Processes that share the CPU tests, each with a core of its own and about 4 GB
+WORKERS ?= 2
 # The Hopper kernels are compiled with the pinned Triton and with this one: Gluon changes from version to version.
 NEWEST_TRITON := 3.9.0
 
@@ -31,8 +33,8 @@ train: .venv/installed  ## train the demo on every GPU, or on two CPU ranks: 3 m
 	    --target $@ triton==$(NEWEST_TRITON)
 	@touch $@
 
-test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the CPU test suite: 10 to 15 minutes on two cores
-	@$(BIN)/python -m pytest $(ARGS)
+test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the CPU test suite: 10 minutes on two cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 gpu: .venv/installed  ## run the tests that need a GPU: 15 minutes on an H100
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
