@@ -1,13 +1,15 @@
-"""Attention backward for Hopper (sm_90), in Gluon: one kernel over KV tiles, five products a tile.
+"""Attention backward for Hopper (sm_90), in Gluon: one kernel over KV tiles, five products per tile.
 
 The mathematics is that of `portable_backward`: with p = 2^(c s - log2(e) lse) and delta = rowsum(dout * out),
 
     dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
 
+This is the kernel for head_dim 64 and 128, and the launch for all; 256 has its own kernel in `hopper_backward_256`.
+
 One program holds 128 keys of one KV head and walks the queries query_start:query_end that see them, 64 at a time, for
 each query head of the group, or for some of them where whole groups would end unevenly (`programs_a_group`). dq has
 many writers, dk and dv then some; they add by the copy engine's fp32 reduction in L2, whose order differs from run to
-run. `deterministic=True` hands over to `portable_backward`, with one writer for each and seven products instead of
+run. `deterministic=True` calls `portable_backward`, with one writer for each and seven products instead of
 five.
 
 Two consumers own 64 keys each and compute s, dp, p and ds transposed, [keys, queries]. dq is a sum over all keys:
@@ -92,7 +94,7 @@ class Tuning:
 # been used up, and needed half a step later.
 TUNINGS = {
     64: Tuning(block_q=64, stages=3),
-    # dk and dv take 128 registers a thread, s and dp 64: two consumers' 240 is what there is. 226 of 227 KB.
+    # dk and dv take 128 registers per thread, s and dp 64: two consumers' 240 is what there is. 226 of 227 KB.
     128: Tuning(block_q=64, stages=3),
     # `hopper_backward_256`: stages of q; dout has one.
     256: Tuning(block_q=64, stages=2),
@@ -113,8 +115,8 @@ class Shared:
     lse: gl.shared_memory_descriptor  # lse_factor lse, -inf where a row sees nothing
     delta: gl.shared_memory_descriptor  # -delta
     full: gl.shared_memory_descriptor
-    ds: gl.shared_memory_descriptor  # two steps of one tile a consumer, [keys, queries]
-    dq: gl.shared_memory_descriptor  # one tile a consumer: half of the columns
+    ds: gl.shared_memory_descriptor  # two steps of one tile per consumer, [keys, queries]
+    dq: gl.shared_memory_descriptor  # one tile per consumer: half of the columns
     DEPTH: gl.constexpr
 
     @gluon.jit

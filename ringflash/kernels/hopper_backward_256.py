@@ -1,20 +1,21 @@
 """Attention backward for Hopper at head_dim 256, in Gluon: the mathematics of `hopper_backward`, divided another way.
 
-A program holds 64 keys of one KV head. dk and dv, [64, 256] in fp32, fill 128 registers a thread of one consumer each,
-so the consumers divide the products by gradient instead of by keys:
+A program holds 64 keys of one KV head. Their dk and dv, [64, 256] in fp32, take 128 registers per thread of a warpgroup
+each. So the two consumers divide the products by gradient instead of by keys:
 
-    consumer 0    s = k q^T     p = 2^(c s)           dv += p^T dout    columns   0..127 of dq
-    consumer 1    dp = v dout^T    ds = p (dp - delta)    dk += ds^T q    columns 128..255 of dq
+    consumer 0    s = k q^T        p = 2^(c s)           dv += p^T dout    columns   0..127 of dq
+    consumer 1    dp = v dout^T    ds = p (dp - delta)   dk += ds^T q      columns 128..255 of dq
 
-p goes from 0 to 1 in 16 bits through shared memory, ds from 1 to 0. dq = ds k is a step late, as in `hopper_backward`:
-64 columns at a time, the first under the exponentials, the second before dv or dk, and under that leaves for memory.
+p goes from consumer 0 to consumer 1 through shared memory, in 16 bits; ds goes to both. dq = ds k is one step late, as
+in `hopper_backward`. A consumer computes it 64 columns at a time (dqa, dqb): with both in registers, ptxas serialises
+every product.
 
 What waits for what, in step 2; ds1 is of the step before:
 
-    tensor cores, 0   s2 = k q2^T . dq1 = ds1 k    | dq1' = ds1 k' . dv += p2 dout2 |
-    consumer 0        |             p2 = 2^(c s2)  | dq1 out       | dq1' out       |
-    tensor cores, 1   dp2 = v dout2^T . dq1 = ds1 k | dq1' = ds1 k' . dk += ds2 q2 |
-    consumer 1        |                ds2          | dq1 out       | dq1' out      |
+    tensor cores, 0    s2 = k q2^T . dqa1 = ds1 k |              dv += p2 dout2 . dqb1 = ds1 k |
+    consumer 0         |             p2 = 2^(c s2)              | dqa1 to memory               | dqb1 to memory
+    tensor cores, 1    dp2 = v dout2^T . dqa1 = ds1 k |          dk += ds2 q2 . dqb1 = ds1 k   |
+    consumer 1         |                 ds2 = p2 (dp2 - delta) | dqa1 to memory               | dqb1 to memory
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -44,7 +45,7 @@ from ringflash.kernels.hopper_parts import (
 
 WEIGHTS = gl.constexpr(FIRST_BARRIER)  # p is in shared memory
 PUBLISHED = gl.constexpr(FIRST_BARRIER + 1)  # ds is
-Q_EMPTY = gl.constexpr(FIRST_BARRIER + 2)  # 2, one a stage
+Q_EMPTY = gl.constexpr(FIRST_BARRIER + 2)  # 2, one per stage
 DOUT_EMPTY = gl.constexpr(FIRST_BARRIER + 4)
 DONE = gl.constexpr(FIRST_BARRIER + 5)
 PIECE = gl.constexpr(64)  # columns of dq that leave at a time
@@ -66,7 +67,7 @@ class Shared:
     dout_full: gl.shared_memory_descriptor
     p: gl.shared_memory_descriptor  # [keys, queries], times the softcap's slope
     ds: gl.shared_memory_descriptor  # of even steps and of odd ones, [keys, queries]
-    dq: gl.shared_memory_descriptor  # a piece a consumer
+    dq: gl.shared_memory_descriptor  # a piece per consumer
     DEPTH: gl.constexpr
 
     @gluon.jit

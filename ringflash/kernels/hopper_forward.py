@@ -1,6 +1,6 @@
 """Attention forward for Hopper (sm_90), in Gluon: the mathematics of `portable_forward`, scheduled by hand.
 
-One program an SM walks the query tiles that are its share. A query tile is 2 or 3 x 64 rows of one head; a consumer,
+One program per SM walks the query tiles that are its share. A query tile is 2 or 3 x 64 rows of one head; a consumer,
 which is a warpgroup (4 warps, the unit that issues wgmma), owns 64 of them. For a row, with s = q k^T,
 c = scale log2(e) and the softmax state (m, z, acc):
 
@@ -32,6 +32,9 @@ of the next. The tensor cores run one's products under the other's exponentials:
 
 At head_dim 64 a step has half the products for the same exponentials. There are three consumers, each of which does one
 thing after the other: p1 v1 and q k2, wait for both, p2 = 2^(..).
+
+At head_dim 256 there are two consumers, as at 128, with 64 keys per step. Shared memory has no room left for the carry
+and out, which go between registers and memory (DIRECT).
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -84,7 +87,7 @@ LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
 SLACK = gl.constexpr(8.0)  # how far log2 of a weight may grow before the row's maximum is taken again; fp16 ends at 16
 STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
-# Of the barriers by number, TURN has one a consumer, which it shares with the one before it.
+# Of the barriers by number, TURN has one per consumer, which it shares with the one before it.
 TURN = gl.constexpr(FIRST_BARRIER)
 K_EMPTY = gl.constexpr(FIRST_BARRIER + 3)
 V_EMPTY = gl.constexpr(FIRST_BARRIER + 3 + STAGES.value)
@@ -106,9 +109,9 @@ class Tuning:
 
 TUNINGS = {
     64: Tuning(consumers=3, block_k=128),
-    # Scores and p 64 registers a thread, acc 64, p in flight 32. 224 of 227 KB with a carry; 64 keys: 15% slower.
+    # Scores and p 64 registers per thread, acc 64, p in flight 32. 224 of 227 KB with a carry; 64 keys: 15% slower.
     128: Tuning(consumers=2, block_k=128),
-    # acc takes 128 registers a thread, scores 32, p 32. 192 KB: no room for out, which leaves from registers.
+    # acc takes 128 registers per thread, scores 32, p 32. 192 KB: no room for out, which leaves from registers.
     256: Tuning(consumers=2, block_k=64),
 }
 
@@ -184,8 +187,8 @@ class Call:
         start = self.start + batch.to(gl.int64) * self.interval_stride_b
         end = self.end + batch.to(gl.int64) * self.interval_stride_b
         lo, tiles, full_from, full = tile_run(start, end, first, last, self.BLOCK_K)
-        # Rows that see nothing have a result to write, too, and where batch rows differ, some have fewer tiles to look
-        # at than are counted. They walk one that is masked throughout: no tile would say that this is the end.
+        # Rows that see nothing have a result to write as well. Where batch rows differ, some have fewer tiles than are
+        # counted. They walk one that is masked throughout: no tile would mean that this is the end.
         tiles = gl.where(tiles > 0, tiles, 1)  # not maximum, after which ptxas spills at D64
         # The first tile walked is masked. Where no tile needs it, that is the first of the full ones.
         full_from = gl.where(full == tiles, 1, full_from)

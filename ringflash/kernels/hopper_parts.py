@@ -29,7 +29,9 @@ SERIES_1, SERIES_3, SERIES_5 = (
     gl.constexpr(coefficient / (2 * LOG2_E) ** power)
     for power, coefficient in ((1, 1.0), (3, -0.33326131), (5, 0.12914957))
 )
-FIRST_BARRIER = 8  # of the 16 that warps meet at by number. Triton takes those from 0: one a partition, two of its own
+FIRST_BARRIER = (
+    8  # of the 16 that warps meet at by number. Triton takes those from 0: one per partition, two of its own
+)
 L2_BYTES = 32 << 20  # of 50 MB: what a program's heads read again and again; the rest is for what streams through
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 HEAD_DIMS = (64, 128, 256)
@@ -47,7 +49,7 @@ class Registers:
 REGISTERS = {2: Registers(168, 240, 24), 3: Registers(128, 160, 32)}  # by the number of consumers
 
 
-# -- barriers that warps meet at by number: a warp arrives and goes on, where an mbarrier would have its warpgroup meet
+# -- barriers that warps meet at by number: a warp arrives and continues; an mbarrier makes its warpgroup meet
 
 
 @gluon.constexpr_function
@@ -138,7 +140,7 @@ def make_pipe(
 ):  # fmt: skip
     """A Pipe of [BLOCK, D] tiles. EMPTY: for several readers, the first of DEPTH barriers.
 
-    WRITERS: 2 where a tile is full when its producer, too, has arrived at full[slot], beside the copy engine.
+    WRITERS: 2 where a tile is full when its producer has arrived as well at full[slot], beside the copy engine.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()

@@ -72,7 +72,7 @@ def dkdv_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
     if arch in LARGE_SHARED:
         if head_dim <= 64:
             return Tuning(64, 128, warps=8, stages=3, tma=tma)
-        if head_dim <= 128:  # dk and dv take 128 registers a thread, s and dp 64: at its limit, a few addresses spill
+        if head_dim <= 128:  # dk and dv take 128 registers per thread, s and dp 64: at its limit, a few addresses spill
             return Tuning(64, 128, warps=8, stages=2, tma=tma)
         return Tuning(32, 64, warps=8, stages=2, tma=tma)
     # The largest tiles that do not spill, within 99 KB.
@@ -108,7 +108,7 @@ def add_to(x, tile, rows, valid, stride_s, BLOCK_D: tl.constexpr, D: tl.constexp
     tl.store(x, tl.load(x, inside, 0.0) + tile, inside)
 
 
-# -- dq: one program a query tile
+# -- dq: one program per query tile
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def dq_kernel(
     add_to(dq, acc * scale, rows, valid, dq_stride_s, BLOCK_D, D)
 
 
-# -- dk and dv: one program a key tile
+# -- dk and dv: one program per key tile
 
 
 @triton.jit

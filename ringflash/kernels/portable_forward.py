@@ -6,7 +6,7 @@ base 2 and c = scale log2(e), each tile updates the softmax state of a row (m it
     m' = max(m, c max_j s_j)      p_j = 2^(c s_j - m')           alpha = 2^(m - m')
     z' = alpha z + sum_j p_j      acc' = alpha acc + p v
 
-and at the end out = acc / z, lse = ln(2) (m + log2 z). A carried Partial is such a state too, m = log2(e) lse, z = 1,
+and at the end out = acc / z, lse = ln(2) (m + log2 z). A carried Partial is also such a state, m = log2(e) lse, z = 1,
 acc = out, and joins last. A softcap replaces s by tanh(s scale / softcap) and c by softcap log2(e); see `softcap`.
 
 The intervals never decrease, so the rows' bounds at a tile's first and last row say which keys all rows see, which

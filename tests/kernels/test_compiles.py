@@ -91,7 +91,7 @@ def test_sm90_feeds_warpgroup_products_from_the_copy_engine(compiled):
 @pytest.mark.slow
 def test_sm90_forward_takes_exponentials_while_tensor_cores_run(compiled):
     names = [f"forward-sm90-bfloat16-D128{flag}" for flag in ("", "-carry", "-capped")]
-    # 64 a thread in a tile of 128 x 128 scores; all but a few must not wait for the next scores.
+    # 64 per thread in a tile of 128 x 128 scores; all but a few must not wait for the next scores.
     assert wrong({name: compiled[name] for name in names}, 90, overlap=lambda r: r["exp2_under_wgmma"] >= 48) == []
 
 

@@ -57,8 +57,8 @@ SPILLS_IN_LOOP = {
     "backward-D256-capped": 31,
 }
 
-# Selects in that loop: the forward's keep a row's maximum, two rows a thread; the backward's swap half of dq's columns.
-# A mask would take one a score: 64 in a forward step, 32 in a backward step.
+# Selects in that loop: the forward's keep a row's maximum, two rows per thread; the backward's swap columns of dq.
+# A mask would take one per score: 64 in a forward step, 32 in a backward step.
 SELECTS_IN_LOOP = {
     "forward-D64": 2,
     "forward-D64-in-place": 2,
