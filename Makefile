@@ -34,7 +34,7 @@ train: .venv/installed  ## train the demo on every GPU, or on two CPU ranks: 3 m
 	@touch $@
 
 test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the CPU test suite: 10 minutes on two cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 gpu: .venv/installed  ## run the tests that need a GPU: 15 minutes on an H100
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -78,8 +78,8 @@ from ringflash.errors import ConfigError
 from ringflash.layout import LAYOUTS
 from ringflash.models import ARCHITECTURES, ModelConfig, build_model, ring_inputs
 from ringflash.ring.transport import Transfer
-from tests.models.test_models import loss_and_gradients, tiny
-from tests.ring.test_attention import assert_exact, on_ring, oracle, whole_inputs
+from tests.models.cases import loss_and_gradients, tiny
+from tests.ring.cases import assert_exact, on_ring, oracle, whole_inputs
 
 TESTS = Path(__file__).parent
 TABLE = re.findall(r"-> (?:(\S+\.py)::)?(test_\w+)$", __doc__, re.MULTILINE)
@@ -560,7 +560,7 @@ def compiled_by_an_engine(folder):
     """What building DeepSpeed's engine leaves in the folder for compiled extensions."""
     from ringflash.training.engine import MemoryConfig, build_engine
     from ringflash.training.optimizer import OptimConfig
-    from tests.training.test_step import build, joined
+    from tests.training.engines import build, joined
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "TORCH_EXTENSIONS_DIR", str(folder))

@@ -20,7 +20,7 @@ from transformers import (
 from ringflash import Loopback
 from ringflash.models import checks, ring_inputs
 from ringflash.models.checks import check_call
-from tests.models.test_models import TINY, tiny
+from tests.models.cases import TINY, tiny
 
 TOKENS = torch.randint(1, 97, (1, 32), generator=torch.Generator().manual_seed(0))
 

@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from ringflash import Loopback
 from ringflash.models import ring_inputs
 from ringflash.models.ring_mask import RingMask
-from tests.models.test_models import TINY, tiny
+from tests.models.cases import TINY, tiny
 
 OFF_THE_RING = 'not on the ring .*attn_implementation="ring"'
 TOKENS = torch.arange(1, 33)[None]

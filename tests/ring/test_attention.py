@@ -13,47 +13,8 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, flash_attention, ring_attention
 from ringflash.layout import LAYOUTS
+from tests.ring.cases import assert_exact, on_ring, oracle, whole_inputs
 from tests.strategies import masks
-
-
-def dense_attention(q, k, v, visible, softcap=None):
-    """The definition, float64: q [B, S, Hq, D], visible [B|1, S, S]; rows that see nothing give 0."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores.masked_fill(~visible[:, None], float("-inf")), -1)
-    return (weights.nan_to_num(0.0) @ v).transpose(1, 2)
-
-
-def whole_inputs(batch, length, heads=4, kv_heads=2, dim=16):
-    """q, k, v, dout of whole sequences, the same on every rank. Keys and values have a mean, as those of models do."""
-    generator = torch.Generator().manual_seed(length)
-    shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, generator=generator) + mean for shape, mean in zip(shapes, (0, 2, 1, 0), strict=True)]
-
-
-def oracle(inputs, visible, softcap=None):
-    q, k, v = (x.double().requires_grad_() for x in inputs[:3])
-    out = dense_attention(q, k, v, visible, softcap)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3].double())]
-
-
-def on_ring(inputs, plan, **options):
-    """out, dq, dk, dv of the local shards, ranks outermost in the batch."""
-    shards = [torch.cat([plan.layout.shard(x, rank) for rank in plan.ring.local]) for x in inputs]
-    q, k, v = (x.requires_grad_() for x in shards[:3])
-    out = ring_attention(q, k, v, plan, **options)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), shards[3])]
-
-
-def assert_exact(results, expected, layout, case=""):
-    """Results, shards side by side in the batch, within 1e-5 of float64: relative norm, absolute below norm 1."""
-    for name, shards, reference in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
-        whole = layout.unshard(shards.chunk(layout.ranks))
-        error = (whole.double() - reference).norm() / reference.norm().clamp(min=1.0)
-        assert error <= 1e-5, f"{name} {case}: relative error {error:.2e}"
 
 
 @settings(max_examples=30)

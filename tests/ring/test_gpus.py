@@ -7,8 +7,8 @@ import torch.distributed as dist
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
 from ringflash.ring.watchdog import Watchdog
 from tests.pool import Pool
-from tests.ring.test_attention import whole_inputs
-from tests.ring.test_watchdog import with_one_rank_that_never_comes
+from tests.ring.cases import whole_inputs
+from tests.ring.hanging import with_one_rank_that_never_comes
 
 GPUS = min(torch.cuda.device_count(), 8)
 LENGTH = 4096

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing
-from tests.ring.test_attention import assert_exact, on_ring, oracle, whole_inputs
+from tests.ring.cases import assert_exact, on_ring, oracle, whole_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, MASK = 97, IntervalMask.causal(97) & IntervalMask.documents([1, 36, 60])

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ringflash import IntervalMask, Loopback, flash_attention, keep_attention, kernels
 from ringflash.models import checkpoint_layers, ring_inputs
 from ringflash.ring import recompute
-from tests.models.test_models import loss_and_gradients, tiny
+from tests.models.cases import loss_and_gradients, tiny
 
 
 @pytest.fixture

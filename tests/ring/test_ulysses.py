@@ -7,7 +7,7 @@ import torch.distributed as dist
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
 from ringflash.ring.ulysses import heads_refusal
 from ringflash.ring.watchdog import Watchdog
-from tests.ring.test_attention import assert_exact, oracle, whole_inputs
+from tests.ring.cases import assert_exact, oracle, whole_inputs
 
 LENGTH = 75
 DOCUMENTS = [[1, 30, 44], [75]]

@@ -1,51 +1,17 @@
 """When a ring hangs, every rank reports where it is and for which rank it waits, and all end; else waits count."""
 
-import contextlib
-import io
 import threading
 import time
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
+from ringflash import ProcessRing
 from ringflash.ring import watchdog
 from ringflash.ring.transport import Message
 from ringflash.ring.watchdog import Pending, Traffic, Watchdog
-from tests.ring.test_attention import whole_inputs
-
-LIMIT = 60.0  # seconds for what takes less than one: the machine may do other work
-
-
-def attend(ring):
-    plan = AttentionPlan(IntervalMask.causal(32), Layout.zigzag(32, ring.size), ring)
-    q, k, v = (plan.shard(x).requires_grad_() for x in whole_inputs(1, 32)[:3])
-    ring_attention(q, k, v, plan, layer=5).sum().backward()
-
-
-def attend_in_vain(ring):
-    with contextlib.suppress(RuntimeError):  # the connection breaks when the test is over
-        attend(ring)
-
-
-def with_one_rank_that_never_comes(hanging):
-    """What this rank says; the hanging one sleeps instead of its second layer."""
-    watchdog.LAST_WORDS, said, ended = 0.1, io.StringIO(), threading.Event()
-    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    guard = Watchdog(60.0, rank, store, end=ended.set)
-    guard.step = 12
-    ring = ProcessRing(device="cuda" if dist.get_backend() == "nccl" else "cpu", watchdog=guard)
-    with contextlib.redirect_stderr(said):
-        attend(ring)
-        guard.limit = 1.0
-        if rank != hanging:
-            threading.Thread(target=attend_in_vain, args=(ring,), daemon=True).start()
-        assert ended.wait(LIMIT)
-    store.set(f"reported-{rank}", "")  # no connection breaks before all have
-    store.wait([f"reported-{other}" for other in range(dist.get_world_size())], timedelta(seconds=LIMIT))
-    return said.getvalue().strip()
+from tests.ring.hanging import LIMIT, attend, with_one_rank_that_never_comes
 
 
 @pytest.mark.slow

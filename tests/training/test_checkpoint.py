@@ -11,18 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ringflash import Layout
 from ringflash.errors import ConfigError, DiskError
 from ringflash.training import checkpoint
-from ringflash.training.engine import MemoryConfig, build_engine
-from ringflash.training.optimizer import OptimConfig
 from ringflash.training.step import prepare, train_step
 from ringflash.training.world import World
-from tests.training.test_step import LENGTH, SEQUENCES, Layout, build, joined, sequences
-
-
-def engine_on(world: World, zero: int):
-    optim = OptimConfig(steps=4, batch=SEQUENCES, micro_batch=SEQUENCES, warmup=0)
-    return build_engine(build("llama"), optim, MemoryConfig(zero=zero), world)
+from tests.training.engines import LENGTH, engine_on, joined, sequences
 
 
 def write_three(folder, zero, keep):

@@ -15,8 +15,8 @@ from ringflash.training.engine import MemoryConfig, build_engine
 from ringflash.training.export import export
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.step import prepare, train_step
-from tests.training.test_optimizer import SETTINGS, fit_on_ranks, weights_of
-from tests.training.test_step import LENGTH, build, joined, sequences
+from tests.training.engines import LENGTH, build, joined, sequences
+from tests.training.fits import SETTINGS, fit_on_ranks, weights_of
 
 
 def strict(path):

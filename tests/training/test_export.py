@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from ringflash.errors import ConfigError, DiskError
 from ringflash.training.config import compose
 from ringflash.training.export import rehearse
-from tests.models.test_models import TINY
+from tests.models.cases import TINY
 from tests.training.runs import fitted, settings
 
 # As published ones are: transformers loads it with a warning and refuses to write it.

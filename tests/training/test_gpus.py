@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ringflash.training.metrics import read
-from tests.training.test_run import command, failing, run
+from tests.training.launched import command, failing, run
 
 GPUS = min(torch.cuda.device_count(), 8)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs or more, here are {GPUS}")]

@@ -7,7 +7,6 @@ AdamW, clipping and schedule.
 import math
 import shutil
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,23 +17,14 @@ from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import ARCHITECTURES, build_model
-from ringflash.training import loop
 from ringflash.training.config import compose
 from ringflash.training.engine import MemoryConfig, build_engine
 from ringflash.training.metrics import read
 from ringflash.training.optimizer import OptimConfig, parameter_groups
 from ringflash.training.step import prepare, train_step
-from tests.models.test_models import tiny
-from tests.training.test_step import LENGTH, build, joined, sequences
-
-STEPS = 5
-SETTINGS = [
-    "data=text", "data.held_out=0", "data.sequence_length=32", "evaluation.every=0", "checkpoint.every=0",
-    "logger.mode=disabled", "model.dtype=fp32", "seed=3", "data.seed=5", f"optim.steps={STEPS}", "optim.batch=4",
-    "optim.warmup=2", "optim.final_lr=0.3", "optim.lr=1e-2", "optim.beta1=0.8", "optim.beta2=0.9",
-    "optim.weight_decay=0.5", "optim.clip=0.05", "model.architecture.hidden_size=32", "model.architecture.head_dim=8",
-    "model.architecture.intermediate_size=48",
-]  # fmt: skip
+from tests.models.cases import tiny
+from tests.training.engines import LENGTH, build, joined, sequences
+from tests.training.fits import SETTINGS, STEPS, fit_on_ranks, weights_of
 
 
 def settings_of(texts):
@@ -149,15 +139,6 @@ def plain(texts):
 # -- the run
 
 
-def fit_on_ranks(config, resolved):
-    """A whole run, in the pool's process group."""
-    made, dist.init_process_group = dist.init_process_group, lambda *args, **options: None
-    try:
-        loop.fit(config, resolved)
-    finally:
-        dist.init_process_group = made
-
-
 CASES = [
     # ranks, ring, zero, micro_batch
     *((1, 1, zero, 4 >> zero // 2) for zero in (0, 3)),
@@ -216,12 +197,6 @@ def bf16_steps(zero, accumulation):
         norms.append(float(result.gradient_norm))
         expected.append(plain.step(gradients, optim))
     return norms, expected, weights_of(engine), plain.w
-
-
-def weights_of(engine):
-    """The weights as they are computed with, whole."""
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
 @pytest.mark.ranks

@@ -1,12 +1,10 @@
 """train.py as a user starts it leaves what it promises, resumes after kill -9, and fails with one line."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -22,27 +20,10 @@ from ringflash.training import metrics
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs
+from tests.training.launched import ENVIRONMENT, LAUNCHER, LIMIT, ROOT, command, failing, run
 from tests.training.runs import fitted, settings
 
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 280  # seconds for a run: the machine may do other work
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# Threads decide in which order sums are taken, which runs that are compared must do alike.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.timeout(4 * LIMIT)
-
-
-def command(text, *others, ranks=2):
-    return [sys.executable, "launch/local.py", "--ranks", str(ranks), *settings(text, *others)]
-
-
-def run(arguments, code=0, timeout=LIMIT):
-    """stdout and stderr of a run that ends with this exit code."""
-    result = subprocess.run(
-        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout, result.stderr
 
 
 @pytest.mark.slow
@@ -115,15 +96,6 @@ def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(r
     losses = [[(r["step"], r.get("loss"), r.get("held_out_loss")) for r in read(f / "metrics.jsonl")]
               for f in (straight, folder)]  # fmt: skip
     assert losses[0] == losses[1]
-
-
-def failing(text, failure, *settings):
-    """The lines that ranks print in a run whose rank 1 fails in the ring."""
-    arguments = command(text, "name=fails", "data.held_out=0", *settings)[4:]
-    _, stderr = run([*LAUNCHER, "tests/training/failing_rank.py", failure, *arguments], code=1)
-    lines = sorted(line for line in stderr.splitlines() if line.startswith("ringflash: "))
-    assert lines, stderr
-    return lines
 
 
 @pytest.mark.slow

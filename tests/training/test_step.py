@@ -2,55 +2,18 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 from ringflash import Loopback
-from ringflash.data import Batch
 from ringflash.layout import Layout
-from ringflash.models import AttentionConfig, ModelConfig, attention, build_model, ring_inputs
+from ringflash.models import AttentionConfig, attention, ring_inputs
 from ringflash.training.engine import MemoryConfig, TrainedModel, build_engine
 from ringflash.training.evaluation import evaluate
 from ringflash.training.optimizer import OptimConfig
-from ringflash.training.parallel import ParallelConfig
 from ringflash.training.step import prepare, train_step
-from ringflash.training.world import World, join
-from tests.models.test_models import SPECIFIC, TINY
-
-LENGTH = 40
-SEQUENCES = 6
-DOCUMENTS = [[40], [1, 39], [13, 27], [5, 5, 5, 25], [39, 1], [20, 20]]
-
-
-def build(model_type):
-    torch.manual_seed(0)
-    architecture = {"model_type": model_type, **TINY, **SPECIFIC[model_type]}
-    return build_model(ModelConfig(architecture=architecture, dtype="fp32"))
-
-
-def sequences(case):
-    """The global batch; labels fall unevenly, or on no token of the second of four zigzag shards."""
-    tokens = torch.randint(1, 97, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
-    labels = tokens.roll(-1, dims=1)
-    for row, lengths in enumerate(DOCUMENTS):
-        labels[row, torch.tensor(lengths).cumsum(0) - 1] = -100
-    if case == "uneven":
-        labels[:, 25:] = -100
-        labels[2] = -100
-    if case == "shard-without-labels":
-        labels[:, Layout.zigzag(LENGTH, 4).positions(1)] = -100
-    return Batch(tokens, labels, DOCUMENTS)
-
-
-def joined(ring, ulysses=1):
-    """The pool's group is there already; the rest of a World as `join` makes it."""
-    made = dist.init_process_group
-    dist.init_process_group = lambda *args, **options: None
-    try:
-        return join(ParallelConfig(ring=ring, ulysses=ulysses))
-    finally:
-        dist.init_process_group = made
+from ringflash.training.world import World
+from tests.training.engines import DOCUMENTS, LENGTH, SEQUENCES, build, joined, sequences
 
 
 def gradients_on_ranks(model_type, zero, accumulation, ring, ulysses, case, recompute):

@@ -18,8 +18,7 @@ from ringflash.training import checkpoint, loop
 from ringflash.training.config import compose
 from ringflash.training.export import export
 from ringflash.training.without_timeout import NO_LIMIT, OtherRankError
-from tests.training.test_checkpoint import engine_on
-from tests.training.test_step import joined
+from tests.training.engines import engine_on, joined
 
 TIMEOUT, LONG = timedelta(seconds=2), 4.0  # of the group's collectives, and seconds of work beyond it
 
