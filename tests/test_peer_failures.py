@@ -5,39 +5,39 @@ failure of a peer                                               -> the test that
 wrong keys seen
 documents must divide by twice the ranks                        -> ring/test_attention.py::test_any_mask_layout_and_ring_size_is_exact
 documents leak into each other                                  -> models/test_models.py::test_packed_documents_give_the_loss_of_the_documents_alone
-a window is passed unchanged into every block                   -> test_a_window_passed_unchanged_into_every_block
-packing, window, softcap and sinks exclude each other           -> test_packing_window_softcap_and_sinks_that_exclude_each_other
+a window is passed unchanged into every block                   -> test_each_block_sees_its_own_part_of_a_window
+packing, window, softcap and sinks exclude each other           -> test_packing_window_softcap_and_sinks_work_together
 a sink is dropped                                               -> ring/test_attention.py::test_a_sink_is_one_more_key_without_a_value_and_has_a_gradient
 a softcap is dropped                                            -> ring/test_attention.py::test_head_groups_and_softcap_are_exact
 a mask is dropped in silence                                    -> models/test_models.py::test_a_keyword_that_could_change_the_mask_is_refused
-a mask that the configuration asks for is dropped in silence    -> test_a_bidirectional_configuration_trained_as_causal
-a cache whose keys the mask does not know                       -> test_a_key_cache_that_the_mask_does_not_know
+a mask that the configuration asks for is dropped in silence    -> test_a_bidirectional_configuration_is_refused
+a cache whose keys the mask does not know                       -> test_a_key_cache_that_the_mask_does_not_know_is_refused
 what a kernel cannot do is done by another, or wrongly          -> kernels/test_portable.py::test_what_cannot_be_done_is_refused_with_its_values
 
 wrong numbers
 dk and dv are wrong over processes                              -> ring/test_attention.py::test_processes_compute_what_float64_does
-the check of gradients prints a tick whatever they are          -> test_a_check_that_ticks_wrong_gradients
+the check of gradients prints a tick whatever they are          -> test_the_oracle_refuses_wrong_gradients
 precision falls with the ring: state or blocks in 16 bits       -> benchmarks/test_ring.py::test_our_error_is_flat_and_that_of_sixteen_bits_grows
 gradients travel in 16 bits                                     -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once
-the merge of lse overflows                                      -> test_an_lse_that_overflows_in_the_merge
-rows that see nothing have lse 0                                -> test_a_zero_lse_of_rows_that_see_nothing
-gradients are bf16 whatever the inputs                          -> test_a_dtype_written_into_the_code
-a comment says fp32 above a product in bf16                     -> test_fp32_in_the_comment_and_bf16_in_the_product
-buffers have the size of the first call                         -> test_buffers_sized_by_the_first_call
+the merge of lse overflows                                      -> test_a_large_lse_does_not_overflow_in_the_merge
+rows that see nothing have lse 0                                -> test_rows_that_see_nothing_have_an_lse_of_minus_infinity
+gradients are bf16 whatever the inputs                          -> test_gradients_have_the_dtype_of_their_inputs
+a comment says fp32 above a product in bf16                     -> test_fp32_stays_fp32_under_autocast
+buffers have the size of the first call                         -> test_calls_of_different_sizes_do_not_share_buffers_of_the_first
 
 wrong loss
-labels are shifted after sharding                               -> test_labels_shifted_after_sharding
+labels are shifted after sharding                               -> test_labels_are_shifted_before_sharding
 positions are those of the shard                                -> ring/test_plan.py::test_position_ids_are_global_and_in_shard_order
-positions that were left out are made up from the shard         -> test_positions_left_out_and_made_up_from_the_shard
-positions that count through all documents are refused          -> test_positions_that_count_through_all_documents
-zigzag's positions are read as packed documents                 -> test_zigzag_positions_read_as_packed_documents
+positions that were left out are made up from the shard         -> test_positions_that_are_left_out_are_refused
+positions that count through all documents are refused          -> test_positions_may_count_through_all_documents
+zigzag's positions are read as packed documents                 -> test_zigzag_positions_are_not_read_as_packed_documents
 layers that mix tokens otherwise see their shard alone          -> models/test_models.py::test_a_model_that_plain_transformers_built_is_refused_where_shards_would_change_it
 RoPE depends on the longest position of a shard                 -> models/test_models.py::test_a_model_that_would_train_wrongly_is_refused_with_its_field
-loss and gradients are off by the number of ranks               -> test_a_loss_off_by_the_number_of_ranks
+loss and gradients are off by the number of ranks               -> test_the_loss_does_not_depend_on_the_number_of_ranks
 the same under ZeRO and accumulation; ZeRO 3's hooks bypassed   -> training/test_step.py::test_loss_and_every_gradient_equal_one_rank
-ranks join shards of different texts                            -> test_a_sampler_that_gives_each_rank_its_own_text
-NaN on a shard that has no label                                -> test_nan_on_a_shard_without_labels
-NaN in a batch that has no label                                -> test_nan_in_a_batch_without_labels
+ranks join shards of different texts                            -> test_ranks_that_got_different_texts_are_refused
+NaN on a shard that has no label                                -> test_a_shard_without_labels_has_no_nan
+NaN in a batch that has no label                                -> test_a_batch_without_labels_has_no_nan
 padding is counted, or needed                                   -> models/test_models.py::test_loss_and_every_gradient_equal_the_models_own_eager_attention
 a fused loss ignores the scale of what comes back to it         -> training/test_loss.py::test_any_tile_gives_the_loss_and_gradients_of_whole_logits
 a tiled loss sums the head's gradient in bf16                   -> training/test_loss.py::test_the_weights_gradient_is_summed_over_tiles_in_fp32
@@ -50,14 +50,14 @@ query-sized gradients travel under GQA                          -> ring/test_att
 masked keys travel                                              -> ring/test_attention.py::test_with_a_window_one_neighbour_hop_moves_in_both_passes
 masked blocks are computed                                      -> ring/test_attention.py::test_hops_that_see_nothing_launch_no_kernel
 the ring runs again under recomputation                         -> ring/test_recompute.py::test_one_forward_and_one_backward_ring_a_layer_a_step
-nothing overlaps                                                -> test_transfers_that_wait_for_the_kernel
-a value is read back to the host in each layer                  -> test_a_host_read_in_each_layer
-a barrier on each hop                                           -> test_a_barrier_on_each_hop
+nothing overlaps                                                -> test_transfers_do_not_wait_for_the_kernel
+a value is read back to the host in each layer                  -> test_no_layer_reads_a_value_back_to_the_host
+a barrier on each hop                                           -> test_no_hop_has_a_barrier
 every hop's buffers are kept                                    -> ring/test_memory.py::test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ring
-deadlock where ranks skip different hops                        -> test_deadlock_of_ranks_that_skip_different_hops
-a rank refuses its input, and the others wait for it            -> test_a_rank_that_refuses_its_input_leaves_the_others_waiting
+deadlock where ranks skip different hops                        -> test_ranks_that_skip_different_hops_do_not_deadlock
+a rank refuses its input, and the others wait for it            -> test_where_one_rank_refuses_its_input_all_raise
 a hang that does not say where                                  -> ring/test_watchdog.py::test_every_rank_reports_where_it_is_and_which_rank_it_waits_for_and_then_exits
-a stale compiler lock hangs every later run                     -> test_a_compiler_lock_that_hangs_every_later_run
+a stale compiler lock hangs every later run                     -> test_a_stale_compiler_lock_does_not_hang_a_run
 a launcher adds an argument that the configuration rejects      -> test_launch.py::test_a_launcher_trains_with_its_ranks_and_settings
 """  # noqa: E501
 
@@ -98,7 +98,7 @@ def test_every_failure_in_the_table_has_its_test():
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
-def test_a_window_passed_unchanged_into_every_block(name):
+def test_each_block_sees_its_own_part_of_a_window(name):
     """Two ring libraries gave each pair of shards the window of a whole sequence, from local indices: silently wrong.
 
     Windows that end just before, at and just behind the edges of chunks and shards.
@@ -122,7 +122,7 @@ def dense(q, k, v, visible, softcap, sink):
     return torch.einsum("bhij,bjhd->bihd", torch.softmax(torch.cat([scores, last], -1), -1)[..., :-1], v)
 
 
-def test_packing_window_softcap_and_sinks_that_exclude_each_other():
+def test_packing_window_softcap_and_sinks_work_together():
     """In all peers some pair of packing, sliding window, softcap, sinks and GQA was missing or silently ignored."""
     length, ranks, softcap, sink = 53, 4, 1.5, torch.linspace(-1, 2, 4)
     mask = IntervalMask.documents([[3, 1, 30, 19], [50]], length) & IntervalMask.window(length, 8)
@@ -139,7 +139,7 @@ def test_packing_window_softcap_and_sinks_that_exclude_each_other():
     torch.testing.assert_close(results[4].double(), expected[4], rtol=1e-5, atol=1e-5)
 
 
-def test_a_bidirectional_configuration_trained_as_causal(tmp_path):
+def test_a_bidirectional_configuration_is_refused(tmp_path):
     """transformers and trainers on it dropped masks that their attention did not know (transformers#48442).
 
     is_causal=false in a model's configuration makes transformers' own attention see both ways.
@@ -151,7 +151,7 @@ def test_a_bidirectional_configuration_trained_as_causal(tmp_path):
         build_model(ModelConfig(path=str(tmp_path), dtype="fp32"))
 
 
-def test_a_key_cache_that_the_mask_does_not_know():
+def test_a_key_cache_that_the_mask_does_not_know_is_refused():
     """transformers hands an attention function keys of earlier calls; a shard's are not those just before it."""
     tokens = torch.randint(1, 97, (1, 16))
     inputs = ring_inputs(tokens, ring=Loopback(2)) | {"use_cache": True}
@@ -164,7 +164,7 @@ def test_a_key_cache_that_the_mask_does_not_know():
 # -- wrong numbers
 
 
-def test_a_check_that_ticks_wrong_gradients():
+def test_the_oracle_refuses_wrong_gradients():
     """A ring library's own check printed a tick over dk and dv that were wrong by more than their size."""
     layout, inputs = Layout.zigzag(40, 4), whole_inputs(1, 40)
     results = on_ring(inputs, AttentionPlan(IntervalMask.causal(40), layout, Loopback(4)))
@@ -205,7 +205,7 @@ def beside_float64(inputs, mask, layout):
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
-def test_an_lse_that_overflows_in_the_merge(name):
+def test_a_large_lse_does_not_overflow_in_the_merge(name):
     """A trainer's ring took exp(lse) of whole blocks in the merge, infinite or 0 above 88 (EasyContext#14)."""
     levels = 300.0 * (torch.arange(48) // 6 % 5 - 2)  # -600 to 600, by chunk: some rows see nothing above -600
     _, errors = beside_float64(with_scores_about(levels), IntervalMask.causal(48), Layout.named(name, 48, 4))
@@ -213,7 +213,7 @@ def test_an_lse_that_overflows_in_the_merge(name):
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
-def test_a_zero_lse_of_rows_that_see_nothing(name):
+def test_rows_that_see_nothing_have_an_lse_of_minus_infinity(name):
     """Some backends give rows that see nothing lse 0 instead of -inf, which outweighs all scores far below 0.
 
     Each query sees keys 10 to 20 before it: most see nothing of their own shard, the first see nothing at all.
@@ -227,7 +227,7 @@ def test_a_zero_lse_of_rows_that_see_nothing(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_dtype_written_into_the_code(dtype):
+def test_gradients_have_the_dtype_of_their_inputs(dtype):
     """Ring libraries rounded gradients to bf16 whatever the dtype of the inputs, which autograd then cast back."""
     layout, inputs = Layout.zigzag(32, 2), [x.to(dtype) for x in whole_inputs(1, 32)]
     results = on_ring(inputs, AttentionPlan(IntervalMask.causal(32), layout, Loopback(2)))
@@ -237,7 +237,7 @@ def test_a_dtype_written_into_the_code(dtype):
         assert error <= max(torch.finfo(dtype).eps, 1e-5)
 
 
-def test_fp32_in_the_comment_and_bf16_in_the_product():
+def test_fp32_stays_fp32_under_autocast():
     """A ring library's comment said fp32 above a cast to bf16. Here torch.autocast makes it of a product in fp32."""
     layout, inputs = Layout.zigzag(64, 4), whole_inputs(1, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -245,7 +245,7 @@ def test_fp32_in_the_comment_and_bf16_in_the_product():
     assert_exact(results, oracle(inputs, IntervalMask.causal(64).dense()), layout)
 
 
-def test_buffers_sized_by_the_first_call():
+def test_calls_of_different_sizes_do_not_share_buffers_of_the_first():
     """A ring library kept global buffers of the first call's size and dtype.
 
     Calls of three sizes and dtypes on one ring, all forward first, then all backward.
@@ -267,7 +267,7 @@ def test_buffers_sized_by_the_first_call():
 # -- wrong loss
 
 
-def test_labels_shifted_after_sharding():
+def test_labels_are_shifted_before_sharding():
     """Trainers shifted a shard's labels: at each edge of a shard a token was given another one's successor, or none."""
     documents = [5, 1, 15]
     tokens = torch.arange(21)[None]
@@ -279,7 +279,7 @@ def test_labels_shifted_after_sharding():
     assert inputs["num_items_in_batch"] == (expected != -100).sum() == 21 - 3
 
 
-def test_positions_left_out_and_made_up_from_the_shard():
+def test_positions_that_are_left_out_are_refused():
     """Without position_ids transformers counts a shard's tokens from 0, so RoPE is wrong on all ranks but the first."""
     for model_type in ARCHITECTURES:
         for batch in (1, 3):
@@ -295,7 +295,7 @@ def test_positions_left_out_and_made_up_from_the_shard():
             tiny("qwen3")(**inputs)
 
 
-def test_positions_that_count_through_all_documents():
+def test_positions_may_count_through_all_documents():
     """They are as good as those that begin again with each document, but for rounding."""
     tokens, documents = torch.randint(1, 97, (1, 16)), [3, 8, 5]
     inputs = ring_inputs(tokens, tokens, ring=Loopback(2), documents=documents)
@@ -321,7 +321,7 @@ def assert_shares_add_up(shares, tokens, labels):
 
 
 @pytest.mark.ranks
-def test_a_loss_off_by_the_number_of_ranks(ranks):
+def test_the_loss_does_not_depend_on_the_number_of_ranks(ranks):
     """Loss or gradients were off by the sequence-parallel degree in three trainers (DeepSpeed#5248, tmax#9).
 
     The labels lie unevenly: a mean of the ranks' means would be wrong too (transformers#46775).
@@ -344,7 +344,7 @@ def on_sequences_of_its_own(same):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("same", [False, True], ids=["all other", "one label"])
-def test_a_sampler_that_gives_each_rank_its_own_text(ranks, same):
+def test_ranks_that_got_different_texts_are_refused(ranks, same):
     """A data-parallel sampler under sequence parallelism: ranks joined shards of different texts into one sequence."""
     assert len(ranks.run(on_sequences_of_its_own, 3, same)) == 3
 
@@ -372,7 +372,7 @@ def where_one_rank_is_given(wrong):
     ],
     ids=["documents", "layout", "shape", "type", "other layout", "other documents"],
 )
-def test_a_rank_that_refuses_its_input_leaves_the_others_waiting(ranks, wrong, own):
+def test_where_one_rank_refuses_its_input_all_raise(ranks, wrong, own):
     """One rank raised, and the others waited for it until the communicator's timeout."""
     said = ranks.run(where_one_rank_is_given, 3, wrong)
     other = "another rank of the ring refused" if own else "must be the same on every rank of a ring"
@@ -380,7 +380,7 @@ def test_a_rank_that_refuses_its_input_leaves_the_others_waiting(ranks, wrong, o
 
 
 @pytest.mark.ranks
-def test_nan_on_a_shard_without_labels(ranks):
+def test_a_shard_without_labels_has_no_nan(ranks):
     """In several trainers a shard whose tokens all had the label -100 divided 0 by 0, and all ranks got the NaN."""
     tokens = torch.randint(1, 97, (1, 24))
     labels = tokens.masked_fill(torch.arange(24) > 5, -100)  # rank 1 of 2 holds tokens 6 to 17
@@ -390,7 +390,7 @@ def test_nan_on_a_shard_without_labels(ranks):
 
 
 @pytest.mark.parametrize("documents", [None, [1] * 16], ids=["labels of -100", "documents of one token"])
-def test_nan_in_a_batch_without_labels(documents):
+def test_a_batch_without_labels_has_no_nan(documents):
     """The same where no shard has a label, as in a long prompt that is masked, or documents of one token."""
     tokens = torch.randint(1, 97, (1, 16))
     labels = tokens if documents else torch.full_like(tokens, -100)
@@ -402,7 +402,7 @@ def test_nan_in_a_batch_without_labels(documents):
 
 
 @pytest.mark.ranks
-def test_zigzag_positions_read_as_packed_documents(ranks):
+def test_zigzag_positions_are_not_read_as_packed_documents(ranks):
     """transformers takes a jump in the positions of one sequence for the next document's start, and hides the rest."""
     tokens = torch.randint(1, 97, (1, 32))
     shares = ranks.run(on_processes, 2, tokens.tolist(), tokens.tolist())
@@ -441,7 +441,7 @@ class Noted:
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 3), (4, 1)], ids=str)
 @pytest.mark.parametrize("mask", [IntervalMask.full(64), IntervalMask.causal(64)], ids=["full", "causal"])
-def test_transfers_that_wait_for_the_kernel(monkeypatch, mask, heads):
+def test_transfers_do_not_wait_for_the_kernel(monkeypatch, mask, heads):
     """In practice nothing overlapped: peers sent after a kernel or waited before it (AI_analysis#2, nanotron#236)."""
     events, real = [], kernels.select
 
@@ -475,7 +475,7 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_host_read_in_each_layer(monkeypatch):
+def test_no_layer_reads_a_value_back_to_the_host(monkeypatch):
     """Ring libraries called .item() on document bounds in each layer, so that the host never ran ahead of the GPU."""
 
     def forward(q, k, v, intervals, *, scale, softcap, carry, out):
@@ -519,7 +519,7 @@ def calls_of_a_pass():
 
 
 @pytest.mark.ranks
-def test_a_barrier_on_each_hop(ranks):
+def test_no_hop_has_a_barrier(ranks):
     """Ring libraries met at a barrier, or synchronised the device, on each hop."""
     for called in ranks.run(calls_of_a_pass, 2):
         assert set(called) == {"batch_isend_irecv"}
@@ -546,7 +546,7 @@ def passes_over_uneven_masks():
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("size", [3, 8])
-def test_deadlock_of_ranks_that_skip_different_hops(ranks, size):
+def test_ranks_that_skip_different_hops_do_not_deadlock(ranks, size):
     """Rings hung where some ranks had nothing to do on a hop, or nothing to send (EasyContext#47)."""
     by_rank = iter(zip(*ranks.run(passes_over_uneven_masks, size), strict=True))
     for case, mask in UNEVEN.items():
@@ -569,6 +569,6 @@ def compiled_by_an_engine(folder):
 
 
 @pytest.mark.ranks
-def test_a_compiler_lock_that_hangs_every_later_run(ranks, tmp_path):
+def test_a_stale_compiler_lock_does_not_hang_a_run(ranks, tmp_path):
     """DeepSpeed on a CPU compiles an op under a lock at first use; a killed build left it, and all later runs hung."""
     assert ranks.run(compiled_by_an_engine, 1, tmp_path) == [[]]
