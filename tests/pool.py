@@ -31,6 +31,9 @@ class Pool:
         self.backend = backend
         self.pipes: list[Connection] = []
         self.processes: list[multiprocessing.process.BaseProcess] = []
+        # Kept until the end: a rank's store opens its file once more after the rank has answered, and waits for it.
+        self.stores = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.runs = 0
 
     def _grow(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -47,18 +50,17 @@ class Pool:
         Ranks that wait for one that raised never answer: then all processes are started again.
         """
         self._grow(size)
-        # A rank's store may write a last time after the rank has answered.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            for pipe in self.pipes[:size]:
-                pipe.send((function, size, f"file://{folder}/store", args))
-            answers: dict[int, object] = {}
-            until = time.monotonic() + timeout
-            while len(answers) < size and time.monotonic() < until:
-                for pipe in wait([self.pipes[r] for r in range(size) if r not in answers], timeout=1.0):
-                    ok, answers[self.pipes.index(pipe)] = pipe.recv()
-                    if not ok:
-                        until = min(until, time.monotonic() + 5)
-                        answers[self.pipes.index(pipe)] = RankError(answers[self.pipes.index(pipe)])
+        self.runs += 1
+        for pipe in self.pipes[:size]:
+            pipe.send((function, size, f"file://{self.stores.name}/{self.runs}", args))
+        answers: dict[int, object] = {}
+        until = time.monotonic() + timeout
+        while len(answers) < size and time.monotonic() < until:
+            for pipe in wait([self.pipes[r] for r in range(size) if r not in answers], timeout=1.0):
+                ok, answers[self.pipes.index(pipe)] = pipe.recv()
+                if not ok:
+                    until = min(until, time.monotonic() + 5)
+                    answers[self.pipes.index(pipe)] = RankError(answers[self.pipes.index(pipe)])
         errors = [str(answer) for answer in answers.values() if isinstance(answer, RankError)]
         if len(answers) < size:
             errors.append(f"only ranks {sorted(answers)} of {size} answered; where the others are is on stderr")

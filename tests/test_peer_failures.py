@@ -78,6 +78,7 @@ from ringflash.errors import ConfigError
 from ringflash.layout import LAYOUTS
 from ringflash.models import ARCHITECTURES, ModelConfig, build_model, ring_inputs
 from ringflash.ring.transport import Transfer
+from tests import reference
 from tests.models.cases import loss_and_gradients, tiny
 from tests.ring.cases import assert_exact, on_ring, oracle, whole_inputs
 
@@ -113,15 +114,6 @@ def test_each_block_sees_its_own_part_of_a_window(name):
         assert_exact(results, oracle(inputs, visible[None]), layout, f"left={left}")
 
 
-def dense(q, k, v, visible, softcap, sink):
-    """The definition in float64: [B, S, Hq, D] with the sink as one more score, behind the cap."""
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    scores = softcap * torch.tanh(torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5 / softcap)
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
-    last = sink[:, None, None].expand(len(q), -1, q.shape[1], 1)
-    return torch.einsum("bhij,bjhd->bihd", torch.softmax(torch.cat([scores, last], -1), -1)[..., :-1], v)
-
-
 def test_packing_window_softcap_and_sinks_work_together():
     """In all peers some pair of packing, sliding window, softcap, sinks and GQA was missing or silently ignored."""
     length, ranks, softcap, sink = 53, 4, 1.5, torch.linspace(-1, 2, 4)
@@ -133,8 +125,8 @@ def test_packing_window_softcap_and_sinks_work_together():
     results = [out.detach(), *torch.autograd.grad(out, arguments, plan.shard(inputs[3]))]
 
     exact = [x.double().requires_grad_() for x in (*inputs[:3], sink)]
-    reference = dense(*exact[:3], mask.dense(), softcap, exact[3])
-    expected = [reference.detach(), *torch.autograd.grad(reference, exact, inputs[3].double())]
+    truth, _ = reference.attention(*exact[:3], mask.dense(), softcap=softcap, sink=exact[3])
+    expected = [truth.detach(), *torch.autograd.grad(truth, exact, inputs[3].double())]
     assert_exact(results[:4], expected[:4], layout)
     torch.testing.assert_close(results[4].double(), expected[4], rtol=1e-5, atol=1e-5)
 
@@ -196,9 +188,7 @@ def beside_float64(inputs, mask, layout):
     """
     results = on_ring(inputs, AttentionPlan(mask, layout, Loopback(layout.ranks)), scale=1.0)
     q, k, v = (x.double().requires_grad_() for x in inputs[:3])
-    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)).masked_fill(~mask.dense(), -torch.inf)
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
-    out = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2))
+    out, _ = reference.attention(q, k, v, mask.dense(), scale=1.0)
     expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3].double())]
     wholes = [layout.unshard(x.chunk(layout.ranks))[..., 1:] for x in results]
     return wholes, [((x - y[..., 1:]).norm() / y.norm()).item() for x, y in zip(wholes, expected, strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ringflash import IntervalMask
 from ringflash.partial import Partial
+from tests import reference
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,9 @@ def problem(
 def dense(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     """out, lse, dq, dk and dv by autograd through masked softmax over all keys, everything in `dtype`."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (p.q, p.k, p.v))
-    visible = p.mask.dense().to(q.device)[:, None]
-    group = q.shape[2] // k.shape[2]
-    keys, values = (x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, v))
-    scores = q.transpose(1, 2) @ keys.transpose(2, 3) * p.scale
-    if p.softcap is not None:
-        scores = p.softcap * torch.tanh(scores / p.softcap)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    sees = visible.any(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(~sees, 0.0), dim=-1).masked_fill(~visible, 0.0)
-    out = (weights @ values).transpose(1, 2)
+    out, lse = reference.attention(q, k, v, p.mask.dense(), scale=p.scale, softcap=p.softcap)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), p.dout.to(dtype))
-    return {"out": out.detach(), "lse": scores.detach().logsumexp(-1), "dq": dq, "dk": dk, "dv": dv}
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
 def by_kernel(p: Problem, forward: Callable, backward: Callable) -> dict[str, Tensor]:

@@ -3,17 +3,7 @@
 import torch
 
 from ringflash import ring_attention
-
-
-def dense_attention(q, k, v, visible, softcap=None):
-    """The definition, float64: q [B, S, Hq, D], visible [B|1, S, S]; rows that see nothing give 0."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores.masked_fill(~visible[:, None], float("-inf")), -1)
-    return (weights.nan_to_num(0.0) @ v).transpose(1, 2)
+from tests import reference
 
 
 def whole_inputs(batch, length, heads=4, kv_heads=2, dim=16):
@@ -24,8 +14,9 @@ def whole_inputs(batch, length, heads=4, kv_heads=2, dim=16):
 
 
 def oracle(inputs, visible, softcap=None):
+    """out, dq, dk and dv of whole sequences in float64."""
     q, k, v = (x.double().requires_grad_() for x in inputs[:3])
-    out = dense_attention(q, k, v, visible, softcap)
+    out, _ = reference.attention(q, k, v, visible, softcap=softcap)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3].double())]
 
 
@@ -39,7 +30,7 @@ def on_ring(inputs, plan, **options):
 
 def assert_exact(results, expected, layout, case=""):
     """Results, shards side by side in the batch, within 1e-5 of float64: relative norm, absolute below norm 1."""
-    for name, shards, reference in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
+    for name, shards, truth in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
         whole = layout.unshard(shards.chunk(layout.ranks))
-        error = (whole.double() - reference).norm() / reference.norm().clamp(min=1.0)
+        error = (whole.double() - truth).norm() / truth.norm().clamp(min=1.0)
         assert error <= 1e-5, f"{name} {case}: relative error {error:.2e}"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, flash_attention, ring_attention
 from ringflash.layout import LAYOUTS
+from tests import reference
 from tests.ring.cases import assert_exact, on_ring, oracle, whole_inputs
 from tests.strategies import masks
 
@@ -217,12 +218,7 @@ def test_a_sink_is_one_more_key_without_a_value_and_has_a_gradient(size):
     results = [out.detach(), *torch.autograd.grad(out, arguments, shards[3])]
 
     q, k, v, logit = (x.double().requires_grad_() for x in (*inputs[:3], sink))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * q.shape[-1] ** -0.5
-    scores = torch.cat(
-        [scores.masked_fill(~mask.dense()[:, None], -torch.inf), logit[:, None, None].expand(2, -1, 50, 1)], -1
-    )
-    weights = torch.softmax(scores, -1)[..., :-1]
-    exact = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2))
+    exact, _ = reference.attention(q, k, v, mask.dense(), sink=logit)
     expected = [exact.detach(), *torch.autograd.grad(exact, (q, k, v, logit), inputs[3].double())]
     assert_exact(results[:4], expected[:4], layout)
     torch.testing.assert_close(results[4].double(), expected[4], rtol=1e-5, atol=1e-5)
@@ -371,7 +367,7 @@ def test_what_is_of_the_wrong_kind_is_refused_by_its_name(call, told):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 8), (128, 8), (128, 1)])
-def test_two_lanes_on_a_gpu_are_exact_again_and_again(head_dim, kv_heads):
+def test_two_streams_on_a_gpu_are_exact_again_and_again(head_dim, kv_heads):
     """Five layers' worth of work is queued without waiting, so that memory is used again while streams still run."""
     plan = AttentionPlan(IntervalMask.causal(2048), Layout.zigzag(2048, 4), Loopback(4, "cuda"))
     inputs = [x.cuda().bfloat16() for x in whole_inputs(1, 2048, 32, kv_heads, head_dim)]
@@ -379,9 +375,9 @@ def test_two_lanes_on_a_gpu_are_exact_again_and_again(head_dim, kv_heads):
     expected = oracle(inputs, plan.mask.dense().cuda())
     assert all(torch.equal(out, runs[0][0]) for out, *_ in runs)
     for run in runs:
-        for shards, reference in zip(run, expected, strict=True):
+        for shards, truth in zip(run, expected, strict=True):
             whole = plan.layout.unshard(shards.chunk(4)).double()
-            assert (whole - reference).norm() <= 1e-2 * reference.norm()
+            assert (whole - truth).norm() <= 1e-2 * truth.norm()
 
 
 def test_a_ring_of_no_ranks_is_refused():

@@ -27,6 +27,7 @@ from ringflash import (
 )
 from ringflash.ring import attention
 from ringflash.ring.compensation import CenteredKeys
+from tests import reference
 
 LENGTH, HEADS, KV_HEADS, DIM = 512, 4, 2, 32
 NAMES = ("out", "dq", "dk", "dv", "dsink")
@@ -64,14 +65,7 @@ def dense(tensors: list[Tensor], mask: IntervalMask, dtype: torch.dtype, softcap
     leaves = [x.requires_grad_() for x in (q, k, v)]
     if sink is not None:
         leaves.append(sink.detach().to(dtype).requires_grad_())
-    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 2).transpose(1, 2) for x in (k, v))
-    scores = q.transpose(1, 2) @ keys.transpose(2, 3) * DIM**-0.5
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask.dense()[:, None], -torch.inf)
-    if sink is not None:
-        scores = torch.cat([scores, leaves[3][:, None, None].expand(1, -1, LENGTH, 1)], -1)
-    out = (torch.softmax(scores, -1)[..., :LENGTH] @ values).transpose(1, 2)
+    out, _ = reference.attention(*leaves[:3], mask.dense(), softcap=softcap, sink=None if sink is None else leaves[3])
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
