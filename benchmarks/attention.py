@@ -4,7 +4,7 @@
     python benchmarks/attention.py --quick                           # a GPU, two cases, under 2 minutes
     python benchmarks/attention.py                                   # a GPU, all cases, under 8 minutes
     python benchmarks/attention.py --cases packed '1,8,8,64k,128 causal' --only ringflash cuDNN
-    python benchmarks/attention.py --against ../other --only hopper  # this version and another, in turns
+    python benchmarks/attention.py --against ../other --only hopper  # this version and another, interleaved
     python benchmarks/attention.py --sweep                           # tile sizes of the portable kernels, best first
 
 A case is `B,Hq,Hkv,S,D mask` (benchmarks/cases.py). --cases takes parts of the listed names, or a new case.

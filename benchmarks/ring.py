@@ -11,9 +11,9 @@
 
 Without a mode: efficiency. One rank's forward and backward run on one device without its neighbours. Their time is
 compared with the rank's share of one causal call over all tokens by the same kernel (benchmarks/ring_share.py). The
-first, middle and last rank and the one with most pairs are timed, in turns with the whole call. Figures of other rings
-are printed beside them and are not of this run. Before that, all ranks of a small ring are compared with float64. A
-ring that is wrong is marked WRONG and not timed, and the exit code is 1.
+first, middle and last rank and the one with most pairs are timed, interleaved with the whole call. Figures of other
+rings are printed beside them and are not of this run. Before that, all ranks of a small ring are compared with float64.
+A ring that is wrong is marked WRONG and not timed, and the exit code is 1.
 
 --error: error of out, dq, dk and dv against float64 at 1 to 32 ranks, for this ring and for rings that round to 16 bits
 what they merge or send (benchmarks/ring_error.py). The exit code is 1 if ringflash's error grows with the ring or

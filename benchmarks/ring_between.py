@@ -72,7 +72,7 @@ class Between:
 def measure(
     case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup, seconds: float
 ) -> Between:
-    """Compare with a Loopback, then time all variants in turns. Called by all ranks; raises where the ring is wrong."""
+    """Compare with a Loopback, then time the variants interleaved. All ranks call it. Raises if the ring is wrong."""
     ring = _GpuRing(case, group, device)
     name = kernels.select(*case.shrunk(1).inputs(dtype, device)[:2], None, kernel).name
     _check(dataclasses.replace(case, ranks=ring.gpus), kernel, dtype, device, group)

@@ -163,7 +163,7 @@ class Share:
 
 
 def measure(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, seconds: float) -> Share:
-    """Check a small ring of the case against float64, then time its ranks and the whole call in turns."""
+    """Check a small ring of the case against float64, then time its ranks and the whole call in interleaved rounds."""
     name = kernel
     try:
         name = kernels.select(*_like(case, dtype, device), None, kernel).name

@@ -1,4 +1,4 @@
-"""Tile sizes of the portable kernels: all that fit, timed in turns, best first.
+"""Tile sizes of the portable kernels: all that fit, timed in interleaved rounds, best first.
 
     python benchmarks/attention.py --sweep forward
 

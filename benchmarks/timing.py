@@ -1,4 +1,4 @@
-"""Times of several variants, measured in turns.
+"""Times of several variants, measured in interleaved rounds.
 
 A GPU at its power limit slows down by 10 to 20 percent, and so does whatever runs next. So the variants take turns, in
 an order that is shuffled each round (fixed seed); a short variant runs several times in a row. All then run on an
