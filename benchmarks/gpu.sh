@@ -28,7 +28,7 @@ sanitizer)
     # racecheck reports two hazards, one in Triton's own dispatch of warp groups: docs/log.md.
     for tool in memcheck racecheck; do
         timeout 120 compute-sanitizer --tool "$tool" python3 -m pytest -m gpu -p no:cacheprovider \
-            tests/kernels/test_hopper_gpu.py -k "written or strided" | tee "$out/$tool.txt"
+            tests/kernels/test_gpu.py -k "written or (strided and hopper)" | tee "$out/$tool.txt"
     done
     ;;
 training)
