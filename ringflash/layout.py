@@ -79,26 +79,26 @@ class Layout:
             raise ValueError(f"{owned.numel()} chunks of {self.chunk} tokens do not hold {self.length} tokens")
 
     @classmethod
-    def contiguous(cls, length: int, ranks: int, parts: int = 1) -> Layout:
-        """Rank r holds the r-th of `ranks` runs. parts, in all layouts: a rank's tokens divide into that many."""
-        return cls(length, _ceil(length, ranks * parts) * parts, torch.arange(ranks)[:, None])
+    def contiguous(cls, length: int, ranks: int, ulysses: int = 1) -> Layout:
+        """Rank r holds the r-th of `ranks` runs. ulysses, in all layouts: ranks that share a shard."""
+        return cls(length, _ceil(length, ranks * ulysses) * ulysses, torch.arange(ranks)[:, None])
 
     @classmethod
-    def zigzag(cls, length: int, ranks: int, parts: int = 1) -> Layout:
+    def zigzag(cls, length: int, ranks: int, ulysses: int = 1) -> Layout:
         """Rank r holds the r-th of 2 * ranks runs and the r-th from the end: balanced under a causal mask."""
         first = torch.arange(ranks)
-        chunk = _ceil(length, 2 * ranks * parts) * parts
+        chunk = _ceil(length, 2 * ranks * ulysses) * ulysses
         return cls(length, chunk, torch.stack([first, 2 * ranks - 1 - first], dim=1))
 
     @classmethod
-    def striped(cls, length: int, ranks: int, parts: int = 1) -> Layout:
+    def striped(cls, length: int, ranks: int, ulysses: int = 1) -> Layout:
         """Rank r holds tokens r, r + ranks, r + 2 ranks, ...: balanced under a causal mask and narrow windows."""
-        held = _ceil(length, ranks * parts) * parts
+        held = _ceil(length, ranks * ulysses) * ulysses
         return cls(length, 1, torch.arange(held * ranks).view(-1, ranks).T.contiguous())
 
     @classmethod
     def balanced(
-        cls, mask: IntervalMask, ranks: int, parts: int = 1, tolerance: float = 0.03, waiting: float = 0.12
+        cls, mask: IntervalMask, ranks: int, ulysses: int = 1, tolerance: float = 0.03, waiting: float = 0.12
     ) -> Layout:
         """Chunks assigned so that all ranks have the same number of tokens and nearly the same work on every hop.
 
@@ -114,53 +114,53 @@ class Layout:
         def rating(layout: Layout) -> tuple[float, float]:
             return max(layout.imbalance(mask), tolerance), max(layout.per_hop_imbalance(mask), waiting)
 
-        best = cls.zigzag(mask.queries, ranks, parts)
+        best = cls.zigzag(mask.queries, ranks, ulysses)
         for per_rank, least in _GRAINS:
             uneven, waits = rating(best)
             if uneven <= tolerance and (waits <= waiting or best.chunk < 4 * _TILE or least < _TILE):
                 break
-            count = _count(mask, ranks, parts, per_rank, least)
+            count = _count(mask, ranks, ulysses, per_rank, least)
             if count != best.chunks.shape[1]:
-                best = min(best, _assigned(mask, ranks, parts, count, assign), key=rating)
-        contiguous = cls.contiguous(mask.queries, ranks, parts)
+                best = min(best, _assigned(mask, ranks, ulysses, count, assign), key=rating)
+        contiguous = cls.contiguous(mask.queries, ranks, ulysses)
         return contiguous if contiguous._duration(mask) <= best._duration(mask) * (1 + tolerance) else best
 
     @classmethod
-    def document_local(cls, mask: IntervalMask, ranks: int, parts: int = 1, longest: float = 0.5) -> Layout:
+    def document_local(cls, mask: IntervalMask, ranks: int, ulysses: int = 1, longest: float = 0.5) -> Layout:
         """Chunks of long documents assigned for nearly the same work on all ranks; short documents stay in runs.
 
         A document is long if it has more than `longest` of the tokens that a rank holds. Less is sent than in a
         balanced layout and ranks wait more for each other, which pays where links are slow.
         """
-        count = _count(mask, ranks, parts, _DOCUMENT_LOCAL, _TILE)
+        count = _count(mask, ranks, ulysses, _DOCUMENT_LOCAL, _TILE)
         # A token of a causal document of n tokens is in n pairs, as query and as key together.
         most = longest * (mask.queries / ranks) ** 2 / count * mask.batch
-        return _assigned(mask, ranks, parts, count, functools.partial(assign_long, most=most))
+        return _assigned(mask, ranks, ulysses, count, functools.partial(assign_long, most=most))
 
     @classmethod
-    def named(cls, name: str, length: int, ranks: int, parts: int = 1) -> Layout:
+    def named(cls, name: str, length: int, ranks: int, ulysses: int = 1) -> Layout:
         """The layout called "contiguous", "zigzag" or "striped". Raises ValueError for another name."""
         if name not in LAYOUTS:
             raise ValueError(f"layout={name} is not one of {', '.join(LAYOUTS)}")
-        return LAYOUTS[name](length, ranks, parts)
+        return LAYOUTS[name](length, ranks, ulysses)
 
     @classmethod
-    def of(cls, name: str, mask: IntervalMask, ranks: int, parts: int = 1) -> Layout:
+    def of(cls, name: str, mask: IntervalMask, ranks: int, ulysses: int = 1) -> Layout:
         """The layout of that name, one of FITTED or `named`, for a mask. Raises ValueError for another name."""
         if name not in LAYOUT_NAMES:
             raise ValueError(f"layout={name} is not one of {', '.join(LAYOUT_NAMES)}")
-        return FITTED[name](mask, ranks, parts) if name in FITTED else cls.named(name, mask.queries, ranks, parts)
+        return FITTED[name](mask, ranks, ulysses) if name in FITTED else cls.named(name, mask.queries, ranks, ulysses)
 
-    def split(self, parts: int) -> Layout:
-        """The layout of ranks * parts ranks in which each rank's tokens, in order, are divided among `parts`.
+    def split(self, ulysses: int) -> Layout:
+        """The layout of ranks * ulysses ranks in which `ulysses` of them divide each shard, in order.
 
         Raises ValueError where they do not divide.
         """
-        if self.shard_length % parts:
-            raise ValueError(f"{self.shard_length} tokens of a rank do not divide into {parts} parts")
-        chunk = math.gcd(self.chunk, self.shard_length // parts)
+        if self.shard_length % ulysses:
+            raise ValueError(f"{self.shard_length} tokens of a rank do not divide among ulysses={ulysses} ranks")
+        chunk = math.gcd(self.chunk, self.shard_length // ulysses)
         finer = self.chunks[:, :, None] * (self.chunk // chunk) + torch.arange(self.chunk // chunk)
-        return Layout(self.length, chunk, finer.reshape(self.ranks * parts, -1))
+        return Layout(self.length, chunk, finer.reshape(self.ranks * ulysses, -1))
 
     @property
     def ranks(self) -> int:
@@ -294,21 +294,21 @@ LAYOUT_NAMES = (*LAYOUTS, *FITTED)
 
 def _ceil(a: int, b: int) -> int:
     if not (isinstance(a, Integral) and isinstance(b, Integral)):
-        raise TypeError(f"length, ranks and parts must be whole numbers, got a length of {a!r} and {b!r} ranks x parts")
+        raise TypeError(f"length, ranks and ulysses must be whole numbers, got length={a!r} and ranks x ulysses={b!r}")
     if b < 1:
-        raise ValueError(f"ranks and parts must be 1 or more, got a product of {b}")
+        raise ValueError(f"ranks and ulysses must be 1 or more, got a product of {b}")
     return -(-a // b)
 
 
-def _count(mask: IntervalMask, ranks: int, parts: int, per_rank: int, least: int) -> int:
+def _count(mask: IntervalMask, ranks: int, ulysses: int, per_rank: int, least: int) -> int:
     """Chunks of a rank: `per_rank`, or as many as have `least` tokens."""
-    return max(1, min(per_rank, mask.queries // (least * ranks * parts), _CHUNKS // ranks))
+    return max(1, min(per_rank, mask.queries // (least * ranks * ulysses), _CHUNKS // ranks))
 
 
 def _assigned(
-    mask: IntervalMask, ranks: int, parts: int, count: int, assign: Callable[[Tensor, int], Tensor]
+    mask: IntervalMask, ranks: int, ulysses: int, count: int, assign: Callable[[Tensor, int], Tensor]
 ) -> Layout:
     """`count` chunks per rank, assigned by assign(pairs, ranks)."""
-    runs = Layout.contiguous(mask.queries, ranks * count, parts)
+    runs = Layout.contiguous(mask.queries, ranks * count, ulysses)
     owner = assign(runs.pairs(mask), ranks)
     return Layout(mask.queries, runs.chunk, owner.argsort(stable=True).view(ranks, count))

@@ -88,7 +88,7 @@ class IntervalMask:
             if not isinstance(bound, Tensor) or bound.dtype != torch.int64 or bound.device.type != "cpu":
                 kind = f"{bound.dtype} on {bound.device}" if isinstance(bound, Tensor) else type(bound).__name__
                 raise TypeError(f"{name} must be an int64 tensor on the CPU, got {kind}")
-        tokens("keys", self.keys)
+        check_tokens("keys", self.keys)
         if self.lo.dim() != 2 or self.lo.shape != self.hi.shape:
             raise ValueError(f"lo and hi must both be [batch, queries], got {[*self.lo.shape]} and {[*self.hi.shape]}")
         if self.lo.numel() == 0:
@@ -107,7 +107,7 @@ class IntervalMask:
     @classmethod
     def full(cls, length: int) -> IntervalMask:
         """Every query sees every key."""
-        length = tokens("length", length)
+        length = check_tokens("length", length)
         return cls(torch.zeros(1, length, dtype=torch.int64), torch.full((1, length), length), length)
 
     @classmethod
@@ -118,16 +118,16 @@ class IntervalMask:
     @classmethod
     def window(cls, length: int, left: int, right: int = 0) -> IntervalMask:
         """Query i sees keys i - left .. i + right. A transformers ``sliding_window`` of W is ``left=W - 1``."""
-        length = tokens("length", length)
-        left, right = (min(tokens(name, reach), length) for name, reach in (("left", left), ("right", right)))
+        length = check_tokens("length", length)
+        left, right = (min(check_tokens(name, reach), length) for name, reach in (("left", left), ("right", right)))
         i = torch.arange(length)
         return cls((i - left).clamp(min=0)[None], (i + right + 1).clamp(max=length)[None], length)
 
     @classmethod
     def prefix(cls, length: int, prefix: int) -> IntervalMask:
         """Causal, but the first `prefix` tokens see each other both ways."""
-        length = tokens("length", length)
-        if (prefix := tokens("prefix", prefix)) > length:
+        length = check_tokens("length", length)
+        if (prefix := check_tokens("prefix", prefix)) > length:
             raise ValueError(f"prefix must lie in 0..{length}, got {prefix}")
         return cls(
             torch.zeros(1, length, dtype=torch.int64), (torch.arange(length) + 1).clamp(min=prefix)[None], length
@@ -143,7 +143,7 @@ class IntervalMask:
         """
         rows, _ = document_rows(lengths)
         longest = max(map(sum, rows))
-        length = longest if length is None else tokens("length", length)
+        length = longest if length is None else check_tokens("length", length)
         if longest > length:
             raise ValueError(f"documents hold {longest} tokens, more than the sequence's {length}")
         bounds = [_document_bounds(torch.tensor(row, dtype=torch.int64), length) for row in rows]
@@ -152,8 +152,8 @@ class IntervalMask:
     @classmethod
     def chunked(cls, length: int, chunk: int) -> IntervalMask:
         """Each token sees its own chunk of `chunk` tokens (chunked attention is this and causal)."""
-        length = tokens("length", length)
-        chunk = min(tokens("chunk", chunk, least=1), max(length, 1))
+        length = check_tokens("length", length)
+        chunk = min(check_tokens("chunk", chunk, least=1), max(length, 1))
         first = torch.arange(length) // chunk * chunk
         return cls(first[None], (first + chunk).clamp(max=length)[None], length)
 
@@ -182,7 +182,7 @@ class IntervalMask:
         sinks (arXiv:2309.17453). The masks share no pair: attention is over their union.
         """
         left, leading_tokens = (
-            min(tokens(name, x), self.queries) for name, x in (("left", left), ("leading_tokens", leading_tokens))
+            min(check_tokens(name, x), self.queries) for name, x in (("left", left), ("leading_tokens", leading_tokens))
         )
         near = self & IntervalMask.window(self.queries, left)
         if leading_tokens == 0:
@@ -269,7 +269,7 @@ class IntervalMask:
         return "\n".join(rows)
 
 
-def tokens(name: str, count: Any, least: int = 0) -> int:
+def check_tokens(name: str, count: Any, least: int = 0) -> int:
     """`count` as an int. Raises TypeError or ValueError, in the name of the argument, if it is no number of tokens."""
     if not isinstance(count, Integral) or isinstance(count, bool):
         raise TypeError(f"{name} must be a whole number of tokens, got {name}={count!r:.100}")

@@ -36,11 +36,11 @@ def test_unshard_inverts_shard(layout, dim):
 
 
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(1, 100), st.integers(1, 8), st.integers(1, 4))
-def test_split_divides_each_ranks_tokens_in_order(name, length, ranks, parts):
-    layout = Layout.named(name, length, ranks, parts)
-    split = layout.split(parts)
+def test_split_divides_each_ranks_tokens_in_order(name, length, ranks, ulysses):
+    layout = Layout.named(name, length, ranks, ulysses)
+    split = layout.split(ulysses)
     for rank in range(ranks):
-        held = [split.positions(rank * parts + part) for part in range(parts)]
+        held = [split.positions(rank * ulysses + part) for part in range(ulysses)]
         assert torch.equal(torch.cat(held), layout.positions(rank))
         assert len({len(positions) for positions in held}) == 1
 
@@ -63,7 +63,7 @@ def test_zigzag_and_striped_balance_causal_work():
         (lambda: Layout(8, 2, torch.tensor([[1, 0], [2, 3]])), "ascending"),
         (lambda: Layout(9, 2, torch.tensor([[0, 1], [2, 3]])), "do not hold 9 tokens"),
         (lambda: Layout.zigzag(8, 2).shard(torch.zeros(1, 7), 0), "8 tokens"),
-        (lambda: Layout.zigzag(12, 2).split(4), "6 tokens of a rank do not divide into 4 parts"),
+        (lambda: Layout.zigzag(12, 2).split(4), "6 tokens of a rank do not divide among ulysses=4 ranks"),
         (lambda: Layout.zigzag(8, 2).unshard([torch.zeros(1, 4)]), "got 1"),
     ],
 )
@@ -75,5 +75,5 @@ def test_a_layout_that_cannot_be_is_refused_with_its_value(make, message):
 @pytest.mark.parametrize("make", [Layout.contiguous, Layout.zigzag, Layout.striped])
 @pytest.mark.parametrize("asked", [(8.0, 2), (8, 2.0), ("8", 2)])
 def test_a_length_or_number_of_ranks_that_is_not_whole_is_refused(make, asked):
-    with pytest.raises(TypeError, match="length, ranks and parts must be whole numbers, got"):
+    with pytest.raises(TypeError, match="length, ranks and ulysses must be whole numbers, got"):
         make(*asked)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 from transformers.modeling_utils import AttentionInterface
 
-from ringflash.mask import tokens
+from ringflash.mask import check_tokens
 from ringflash.models.checks import check_call
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
 from ringflash.models.ring_mask import RingMask
@@ -64,7 +64,7 @@ def ring_attention_forward(
         if (position_ids := unknown.get("position_ids")) is not None:
             _check_positions(position_ids, plan)
     if sliding_window is not None:
-        plan = plan.window(tokens("sliding_window", sliding_window, least=1) - 1)
+        plan = plan.window(check_tokens("sliding_window", sliding_window, least=1) - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:  # RoPE gives fp32
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))

@@ -123,7 +123,7 @@ def _layout(
     name: str | Callable[[IntervalMask], Layout],
     mask: IntervalMask,
     ring: Ring,
-    parts: int,
+    ulysses: int,
     config: PreTrainedConfig | None,
 ) -> Layout:
     """The layout that ring_inputs was asked for; "auto" assumes the machine that torchrun describes."""
@@ -133,13 +133,13 @@ def _layout(
         shown = name[:100] if isinstance(name, str) else f"an object of {type(name)}"
         raise ValueError(f"layout={shown} is not one of {', '.join(names)}")
     if name != "auto":
-        return Layout.of(name, mask, ring.size, parts)
+        return Layout.of(name, mask, ring.size, ulysses)
     if config is None:
         raise ValueError('layout="auto" needs config=model.config: its heads and windows decide what is fastest')
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ring.size * parts))
-    within = isinstance(ring, Loopback) or here % (ring.size * parts) == 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ring.size * ulysses))
+    within = isinstance(ring, Loopback) or here % (ring.size * ulysses) == 0
     machine = Machine.of(ring.device, INTRA_NODE_GB if within else INTER_NODE_GB)
-    return fastest(layer_masks(config, mask), ring.size, heads_of(config, parts), machine, parts)[1]
+    return fastest(layer_masks(config, mask), ring.size, heads_of(config, ulysses), machine, ulysses)[1]
 
 
 def _checked_tokens(input_ids: Any, name: str, labels: Any) -> tuple[Tensor, Tensor | None]:

@@ -132,7 +132,7 @@ def best_ulysses(
         ring = ranks // ulysses
         link = in_node.bytes_per_second if ranks <= ranks_per_node else across
         share = Heads(heads.query // ulysses, heads.key // ulysses, heads.dim)
-        layout = Layout.zigzag(length, ring, parts=ulysses)
+        layout = Layout.zigzag(length, ring, ulysses=ulysses)
         hops = predict(IntervalMask.causal(length), layout, share, Machine(in_node.flops, link))
         # A rank keeps 1 / ulysses of what it has: q, out, dout, dq and k, v in 2 bytes, dk and dv in 4.
         moved = (4 * 2 * heads.query + 2 * (2 + 4) * heads.key) * heads.dim * length / ranks * (1 - 1 / ulysses)

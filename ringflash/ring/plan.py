@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask, Intervals, tokens
+from ringflash.mask import IntervalMask, Intervals, check_tokens
 from ringflash.ring.ranges import Range, Ranges
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class AttentionPlan:
                 raise ValueError(
                     f"a mask of {mask.queries} x {mask.keys} does not fit a layout of {self.layout.length} tokens"
                 )
-        tokens("leading_tokens", self.leading_tokens)
+        check_tokens("leading_tokens", self.leading_tokens)
         if self.layout.ranks != self.ring.size:
             raise ValueError(f"a layout for {self.layout.ranks} ranks does not fit a ring of {self.ring.size}")
         for a, b in combinations(self.masks, 2):
@@ -205,7 +205,7 @@ class AttentionPlan:
                 f"a plan of {len(self.masks)} masks cannot be limited to windows of {left + 1}: for layers with "
                 f"windows that also show leading tokens, give one mask and leading_tokens=N"
             )
-        left = min(tokens("left", left), self.layout.length)
+        left = min(check_tokens("left", left), self.layout.length)
         if left not in self._windows:
             with torch.device("cpu"):  # a layer asks, maybe under another default device
                 masks = self.masks[0].windowed(left, self.leading_tokens)

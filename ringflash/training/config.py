@@ -1,7 +1,7 @@
 """Config: all settings of a run, typed. Each part is the dataclass at the head of the module that reads it.
 
 Hydra composes the dataclasses' defaults, the YAML groups in configs/ and the command line. The result is checked
-against the dataclasses: a key or value that does not fit ends the run before anything is started.
+against the dataclasses: a setting or value that does not fit ends the run before anything is started.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class Config:
 def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Config, str]:
     """The Config of `key=value` overrides, and the same resolved as YAML.
 
-    Raises ConfigError, in one line, for an unknown key, group or experiment, a value of the wrong type or one that is
-    missing.
+    Raises ConfigError, in one line, for an unknown setting, group or experiment, a value of the wrong type or one
+    that is missing.
     """
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name="schema", node=_schema(Config))
@@ -167,7 +167,7 @@ def _expand_home(settings: dict[str, Any]) -> None:
 
 
 def _in_one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """The error with the key and its value as typed, or else Hydra's or OmegaConf's own message."""
+    """The error with the setting and its value as typed, or else Hydra's or OmegaConf's own message."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} is not one of {', '.join(error.options)}"

@@ -52,7 +52,7 @@ class Run:
 def fit(config: Config, resolved: str) -> None:
     """Train as `config` says; `resolved` is the same as YAML, for the run's folder.
 
-    Raises ConfigError, naming the key, for what cannot work, and DivergedError where training diverges.
+    Raises ConfigError, naming the setting, for what cannot work, and DivergedError where training diverges.
     """
     job = preflight.check(config)
     config = job.config

@@ -26,7 +26,7 @@ class LoggerConfig:
     """Where metrics go in addition to metrics.jsonl."""
 
     mode: str = "offline"
-    """wandb's mode: offline (a folder in the run's, no network), online (needs a key) or disabled."""
+    """wandb's mode: offline (a folder in the run's, no network), online (needs an API key) or disabled."""
 
     project: str = "ringflash"
     """Name of the wandb project."""
@@ -152,10 +152,10 @@ def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
             mode=cast(Literal["offline", "online", "disabled"], config.mode),
             dir=str(folder), config=settings, settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
-    except wandb.errors.Error as error:  # no key, no network
+    except wandb.errors.Error as error:  # no API key, no network
         raise ConfigError(
             f"logger.mode={config.mode} logger.project={config.project}: wandb cannot start: {error}; "
-            f"logger.mode=offline needs no key and no network"
+            f"logger.mode=offline needs no API key and no network"
         ) from error
 
 

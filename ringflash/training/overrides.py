@@ -38,8 +38,8 @@ _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 def for_hydra(override: str, schema: type, folder: Path) -> str:
     """`override`, so quoted that Hydra reads it as typed. schema: dataclass of all settings; folder: the YAML groups.
 
-    Raises ConfigError, in one line, for what is not key=value, for an unknown key or option, and for a value that Hydra
-    cannot parse; then it names the quotes that the value needs.
+    Raises ConfigError, in one line, for what is not key=value, for an unknown setting or option, and for a value that
+    Hydra cannot parse; then it names the quotes that the value needs.
     """
     found = _OVERRIDE.fullmatch(override)
     if found is None or (found["value"] is None and found["prefix"] != "~"):
@@ -87,7 +87,7 @@ def wanted(kind: Any) -> str:
 
 
 def unknown(key: str, schema: type) -> str:
-    """The error for an unknown key, with the setting that was perhaps meant."""
+    """The error for an unknown setting, with the setting that was perhaps meant."""
     if key in RENAMED:
         return f"{key} is not a setting; did you mean {RENAMED[key]}?"
     keys = [*_keys(schema)]

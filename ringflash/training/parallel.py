@@ -127,22 +127,22 @@ def layout_chooser(
 
     log: called with the reason when `auto` first takes a layout.
     """
-    parts = config.ulysses or 1
+    ulysses = config.ulysses or 1
     if config.layout in FITTED:
-        return lambda mask: FITTED[config.layout](mask, ring, parts)
+        return lambda mask: FITTED[config.layout](mask, ring, ulysses)
     if config.layout == "auto":
-        heads, machine = heads_of(model, parts), _machine(config, across=ranks_per_node % (ring * parts) != 0)
+        heads, machine = heads_of(model, ulysses), _machine(config, across=ranks_per_node % (ring * ulysses) != 0)
         known: set[str] = set()
 
         def chosen(mask: IntervalMask) -> Layout:
-            name, layout, why = fastest(layer_masks(model, mask), ring, heads, machine, parts)
+            name, layout, why = fastest(layer_masks(model, mask), ring, heads, machine, ulysses)
             if name not in known:
                 known.add(name)
                 log(f"parallel: a step's layout is {why}")
             return layout
 
         return chosen
-    fixed = Layout.named(config.layout, length, ring, parts)
+    fixed = Layout.named(config.layout, length, ring, ulysses)
     return lambda mask: fixed
 
 

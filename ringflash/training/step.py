@@ -61,8 +61,9 @@ def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layou
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # in this thread; else memory would be pinned through the first GPU
-    parts = [shard(part, world, layout_for) for part in batch.split(engine.train_micro_batch_size_per_gpu())]
-    return [MicroBatch(inputs, _pairs(engine.module.model.config, inputs["plan"])) for inputs in parts]
+    micro_batches = batch.split(engine.train_micro_batch_size_per_gpu())
+    shards = [shard(rows, world, layout_for) for rows in micro_batches]
+    return [MicroBatch(inputs, _pairs(engine.module.model.config, inputs["plan"])) for inputs in shards]
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], world: World) -> StepResult:

@@ -197,7 +197,7 @@ def on_grid(extra: str) -> list[Tensor]:
     rank = dist.get_rank()
     groups = {row: dist.new_group(row) for row in ((0, 1), (2, 3), (0, 2), (1, 3))}
     row, column = ((0, 1), (2, 3))[rank // 2], ((0, 2), (1, 3))[rank % 2]
-    layout = Layout.zigzag(LENGTH, 2, parts=2)
+    layout = Layout.zigzag(LENGTH, 2, ulysses=2)
     plan = AttentionPlan(IntervalMask.causal(LENGTH), layout, ProcessRing(groups[column]), Ulysses(groups[row]))
     options = dict(EXTRAS[extra])
     sink = options.pop("sink", None)
@@ -211,7 +211,7 @@ def on_grid(extra: str) -> list[Tensor]:
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_a_grid_with_ulysses_keeps_the_rule(ranks, extra):
     results = [list(x) for x in zip(*ranks.run(on_grid, 4, extra), strict=True)]
-    layout = Layout.zigzag(LENGTH, 2, parts=2).split(2)
+    layout = Layout.zigzag(LENGTH, 2, ulysses=2).split(2)
     found = [*(layout.unshard(shards) for shards in results[:4]), *(sum(shares) for shares in results[4:])]
     mask, tensors = IntervalMask.causal(LENGTH), inputs("means", torch.bfloat16)
     exact, plain = (dense(tensors, mask, dtype, **EXTRAS[extra]) for dtype in (torch.float64, torch.bfloat16))

@@ -23,7 +23,7 @@ def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32):
     groups = {tuple(row): dist.new_group(row) for side in (grid, grid.T) for row in side.tolist()}
     row, column = tuple(grid[rank // ulysses].tolist()), tuple(grid[:, rank % ulysses].tolist())
     mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
-    layout = Layout.zigzag(LENGTH, ranks // ulysses, parts=ulysses)
+    layout = Layout.zigzag(LENGTH, ranks // ulysses, ulysses=ulysses)
     plan = AttentionPlan(mask, layout, ProcessRing(groups[column]), Ulysses(groups[row]))
     shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, LENGTH, heads, kv_heads)]
     sink = torch.linspace(-1, 1, heads).requires_grad_() if with_sink else None
@@ -47,7 +47,7 @@ def test_any_grid_is_exact(ranks, ranks_of_run, ulysses, heads):
     results = ranks.run(on_grid, ranks_of_run, ulysses, *heads, False)
     inputs = whole_inputs(2, LENGTH, *heads)
     mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
-    layout = Layout.zigzag(LENGTH, ranks_of_run // ulysses, parts=ulysses).split(ulysses)
+    layout = Layout.zigzag(LENGTH, ranks_of_run // ulysses, ulysses=ulysses).split(ulysses)
     assert_exact([torch.cat(x) for x in zip(*results, strict=True)], oracle(inputs, mask.dense()), layout)
 
 
@@ -59,7 +59,7 @@ def test_gradients_of_a_replicated_kv_head_are_rounded_once(ranks):
         results = ranks.run(on_grid, 4, ulysses, 4, 1, False, torch.bfloat16)
         inputs = [x.bfloat16().double() for x in whole_inputs(2, LENGTH, 4, 1)]
         mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
-        layout = Layout.zigzag(LENGTH, 4 // ulysses, parts=ulysses).split(ulysses)
+        layout = Layout.zigzag(LENGTH, 4 // ulysses, ulysses=ulysses).split(ulysses)
         for name, place in (("dk", 2), ("dv", 3)):
             found = layout.unshard([result[place].double() for result in results])
             reference = oracle(inputs, mask.dense())[place]

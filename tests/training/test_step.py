@@ -33,7 +33,7 @@ def gradients_on_ranks(model_type, zero, accumulation, ring, ulysses, case, reco
     engine.step = recording_step
     share = SEQUENCES // world.replicas
     mine = sequences(case).split(share)[world.replica]
-    layout = Layout.zigzag(LENGTH, world.ring.size, parts=ulysses)
+    layout = Layout.zigzag(LENGTH, world.ring.size, ulysses=ulysses)
     loss = train_step(engine, prepare(engine, mine, world, lambda mask: layout), world).loss
     held_out = evaluate(engine, [sequences(case)], world, lambda mask: layout)
     return loss.item(), gradients, held_out
@@ -96,7 +96,7 @@ def telemetry_on_ranks(model_type, ring, ulysses, accumulation):
     optim = OptimConfig(batch=SEQUENCES, micro_batch=micro_batch)
     engine = build_engine(build(model_type), optim, MemoryConfig(), world)
     mine = sequences("full").split(SEQUENCES // world.replicas)[world.replica]
-    layout = Layout.contiguous(LENGTH, world.ring.size, parts=ulysses)
+    layout = Layout.contiguous(LENGTH, world.ring.size, ulysses=ulysses)
     result = train_step(engine, prepare(engine, mine, world, lambda mask: layout), world)
     return result.pairs.item(), result.imbalance
 
