@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+INTEGRATIONS = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
 PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SHOWN = [
     "ringflash",
@@ -25,12 +26,25 @@ SHOWN = [
     "ringflash.models.ring_mask",
 ]
 
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}  # of examples
 
-def example(beginning: str) -> str:
-    """The README's Python example that begins so."""
-    found = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if code.startswith(beginning)]
+
+def example(beginning: str, page: str = README) -> str:
+    """The Python example of a page, by default the README, that begins so."""
+    found = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if code.startswith(beginning)]
     assert len(found) == 1, f"{len(found)} examples begin with {beginning!r}"
     return found[0]
+
+
+def on_ranks(folder: Path, code: str, ranks: int, *arguments: str) -> str:
+    """The stdout of an example that torchrun starts on ranks of the CPU, with its arguments."""
+    (folder / "example.py").write_text(code, encoding="utf-8")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, torchrun, "--standalone", "--nproc-per-node", str(ranks), "example.py", *arguments]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -47,22 +61,44 @@ def test_the_readmes_torch_example_runs(capsys):
 
 def test_the_readmes_transformers_example_gives_the_loss_of_one_rank_on_two(tmp_path):
     code = example("# Save as example.py")
-    (tmp_path / "example.py").write_text(code, encoding="utf-8")
     assert "torchrun --nproc-per-node 2 example.py" in code
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, torchrun, "--nproc-per-node", "2", "example.py"]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    losses = re.findall(r"rank \d: loss ([\d.]+)", ran.stdout)
-    assert len(losses) == 2, ran.stdout
+    printed = on_ranks(tmp_path, code, 2)
+    losses = re.findall(r"rank \d: loss ([\d.]+)", printed)
+    assert len(losses) == 2, printed
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, **shape), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, **SHAPE), attn_implementation="sdpa")
     documents = torch.randint(256, (1, 1024)).split([400, 624], dim=1)
     summed = sum(model(input_ids=x, labels=x).loss.item() * (x.shape[1] - 1) for x in documents)
     expected = f"{summed / (1024 - 2):.4f}"
     assert losses == [expected, expected]
+
+
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
+def test_the_loop_of_docs_integrations_trains_on_two_ranks_as_a_plain_loop_on_one(tmp_path, wrapped):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, **SHAPE), attn_implementation="sdpa")
+    optimizer, expected = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for step in range(3):
+        tokens = torch.randint(256, (1, 1024), generator=torch.Generator().manual_seed(step))
+        summed = sum(model(input_ids=x, labels=x).loss * (x.shape[1] - 1) for x in tokens.split([400, 624], dim=1))
+        loss = summed / (1024 - 2)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected += [loss.item(), norm.item()]
+    printed = on_ranks(tmp_path, example("# Save as loop.py", INTEGRATIONS), 2, wrapped)
+    found = re.findall(r"step \d: loss ([\d.]+), gradient norm ([\d.]+)", printed)
+    assert [float(x) for pair in found for x in pair] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_trainer_of_docs_integrations_gives_the_losses_of_one_rank_on_two(tmp_path):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate, which nothing else here does")
+    code = example("# Save as trainer.py", INTEGRATIONS)
+    found = [re.findall(r"'(?:loss|grad_norm)': '[\d.]+'", on_ranks(tmp_path, code, ranks)) for ranks in (1, 2)]
+    assert len(found[0]) == 6
+    assert found[0] == found[1]
 
 
 def test_the_readme_has_120_lines_at_most():
