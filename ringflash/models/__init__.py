@@ -28,12 +28,14 @@ from ringflash.models.configuration import (
     read_config,
     windows_of_layers,
 )
+from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.inputs import ring_inputs
 from ringflash.models.ring_mask import RingMask
 
 __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
+    "FusedConfig",
     "ModelConfig",
     "RingMask",
     "build_model",
@@ -41,6 +43,7 @@ __all__ = [
     "check_length",
     "checkpoint_layers",
     "field_refusal",
+    "fuse_layers",
     "head_dim",
     "heads_of",
     "layer_masks",

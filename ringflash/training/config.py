@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ringflash.data.documents import DataConfig, python_stdlib
 from ringflash.errors import ConfigError, in_one_line
-from ringflash.models import ARCHITECTURES, AttentionConfig, ModelConfig, field_refusal
+from ringflash.models import ARCHITECTURES, AttentionConfig, FusedConfig, ModelConfig, field_refusal
 from ringflash.models.architecture import LARGEST
 from ringflash.training.checkpoint import CheckpointConfig
 from ringflash.training.engine import MemoryConfig
@@ -65,6 +65,9 @@ class Config:
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """How its attention is computed."""
+
+    fused: FusedConfig = field(default_factory=FusedConfig)
+    """Which passes between its matrix products run as one kernel."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Context parallelism: how a sequence is spread over ranks."""

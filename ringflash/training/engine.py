@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError
-from ringflash.models import AttentionConfig, checkpoint_layers
+from ringflash.models import AttentionConfig, FusedConfig, checkpoint_layers, fuse_layers
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.world import World
@@ -30,25 +30,27 @@ class MemoryConfig:
     recompute: bool = False
     """Keep only each layer's input and attention's result, and compute the rest again in the backward."""
 
-    loss_tile: int = 2048
-    """Tokens whose logits exist at once."""
+    loss_tile: int | None = None
+    """Tokens whose logits exist at once; null: as many as give 2^28 logits, half a GiB in bf16."""
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"memory.zero={self.zero} is not one of 0, 1, 2, 3")
-        if self.loss_tile < 1:
+        if self.loss_tile is not None and self.loss_tile < 1:
             raise ConfigError(f"memory.loss_tile={self.loss_tile} must be 1 or more")
 
 
 class TrainedModel(nn.Module):
     """A causal language model that returns its summed loss, so that DeepSpeed's hooks see one call."""
 
-    def __init__(self, model: PreTrainedModel, memory: MemoryConfig, attention: AttentionConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, memory: MemoryConfig, attention: AttentionConfig, fused_loss: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.attention = asdict(attention)
         softcap = getattr(model.config, "final_logit_softcapping", None)
-        model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap)
+        model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap, fused_loss)
         if memory.recompute:
             checkpoint_layers(model)
 
@@ -64,15 +66,23 @@ def build_engine(
     memory: MemoryConfig,
     world: World,
     attention: AttentionConfig | None = None,
+    fused: FusedConfig | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, with AdamW and its schedule; all ranks call it."""
+    """The model under DeepSpeed, with AdamW and its schedule; all ranks call it.
+
+    Its attribute `fused` lists the passes that run fused. Raises ConfigError for one that must and cannot.
+    """
     # On the CPU, DeepSpeed would compile an op that serves inference only, for half a minute, under a lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # With any optimizer DeepSpeed imports Muon, which would load torch's compiler for seconds.
     deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(verbose=False)
-    trained = TrainedModel(model, memory, attention or AttentionConfig())
+    fused = fused or FusedConfig()
+    fused_loss, fused_optimizer = (fused.wanted(name, world.device) for name in ("loss", "optimizer"))
+    passes = fuse_layers(model, fused, world.device)
+    passes += [name for name, on in (("loss", fused_loss), ("optimizer", fused_optimizer)) if on]
+    trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
     bf16, zero0 = model.dtype == torch.bfloat16, memory.zero == 0
     fp32_zero0 = zero0 and not bf16
     settings = {
@@ -87,9 +97,10 @@ def build_engine(
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(
-        model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0), config=settings
+        model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0, fused_optimizer), config=settings
     )
     if bf16 and zero0:
         start_moments(engine)
     engine.learning_rate = optim.learning_rate
+    engine.fused = passes
     return engine

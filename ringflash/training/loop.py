@@ -148,7 +148,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
     """The run in its folder, at its newest checkpoint."""
     config = job.config
     with world.without_timeout("initialising DeepSpeed"):
-        engine = build_engine(model, config.optim, config.memory, world, config.attention)
+        engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
     with world.without_timeout(f"taking a folder in output_dir={config.output_dir}"):
         output_dir = Path(config.output_dir)
         taken = run_folder.take(output_dir, config.name, config.resume) if world.is_first else None
@@ -160,6 +160,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
             run_folder.check_start(folder, start, config.optim.steps)
             write_whole(folder / "config.yaml", resolved)
             metrics.check_plot(folder)
+            print(f"fused      {', '.join(engine.fused) or 'nothing'}", flush=True)
             if world.ring.size > 1:
                 print(f"messages   of a ring of {world.ring.size} travel by {world.ring.carrier}", flush=True)
             opened = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)

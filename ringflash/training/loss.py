@@ -3,24 +3,42 @@
 For a token with hidden state h, label y and logits z = W h (capped where the model caps them), the loss is
 logsumexp(z) - z_y and its gradient softmax(z) - onehot(y). Both need one tile of logits only, so the forward computes
 the gradients too, as Liger does (arXiv:2410.10989), and the backward scales them. The weight's gradient is summed over
-tiles in fp32.
+tiles in fp32. On a GPU one kernel per tile writes the gradient over the logits (`fused.cross_entropy`); elsewhere plain
+torch does the same.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ringflash.data.packing import IGNORE
 
+LOGITS = 2**28  # of a tile, unless it is given: half a GiB in bf16, and enough for products at full speed
 
-def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, softcap: float | None) -> Tensor:
+
+def tile_for(vocabulary: int) -> int:
+    """Tokens of a tile, a multiple of 128, for a vocabulary of this size.
+
+    >>> tile_for(151936), tile_for(32000)
+    (1664, 8320)
+    """
+    return max(1, LOGITS // vocabulary // 128) * 128
+
+
+def tiled_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, softcap: float | None, fused: bool = False
+) -> Tensor:
     """Summed cross entropy, fp32 scalar.
 
     hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 where nothing is predicted; tile, tokens whose
-    logits exist at once; softcap of the logits, or None. Differentiable in hidden and weight.
+    logits exist at once; softcap of the logits, or None; fused: by the Triton kernel. Differentiable in hidden and
+    weight.
     """
-    return _TiledCrossEntropy.apply(hidden, weight, labels, tile, softcap)
+    return _TiledCrossEntropy.apply(hidden, weight, labels, tile, softcap, fused)
 
 
 class LossHead(nn.Linear):
@@ -30,41 +48,46 @@ class LossHead(nn.Linear):
     usual.
     """
 
-    def __init__(self, head: nn.Linear, tile: int, softcap: float | None) -> None:
+    def __init__(self, head: nn.Linear, tile: int | None, softcap: float | None, fused: bool = False) -> None:
         if head.bias is not None:
             raise ValueError("a language model's head with a bias is not supported")
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         self.weight = head.weight
-        self.tile: int = tile
+        self.tile: int = tile_for(head.out_features) if tile is None else tile
         self.softcap: float | None = softcap
+        self.fused: bool = fused
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [..., V], or with labels, int64 of hidden's leading shape, their summed loss."""
         if labels is None:
             return super().forward(hidden)
-        return tiled_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), self.tile, self.softcap)
+        return tiled_cross_entropy(
+            hidden.flatten(0, -2), self.weight, labels.flatten(), self.tile, self.softcap, self.fused
+        )
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, softcap: float | None) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, softcap: float | None, fused: bool
+    ) -> Tensor:
         differentiate = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden if differentiate else hidden[:0])
         dweight = torch.zeros_like(weight if differentiate else weight[:0], dtype=torch.float32)
-        for rows, target in zip(torch.arange(len(hidden)).split(tile), labels.split(tile), strict=True):
-            here = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits, slope = _capped((hidden[here] @ weight.T).float(), softcap)
-            valid = target != IGNORE
-            target = target.clamp(min=0).unsqueeze(1)
-            lse = logits.logsumexp(1)
-            loss += ((lse - logits.gather(1, target).squeeze(1)) * valid).sum()
+        cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+        if fused:
+            cross_entropy = partial(_fused_cross_entropy, softcap=softcap)
+        else:
+            cross_entropy = partial(_cross_entropy, softcap=softcap, dtype=hidden.dtype, differentiate=differentiate)
+        for begin in range(0, len(hidden), tile):
+            here = slice(begin, begin + tile)
+            losses, dlogits = cross_entropy(hidden[here] @ weight.T, labels[here])
+            loss += losses.sum()
             if differentiate:
-                dlogits = torch.exp(logits - lse.unsqueeze(1))
-                dlogits.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-                dlogits = (dlogits * slope * valid.unsqueeze(1)).to(hidden.dtype)
-                dhidden[here] = dlogits @ weight
-                dweight += dlogits.T @ hidden[here]
+                torch.mm(dlogits, weight, out=dhidden[here])
+                _add_product(dweight, dlogits.T, hidden[here])
+            del dlogits  # before the next tile's logits
         if differentiate:
             ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         return loss
@@ -72,7 +95,38 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None, None
+        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None, None, None
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, softcap: float | None, dtype: torch.dtype, differentiate: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses [N], fp32, and their gradient by the logits in `dtype`, empty unless asked for."""
+    logits, slope = _capped(logits.float(), softcap)
+    valid = labels != IGNORE
+    target = labels.clamp(min=0).unsqueeze(1)
+    lse = logits.logsumexp(1)
+    losses = (lse - logits.gather(1, target).squeeze(1)) * valid
+    if not differentiate:
+        return losses, logits[:0]
+    dlogits = torch.exp(logits - lse.unsqueeze(1))
+    dlogits.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+    return losses, (dlogits * slope * valid.unsqueeze(1)).to(dtype)
+
+
+def _fused_cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """The same by one kernel; the gradient lies where the logits were."""
+    from ringflash.fused.cross_entropy import cross_entropy_
+
+    return cross_entropy_(logits, labels, IGNORE, softcap), logits
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in fp32, where a and b may be of 16 bits."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | float]:

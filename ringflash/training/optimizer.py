@@ -121,12 +121,14 @@ class ClippedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, fp32_zero0: bool) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, optim: OptimConfig, fp32_zero0: bool, fused: bool = False) -> torch.optim.AdamW:
     """The optimizer for DeepSpeed. fp32_zero0: fp32 weights at ZeRO 0, which DeepSpeed would not clip.
+
+    fused: updates all weights of a group in one kernel.
 
     Its learning rate is 0 until `train_step` sets that of the step: DeepSpeed makes a step of its own while it starts.
     """
-    settings: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2)}
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "fused": fused or None}
     groups = parameter_groups(model, optim.weight_decay)
     return ClippedAdamW(groups, optim.clip, **settings) if fp32_zero0 else torch.optim.AdamW(groups, **settings)
 

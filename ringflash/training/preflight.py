@@ -19,6 +19,7 @@ from ringflash.errors import ConfigError
 from ringflash.models import check_kernel, check_length, read_config
 from ringflash.models.configuration import DTYPES
 from ringflash.training.config import Config
+from ringflash.training.loss import tile_for
 from ringflash.training.parallel import resolve_parallel
 from ringflash.training.world import is_rank_0, local_device, ranks_here, world_size
 
@@ -87,6 +88,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
     optim, memory, parallel = config.optim, config.memory, config.parallel
+    tile = memory.loss_tile or tile_for(model_config.vocab_size)
     ring, ulysses = parallel.ring_size(ranks), parallel.ulysses or 1
     replicas = ranks // (ring * ulysses)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -100,7 +102,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
         f"{optim.batch * config.data.sequence_length:,} tokens in {optim.accumulation(replicas)} x {optim.micro_batch} "
         f"sequences per replica; {optim.steps} steps",
         f"memory     ZeRO {memory.zero}, {'recomputation' if memory.recompute else 'no recomputation'}, loss tiles of "
-        f"{memory.loss_tile:,} tokens",
+        f"{min(tile, config.data.sequence_length):,} tokens",
     ]
 
 

@@ -1,0 +1,239 @@
+"""Training steps at length on one GPU: ringflash under any settings, and transformers with sdpa beside it.
+
+    python benchmarks/training.py --tokens 256 --vocabulary 384 model=tiny-llama        # anywhere, in seconds
+    python benchmarks/training.py                                                       # 131072 tokens, 3 minutes
+    python benchmarks/training.py --masks packed --batches 10                           # ten fixed packed batches
+    python benchmarks/training.py --variant plain:fused=never --variant fused: --variant transformers
+
+Settings after the options are those of train.py, for every variant; experiment=qwen3-0.5b-128k is underneath. A
+variant is NAME:SETTINGS, or `transformers`: its own layers, sdpa as torch chooses it (`transformers-flash`: with
+FlashAttention forced), checkpointing, Liger's loss, and fused AdamW on bf16 weights. It takes no packed documents.
+
+Every variant starts from the same weights and sees the same tokens. Its first step, which compiles, has --warm tokens.
+Packed batches have the lengths of files of Python's standard library. MFU counts visible (query, key) pairs, and not
+recomputation. Rows are written as they come: a run with the same --out continues where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import RESULTS, card, write_json
+from ringflash.data import Batch
+from ringflash.mask import IntervalMask
+from ringflash.models import build_model, read_config
+from ringflash.models.configuration import DTYPES
+from ringflash.ring.cost import peak_flops
+from ringflash.training.config import Config, compose
+from ringflash.training.engine import build_engine
+from ringflash.training.flops import matmul_parameters, step_flops
+from ringflash.training.meter import memory_gib
+from ringflash.training.parallel import layout_chooser
+from ringflash.training.step import prepare, train_step
+from ringflash.training.world import World, join
+
+EXPERIMENT = ("experiment=qwen3-0.5b-128k", "parallel.ulysses=1")
+HEADER = f"{'variant':<24} {'mask':<7} {'tokens':>8} {'seconds':>8} {'tok/s':>8} {'MFU':>6} {'GiB':>6}  loss of steps"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant's steps on one kind of batch: seconds per step (the median), and the peak of memory."""
+
+    variant: str
+    settings: str
+    mask: str
+    tokens: int
+    seconds: float
+    all_seconds: list[float]
+    tokens_per_second: float  # over all timed steps: total tokens / total seconds
+    mfu: float | None  # likewise
+    memory_gib: float
+    losses: list[float]
+
+    def __str__(self) -> str:
+        mfu = "-" if self.mfu is None else f"{self.mfu:.3f}"
+        losses = " ".join(f"{x:.5f}" for x in self.losses[:4])
+        return (
+            f"{self.variant:<24} {self.mask:<7} {self.tokens:>8} {self.seconds:>8.3f} {self.tokens_per_second:>8.0f} "
+            f"{mfu:>6} {self.memory_gib:>6.1f}  {losses}"
+        )
+
+
+Step = Callable[[Batch], float]  # a step on a batch; its loss, read back, so that the step is over
+
+
+# -- batches
+
+
+def documents(mask: str, tokens: int, seed: int) -> list[int]:
+    """Lengths of a batch's documents: one, or those of the standard library's files in random order."""
+    if mask == "causal":
+        return [tokens]
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    sizes = sorted(p.stat().st_size for p in folder.rglob("*.py") if "site-packages" not in p.parts)
+    lengths = [size for size in sizes if size]
+    random.Random(seed).shuffle(lengths)
+    found: list[int] = []
+    while sum(found) < tokens:
+        found.append(min(lengths.pop(), tokens - sum(found)))
+    return found
+
+
+def batch(mask: str, tokens: int, vocabulary: int, seed: int) -> Batch:
+    """One sequence of random tokens, the same for every variant."""
+    lengths = documents(mask, tokens, seed)
+    ids = torch.randint(1, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    labels = ids.roll(-1, dims=1)
+    labels[0, torch.tensor(lengths).cumsum(0) - 1] = -100
+    return Batch(ids, labels, [lengths])
+
+
+# -- variants
+
+
+def ringflash(config: Config, world: World) -> tuple[PreTrainedModel, Step]:
+    """The trainer's own step."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model)
+    engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
+
+    def step(data: Batch) -> float:
+        length = data.tokens.shape[1]
+        layouts = layout_chooser(config.parallel, model.config, length, world.ring.size, 1)
+        return train_step(engine, prepare(engine, data, world, layouts), world).loss.item()
+
+    return model, step
+
+
+def transformers(config: Config, world: World, flash: bool) -> tuple[PreTrainedModel, Step]:
+    """transformers' layers and sdpa, checkpointed, with Liger's loss and fused AdamW on bf16 weights."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.manual_seed(config.seed)
+    dtype = DTYPES[config.model.dtype]
+    settings = read_config(config.model)
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=dtype).to(world.device).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    adamw = torch.optim.AdamW(model.parameters(), lr=config.optim.learning_rate(1), betas=(0.9, 0.95), fused=True)
+    backends = [SDPBackend.FLASH_ATTENTION] if flash else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+
+    def step(data: Batch) -> float:
+        if len(data.documents[0]) > 1:
+            raise ValueError("sdpa takes no packed documents")
+        ids, labels = data.tokens.to(world.device), data.labels.to(world.device)
+        with sdpa_kernel(backends, set_priority=True):
+            hidden = model.base_model(ids, use_cache=False).last_hidden_state
+            loss = LigerFusedLinearCrossEntropyFunction.apply(
+                hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), None, None, -100, 0.0, 0.0, "mean", None,
+                False, torch.float32,
+            )[0]  # fmt: skip
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        adamw.step()
+        adamw.zero_grad()
+        return loss.item()
+
+    return model, step
+
+
+# -- measuring
+
+
+def measure(name: str, settings: Sequence[str], args: argparse.Namespace, world: World, keep: Callable) -> None:
+    """Rows of one variant, each passed to `keep`."""
+    config, _ = compose([*EXPERIMENT, *args.settings, *settings])
+    if name.startswith("transformers"):
+        model, step = transformers(config, world, flash=name.endswith("flash"))
+    else:
+        model, step = ringflash(config, world)
+    vocabulary, weights = model.config.vocab_size, matmul_parameters(model)
+    step(batch("causal", args.warm, vocabulary, 99))
+    for mask in args.masks:
+        batches = [batch(mask, args.tokens, vocabulary, seed) for seed in range(args.batches)]
+        flops = [step_flops(model.config, weights, args.tokens, pairs(model, data)) for data in batches]
+        seconds, losses = [], []
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for data in batches:
+            begun = time.perf_counter()
+            losses.append(step(data))
+            seconds.append(time.perf_counter() - begun)
+        peak = peak_flops(world.device)
+        keep(
+            Row(
+                name, " ".join([*args.settings, *settings]), mask, args.tokens, statistics.median(seconds), seconds,
+                args.tokens * len(batches) / sum(seconds), None if peak is None else sum(flops) / sum(seconds) / peak,
+                memory_gib(world.device), losses,
+            )
+        )  # fmt: skip
+
+
+def pairs(model: PreTrainedModel, data: Batch) -> int:
+    """(query, key) pairs that a model without windows sees, over all layers."""
+    mask: IntervalMask = data.mask()
+    visible: Tensor = (mask.hi - mask.lo).sum()
+    return int(visible) * model.config.num_hidden_layers
+
+
+def main() -> None:
+    """Measure every variant that has no row yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=131072, help="tokens of a sequence")
+    parser.add_argument("--masks", nargs="+", default=["causal", "packed"], choices=["causal", "packed"])
+    parser.add_argument("--batches", type=int, default=2, help="timed steps, each on a batch of its own")
+    parser.add_argument("--warm", type=int, default=8192, help="tokens of the first step, which is not timed")
+    parser.add_argument("--vocabulary", type=int, default=151936, help="of the model")
+    parser.add_argument("--variant", action="append", help="NAME:SETTINGS, transformers or transformers-flash")
+    parser.add_argument("--out", type=Path, default=RESULTS / "training.json")
+    args, rest = parser.parse_known_args()
+    args.settings = [f"model.architecture.vocab_size={args.vocabulary}", *rest]
+    args.warm = min(args.warm, args.tokens)
+    config, _ = compose([*EXPERIMENT, *args.settings])
+    world = join(config.parallel)
+    contents: dict[str, Any] = {"card": card(world.device, {}, None), "rows": []}
+    if args.out.exists():
+        contents["rows"] = json.loads(args.out.read_text())["rows"]
+    print(*(f"{name}: {value}" for name, value in contents["card"].items()), sep="\n")
+    print(HEADER, flush=True)
+
+    def keep(row: Row) -> None:
+        print(row, flush=True)
+        contents["rows"].append(asdict(row))
+        write_json(args.out, contents)
+
+    for variant in args.variant or ["ringflash:"]:
+        name, _, settings = variant.partition(":")
+        if any(row["variant"] == name and row["tokens"] == args.tokens for row in contents["rows"]):
+            continue
+        try:
+            measure(name, settings.split(), args, world, keep)
+        except Exception as error:
+            print(f"{name:<24} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    world.watchdog.close()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

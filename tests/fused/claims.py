@@ -1,0 +1,115 @@
+"""What the fused passes must be, as functions that both an interpreting process and a GPU can run."""
+
+from __future__ import annotations
+
+import torch
+
+from ringflash.fused.cross_entropy import cross_entropy_
+from ringflash.fused.gated import gated
+from ringflash.fused.norm import rms_norm
+from ringflash.fused.rotary import rotary
+from tests.fused import cases
+
+# name: (shape, whether a residual is added, offset of the weight); rows that do not fill a tile, a row longer than one
+NORMS = {
+    "one-row": ((1, 1, 7), False, 0.0),
+    "odd-width": ((2, 5, 100), True, 0.0),
+    "gemma": ((1, 33, 64), True, 1.0),
+    "narrow": ((1, 300, 8), False, 0.0),
+    "wide": ((1, 3, 5120), True, 0.0),
+}
+# name: (B, S, heads, D), rows of cos and sin, whether heads are normalised
+ROTARIES = {
+    "one-token": ((1, 1, 1, 2), 1, True),
+    "rows-share-positions": ((2, 9, 3, 128), 1, True),
+    "rows-differ": ((3, 5, 2, 64), 3, True),
+    "no-norm": ((2, 7, 4, 16), 2, False),
+    "odd-half": ((1, 11, 2, 80), 1, True),
+}
+
+
+def norm_excess(name: str, dtype: torch.dtype, device: str = "cpu") -> float:
+    """How far rms_norm is from float64, over what is allowed."""
+    shape, adds, offset = NORMS[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape), torch.randn(shape[-1]) * 0.2 + 1 - offset, *([torch.randn(shape)] if adds else [])]
+
+    def fused(x, weight, residual=None):
+        return rms_norm(x, weight, 1e-6, residual=residual, offset=offset)
+
+    def plain(x, weight, residual=None):
+        return cases.norm(x, weight, residual, offset)
+
+    return cases.excess(fused, plain, [x.to(device, dtype) for x in inputs])
+
+
+def rotary_excess(name: str, dtype: torch.dtype, device: str = "cpu") -> float:
+    """How far rotary is from float64, over what is allowed."""
+    shape, rows, normalised = ROTARIES[name]
+    torch.manual_seed(0)
+    angles = torch.rand(rows, shape[1], shape[3] // 2, device=device) * 6
+    cos, sin = (torch.cat((f(angles), f(angles)), -1).to(dtype) for f in (torch.cos, torch.sin))
+    inputs = [torch.randn(shape) * 2, *([torch.randn(shape[3]) * 0.2 + 1] if normalised else [])]
+
+    def fused(x, weight=None):
+        return rotary(x, cos, sin, weight, 1e-6)
+
+    def plain(x, weight=None):
+        return cases.rotated(x, cos, sin, weight)
+
+    return cases.excess(fused, plain, [x.to(device, dtype) for x in inputs])
+
+
+def gated_excess(activation: str, dtype: torch.dtype, device: str = "cpu") -> float:
+    """How far gated is from float64, over what is allowed; also for values whose exponential overflows."""
+    torch.manual_seed(0)
+    gate = torch.cat([torch.randn(3, 1000) * 2, torch.tensor([-100.0, 100.0, 0.0, -20.0]).expand(3, 4)], 1)
+    inputs = [gate, torch.randn(3, 1004)]
+    return cases.excess(
+        lambda g, u: gated(g, u, activation),
+        lambda g, u: cases.gated(g, u, activation),
+        [x.to(device, dtype) for x in inputs],
+    )
+
+
+def losses(vocabulary: int, softcap: float | None, dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
+    """The error of losses and of their gradient against float64, each over what is allowed."""
+    torch.manual_seed(0)
+    logits = (torch.randn(6, vocabulary) * 4).to(device, dtype)
+    labels = torch.randint(0, vocabulary, (6,), device=device)
+    labels[1] = -100
+    labels[2] = vocabulary - 1
+
+    def reference(kind):
+        z = logits.to(kind).clone().requires_grad_()
+        found = cases.cross_entropy(z, labels, softcap)
+        (dz,) = torch.autograd.grad(found.sum(), z)
+        return found.detach().double(), dz.double()
+
+    exact, plain = reference(torch.float64), reference(dtype)
+    mine = logits.clone()
+    found = (cross_entropy_(mine, labels, -100, softcap).double(), mine.double())
+    ratios = []
+    for m, p, e in zip(found, plain, exact, strict=True):
+        allowed = 1e-5 if dtype == torch.float32 else 2 * float((p - e).norm() / e.norm()) + 1e-5
+        ratios.append(float((m - e).norm() / e.norm()) / allowed)
+    return ratios[0], ratios[1]
+
+
+def ignored_rows_are_zero(device: str = "cpu") -> bool:
+    """A token without a label has no loss and no gradient, whatever its logits are."""
+    logits = torch.full((2, 9000), float("nan"), device=device)
+    found = cross_entropy_(logits, torch.full((2,), -100, device=device), -100)
+    return bool((found == 0).all() and (logits == 0).all())
+
+
+def second_backward_error(device: str = "cpu") -> str:
+    """What a second backward through a fused MLP raises."""
+    gate, up = (torch.randn(4, 8, device=device, requires_grad=True) for _ in range(2))
+    out = gated(gate * 1, up * 1)
+    out.sum().backward(retain_graph=True)
+    try:
+        out.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"

@@ -1,0 +1,92 @@
+"""Compile the fused kernels for GPUs that are not here: one JSON object per kernel, its registers, stack and spills.
+
+`test_compiles.py` runs it in a process of its own, because kernels imported under TRITON_INTERPRET cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource
+
+from ringflash.fused import cross_entropy, gated, norm, rotary
+from ringflash.fused.launch import tile_of
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FP32 = {"inverse", "parts", "losses", "eps", "offset", "softcap"}
+
+
+def norm_of(width: int, adds: bool) -> tuple[dict, int]:
+    """Constants and warps of a norm's launch."""
+    rows, columns, warps = tile_of(width)
+    return {"ADDS": adds, "ROWS": rows, "COLUMNS": columns}, warps
+
+
+# name: (kernel, its constants and warps)
+KERNELS = {
+    **{
+        f"{name}-{width}": (kernel, norm_of(width, True))
+        for width in (64, 1024, 5120, 16384)
+        for name, kernel in (("norm-forward", norm._forward), ("norm-backward", norm._backward))
+    },
+    **{
+        f"rotary-{name}-{normed}": (kernel, ({"NORM": normed, "ROWS": 16, "HALF": 64}, 4))
+        for normed in (True, False)
+        for name, kernel in (("forward", rotary._forward), ("backward", rotary._backward))
+    },
+    **{
+        f"gated-{name}-{gelu}": (kernel, ({"GELU": gelu, "BLOCK": gated.BLOCK}, 8))
+        for gelu in (True, False)
+        for name, kernel in (("forward", gated._forward), ("backward", gated._backward))
+    },
+    **{
+        f"cross-entropy-{capped}": (cross_entropy._kernel, ({"CAPPED": capped, "BLOCK": cross_entropy.BLOCK}, 16))
+        for capped in (True, False)
+    },
+}
+POINTERS = {
+    "x", "residual", "weight", "h", "y", "inverse", "dh", "dy", "dx", "parts", "cos", "sin", "gate", "up", "out",
+    "dout", "logits", "losses",
+}  # fmt: skip
+
+
+def report(name: str, arch: int) -> dict:
+    """A kernel's resources, compiled for bf16 tensors."""
+    kernel, (constants, warps) = KERNELS[name]
+
+    def type_of(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        kind = "i64" if argument == "labels" else "fp32" if argument in FP32 else "bf16"
+        if argument in POINTERS or argument == "labels":
+            return f"*{kind}"
+        return kind if argument in FP32 else "i32"
+
+    signature = {argument: type_of(argument) for argument in kernel.arg_names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout)[0]
+    return {"kernel": f"{name}-sm{arch}", "registers": int(registers), "stack": int(stack)}
+
+
+if __name__ == "__main__":
+    for arch in (80, 90):
+        for name in KERNELS:
+            print(json.dumps(report(name, arch)), flush=True)

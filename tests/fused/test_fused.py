@@ -1,0 +1,59 @@
+"""The fused passes are what they replace, within the tolerance rule: in Triton's interpreter, against float64.
+
+The interpreter needs a process of its own, told so before Triton is imported. It truncates to bfloat16 instead of
+rounding, so 16 bits are fp16 here; test_fused_gpu.py has bf16.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.interpreter import interpreting
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
+
+
+@pytest.fixture(scope="module")
+def claim():
+    """Calls a function of tests.fused.claims in a process whose kernels are interpreted."""
+    with interpreting() as call:
+        yield lambda name, *args: call("tests.fused.claims", name, *args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["one-row", "odd-width", "gemma", "narrow", "wide"])
+def test_rms_norm_is_exact(claim, case, dtype):
+    assert claim("norm_excess", case, dtype) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["one-token", "rows-share-positions", "rows-differ", "no-norm", "odd-half"])
+def test_rotary_is_exact(claim, case, dtype):
+    assert claim("rotary_excess", case, dtype) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_is_exact(claim, activation, dtype):
+    assert claim("gated_excess", activation, dtype) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
+@pytest.mark.parametrize("vocabulary", [7, 9000])
+def test_cross_entropy_is_exact(claim, vocabulary, softcap, dtype):
+    of_losses, of_gradient = claim("losses", vocabulary, softcap, dtype)
+    assert (of_losses <= 1, of_gradient <= 1) == (True, True), (of_losses, of_gradient)
+
+
+def test_ignored_tokens_have_no_loss_and_no_gradient(claim):
+    assert claim("ignored_rows_are_zero")
+
+
+def test_a_second_backward_through_overwritten_inputs_is_refused(claim):
+    assert "a second backward through a fused MLP" in claim("second_backward_error")
