@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from ringflash.data.documents import DataConfig, tokenised
+from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
 
 BLOCK = 1 << 22  # tokens counted at once
@@ -19,7 +21,8 @@ class TokenCorpus:
 
     Fields: tokens uint16 or uint32 [all tokens]; offsets int64 [all documents + 1]; selection int64 [documents], the
     numbers of the documents in this split, ascending; vocabulary, the highest token id of the whole corpus + 1; digest,
-    of all documents' tokens; source and split, for messages.
+    of all documents' tokens and labels; source and split, for messages; labels int32 [all tokens], what is to be
+    predicted at each place or IGNORE, None where each token is; packing, cut, whole or truncate: see packing.py.
     """
 
     tokens: np.ndarray
@@ -29,6 +32,8 @@ class TokenCorpus:
     digest: str = ""
     source: str = "memory"
     split: str = "training"
+    labels: np.ndarray | None = None
+    packing: str = "cut"
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -45,30 +50,39 @@ class TokenCorpus:
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of the split's i-th document, a view."""
+        return self.tokens[self._place(i)]
+
+    def targets(self, i: int) -> np.ndarray:
+        """The tokens to predict at the places of the split's i-th document, not shifted, or IGNORE: a view."""
+        return (self.tokens if self.labels is None else self.labels)[self._place(i)]
+
+    def _place(self, i: int) -> slice:
         number = self.selection[i]
-        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+        return slice(self.offsets[number], self.offsets[number + 1])
 
     def unigram_entropy(self) -> float:
-        """Nats per token of the split under its own token frequencies: the loss of a model that ignores context."""
+        """Nats per predicted token of the split under those tokens' own frequencies: the loss without any context."""
         counts = np.zeros(self.vocabulary, np.int64)
         cuts = np.searchsorted(self.lengths.cumsum(), np.arange(BLOCK, self.total, BLOCK))
         for group in np.split(np.arange(len(self)), cuts):
             if len(group):
-                tokens = np.concatenate([self.document(i) for i in group])
-                counts += np.bincount(tokens, minlength=self.vocabulary)
-        p = counts[counts > 0] / counts.sum()
+                targets = np.concatenate([self.targets(i) for i in group])
+                counts += np.bincount(targets[targets != IGNORE], minlength=self.vocabulary)
+        p = counts[counts > 0] / max(counts.sum(), 1)
         return float(-(p * np.log(p)).sum())
 
 
 def load_corpus(config: DataConfig, *, verify: bool = True) -> tuple[TokenCorpus, TokenCorpus]:
     """The training and the held-out documents of `config`, tokenised first if they are not in the cache.
 
-    The split depends only on `config.seed`, `config.held_out` and the number of documents. verify: compare the cached
-    tokens with their digest, which reads them all; one process per machine is enough. Raises ConfigError for input that
-    cannot be used, or for too few documents to hold one out.
+    The split is by record, and depends only on `config.seed`, `config.held_out` and the number of records. verify:
+    compare the cached tokens with their digest, which reads them all; one process per machine is enough. Raises
+    ConfigError for input that cannot be used, or for too few records to hold one out.
     """
-    tokens, offsets, contents = tokenised(config, verify=verify)
-    count = len(offsets) - 1
+    found = tokenised(config, verify=verify)
+    documents = len(found.offsets) - 1
+    starts = np.arange(documents) if found.starts is None else found.starts
+    count = len(starts)
     if config.held_out and count < 2:
         raise ConfigError(
             f"data.path={config.path} holds {count} document, and data.held_out={config.held_out} keeps one for"
@@ -76,15 +90,15 @@ def load_corpus(config: DataConfig, *, verify: bool = True) -> tuple[TokenCorpus
         )
     kept = min(max(1, round(count * config.held_out)), count - 1) if config.held_out else 0
     order = np.random.default_rng(config.seed).permutation(count)
-    return tuple(  # type: ignore[return-value]
-        TokenCorpus(
-            tokens=tokens,
-            offsets=offsets,
-            selection=np.sort(selection),
-            vocabulary=contents["vocabulary"],
-            digest=contents["digest"],
-            source=config.path,
-            split=split,
-        )
-        for split, selection in (("training", order[kept:]), ("evaluation", order[:kept]))
+    held_out = np.zeros(count, bool)
+    held_out[order[:kept]] = True
+    of_document = held_out[np.searchsorted(starts, np.arange(documents), side="right") - 1]
+    digests = filter(None, (found.contents["digest"], found.contents["labels_digest"]))
+    whole = TokenCorpus(
+        found.tokens, found.offsets, np.arange(documents), found.contents["vocabulary"], digest="-".join(digests),
+        source=config.path, labels=found.labels, packing=config.packing,
+    )  # fmt: skip
+    return (
+        dataclasses.replace(whole, selection=np.flatnonzero(~of_document)),
+        dataclasses.replace(whole, selection=np.flatnonzero(of_document), split="evaluation"),
     )

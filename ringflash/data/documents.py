@@ -1,11 +1,11 @@
-"""Documents: the files of a path, tokenised once into two flat arrays on disk.
+"""Documents: the files of a path, tokenised once into flat arrays on disk.
 
-    <data.cache>/<fingerprint>/    tokens.npy, offsets.npy, corpus.json: see cache.py
+    <data.cache>/<fingerprint>/    tokens.npy, offsets.npy, corpus.json and others: see cache.py
 
-The fingerprint covers all that decides the tokens: files, sizes, times of change, formats, field, tokenizer. The folder
-is written in a scratch folder and renamed when complete, so a killed build leaves nothing that looks finished. Builders
-that run at the same time do not disturb each other: the first to finish wins. Run one rank ahead of the others to save
-the work. A damaged folder is replaced.
+The fingerprint covers all that decides the tokens: files, sizes, times of change, formats, fields, tokenizer and chat
+template. The folder is written in a scratch folder and renamed when complete, so a killed build leaves nothing that
+looks finished. Builders that run at the same time do not disturb each other: the first to finish wins. Run one rank
+ahead of the others to save the work. A damaged folder is replaced.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ringflash.data import cache
 from ringflash.data.files import Matches, is_below, search, suffixes
-from ringflash.data.formats import FIELD, FORMATS, IDS, format_of, texts, token_ids
+from ringflash.data.formats import FORMATS, Record, RecordError, format_of, records
+from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
 from ringflash.data.scratch import scratch_folder
 from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
 from ringflash.errors import ConfigError, reason
@@ -37,13 +36,14 @@ if TYPE_CHECKING:
 
 GROUP = 1 << 20  # characters tokenised at once: enough documents for a tokenizer's threads, bounded memory
 
-Document = TypeVar("Document", str, np.ndarray)
+MALFORMED = ("refuse", "skip")
+PACKINGS = ("cut", "whole", "truncate")
 Source = tuple[Path, str]  # a file, and the format to read it by
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text to train on, and how it becomes sequences. Raises ConfigError, naming the key, for a bad value."""
+    """Which text to train on, and how it becomes sequences. Raises ConfigError, naming the setting, for a bad value."""
 
     path: str
     """File or folder with the text; there is no default."""
@@ -51,20 +51,25 @@ class DataConfig:
     files: list[str] = dataclasses.field(
         default_factory=lambda: [
             *("**/*.txt", "**/*.json", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.ndjson"),
-            *("**/*.csv", "**/*.tsv", "**/*.parquet"),
+            *("**/*.csv", "**/*.tsv", "**/*.parquet", "**/*.arrow"),
         ]
     )
     """Glob patterns below `path`, if that is a folder. Hidden files match only a pattern that begins with a dot."""
 
     format: str | None = None
-    """How to read each file: text (one document), jsonl, json, csv, tsv or parquet. null: by the file's suffix."""
+    """How to read each file: text (one document), jsonl, json, csv, tsv, parquet, arrow. null: by the file's suffix."""
 
     field: str | None = None
     """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields.
-    input_ids: a list of the tokenizer's ids per document instead of text; nothing is added to them."""
+    input_ids: a list of the tokenizer's ids per document instead of text; nothing is added to them. Where the record
+    has labels, too, those are predicted: ids, or -100 for none, at the place of their token."""
 
     tokenizer: str = "bytes"
     """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
+
+    malformed: str = "refuse"
+    """What becomes of a record that cannot be used, such as broken JSON or a missing field. refuse: the run ends, and
+    names file and line. skip: such records are left out and counted."""
 
     cache: str = "runs/.cache"
     """Folder for tokenised text, 2 or 4 bytes per token; entries may be deleted at any time between runs."""
@@ -79,6 +84,10 @@ class DataConfig:
     sequence_length: int = 8192
     """Tokens in a packed sequence, all ranks together."""
 
+    packing: str = "cut"
+    """How documents fill sequences. cut: end to end, cut where a sequence ends. whole: never cut, packed by best fit;
+    longer ones are dropped and counted. truncate: as whole, but longer ones keep their first sequence_length tokens."""
+
     def __post_init__(self) -> None:
         patterns = not isinstance(self.files, str) and len(self.files) > 0 and all(map(is_below, self.files))
         for key, valid, expected in (
@@ -89,6 +98,8 @@ class DataConfig:
             ("tokenizer", bool(self.tokenizer), "bytes or a folder"),
             ("cache", bool(self.cache), "a folder"),
             ("held_out", 0 <= self.held_out < 1, "a fraction, 0 or more and below 1"),
+            ("malformed", self.malformed in MALFORMED, f"one of {', '.join(MALFORMED)}"),
+            ("packing", self.packing in PACKINGS, f"one of {', '.join(PACKINGS)}"),
             ("seed", 0 <= self.seed < 2**64, "0 or more and below 2^64"),
             ("sequence_length", self.sequence_length >= 2, "2 or more tokens"),
         ):
@@ -157,33 +168,60 @@ def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
     if not os.path.exists(path):  # pathlib raises for a name that is too long
         hint = "; patterns belong into data.files" if glob.has_magic(config.path) else ""
         raise ConfigError(f"data.path={config.path} does not exist{hint}")
+    _check_one_split(config, path)
     found = Matches([path], []) if path.is_file() else search(path, config.files)
-    if not found.files:
+    files = [file for file in found.files if not _is_about_a_dataset(file)]
+    if not files:
         there = f"; the folder has {suffixes(found.others)}" if found.others else ""
         raise ConfigError(f"data.path={config.path} data.files={list(config.files)} match no file{there}")
-    return [(file, format_of(file, config.format, config.field)) for file in found.files], found.others
+    asked, lists = (f"data.field={config.field}", config.field == IDS) if config.field else (None, False)
+    return [(file, format_of(file, config.format, asked, lists)) for file in files], found.others
+
+
+def _check_one_split(config: DataConfig, path: Path) -> None:
+    """Refuse a folder of several splits that `datasets` saved: training would read them all."""
+    try:
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise ConfigError(
+        f"data.path={config.path} holds the splits {', '.join(splits)} of a dataset: give one, such as "
+        f"data.path={path / splits[0]}"
+    )
+
+
+def _is_about_a_dataset(file: Path) -> bool:
+    """Whether a file is one of those that `datasets` saves beside its tables."""
+    return file.name in ("state.json", "dataset_info.json") and any(file.parent.glob("*.arrow"))
+
+
+def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """What the records of `config` mean. Raises ConfigError for a tokenizer that cannot encode them."""
+    if config.field == IDS:
+        return TokenIds(tokenizer_size(tokenizer))
+    return Texts(config.field or FIELD, encoder(tokenizer, config.tokenizer))
 
 
 def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes the cache into `folder`."""
-    size = tokenizer_size(tokenizer)
-    documents: Iterator[np.ndarray]
-    if config.field == IDS:
-        documents = _documents(sources, lambda file, form: token_ids(file, form, size))
-    else:
-        field, guessed = config.field or FIELD, config.format is None
-        encode = encoder(tokenizer, config.tokenizer)
-        found = _documents(sources, lambda file, form: texts(file, form, field, guessed))
-        documents = (tokens for group in _groups(found) for tokens in encode(group))
+    meaning, skipped = reading(config, tokenizer), list[RecordError]()
+    parsed = _parsed(sources, meaning, config, skipped)
+    documents = (document for group in _groups(parsed) for document in meaning.encode(group))
     first = next(documents, None)
     if first is None:
-        raise ConfigError(f"data.path={config.path} holds no text: all of its documents are empty")
-    made_of = {"path": config.path, "files": len(sources), "tokenizer": config.tokenizer}
-    cache.write(folder, itertools.chain([first], documents), size, made_of)
+        left = f"; {len(skipped)} are left out as malformed, the first: {skipped[0]}" if skipped else ""
+        raise ConfigError(f"data.path={config.path} holds no text: all of its documents are empty{left}")
+    contents = cache.write(folder, itertools.chain([first], documents), tokenizer_size(tokenizer))
+    if skipped:
+        print(f"data.malformed=skip left out {len(skipped)} records, the first: {skipped[0]}", flush=True)
+    made_of = {"path": config.path, "files": len(sources), "tokenizer": config.tokenizer, "skipped": len(skipped)}
+    cache.seal(folder, made_of | contents)
 
 
-def _documents(sources: list[Source], read: Callable[[Path, str], Iterator[Document]]) -> Iterator[Document]:
-    """All documents that are not empty, in the order of the files, behind a progress bar over the files' bytes."""
+def _parsed(
+    sources: list[Source], meaning: Reading, config: DataConfig, skipped: list[RecordError]
+) -> Iterator[tuple[Any, int]]:
+    """What each record holds, and its size; behind a progress bar over the files' bytes."""
     from tqdm import tqdm
 
     total = sum(file.stat().st_size for file, _ in sources)
@@ -191,12 +229,14 @@ def _documents(sources: list[Source], read: Callable[[Path, str], Iterator[Docum
         for file, form in sources:
             left = file.stat().st_size
             try:
-                for document in read(file, form):
-                    step = min(left, len(document))
-                    left -= step
-                    if len(document):
-                        yield document
-                    bar.update(step)
+                for where, record in records(file, form, meaning.fields, config.format is None):
+                    step = 0
+                    for held in _held(meaning, where, record, config.malformed, skipped):
+                        size = _size(held)
+                        yield held, size
+                        step += size
+                    bar.update(min(left, step))
+                    left -= min(left, step)
             except ConfigError:
                 raise
             except Exception as error:  # pyarrow and the codecs share no base class
@@ -204,16 +244,36 @@ def _documents(sources: list[Source], read: Callable[[Path, str], Iterator[Docum
             bar.update(left)
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in groups of about GROUP characters."""
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= GROUP:
+def _held(
+    meaning: Reading, where: str, record: Record | RecordError, malformed: str, skipped: list[RecordError]
+) -> Sequence[Any]:
+    """What a record holds; nothing where it is malformed and may be skipped."""
+    try:
+        if isinstance(record, RecordError):
+            raise record
+        return meaning.parse(where, record)
+    except RecordError as error:
+        if malformed == "refuse":
+            raise
+        skipped.append(error)
+        return ()
+
+
+def _size(held: Any) -> int:
+    """About how much there is to tokenise: characters, or tokens that are there already."""
+    return len(held) if isinstance(held, str) else len(held[0])
+
+
+def _groups(parsed: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
+    """What is to be encoded, in groups of about GROUP characters."""
+    group: list[Any] = []
+    total = 0
+    for held, size in parsed:
+        group.append(held)
+        total += size
+        if total >= GROUP:
             yield group
-            group, size = [], 0
+            group, total = [], 0
     if group:
         yield group
 
@@ -227,5 +287,8 @@ def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTraine
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     vocabulary = sorted(tokenizer.get_vocab().items())
     field, kind = config.field or FIELD, type(tokenizer).__name__
-    made_of = [cache.FORMAT, stats, config.format is None, field, kind, rules, tokenizer.eos_token, vocabulary]
+    made_of = [
+        *(cache.FORMAT, stats, config.format is None, config.malformed, field),
+        *(kind, rules, tokenizer.eos_token, vocabulary),
+    ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

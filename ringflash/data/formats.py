@@ -1,15 +1,14 @@
-"""Formats: the texts or token ids of one file, by its suffix or by `data.format`.
+"""Formats: the records of one file, by its suffix or by `data.format`.
 
-    text             the whole file is one document                     .txt, .md, .py, .html, ...
-    jsonl            one JSON object per line, one document each        .jsonl, .ndjson, .jsonlines
+    text             the whole file is one record                       .txt, .md, .py, .html, ...
+    jsonl            one JSON object per line                           .jsonl, .ndjson, .jsonlines
     json             an array of objects, or one object per line        .json
-    csv, tsv         a header, then one document per record             .csv, .tsv
-    parquet          a table, one document per row                      .parquet
+    csv, tsv         a header, then one record per row                  .csv, .tsv
+    parquet          a table, one record per row                        .parquet
+    arrow            the same, as `datasets` saves it to disk           .arrow
 
-With data.field=input_ids, the records of jsonl, json and parquet hold token ids instead of text.
-
-All but parquet are UTF-8, with or without a byte order mark, and may be compressed (.gz, .bz2, .xz, .zst, .lz4).
-Refused, with file and line, record or row:
+A record is a dictionary; records.py and chat.py say what it means. All but parquet and arrow are UTF-8, with or without
+a byte order mark, and may be compressed (.gz, .bz2, .xz, .zst, .lz4). Other files are refused, with file and line:
 
     a suffix that is not in the table: read as text, braces or commas would become part of the documents
     NUL in a text: UTF-16 without a byte order mark has one beside each ASCII letter, and is valid UTF-8
@@ -25,11 +24,10 @@ import itertools
 import json
 import lzma
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
-
-import numpy as np
 
 from ringflash.errors import ConfigError, reason
 
@@ -45,6 +43,7 @@ SUFFIXES = {
     "csv": (".csv",),
     "tsv": (".tsv",),
     "parquet": (".parquet", ".pq"),
+    "arrow": (".arrow",),
 }
 FORMATS = tuple(SUFFIXES)
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
@@ -54,13 +53,30 @@ MARKS = {  # UTF-32's begin with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
-FIELD = "text"  # read where data.field=null and the format has fields
-IDS = "input_ids"  # the field of token ids
-BESIDE = (IDS, "labels", "attention_mask")  # what Hugging Face's tokenised records hold
-
+ARROW_FILE = b"ARROW1"
 ROWS = 64  # of a table, read at once
 Part = TypeVar("Part")
-Found = Iterator[tuple[str, Any]]  # where in the file, and what is there: a text, unless the file is wrong
+
+
+class RecordError(ConfigError):
+    """A record that cannot be used; the message names its file and line, record or row."""
+
+
+Record = dict[str, Any]
+Found = Iterator[tuple[str, "Record | RecordError"]]  # where in the file, and what is there or why it cannot be read
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a record are read.
+
+    names: those that are read, where a record has them. refusal: why a record with fields of these names cannot be
+    used, or None. lists: whether a field may hold more than text, which CSV cannot.
+    """
+
+    names: tuple[str, ...]
+    refusal: Callable[[Sequence[str]], str | None]
+    lists: bool = False
 
 
 def known_format(file: Path) -> str | None:
@@ -70,79 +86,55 @@ def known_format(file: Path) -> str | None:
     return next((form for form, suffixes in SUFFIXES.items() if suffix in suffixes), None)
 
 
-def format_of(file: Path, chosen: str | None, field: str | None) -> str:
+def format_of(file: Path, chosen: str | None, asked: str | None, lists: bool) -> str:
     """The format to read a file by: `data.format`, or by its suffix.
 
-    Raises ConfigError for an unknown suffix, and for a field where the format has none.
+    asked: the setting that asks for records, if one does. lists: the records hold lists. Raises ConfigError for an
+    unknown suffix, and for a field where the format has none.
     """
     form = chosen or known_format(file)
-    if field == IDS and form in ("csv", "tsv"):
-        raise ConfigError(f"data.field={IDS} is a list per record, but {file} is read as {form}; use jsonl or parquet")
+    if lists and form in ("csv", "tsv"):
+        raise ConfigError(f"{asked} is a list per record, but {file} is read as {form}; use jsonl or parquet")
     if form is None:
         raise ConfigError(
             f"{file}: the suffix {file.suffix or '(none)'} names no known format; set data.format to one of "
             f"{', '.join(FORMATS)}, or give the file a suffix such as .txt, .jsonl, .csv or .parquet"
         )
-    if form == "text" and field is not None:
+    if form == "text" and asked is not None:
         raise ConfigError(
-            f"data.field={field} names a field, but {file} is read as text, which has none: set data.format to one of "
-            f"{', '.join(FORMATS[1:])}, or data.field=null"
+            f"{asked} needs records, but {file} is read as text, which has none: set data.format to one of "
+            f"{', '.join(FORMATS[1:])}, or leave out {asked}"
         )
     return form
 
 
-def texts(file: Path, form: str, field: str, guessed: bool) -> Iterator[str]:
-    """The texts of a file in order, empty ones among them.
+def records(file: Path, form: str, fields: Fields, guessed: bool) -> Found:
+    """The records of a file in order, each with its place.
 
-    guessed: the format is by the suffix. A text file that begins with JSON records is then refused.
+    guessed: the format is by the suffix. A text file that begins with JSON records is then refused. Raises ConfigError
+    for a file that is not of its format; a single record that cannot be used is a RecordError in its place.
     """
     reader = _guessed_text if form == "text" and guessed else _READERS[form]
-    for where, text in reader(file, field):
-        if not isinstance(text, str | None):
-            raise ConfigError(f"{where}: data.field={field} holds {type(text).__name__}, not text")
-        if text and "\0" in text:
-            raise ConfigError(f"{where}: data.field={field} holds a NUL at character {text.index(chr(0))}; remove it")
-        yield text or ""
+    return reader(file, fields)
 
 
-def token_ids(file: Path, form: str, size: int) -> Iterator[np.ndarray]:
-    """The input_ids of a file's records in order, int64 [tokens], empty ones among them.
-
-    size: of the tokenizer. Refused are ids that it does not have, labels other than input_ids, and padding: each token
-    of a document is read and predicted.
-    """
-    for where, record in _READERS[form](file, IDS):
-        ids = np.asarray(record[IDS] or [], np.int64) if _is_list_of_ids(record[IDS]) else None
-        if ids is None:
-            raise ConfigError(f"{where}: data.field={IDS} holds {record[IDS]!r:.60}, not a list of token ids")
-        wrong = ids[(ids < 0) | (ids >= size)]
-        if len(wrong):
-            raise ConfigError(f"{where}: data.field={IDS} holds {wrong[0]}, and data.tokenizer has {size} tokens")
-        if record.get("labels") not in (None, record[IDS]):
-            raise ConfigError(f"{where} has labels other than its {IDS}, which are not supported: remove the field")
-        if not all(record.get("attention_mask") or []):
-            raise ConfigError(f"{where} has an attention_mask that hides tokens: remove the padding from its {IDS}")
-        yield ids
+def _text(file: Path, fields: Fields) -> Found:
+    yield str(file), {fields.names[0]: _whole(file)}
 
 
-def _is_list_of_ids(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(type(x) is int and abs(x) < 2**63 for x in value))
-
-
-def _text(file: Path, field: str) -> Found:
+def _whole(file: Path) -> str:
     with _opened(file) as stream:
-        yield str(file), _decoded(stream.read(), str(file), 0)
+        return _decoded(stream.read(), str(file), 0)
 
 
-def _guessed_text(file: Path, field: str) -> Found:
-    for where, text in _text(file, field):
-        form = _json_records(text)
-        if form is not None:
-            raise ConfigError(
-                f"{file} has the suffix of a text, but begins with JSON records: set data.format={form} to read their "
-                f"data.field, or data.format=text to train on the file as it is"
-            )
-        yield where, text
+def _guessed_text(file: Path, fields: Fields) -> Found:
+    text = _whole(file)
+    if (form := _json_records(text)) is not None:
+        raise ConfigError(
+            f"{file} has the suffix of a text, but begins with JSON records: set data.format={form} to read their "
+            f"data.field, or data.format=text to train on the file as it is"
+        )
+    yield str(file), {fields.names[0]: text}
 
 
 def _json_records(text: str) -> str | None:
@@ -161,23 +153,32 @@ def _json_records(text: str) -> str | None:
     return "jsonl" if value else None
 
 
-def _json_lines(file: Path, field: str) -> Found:
+def _json_lines(file: Path, fields: Fields) -> Found:
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
             where = f"{file} line {number}"
-            yield where, _json_text(_parsed(line, where, ON_LINES), field, where, ON_LINES)
+            try:
+                record = _json_record(_parsed(line, where, ON_LINES), fields, where, ON_LINES)
+            except RecordError as error:
+                yield where, error
+            else:
+                yield where, record
 
 
-def _json(file: Path, field: str) -> Found:
+def _json(file: Path, fields: Fields) -> Found:
     with _opened(file) as stream:
         begin = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     if not begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _json_lines(file, field)
+        yield from _json_lines(file, fields)
         return
-    for _, text in _text(file, field):
-        for number, record in enumerate(_parsed(text, str(file), IN_ARRAY), 1):
-            where = f"{file} record {number}"
-            yield where, _json_text(record, field, where, IN_ARRAY)
+    for number, value in enumerate(_parsed(_whole(file), str(file), IN_ARRAY), 1):
+        where = f"{file} record {number}"
+        try:
+            record = _json_record(value, fields, where, IN_ARRAY)
+        except RecordError as error:
+            yield where, error
+        else:
+            yield where, record
 
 
 def _parsed(text: str, where: str, expected: str) -> Any:
@@ -185,81 +186,113 @@ def _parsed(text: str, where: str, expected: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f" at line {error.lineno}" if error.lineno > 1 and expected == IN_ARRAY else ""
-        raise ConfigError(f"{where} is not JSON: {error.msg}{place}; {expected}") from error
+        raise RecordError(f"{where} is not JSON: {error.msg}{place}; {expected}") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
-        raise ConfigError(f"{where} is JSON that cannot be read: {reason(error)}") from error
+        raise RecordError(f"{where} is JSON that cannot be read: {reason(error)}") from error
 
 
-def _json_text(record: Any, field: str, where: str, expected: str) -> Any:
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where} holds a {type(record).__name__}; {expected}")
-    _require(field, list(record), where)
-    if field == IDS:
-        return record
-    text = record[field]  # JSON can escape half a surrogate pair, which no tokenizer takes
-    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
+def _json_record(value: Any, fields: Fields, where: str, expected: str) -> Record:
+    if not isinstance(value, dict):
+        raise RecordError(f"{where} holds a {type(value).__name__}; {expected}")
+    if (refusal := fields.refusal(list(value))) is not None:
+        raise RecordError(f"{where} {refusal}")
+    return {name: value[name] for name in fields.names if name in value}
 
 
-def _csv(file: Path, field: str, delimiter: str = ",") -> Found:
+def _csv(file: Path, fields: Fields, delimiter: str = ",") -> Found:
     csv.field_size_limit(sys.maxsize)  # by default 131072 characters, less than a long document
     rows = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     try:
         header = next((row for row in rows if row), None)
         if header is None:
             return
-        _require(field, header, f"{file} line {rows.line_num}")
-        column = header.index(field)
-        for row in rows:
+        _require(fields, header, f"{file} line {rows.line_num}")
+        columns = {name: header.index(name) for name in fields.names if name in header}
+        for row in filter(None, rows):
             where = f"{file} line {rows.line_num}"
-            if row and len(row) != len(header):
-                raise ConfigError(f"{where} ends a record of {len(row)} columns; the header has {len(header)}")
-            yield where, row[column] if row else ""
+            if len(row) == len(header):
+                yield where, {name: row[column] for name, column in columns.items()}
+            else:
+                message = f"{where} ends a record of {len(row)} columns; the header has {len(header)}"
+                yield where, RecordError(message)
     except csv.Error as error:
         lone = "a carriage return without a line feed stands outside of quotes"
         message = lone if str(error).startswith("new-line character") else str(error)
         raise ConfigError(f"{file} line {rows.line_num} is not CSV: {message}") from error
 
 
-def _tsv(file: Path, field: str) -> Found:
-    return _csv(file, field, delimiter="\t")
+def _tsv(file: Path, fields: Fields) -> Found:
+    return _csv(file, fields, delimiter="\t")
 
 
-def _parquet(file: Path, field: str) -> Found:
+def _parquet(file: Path, fields: Fields) -> Found:
     import pyarrow.parquet
 
     with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
-        _require(field, table.schema_arrow.names, str(file))
-        number = 0
-        columns = [name for name in table.schema_arrow.names if name in BESIDE] if field == IDS else [field]
-        parts = table.iter_batches(columns=columns, batch_size=ROWS)
-        for part in _located(parts, lambda count: f"{file} after row {count * ROWS}"):
-            for row in range(len(part)):
-                number += 1
-                where = f"{file} row {number}"
-                try:
-                    record = {name: part.column(name)[row].as_py() for name in columns}
-                    yield where, record if field == IDS else record[field]
-                except UnicodeDecodeError as error:
-                    raise ConfigError(
-                        f"{where} is not UTF-8: {error.reason} at byte {error.start} of its data.field={field}"
-                    ) from error
+        present = table.schema_arrow.names
+        _require(fields, present, str(file))
+        columns = [name for name in fields.names if name in present]
+        yield from _rows(file, table.iter_batches(columns=columns, batch_size=ROWS), columns)
 
 
-_READERS: dict[str, Callable[[Path, str], Found]] = {
+def _arrow(file: Path, fields: Fields) -> Found:
+    import pyarrow.ipc
+
+    with open(file, "rb") as stream:
+        in_blocks = stream.read(len(ARROW_FILE)) == ARROW_FILE  # of Arrow's file format; datasets writes streams
+        stream.seek(0)
+        opened = (pyarrow.ipc.open_file if in_blocks else pyarrow.ipc.open_stream)(stream)
+        _require(fields, opened.schema.names, str(file))
+        columns = [name for name in fields.names if name in opened.schema.names]
+        batches = map(opened.get_batch, range(opened.num_record_batches)) if in_blocks else opened
+        yield from _rows(file, batches, columns)
+
+
+def _rows(file: Path, batches: Iterable[Any], columns: Sequence[str]) -> Found:
+    """The rows of a table's record batches."""
+    number = 0
+    for batch in _located(batches, lambda _: f"{file} after row {number}"):  # noqa: B023 - the rows before an error
+        for row in range(len(batch)):
+            number += 1
+            where = f"{file} row {number}"
+            name = ""
+            try:
+                record = {}
+                for name in columns:
+                    record[name] = _without_nulls(batch.column(name)[row].as_py())
+            except UnicodeDecodeError as error:
+                message = f"{where} is not UTF-8: {error.reason} at byte {error.start} of its field {name}"
+                yield where, RecordError(message)
+            else:
+                yield where, record
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table's value without the keys that other rows' structures have: a table fills those with nulls."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    if isinstance(value, list) and any(isinstance(x, dict | list) for x in value):
+        return [_without_nulls(x) for x in value]
+    return value
+
+
+_READERS: dict[str, Callable[[Path, Fields], Found]] = {
     "text": _text,
     "jsonl": _json_lines,
     "json": _json,
     "csv": _csv,
     "tsv": _tsv,
     "parquet": _parquet,
+    "arrow": _arrow,
 }
 
 
-def _require(field: str, available: list[str], where: str) -> None:
-    if field not in available:
-        raise ConfigError(f"{where} has no field data.field={field}; it has {', '.join(available) or 'none'}")
-    if available.count(field) > 1:
-        raise ConfigError(f"{where} has {available.count(field)} fields data.field={field}: one must have that name")
+def _require(fields: Fields, available: Sequence[str], where: str) -> None:
+    if (refusal := fields.refusal(available)) is not None:
+        raise ConfigError(f"{where} {refusal}")
+    if doubled := [name for name in fields.names if list(available).count(name) > 1]:
+        count = list(available).count(doubled[0])
+        raise ConfigError(f"{where} has {count} fields of the name {doubled[0]}: one must have it")
 
 
 def _lines(file: Path) -> Iterator[str]:

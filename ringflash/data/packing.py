@@ -1,18 +1,26 @@
 """Packing: sequence number `index` of an endless stream, as a pure function of (corpus, seed, index, length).
 
-In every epoch the documents are put in an order drawn from (seed, epoch), laid end to end and cut every `length`
-tokens. The pieces of a cut document are documents of their own. The last tokens of an epoch, fewer than `length`,
-are left out. Three documents of 5, 4 and 6 tokens at length 4:
+data.packing says what becomes of documents that do not fit:
 
-    epoch 0    a a a a a b b b b c c c c c c
-    index      |0      |1      |2      |
-    documents  (4)     (1, 3)  (1, 3)
+    cut         laid end to end and cut every `length` tokens; the pieces of a document are documents of their own
+    whole       never cut: packed by best fit (best_fit.py); documents longer than a sequence are dropped
+    truncate    as whole, but of a document longer than a sequence its first `length` tokens are kept
+
+In every epoch the order is drawn from (seed, epoch). Three documents of 5, 4 and 6 tokens, cut at length 4, and packed
+whole at length 8, where what is left is padding, documents of their own without labels:
+
+    cut     a a a a|a b b b|b c c c|c c c        whole    c c c c c c . .|b b b b . . . .|a a a a a . . .
+            (4)     (1, 3)  (1, 3)                        (6, 2)          (4, 4)          (5, 3)
+
+The last tokens of an epoch that is cut, fewer than `length`, are left out. In every epoch that is packed whole, the
+same lengths share a sequence, but documents of equal length change places, and sequences come in another order.
 
 Nothing is carried from one sequence to the next, so any rank can make any sequence at any time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,16 +28,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringflash.data.best_fit import best_fit
 from ringflash.data.corpus import TokenCorpus
+from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
 
-IGNORE = -100  # the label of a token that predicts nothing; torch's cross entropy skips it
+PADDING = 0  # the token of padding, which no other token sees and which predicts nothing
+PIECE = 128  # tokens of a document of padding: one long document would cost attention of its own
 
 
 class Packed(NamedTuple):
     """One packed sequence: tokens and labels int64 [S] on the CPU, and its documents' token counts, which sum to S.
 
-    A token's label is the next token of its document; the last of each document has the label IGNORE.
+    A token's label is the next token of its document, or what the document predicts there; the last of each document
+    has the label IGNORE.
     """
 
     tokens: Tensor
@@ -37,37 +49,130 @@ class Packed(NamedTuple):
     documents: tuple[int, ...]
 
 
+class _Plan(NamedTuple):
+    """Which lengths share a sequence: documents in descending order of length have the places 0, 1, 2, ...
+
+    kept: the numbers of the documents, int64 [places]. lengths: theirs, after truncation, in the order of places.
+    places: those of sequence i are places[ends[i - 1]:ends[i]], int64 [places] and [sequences].
+    """
+
+    kept: np.ndarray
+    lengths: np.ndarray
+    places: np.ndarray
+    ends: np.ndarray
+
+
 def sequences_per_epoch(corpus: TokenCorpus, length: int) -> int:
     """How many sequences of `length` tokens an epoch has. Raises ConfigError if there is not one."""
-    if corpus.total < length:
+    if corpus.packing == "cut":
+        if corpus.total < length:
+            raise ConfigError(
+                f"data.path={corpus.source} has {corpus.total} tokens for {corpus.split}, fewer than"
+                f" data.sequence_length={length}; give more text, a shorter sequence or another data.held_out"
+            )
+        return corpus.total // length
+    if not (count := len(_plan(corpus, length).ends)):
         raise ConfigError(
-            f"data.path={corpus.source} has {corpus.total} tokens for {corpus.split}, fewer than"
-            f" data.sequence_length={length}; give more text, a shorter sequence or another data.held_out"
+            f"data.path={corpus.source} has no document for {corpus.split} of at most data.sequence_length={length} "
+            f"tokens, and data.packing={corpus.packing} drops longer ones: give more documents, a longer sequence, or "
+            f"data.packing=truncate"
         )
-    return corpus.total // length
+    return count
 
 
 def pack(corpus: TokenCorpus, seed: int, index: int, length: int) -> Packed:
     """The index-th sequence of `length` tokens, counted over all epochs. Raises ConfigError if an epoch has none."""
     epoch, number = divmod(index, sequences_per_epoch(corpus, length))
-    order, ends = _epoch(corpus, seed, epoch)
+    if corpus.packing == "cut":
+        return _cut(corpus, *_order(corpus, seed, epoch), number, length)
+    chosen, order = _drawn(corpus, seed, epoch, length)
+    plan = _plan(corpus, length)
+    end = plan.ends[order[number]]
+    begin = plan.ends[order[number] - 1] if order[number] else 0
+    documents = chosen[plan.places[begin:end]]
+    pieces = [corpus.document(i)[:length] for i in documents]
+    targets = [corpus.targets(i)[:length] for i in documents]
+    padding = length - sum(map(len, pieces))
+    for count in [PIECE] * (padding // PIECE) + [padding % PIECE] * (padding % PIECE > 0):
+        pieces.append(np.full(count, PADDING))
+        targets.append(np.full(count, IGNORE))
+    return _packed(pieces, targets)
+
+
+def _cut(corpus: TokenCorpus, order: np.ndarray, ends: np.ndarray, number: int, length: int) -> Packed:
+    """Sequence `number` of an epoch whose documents lie end to end."""
     start, stop = number * length, (number + 1) * length
     first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
-    pieces = []
+    pieces, targets = [], []
     for i in range(first, last + 1):
-        document = corpus.document(order[i])
+        document, target = corpus.document(order[i]), corpus.targets(order[i])
         begin = ends[i] - len(document)
-        pieces.append(document[max(start - begin, 0) : stop - begin])
+        here = slice(max(start - begin, 0), stop - begin)
+        pieces.append(document[here])
+        targets.append(target[here])
+    return _packed(pieces, targets)
+
+
+def _packed(pieces: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Packed:
+    """Documents end to end; targets: what each of their tokens would be predicted as."""
     documents = tuple(len(piece) for piece in pieces)
-    tokens = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
-    labels = torch.cat([tokens[1:], tokens[:1]])
+    tokens, labels = (torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (pieces, targets))
+    labels = labels.roll(-1)
     labels[torch.tensor(documents).cumsum(0) - 1] = IGNORE
     return Packed(tokens, labels, documents)
 
 
 @lru_cache(maxsize=4)  # the current epoch and the next, for training and for evaluation
-def _epoch(corpus: TokenCorpus, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _order(corpus: TokenCorpus, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """An epoch's order of documents, and where each ends in it: int64 [documents], twice."""
-    # epoch + 1, because numpy draws the same from (seed, 0) as from seed, which draws the split
-    order = np.random.default_rng((seed, epoch + 1)).permutation(len(corpus))
+    order = _generator(seed, epoch).permutation(len(corpus))
     return order, corpus.lengths[order].cumsum()
+
+
+@lru_cache(maxsize=4)
+def _drawn(corpus: TokenCorpus, seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """An epoch's document at each place of the plan, and its order of sequences, int64 [places] and [sequences]."""
+    plan, generator = _plan(corpus, length), _generator(seed, epoch)
+    kept = generator.permutation(plan.kept)
+    by_length = np.argsort(-np.minimum(corpus.lengths[kept], length), kind="stable")
+    return kept[by_length], generator.permutation(len(plan.ends))
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    # epoch + 1, because numpy draws the same from (seed, 0) as from seed, which draws the split
+    return np.random.default_rng((seed, epoch + 1))
+
+
+@lru_cache(maxsize=4)  # training and evaluation
+def _plan(corpus: TokenCorpus, length: int) -> _Plan:
+    """Which lengths share a sequence, the same in every epoch and on every rank."""
+    fits = corpus.lengths <= length if corpus.packing == "whole" else np.ones(len(corpus), bool)
+    kept = np.flatnonzero(fits)
+    lengths = -np.sort(-np.minimum(corpus.lengths[kept], length))
+    chosen, count = best_fit(lengths.tolist(), length)
+    places = np.argsort(chosen, kind="stable") if count else np.empty(0, np.int64)
+    return _Plan(kept, lengths, places, np.bincount(chosen, minlength=count).cumsum() if count else places)
+
+
+def summary(corpus: TokenCorpus, length: int) -> list[str]:
+    """Two lines on a split: its sequences and how full they are; how many documents each sequence length would keep."""
+    sequences, documents, tokens = sequences_per_epoch(corpus, length), len(corpus), corpus.total
+    longer = int((corpus.lengths > length).sum())
+    kept = sequences * length if corpus.packing == "cut" else int(_plan(corpus, length).lengths.sum())
+    fate = {"cut": "are cut", "whole": "are dropped", "truncate": f"keep their first {length:,}"}[corpus.packing]
+    lost = f"; {longer:,} longer than {length:,} tokens {fate}" if longer else ""
+    bounds = 2 ** np.arange(6, 25)
+    at_most = np.searchsorted(np.sort(corpus.lengths), bounds, side="right")
+    first = max(0, int(np.searchsorted(at_most, documents // 100, side="right")) - 1)
+    last = int(np.searchsorted(at_most, documents)) + 1
+    counts = [f"{bound:,}: {count:,}" for bound, count in zip(bounds, at_most, strict=True)][first:last]
+    predicted = "" if corpus.labels is None else f", {_labelled(corpus):,} of them predicted"
+    return [
+        f"{corpus.split:<10} {documents:,} documents of {tokens:,} tokens{predicted}, in {sequences:,} sequences per "
+        f"epoch, {kept / sequences / length:.1%} full{lost}",
+        f"{'':<10} documents by length, at most: {', '.join(counts)}",
+    ]
+
+
+def _labelled(corpus: TokenCorpus) -> int:
+    return sum(int((corpus.targets(i) != IGNORE).sum()) for i in range(len(corpus)))

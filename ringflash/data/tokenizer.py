@@ -80,7 +80,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
         return lambda texts: _bytes(tokenizer, texts)
     if not tokenizer.is_fast:
         return lambda texts: _slow(tokenizer, name, texts)
-    backend = _text_only(tokenizer, name)
+    backend = text_only(tokenizer, name)
     return lambda texts: _fast(backend, tokenizer, name, texts)
 
 
@@ -128,7 +128,7 @@ def _slow(tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
     return documents
 
 
-def _text_only(tokenizer: Any, name: str) -> Tokenizer:
+def text_only(tokenizer: Any, name: str) -> Tokenizer:
     """A copy of a fast tokenizer's backend whose special tokens no text spells."""
     from tokenizers import Tokenizer
 

@@ -10,7 +10,7 @@ import torch
 
 from ringflash.data import TokenCorpus, batch
 from ringflash.data.batches import Batch
-from ringflash.data.packing import IGNORE
+from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
 from ringflash.training.step import Layouts, shard
 from ringflash.training.world import World

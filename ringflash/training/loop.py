@@ -13,7 +13,7 @@ import torch.distributed as dist
 import yaml
 from transformers import PreTrainedModel
 
-from ringflash.data import TokenCorpus, load_corpus, stream
+from ringflash.data import TokenCorpus, load_corpus, stream, summary
 from ringflash.models import build_model
 from ringflash.training import checkpoint, metrics, preflight, run_folder
 from ringflash.training.config import Config
@@ -130,6 +130,10 @@ def _load_corpora(config: Config, world: World) -> tuple[TokenCorpus, TokenCorpu
     with world.without_timeout(f"reading {cached}"):
         training, held_out = load_corpus(config.data, verify=False)
     preflight.check_corpora(config, training, held_out)
+    if world.is_first:
+        corpora = (training, held_out) if config.data.held_out else (training,)
+        lines = [line for corpus in corpora for line in summary(corpus, config.data.sequence_length)]
+        print(*lines, sep="\n", flush=True)
     return training, held_out
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ringflash.data.packing import IGNORE
+from ringflash.data.records import IGNORE
 
 LOGITS = 2**28  # of a tile, unless it is given: half a GiB in bf16, and enough for products at full speed
 

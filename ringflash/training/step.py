@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ringflash.data.batches import Batch
-from ringflash.data.packing import IGNORE
+from ringflash.data.records import IGNORE
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.models import ring_inputs, windows_of_layers

@@ -4,6 +4,7 @@ import gzip
 import socket
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
@@ -11,7 +12,16 @@ from transformers import ByT5Tokenizer
 
 from ringflash.data import DataConfig, documents, load_corpus, python_stdlib
 from ringflash.errors import ConfigError
-from tests.data.cases import TEXTS, config, stored, write_jsonl, write_parquet, write_texts, write_tokenizer
+from tests.data.cases import (
+    TEXTS,
+    config,
+    stored,
+    texts_of,
+    write_jsonl,
+    write_parquet,
+    write_texts,
+    write_tokenizer,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
@@ -163,6 +173,8 @@ def test_all_bad_inputs_are_tried(tmp_path):
             ("field", ""),
             ("tokenizer", ""),
             ("format", "xml"),
+            ("malformed", "ignore"),
+            ("packing", "greedy"),
         ),
         *(("cache", ""), ("held_out", 1.0), ("held_out", -0.1), ("seed", -1), ("sequence_length", 1)),
     ],
@@ -193,3 +205,54 @@ def test_the_standard_library_loads(tmp_path):
     assert (len(train), len(held_out)) == (7, 1)
     assert train.total > 200_000
     assert 2.5 < train.unigram_entropy() < 3.5
+
+
+# -- malformed records
+
+
+MALFORMED = [
+    '{"text": "a"}',
+    '{"text": 3}',
+    "not json",
+    '["a"]',
+    '{"body": "b"}',
+    '{"text": "\\u0000"}',
+    '{"text": "z"}',
+]
+
+
+def test_malformed_records_are_left_out_and_counted_where_that_is_asked_for(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("\n".join(MALFORMED))
+    assert texts_of(config(tmp_path, tmp_path / "a.jsonl", malformed="skip")) == ["a", "z"]
+    printed = capsys.readouterr().out
+    assert "data.malformed=skip left out 5 records, the first: " in printed
+    assert "a.jsonl line 2: data.field=text holds int, not text" in printed
+
+
+@pytest.mark.parametrize("line", MALFORMED[1:-1])
+def test_a_malformed_record_is_refused_with_its_line(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f"{MALFORMED[0]}\n{line}\n{MALFORMED[-1]}\n")
+    with pytest.raises(ConfigError, match=r"a\.jsonl line 2"):
+        texts_of(config(tmp_path, tmp_path / "a.jsonl"))
+
+
+def test_only_malformed_records_are_refused_with_the_first(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(MALFORMED[1:-1]))
+    with pytest.raises(ConfigError, match=r"holds no text: .*; 5 are left out as malformed, the first: .* line 1"):
+        texts_of(config(tmp_path, tmp_path / "a.jsonl", malformed="skip"))
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path):
+    table = datasets.Dataset.from_dict({"text": TEXTS, "number": list(range(len(TEXTS)))})
+    table.save_to_disk(tmp_path / "saved", num_shards=2)
+    assert texts_of(config(tmp_path, tmp_path / "saved")) == TEXTS
+    filtered = table.filter(lambda row: row["number"] % 2 == 0)
+    filtered.save_to_disk(tmp_path / "filtered")
+    assert texts_of(config(tmp_path, tmp_path / "filtered")) == TEXTS[::2]
+
+
+def test_a_folder_of_several_splits_is_refused_with_their_names(tmp_path):
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"holds the splits train, test of a dataset: .*data\.path=.*saved/train"):
+        texts_of(config(tmp_path, tmp_path / "saved"))

@@ -119,7 +119,7 @@ REFUSED = {
         {},
         "a.md has the suffix of a text, but begins with JSON records: set data.format=json ",
     ),
-    "a field of a text": ("a.txt", b"text", {"field": "body"}, "data.field=body names a field, but "),
+    "a field of a text": ("a.txt", b"text", {"field": "body"}, "data.field=body needs records, but "),
     "a field of text by name": (
         "a",
         b"text",
@@ -218,7 +218,7 @@ REFUSED = {
         "a.csv",
         b"text,id,text\na,1,b\n",
         {},
-        "line 1 has 2 fields data.field=text: one must",
+        "line 1 has 2 fields of the name text: one must",
     ),
     "an open quote": ("a.csv", b'text\n"a\nb\n', {}, "a.csv line 3 is not CSV: unexpected end of data"),
     "a truncated file": (
@@ -264,7 +264,7 @@ def written_badly(content, damage):
 @pytest.mark.parametrize(
     ("content", "damage", "message"),
     [
-        (b"row 070", b"row \xff70", "row 71 is not UTF-8: invalid start byte at byte 4 of its data.field=text"),
+        (b"row 070", b"row \xff70", "row 71 is not UTF-8: invalid start byte at byte 4 of its field text"),
         (b"row 071", b"row\x00071", "row 72: data.field=text holds a NUL at character 3"),
         (b"\x07\0\0\0row 090", b"\xff\xff\xff\x7frow 090", "after row 64 cannot be read: "),
     ],

@@ -1,5 +1,8 @@
 """An epoch's sequences hold every token once, up to its tail, and no label looks past its document."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -68,6 +71,17 @@ def test_a_document_longer_than_the_sequence_is_cut():
     assert [s.tokens.tolist() for s in sequences] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [s.labels.tolist() for s in sequences] == [[1, 2, 3, IGNORE], [5, 6, 7, IGNORE]]
     assert [s.documents for s in sequences] == [(4,), (4,)]
+
+
+@given(lengths, st.integers(1, 30), st.integers(0, 3), st.data())
+def test_a_label_of_its_own_is_predicted_one_place_before_its_token(counts, length, index, data):
+    own = data.draw(st.lists(st.sampled_from([IGNORE, 5, 9]), min_size=sum(counts), max_size=sum(counts)))
+    texts = dataclasses.replace(corpus(counts), labels=np.array(own, np.int32))
+    packed = pack(texts, 0, index, min(length, sum(counts)))
+    for tokens, labels in zip(
+        packed.tokens.split(packed.documents), packed.labels.split(packed.documents), strict=True
+    ):
+        assert labels.tolist() == [own[token + 1] for token in tokens[:-1]] + [IGNORE]
 
 
 def test_too_little_text_is_refused_with_the_keys_to_change():

@@ -1,0 +1,157 @@
+"""Records to documents: what the records of a file mean.
+
+    Texts       a field holds text                                              data.field=text
+    TokenIds    a field holds token ids, and perhaps another their labels       data.field=input_ids
+    Dialogues   messages, or a prompt and its completion: chat.py               data.chat=true
+
+A `Reading` is one of them. It parses a record, refusing it with its place, and encodes parsed records in groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ringflash.data.formats import Fields, Record, RecordError
+from ringflash.data.tokenizer import Encoder
+
+IGNORE = -100  # the label of a token that is not predicted; torch's cross entropy skips it
+FIELD = "text"  # read where data.field=null and the format has fields
+IDS = "input_ids"  # the field of token ids
+TOKENISED = (IDS, "labels", "attention_mask", "position_ids", "cu_seqlens")  # what tokenised records hold
+
+
+class Document(NamedTuple):
+    """The tokens of a document.
+
+    tokens: integers [n]. labels: int32 [n], the token that is to be predicted at each place, not shifted: the token
+    itself, or IGNORE; None where all are predicted. begins: whether it is the first document of its record.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray | None = None
+    begins: bool = True
+
+
+class Reading(Protocol):
+    """What records mean."""
+
+    fields: Fields
+
+    def parse(self, where: str, record: Record) -> Sequence[Any]:
+        """What a record holds; nothing, if it is empty. Raises RecordError, which begins with `where`."""
+
+    def encode(self, parsed: Sequence[Any]) -> Iterable[Document]:
+        """The documents of what records hold, in order."""
+
+
+class Texts:
+    """A field holds the text of one document."""
+
+    def __init__(self, field: str, encode: Encoder) -> None:
+        self.field = field
+        self.fields = Fields((field,), lambda available: missing(field, available))
+        self._encode = encode
+
+    def parse(self, where: str, record: Record) -> list[str]:
+        """The text, if it is not empty."""
+        text = record[self.field]
+        if not isinstance(text, str | None):
+            raise RecordError(f"{where}: data.field={self.field} holds {type(text).__name__}, not text")
+        return [clean(text, f"{where}: data.field={self.field}")] if text else []
+
+    def encode(self, parsed: Sequence[str]) -> Iterator[Document]:
+        """A document per text."""
+        return map(Document, self._encode(list(parsed)))
+
+
+class TokenIds:
+    """The field input_ids holds token ids; nothing is added to them.
+
+    size: of the tokenizer. Refused are ids and labels that it does not have, and padding. Where position_ids begin
+    again from 0, or at cu_seqlens, a document ends.
+    """
+
+    fields = Fields(TOKENISED, lambda available: missing(IDS, available), lists=True)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def parse(self, where: str, record: Record) -> list[Document]:
+        """The documents of a record."""
+        ids = self._ids(where, IDS, record.get(IDS) or [], least=0)
+        if not all(record.get("attention_mask") or []):
+            raise RecordError(f"{where} has an attention_mask that hides tokens: remove the padding from its {IDS}")
+        labels = None
+        if record.get("labels") not in (None, record.get(IDS)):
+            labels = self._ids(where, "labels", record["labels"], least=IGNORE)
+            if len(labels) != len(ids):
+                raise RecordError(f"{where}: labels holds {len(labels)} labels, for {len(ids)} {IDS}")
+        starts = _starts(where, record, len(ids))
+        ends = [*starts[1:], len(ids)]
+        return [
+            Document(ids[begin:end], None if labels is None else labels[begin:end].astype(np.int32))
+            for begin, end in zip(starts, ends, strict=True)
+            if end > begin
+        ]
+
+    def encode(self, parsed: Sequence[Document]) -> Sequence[Document]:
+        """The documents, as they are."""
+        return parsed
+
+    def _ids(self, where: str, name: str, value: Any, least: int) -> np.ndarray:
+        """Ids or labels as int64. Labels may be IGNORE."""
+        ids = _integers(where, name, value, "token ids")
+        wrong = ids[((ids < 0) & (ids != least)) | (ids >= self.size)]
+        if len(wrong):
+            raise RecordError(f"{where}: {_named(name)} holds {wrong[0]}, and data.tokenizer has {self.size} tokens")
+        return ids
+
+
+def _starts(where: str, record: Record, count: int) -> list[int]:
+    """Where the documents of a record of token ids begin."""
+    positions, boundaries = record.get("position_ids"), record.get("cu_seqlens")
+    found = []
+    if positions is not None:
+        places = _integers(where, "position_ids", positions, "positions")
+        starts = np.flatnonzero(places == 0)
+        expected = np.arange(count)
+        if len(places) == count and count and len(starts) and starts[0] == 0:
+            expected = expected - np.repeat(starts, np.diff([*starts, count]))
+        if not np.array_equal(places, expected):
+            raise RecordError(f"{where}: position_ids must count each document's tokens from 0, {count} in all")
+        found.append(starts.tolist())
+    if boundaries is not None:
+        ends = _integers(where, "cu_seqlens", boundaries, "boundaries")
+        if not len(ends) or ends[0] != 0 or ends[-1] != count or (np.diff(ends) < 0).any():
+            raise RecordError(f"{where}: cu_seqlens must rise from 0 to the {count} {IDS}, got {boundaries!r:.60}")
+        found.append(sorted({*ends[:-1].tolist()}))
+    if len(found) == 2 and found[0] != found[1]:
+        raise RecordError(f"{where}: position_ids and cu_seqlens divide its {IDS} differently")
+    return found[0] if found else [0]
+
+
+def _integers(where: str, name: str, value: Any, what: str) -> np.ndarray:
+    if not (isinstance(value, list) and all(type(x) is int and abs(x) < 2**63 for x in value)):
+        raise RecordError(f"{where}: {_named(name)} holds {value!r:.60}, not a list of {what}")
+    return np.asarray(value, np.int64)
+
+
+def _named(name: str) -> str:
+    return f"data.field={IDS}" if name == IDS else name
+
+
+def missing(field: str, available: Sequence[str]) -> str | None:
+    """Why a record with these fields cannot be used where data.field must be there; None where it can."""
+    if field in available:
+        return None
+    return f"has no field data.field={field}; it has {', '.join(available) or 'none'}"
+
+
+def clean(text: str, where: str) -> str:
+    """A text that tokenizers take: half a surrogate pair, which JSON can escape, becomes "?". Raises for a NUL."""
+    if "\0" in text:
+        raise RecordError(f"{where} holds a NUL at character {text.index(chr(0))}; remove it")
+    return text.encode("utf-8", "replace").decode()
