@@ -130,4 +130,6 @@ def _writing_down(ring: Recorder, plan: AttentionPlan) -> Kernel:
     def backward(dout, q, k, v, lse, delta, intervals, **options) -> None:
         note(q, intervals)
 
-    return Kernel("recorder", forward, blocked.delta, backward, blocked.round_into, lambda q, k, softcap: None)
+    return Kernel(
+        "recorder", forward, blocked.delta, blocked.center, backward, blocked.round_into, lambda q, k, softcap: None
+    )  # fmt: skip

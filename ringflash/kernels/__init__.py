@@ -1,10 +1,11 @@
 """Attention of one query shard on one key/value shard, on one device.
 
-Every kernel has the same four functions and knows nothing of rings, layouts, documents or windows:
+Every kernel has the same five functions and knows nothing of rings, layouts, documents or windows:
 
     forward(q, k, v, intervals, *, scale, softcap, carry, out) -> Partial
     delta(out, dout) -> Tensor
-    backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None
+    center(q, k, lse, *, scale) -> (Tensor, Tensor)
+    backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv, center) -> None
     round_into(out, x) -> None
 
 q, dout [B, Sq, Hq, D]; k, v [B, Skv, Hkv, D], any strides with a contiguous last dimension; Hq a multiple of Hkv.
@@ -17,6 +18,8 @@ carry.out, all of it; lse is updated in place all the same. Without a carry the 
 
 backward: lse and delta, fp32 [B, Hq, Sq], are those of the whole softmax, over all shards: delta = rowsum(dout * out).
 Gradients are *added* into dq [B, Sq, Hq, D], dk and dv [B, Skv, Hkv, D], all fp32, with a contiguous last dimension.
+Where `center` [B, 1, Hkv, D] is given, keys are k - center, and lse is theirs: the function center makes both, and
+`compensation` says what for.
 round_into writes such a sum, when it is complete, in the inputs' dtype.
 """
 
@@ -39,6 +42,7 @@ class Kernel:
     name: str
     forward: Callable
     delta: Callable[[Tensor, Tensor], Tensor]
+    center: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable
     round_into: Callable[[Tensor, Tensor], None]
     supports: Callable[[Tensor, Tensor, float | None], str | None]
@@ -77,4 +81,6 @@ def _load(name: str, deterministic: bool = False) -> Kernel | str:
     call = backward.backward
     if name == "hopper":  # the other kernels' gradients have one writer each
         call = functools.partial(call, deterministic=deterministic)
-    return Kernel(name, forward.forward, backward.delta, call, backward.round_into, forward.supports)
+    return Kernel(
+        name, forward.forward, backward.delta, backward.center, call, backward.round_into, forward.supports
+    )  # fmt: skip

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.checks import request_refusal
+from ringflash.kernels.compensation import center
 from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge
+
+__all__ = ["backward", "center", "delta", "forward", "round_into", "supports"]
 
 # Rows of a query tile. Larger tiles feed the matrix products better, smaller ones waste less on masked corners.
 TILE = 256
@@ -81,8 +84,10 @@ def backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    center: Tensor | None = None,
 ) -> None:
     """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract."""
+    k = k if center is None else k - center
     for rows, keys, visible in _tiles(intervals):
         q_tile, dout_tile = _fold(q[:, rows], k), _fold(dout[:, rows], k)
         lse_tile, delta_tile = (x[:, :, rows].reshape(len(q), k.shape[2], -1, 1) for x in (lse, delta))

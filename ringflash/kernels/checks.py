@@ -85,6 +85,18 @@ def check_rows(kernel: str, like: Tensor, **tensors: Tensor) -> None:
             )
 
 
+def check_center(kernel: str, k: Tensor, center: Tensor | None) -> None:
+    """Raise ValueError unless center is None or [B, 1, Hkv, D], of k's dtype, contiguous in its last dimension."""
+    if center is None:
+        return
+    shape = (len(k), 1, *k.shape[2:])
+    if center.shape != shape or center.dtype != k.dtype or center.device != k.device or center.stride(3) != 1:
+        raise ValueError(
+            f"kernel={kernel} takes center as {[*shape]}, {k.dtype}, last dimension contiguous, on {k.device}, "
+            f"got {[*center.shape]}, {center.dtype}, strides {center.stride()}, on {center.device}"
+        )
+
+
 def check_out(kernel: str, q: Tensor, out: Tensor) -> None:
     """Raise ValueError unless out is of q's shape, in a dtype that kernels write, contiguous in its last dimension."""
     if out.shape != q.shape or out.dtype not in OUT_DTYPES or out.stride(3) != 1:

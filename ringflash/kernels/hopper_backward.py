@@ -45,6 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels import portable_backward
+from ringflash.kernels.checks import check_center
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
 from ringflash.kernels.hopper_backward_256 import backward_kernel as backward_kernel_256
 from ringflash.kernels.hopper_backward_parts import Call, stage_dq
@@ -65,11 +66,11 @@ from ringflash.kernels.hopper_parts import (
     sync,
     tiles,
 )
-from ringflash.kernels.portable_backward import delta, round_into
+from ringflash.kernels.portable_backward import center, delta, round_into
 from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales
 from ringflash.mask import Intervals
 
-__all__ = ["backward", "delta", "round_into"]
+__all__ = ["backward", "center", "delta", "round_into"]
 
 PUBLISHED = gl.constexpr(FIRST_BARRIER)  # 4: ds of each consumer, of even steps and of odd ones
 EMPTY = gl.constexpr(FIRST_BARRIER + 4)  # as many as there are stages, at most 3
@@ -401,6 +402,7 @@ def backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    center: Tensor | None = None,
     deterministic: bool = False,
     tuning: Tuning | None = None,
 ) -> None:
@@ -413,14 +415,17 @@ def backward(
     """
     if deterministic:
         portable_backward.backward(
-            dout, q, k, v, lse, delta, intervals, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv
+            dout, q, k, v, lse, delta, intervals, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv, center=center
         )
         return
     check_inputs(q, k, scale, softcap, intervals, v=v, dout=dout)
     check_rows(q, lse=lse, delta=delta, dq=dq)
     check_rows(k, dk=dk, dv=dv)
+    check_center("hopper", k, center)
     if 0 in q.shape or 0 in k.shape:
         return
+    if center is not None:
+        k = k - center
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
     rows = ROWS.value

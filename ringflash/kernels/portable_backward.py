@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringflash.kernels.checks import check_rows
+from ringflash.kernels.checks import check_center, check_rows
+from ringflash.kernels.portable_compensation import center
 from ringflash.kernels.portable_parts import (
     LARGE_SHARED,
     LOG2_E_,
@@ -42,6 +43,8 @@ from ringflash.kernels.portable_parts import (
     visible,
 )
 from ringflash.mask import Intervals
+
+__all__ = ["backward", "center", "delta", "round_into"]
 
 DELTA_ROWS = 64  # of a program of delta_kernel
 ROUND_ROWS = 32  # of a program of round_kernel
@@ -379,6 +382,7 @@ def backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    center: Tensor | None = None,
     dq_tuning: Tuning | None = None,
     dkdv_tuning: Tuning | None = None,
 ) -> None:
@@ -390,8 +394,11 @@ def backward(
     check_inputs(q, k, scale, softcap, intervals, v=v, dout=dout)
     check_rows("portable", q, lse=lse, delta=delta, dq=dq)
     check_rows("portable", k, dk=dk, dv=dv)
+    check_center("portable", k, center)
     if 0 in q.shape or 0 in k.shape:
         return
+    if center is not None:
+        k = k - center  # in registers, dq_kernel would do it again for each tile of queries, between copy and product
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
     rows = (*(lse, *lse.stride()[:2]), *(delta, *delta.stride()[:2]))

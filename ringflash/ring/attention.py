@@ -18,7 +18,7 @@ kernel adds to the other's:
 Only what later ranks see is sent (`plan.routes`). Extra memory, whatever the ring's size:
 
 - two shards of keys and values, and in the forward the running result in fp32;
-- in the backward also two shards of gradients, and one of centered keys (`ring.compensation`);
+- in the backward also two shards of gradients, and the kernel's centered keys (`kernels.compensation`);
 - a third shard of gradients where a rank's own return while it still forwards those of others, as with documents, wide
   windows or contiguous layouts.
 
@@ -38,7 +38,6 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge_sink
 from ringflash.ring.checks import check_call, check_tensors
-from ringflash.ring.compensation import CenteredKeys
 from ringflash.ring.plan import AttentionPlan, Part
 from ringflash.ring.ranges import Range, Ranges
 from ringflash.ring.recompute import kept_or_computed
@@ -66,7 +65,7 @@ def ring_attention(
     fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch, ranks outermost.
     scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the
     softmax and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly
-    on Hopper. compensated: gradients do not suffer from out's rounding (see `ring.compensation`).
+    on Hopper. compensated: gradients do not suffer from out's rounding (see `kernels.compensation`).
     layer: its number, for reports of a ring that hangs. Returns out [B, S, Hq, D] in q's dtype; queries that
     see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
@@ -176,7 +175,13 @@ def _gradients(ctx, dout: Tensor, context: str, allocate: Allocate) -> tuple[Ten
     for rounded_away in residue:
         delta += ctx.call.kernel.delta(rounded_away, dout)
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
-    dq, dk, dv = _backward(_by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), exact, ctx.call, allocate)
+    centers = None
+    if ctx.call.centers_keys:
+        center, shifted = ctx.call.kernel.center(q, k, lse, scale=ctx.call.scale)
+        centers, lse_ = _by_rank(center, ranks), _by_rank(shifted, ranks)
+    dq, dk, dv = _backward(
+        _by_rank(dout, ranks), q_, kv, lse_, _by_rank(delta, ranks), centers, exact, ctx.call, allocate
+    )
     dsink = None
     if sink is not None:
         # As for a key whose value is 0: p (dout . 0 - delta), summed over its queries. Where nothing is seen and the
@@ -250,17 +255,17 @@ def _backward(
     kv: _TravellingKeys,
     lse: list[Tensor],
     delta: list[Tensor],
+    centers: list[Tensor] | None,
     dtype: torch.dtype,
     call: _Call,
     allocate: Allocate,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in `dtype`, of all local ranks, ranks outermost in the batch.
 
-    The keys of hop 1 are on their way.
+    centers: what each local rank subtracts from all keys; lse is of those (`kernels.compensation`). The keys of hop 1
+    are on their way.
     """
     plan, k = call.plan, [own for own, _ in kv.own]
-    centered = CenteredKeys(k, q, call.scale) if call.centers_keys else None
-    lse = lse if centered is None else centered.lse(lse, q, call.scale, call.kernel.delta)
     dq = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in q]
     whole = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in xs] for xs in (q, k, k)]
     halves = _halves(q[0].shape[2], k[0].shape[2], plan)
@@ -276,13 +281,13 @@ def _backward(
         if not hop.intervals:
             return
         (dk, dv), (k_here, v_here) = dkv.at(s, i), (x[:, part.rows, of_k] for x in kv.at(s, i))
-        if centered is not None:
-            k_here = centered.keys(k_here, i, part.routes[hop.source].seen[s], part.rows, of_k)
+        center = None if centers is None else centers[i][:, :, of_k]
         for intervals in hop.intervals:
             call.kernel.backward(
                 dout[i][:, :, of_q], q[i][:, :, of_q], k_here, v_here,
                 lse[i][:, of_q], delta[i][:, of_q], intervals,
                 scale=call.scale, softcap=call.softcap, dq=dq[i][:, :, of_q], dk=dk, dv=dv,
+                center=center,
             )  # fmt: skip
 
     hops = [*range(1, plan.ring.size), 0]

@@ -71,14 +71,12 @@ class Hop:
 class Route:
     """How far one rank's keys travel, and which of them.
 
-    last_hop: the last hop on which any rank sees them. seen[s]: what the rank of hop s sees, and short gaps between.
-    keys[s]: what arrives with hop s, all that hops s and later see.
+    last_hop: the last hop on which any rank sees them. keys[s]: what arrives with hop s, all that hops s and later see.
     gradients[s]: what has gradients on the rank that has computed hop s. Of these, forwarded[s] are sent to the next
     rank, whose hop may add to them; returned[s], which no later hop adds to, go to the keys' owner.
     """
 
     last_hop: int
-    seen: tuple[Ranges, ...]
     keys: tuple[Ranges, ...]
     gradients: tuple[Ranges, ...]
     forwarded: tuple[Ranges, ...]
@@ -96,7 +94,7 @@ class Route:
 
     def within(self, begin: int, end: int) -> Route:
         """The same of tokens begin..end - 1 alone, counted from begin."""
-        sides = (self.seen, self.keys, self.gradients, self.forwarded, self.returned)
+        sides = (self.keys, self.gradients, self.forwarded, self.returned)
         return Route(self.last_hop, *(tuple(ranges.within(begin, end) for ranges in side) for side in sides))
 
 
@@ -307,7 +305,7 @@ def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]
             over = gradients[s].without(keys[s + 1] if s < last_hop else Ranges())
             returned[s] = Ranges(r for r in over if s == last_hop or r.end - r.begin >= gap)
             forwarded[s] = gradients[s].without(returned[s])
-        found.append(Route(last_hop, *map(tuple, (by_hop, keys, gradients, forwarded, returned))))
+        found.append(Route(last_hop, *map(tuple, (keys, gradients, forwarded, returned))))
     return tuple(found)
 
 

@@ -6,7 +6,7 @@
 A checkpointed layer forgets its activations and is run again in the backward. Everything in it is local and cheap to
 repeat but attention, whose ring would travel a third time. `ring_attention` therefore leaves its (out, lse) with the
 checkpoint, [B, S, Hq, D] in the model's dtype and fp32 [B, Hq, S] a layer, and takes it from there when run again.
-With a softcap or a sink, 16-bit results have a residue of out's size that is kept with them (`ring.compensation`).
+With a softcap or a sink, 16-bit results have a residue of out's size that is kept with them (`kernels.compensation`).
 A checkpoint that does not keep it is met with an error in the backward, where the ring would run again.
 """
 

@@ -27,6 +27,7 @@ WRONG = {
     "out": ({"out": Q.double()}, r"out as \[1, 8, 4, 64\], float16, .*torch.float64"),
     "dout": ({"dout": Q[:, :, :2]}, r"dout as \[1, 8, 4, 64\], .*got \[1, 8, 2, 64\]"),
     "delta": ({"delta": ROWS[:, :, :7]}, r"delta as \[1, 4, 8\], .*got \[1, 4, 7\]"),
+    "center": ({"center": K[:, :1].float()}, r"center as \[1, 1, 2, 64\], torch.float16, .*torch.float32"),
     "dk": ({"dk": K}, r"dk as \[1, 8, 2, 64\], torch.float32, .*torch.float16"),
 }
 
@@ -34,7 +35,7 @@ WRONG = {
 @pytest.mark.parametrize("kernel", ["portable", "hopper"])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_tensor_that_does_not_fit_is_refused_in_the_kernels_name(name, kernel):
-    backward = name in ("dout", "delta", "dk")
+    backward = name in ("dout", "delta", "dk", "center")
     module = importlib.import_module(f"ringflash.kernels.{kernel}_{'backward' if backward else 'forward'}")
     parts = importlib.import_module(f"ringflash.kernels.{kernel}_parts")
     arguments = {"q": Q, "k": K, "v": K, "intervals": INTERVALS, "scale": 0.125}

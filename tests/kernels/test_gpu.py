@@ -77,6 +77,12 @@ def kernels(name: str) -> tuple[Callable, Callable]:
     return forward.forward, backward.backward
 
 
+def center(*tensors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    from ringflash.kernels import portable_compensation
+
+    return portable_compensation.center(*tensors, scale=scale)
+
+
 def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
     """torch.empty, but what is not written over is seen."""
     return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
@@ -136,6 +142,47 @@ def test_gradients_do_not_suffer_from_the_results_rounding(softcap, kernel, head
     lse = dense(p, torch.float64)["lse"]  # which flash_attention does not return
     actual = dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse, *gradients), strict=True))
     assert violations(p, actual) == []
+
+
+@over(hopper=product([64, 128, 256], HALF), portable=product([64, 128], ALL))
+@pytest.mark.parametrize("name", ["causal", "packed", "rows that see nothing among others"])
+def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim, dtype):
+    p = problem(MASKS[name](1111), heads=(8, 4), head_dim=head_dim, dtype=dtype, device="cuda", means=(2.0, 0.5))
+    p.k[1, :, 0] -= 2  # a head whose keys have no mean
+    forward, backward = kernels(kernel)
+
+    def centered(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None:
+        c, shifted = center(q, k, lse, scale=scale)
+        assert c.flatten(2).any(2).tolist() == [[True], [True]]
+        assert c[1, 0].any(1).tolist() == [False, True, True, True]
+        for kv in (slice(0, 1), slice(1, 4)):  # heads come in parts
+            of_q = slice(2 * kv.start, 2 * kv.stop)
+            backward(
+                dout[:, :, of_q], q[:, :, of_q], k[:, :, kv], v[:, :, kv], shifted[:, of_q], delta[:, of_q], intervals,
+                scale=scale, softcap=softcap, dq=dq[:, :, of_q], dk=dk[:, :, kv], dv=dv[:, :, kv], center=c[:, :, kv],
+            )  # fmt: skip
+
+    with mock.patch("torch.empty", poisoned):
+        actual = by_kernel(p, forward, centered)
+    assert violations(p, actual) == []
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize(("kv_heads", "head_dim", "tokens"), [(6, 64, 1000), (2, 80, 3000), (1, 256, 70), (3, 128, 1)])
+def test_keys_are_centered_as_the_definition_says(kv_heads, head_dim, tokens, dtype):
+    from ringflash.kernels import compensation
+
+    mean = torch.tensor([2.0, -0.4], device="cuda").repeat(head_dim // 2)
+    q = (torch.randn(2, tokens, 12, head_dim, device="cuda") / 4).to(dtype)[:, :, ::2]
+    k = (torch.randn(2, 2 * tokens, kv_heads, head_dim, device="cuda") + mean).to(dtype)
+    lse = torch.randn(6, 2, tokens + 3, device="cuda").transpose(0, 1)[:, :, 3:]
+    with mock.patch("torch.empty", poisoned):
+        c, shifted = center(q, k, lse, scale=0.2)
+    defined, wanted = compensation.center(q, k, lse, scale=0.2)
+    # Sums are taken in another order: a mean close to a limit may be rounded to the other side of it.
+    assert (c != defined).float().mean() < 0.02
+    product = (q.float() * (c - defined).float().repeat_interleave(6 // kv_heads, 2)).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(shifted, wanted - 0.2 * product, rtol=0, atol=1e-4)
 
 
 @over(hopper=product([64, 128, 256], BF16), portable=product([128], BF16))

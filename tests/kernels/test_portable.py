@@ -315,6 +315,59 @@ def test_delta_is_the_rows_dot_product(interpreter, head_dim):
     assert interpreter(delta_against_float64, head_dim) < 1e-5 * head_dim
 
 
+def centered_by_kernel_and_by_torch(
+    kv_heads: int, head_dim: int, dtype: torch.dtype, tokens: int
+) -> list[torch.Tensor]:
+    from ringflash.kernels import compensation, portable_compensation
+
+    mean = torch.tensor([2.0, -0.3, 0.0, 60.0]).repeat(head_dim // 4)
+    mean[head_dim // 2 :] = 0.0
+    q = (torch.randn(2, tokens, 12, head_dim) / 4).to(dtype)[:, :, ::2]
+    k = (torch.randn(2, 2 * tokens, kv_heads, head_dim) * 2 ** torch.arange(kv_heads)[:, None] + mean).to(dtype)
+    k[1, :, 0] = torch.randn(2 * tokens, head_dim)  # has no mean
+    k[1, :, kv_heads - 1] *= 20  # has large scores
+    lse = torch.randn(6, 2, tokens + 3).transpose(0, 1)[:, :, 3:]
+    lse[:, :, 5:6] = float("-inf")
+    with mock.patch("torch.empty", poisoned):
+        found = portable_compensation.center(q, k, lse, scale=0.2)
+    return [*found, *compensation.center(q, k, lse, scale=0.2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "tokens"), [(6, 64, TOKENS), (2, 80, TOKENS), (3, 32, 300), (1, 64, 1)]
+)
+def test_keys_are_centered_as_the_definition_says(interpreter, kv_heads, head_dim, tokens, dtype):
+    c, lse, c_defined, lse_defined = interpreter(centered_by_kernel_and_by_torch, kv_heads, head_dim, dtype, tokens)
+    torch.testing.assert_close(c, c_defined, rtol=0, atol=0)
+    torch.testing.assert_close(
+        lse, lse_defined, rtol=0, atol=1e-5 * float(lse_defined[lse_defined.isfinite()].abs().max())
+    )
+    if tokens > 1:
+        assert c[0].any()
+        assert not c[1, 0, 0].any()
+        assert not c[1, 0, -1].any()
+
+
+def violations_of_centered_keys(name: str, tma: bool) -> list[str]:
+    from ringflash.kernels import portable_compensation
+
+    p = problem(MASKS[name](TOKENS), heads=(4, 2), dtype=torch.float16, means=(2.0, 0.5))
+    forward, backward = kernels(tma)
+
+    def centered(dout, q, k, v, lse, delta, intervals, **options) -> None:
+        center, shifted = portable_compensation.center(q, k, lse, scale=options["scale"])
+        assert center.any()
+        backward(dout, q, k, v, shifted, delta, intervals, center=center, **options)
+
+    return violations(p, by_kernel(p, forward, centered))
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+def test_gradients_of_centered_keys_are_those_of_the_keys(interpreter, tma):
+    assert interpreter(violations_of_centered_keys, "causal", tma) == []
+
+
 def rounded_by_kernel_and_by_torch(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, bool]:
     from ringflash.kernels import portable_backward
 

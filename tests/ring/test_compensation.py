@@ -26,7 +26,6 @@ from ringflash import (
     ring_attention,
 )
 from ringflash.ring import attention
-from ringflash.ring.compensation import CenteredKeys
 from tests import reference
 
 LENGTH, HEADS, KV_HEADS, DIM = 512, 4, 2, 32
@@ -171,25 +170,6 @@ def test_no_residue_is_kept_where_no_gradient_will_be_asked_for(monkeypatch):
     for needs in (False, True):
         flash_attention(q.requires_grad_(needs), k, v, IntervalMask.causal(LENGTH), softcap=5.0)
     assert [len(kept) for kept in results] == [2, 3]  # out and lse, and the residue
-
-
-@pytest.mark.parametrize(
-    ("keys", "used"),
-    [
-        (torch.randn(1, 300, 1, 64) + 1, True),
-        (torch.randn(1, 300, 1, 64), False),
-        (torch.ones(1, 300, 1, 64), True),
-        (torch.randn(1, 3000, 1, 64) + 0.25, True),  # of which each third is looked at
-        (torch.randn(1, 300, 1, 64) + torch.inf, False),
-    ],
-    ids=["mean 1", "mean 0", "all alike", "long", "infinite"],
-)
-def test_a_mean_is_used_where_it_is_no_chance(keys, used):
-    c = CenteredKeys([keys.half()], [torch.randn(1, keys.shape[1], 3, 64).half()], 64**-0.5).c[0]
-    assert c.shape == (1, 1, 1, 64)
-    assert bool(c.any()) == used
-    if used:
-        assert (c - keys.mean(1, keepdim=True)).abs().max() < 0.3
 
 
 def on_grid(extra: str) -> list[Tensor]:

@@ -94,8 +94,8 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_what_is_sent_lands_where_the_other_rank_has_it_come(monkeypatch, name, ranks):
     kernel = Kernel(
-        "none", forward, lambda out, dout: out.sum(-1).transpose(1, 2).float(), lambda *args, **options: None,
-        blocked.round_into, lambda *args: None,
+        "none", forward, lambda out, dout: out.sum(-1).transpose(1, 2).float(), blocked.center,
+        lambda *args, **options: None, blocked.round_into, lambda *args: None,
     )  # fmt: skip
     monkeypatch.setattr(attention.kernels, "select", lambda *args: kernel)
     make, layout = MASKS[name]

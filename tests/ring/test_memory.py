@@ -93,7 +93,7 @@ def delta(out, dout) -> torch.Tensor:
 
 def passes(monkeypatch, mask, layout, rank, kv_heads=2, sink=None):
     """Bytes that the forward and the backward add at most, and the largest allocation on each hop."""
-    kernel = Kernel("none", forward, delta, backward, blocked.round_into, lambda *args: None)
+    kernel = Kernel("none", forward, delta, blocked.center, backward, blocked.round_into, lambda *args: None)
     monkeypatch.setattr(attention.kernels, "select", lambda *args: kernel)
     following = Following()
     ring = Alone(layout.ranks, rank, following)
@@ -137,8 +137,8 @@ def in_forward(kv_heads):
 
 
 def in_backward(kv_heads):
-    """And dq in fp32, the results dq, dk and dv, delta; a shard of centered keys, their mean and lse."""
-    centered = (KEYS // 2 + DIM * 2) * kv_heads + ROWS
+    """And dq in fp32, the results dq, dk and dv, delta; what centers the keys, and lse of those."""
+    centered = DIM * 2 * kv_heads + ROWS
     return (2 * KEYS + 2 * GRADIENTS) * kv_heads + 2 * QUERIES + QUERIES + KEYS * kv_heads + ROWS + centered
 
 

@@ -99,10 +99,10 @@ class Clocks:
                     self.access(x, True, "forward kernel")
             return state
 
-        def backward(dout, q, k, v, lse, delta, intervals, *, dq, dk, dv, **options) -> None:
+        def backward(dout, q, k, v, lse, delta, intervals, *, dq, dk, dv, center, **options) -> None:
             with _disable_current_modes():
                 self.tick(self.now)
-                for x in (dout, q, k, v, lse, delta, dq, dk, dv):
+                for x in (dout, q, k, v, lse, delta, dq, dk, dv, *([] if center is None else [center])):
                     self.access(x, False, "backward kernel")
                 for x in (dq, dk, dv):
                     self.access(x, True, "backward kernel")
@@ -110,7 +110,9 @@ class Clocks:
         def delta(out, dout) -> torch.Tensor:
             return (out * dout).sum(-1).transpose(1, 2).float().contiguous()
 
-        return Kernel("clocks", forward, delta, backward, blocked.round_into, lambda q, k, softcap: None)
+        return Kernel(
+            "clocks", forward, delta, blocked.center, backward, blocked.round_into, lambda q, k, softcap: None
+        )
 
     def streams(self, count: int, device: torch.device) -> FakeStreams:
         return FakeStreams(self, count)
