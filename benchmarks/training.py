@@ -109,11 +109,12 @@ def batch(mask: str, tokens: int, vocabulary: int, seed: int) -> Batch:
 # -- variants
 
 
-def ringflash(config: Config, world: World) -> tuple[PreTrainedModel, Step]:
+def ringflash(config: Config, world: World, tokens: int) -> tuple[PreTrainedModel, Step]:
     """The trainer's own step."""
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
+    engine.module.reserve_host_memory(tokens)
 
     def step(data: Batch) -> float:
         length = data.tokens.shape[1]
@@ -164,7 +165,7 @@ def measure(name: str, settings: Sequence[str], args: argparse.Namespace, world:
     if name.startswith("transformers"):
         model, step = transformers(config, world, flash=name.endswith("flash"))
     else:
-        model, step = ringflash(config, world)
+        model, step = ringflash(config, world, args.tokens)
     vocabulary, weights = model.config.vocab_size, matmul_parameters(model)
     step(batch("causal", args.warm, vocabulary, 99))
     for mask in args.masks:

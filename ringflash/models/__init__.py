@@ -14,7 +14,7 @@ architecture, whose layers may mix tokens by other means than attention, or one 
 
 from ringflash.models.attention import ring_attention_forward
 from ringflash.models.building import build_model
-from ringflash.models.checkpointing import checkpoint_layers
+from ringflash.models.checkpointing import Keep, checkpoint_layers, host_store
 from ringflash.models.configuration import (
     ARCHITECTURES,
     AttentionConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
     "FusedConfig",
+    "Keep",
     "ModelConfig",
     "RingMask",
     "build_model",
@@ -46,6 +47,7 @@ __all__ = [
     "fuse_layers",
     "head_dim",
     "heads_of",
+    "host_store",
     "layer_masks",
     "read_config",
     "ring_attention_forward",

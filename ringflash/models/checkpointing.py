@@ -1,33 +1,82 @@
-"""Activation checkpointing of a model on the ring, set on the model itself: nothing of transformers is replaced."""
+"""Activation checkpointing of a model on the ring, set on the model itself: nothing of transformers is replaced.
+
+Between forward and backward a layer keeps its input and its attention's result, (out, lse). `KeepConfig` says where.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ringflash.offload import HostStore, Parked
 from ringflash.ring.recompute import keep_attention
 
+ATTENTION_PLACES = ("gpu", "host", "recomputed")
+INPUT_PLACES = ("gpu", "host")
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
+
+@dataclass(frozen=True)
+class Keep:
+    """Where checkpointed layers keep what they need again.
+
+    attention: its result: "gpu"; "host", pinned memory; or "recomputed", which runs attention's forward again and needs
+    a ring of one. inputs: the layer's input: "gpu" or "host". layers: how many layers, from the first on, these are
+    for; None: all. The others keep both on the GPU. Raises ValueError for other values.
+    """
+
+    attention: str = "gpu"
+    inputs: str = "gpu"
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, places in (("attention", ATTENTION_PLACES), ("inputs", INPUT_PLACES)):
+            if getattr(self, name) not in places:
+                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(places)}")
+        if self.layers is not None and self.layers < 0:
+            raise ValueError(f"layers={self.layers} must be 0 or more")
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether anything waits in host memory."""
+        return "host" in (self.attention, self.inputs) and self.layers != 0
+
+    def at(self, layer: int) -> Keep:
+        """Where the layer of this number, from 0, keeps what it needs."""
+        return self if self.layers is None or layer < self.layers else Keep()
+
+
+def checkpoint_layers(model: PreTrainedModel, keep: Keep | None = None) -> None:
     """Checkpoint the layers of a model on the ring; each keeps its attention's result and recomputes the rest.
 
     Without it, recomputing a layer would send keys round the ring again. This model's own
-    `gradient_checkpointing_enable`, which transformers' Trainer calls, does the same from then on. Raises ValueError
-    for a model that is not on the ring.
+    `gradient_checkpointing_enable`, which transformers' Trainer calls, does the same from then on. keep: where layers
+    keep what they need again; by default on the GPU. Raises ValueError for a model that is not on the ring.
     """
     if (found := model.config._attn_implementation) != "ring":
         raise ValueError(
             f'checkpoint_layers needs a model on the ring, got attn_implementation="{found}": load the model with '
             f'attn_implementation="ring", or call model.gradient_checkpointing_enable()'
         )
-    model.gradient_checkpointing_enable = functools.partial(_enable, model)  # type: ignore[method-assign]
+    model.gradient_checkpointing_enable = functools.partial(_enable, model, keep or Keep())  # type: ignore[method-assign]
     model.gradient_checkpointing_enable()
 
 
 def _enable(
-    model: PreTrainedModel, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    model: PreTrainedModel,
+    keep: Keep,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """transformers' gradient_checkpointing_enable, with attention's results kept while the model is on the ring.
 
@@ -44,3 +93,50 @@ def _enable(
                 )
         gradient_checkpointing_kwargs = given | needed
     type(model).gradient_checkpointing_enable(model, gradient_checkpointing_kwargs, *args, **kwargs)
+    if model.config._attn_implementation == "ring" and keep != Keep():
+        _set_places(model, keep, gradient_checkpointing_kwargs or {})
+
+
+def host_store(model: PreTrainedModel) -> HostStore | None:
+    """The store of what a model's layers keep in host memory, if they keep anything there."""
+    return getattr(model, "host_store", None)
+
+
+def _set_places(model: PreTrainedModel, keep: Keep, options: dict[str, Any]) -> None:
+    """Let each layer keep what it needs where `keep` says."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if keep.uses_host:
+        model.host_store = HostStore()  # type: ignore[assignment]
+    for number, layer in enumerate(layers):
+        layer._gradient_checkpointing_func = functools.partial(
+            _checkpointed, keep.at(number), host_store(model), number == 0, options
+        )
+
+
+def _checkpointed(
+    keep: Keep,
+    store: HostStore | None,
+    first: bool,
+    options: dict[str, Any],
+    layer: Callable[..., Any],
+    *args: Any,
+) -> Any:
+    """torch's checkpoint of a layer's call, with what it keeps where `keep` says."""
+    if not torch.is_grad_enabled():
+        return layer(*args)
+    group = None if store is None or not keep.uses_host else store.group(first)
+    context_fn: Callable[[], Any] = keep_attention
+    if keep.attention == "host":
+        context_fn = functools.partial(keep_attention, group)
+    elif keep.attention == "recomputed":
+        context_fn = noop_context_fn
+
+    def pack(x: Tensor) -> Tensor | Parked:
+        assert group is not None
+        return group.put(x) if x.is_floating_point() and x.numel() else x
+
+    def unpack(kept: Tensor | Parked) -> Tensor:
+        return kept.get() if isinstance(kept, Parked) else kept
+
+    with saved_tensors_hooks(pack, unpack) if keep.inputs == "host" else nullcontext():
+        return checkpoint(layer, *args, **(options | {"context_fn": context_fn}))

@@ -7,7 +7,8 @@ A checkpointed layer forgets its activations and is run again in the backward. E
 repeat but attention, whose ring would travel a third time. `ring_attention` therefore leaves its (out, lse) with the
 checkpoint, [B, S, Hq, D] in the model's dtype and fp32 [B, Hq, S] a layer, and takes it from there when run again.
 With a softcap or a sink, 16-bit results have a residue of out's size that is kept with them (`kernels.compensation`).
-A checkpoint that does not keep it is met with an error in the backward, where the ring would run again.
+They may wait in host memory (`offload`). A checkpoint that does not keep them is met with an error in the backward,
+where the ring would run again.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringflash.offload import Group, Parked
+
 _active = threading.local()
 
 
-def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The context_fn of torch.utils.checkpoint: contexts for the forward and for its recomputation."""
+def keep_attention(group: Group | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The context_fn of torch.utils.checkpoint: contexts for the forward and for its recomputation.
+
+    group: where the results wait; None: where they are.
+    """
     kept: list[_Kept] = []
-    return _Role(kept, replays=False), _Role(kept, replays=True)
+    return _Role(kept, group, replays=False), _Role(kept, group, replays=True)
 
 
 def kept_or_computed(compute: Callable[[], tuple[Tensor, ...]], travels: bool) -> tuple[Tensor, ...]:
@@ -42,15 +48,18 @@ def kept_or_computed(compute: Callable[[], tuple[Tensor, ...]], travels: bool) -
 class _Kept:
     """A result's memory, apart from the graph, which it must not hold, since the graph holds it; and out's version."""
 
-    results: tuple[Tensor, ...]  # out, lse, and out's residue where it is kept
+    results: tuple[Tensor, ...] | tuple[Parked, ...]  # out, lse, and out's residue where it is kept
     version: int
 
     @classmethod
-    def of(cls, *results: Tensor) -> _Kept:
-        return cls(tuple(x.detach() for x in results), results[0]._version)
+    def of(cls, *results: Tensor, group: Group | None = None) -> _Kept:
+        kept = tuple(x.detach() for x in results) if group is None else tuple(group.put(x) for x in results)
+        return cls(kept, results[0]._version)
 
     def again(self) -> tuple[Tensor, ...]:
         """The result. Raises RuntimeError if it is not what it was."""
+        if isinstance(self.results[0], Parked):
+            return tuple(parked.get() for parked in self.results)
         if self.results[0]._version != self.version:
             raise RuntimeError(
                 "attention's result, which a checkpoint keeps, was changed in place before the backward: make the "
@@ -62,8 +71,8 @@ class _Kept:
 class _Role:
     """What calls of attention do while the context is entered: compute and keep, or take what was kept, in order."""
 
-    def __init__(self, kept: list[_Kept], replays: bool) -> None:
-        self.kept, self.replays = kept, replays
+    def __init__(self, kept: list[_Kept], group: Group | None, replays: bool) -> None:
+        self.kept, self.group, self.replays = kept, group, replays
 
     def __enter__(self) -> None:
         self.before: _Role | None = getattr(_active, "role", None)
@@ -79,7 +88,7 @@ def _result(role: _Role | None, compute: Callable[[], tuple[Tensor, ...]], trave
         return next(role.left).again()
     if role is not None:  # the checkpoint that this one is inside of keeps it too, or has it
         result = _result(role.before, compute, travels)
-        role.kept.append(_Kept.of(*result))
+        role.kept.append(_Kept.of(*result, group=role.group))
         return result
     if travels and torch._C._current_graph_task_id() != -1:  # a forward inside a backward
         raise RuntimeError(

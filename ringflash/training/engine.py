@@ -5,6 +5,7 @@ DeepSpeed sees plain data parallelism over all ranks and averages their gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError
-from ringflash.models import AttentionConfig, FusedConfig, checkpoint_layers, fuse_layers
+from ringflash.models import AttentionConfig, FusedConfig, Keep, checkpoint_layers, fuse_layers, head_dim, host_store
+from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.world import World
@@ -30,12 +32,36 @@ class MemoryConfig:
     recompute: bool = False
     """Keep only each layer's input and attention's result, and compute the rest again in the backward."""
 
+    attention_results: str = "gpu"
+    """With recompute, where attention's results wait for the backward: gpu; host, pinned memory; or recomputed."""
+
+    layer_inputs: str = "gpu"
+    """With recompute, where the layers' inputs wait for the backward: gpu or host."""
+
+    host_layers: int | None = None
+    """How many layers, from the first on, the two settings before are for; null: all."""
+
     loss_tile: int | None = None
     """Tokens whose logits exist at once; null: as many as give 2^28 logits, half a GiB in bf16."""
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"memory.zero={self.zero} is not one of 0, 1, 2, 3")
+        for name, places in (("attention_results", ATTENTION_PLACES), ("layer_inputs", INPUT_PLACES)):
+            if (place := getattr(self, name)) not in places:
+                raise ConfigError(f"memory.{name}={place} is not one of {', '.join(places)}")
+            if place != "gpu" and not self.recompute:
+                raise ConfigError(
+                    f"memory.{name}={place} needs memory.recompute=true: without it layers keep all that they compute"
+                )
+        if self.host_layers is not None:
+            if self.host_layers < 0:
+                raise ConfigError(f"memory.host_layers={self.host_layers} must be 0 or more")
+            if self.attention_results == self.layer_inputs == "gpu":
+                raise ConfigError(
+                    f"memory.host_layers={self.host_layers} has no effect: set memory.attention_results=host, "
+                    f"memory.layer_inputs=host or both"
+                )
         if self.loss_tile is not None and self.loss_tile < 1:
             raise ConfigError(f"memory.loss_tile={self.loss_tile} must be 1 or more")
 
@@ -52,7 +78,33 @@ class TrainedModel(nn.Module):
         softcap = getattr(model.config, "final_logit_softcapping", None)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap, fused_loss)
         if memory.recompute:
-            checkpoint_layers(model)
+            checkpoint_layers(model, Keep(memory.attention_results, memory.layer_inputs, memory.host_layers))
+        self.memory = memory
+
+    def reserve_host_memory(self, tokens: int, log: Callable[[str], None] = lambda message: None) -> None:
+        """Touch and pin what the layers will keep in host memory, for a rank's shard of `tokens` tokens.
+
+        log: called with lines of progress. Raises ConfigError where this machine has too little.
+        """
+        store, config, memory = host_store(self.model), self.model.config, self.memory
+        if store is None:
+            return
+        heads = config.num_attention_heads
+        width = self.model.dtype.itemsize
+        per_layer = [tokens * config.hidden_size * width] if memory.layer_inputs == "host" else []
+        if memory.attention_results == "host":
+            per_layer += [tokens * heads * head_dim(config) * width, tokens * heads * 4]
+        layers = min(memory.host_layers or config.num_hidden_layers, config.num_hidden_layers)
+        total, shown = sum(per_layer) * layers / 2**30, 0.0
+        log(f"host       {total:.1f} GiB of memory to be pinned for {layers} layers")
+
+        def progress(done: int) -> None:
+            nonlocal shown
+            if done / 2**30 >= shown + 8:
+                shown = done / 2**30
+                log(f"host       {shown:.0f} of {total:.0f} GiB pinned")
+
+        store.pool.reserve(per_layer * layers, progress)
 
     def forward(self, shift_labels: Tensor, labels: object, num_items_in_batch: object, **inputs: Any) -> Tensor:
         """Summed loss of this rank's shard, from what `ring_inputs` returns. `step` divides it by all ranks' labels."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from ringflash.data import TokenCorpus, load_corpus, stream, summary
+from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.training import checkpoint, metrics, preflight, run_folder
 from ringflash.training.config import Config
@@ -72,6 +75,7 @@ def fit(config: Config, resolved: str) -> None:
     if config.data.held_out:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
         evaluation.loss(run.engine, sequences=1)  # an evaluation that cannot run fails before the first step
+    run.engine.module.reserve_host_memory(_shard_tokens(config, world), _log(world))
     divergence = Divergence(world, run.metrics)
     share = config.optim.batch // world.replicas
     batches = stream(
@@ -97,6 +101,18 @@ def fit(config: Config, resolved: str) -> None:
             if divergence.finite(step, record) and _due(step, config.checkpoint.every):
                 run.save(step)
     _finish(run, evaluation, divergence)
+
+
+def _shard_tokens(config: Config, world: World) -> int:
+    """Tokens of a micro-batch on this rank."""
+    ulysses = 1 if world.ulysses is None else world.ulysses.size
+    layout = Layout.zigzag(config.data.sequence_length, world.ring.size, ulysses)
+    return config.optim.micro_batch * layout.shard_length // ulysses
+
+
+def _log(world: World) -> Callable[[str], None]:
+    """Print a line on the first rank."""
+    return functools.partial(print, flush=True) if world.is_first else lambda message: None
 
 
 def _due(step: int, every: int) -> bool:

@@ -19,6 +19,7 @@ from ringflash.errors import ConfigError
 from ringflash.models import check_kernel, check_length, read_config
 from ringflash.models.configuration import DTYPES
 from ringflash.training.config import Config
+from ringflash.training.engine import MemoryConfig
 from ringflash.training.loss import tile_for
 from ringflash.training.parallel import resolve_parallel
 from ringflash.training.world import is_rank_0, local_device, ranks_here, world_size
@@ -70,6 +71,11 @@ def check_ranks(config: Config, ranks: int) -> None:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} is smaller than 2 x {sharing} ranks that share it"
         )
+    if config.memory.attention_results == "recomputed" and sharing > 1:
+        raise ConfigError(
+            f"memory.attention_results=recomputed would run attention's exchanges again, between {sharing} ranks: set "
+            f"memory.attention_results=host or gpu"
+        )
     if DTYPES[config.model.dtype] == torch.bfloat16 and config.memory.zero == 0 and accumulation > 1:
         raise ConfigError(
             f"memory.zero=0 with bf16 weights would accumulate {accumulation} micro-batches in bf16; "
@@ -101,9 +107,19 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
         f"step       {optim.batch} x {config.data.sequence_length:,} = "
         f"{optim.batch * config.data.sequence_length:,} tokens in {optim.accumulation(replicas)} x {optim.micro_batch} "
         f"sequences per replica; {optim.steps} steps",
-        f"memory     ZeRO {memory.zero}, {'recomputation' if memory.recompute else 'no recomputation'}, loss tiles of "
+        f"memory     ZeRO {memory.zero}, {_kept(memory)}, loss tiles of "
         f"{min(tile, config.data.sequence_length):,} tokens",
     ]
+
+
+def _kept(memory: MemoryConfig) -> str:
+    """What layers keep for the backward, and where."""
+    if not memory.recompute:
+        return "no recomputation"
+    if memory.attention_results == memory.layer_inputs == "gpu":
+        return "recomputation"
+    layers = "" if memory.host_layers is None else f" of the first {memory.host_layers} layers"
+    return f"recomputation (results of attention: {memory.attention_results}, inputs: {memory.layer_inputs}{layers})"
 
 
 def _nature(path: str) -> str:

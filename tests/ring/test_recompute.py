@@ -171,9 +171,9 @@ def test_a_checkpoint_that_keeps_inside_one_that_does_not_is_refused():
 def test_a_graph_that_is_dropped_leaves_nothing_kept(monkeypatch):
     kept, of = [], recompute._Kept.of
 
-    def noted(*results):
+    def noted(*results, group):
         kept.append(StorageWeakRef(results[0].untyped_storage()))
-        return of(*results)
+        return of(*results, group=group)
 
     monkeypatch.setattr(recompute._Kept, "of", noted)
     model, tokens = tiny("qwen3").train(), torch.randint(1, 97, (1, 32))

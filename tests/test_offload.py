@@ -1,0 +1,102 @@
+"""What layers keep in host memory comes back bit for bit, in any order, and its blocks are used again.
+
+Without a GPU the copies are plain ones.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from ringflash.errors import ConfigError
+from ringflash.offload import HostStore, PinnedPool
+
+
+def parked(store, layers=5, device="cpu"):
+    """A forward: three tensors per layer, of sizes that differ; (expected, parked) of each layer."""
+    found = []
+    for layer in range(layers):
+        group = store.group(first=layer == 0)
+        tensors = [torch.randn(3, 4 + layer, device=device), torch.randn(7, device=device).bfloat16()]
+        tensors.append(torch.randn((), device=device))
+        found.append([(x.clone(), group.put(x)) for x in tensors])
+        del tensors
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_was_parked_comes_back(device):
+    store = HostStore()
+    for _ in range(3):
+        for layer in reversed(parked(store, device=device)):
+            for expected, kept in layer:
+                assert torch.equal(kept.get(), expected)
+
+
+def test_blocks_are_used_again_by_the_next_step():
+    store, sizes = HostStore(), []
+    for _ in range(4):
+        for layer in reversed(parked(store)):
+            for _, kept in layer:
+                kept.get()
+        sizes.append(store.pool.bytes)
+    assert sizes == [sizes[0]] * 4
+
+
+def test_a_forward_without_a_backward_gives_its_blocks_back():
+    store = HostStore()
+    parked(store)
+    needed = store.pool.bytes
+    for layer in reversed(parked(store)):
+        for expected, kept in layer:
+            assert torch.equal(kept.get(), expected)
+    assert store.pool.bytes == needed
+
+
+def test_at_most_two_layers_are_still_on_the_device_in_the_forward():
+    held = [[kept.x is not None for _, kept in layer] for layer in parked(HostStore(), layers=6)]
+    assert held == [[False] * 3] * 4 + [[True] * 3] * 2
+
+
+def test_a_layer_is_fetched_with_the_one_before_it_and_no_other():
+    layers = parked(HostStore(), layers=6)
+    layers[5][0][1].get()
+    layers[4][0][1].get()  # these two had not left
+    assert [[kept.x is not None for _, kept in layer] for layer in layers[:4]] == [[False] * 3] * 3 + [[True] * 3]
+
+
+def test_a_tensor_changed_in_place_is_refused():
+    store = HostStore()
+    x = torch.zeros(3)
+    kept = store.group(first=True).put(x)
+    x += 1
+    store.group(first=False)
+    assert kept.x is not None  # it has not left yet
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        store.group(first=False)
+
+
+def test_a_tensor_is_given_back_once():
+    kept = HostStore().group(first=True).put(torch.zeros(3))
+    kept.get()
+    with pytest.raises(RuntimeError, match="a second backward through a layer whose tensors were parked"):
+        kept.get()
+
+
+def test_reserved_blocks_are_made_before_they_are_taken():
+    pool, made = PinnedPool(pinned=False), []
+    pool.reserve([64, 64, 128], made.append)
+    pool.reserve([64], made.append)
+    assert (pool.bytes, made) == (256, [64, 128, 256])
+    pool.take(64), pool.take(64), pool.take(128)
+    assert pool.bytes == 256
+
+
+def test_too_little_host_memory_is_refused_with_what_to_set():
+    pool = PinnedPool(pinned=False)
+    pool.reserve([2**20])
+    message = r"pins no more than 0\.0 GiB of host memory, and 2\.00 more were asked for: .*memory\.host_layers"
+    with mock.patch.object(torch, "empty", side_effect=RuntimeError("no")), pytest.raises(ConfigError, match=message):
+        pool.reserve([2**31])
