@@ -112,7 +112,8 @@ def batch(mask: str, tokens: int, vocabulary: int, seed: int) -> Batch:
 def ringflash(config: Config, world: World, tokens: int) -> tuple[PreTrainedModel, Step]:
     """The trainer's own step."""
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
+    with world.device:  # random weights of half a billion parameters take the CPU 20 seconds
+        model = build_model(config.model)
     engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
     engine.module.reserve_host_memory(tokens)
 
@@ -132,7 +133,8 @@ def transformers(config: Config, world: World, flash: bool) -> tuple[PreTrainedM
     torch.manual_seed(config.seed)
     dtype = DTYPES[config.model.dtype]
     settings = read_config(config.model)
-    model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=dtype).to(world.device).train()
+    with world.device:
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=dtype).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     adamw = torch.optim.AdamW(model.parameters(), lr=config.optim.learning_rate(1), betas=(0.9, 0.95), fused=True)
     backends = [SDPBackend.FLASH_ATTENTION] if flash else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]

@@ -16,6 +16,10 @@ class DivergedError(ArithmeticError):
     """
 
 
+class GpuMemoryError(RuntimeError):
+    """A GPU's memory is used up; the message is one line that names the part that grew, and what to set."""
+
+
 class DiskError(OSError):
     """A file of a run was not written; the message is one line that names it and the space left."""
 

@@ -108,9 +108,8 @@ def _set_places(model: PreTrainedModel, keep: Keep, options: dict[str, Any]) -> 
     if keep.uses_host:
         model.host_store = HostStore()  # type: ignore[assignment]
     for number, layer in enumerate(layers):
-        layer._gradient_checkpointing_func = functools.partial(
-            _checkpointed, keep.at(number), host_store(model), number == 0, options
-        )
+        call = functools.partial(_checkpointed, keep.at(number), host_store(model), number == 0, options)
+        layer._gradient_checkpointing_func = call  # type: ignore[assignment]
 
 
 def _checkpointed(

@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from ringflash.errors import ConfigError, DiskError, DivergedError
+from ringflash.errors import ConfigError, DiskError, DivergedError, GpuMemoryError
 
 ALIKE = (ConfigError, DivergedError)  # raised by every rank: one line is enough
 PATIENCE = 5.0  # seconds that a silent rank waits for the one that reports
@@ -59,7 +59,7 @@ def one_line(parent: int) -> Iterator[None]:
                 _end(1)
         if not isinstance(error, ConfigError):
             print(file=sys.stderr)  # below a progress bar
-        if not isinstance(error, (*ALIKE, DiskError)):
+        if not isinstance(error, (*ALIKE, DiskError, GpuMemoryError)):
             traceback.print_exc()
         print(describe(error), file=sys.stderr, flush=True)
         _report_to_torchrun(describe(error))

@@ -26,6 +26,7 @@ from ringflash.training.evaluation import Evaluation
 from ringflash.training.export import export, generation_file, rehearse
 from ringflash.training.files import model_digest, write_whole
 from ringflash.training.meter import Meter
+from ringflash.training.out_of_memory import explained
 from ringflash.training.parallel import layout_chooser
 from ringflash.training.preflight import Job
 from ringflash.training.step import prepare, train_step
@@ -92,7 +93,8 @@ def fit(config: Config, resolved: str) -> None:
             world.watchdog.step = step
             meter.start()
             micro_batches, _ = next(batches)
-            record = meter.record(train_step(run.engine, micro_batches, world))
+            with explained(config.memory, world.size):
+                record = meter.record(train_step(run.engine, micro_batches, world))
             if evaluation is not None and _due(step, config.evaluation.every):
                 record["held_out_loss"] = evaluation.loss(run.engine)
             if run.metrics is not None:
@@ -167,7 +169,7 @@ def _settings(config: Config, resolved: str, training: TokenCorpus, world: World
 def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, Any], resolved: str) -> Run:
     """The run in its folder, at its newest checkpoint."""
     config = job.config
-    with world.without_timeout("initialising DeepSpeed"):
+    with world.without_timeout("initialising DeepSpeed"), explained(config.memory, world.size):
         engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
     with world.without_timeout(f"taking a folder in output_dir={config.output_dir}"):
         output_dir = Path(config.output_dir)

@@ -1,0 +1,83 @@
+"""Out of GPU memory: one line that names the part of the step that asked for more, and the settings that need less.
+
+The part is read off the traceback: the innermost frame of a module that is listed here. Gradients that autograd itself
+computes have no frame of their own; they are the backward of a layer.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ringflash.errors import GpuMemoryError
+from ringflash.training.engine import MemoryConfig
+
+# (a part of the path, what runs there), the more special first
+PARTS = (
+    ("ringflash/training/loss.py", "the loss, which holds a tile of logits"),
+    ("ringflash/ring/", "attention"),
+    ("ringflash/kernels/", "attention"),
+    ("ringflash/offload.py", "the copies between GPU and host memory"),
+    ("ringflash/fused/gated.py", "an MLP"),
+    ("ringflash/fused/", "a norm or rotary positions"),
+    ("torch/optim/", "the optimizer's step"),
+    ("deepspeed/runtime/bf16_optimizer.py", "the optimizer's states"),
+    ("deepspeed/runtime/zero/", "ZeRO's weights, gradients or optimizer states"),
+    ("ringflash/models/building.py", "the weights"),
+    ("deepspeed/__init__.py", "the weights and the optimizer's states"),
+    ("transformers/models/", "a layer"),
+    ("torch/autograd/", "the backward of a layer"),
+)
+LOSS = PARTS[0][1]
+
+
+@contextmanager
+def explained(memory: MemoryConfig, ranks: int) -> Iterator[None]:
+    """Raise GpuMemoryError, with its one line, instead of CUDA's error. ranks: how many share the run's sequences."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GpuMemoryError(message(error, memory, ranks)) from error
+
+
+def message(error: torch.OutOfMemoryError, memory: MemoryConfig, ranks: int) -> str:
+    """The line: what asked for how much, what was in use, and what to set."""
+    part = part_of(error)
+    asked = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", str(error))
+    used = ""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        used = f"; {torch.cuda.memory_allocated() / 2**30:.1f} of {total / 2**30:.1f} GiB were in use"
+    return (
+        f"out of GPU memory in {part}{f', which asked for {asked[1]}' if asked else ''}{used}. "
+        f"To need less, set {', or '.join(levers(part, memory, ranks))}"
+    )
+
+
+def part_of(error: BaseException) -> str:
+    """What ran: the innermost frame that PARTS lists, and whether it was in its backward."""
+    frames = [(frame.filename.replace("\\", "/"), frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+    for path, _ in reversed(frames):
+        for where, part in PARTS:
+            if where in path:
+                backward = any(where in other and name == "backward" for other, name in frames)
+                return f"{part}, in its backward" if backward and part != LOSS else part
+    return "the training step"
+
+
+def levers(part: str, memory: MemoryConfig, ranks: int) -> list[str]:
+    """The settings that need less memory than these, what pays most first."""
+    found = []
+    if part == LOSS:
+        found.append("memory.loss_tile to fewer tokens")
+    if not memory.recompute:
+        found.append("memory.recompute=true")
+    elif memory.attention_results == "gpu" or memory.layer_inputs == "gpu" or memory.host_layers is not None:
+        found.append("memory.attention_results=host memory.layer_inputs=host for all layers")
+    if ranks > 1 and memory.zero < 3:
+        found.append("memory.zero=3")
+    return [*found, "fewer tokens per GPU (data.sequence_length, optim.micro_batch, or more GPUs)"]
