@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringflash.data import cache
+from ringflash.data.chat import Dialogues
 from ringflash.data.files import Matches, is_below, search, suffixes
 from ringflash.data.formats import FORMATS, Record, RecordError, format_of, records
 from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
@@ -63,6 +64,13 @@ class DataConfig:
     """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields.
     input_ids: a list of the tokenizer's ids per document instead of text; nothing is added to them. Where the record
     has labels, too, those are predicted: ids, or -100 for none, at the place of their token."""
+
+    chat: bool = False
+    """The records are conversations (messages, perhaps tools), or prompts with completions; the loss is on what the
+    assistant says. data.field names the messages; null: "messages"."""
+
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """More variables for the tokenizer's chat template, such as {enable_thinking: false}."""
 
     tokenizer: str = "bytes"
     """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
@@ -105,6 +113,12 @@ class DataConfig:
         ):
             if not valid:
                 raise ConfigError(f"data.{key}={getattr(self, key)} must be {expected}")
+        if self.chat and self.packing == "cut":
+            raise ConfigError("data.packing=cut would cut conversations, and data.chat=true: use whole or truncate")
+        if self.chat and self.field == IDS:
+            raise ConfigError(f"data.field={IDS} and data.chat=true exclude each other: tokens have no messages")
+        if self.chat_template_kwargs and not self.chat:
+            raise ConfigError("data.chat_template_kwargs is only read with data.chat=true")
 
 
 def python_stdlib() -> str:
@@ -174,8 +188,8 @@ def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
     if not files:
         there = f"; the folder has {suffixes(found.others)}" if found.others else ""
         raise ConfigError(f"data.path={config.path} data.files={list(config.files)} match no file{there}")
-    asked, lists = (f"data.field={config.field}", config.field == IDS) if config.field else (None, False)
-    return [(file, format_of(file, config.format, asked, lists)) for file in files], found.others
+    asked = "data.chat=true" if config.chat else f"data.field={config.field}" if config.field else None
+    return [(file, format_of(file, config.format, asked, config.field == IDS)) for file in files], found.others
 
 
 def _check_one_split(config: DataConfig, path: Path) -> None:
@@ -197,6 +211,8 @@ def _is_about_a_dataset(file: Path) -> bool:
 
 def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
     """What the records of `config` mean. Raises ConfigError for a tokenizer that cannot encode them."""
+    if config.chat:
+        return Dialogues(tokenizer, config.tokenizer, config.field, config.chat_template_kwargs)
     if config.field == IDS:
         return TokenIds(tokenizer_size(tokenizer))
     return Texts(config.field or FIELD, encoder(tokenizer, config.tokenizer))
@@ -212,6 +228,8 @@ def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: P
         left = f"; {len(skipped)} are left out as malformed, the first: {skipped[0]}" if skipped else ""
         raise ConfigError(f"data.path={config.path} holds no text: all of its documents are empty{left}")
     contents = cache.write(folder, itertools.chain([first], documents), tokenizer_size(tokenizer))
+    for remark in meaning.remarks():
+        print(f"data.path={config.path}: {remark}", flush=True)
     if skipped:
         print(f"data.malformed=skip left out {len(skipped)} records, the first: {skipped[0]}", flush=True)
     made_of = {"path": config.path, "files": len(sources), "tokenizer": config.tokenizer, "skipped": len(skipped)}
@@ -290,5 +308,6 @@ def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTraine
     made_of = [
         *(cache.FORMAT, stats, config.format is None, config.malformed, field),
         *(kind, rules, tokenizer.eos_token, vocabulary),
+        *([tokenizer.chat_template, tokenizer.special_tokens_map, config.chat_template_kwargs] if config.chat else []),
     ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

@@ -46,6 +46,9 @@ class Reading(Protocol):
     def encode(self, parsed: Sequence[Any]) -> Iterable[Document]:
         """The documents of what records hold, in order."""
 
+    def remarks(self) -> list[str]:
+        """What a user should know of the records that were parsed."""
+
 
 class Texts:
     """A field holds the text of one document."""
@@ -65,6 +68,10 @@ class Texts:
     def encode(self, parsed: Sequence[str]) -> Iterator[Document]:
         """A document per text."""
         return map(Document, self._encode(list(parsed)))
+
+    def remarks(self) -> list[str]:
+        """Nothing."""
+        return []
 
 
 class TokenIds:
@@ -100,6 +107,10 @@ class TokenIds:
     def encode(self, parsed: Sequence[Document]) -> Sequence[Document]:
         """The documents, as they are."""
         return parsed
+
+    def remarks(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def _ids(self, where: str, name: str, value: Any, least: int) -> np.ndarray:
         """Ids or labels as int64. Labels may be IGNORE."""

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ringflash.data import TokenCorpus, check_vocabulary, load_tokenizer, python_stdlib, sequences_per_epoch
-from ringflash.data.documents import find_files
+from ringflash.data.documents import find_files, reading
 from ringflash.errors import ConfigError
 from ringflash.models import check_kernel, check_length, read_config
 from ringflash.models.configuration import DTYPES
@@ -59,6 +59,7 @@ def check_inputs(
     tokenizer = load_tokenizer(config.data)
     check_vocabulary(config.data, tokenizer, model_config.vocab_size)
     find_files(config.data)
+    reading(config.data, tokenizer)
     return model_config, tokenizer
 
 

@@ -189,7 +189,7 @@ def test_a_bad_value_is_refused_by_its_key(key, value):
 # -- the configs
 
 
-@pytest.mark.parametrize("name", ["stdlib", "text", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("name", ["stdlib", "text", "jsonl", "csv", "parquet", "chat"])
 def test_every_config_holds_known_keys_and_makes_a_data_config(name):
     OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONFIGS / f"{name}.yaml"))

@@ -32,7 +32,7 @@ def test_every_experiment_composes_and_names_its_run(name):
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_every_option_of_every_group_composes(group, name):
     missing = {"data": ["data.path=somewhere"], "model": ["model.path=somewhere"]} if name != "stdlib" else {}
-    needed = missing.get(group, []) if name in ("text", "jsonl", "csv", "parquet", "pretrained") else []
+    needed = missing.get(group, []) if name in ("text", "jsonl", "csv", "parquet", "chat", "pretrained") else []
     compose([f"{group}={name}", *needed])
 
 

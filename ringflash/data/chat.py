@@ -1,0 +1,327 @@
+"""Conversations to documents: the tokenizer's own chat template, and loss on the assistant's turns only.
+
+A record holds `messages` (role and content, perhaps tool_calls and the template's own fields) and perhaps `tools`, or a
+`prompt` and its `completion`, both text or both messages. The spans to learn are found in one of two ways.
+
+1. The template marks them: it has {% generation %} blocks.
+2. Else from renderings of the conversation's beginnings. For an assistant's turn i, the model is prompted with P and
+   should give the rest of Q:
+
+       P = render(messages[:i], with the generation prompt)        Q = render(messages[:i + 1])
+
+   The span is what Q adds to P. A turn that P does not begin is refused: what a model would be asked there is unknown.
+
+Templates may render a turn otherwise once others follow it. Qwen3 and gpt-oss drop the thinking of earlier turns. Then
+Q does not begin the whole conversation, in whose text the model would learn what it should never give. Such a turn is
+a document of its own, with Q as its text: what the model is given there, and what it should answer.
+
+    user 1, thinking and answer 1, user 2, thinking and answer 2        (capitals: learnt)
+
+    document 1    user 1  ANSWER 1 WITH ITS THINKING
+    document 2    user 1  answer 1  user 2  ANSWER 2 WITH ITS THINKING
+
+Templates that keep earlier turns as they were (Llama 3, Gemma 3, ChatML) give one document with all spans.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from ringflash.data.formats import Fields, Record, RecordError
+from ringflash.data.records import IGNORE, Document, clean
+from ringflash.data.tokenizer import text_only
+from ringflash.errors import ConfigError, reason
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+MESSAGES, TOOLS, PROMPT, COMPLETION = "messages", "tools", "prompt", "completion"
+
+
+class Rendered(NamedTuple):
+    """The text of a document, and the spans of its characters that are learnt, ascending.
+
+    begins: whether it is the first of its conversation. is_chat: rendered by a template, which spells special tokens.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    begins: bool = True
+    is_chat: bool = True
+
+
+class Dialogues:
+    """Records are conversations, or prompts with their completions."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, field: str | None, variables: dict[str, Any]
+    ) -> None:
+        """name: of the tokenizer, for messages. field: that of the messages. variables: more, for the template.
+
+        Raises ConfigError for a tokenizer without a template, or without a tokenizer.json.
+        """
+        if not tokenizer.is_fast or not tokenizer.chat_template:
+            lacks = "chat_template" if tokenizer.is_fast else "tokenizer.json"
+            raise ConfigError(
+                f"data.tokenizer={name} has no {lacks}, which data.chat=true needs: give the tokenizer of a chat model"
+            )
+        self.field = field or MESSAGES
+        self.fields = Fields((self.field, TOOLS, PROMPT, COMPLETION), self._refusal)
+        self._tokenizer, self._name, self._variables = tokenizer, name, variables
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        spelled = [re.escape(token) for token in special if len(token) > 1]
+        self._special = re.compile("|".join(sorted(spelled, key=len, reverse=True)) or r"(?!)")
+        self._conversations = self._documents = self._endless = 0
+        self._chat = _untruncated(tokenizer.backend_tokenizer)
+        self._text = text_only(tokenizer, name)
+
+    def _refusal(self, available: Sequence[str]) -> str | None:
+        if self.field in available or {PROMPT, COMPLETION} <= {*available}:
+            return None
+        return (
+            f"has neither {self.field} nor {PROMPT} and {COMPLETION}; it has {', '.join(available) or 'no field'}: "
+            f"data.field names the field of the messages"
+        )
+
+    # -- records to texts
+
+    def parse(self, where: str, record: Record) -> list[Rendered]:
+        """The texts of a record, each with the spans to learn."""
+        if record.get(self.field) is not None:
+            messages, first = self._messages(where, self.field, record[self.field]), 0
+        elif isinstance(record.get(PROMPT), str) and isinstance(record.get(COMPLETION), str):
+            return [self._pair(where, record[PROMPT], record[COMPLETION])]
+        else:
+            asked = self._messages(where, PROMPT, record.get(PROMPT))
+            messages, first = [*asked, *self._messages(where, COMPLETION, record.get(COMPLETION))], len(asked)
+        if messages[0]["role"] == "assistant":
+            raise RecordError(f"{where} begins with a message of the role assistant, which no prompt asks for")
+        tools = self._tools(where, record.get(TOOLS))
+        learnt = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        if not learnt:
+            raise RecordError(f"{where} has no message of the role assistant, so there is nothing to learn")
+        if self._is_marked(tools):
+            return [self._marked(where, messages, tools, first)]
+        documents = self._by_beginnings(where, messages, tools, learnt)
+        self._conversations += 1
+        self._documents += len(documents)
+        self._endless += not self._has_end(documents[-1].text)
+        return documents
+
+    def remarks(self) -> list[str]:
+        """What the template did to the conversations that were parsed, where it is not what one would expect."""
+        found = []
+        if self._documents > self._conversations:
+            found.append(
+                f"{self._conversations:,} conversations became {self._documents:,} documents: the chat template "
+                f"renders earlier turns otherwise, and each turn is learnt as the model answers it"
+            )
+        if self._endless:
+            found.append(
+                f"{self._endless:,} conversations end without a special token in the chat template, so nothing teaches "
+                f"the model where to stop"
+            )
+        return found
+
+    def _pair(self, where: str, prompt: str, completion: str) -> Rendered:
+        if not completion:
+            raise RecordError(f"{where} has an empty {COMPLETION}, so there is nothing to learn")
+        begin, end = clean(prompt, f"{where}: {PROMPT}"), clean(completion, f"{where}: {COMPLETION}")
+        return Rendered(begin + end, [(len(begin), len(begin + end))], is_chat=False)
+
+    def _messages(self, where: str, name: str, value: Any) -> list[dict[str, Any]]:
+        """Messages as a template takes them."""
+        value = _from_json(value)
+        if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+            raise RecordError(f"{where}: {name} holds {value!r:.60}, not a list of messages with role and content")
+        found = []
+        for number, message in enumerate(value, 1):
+            place = f"{where}: message {number} of {name}"
+            if not isinstance(message.get("role"), str):
+                raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
+            message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
+            content = message.get("content")
+            if content is None and "tool_calls" not in message:
+                raise RecordError(f"{place} has no content; it has {', '.join(map(str, message))}")
+            parts = content if isinstance(content, list) else []
+            if kinds := [
+                part.get("type") for part in parts if not isinstance(part, dict) or part.get("type") != "text"
+            ]:
+                raise RecordError(f"{place} holds content of the type {kinds[0]}; only text is supported")
+            found.append(self._plain(place, {**message, "content": content, **_with_objects(message)}))
+        return found
+
+    def _tools(self, where: str, value: Any) -> list[Any] | None:
+        """Tools as a template takes them: JSON schemas. Tables often hold them as text."""
+        value = _from_json(value)
+        if not value:
+            return None
+        tools = [_from_json(tool) for tool in value] if isinstance(value, list) else [value]
+        if not all(isinstance(tool, dict) for tool in tools):
+            raise RecordError(f"{where}: {TOOLS} holds {value!r:.60}, not a list of JSON schemas")
+        return self._plain(f"{where}: {TOOLS}", tools)
+
+    def _plain(self, where: str, value: Any) -> Any:
+        """The value, with clean texts. Refused is a text that spells a special token, which would end a turn in it."""
+        if isinstance(value, dict):
+            return {key: self._plain(where, x) for key, x in value.items()}
+        if isinstance(value, list):
+            return [self._plain(where, x) for x in value]
+        if isinstance(value, str) and (found := self._special.search(value)):
+            raise RecordError(
+                f"{where} spells the special token {found[0]}, which the model would read as the token: remove it, or "
+                f"set data.malformed=skip"
+            )
+        return clean(value, where) if isinstance(value, str) else value
+
+    # -- texts and spans
+
+    def _is_marked(self, tools: list[Any] | None) -> bool:
+        template = self._tokenizer.get_chat_template(tools=tools)
+        return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+    def _marked(self, where: str, messages: list[Any], tools: list[Any] | None, first: int) -> Rendered:
+        """The whole conversation, with the spans that the template marks; those of a prompt's messages left out."""
+        text, spans = self._render(where, messages, tools, mark=True)
+        if first:
+            prompt, _ = self._render(where, messages[:first], tools, prompted=True)
+            if not text.startswith(prompt):
+                raise RecordError(
+                    f"{where}: the chat template renders the {PROMPT} otherwise once a {COMPLETION} follows"
+                )
+            spans = [(max(begin, len(prompt)), end) for begin, end in spans if end > len(prompt)]
+        if not any(end > begin for begin, end in spans):
+            raise RecordError(f"{where}: the chat template's generation blocks mark nothing in it")
+        return Rendered(text, [(begin, end) for begin, end in spans if end > begin])
+
+    def _by_beginnings(
+        self, where: str, messages: list[Any], tools: list[Any] | None, learnt: Sequence[int]
+    ) -> list[Rendered]:
+        """Documents in which each learnt turn stands as the model is prompted for it, and answers."""
+        documents: list[Rendered] = []
+        for turn in reversed(learnt):
+            prompt, _ = self._render(where, messages[:turn], tools, prompted=True)
+            answered, _ = self._render(where, messages[: turn + 1], tools)
+            if not answered.startswith(prompt):
+                raise RecordError(
+                    f"{where}: the chat template prompts for message {turn + 1} with ...{prompt[-30:]!r}, which its "
+                    f"own rendering of that turn does not begin with, so what is to be learnt is unknown; use a "
+                    f"template with generation blocks, or other data.chat_template_kwargs"
+                )
+            end = self._shared(answered, documents[-1].text) if documents else None
+            if end is None:
+                documents.append(Rendered(answered, [(len(prompt), len(answered))], begins=False))
+            else:
+                documents[-1].spans.insert(0, (len(prompt), end))
+        documents.reverse()
+        return [documents[0]._replace(begins=True), *documents[1:]]
+
+    def _shared(self, answered: str, text: str) -> int | None:
+        """Where a turn ends in the text of a later one; None where it is not there as it was answered.
+
+        A template may end every conversation with an eos_token. A later text lacks it; that the turn has a special
+        token of its own at its end is then enough to learn where to stop.
+        """
+        if text.startswith(answered):
+            return len(answered)
+        turn = answered.removesuffix(str(self._tokenizer.eos_token))
+        return len(turn) if self._has_end(turn) and text.startswith(turn) else None
+
+    def _has_end(self, turn: str) -> bool:
+        """Whether a special token ends a text, behind which there is white space at most."""
+        return any(found.end() == len(turn.rstrip()) for found in self._special.finditer(turn))
+
+    def _render(
+        self, where: str, messages: list[Any], tools: list[Any] | None, prompted: bool = False, mark: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of messages, and with `mark` the spans of its generation blocks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._tokenizer.get_chat_template(tools=tools)
+        variables = {**self._tokenizer.special_tokens_map, **self._variables}
+        try:
+            texts, spans = cast(Any, render_jinja_template)(
+                [messages], tools, chat_template=template, add_generation_prompt=prompted,
+                return_assistant_tokens_mask=mark, **variables,
+            )  # fmt: skip
+        except Exception as error:  # jinja2's, and whatever the template's expressions raise
+            raise RecordError(
+                f"{where}: the chat template of data.tokenizer={self._name} fails: {reason(error)}"
+            ) from error
+        return texts[0], spans[0] if mark else []
+
+    # -- texts to tokens
+
+    def encode(self, parsed: Sequence[Rendered]) -> Iterator[Document]:
+        """The documents of texts. Learnt are tokens that hold a character of a span, and the eos after a completion."""
+        chats = self._chat.encode_batch([x.text for x in parsed if x.is_chat], add_special_tokens=False)
+        pairs = self._text.encode_batch([x.text for x in parsed if not x.is_chat])
+        encodings = {True: iter(chats), False: iter(pairs)}
+        for rendered in parsed:
+            tokens, labels = _labelled(next(encodings[rendered.is_chat]), rendered.spans)
+            yield self._ended(tokens, labels) if not rendered.is_chat else Document(tokens, labels, rendered.begins)
+
+    def _ended(self, tokens: np.ndarray, labels: np.ndarray) -> Document:
+        """A completion's document, with the end that it teaches."""
+        eos = self._tokenizer.eos_token_id
+        if not len(tokens) or tokens[-1] != eos:
+            return Document(np.append(tokens, eos), np.append(labels, np.int32(eos)))
+        labels[-1] = eos
+        return Document(tokens, labels)
+
+
+def _labelled(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, int64, and labels, int32: the tokens that hold a character of a span, or IGNORE.
+
+    A token of spaces may have the empty offsets (end, end), which lies in the span that it ends in.
+    """
+    tokens = np.array(encoding.ids, np.int64)
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    begins, ends = offsets[:, 0], offsets[:, 1]
+    learnt = np.zeros(len(tokens), bool)
+    for begin, end in spans:
+        learnt |= (ends > begin) & ((begins < end) | ((begins == ends) & (ends == end)))
+    return tokens, np.where(learnt, tokens, IGNORE).astype(np.int32)
+
+
+def _untruncated(backend: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer's backend that neither truncates nor pads."""
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """tool_calls whose arguments are objects: OpenAI's format has them as text, which templates would quote again."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return {}
+    return {"tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    arguments = _from_json(call.get("arguments"))
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _from_json(value: Any) -> Any:
+    """A value that a table holds as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value

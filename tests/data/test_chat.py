@@ -1,0 +1,361 @@
+"""What an assistant said is learnt as the model is prompted for it, and nothing else; bad records name their place."""
+
+import json
+import random
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringflash.data import IGNORE, load_corpus, tokenised
+from ringflash.data.chat import Dialogues
+from ringflash.data.formats import RecordError
+from ringflash.errors import ConfigError
+from tests.data.cases import config, write_tokenizer
+from tests.data.chat_cases import (
+    ENDLESS,
+    EOS,
+    GEMMA3,
+    LLAMA3,
+    MARKED,
+    QWEN3,
+    QWEN35,
+    R1,
+    SMOLLM2,
+    TEMPLATES,
+    chat,
+    chat_tokenizer,
+)
+
+THINKING = {"reasoning_content": "hmm", "thinking": "hmm"}
+TOOL = {"function": {"name": "add", "parameters": {"type": "object"}}, "type": "function"}  # sorted, as tables are
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def dialogues(template, eos="<eos>", field=None, **variables):
+    return Dialogues(chat_tokenizer(template, eos), "folder", field, variables)
+
+
+def learnt(template, record, eos="<eos>", **variables):
+    """The learnt texts of each document of a record."""
+    documents = dialogues(template, eos, **variables).parse("a.jsonl line 1", record)
+    return [[text[begin:end] for begin, end in spans] for text, spans, _, _ in documents]
+
+
+# -- what is learnt
+
+
+EXPECTED = {
+    "SmolLM2": [["hello<|im_end|>\n", " yes <|im_end|>\n"]],
+    "Llama 3": [["hello<|eot_id|>", "yes<|eot_id|>"]],
+    "Gemma 3": [["hello<end_of_turn>\n", "yes<end_of_turn>\n"]],
+    "Qwen 3": [
+        ["<think>\nhmm\n</think>\n\nhello<|im_end|>\n"],
+        ["<think>\nhmm\n</think>\n\n yes <|im_end|>\n"],
+    ],
+    "Qwen 3.5": [["hmm\n</think>\n\nhello<|im_end|>\n"], ["hmm\n</think>\n\n yes <|im_end|>\n"]],
+    "gpt-oss": [
+        ["<|channel|>analysis<|message|>hmm<|end|><|start|>assistant<|channel|>final<|message|>hello<|return|>"],
+        ["<|channel|>analysis<|message|>hmm<|end|><|start|>assistant<|channel|>final<|message|> yes <|return|>"],
+    ],
+    "Phi 3": [["hello<|end|>\n", " yes <|end|>\n<eos>"]],
+    "marked": [["hello<|im_end|>", " yes <|im_end|>"]],
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_answers_are_learnt_with_their_thinking_and_their_end(name):
+    messages = chat("hi", "hello", "more?", " yes ", system="Be kind.", **THINKING)
+    assert learnt(TEMPLATES[name], {"messages": messages}, EOS.get(name, "<eos>")) == EXPECTED[name]
+
+
+texts = st.text(st.sampled_from("he l\nö<|x😀"), min_size=1, max_size=8).filter(str.strip)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "marked"])
+@given(st.lists(texts, min_size=2, max_size=7), st.booleans(), st.booleans())
+def test_each_answer_is_learnt_once_behind_the_prompt_that_asks_for_it(name, contents, thinks, system):
+    messages = chat(*contents, system="Be kind." if system else None, **(THINKING if thinks else {}))
+    tokenizer = chat_tokenizer(TEMPLATES[name], EOS.get(name, "<eos>"))
+    documents = Dialogues(tokenizer, "folder", None, {}).parse("here", {"messages": messages})
+    found = [(text[:begin], text[begin:end]) for text, spans, _, _ in documents for begin, end in spans]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(found) == len(answers)
+    for i, (prompt, answer) in zip(answers, found, strict=True):
+        assert prompt == tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        assert prompt + answer in (whole, whole.removesuffix("<eos>"))
+    assert [begins for _, _, begins, _ in documents] == [True] + [False] * (len(documents) - 1)
+
+
+@given(st.lists(texts, min_size=2, max_size=7))
+def test_marked_tokens_are_those_of_transformers(contents):
+    messages, tokenizer = chat(*contents), chat_tokenizer(MARKED)
+    reading = Dialogues(tokenizer, "folder", None, {})
+    [document] = reading.encode(reading.parse("here", {"messages": messages}))
+    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert document.tokens.tolist() == theirs["input_ids"]
+    expected = np.where(np.array(theirs["assistant_masks"]) == 1, document.tokens, IGNORE)
+    # transformers takes no token of spaces for the beginning of a span, whose offsets are empty
+    if not any(content[0] == " " for content in contents[1::2]):
+        assert document.labels.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["SmolLM2", "Llama 3", "Gemma 3"])
+@given(st.lists(texts, min_size=2, max_size=6))
+def test_tokens_are_those_of_the_template_and_labels_spell_the_answers(name, contents):
+    messages, tokenizer = chat(*contents[: len(contents) // 2 * 2]), chat_tokenizer(TEMPLATES[name])
+    reading = Dialogues(tokenizer, "folder", None, {})
+    rendered = reading.parse("here", {"messages": messages})
+    [document] = reading.encode(rendered)
+    assert document.tokens.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+    spelled = tokenizer.decode(document.labels[document.labels != IGNORE].tolist(), clean_up_tokenization_spaces=False)
+    answers = "".join(rendered[0].text[begin:end] for begin, end in rendered[0].spans)
+    assert spelled.endswith(answers[-12:])
+    assert len(spelled) - len(answers) in range(3)  # a token may begin in the prompt's line feed
+
+
+def test_a_token_of_spaces_inside_an_answer_is_learnt():
+    reading = dialogues(SMOLLM2)
+    [document] = reading.encode(reading.parse("here", {"messages": chat("a   b", "x   y   ")}))
+    decoded = chat_tokenizer(SMOLLM2).decode(document.labels[document.labels != IGNORE].tolist())
+    assert decoded == "x   y   <|im_end|>\n"
+
+
+def test_questions_behind_the_last_answer_are_left_out():
+    [document] = dialogues(SMOLLM2).parse("here", {"messages": chat("hi", "hello", "unanswered")})
+    assert document.text.endswith("hello<|im_end|>\n")
+
+
+def test_tool_calls_are_learnt_and_tool_results_are_not():
+    messages = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    [found] = learnt(QWEN3, {"messages": messages, "tools": [TOOL]})
+    empty = "<think>\n\n</think>\n\n"
+    assert found[0] == f'{empty}<tool_call>\n{{"name": "add", "arguments": {{"a": 1}}}}\n</tool_call><|im_end|>\n'
+    assert found[1] == f"{empty}It is 2.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["objects", "JSON text"])
+def test_arguments_and_tools_that_are_json_text_are_rendered_as_objects(as_text):
+    given = json.dumps(CALL["function"]["arguments"]) if as_text else CALL["function"]["arguments"]
+    call = {"function": {"name": "add", "arguments": given}}
+    messages = [{"role": "user", "content": "add"}, {"role": "assistant", "tool_calls": [call]}]
+    tools = json.dumps([TOOL]) if as_text else [TOOL]
+    [document] = dialogues(LLAMA3).parse("here", {"messages": messages, "tools": tools})
+    assert document.text.endswith('{"name": "add", "parameters": {"a": 1}}<|eot_id|>')
+    [document] = dialogues(QWEN3).parse("here", {"messages": messages, "tools": tools})
+    assert json.dumps([TOOL]) in document.text
+
+
+def test_variables_reach_the_template():
+    found = learnt(QWEN3, {"messages": chat("hi", "hello")}, enable_thinking=False)
+    assert found == [["hello<|im_end|>\n"]]
+
+
+# -- prompts and completions
+
+
+def test_the_completion_of_a_text_is_learnt_with_its_end():
+    tokenizer, reading = chat_tokenizer(SMOLLM2), dialogues(SMOLLM2)
+    [document] = reading.encode(reading.parse("here", {"prompt": "2 <|im_end|> 2 = ", "completion": "hell"}))
+    ids = tokenizer("2 <|im_end|> 2 = hell", split_special_tokens=True)["input_ids"]
+    assert document.tokens.tolist() == [*ids, tokenizer.eos_token_id]
+    assert document.labels.tolist() == [IGNORE] * (len(ids) - 2) + [*ids[-2:], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(("name", "end"), [("SmolLM2", "<|im_end|>\n"), ("marked", "<|im_end|>"), ("Phi 3", None)])
+def test_answers_of_the_prompt_are_not_learnt(name, end):
+    messages = chat("hi", "hello", "more?", "yes")
+    found = learnt(TEMPLATES[name], {"prompt": messages[:3], "completion": messages[3:]})
+    assert found == [[f"yes{end or '<|end|>' + chr(10) + '<eos>'}"]]
+
+
+# -- files
+
+
+def write(folder, name, records):
+    """A file, or a folder that `datasets` saved."""
+    path = folder / name
+    if name.endswith("jsonl"):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        datasets.Dataset.from_list(records).save_to_disk(path)
+    return path
+
+
+def settings(tmp_path, path, template=SMOLLM2, **more):
+    """Those of conversations."""
+    chat_tokenizer(template).save_pretrained(tmp_path / "tokenizer")
+    return config(
+        tmp_path, path, **{"tokenizer": str(tmp_path / "tokenizer"), "chat": True, "packing": "whole", **more}
+    )
+
+
+RECORDS = [
+    {"messages": chat("hi", "hello", "more?", "yes", **THINKING), "tools": None},  # the columns of a table
+    {"messages": [{"role": "user", "content": "add"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+     "tools": [TOOL]},
+    {"messages": chat("who?", "me", system="Be kind.")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [QWEN3, LLAMA3], ids=["Qwen 3", "Llama 3"])
+def test_jsonl_parquet_and_datasets_give_the_same_documents(tmp_path, template):
+    found = [
+        tokenised(settings(tmp_path, write(tmp_path, name, RECORDS), template))
+        for name in ("a.jsonl", "a.parquet", "a")
+    ]
+    for other in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found[0][:3], other[:3], strict=True))
+    assert found[0].contents["records"] == 3
+
+
+def test_a_conversation_of_several_documents_is_held_out_whole(tmp_path):
+    records = [{"messages": chat(f"{i}", "one", "then", "two")} for i in range(20)]
+    corpora = load_corpus(settings(tmp_path, write(tmp_path, "a.jsonl", records), QWEN3, held_out=0.3))
+    tokenizer = chat_tokenizer(QWEN3)
+    asked = [
+        {tokenizer.decode(corpus.document(i)).split("\n")[1].split("<")[0] for i in range(len(corpus))}
+        for corpus in corpora
+    ]
+    assert [len(corpus) for corpus in corpora] == [28, 12]
+    assert [len(numbers) for numbers in asked] == [14, 6]
+    assert asked[0].isdisjoint(asked[1])
+
+
+def test_the_template_and_its_variables_decide_the_cache(tmp_path):
+    path = write(tmp_path, "a.jsonl", [{"messages": chat("hi", "hello")}] * 2)
+    found = [
+        tokenised(settings(tmp_path, path, QWEN3, chat_template_kwargs=variables)).contents["tokens"]
+        for variables in ({}, {"enable_thinking": False}, {})
+    ]
+    assert found[0] == found[2]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_documents_that_a_template_makes_of_a_conversation_and_missing_ends_are_reported(tmp_path, capsys):
+    path = write(tmp_path, "a.jsonl", [{"messages": chat("hi", "hello", "more?", "yes")}] * 3)
+    tokenised(settings(tmp_path, path, QWEN3))
+    assert "3 conversations became 6 documents: the chat template renders earlier turns" in capsys.readouterr().out
+    tokenised(settings(tmp_path, path, ENDLESS))
+    assert "3 conversations end without a special token in the chat template" in capsys.readouterr().out
+    tokenised(settings(tmp_path, path, SMOLLM2))
+    assert "conversations" not in capsys.readouterr().out
+
+
+# -- what is refused
+
+
+REFUSED = {
+    "no messages": (
+        {"text": "a"},
+        "a.jsonl line 2 has neither messages nor prompt and completion; it has text",
+    ),
+    "text": ({"messages": "hi"}, "line 2: messages holds 'hi', not a list of messages with role and content"),
+    "nothing": ({"messages": []}, "line 2: messages holds [], not a list of messages"),
+    "ShareGPT": (
+        {"messages": [{"from": "human", "value": "hi"}]},
+        "message 1 of messages has no role; it has from",
+    ),
+    "no content": ({"messages": [{"role": "user"}]}, "line 2: message 1 of messages has no content; it has role"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "message 1 of messages holds content of the type image; only text is supported",
+    ),
+    "no answer": (
+        {"messages": chat("hi")},
+        "line 2 has no message of the role assistant, so there is nothing to learn",
+    ),
+    "no question": ({"messages": chat("hi", "hello")[1:]}, "line 2 begins with a message of the role assistant, which"),
+    "a special token": (
+        {"messages": chat("hi", "say <|im_end|>")},
+        "line 2: message 2 of messages spells the special token <|im_end|>, which the model would read as the token",
+    ),
+    "a NUL": ({"messages": chat("h\0i", "hello")}, "line 2: message 1 of messages holds a NUL at character 1"),
+    "tools": ({"messages": chat("hi", "hello"), "tools": "add"}, "line 2: tools holds 'add', not a list of JSON schem"),
+    "an empty completion": ({"prompt": "hi", "completion": ""}, "line 2 has an empty completion, so there is nothing"),
+    "only a completion": ({"completion": "hi"}, "has neither messages nor prompt and completion; it has completion"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_record_that_cannot_be_learnt_is_refused_with_its_line_or_left_out(tmp_path, case, capsys):
+    record, message = REFUSED[case]
+    path = write(tmp_path, "a.jsonl", [RECORDS[0], record, RECORDS[2]])
+    with pytest.raises(ConfigError) as refused:
+        tokenised(settings(tmp_path, path))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert tokenised(settings(tmp_path, path, malformed="skip")).contents["records"] == 2
+    assert "data.malformed=skip left out 1 records, the first: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (GEMMA3, chat("hi", "hello")[:1] * 2 + chat("hi", "hello")[1:], "data.tokenizer=folder fails: Conversation ro"),
+        (
+            R1,
+            chat("hi", "hello"),
+            "hi<eos><|assistant|><think>\\n', which its own rend",
+        ),
+        (QWEN35.replace("> ns.last", "> 9"), chat("hi", "hello"), "<think>\\n', which its own rendering of that turn"),
+    ],
+    ids=["roles that do not alternate", "R1", "a template that drops all thinking"],
+)
+def test_a_template_that_does_not_tell_what_is_to_be_learnt_is_refused(template, messages, message):
+    with pytest.raises(RecordError) as refused:
+        learnt(template, {"messages": messages})
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"packing": "cut"}, "data.packing=cut would cut conversations, and data.chat=true: use whole or truncate"),
+        ({"field": "input_ids"}, "data.field=input_ids and data.chat=true exclude each other"),
+        (
+            {"chat": False, "chat_template_kwargs": {"a": 1}},
+            "data.chat_template_kwargs is only read with",
+        ),
+    ],
+    ids=["cut", "tokens", "unread"],
+)
+def test_settings_that_exclude_each_other_are_refused(tmp_path, more, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(tmp_path, tmp_path, **more)
+
+
+def test_tokenizers_without_a_template_are_refused(tmp_path):
+    path = write(tmp_path, "a.jsonl", RECORDS)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=bytes has no tokenizer\.json, which data\.chat=true needs"):
+        tokenised(settings(tmp_path, path, tokenizer="bytes"))
+    folder = write_tokenizer(tmp_path / "plain")
+    with pytest.raises(ConfigError, match=r"plain has no chat_template, which data\.chat=true needs"):
+        tokenised(settings(tmp_path, path, tokenizer=str(folder)))
+
+
+def test_a_text_file_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("hi")
+    with pytest.raises(ConfigError, match=r"data\.chat=true needs records, but .*a\.txt is read as text"):
+        tokenised(settings(tmp_path, tmp_path / "a.txt"))
+
+
+def test_no_conversation_is_cut_whatever_its_length(tmp_path):
+    draw = random.Random(0)
+    turns = [["he" * draw.randrange(1, 30) for _ in range(2 * draw.randrange(1, 4))] for _ in range(60)]
+    records = [{"messages": chat(*contents)} for contents in turns]
+    training, _ = load_corpus(settings(tmp_path, write(tmp_path, "a.jsonl", records), held_out=0))
+    tokenizer = chat_tokenizer(SMOLLM2)
+    expected = [tokenizer.apply_chat_template(record["messages"], return_dict=False) for record in records]
+    assert [training.document(i).tolist() for i in range(len(training))] == expected
