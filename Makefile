@@ -12,7 +12,7 @@ WORKERS ?= 2
 # The Hopper kernels are compiled with the pinned Triton and with this one: Gluon changes from version to version.
 NEWEST_TRITON := 3.9.0
 
-.PHONY: help train test check format gpu docs clean
+.PHONY: help train test models check format gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1	/' | expand -t 10
@@ -35,6 +35,9 @@ train: .venv/installed  ## train the demo on every GPU, or on two CPU ranks: 3 m
 
 test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the CPU test suite: 10 minutes on two cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+models: .venv/installed  ## prove every model family against its own attention and write docs/models.md: 5 minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.sweep $(ARGS)
 
 gpu: .venv/installed  ## run the tests that need a GPU: 15 minutes on an H100
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -4,7 +4,7 @@ failure of a peer                                               -> the test that
 
 wrong keys seen
 documents must divide by twice the ranks                        -> ring/test_attention.py::test_any_mask_layout_and_ring_size_is_exact
-documents leak into each other                                  -> models/test_models.py::test_packed_documents_give_the_loss_of_the_documents_alone
+documents leak into each other                                  -> models/test_families.py::test_loss_and_every_gradient_equal_eager_attention
 a window is passed unchanged into every block                   -> test_each_block_sees_its_own_part_of_a_window
 packing, window, softcap and sinks exclude each other           -> test_packing_window_softcap_and_sinks_work_together
 a sink is dropped                                               -> ring/test_attention.py::test_a_sink_is_one_more_key_without_a_value_and_has_a_gradient
@@ -38,7 +38,7 @@ the same under ZeRO and accumulation; ZeRO 3's hooks bypassed   -> training/test
 ranks join shards of different texts                            -> test_ranks_that_got_different_texts_are_refused
 NaN on a shard that has no label                                -> test_a_shard_without_labels_has_no_nan
 NaN in a batch that has no label                                -> test_a_batch_without_labels_has_no_nan
-padding is counted, or needed                                   -> models/test_models.py::test_loss_and_every_gradient_equal_the_models_own_eager_attention
+padding is counted, or needed                                   -> models/test_families.py::test_loss_and_every_gradient_equal_eager_attention
 a fused loss ignores the scale of what comes back to it         -> training/test_loss.py::test_any_tile_gives_the_loss_and_gradients_of_whole_logits
 a tiled loss sums the head's gradient in bf16                   -> training/test_loss.py::test_the_weights_gradient_is_summed_over_tiles_in_fp32
 micro-batches are summed in bf16                                -> training/test_config.py::test_what_does_not_fit_the_ranks_is_refused

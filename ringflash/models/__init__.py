@@ -16,18 +16,20 @@ from ringflash.models.attention import ring_attention_forward
 from ringflash.models.building import build_model
 from ringflash.models.checkpointing import Keep, checkpoint_layers, host_store
 from ringflash.models.configuration import (
-    ARCHITECTURES,
     AttentionConfig,
     ModelConfig,
     check_kernel,
     check_length,
+    experts_of,
     field_refusal,
     head_dim,
     heads_of,
     layer_masks,
+    logit_scale,
     read_config,
     windows_of_layers,
 )
+from ringflash.models.families import ARCHITECTURES, vouch_for
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.inputs import ring_inputs
 from ringflash.models.ring_mask import RingMask
@@ -43,14 +45,17 @@ __all__ = [
     "check_kernel",
     "check_length",
     "checkpoint_layers",
+    "experts_of",
     "field_refusal",
     "fuse_layers",
     "head_dim",
     "heads_of",
     "host_store",
     "layer_masks",
+    "logit_scale",
     "read_config",
     "ring_attention_forward",
     "ring_inputs",
+    "vouch_for",
     "windows_of_layers",
 ]

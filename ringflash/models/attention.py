@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
 from ringflash.mask import check_tokens
@@ -60,11 +60,12 @@ def ring_attention_forward(
         )
     if getattr(module, "layer_idx", 0) == 0:
         mask = attention_mask if isinstance(attention_mask, RingMask) else None
-        check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
-        if (position_ids := unknown.get("position_ids")) is not None:
+        of_model = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
+        position_ids = unknown.get("position_ids", of_model)
+        if position_ids is not None:
             _check_positions(position_ids, plan)
-    if sliding_window is not None:
-        plan = plan.window(check_tokens("sliding_window", sliding_window, least=1) - 1)
+    if (window := _window(attention_mask, sliding_window)) is not None:
+        plan = plan.window(check_tokens("sliding_window", window, least=1) - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:  # RoPE gives fp32
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
@@ -97,6 +98,18 @@ def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dr
         raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
 
 
+def _window(mask: Tensor | RingMask | None, asked: int | None) -> int | None:
+    """A layer's sliding window: its mask's, which is all that eager attention reads. asked: the layer's keyword."""
+    if not isinstance(mask, RingMask) or asked == mask.window:
+        return asked
+    if asked is not None:
+        raise ValueError(
+            f"a layer asks for sliding_window={asked} and transformers gave it a mask of window {mask.window}: which "
+            f"of the two its weights were trained with is not known"
+        )
+    return mask.window
+
+
 def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
     """Refuse positions that are neither the sequence's nor a document's own.
 
@@ -124,32 +137,54 @@ def _ring_mask(
     *args: Any,
     attention_mask: Tensor | RingMask | None = None,
     config: PreTrainedConfig | None = None,
-    mask_function: Callable | None = None,
+    mask_function: Callable = causal_mask_function,
+    local_size: int | None = None,
     batch_size: int,
     q_length: int,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> RingMask | None:
+) -> RingMask:
     """The mask that transformers gives to layers: that of ring_inputs, so that a layer off the ring refuses it.
 
-    transformers builds none. One that hides tokens is refused, since ring attention would ignore it.
+    transformers builds none. One that hides tokens is refused, since ring attention would ignore it. local_size: the
+    layers' window.
     """
     if config is not None and (reason := refusal(config, router_logits=False)) is not None:
         raise ValueError(f"config.{reason}")
     if mask_function is bidirectional_mask_function:
         raise ValueError(BIDIRECTIONAL)
-    if isinstance(attention_mask, RingMask):
-        if attention_mask.shape != (shape := torch.Size([batch_size, q_length])):
+    shape = torch.Size([batch_size, q_length])
+    if not isinstance(attention_mask, RingMask):
+        if attention_mask is not None and not bool(attention_mask.all()):
+            hidden = int((~attention_mask.bool()).sum())
             raise ValueError(
-                f"a model's input of {[*shape]} does not fit the others, which ring_inputs made for "
-                f"{[*attention_mask.shape]}: each batch needs a plan of its own, and prompts cannot be put in front"
+                f"attention_mask hides {hidden} tokens: padding masks are not supported; pack documents instead of "
+                f"padding"
             )
-        return attention_mask
-    if attention_mask is not None and not bool(attention_mask.all()):
-        hidden = int((~attention_mask.bool()).sum())
+        return RingMask(shape, device=device, window=local_size)
+    if attention_mask.shape != shape:
         raise ValueError(
-            f"attention_mask hides {hidden} tokens: padding masks are not supported; pack documents instead of padding"
+            f"a model's input of {[*shape]} does not fit the others, which ring_inputs made for "
+            f"{[*attention_mask.shape]}: each batch needs a plan of its own, and prompts cannot be put in front"
         )
-    return None
+    if not _only_windowed(mask_function, local_size):
+        raise ValueError(
+            "a layer's mask is neither causal nor a sliding window alone, and the plan has no other: chunks, and "
+            "tokens that see those after them, are not supported on the ring"
+        )
+    return attention_mask.windowed(local_size)
+
+
+def _only_windowed(mask_function: Callable, window: int | None) -> bool:
+    """Whether a mask of transformers is causal, and limited by nothing but a window of `window` tokens.
+
+    A chunk of `window` tokens hides the first from the last of these; what sees later tokens sees the next.
+    """
+    if window is None or not 0 < window < 2**31:
+        return mask_function is causal_mask_function or window is not None
+    queries, keys = (torch.tensor(x, device="cpu") for x in ((window, window, 0), (1, 0, 1)))
+    seen = [bool(mask_function(0, 0, q, k)) for q, k in zip(queries, keys, strict=True)]
+    return seen == [True, False, False]
 
 
 def _refuse_architecture(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> NoReturn:

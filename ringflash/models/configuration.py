@@ -21,10 +21,9 @@ from ringflash.errors import ConfigError
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.mask import IntervalMask
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
+from ringflash.models.families import Windows, family_refusal, vouch_for, windows_of
 from ringflash.ring.cost import Heads
 
-# Architectures whose training is tested against their own sdpa attention.
-ARCHITECTURES = ("gemma2", "gpt_oss", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 DTYPES = {
     "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     "bf16": torch.bfloat16,
@@ -36,6 +35,9 @@ BIDIRECTIONAL = (
     "after them; load a causal model, or train this one without a ring"
 )
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+# What transformers' configurations call the number of experts, and how many of them a token meets.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ACTIVE = ("moe_topk", "num_experts_per_tok", "moe_k")
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,18 @@ class ModelConfig:
     """Folder of a Hugging Face model to start from; null: start from random weights."""
 
     architecture: dict[str, Any] = field(default_factory=dict)
-    """A transformers configuration: model_type (one of ARCHITECTURES) and that configuration's own fields."""
+    """A transformers configuration: model_type (docs/models.md lists them) and that configuration's own fields."""
 
     dtype: str = "auto"
     """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
 
     extrapolate_positions: bool = False
     """Train on sequences longer than the model's positions (max_position_embeddings, or what its RoPE scales to)."""
+
+    untested_family: bool = False
+    """Train a model_type that docs/models.md does not list. You vouch that its layers mix tokens in attention alone,
+    limited by windows at most, that positions enter by position_ids alone, and that its logits are lm_head's, times
+    logit_scale, capped at final_logit_softcapping."""
 
     def __post_init__(self) -> None:
         if self.path and self.architecture:
@@ -99,11 +106,10 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
 
 def _configuration(config: ModelConfig) -> PreTrainedConfig:
     if config.path is not None:
-        return _configuration_of(config.path)
+        return _configuration_of(config, config.path)
     settings = dict(config.architecture)
     model_type = settings.pop("model_type", None)
-    if model_type not in ARCHITECTURES:
-        raise ConfigError(f"model.architecture.model_type={model_type} is not one of {', '.join(ARCHITECTURES)}")
+    _check_family(model_type, config, "model.architecture.")
     for name in settings:
         if (reason := field_refusal(model_type, name)) is not None:
             raise ConfigError(reason)
@@ -119,7 +125,18 @@ def _configuration(config: ModelConfig) -> PreTrainedConfig:
     return hf_config
 
 
-def _configuration_of(path: str) -> PreTrainedConfig:
+def _check_family(model_type: Any, config: ModelConfig, where: str) -> None:
+    """Raise ConfigError for a family that is not taken; one that the user vouches for is from here on."""
+    if family_refusal(model_type) is not None and config.untested_family:
+        try:
+            vouch_for(model_type)
+        except ValueError as error:
+            raise ConfigError(f"{where}{error}") from error
+    if (reason := family_refusal(model_type)) is not None:
+        raise ConfigError(f"{where}{reason}")
+
+
+def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
     """The configuration of a model's folder. Raises ConfigError where it is missing, damaged or of no model."""
     file = Path(path) / "config.json"
     if not os.path.isfile(file):  # pathlib raises for a name that is too long
@@ -129,8 +146,7 @@ def _configuration_of(path: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={path}: config.json cannot be read: {message_of(error)}") from error
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if model_type not in ARCHITECTURES:
-        raise ConfigError(f"model.path={path}: model_type={model_type} is not one of {', '.join(ARCHITECTURES)}")
+    _check_family(model_type, config, f"model.path={path}: ")
     if (reason := value_refusal(settings)) is not None:
         raise ConfigError(f"model.path={path}: in config.json {reason}")
     try:
@@ -159,7 +175,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     """Raise ConfigError, naming the field and its value, for what would train wrongly on the ring."""
     if (reason := refusal(config)) is not None:
         raise ConfigError(f"model.architecture.{reason}")
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ConfigError(
             f"model.architecture.num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}"
@@ -182,15 +198,14 @@ def refusal(config: PreTrainedConfig, router_logits: bool | None = None) -> str 
 
     router_logits: whether the model is asked for them; None: as its configuration says.
     """
-    if config.model_type not in ARCHITECTURES:
-        return (
-            f"model_type={config.model_type} is not one of {', '.join(ARCHITECTURES)}: other architectures are not "
-            f"tested on the ring"
-        )
+    if (reason := family_refusal(config.model_type)) is not None:
+        return reason
     if getattr(config, "output_router_logits", False) if router_logits is None else router_logits:
         return "output_router_logits=True is not supported: the auxiliary loss of experts needs all tokens of a batch"
     if not getattr(config, "is_causal", True):
         return BIDIRECTIONAL
+    if (seen := getattr(config, "use_bidirectional_attention", None)) in (True, "all"):
+        return BIDIRECTIONAL.replace("is_causal=False", f"use_bidirectional_attention={seen}")
     for rope in _rope_parameters(config):
         if (kind := rope.get("rope_type", "default")) not in _ROPE_TYPES:
             by_length = ": it depends on the longest position of a shard, not of the sequence"
@@ -242,7 +257,7 @@ def check_kernel(
     """
     q, k = (
         torch.empty(1, 1, heads, head_dim(hf_config), dtype=DTYPES[config.dtype], device=device)
-        for heads in (hf_config.num_attention_heads, hf_config.num_key_value_heads)
+        for heads in (hf_config.num_attention_heads, kv_heads_of(hf_config))
     )
     softcap = getattr(hf_config, "attn_logit_softcapping", None) or None
     try:
@@ -253,23 +268,50 @@ def check_kernel(
 
 def head_dim(config: PreTrainedConfig) -> int:
     """The size of a head, which some architectures leave to be derived."""
+    if hasattr(config, "qk_nope_head_dim"):
+        return config.qk_nope_head_dim + config.qk_rope_head_dim
     given = getattr(config, "head_dim", None)
     return config.hidden_size // config.num_attention_heads if given is None else given
 
 
+def kv_heads_of(config: PreTrainedConfig) -> int:
+    """KV heads, as many as query heads where the configuration has no number of its own."""
+    given = getattr(config, "num_key_value_heads", None)
+    return config.num_attention_heads if given is None else given
+
+
 def heads_of(config: PreTrainedConfig, ulysses: int = 1) -> Heads:
     """The heads that one of `ulysses` ranks computes attention for."""
-    kv_heads = max(1, config.num_key_value_heads // ulysses)
+    kv_heads = max(1, kv_heads_of(config) // ulysses)
     return Heads(config.num_attention_heads // ulysses, kv_heads, head_dim(config))
+
+
+def experts_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """Routed experts of a layer, and how many of them a token meets; (1, 1) where there are none."""
+    experts, active = (
+        next((x for name in names if (x := getattr(config, name, None))), 1) for names in (_EXPERTS, _ACTIVE)
+    )
+    return experts, active
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """What a model multiplies its logits by, before they are capped."""
+    if config.model_type.startswith("granite") or config.model_type == "minicpm3":
+        return 1 / config.logits_scaling
+    if config.model_type == "hyperclovax":
+        return config.logits_scaling
+    given = getattr(config, "logit_scale", None)
+    return 1.0 if given is None else given
 
 
 def windows_of_layers(config: PreTrainedConfig) -> list[tuple[int | None, int]]:
     """The sliding windows that layers have (None: they have none), and how many layers have each."""
-    if config.model_type in ("mistral", "phi3"):  # one window for all layers, or none
-        windowed = config.num_hidden_layers if config.sliding_window else 0
-    else:
-        windowed = (getattr(config, "layer_types", None) or []).count("sliding_attention")
-    found = [(None, config.num_hidden_layers - windowed), (config.sliding_window if windowed else None, windowed)]
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    which = windows_of(config.model_type, kinds is not None)
+    windowed = kinds.count("sliding_attention") if which is Windows.SOME and kinds else 0
+    if which is Windows.ALL and window:
+        windowed = config.num_hidden_layers
+    found = [(None, config.num_hidden_layers - windowed), (window if windowed else None, windowed)]
     return [(window, layers) for window, layers in found if layers]
 
 

@@ -41,16 +41,28 @@ class RingMask:
     """Stands for the mask that an AttentionPlan holds.
 
     shape: of the input_ids beside it. labels: how many labels the whole sequences have, None where none were given.
+    window: how many tokens a query of some layers sees, None for all of its document's before it.
     Any use but those that leave it as it is raises ValueError.
     """
 
-    def __init__(self, shape: Sequence[int], labels: int | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        labels: int | None = None,
+        device: torch.device | str = "cpu",
+        window: int | None = None,
+    ) -> None:
         self.shape = torch.Size(shape)
         self.labels = labels
+        self.window = window
         self.device = torch.device(device)
         self.dtype = torch.bool
         self.ndim = len(self.shape)
         self.requires_grad = False
+
+    def windowed(self, window: int | None) -> RingMask:
+        """The mask of layers with a sliding window, or of those without one."""
+        return RingMask(self.shape, self.labels, self.device, window)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """As torch.Tensor.size."""

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError
-from ringflash.models import AttentionConfig, FusedConfig, Keep, checkpoint_layers, fuse_layers, head_dim, host_store
+from ringflash.models import (
+    AttentionConfig,
+    FusedConfig,
+    Keep,
+    checkpoint_layers,
+    fuse_layers,
+    head_dim,
+    host_store,
+    logit_scale,
+)
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
@@ -76,7 +85,8 @@ class TrainedModel(nn.Module):
         self.model = model
         self.attention = asdict(attention)
         softcap = getattr(model.config, "final_logit_softcapping", None)
-        model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap, fused_loss)
+        scale = logit_scale(model.config)
+        model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap, fused_loss, scale)
         if memory.recompute:
             checkpoint_layers(model, Keep(memory.attention_results, memory.layer_inputs, memory.host_layers))
         self.memory = memory

@@ -13,16 +13,15 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ringflash.models import head_dim
+from ringflash.models import experts_of, heads_of
 
 
 def matmul_parameters(model: PreTrainedModel) -> int:
     """Weights that every token is multiplied with: all matrices except an embedding that is only looked up.
 
-    Of stacked experts, [experts, in, out], each token is multiplied with num_experts_per_tok.
+    Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to.
     """
-    experts = getattr(model.config, "num_local_experts", 1)
-    active = getattr(model.config, "num_experts_per_tok", 1)
+    experts, active = experts_of(model.config)
     total = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     total += sum(p.numel() * active // experts for p in model.parameters() if p.dim() == 3)
     embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
@@ -32,4 +31,4 @@ def matmul_parameters(model: PreTrainedModel) -> int:
 
 def step_flops(config: PreTrainedConfig, weights: int, tokens: int, pairs: float) -> float:
     """Operations of a step: `weights` as matmul_parameters counts them; visible pairs, summed over layers."""
-    return 6.0 * weights * tokens + 12.0 * pairs * config.num_attention_heads * head_dim(config)
+    return 6.0 * weights * tokens + 12.0 * pairs * config.num_attention_heads * heads_of(config).dim

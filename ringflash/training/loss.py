@@ -1,10 +1,10 @@
 """Cross entropy from hidden states, one tile of tokens at a time: the logits of a whole sequence never exist.
 
-For a token with hidden state h, label y and logits z = W h (capped where the model caps them), the loss is
-logsumexp(z) - z_y and its gradient softmax(z) - onehot(y). Both need one tile of logits only, so the forward computes
-the gradients too, as Liger does (arXiv:2410.10989), and the backward scales them. The weight's gradient is summed over
-tiles in fp32. On a GPU one kernel per tile writes the gradient over the logits (`fused.cross_entropy`); elsewhere plain
-torch does the same.
+For a token with hidden state h, label y and logits z = scale (W h + bias), capped where the model caps them, the loss
+is logsumexp(z) - z_y and its gradient softmax(z) - onehot(y). Both need one tile of logits only, so the forward
+computes the gradients too, as Liger does (arXiv:2410.10989), and the backward scales them. The weight's gradient is
+summed over tiles in fp32. On a GPU one kernel per tile writes the gradient over the logits (`fused.cross_entropy`);
+elsewhere plain torch does the same.
 """
 
 from __future__ import annotations
@@ -30,51 +30,70 @@ def tile_for(vocabulary: int) -> int:
 
 
 def tiled_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, softcap: float | None, fused: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    tile: int,
+    softcap: float | None,
+    fused: bool = False,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Summed cross entropy, fp32 scalar.
 
     hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 where nothing is predicted; tile, tokens whose
-    logits exist at once; softcap of the logits, or None; fused: by the Triton kernel. Differentiable in hidden and
-    weight.
+    logits exist at once; softcap of the logits, or None; fused: by the Triton kernel; bias [V] or None; scale of the
+    logits, before their cap. Differentiable in hidden, weight and bias.
     """
-    return _TiledCrossEntropy.apply(hidden, weight, labels, tile, softcap, fused)
+    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale)
 
 
 class LossHead(nn.Linear):
     """A model's lm_head that can return the loss instead of the logits.
 
-    It owns the weight under its usual name, so ZeRO 3 gathers it when the head is called, and checkpoints name it as
-    usual.
+    It owns the weight and the bias under their usual names, so ZeRO 3 gathers them when the head is called, and
+    checkpoints name them as usual. scale: what the model multiplies its logits by.
     """
 
-    def __init__(self, head: nn.Linear, tile: int | None, softcap: float | None, fused: bool = False) -> None:
-        if head.bias is not None:
-            raise ValueError("a language model's head with a bias is not supported")
+    def __init__(
+        self, head: nn.Linear, tile: int | None, softcap: float | None, fused: bool = False, scale: float = 1.0
+    ) -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         self.weight = head.weight
+        self.bias = head.bias
         self.tile: int = tile_for(head.out_features) if tile is None else tile
         self.softcap: float | None = softcap
         self.fused: bool = fused
+        self.scale: float = scale
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [..., V], or with labels, int64 of hidden's leading shape, their summed loss."""
+        """Logits [..., V], neither scaled nor capped; with labels, int64 of hidden's shape but the last, their loss."""
         if labels is None:
             return super().forward(hidden)
         return tiled_cross_entropy(
-            hidden.flatten(0, -2), self.weight, labels.flatten(), self.tile, self.softcap, self.fused
-        )
+            hidden.flatten(0, -2), self.weight, labels.flatten(), self.tile, self.softcap, self.fused, self.bias,
+            self.scale,
+        )  # fmt: skip
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, softcap: float | None, fused: bool
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        tile: int,
+        softcap: float | None,
+        fused: bool,
+        scale: float,
     ) -> Tensor:
-        differentiate = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        differentiate = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden if differentiate else hidden[:0])
         dweight = torch.zeros_like(weight if differentiate else weight[:0], dtype=torch.float32)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
         if fused:
             cross_entropy = partial(_fused_cross_entropy, softcap=softcap)
@@ -82,20 +101,27 @@ class _TiledCrossEntropy(torch.autograd.Function):
             cross_entropy = partial(_cross_entropy, softcap=softcap, dtype=hidden.dtype, differentiate=differentiate)
         for begin in range(0, len(hidden), tile):
             here = slice(begin, begin + tile)
-            losses, dlogits = cross_entropy(hidden[here] @ weight.T, labels[here])
+            logits = hidden[here] @ weight.T if bias is None else torch.addmm(bias, hidden[here], weight.T)
+            if scale != 1.0:
+                logits *= scale
+            losses, dlogits = cross_entropy(logits, labels[here])
             loss += losses.sum()
             if differentiate:
+                if scale != 1.0:
+                    dlogits *= scale
+                if dbias is not None:
+                    dbias += dlogits.sum(0, dtype=torch.float32)
                 torch.mm(dlogits, weight, out=dhidden[here])
                 _add_product(dweight, dlogits.T, hidden[here])
-            del dlogits  # before the next tile's logits
+            del logits, dlogits  # before the next tile's logits
         if differentiate:
-            ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
+            ctx.save_for_backward(dhidden, dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, dloss: Tensor):
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None, None, None
+        gradients = (None if x is None else x * dloss.to(x.dtype) for x in ctx.saved_tensors)
+        return *gradients, None, None, None, None, None
 
 
 def _cross_entropy(

@@ -104,7 +104,8 @@ def resolve_parallel(
             config.inter_node_bandwidth_gb * 1e9,
         )  # fmt: skip
         return dataclasses.replace(config, ulysses=ulysses), f"parallel: {why}"
-    reason = heads_refusal(config.ulysses, model.num_attention_heads, model.num_key_value_heads)
+    heads = heads_of(model)
+    reason = heads_refusal(config.ulysses, heads.query, heads.key)
     if reason is not None:
         raise ConfigError(f"parallel.ulysses={config.ulysses}: {reason}")
     if ranks_per_node % config.ulysses:

@@ -1,39 +1,78 @@
-"""Tiny models of every supported family, and their loss and gradients on a ring."""
+"""Tiny models of every family, and their loss and gradients on a ring."""
 
 import torch
+from transformers import AutoConfig
 
-from ringflash.models import (
-    ModelConfig,
-    build_model,
-    field_refusal,
-)
+from ringflash.models import ModelConfig, build_model, field_refusal
+from ringflash.models.families import FAMILIES, Windows
 
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
 }  # fmt: skip
 
+# What some configurations have: token ids below vocab_size, small experts, nothing random, and low ranks of MLA.
+WHERE_KNOWN = {
+    "eos_token_id": 1, "bos_token_id": 2, "max_position_embeddings": 256, "sliding_window": 7,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_k": 2, "moe_topk": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "n_shared_experts": 1, "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
+    "attention_dropout": 0.0, "residual_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "hidden_dropout": 0.0,
+    "embedding_dropout": 0.0, "router_jitter_noise": 0.0,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+
 SPECIFIC = {
-    "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
-                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
-    "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
-    "qwen3": {},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3},
+    "cohere2_moe": {"logit_scale": 0.3},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0,
+               "query_pre_attn_scalar": 8},
+    "gemma3_text": {"final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8},
+    "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN,
+                "max_position_embeddings": 64},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
+    "granite_swa": {"logits_scaling": 3.0},
+    "granitemoe": {"logits_scaling": 3.0},
+    "granitemoe_swa": {"logits_scaling": 3.0},
+    "granitemoeshared": {"logits_scaling": 3.0},
+    "hyperclovax": {"logits_scaling": 0.3},
+    "llama": {"rope_parameters": LLAMA3},
+    "minicpm3": {"dim_model_base": 8},
+    "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}, "max_position_embeddings": 64},
     "mistral": {"sliding_window": 7},
-    "olmo2": {},
+    "nanochat": {"final_logit_softcapping": 4.0},
     "phi3": {"sliding_window": 6, "eos_token_id": 1, "bos_token_id": 2},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen2_moe": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3": {"layer_types": ["full_attention"] * 2},
+    "qwen3_moe": {"use_sliding_window": True, "sliding_window": 7},
     "smollm3": {"eos_token_id": 1, "bos_token_id": 2, "no_rope_layer_interval": 2},
-    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "vaultgemma": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8},
 }  # fmt: skip
+
+
+def architecture(model_type, **fields):
+    """model.architecture of a tiny model."""
+    known = AutoConfig.for_model(model_type)
+    some = {name: value for name, value in WHERE_KNOWN.items() if hasattr(known, name)}
+    if FAMILIES[model_type].windows is Windows.SOME:
+        some["layer_types"] = ["sliding_attention", "full_attention"]
+    if hasattr(known, "kv_lora_rank"):
+        some["num_key_value_heads"] = 4
+    settings = {"model_type": model_type, **TINY, **some, **SPECIFIC.get(model_type, {}), **fields}
+    if hasattr(known, "kv_lora_rank"):  # head_dim is qk_nope_head_dim + qk_rope_head_dim
+        del settings["head_dim"]
+    return {name: value for name, value in settings.items() if name not in TINY or not field_refusal(model_type, name)}
 
 
 def tiny(model_type, **fields):
     torch.manual_seed(0)
-    architecture = {"model_type": model_type, **TINY, **SPECIFIC[model_type], **fields}
-    if field_refusal(model_type, "head_dim"):  # hidden_size / num_attention_heads
-        del architecture["head_dim"]
-    return build_model(ModelConfig(architecture=architecture, dtype="fp32"))
+    return build_model(ModelConfig(architecture=architecture(model_type, **fields), dtype="fp32"))
 
 
 def loss_and_gradients(model, inputs):

@@ -8,7 +8,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ringflash import IntervalMask, Layout, Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import (
-    ARCHITECTURES,
     AttentionConfig,
     ModelConfig,
     build_model,
@@ -19,33 +18,6 @@ from ringflash.models import (
 )
 from ringflash.ring.cost import Heads, Machine, fastest
 from tests.models.cases import SPECIFIC, TINY, loss_and_gradients, tiny
-
-
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_loss_and_every_gradient_equal_the_models_own_eager_attention(model_type, ranks):
-    model = tiny(model_type)
-    tokens = torch.randint(1, 97, (2, 45))
-    loss, gradients = loss_and_gradients(model, ring_inputs(tokens, tokens, ring=Loopback(ranks)))
-    model.set_attn_implementation("eager")
-    expected, expected_gradients = loss_and_gradients(model, {"input_ids": tokens, "labels": tokens})
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=2e-6, msg=name)
-
-
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_packed_documents_give_the_loss_of_the_documents_alone(model_type):
-    model = tiny(model_type)
-    documents = [13, 1, 27]
-    tokens = torch.randint(1, 97, (1, sum(documents)))
-    packed = model(**ring_inputs(tokens, tokens, ring=Loopback(3), documents=documents)).loss
-    alone = [
-        model(**ring_inputs(piece, piece, ring=Loopback(1))).loss * (piece.shape[1] - 1)
-        for piece in tokens.split(documents, dim=1)
-        if piece.shape[1] > 1
-    ]
-    torch.testing.assert_close(packed, sum(alone) / (sum(documents) - 3), rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_from_a_folder_has_its_weights(tmp_path):
@@ -115,8 +87,8 @@ WRONG_CONFIGURATIONS = {
     "none": (None, r'layout="auto" needs config=model\.config: '),
     "the model": (tiny("llama"), r"config must be model\.config, .* got LlamaForCausalLM"),
     "fields": (TINY, r"config must be model\.config, .* got dict"),
-    "a model without heads": (AutoConfig.for_model("mamba"), r"config\.model_type=mamba is not one of gemma2"),
-    "of images and text": (AutoConfig.for_model("gemma3"), r"config\.model_type=gemma3 is not one of gemma2"),
+    "a model without heads": (AutoConfig.for_model("mamba"), r"config\.model_type=mamba is not supported on"),
+    "of images and text": (AutoConfig.for_model("gemma3"), r"config\.model_type=gemma3 is not supported on the"),
 }
 
 
@@ -208,7 +180,7 @@ def test_a_model_that_plain_transformers_built_is_refused_where_shards_would_cha
     ("fields", "message"),
     [
         ({"model_type": "gpt_oss", "output_router_logits": True}, r"^model\.architecture\.output_router_logits="),
-        ({"model_type": "gpt2"}, "model_type=gpt2 is not one of gemma2, gpt_oss, llama"),
+        ({"model_type": "gpt2"}, "model_type=gpt2 is not supported on the ring: its"),
         ({"model_type": "llama", "hiden_size": 8}, r"hiden_size is .* mean model\.architecture\.hidden_size\?$"),
         ({"model_type": "llama", "typo": 8}, r"^model\.architecture\.typo is not a field of a llama configuration$"),
         ({"model_type": "llama", "slide_window": 8}, r"slide_window is not a field of a llama configuration$"),

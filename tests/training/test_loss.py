@@ -7,9 +7,9 @@ from torch import nn
 from ringflash.training.loss import LossHead, _capped, tiled_cross_entropy
 
 
-def whole(hidden, weight, labels, softcap):
+def whole(hidden, weight, labels, softcap, bias=0.0, scale=1.0):
     """The same in float64 with all logits at once."""
-    logits = hidden @ weight.T
+    logits = scale * (hidden @ weight.T + bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
@@ -28,6 +28,21 @@ def test_any_tile_gives_the_loss_and_gradients_of_whole_logits(tile, softcap):
     gradients = torch.autograd.grad(loss * 0.25, (hidden, weight))
     expected = torch.autograd.grad(exact * 0.25, (exact_hidden, exact_weight))
     for gradient, reference in zip(gradients, expected, strict=True):
+        assert (gradient - reference).norm() / reference.norm() < 1e-6
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "softcap"])
+def test_a_heads_bias_and_scale_are_those_of_whole_logits(softcap):
+    head, hidden = nn.Linear(16, 97), torch.randn(50, 16)
+    labels = torch.randint(0, 97, (50,))
+    labels[::5] = -100
+    loss = LossHead(head, 7, softcap, scale=0.3)(hidden, labels)
+    exact = [x.detach().double().requires_grad_() for x in (head.weight, head.bias)]
+    expected = whole(hidden.double(), exact[0], labels, softcap, exact[1], 0.3)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for gradient, reference in zip(
+        torch.autograd.grad(loss, (head.weight, head.bias)), torch.autograd.grad(expected, exact), strict=True
+    ):
         assert (gradient - reference).norm() / reference.norm() < 1e-6
 
 
@@ -68,11 +83,6 @@ def test_a_loss_head_without_labels_gives_logits_and_shares_its_weight():
     assert head.weight is plain.weight
     x = torch.randn(2, 3, 8)
     torch.testing.assert_close(head(x), plain(x))
-
-
-def test_a_head_with_a_bias_is_refused():
-    with pytest.raises(ValueError, match="bias"):
-        LossHead(nn.Linear(8, 5), 4, None)
 
 
 def test_the_softcaps_derivative_does_not_cancel_near_the_cap():

@@ -1,0 +1,168 @@
+"""Families: the architectures whose training on the ring is proven, and why others that people know are refused.
+
+`python -m tests.models.sweep` proves each of FAMILIES against its own eager attention and writes docs/models.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from enum import Enum
+from typing import NamedTuple
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+
+class Windows(Enum):
+    """Which layers of a family have a sliding window, where its configuration sets one."""
+
+    NONE = "none"
+    SOME = "those that layer_types names sliding_attention"
+    ALL = "all, where sliding_window is set"
+
+
+class Family(NamedTuple):
+    """What a family asks of attention, apart from causal masks and grouped heads."""
+
+    windows: Windows = Windows.NONE
+    needs: str = ""  # further needs, for docs/models.md
+
+
+_EXPERTS, _LATENT = "experts", "latent heads (MLA)"
+_NONE, _SOME, _ALL = Windows.NONE, Windows.SOME, Windows.ALL
+
+FAMILIES = {
+    "afmoe": Family(_SOME, _EXPERTS),
+    "apertus": Family(),
+    "arcee": Family(),
+    "bitnet": Family(),
+    "cohere": Family(needs="logit_scale"),
+    "cohere2": Family(_SOME, "logit_scale"),
+    "cohere2_moe": Family(_SOME, f"{_EXPERTS}, logit_scale"),
+    "cwm": Family(_SOME),
+    "deepseek_v2": Family(needs=f"{_EXPERTS}, {_LATENT}"),
+    "deepseek_v3": Family(needs=f"{_EXPERTS}, {_LATENT}"),
+    "dots1": Family(_SOME, _EXPERTS),
+    "ernie4_5": Family(),
+    "ernie4_5_moe": Family(needs=_EXPERTS),
+    "exaone4": Family(_SOME),
+    "exaone_moe": Family(_SOME, _EXPERTS),
+    "flex_olmo": Family(needs=_EXPERTS),
+    "gemma": Family(),
+    "gemma2": Family(_SOME, "softcaps of scores and logits"),
+    "gemma3_text": Family(_SOME, "softcap of logits"),
+    "glm": Family(),
+    "glm4": Family(),
+    "glm4_moe": Family(needs=_EXPERTS),
+    "gpt_neox": Family(),
+    "gpt_oss": Family(_SOME, f"{_EXPERTS}, sinks"),
+    "granite": Family(needs="logits_scaling"),
+    "granite_swa": Family(_SOME, "sinks, logits_scaling"),
+    "granitemoe": Family(needs=f"{_EXPERTS}, logits_scaling"),
+    "granitemoe_swa": Family(_SOME, f"{_EXPERTS}, sinks, logits_scaling"),
+    "granitemoeshared": Family(needs=f"{_EXPERTS}, logits_scaling"),
+    "helium": Family(),
+    "hunyuan_v1_dense": Family(),
+    "hunyuan_v1_moe": Family(needs=_EXPERTS),
+    "hy_v3": Family(needs=_EXPERTS),
+    "hyperclovax": Family(needs="logits_scaling"),
+    "jais2": Family(),
+    "laguna": Family(_SOME, _EXPERTS),
+    "llama": Family(),
+    "mellum": Family(_SOME, _EXPERTS),
+    "minicpm3": Family(needs=_LATENT),
+    "minimax_m2": Family(needs=_EXPERTS),
+    "ministral": Family(_SOME),
+    "ministral3": Family(_ALL),
+    "mistral": Family(_ALL),
+    "mixtral": Family(_ALL, _EXPERTS),
+    "nanochat": Family(needs="softcap of logits"),
+    "olmo": Family(),
+    "olmo2": Family(),
+    "olmo3": Family(_SOME),
+    "olmoe": Family(needs=_EXPERTS),
+    "persimmon": Family(),
+    "phi": Family(needs="bias of logits"),
+    "phi3": Family(_ALL),
+    "phimoe": Family(_ALL, f"{_EXPERTS}, bias of logits"),
+    "qwen2": Family(_SOME),
+    "qwen2_moe": Family(_SOME, _EXPERTS),
+    "qwen3": Family(_SOME),
+    "qwen3_moe": Family(_ALL, _EXPERTS),
+    "seed_oss": Family(),
+    "smollm3": Family(_SOME, "layers without positions"),
+    "solar_open": Family(needs=_EXPERTS),
+    "starcoder2": Family(_ALL),
+    "vaultgemma": Family(_SOME, "softcaps of scores and logits"),
+    "youtu": Family(needs=_LATENT),
+}
+ARCHITECTURES = tuple(FAMILIES)
+
+_RECURRENT = "layers of linear attention, recurrence or convolution carry state over the tokens of a shard"
+_IMAGES = "a model of images and text; on the ring is its text model"
+_NO_PLAN = "transformers passes no keywords, and so no plan, to its attention"
+_OWN_MASK = "its attention makes a mask of its own"
+_SPARSE = "its attention selects keys by score, which no interval of keys describes"
+REFUSED = {
+    **dict.fromkeys(
+        ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba",
+         "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
+         "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya"),
+        _RECURRENT,
+    ),
+    **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), _SPARSE),
+    **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mllama"), _IMAGES),
+    **dict.fromkeys(("nemotron", "stablelm"), _NO_PLAN),
+    **dict.fromkeys(("bloom", "doge", "falcon", "gpt2", "hy_v4", "mpt"), _OWN_MASK),
+    "diffllama": "each of its layers computes attention twice, which is not counted",
+    "llama4_text": "its attention is limited to chunks, and the plan has none",
+    "mimo_v2_flash": "its layers have different numbers of heads",
+}  # fmt: skip
+
+_vouched: set[str] = set()
+
+
+def vouch_for(model_type: str) -> None:
+    """Accept a family that docs/models.md does not list, in this process.
+
+    The caller vouches that
+
+    - its layers mix tokens in attention alone, which is called through transformers' AttentionInterface, and windows
+      are all that limits it;
+    - positions enter by position_ids alone, and nothing else depends on the number of tokens;
+    - in the trainer: its logits are those of lm_head, times logit_scale, capped at final_logit_softcapping.
+
+    Raises ValueError for a family that is refused for a reason, and for a model_type that transformers does not have.
+    """
+    if (reason := _final_refusal(model_type)) is not None:
+        raise ValueError(reason)
+    _vouched.add(model_type)
+
+
+def family_refusal(model_type: object) -> str | None:
+    """None, or why a model of this model_type is not taken: "model_type=... ..."."""
+    if model_type in FAMILIES or model_type in _vouched:
+        return None
+    if (reason := _final_refusal(model_type)) is not None:
+        return reason
+    return (
+        f"model_type={model_type} is not one of the {len(FAMILIES)} families that docs/models.md lists as tested on "
+        f"the ring; model.untested_family=true, or ringflash.models.vouch_for({model_type!r}), tries it all the same"
+    )
+
+
+def _final_refusal(model_type: object) -> str | None:
+    """None, or why nobody can vouch for a model_type."""
+    if model_type in REFUSED:
+        return f"model_type={model_type} is not supported on the ring: {REFUSED[str(model_type)]}"
+    if model_type in CONFIG_MAPPING_NAMES:
+        return None
+    close = difflib.get_close_matches(str(model_type), CONFIG_MAPPING_NAMES, n=1)
+    return f"model_type={model_type} is not one of transformers' configurations" + (
+        f"; did you mean {close[0]}?" if close else ""
+    )
+
+
+def windows_of(model_type: str, by_layer: bool) -> Windows:
+    """Which layers have a window. by_layer: whether the configuration has layer_types, which others go by."""
+    family = FAMILIES.get(model_type)
+    return family.windows if family is not None else (Windows.SOME if by_layer else Windows.ALL)

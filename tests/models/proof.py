@@ -1,0 +1,118 @@
+"""A proof that a family is exact on the ring: loss and every gradient against eager attention, document by document."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ringflash import IntervalMask, Loopback
+from ringflash.models import AttentionConfig, attention, checkpoint_layers, heads_of, layer_masks, ring_inputs
+from ringflash.training.engine import MemoryConfig, TrainedModel
+from tests.models.cases import tiny
+
+PLAIN, PACKED = (45,), (13, 1, 31)  # tokens of documents; one of a single token predicts nothing
+LOSS, GRADIENT = 2e-6, 2e-5  # relative norms that fp32's rounding stays below
+WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+HARDER = {"qwen3": WINDOWS}  # than what other tests use
+
+
+@dataclass(frozen=True)
+class Error:
+    """The largest relative error of a loss, and of a parameter's gradient, with that parameter."""
+
+    loss: float
+    gradient: float
+    name: str
+
+    @property
+    def passes(self):
+        return self.loss <= LOSS and self.gradient <= GRADIENT  # False for NaN
+
+
+class Prover:
+    """A tiny model of a family, with weights at which attention matters, and what its eager attention gives."""
+
+    def __init__(self, model_type, **fields):
+        self.model = tiny(model_type, **HARDER.get(model_type, {}) | fields).train()
+        random = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.add_(torch.randn(p.shape, generator=random) * (0.15 if p.dim() > 1 else 0.05))
+        self.tokens = torch.randint(3, 97, (2, 45), generator=random)
+        self.labels = self.tokens.clone()
+        self.labels[0, 20:26] = self.labels[1, :9] = -100
+        self.expected = {documents: self._eager(documents) for documents in (PLAIN, PACKED)}
+
+    def _eager(self, documents):
+        """Each document by itself: transformers packs nothing here."""
+        self.model.set_attn_implementation("eager")
+        self.model.zero_grad()
+        total, count = 0.0, 0
+        for row, labels in zip(self.tokens, self.labels, strict=True):
+            for piece, target in zip(row.split(documents), labels.split(documents), strict=True):
+                logits = self.model(input_ids=piece[None], use_cache=False).logits[0, :-1].float()
+                total = total + cross_entropy(logits, target[1:], ignore_index=-100, reduction="sum")
+                count += int((target[1:] != -100).sum())
+        loss = total / count
+        loss.backward()
+        self.model.set_attn_implementation("ring")
+        return loss.detach(), self._gradients()
+
+    def _gradients(self):
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in self._parameters()}
+
+    def _parameters(self):
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def error(self, documents, ranks, recompute=False, trainer=False):
+        """Of the model's own loss on a ring, or of the trainer's, whose head never makes all logits."""
+        if recompute:
+            checkpoint_layers(self.model)
+        else:
+            self.model.gradient_checkpointing_disable()
+        self.model.zero_grad()
+        inputs = ring_inputs(self.tokens, self.labels, ring=Loopback(ranks), documents=list(documents))
+        if trainer:
+            head = self.model.lm_head
+            loss = TrainedModel(self.model, MemoryConfig(loss_tile=16), AttentionConfig())(**inputs)
+            loss = loss / inputs["num_items_in_batch"]
+            self.model.lm_head = head
+        else:
+            loss = self.model(**inputs).loss
+        loss.backward()
+        return self._compared(loss.detach(), documents)
+
+    def _compared(self, loss, documents):
+        expected, gradients = self.expected[documents]
+        whole = sum(float(g.norm()) ** 2 for g in gradients.values()) ** 0.5
+        errors = {
+            name: float((found - gradients[name]).norm()) / max(float(gradients[name].norm()), 1e-3 * whole)
+            for name, found in self._gradients().items()
+        }
+        worst = max(errors, key=errors.get)
+        return Error(float((loss - expected).abs() / expected), errors[worst], worst)
+
+    def attention(self, documents):
+        """(visible pairs, query heads, KV heads, head size) of each call of ring_attention, counted."""
+        calls, original = [], attention.ring_attention
+
+        def spied(q, k, v, plan, **others):
+            calls.append((plan.masks[0].area(), q.shape[2], k.shape[2], (q.shape[3] + v.shape[3]) / 2))
+            return original(q, k, v, plan, **others)
+
+        attention.ring_attention = spied
+        try:
+            self.model(**ring_inputs(self.tokens, ring=Loopback(1), documents=list(documents)))
+        finally:
+            attention.ring_attention = original
+        return Counter(calls)
+
+    def attention_of_configuration(self, documents):
+        """The same as the configuration says, from which layouts and FLOPs are predicted."""
+        length, heads = sum(documents), heads_of(self.model.config)
+        mask = IntervalMask.causal(length) & IntervalMask.documents([list(documents)], length)
+        counted = Counter()
+        for seen, layers in layer_masks(self.model.config, mask):
+            counted[seen.area(), heads.query, heads.key, heads.dim] += layers
+        return counted
