@@ -67,6 +67,7 @@ from ringflash.kernels.hopper_parts import (
     tiles,
 )
 from ringflash.kernels.portable_backward import center, delta, round_into
+from ringflash.kernels.portable_compensation import subtract
 from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales
 from ringflash.mask import Intervals
 
@@ -425,7 +426,7 @@ def backward(
     if 0 in q.shape or 0 in k.shape:
         return
     if center is not None:
-        k = k - center
+        k = subtract(k, center, intervals)
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
     rows = ROWS.value

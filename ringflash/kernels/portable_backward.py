@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ringflash.kernels.checks import check_center, check_rows
-from ringflash.kernels.portable_compensation import center
+from ringflash.kernels.portable_compensation import center, subtract
 from ringflash.kernels.portable_parts import (
     LARGE_SHARED,
     LOG2_E_,
@@ -398,7 +398,7 @@ def backward(
     if 0 in q.shape or 0 in k.shape:
         return
     if center is not None:
-        k = k - center  # in registers, dq_kernel would do it again for each tile of queries, between copy and product
+        k = subtract(k, center, intervals)
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
     rows = (*(lse, *lse.stride()[:2]), *(delta, *delta.stride()[:2]))

@@ -1,7 +1,8 @@
-"""Centered keys in Triton: `compensation.center` in two launches, one over samples and one over the queries.
+"""Centered keys in Triton: `compensation.center` in two launches, and k - c in one per call of a backward.
 
 `moments_kernel` has the mean and the variance of each head's sampled rows. `center_kernel` makes c of them, in each of
-its programs again, and shifts lse. Where c is 0 for a KV head, it reads no queries.
+its programs again, and shifts lse. Where c is 0 for a KV head, it reads no queries. `subtract_kernel` writes the keys
+that are seen.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ringflash.kernels.compensation import BITS, LARGEST, SAMPLED, SPREAD, least_share, sampling
+from ringflash.kernels.portable_parts import interval_stride
+from ringflash.mask import Intervals
 
-SHIFTED_ROWS = 64  # of a program of center_kernel
+SHIFTED_ROWS = 128  # of a program of center_kernel
+KEYS = tl.constexpr(
+    128
+)  # of a program of subtract_kernel, and beyond the keys that are seen: no kernel's tile is longer
 DROPPED = tl.constexpr(24 - BITS)  # bits of fp32's mantissa that c does without
 HALF = tl.constexpr(1 << (23 - BITS))  # of the last bit that it keeps
 
@@ -101,7 +107,48 @@ def center_kernel(
         tl.store(result + (batch * heads_kv * GROUP + head) * rows + row, shifted, valid)
 
 
+@triton.jit(do_not_specialize=["queries", "keys"])
+def subtract_kernel(
+    k, k_stride_b, k_stride_s, k_stride_h,
+    center, center_stride_b, center_stride_h,
+    start, end, interval_stride_b, out, queries, keys, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out = k - center, from the first query's start to the last one's end, and as far as tiles reach beyond."""
+    row = tl.program_id(0) * KEYS
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    first = tl.load(start + batch * interval_stride_b)
+    last = tl.load(end + batch * interval_stride_b + queries - 1)
+    if (row + 2 * KEYS <= first) | (row >= last + KEYS):
+        return
+    rows = row + tl.arange(0, KEYS)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows < keys)[:, None] & (columns < D)[None, :]
+    c = tl.load(center + batch * center_stride_b + head * center_stride_h + columns, columns < D, 0.0).to(tl.float32)
+    k += batch * k_stride_b + head.to(tl.int64) * k_stride_h
+    tile = tl.load(k + rows.to(tl.int64)[:, None] * k_stride_s + columns[None, :], inside, 0.0)
+    out += (batch * keys * heads + head) * D + rows.to(tl.int64)[:, None] * (heads * D) + columns[None, :]
+    tl.store(out, (tile.to(tl.float32) - c[None, :]).to(tile.dtype), inside)
+
+
 # -- launch
+
+
+def subtract(k: Tensor, center: Tensor, intervals: Intervals) -> Tensor:
+    """k - center, contiguous: of the keys that are seen, and as far as tiles reach beyond. Others are not written.
+
+    k [B, S, Hkv, D] and center [B, 1, Hkv, D] with a contiguous last dimension, of one dtype.
+    """
+    B, S, H, D = k.shape
+    out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    with torch.cuda.device_of(k):
+        subtract_kernel[(triton.cdiv(S, KEYS.value), B * H)](
+            *(k, *k.stride()[:3]), *(center, center.stride(0), center.stride(2)),
+            *(intervals.start, intervals.end, interval_stride(intervals.start)), *(out, intervals.start.shape[1], S, H),
+            D=D, BLOCK_D=triton.next_power_of_2(D),
+        )  # fmt: skip
+    return out
 
 
 def center(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -125,6 +172,6 @@ def center(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> tuple[Tensor, 
         center_kernel[(triton.cdiv(S, SHIFTED_ROWS), B * Hkv)](
             *(q, *q.stride()[:3]), *(lse, *lse.stride()[:2]), *(moments, c, result),
             *(S, Hkv, scale, least_share(count_k), largest_c, SPREAD**2),
-            GROUP=Hq // Hkv, **sizes, BLOCK=SHIFTED_ROWS,
+            GROUP=Hq // Hkv, **sizes, BLOCK=SHIFTED_ROWS, num_warps=8,
         )  # fmt: skip
     return c, result

@@ -145,7 +145,7 @@ def test_gradients_do_not_suffer_from_the_results_rounding(softcap, kernel, head
 
 
 @over(hopper=product([64, 128, 256], HALF), portable=product([64, 128], ALL))
-@pytest.mark.parametrize("name", ["causal", "packed", "rows that see nothing among others"])
+@pytest.mark.parametrize("name", ["causal", "packed", "many queries, two keys", "rows that see nothing among others"])
 def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim, dtype):
     p = problem(MASKS[name](1111), heads=(8, 4), head_dim=head_dim, dtype=dtype, device="cuda", means=(2.0, 0.5))
     p.k[1, :, 0] -= 2  # a head whose keys have no mean
@@ -153,8 +153,8 @@ def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim
 
     def centered(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None:
         c, shifted = center(q, k, lse, scale=scale)
-        assert c.flatten(2).any(2).tolist() == [[True], [True]]
-        assert c[1, 0].any(1).tolist() == [False, True, True, True]
+        assert c[1, 0, 1:].any(1).all()
+        assert k.shape[1] == 2 or not c[1, 0, 0].any()  # two keys may be alike by chance
         for kv in (slice(0, 1), slice(1, 4)):  # heads come in parts
             of_q = slice(2 * kv.start, 2 * kv.stop)
             backward(

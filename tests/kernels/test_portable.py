@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ringflash import flash_attention
+from ringflash import IntervalMask, flash_attention
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
 from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, violations
@@ -349,10 +349,35 @@ def test_keys_are_centered_as_the_definition_says(interpreter, kv_heads, head_di
         assert not c[1, 0, -1].any()
 
 
-def violations_of_centered_keys(name: str, tma: bool) -> list[str]:
+def subtracted(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centered keys, in NaN where nothing was written, and k - c."""
     from ringflash.kernels import portable_compensation
 
-    p = problem(MASKS[name](TOKENS), heads=(4, 2), dtype=torch.float16, means=(2.0, 0.5))
+    lengths = [[480, 40, 480], [10, 700, 290]]  # of which each query sees its own document's last 20 tokens
+    mask = IntervalMask.documents(lengths) & IntervalMask.window(1000, left=20)
+    intervals = mask.restrict(torch.arange(500, 530), torch.arange(1000)).intervals()
+    k = torch.randn(1000, 2, 6, 80, dtype=dtype).transpose(0, 1)[:, :, ::2]
+    c = torch.randn(2, 1, 5, 80, dtype=dtype)[:, :, 1:4]
+    with mock.patch("torch.empty", poisoned):
+        return portable_compensation.subtract(k, c, intervals), k - c
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_keys_are_centered_as_far_as_tiles_reach_beyond_those_that_are_seen(interpreter, dtype):
+    found, wanted = interpreter(subtracted, dtype)
+    for row, seen in enumerate([(480, 530), (480, 530)]):
+        written = found[row].isfinite().flatten(1).all(1)
+        assert written[seen[0] - 127 : seen[1] + 127].all()
+        assert found[row, : seen[0] - 3 * 128].isnan().all()
+        assert found[row, seen[1] + 3 * 128 :].isnan().all()
+        assert torch.equal(found[row, written], wanted[row, written])
+
+
+def violations_of_centered_keys(tma: bool) -> list[str]:
+    from ringflash.kernels import portable_compensation
+
+    mask = IntervalMask.causal(2 * TOKENS).restrict(torch.arange(TOKENS, 2 * TOKENS), torch.arange(2 * TOKENS))
+    p = problem(mask, heads=(4, 2), dtype=torch.float16, means=(2.0, 0.5))
     forward, backward = kernels(tma)
 
     def centered(dout, q, k, v, lse, delta, intervals, **options) -> None:
@@ -360,12 +385,13 @@ def violations_of_centered_keys(name: str, tma: bool) -> list[str]:
         assert center.any()
         backward(dout, q, k, v, shifted, delta, intervals, center=center, **options)
 
-    return violations(p, by_kernel(p, forward, centered))
+    with mock.patch("torch.empty", poisoned):
+        return violations(p, by_kernel(p, forward, centered))
 
 
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
 def test_gradients_of_centered_keys_are_those_of_the_keys(interpreter, tma):
-    assert interpreter(violations_of_centered_keys, "causal", tma) == []
+    assert interpreter(violations_of_centered_keys, tma) == []
 
 
 def rounded_by_kernel_and_by_torch(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, bool]:
