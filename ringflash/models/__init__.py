@@ -33,6 +33,7 @@ from ringflash.models.families import ARCHITECTURES, vouch_for
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.inputs import ring_inputs
 from ringflash.models.ring_mask import RingMask
+from ringflash.models.router_loss import router_loss
 
 __all__ = [
     "ARCHITECTURES",
@@ -56,6 +57,7 @@ __all__ = [
     "read_config",
     "ring_attention_forward",
     "ring_inputs",
+    "router_loss",
     "vouch_for",
     "windows_of_layers",
 ]

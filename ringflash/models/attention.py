@@ -16,13 +16,14 @@ from ringflash.mask import check_tokens
 from ringflash.models.checks import check_call
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
 from ringflash.models.ring_mask import RingMask
+from ringflash.models.router_loss import share_router_loss
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
 
 # What transformers passes to every attention function and what does not change attention.
 _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
-    "position_ids", "return_dict", "shift_labels", "use_cache",
+    "output_router_logits", "position_ids", "return_dict", "shift_labels", "use_cache",
 }  # fmt: skip
 
 
@@ -59,6 +60,7 @@ def ring_attention_forward(
             f'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
         )
     if getattr(module, "layer_idx", 0) == 0:
+        share_router_loss(module)
         mask = attention_mask if isinstance(attention_mask, RingMask) else None
         of_model = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
         position_ids = unknown.get("position_ids", of_model)
@@ -79,7 +81,7 @@ def ring_attention_forward(
 def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dropout: float, unknown: dict) -> None:
     """Refuse layers, and keywords of their calls, whose results would be wrong on shards."""
     config = getattr(module, "config", None)
-    if config is not None and (reason := refusal(config, unknown.pop("output_router_logits", None))) is not None:
+    if config is not None and (reason := refusal(config)) is not None:
         raise ValueError(f"config.{reason}")
     if not getattr(module, "is_causal", True):
         raise ValueError(BIDIRECTIONAL)
@@ -149,7 +151,7 @@ def _ring_mask(
     transformers builds none. One that hides tokens is refused, since ring attention would ignore it. local_size: the
     layers' window.
     """
-    if config is not None and (reason := refusal(config, router_logits=False)) is not None:
+    if config is not None and (reason := refusal(config)) is not None:
         raise ValueError(f"config.{reason}")
     if mask_function is bidirectional_mask_function:
         raise ValueError(BIDIRECTIONAL)
@@ -189,7 +191,7 @@ def _only_windowed(mask_function: Callable, window: int | None) -> bool:
 
 def _refuse_architecture(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> NoReturn:
     """Stands for a layer's class in the tables of models that choose it by the name of the attention."""
-    raise ValueError(f"config.{refusal(config, router_logits=False)}")
+    raise ValueError(f"config.{refusal(config)}")
 
 
 AttentionInterface.register("ring", ring_attention_forward)

@@ -193,15 +193,10 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
 
 
-def refusal(config: PreTrainedConfig, router_logits: bool | None = None) -> str | None:
-    """None, or what of a model would come out wrong on shards: "FIELD=VALUE is not supported ...".
-
-    router_logits: whether the model is asked for them; None: as its configuration says.
-    """
+def refusal(config: PreTrainedConfig) -> str | None:
+    """None, or what of a model would come out wrong on shards: "FIELD=VALUE is not supported ..."."""
     if (reason := family_refusal(config.model_type)) is not None:
         return reason
-    if getattr(config, "output_router_logits", False) if router_logits is None else router_logits:
-        return "output_router_logits=True is not supported: the auxiliary loss of experts needs all tokens of a batch"
     if not getattr(config, "is_causal", True):
         return BIDIRECTIONAL
     if (seen := getattr(config, "use_bidirectional_attention", None)) in (True, "all"):

@@ -90,7 +90,7 @@ def ring_inputs(
         return keywords | {
             "input_ids": ids,
             "position_ids": plan.position_ids(rows),
-            "attention_mask": RingMask(ids.shape, count, ring.device),
+            "attention_mask": RingMask(ids.shape, count, ring.device, plan=plan),
             "plan": plan,
             "use_cache": False,
         }
@@ -115,7 +115,7 @@ def _check_config(config: Any) -> None:
         return
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config must be model.config, a transformers configuration, got {type(config).__name__}")
-    if (reason := refusal(config, router_logits=False)) is not None:
+    if (reason := refusal(config)) is not None:
         raise ValueError(f"config.{reason}")
 
 

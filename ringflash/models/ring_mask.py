@@ -22,10 +22,13 @@ does with inputs (move, pin, detach, copy, ask for their shape) gives the same o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ringflash.ring.plan import AttentionPlan
 
 _JOINS = {"cat", "concat", "concatenate", "hstack", "stack", "pad", "new_ones", "new_zeros", "new_full"}
 _LEAVE = ("to", "cpu", "cuda", "pin_memory", "detach", "clone", "contiguous", "bool", "record_stream")
@@ -41,7 +44,7 @@ class RingMask:
     """Stands for the mask that an AttentionPlan holds.
 
     shape: of the input_ids beside it. labels: how many labels the whole sequences have, None where none were given.
-    window: how many tokens a query of some layers sees, None for all of its document's before it.
+    window: how many tokens a query of some layers sees, None for all of its document's before it. plan: the step's.
     Any use but those that leave it as it is raises ValueError.
     """
 
@@ -51,10 +54,12 @@ class RingMask:
         labels: int | None = None,
         device: torch.device | str = "cpu",
         window: int | None = None,
+        plan: AttentionPlan | None = None,
     ) -> None:
         self.shape = torch.Size(shape)
         self.labels = labels
         self.window = window
+        self.plan = plan
         self.device = torch.device(device)
         self.dtype = torch.bool
         self.ndim = len(self.shape)
@@ -62,7 +67,7 @@ class RingMask:
 
     def windowed(self, window: int | None) -> RingMask:
         """The mask of layers with a sliding window, or of those without one."""
-        return RingMask(self.shape, self.labels, self.device, window)
+        return RingMask(self.shape, self.labels, self.device, window, self.plan)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """As torch.Tensor.size."""

@@ -20,10 +20,12 @@ from ringflash.models import (
     FusedConfig,
     Keep,
     checkpoint_layers,
+    experts_of,
     fuse_layers,
     head_dim,
     host_store,
     logit_scale,
+    router_loss,
 )
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES
 from ringflash.training.loss import LossHead
@@ -116,10 +118,26 @@ class TrainedModel(nn.Module):
 
         store.pool.reserve(per_layer * layers, progress)
 
-    def forward(self, shift_labels: Tensor, labels: object, num_items_in_batch: object, **inputs: Any) -> Tensor:
-        """Summed loss of this rank's shard, from what `ring_inputs` returns. `step` divides it by all ranks' labels."""
-        hidden = self.model.base_model(**inputs, **self.attention).last_hidden_state
-        return self.model.lm_head(hidden, shift_labels)
+    def forward(
+        self,
+        shift_labels: Tensor,
+        labels: object,
+        num_items_in_batch: object,
+        router_weight: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Summed loss of this rank's shard, from what `ring_inputs` returns. `step` divides it by all ranks' labels.
+
+        router_weight: with what the experts' load-balancing loss is added, where the configuration asks for it
+        (output_router_logits). It has a gradient; the value that is returned is that of the tokens alone.
+        """
+        config, inputs = self.model.config, inputs | self.attention
+        if router_weight is None or not getattr(config, "output_router_logits", False):
+            return self.model.lm_head(self.model.base_model(**inputs).last_hidden_state, shift_labels)
+        outputs = self.model.base_model(**inputs, output_router_logits=True)
+        share = router_loss(outputs.router_logits, experts_of(config)[1], inputs["plan"])
+        added = config.router_aux_loss_coef * router_weight * share
+        return self.model.lm_head(outputs.last_hidden_state, shift_labels) + (added - added.detach())
 
 
 def build_engine(

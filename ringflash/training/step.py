@@ -76,8 +76,9 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
     learning_rate = engine.learning_rate(engine.global_steps + 1)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    router_weight = valid / (len(micro_batches) * world.replicas)  # the mean over micro-batches, times `valid`
     for inputs, _ in micro_batches:
-        loss = engine(**inputs)
+        loss = engine(**inputs, router_weight=router_weight)
         # 0 * loss makes all gradients NaN where the loss is not finite, without a host synchronisation.
         engine.backward(loss * (world.size / valid + 0 * loss.detach()), scale_wrt_gas=False)
         engine.step()
