@@ -5,9 +5,9 @@ What depends on a configuration alone is read off here too: heads, windows of la
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +22,7 @@ from ringflash.kernels import FASTEST_FIRST
 from ringflash.mask import IntervalMask
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.families import Windows, family_refusal, vouch_for, windows_of
+from ringflash.models.rope import extended, rope_kinds, rope_refusal, supported_positions
 from ringflash.ring.cost import Heads
 
 DTYPES = {
@@ -34,7 +35,6 @@ BIDIRECTIONAL = (
     "is_causal=False is not supported on the ring: ring_inputs makes causal plans, and tokens would not see those "
     "after them; load a causal model, or train this one without a ring"
 )
-_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 # What transformers' configurations call the number of experts, and how many of them a token meets.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE = ("moe_topk", "num_experts_per_tok", "moe_k")
@@ -49,6 +49,10 @@ class ModelConfig:
 
     architecture: dict[str, Any] = field(default_factory=dict)
     """A transformers configuration: model_type (docs/models.md lists them) and that configuration's own fields."""
+
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    """Values to replace in the rotary positions of the model in `path`, such as {rope_type: yarn, factor: 4.0} to
+    extend its context; one dictionary per kind of layer where the model has such. The exported model has them."""
 
     dtype: str = "auto"
     """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
@@ -70,6 +74,11 @@ class ModelConfig:
         if not self.path and not self.architecture:
             raise ConfigError(
                 "model.path is not set: model=pretrained starts from model.path=FOLDER, a Hugging Face model"
+            )
+        if self.rope_parameters and self.architecture:
+            raise ConfigError(
+                f"model.rope_parameters={self.rope_parameters} changes a model of model.path: with random weights set "
+                f"model.architecture.rope_parameters"
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
@@ -155,7 +164,21 @@ def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
         raise ConfigError(refused(f"model.path={path}: in config.json ", error, settings)) from error
     if (reason := token_refusal({"pad_token_id": hf_config.pad_token_id}, hf_config.vocab_size)) is not None:
         raise ConfigError(f"model.path={path}: in config.json {reason}")
-    return hf_config
+    return _with_rope(config, hf_config) if config.rope_parameters else hf_config
+
+
+def _with_rope(config: ModelConfig, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with model.rope_parameters. Raises ConfigError for what it cannot have."""
+    try:
+        found = extended(hf_config, config.rope_parameters)
+    except ValueError as error:
+        raise ConfigError(f"model.rope_parameters{error}") from error
+    except Exception as error:  # transformers raises its own validation types
+        settings = {"rope_parameters": config.rope_parameters}
+        raise ConfigError(refused("model.rope_parameters: ", error, settings)) from error
+    if (reason := value_refusal({"rope_parameters": found.rope_parameters})) is not None:
+        raise ConfigError(f"model.{reason}")
+    return found
 
 
 def field_refusal(model_type: str, name: str) -> str | None:
@@ -201,15 +224,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
         return BIDIRECTIONAL
     if (seen := getattr(config, "use_bidirectional_attention", None)) in (True, "all"):
         return BIDIRECTIONAL.replace("is_causal=False", f"use_bidirectional_attention={seen}")
-    for rope in _rope_parameters(config):
-        if (kind := rope.get("rope_type", "default")) not in _ROPE_TYPES:
-            by_length = ": it depends on the longest position of a shard, not of the sequence"
-            reason = by_length if kind in ("dynamic", "longrope") else ""
-            return (
-                f"rope_parameters.rope_type={kind} is not supported{reason}; default, linear, yarn and llama3 are "
-                f"supported"
-            )
-    return None
+    return rope_refusal(config)
 
 
 def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) -> None:
@@ -220,27 +235,17 @@ def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) 
     known = supported_positions(hf_config)
     if known is None or length <= known or config.extrapolate_positions:
         return
-    kinds = ", ".join(rope.get("rope_type", "default") for rope in _rope_parameters(hf_config)) or "none"
     where = "model.architecture." if config.path is None else f"{config.path}/config.json: "
+    if config.path is None:
+        remedy = "raise max_position_embeddings, scale rope_parameters there (linear, yarn or llama3)"
+    else:
+        factor = math.ceil(length / hf_config.max_position_embeddings)
+        remedy = f"scale them, as by model.rope_parameters={{rope_type: yarn, factor: {factor}}}"
     raise ConfigError(
         f"data.sequence_length={length} is more than the {known} positions that the model supports "
-        f"({where}max_position_embeddings={hf_config.max_position_embeddings}, rope_type={kinds}): raise "
-        f"max_position_embeddings (with random weights), scale rope_parameters there (linear, yarn or llama3, factor x "
-        f"original_max_position_embeddings), or allow it by model.extrapolate_positions=true"
+        f"({where}max_position_embeddings={hf_config.max_position_embeddings}, rope_type={rope_kinds(hf_config)}): "
+        f"{remedy}, or allow it by model.extrapolate_positions=true"
     )
-
-
-def supported_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model supports: its own, or what its RoPE scales them to. None: any number."""
-    known = getattr(config, "max_position_embeddings", None)
-    if known is None:
-        return None
-    scaled = [
-        int(rope["factor"] * (rope.get("original_max_position_embeddings") or known))
-        for rope in _rope_parameters(config)
-        if rope.get("rope_type", "default") != "default" and rope.get("factor")
-    ]
-    return max([known, *scaled])
 
 
 def check_kernel(
@@ -316,12 +321,3 @@ def layer_masks(config: PreTrainedConfig, mask: IntervalMask) -> list[tuple[Inte
         (mask if window is None else mask & IntervalMask.window(mask.queries, window - 1), layers)
         for window, layers in windows_of_layers(config)
     ]
-
-
-def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The model's RoPE settings; some models keep one set for each kind of layer."""
-    with contextlib.suppress(AttributeError):
-        settings = config.rope_parameters or {}
-        nested = [value for value in settings.values() if isinstance(value, dict)]
-        return nested or [settings]
-    return []

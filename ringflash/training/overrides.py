@@ -30,6 +30,7 @@ RENAMED = {  # settings of earlier versions, and their names now
     "parallel.across_gb_per_second": "parallel.inter_node_bandwidth_gb",
 }
 
+OPEN = "model.rope_parameters"  # a dictionary that takes any key; what reads it knows which are possible
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?", re.DOTALL)
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
@@ -60,7 +61,7 @@ def for_hydra(override: str, schema: type, folder: Path) -> str:
     if _names(kind):
         return f"{prefix}{key}={value if value == 'null' or _QUOTED.fullmatch(value) else _quoted(value)}"
     _check_parsed(override, key, value, kind)
-    return override
+    return f"++{key}={value}" if not prefix and f"{key}.".startswith(f"{OPEN}.") else override
 
 
 def kind_of(key: str, schema: type) -> Any:

@@ -1,0 +1,116 @@
+"""Rotary positions (RoPE): which kinds are exact on shards, how many positions they reach, and how to extend them.
+
+`rope_parameters` of a transformers configuration is one dictionary, or one per kind of layer. model.rope_parameters
+replaces some of its values, so that a pretrained model is extended without editing its config.json:
+
+    model.rope_parameters={rope_type: yarn, factor: 4.0}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+_SHARED = ("rope_type", "rope_theta", "partial_rotary_factor")
+_STRETCHED = ("factor", "original_max_position_embeddings")
+# The keys of each kind, apart from _SHARED.
+KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": (*_STRETCHED, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
+}
+
+
+def rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The model's RoPE settings; some models keep one set for each kind of layer."""
+    with contextlib.suppress(AttributeError):
+        settings = config.rope_parameters or {}
+        nested = [value for value in settings.values() if isinstance(value, dict)]
+        return nested or [settings]
+    return []
+
+
+def rope_kinds(config: PreTrainedConfig) -> str:
+    """The kinds of the model's RoPE, as a message shows them."""
+    return ", ".join(rope.get("rope_type", "default") for rope in rope_parameters(config)) or "none"
+
+
+def rope_refusal(config: PreTrainedConfig) -> str | None:
+    """None, or which kind of RoPE would be another on each shard."""
+    for rope in rope_parameters(config):
+        if (kind := rope.get("rope_type", "default")) not in KINDS:
+            by_length = ": it depends on the longest position of a shard, not of the sequence"
+            reason = by_length if kind in ("dynamic", "longrope") else ""
+            return f"rope_parameters.rope_type={kind} is not supported{reason}; {_listed(KINDS)} are supported"
+    return None
+
+
+def supported_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model supports: its own, or what its RoPE scales to. None: any number."""
+    known = getattr(config, "max_position_embeddings", None)
+    if known is None:
+        return None
+    scaled = [
+        int(rope["factor"] * (rope.get("original_max_position_embeddings") or known))
+        for rope in rope_parameters(config)
+        if rope.get("rope_type", "default") != "default" and rope.get("factor")
+    ]
+    return max([known, *scaled])
+
+
+def extended(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration with `changes` made to its rope_parameters.
+
+    Values that are not named stay, unless rope_type changes: then only rope_theta and partial_rotary_factor do. With
+    yarn and llama3, max_position_embeddings becomes what the RoPE scales to, as their published models have it. Raises
+    ValueError, "KEY=... ...", for keys that the model or its kind of RoPE does not have.
+    """
+    own = getattr(config, "rope_parameters", None)
+    if not own:
+        raise ValueError(f"={dict(changes)}: a model of model_type={config.model_type} has no rotary positions")
+    layers = {name: value for name, value in own.items() if isinstance(value, dict)}
+    if layers:
+        for name, value in changes.items():
+            if name not in layers or not isinstance(value, Mapping):
+                raise ValueError(
+                    f".{name}={value}: this model has rotary positions for {_listed(layers)}, so give a dictionary for "
+                    f"one or both: model.rope_parameters={{{next(iter(layers))}: {{rope_type: yarn, factor: 4.0}}}}"
+                )
+        merged: dict[str, Any] = {
+            name: _merged(value, changes.get(name, {}), f".{name}") for name, value in layers.items()
+        }
+    else:
+        merged = _merged(own, changes, "")
+    settings = config.to_dict() | {"rope_parameters": merged}
+    if (known := settings.get("max_position_embeddings")) is not None:
+        for rope in merged.values() if layers else [merged]:
+            if rope["rope_type"] in ("yarn", "llama3"):
+                rope.setdefault("original_max_position_embeddings", known)
+                reach = int(rope.get("factor", 1) * rope["original_max_position_embeddings"])
+                settings["max_position_embeddings"] = max(reach, settings["max_position_embeddings"])
+    return type(config).from_dict(settings)
+
+
+def _merged(own: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kind = changes.get("rope_type", own.get("rope_type", "default"))
+    if kind not in KINDS:
+        raise ValueError(f"{where}.rope_type={kind} is not one of {_listed(KINDS)}")
+    for name in changes:
+        if name not in (keys := (*_SHARED, *KINDS[kind])):
+            close = difflib.get_close_matches(name, keys, n=1)
+            raise ValueError(
+                f"{where}.{name} is not a value of rope_type={kind}"
+                + (f"; did you mean {close[0]}?" if close else f": these are {_listed(keys)}")
+            )
+    kept = own if kind == own.get("rope_type", "default") else {k: v for k, v in own.items() if k in _SHARED}
+    return {"rope_type": kind, **kept, **changes}
+
+
+def _listed(names: Any) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
