@@ -49,11 +49,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import report, ring_between, ring_error, ring_record, ring_share, ring_timeline, timing
+from benchmarks import report, ring_between, ring_error, ring_share, ring_timeline, timing
 from benchmarks.attention import DTYPES
 from benchmarks.ring_cases import RingCase
 from ringflash import kernels
 from ringflash.layout import LAYOUT_NAMES
+from ringflash.ring.simulation import Span
 
 GPU_CASES = (
     RingCase.of("128k", 8),
@@ -135,18 +136,17 @@ def timeline(options: argparse.Namespace, device: torch.device, facts: dict[str,
     else:
         (forward, backward), source = options.tflops, "given"
     speed = ring_timeline.Speed.of(forward, backward, case.head_dim, options.gbps)
-    records = ring_record.record(case)
-    predicted = ring_timeline.predict(case, speed, records)
-    enough = ring_timeline.sufficient_link(case, speed, records) / 1e9
+    passes = ring_timeline.schedules(case)
+    predicted = ring_timeline.predict(case, speed, passes)
+    enough = ring_timeline.sufficient_link(case, speed, passes) / 1e9
     subtitle = f"kernel {forward:.3g} TFLOP/s forward, {backward:.3g} backward ({source}); numbers are hops"
     print(ring_timeline.heading(predicted), subtitle, "", ring_timeline.table(predicted), "", sep="\n")
     print(f"links of {enough:.3g} GB/s or more cost under 1% of the time\n")
     file = options.out / f"ring-timeline-{report.slug(device)}.json"
     found = predicted.summary() | {"tflops": [forward, backward], "gbps": options.gbps, "sufficient_gbps": enough}
-    spans = {name: [dataclasses.astuple(s) for s in played.spans] for name, played in predicted.passes.items()}
+    spans = {name: played.spans for name, played in predicted.passes.items()}
     contents = {"benchmark": "ring timeline", "card": facts, "case": _described(case), "speed": source}
-    fields = [field.name for field in dataclasses.fields(ring_timeline.Span)]
-    report.write_json(file, contents | {"found": found, "spans": {"fields": fields, **spans}})
+    report.write_json(file, contents | {"found": found, "spans": {"fields": Span._fields, **spans}})
     _written(file, _drawn(ring_timeline.draw, file, predicted, f"{subtitle}; {facts['date']}, {facts['commit']}"))
     rounded = {name: round(x, 4) if isinstance(x, float) else x for name, x in found.items()}
     return _closed("ring timeline", facts, [], {"predicted": rounded})

@@ -27,10 +27,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import ring_share
 from benchmarks.ring_cases import Noise, Passes, RingCase, passes, whole_ring
-from benchmarks.ring_timeline import Span
 from benchmarks.timing import HEAD_START_CYCLES, in_turns, matrix_products
 from ringflash import Loopback, kernels
+from ringflash.ring.simulation import Span
 from ringflash.ring.transport import COPY_ENGINES, Message, ProcessRing, Transfer
+from ringflash.ring.watchdog import Label
 
 CLOSE = 2e-3  # of norms: rounded sums, whose order differs
 DIRECTIONS = ("forward", "backward")
@@ -152,14 +153,14 @@ class _GpuRing(ProcessRing):
             self.size, self.rank = case.ranks, case.ranks // 2
             self.local = (self.rank,)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Transfer:
         """As ProcessRing's, between GPUs."""
         if self.size != self.gpus:
             after, before = (self.gpu + 1) % self.gpus, (self.gpu - 1) % self.gpus
             outgoing = [Message(self.gpu, after, self._noise.like(m.tensor), m.tensor) for m in incoming]
             incoming = [Message(before, self.gpu, m.tensor) for m in incoming]
         self.received += sum(m.tensor.nbytes for m in incoming)
-        return super().exchange(outgoing, incoming, context)
+        return super().exchange(outgoing, incoming, label)
 
 
 # -- the peer

@@ -25,6 +25,7 @@ from benchmarks.ring_cases import RingCase, kernels_wrapped, whole_ring
 from ringflash import Loopback, Partial, merge
 from ringflash.kernels import Kernel
 from ringflash.ring.transport import Message, Transfer
+from ringflash.ring.watchdog import Label
 
 SIZES = (1, 2, 4, 8, 16, 32)
 OURS = "ringflash"
@@ -56,10 +57,10 @@ def state_rounded(kernel: Kernel) -> Kernel:
 class GradientsRounded(Loopback):
     """A ring that sends fp32 as bf16."""
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Transfer:
         """As Loopback, with fp32 messages rounded."""
         rounded = [dataclasses.replace(message, tensor=_sent(message.tensor)) for message in outgoing]
-        return super().exchange(rounded, incoming, context)
+        return super().exchange(rounded, incoming, label)
 
 
 def _sent(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from benchmarks.timing import Timing
 from ringflash import AttentionPlan, Loopback, kernels
 from ringflash.ring.ranges import Range, Ranges
 from ringflash.ring.transport import Allocate, Message
+from ringflash.ring.watchdog import Label
 
 CHECKED_LENGTH = 2048
 COLUMNS = ("forward", "backward", "both")
@@ -85,7 +86,7 @@ class OneRank:
         self._here: dict[int, Ranges] = {}  # in this pass, elements that are not cleared, by address
 
     @contextmanager
-    def receive_buffers(self, context: str) -> Iterator[Allocate]:
+    def receive_buffers(self, label: Label) -> Iterator[Allocate]:
         """The buffers of passes before, where they fit."""
         self._here.clear()
         count = itertools.count()
@@ -98,7 +99,7 @@ class OneRank:
 
         yield kept
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Arrival:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Arrival:
         """Copy to where numbers are missing, in the order of the current stream."""
         copied = False
         self._here = {_address(m.tensor): _EVERYTHING for m in outgoing} | self._here

@@ -1,38 +1,26 @@
 """Where a ring of N GPUs would wait: one layer's attention, predicted hop by hop on every rank.
 
-What every rank computes, sends and waits for, in which order, is recorded from ring_attention itself
-(benchmarks/ring_record.py). `simulate` plays the records of all ranks:
-
-- A rank's kernels run one after another, at a given time per pair. Nothing else it does takes time. Packed documents
-  take some 30 percent more than predicted, for tiles that are short or partly masked.
-- Its exchanges run one after another on a stream of their own, as on GPUs. A message starts when both of its ranks have
-  reached it, after all kernels that they launched before it.
-- A rank's link carries its outgoing and its incoming bytes at the same time, each at the given speed.
-- A kernel starts when the transfers that its rank waited for are complete.
-
-A rank that waits while its own link is busy waits for the link, which a faster link would mend. Otherwise it waits for
-a rank that is behind, which a better layout would mend.
+The schedules that all ranks would run are simulated (`ringflash.ring.simulation`) at a speed of kernels and links.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.ring_cases import RingCase
-from benchmarks.ring_record import Event, Exchange, Records, Wait, record
+from ringflash import Loopback
+from ringflash.ring.schedule import OWN, Schedule, Shape
+from ringflash.ring.simulation import COMPUTE, GRADIENTS, KEYS, WAITS, Rates, Simulated, simulate
 
 # Kinds of spans, in the order of the legend.
-COLOURS = {
-    "compute": "#4477aa",
-    "keys": "#66aa77",
-    "gradients": "#aa88bb",
-    "wait for the link": "#dd2222",
-    "wait for a rank": "#ffb000",
-}
-WAITS = ("wait for the link", "wait for a rank")
+COLOURS = dict(
+    zip((COMPUTE, KEYS, GRADIENTS, *WAITS), ("#4477aa", "#66aa77", "#aa88bb", "#dd2222", "#ffb000"), strict=True)
+)
 
 
 @dataclass(frozen=True)
@@ -49,112 +37,19 @@ class Speed:
         return cls(4 * head_dim / forward_tflops / 1e12, 10 * head_dim / backward_tflops / 1e12, gbps * 1e9)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Something that a rank's GPU or link does, in seconds. hop: of a compute span, otherwise -1."""
-
-    rank: int
-    kind: str
-    begin: float
-    end: float
-    hop: int = -1
+def schedules(case: RingCase) -> tuple[Schedule, Schedule]:
+    """The forward and the backward of all ranks of a case, of inputs in bf16."""
+    shape = Shape(1, case.heads, case.kv_heads, case.head_dim, case.head_dim, torch.bfloat16)
+    return case.plan(Loopback(case.ranks)).schedules(shape)
 
 
-@dataclass
-class Pass:
-    """A played pass: spans of all ranks, when each rank is done, bytes each has sent."""
-
-    spans: list[Span] = field(default_factory=list)
-    finished: list[float] = field(default_factory=list)
-    sent: list[int] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """Until the last rank is done."""
-        return max(self.finished)
-
-    def total(self, kind: str, rank: int | None = None) -> float:
-        """Seconds of all spans of a kind, of one rank or all."""
-        return sum(span.end - span.begin for span in self.spans if span.kind == kind and rank in (None, span.rank))
-
-
-def simulate(records: Records, seconds_a_pair: float, bytes_a_second: float) -> Pass:
-    """Play a pass of all ranks together. Raises ValueError where ranks differ on who sends what when."""
-    played = Pass(sent=[0] * len(records))
-    ranks = [_Rank(rank, events, seconds_a_pair, played.spans) for rank, events in enumerate(records)]
-    while True:
-        exchanges = [rank.advance() for rank in ranks]
-        if not any(exchanges):
-            played.finished = [rank.clock for rank in ranks]
-            return played
-        _check_ends_agree(exchanges)
-        # A message sets off when neither rank's stream is behind, and takes its share of the busier of two links.
-        ready = [max(rank.clock, rank.link_free) for rank in ranks]
-        done = list(ready)
-        for source, exchange in enumerate(exchanges):
-            assert exchange is not None
-            leaving = sum(exchange.outgoing.values())
-            played.sent[source] += leaving
-            for destination in exchange.outgoing:
-                coming = sum(exchanges[destination].incoming.values())  # type: ignore[union-attr]
-                begin = max(ready[source], ready[destination])
-                end = begin + max(leaving, coming) / bytes_a_second
-                ranks[source].busy.append((begin, end))
-                ranks[destination].busy.append((begin, end))
-                played.spans.append(Span(destination, exchange.kind, begin, end))
-                done[source], done[destination] = max(done[source], end), max(done[destination], end)
-        for rank, exchange, end in zip(ranks, exchanges, done, strict=True):
-            rank.over(end, bool(exchange and (exchange.outgoing or exchange.incoming)))
-
-
-class _Rank:
-    """A rank that is being played: its clock, and when its link is free and was busy."""
-
-    def __init__(self, rank: int, events: list[Event], seconds_a_pair: float, spans: list[Span]) -> None:
-        self.rank, self.seconds_a_pair, self.spans = rank, seconds_a_pair, spans
-        self.events = iter(events)
-        self.clock = self.link_free = 0.0
-        self.busy: list[tuple[float, float]] = []
-        self.done: list[float] = []
-
-    def advance(self) -> Exchange | None:
-        """Compute and wait up to the next exchange, which is returned; None at the end."""
-        for event in self.events:
-            if isinstance(event, Exchange):
-                return event
-            if isinstance(event, Wait):
-                self._wait_until(self.done[event.exchange])
-            else:
-                self._span("compute", self.clock + event.pairs * self.seconds_a_pair, event.hop)
-        return None
-
-    def over(self, end: float, had_messages: bool) -> None:
-        """The exchange that advance returned is over at `end`; one without messages touches no link."""
-        self.done.append(end if had_messages else self.clock)
-        self.link_free = end if had_messages else self.link_free
-
-    def _wait_until(self, end: float) -> None:
-        """Wait, in stretches in which the rank's link is busy or is not."""
-        while self.clock < end:
-            covering = [until for begin, until in self.busy if begin <= self.clock < until]
-            if covering:
-                self._span(WAITS[0], min(max(covering), end))
-            else:
-                self._span(WAITS[1], min([begin for begin, _ in self.busy if begin > self.clock] + [end]))
-
-    def _span(self, kind: str, end: float, hop: int = -1) -> None:
-        if end > self.clock:
-            self.spans.append(Span(self.rank, kind, self.clock, end, hop))
-        self.clock = max(self.clock, end)
-
-
-def _check_ends_agree(exchanges: Sequence[Exchange | None]) -> None:
-    if not all(exchanges):
-        raise ValueError(f"ranks {[i for i, x in enumerate(exchanges) if x is None]} have fewer exchanges than others")
-    sent = {(i, to): size for i, x in enumerate(exchanges) if x for to, size in x.outgoing.items()}
-    received = {(source, i): size for i, x in enumerate(exchanges) if x for source, size in x.incoming.items()}
-    if sent != received:
-        raise ValueError(f"messages (source, destination): bytes sent {sent} are not those received {received}")
+def rates(case: RingCase, schedule: Schedule, seconds_per_pair: float, link: float) -> Rates:
+    """What a schedule's steps take."""
+    group = case.heads // case.kv_heads
+    of_section = [seconds_per_pair * group * (s.heads.end - s.heads.begin) for s in schedule.sections]
+    rows = {name: sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in xs) for name, xs in schedule.buffers.items()}
+    rows[OWN] = rows.get("keys 1", 0)
+    return Rates(lambda step: step.pairs * of_section[step.section], rows.__getitem__, link)
 
 
 @dataclass(frozen=True)
@@ -163,11 +58,11 @@ class Timeline:
 
     case: RingCase
     speed: Speed
-    forward: Pass
-    backward: Pass
+    forward: Simulated
+    backward: Simulated
 
     @property
-    def passes(self) -> dict[str, Pass]:
+    def passes(self) -> dict[str, Simulated]:
         """By name, in order."""
         return {"forward": self.forward, "backward": self.backward}
 
@@ -182,7 +77,7 @@ class Timeline:
         return 100 * spent / (self.seconds * self.case.ranks)
 
     @property
-    def bytes_sent(self) -> list[int]:
+    def bytes_sent(self) -> list[float]:
         """By each rank."""
         return [f + b for f, b in zip(self.forward.sent, self.backward.sent, strict=True)]
 
@@ -199,23 +94,22 @@ class Timeline:
         }
 
 
-def predict(
-    case: RingCase, speed: Speed, records: tuple[list[list[Event]], list[list[Event]]] | None = None
-) -> Timeline:
-    """The timeline at a speed. records: what `record` gave for the case, to play them at several speeds."""
-    forward, backward = record(case) if records is None else records
-    return Timeline(
-        case, speed, simulate(forward, speed.forward, speed.link), simulate(backward, speed.backward, speed.link)
+def predict(case: RingCase, speed: Speed, passes: tuple[Schedule, Schedule]) -> Timeline:
+    """The timeline of the case's schedules at a speed."""
+    played = (
+        simulate(schedule.steps, rates(case, schedule, seconds, speed.link))
+        for schedule, seconds in zip(passes, (speed.forward, speed.backward), strict=True)
     )
+    return Timeline(case, speed, *played)
 
 
-def sufficient_link(case: RingCase, speed: Speed, records: tuple[Records, Records]) -> float:
+def sufficient_link(case: RingCase, speed: Speed, passes: tuple[Schedule, Schedule]) -> float:
     """The least link speed, in bytes per second within 1 percent, that costs less than 1 percent of the time."""
-    bound = 1.01 * predict(case, dataclasses.replace(speed, link=float("inf")), records).seconds
+    bound = 1.01 * predict(case, dataclasses.replace(speed, link=float("inf")), passes).seconds
     low, high = 1e6, 1e15
     while high > 1.01 * low:
         middle = (low * high) ** 0.5
-        if predict(case, dataclasses.replace(speed, link=middle), records).seconds <= bound:
+        if predict(case, dataclasses.replace(speed, link=middle), passes).seconds <= bound:
             high = middle
         else:
             low = middle

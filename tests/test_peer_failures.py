@@ -413,8 +413,8 @@ class Recording(Loopback):
     def exchange(self, outgoing, incoming, context):
         transfer, number = super().exchange(outgoing, incoming, context), len(self.events)
         if outgoing:
-            self.events.append(("sent", number, context))
-        return Noted(transfer, lambda: self.events.append(("waited for", number, context)))
+            self.events.append(("sent", number, str(context)))
+        return Noted(transfer, lambda: self.events.append(("waited for", number, str(context))))
 
 
 @dataclasses.dataclass

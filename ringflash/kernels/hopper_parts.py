@@ -313,7 +313,7 @@ def counter(device: torch.device) -> Tensor:
     """An int32 that is 0 between two launches on the current stream, and its alone: made once, see `next_tile`."""
     if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream, and fills what it keeps by itself
         return torch.zeros(1, dtype=torch.int32, device=device)
-    return _counter_of(device, torch.cuda.current_stream(device).cuda_stream)
+    return _counter_of(device, torch._C._cuda_getCurrentRawStream(device.index))
 
 
 @functools.cache

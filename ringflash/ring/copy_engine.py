@@ -33,7 +33,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.ring.watchdog import Pending, Watchdog, Work
+from ringflash.ring.streams import current_stream
+from ringflash.ring.watchdog import Label, Pending, Watchdog, Work
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Message
@@ -52,10 +53,11 @@ class CopyEngine:
         self._weak_group = weakref.ref(group)  # `_known` keeps an engine for as long as there is a group
         self.device = device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._blocks: list[_Block] = []
         self._taken: dict[int, _Block] = {}  # by address, in the pass that runs
-        self._running: str | None = None  # that pass
-        self._broken: str | None = None  # a pass that ended in an error, after it had exchanged something
+        self._running: Label | None = None  # that pass
+        self._broken: Label | None = None  # a pass that ended in an error, after it had exchanged something
         self._watchdog: Watchdog | None = None  # of that pass's ring
         self._over: torch.cuda.Event | None = None  # the last pass
         self._sent, self._received = [0] * self.size, [0] * self.size  # exchanges, by rank
@@ -84,7 +86,7 @@ class CopyEngine:
 
     @contextlib.contextmanager
     def receive_buffers(
-        self, context: str, watchdog: Watchdog
+        self, label: Label, watchdog: Watchdog
     ) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
         """For one pass, a function that allocates receive buffers: all ranks call it with the same sizes.
 
@@ -92,25 +94,25 @@ class CopyEngine:
         something: its messages may arrive at any time, and the ranks' counts may differ.
         """
         if self._running is not None:
-            raise RuntimeError(f"{context}, inside {self._running}: a ring's ranks run its passes one after another")
+            raise RuntimeError(f"{label}, inside {self._running}: a ring's ranks run its passes one after another")
         if self._broken is not None:
-            raise RuntimeError(f"{context}: its ranks no longer agree since an error in {self._broken}; restart them")
+            raise RuntimeError(f"{label}: its ranks no longer agree since an error in {self._broken}; restart them")
         if self._over is not None:
-            self._over.wait()
-        self._running, self._watchdog = context, watchdog
+            self._over.wait(current_stream(self.device))
+        self._running, self._watchdog = label, watchdog
         exchanged = [*self._sent, *self._received]
         try:
             yield self._empty
         except BaseException:
-            self._broken = context if exchanged != [*self._sent, *self._received] else None
+            self._broken = label if exchanged != [*self._sent, *self._received] else None
             raise
         finally:
             self._running, self._taken = None, {}
-            self._over = torch.cuda.current_stream(self.device).record_event()
+            self._over = current_stream(self.device).record_event()
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[PendingWork]:
         """Start messages whose targets lie in the receive buffers of the running pass."""
-        here = torch.cuda.current_stream(self.device)
+        here = current_stream(self.device)
         works: list[PendingWork] = []
         for message in incoming:
             self._in_receive_buffers(message.tensor)
@@ -130,7 +132,9 @@ class CopyEngine:
                 if message.destination == destination:
                     self._copy(message)
             _write(self._copying, self._flag(destination, _HERE, self.rank), self._sent[destination])
-            works.append((_Copied(self._copying.record_event()), Pending(destinations=(self._in_run(destination),))))
+            works.append(
+                (_Copied(self._copying.record_event(), self.device), Pending(destinations=(self._in_run(destination),)))
+            )
         return works
 
     def _copy(self, message: Message) -> None:
@@ -202,15 +206,16 @@ class CopyEngine:
         """While entered, the host waits for the other ranks, and the watchdog knows."""
         if self._watchdog is None:
             return contextlib.nullcontext()
+        assert self._running is not None
         others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
-        return self._watchdog.meeting(f"{self._running}, memory for messages", lambda: others)
+        return self._watchdog.meeting(self._running.at("memory for messages"), lambda: others)
 
     def _flag(self, owner: int, kind: int, rank: int) -> int:
         """Address of the owner's flag of that kind for a rank."""
         return self._flags.everywhere[owner] + 4 * (kind * self.size + rank)
 
     def _in_run(self, rank: int) -> int:
-        return dist.get_global_rank(self.group, rank)
+        return self._global_ranks[rank]
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +247,7 @@ class _Arrival:
         self._waited: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        here = torch.cuda.current_stream(self._device)
+        here = current_stream(self._device)
         _wait(here, self._flag, self._count)
         self._waited = here.record_event()
 
@@ -255,9 +260,10 @@ class _Copied:
     """What this rank sends."""
 
     event: torch.cuda.Event
+    device: torch.device
 
     def wait(self) -> None:
-        self.event.wait()
+        self.event.wait(current_stream(self.device))
 
     def is_completed(self) -> bool:
         return self.event.query()
@@ -311,6 +317,7 @@ def _own_refusal(device: torch.device, indices: list[int]) -> str | None:
 # -- PyTorch's symmetric memory, and the driver's stream memory operations
 
 
+@functools.cache
 def _driver() -> Any:
     from cuda.bindings import driver
 

@@ -1,10 +1,7 @@
 """What a layout would cost: the predicted time of one attention layer, forward and backward, on a ring.
 
-On hop s, rank r computes with the keys of rank (r - s) mod ranks, while the keys of hop s + 1 and the gradients of
-hop s - 1 travel. It begins when it is done with hop s - 1 and what it needs is there, and
-
-    there = when both ends were ready and their links free  +  bytes x time a byte
-    done  = begun  +  pairs x time per pair
+The steps that the ranks would run (`ring.schedule`) are simulated (`ring.simulation`): a kernel takes its pairs times
+the time per pair, and a message its bytes times the time per byte.
 
 Both follow from mask and layout alone. Contiguous layouts send least and balance worst. Zigzag balances a causal mask.
 Balanced layouts balance documents and send more. Document-local ones balance long documents and leave short ones where
@@ -30,15 +27,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ringflash.layout import Layout
 from ringflash.load_balance import by_hop
 from ringflash.mask import IntervalMask
 from ringflash.ring.plan import routes
+from ringflash.ring.schedule import backward_steps, forward_steps, head_sections
+from ringflash.ring.simulation import Rates, simulate
 
 # Forward 4 operations a pair, head and dimension; backward 2.5 times that.
-FLOPS_A_PAIR = 4 * 3.5
+FLOPS_PER_PAIR = 4 * 3.5
 # A predicted gain below this is not worth a finer layout.
 WORTH = 0.02
 # Of a rank's tokens, what short documents of a document_local layout have at most: two that are tried.
@@ -144,63 +142,21 @@ def best_ulysses(
 
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
     """Seconds of one layer's attention, forward and backward, without what a kernel launch costs."""
-    ranks, ways = layout.ranks, routes((mask,), layout)
-    computing = by_hop(layout.pairs(mask)).double()
-    computing *= FLOPS_A_PAIR * heads.query * heads.dim / machine.flops
-    # [s, r]: what rank r receives with hop s, the gradients that this adds to, and its own that return from it.
-    keys, forwarded, home = torch.zeros(3, ranks, ranks, dtype=torch.float64)
-    for s in range(1, ranks):
-        for r in range(ranks):
-            way = ways[(r - s) % ranks]
-            keys[s, r], forwarded[s, r] = way.keys[s].tokens, way.forwarded[s - 1].tokens
-            home[s, r] = ways[r].returned[s].tokens
-    token = heads.key * heads.dim / machine.bytes_per_second
-    keys, forwarded, home = (
-        2 * 2 * token * keys,
-        2 * 4 * token * forwarded,
-        2 * 4 * token * home,
-    )  # k, v: 2 bytes; dk, dv: 4
-    forward = _forward_seconds(computing / 3.5, keys)
-    return forward + _backward_seconds(computing * 2.5 / 3.5, keys, forwarded, home)
+    ways, pairs = routes((mask,), layout), by_hop(layout.pairs(mask)).T.tolist()
+    sections = head_sections(ways, layout.shard_length, 2)  # gradients travel in halves, of the heads or of the keys
+    per_pair = FLOPS_PER_PAIR * heads.query * heads.dim / machine.flops / len(sections)
+    of_keys = 2 * 2 * heads.key * heads.dim  # k and v, 2 bytes; dk and dv, 4 bytes
+    of_gradients = 2 * 4 * heads.key * heads.dim / len(sections)
 
+    def rates(share: float) -> Rates:
+        return Rates(
+            lambda step: step.pairs * per_pair * share,
+            lambda buffer: of_gradients if buffer.startswith(("gradients", "returned")) else of_keys,
+            machine.bytes_per_second,
+        )
 
-def _forward_seconds(computing: Tensor, keys: Tensor) -> float:
-    """Of computing and of receiving keys [hops, ranks], in seconds, until the last rank is done."""
-    here, done = torch.zeros(2, computing.shape[1], dtype=torch.float64)
-    for s, hop in enumerate(computing):
-        begun = torch.maximum(here, done)  # what hop s - 1 read may now be overwritten
-        if s + 1 < len(keys):
-            here = _there(begun, here, keys[s + 1])
-        done = begun + hop
-    return float(done.max())
-
-
-def _backward_seconds(computing: Tensor, keys: Tensor, forwarded: Tensor, home: Tensor) -> float:
-    """The same, where half of a hop's gradients travel while the other half is computed; own keys come last.
-
-    forwarded, home [hops, ranks]: receiving gradients that a hop adds to, and one's own after a hop.
-    """
-    ranks = len(computing)
-    done = torch.zeros(ranks, dtype=torch.float64)
-    here = link = keys[1 % ranks]
-    came = [torch.zeros_like(done) for _ in range(2)]  # of each half
-    for s in [*range(1, ranks), 0]:
-        done = torch.maximum(done, here)
-        if 0 < s < ranks - 1:
-            here = _there(done, link, keys[s + 1])
-            link = torch.maximum(link, here)
-        for half in range(2):
-            done = torch.maximum(done, came[half]) + computing[s] / 2
-            if s > 0:
-                onward_there = _there(done, link, forwarded[(s + 1) % ranks] / 2)
-                link = torch.maximum(link, onward_there)
-                home_there = _there(done, link, home[s] / 2, from_behind=-s)
-                link = torch.maximum(link, home_there)
-                came[half] = torch.maximum(onward_there, home_there)  # one exchange
-    return float(done.max())
-
-
-def _there(ready: Tensor, link: Tensor, seconds: Tensor, from_behind: int = 1) -> Tensor:
-    """When each has what the rank `from_behind` places behind it sends, both ready, links free; 0 for nothing."""
-    begun = torch.maximum(ready, link)
-    return torch.where(seconds > 0, torch.maximum(begun, begun.roll(from_behind)) + seconds, 0.0)
+    ranks = range(layout.ranks)
+    forward = simulate((forward_steps(rank, pairs[rank], ways, sections) for rank in ranks), rates(1 / 3.5))
+    of_sections = [[pairs[rank]] * len(sections) for rank in ranks]
+    backward = simulate((backward_steps(rank, of_sections[rank], ways, sections) for rank in ranks), rates(2.5 / 3.5))
+    return forward.seconds + backward.seconds

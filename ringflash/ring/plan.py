@@ -42,6 +42,7 @@ from torch import Tensor
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, Intervals, check_tokens
 from ringflash.ring.ranges import Range, Ranges
+from ringflash.ring.schedule import Schedule, Shape, compile_passes
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
@@ -99,26 +100,6 @@ class Route:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A plan for some of the keys of every shard, `rows`, whose routes count from the first of them."""
-
-    rows: slice
-    hops: tuple[tuple[Hop, ...], ...]
-    routes: tuple[Route, ...]
-
-    @functools.cached_property
-    def returned_early(self) -> bool:
-        """Whether any rank still carries others' gradients on a hop after some of its own have returned."""
-        size, first = len(self.routes), [route.first_return for route in self.routes]
-        return any(
-            bool(self.routes[(rank - s) % size].gradients[s])
-            for rank in range(size)
-            if first[rank]
-            for s in range(first[rank] + 1, size)
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """One step's attention: mask, layout and ring, and the hops and routes that follow from them.
 
@@ -140,7 +121,8 @@ class AttentionPlan:
     hops: tuple[tuple[Hop, ...], ...] = field(init=False)
     routes: tuple[Route, ...] = field(init=False)
     _windows: dict[int, AttentionPlan] = field(init=False, default_factory=dict)
-    _parts: dict[tuple[int, int], Part] = field(init=False, default_factory=dict)
+    _hops_of: dict[Range, tuple[tuple[Hop, ...], ...]] = field(init=False, default_factory=dict)
+    _schedules: dict[Shape, tuple[Schedule, Schedule]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
@@ -210,17 +192,20 @@ class AttentionPlan:
                 self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
         return self._windows[left]
 
-    def part(self, begin: int, end: int) -> Part:
-        """What concerns local keys begin..end - 1 of every shard; made once, then kept."""
-        if (begin, end) not in self._parts:
-            rows, whole = slice(begin, end), end - begin == self.layout.shard_length
+    def hops_of(self, rows: Range) -> tuple[tuple[Hop, ...], ...]:
+        """`hops` with these rows of every shard's keys alone, which intervals count from the first of; made once."""
+        if rows == (0, self.layout.shard_length):
+            return self.hops
+        if rows not in self._hops_of:
             with torch.device("cpu"):  # as in window
-                self._parts[begin, end] = Part(
-                    rows,
-                    self.hops if whole else self._hops(rows),
-                    self.routes if whole else tuple(route.within(begin, end) for route in self.routes),
-                )
-        return self._parts[begin, end]
+                self._hops_of[rows] = self._hops(slice(*rows))
+        return self._hops_of[rows]
+
+    def schedules(self, shape: Shape) -> tuple[Schedule, Schedule]:
+        """The steps of a forward and a backward of layers of that shape; compiled for the first, then kept."""
+        if shape not in self._schedules:
+            self._schedules[shape] = compile_passes(self, shape)
+        return self._schedules[shape]
 
     def computed(self, i: int) -> list[int]:
         """The hops that local rank ring.local[i] computes, in order; the first is 0."""
@@ -250,12 +235,6 @@ class AttentionPlan:
         if rows < 1 or self.batch not in (1, rows):
             raise ValueError(f"a plan whose masks have {self.batch} batch rows does not fit a batch of {rows}")
         return self.positions[1].repeat_interleave(rows // self.batch, dim=0)
-
-    @functools.cached_property
-    def arrives(self) -> tuple[bool, bool]:
-        """Whether any rank receives keys with hops 2, 4, ..., and with hops 1, 3, ..."""
-        even, odd = (any(any(route.keys[first::2]) for route in self.routes) for first in (2, 1))
-        return even, odd
 
     @functools.cached_property
     def positions(self) -> Tensor:

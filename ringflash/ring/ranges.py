@@ -1,11 +1,11 @@
-"""Runs: tokens of a shard that travel, as few stretches of neighbours, each of which is one message.
+"""Ranges: tokens of a shard that travel, as few runs of neighbours, each of which is one message.
 
->>> needed = Runs([Run(0, 4), Run(900, 1000)])
->>> needed.union(Runs([Run(4, 10)]))
+>>> needed = Ranges([Range(0, 4), Range(900, 1000)])
+>>> needed.union(Ranges([Range(4, 10)]))
 0..9 900..999
->>> needed.union(Runs([Run(4, 10)]), gap=1000)
+>>> needed.union(Ranges([Range(4, 10)]), gap=1000)
 0..999
->>> needed.without(Runs([Run(950, 2000)]))
+>>> needed.without(Ranges([Range(950, 2000)]))
 0..3 900..949
 """
 
@@ -23,11 +23,11 @@ class Range(NamedTuple):
 
 
 class Ranges(tuple[Range, ...]):
-    """Runs that are not empty, ascending, with gaps between them."""
+    """Ranges that are not empty, ascending, with gaps between them."""
 
     @classmethod
     def covering(cls, ranges: Iterable[Range], gap: int = 1) -> Ranges:
-        """Those of any runs, in any order, and the gaps between that are shorter than `gap`."""
+        """Those of any ranges, in any order, and the gaps between that are shorter than `gap`."""
         found: list[Range] = []
         for begin, end in sorted(ranges):
             if found and begin - found[-1].end < gap:

@@ -14,7 +14,7 @@ where the ring would run again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -35,13 +35,39 @@ def keep_attention(group: Group | None = None) -> tuple[AbstractContextManager, 
     return _Role(kept, group, replays=False), _Role(kept, group, replays=True)
 
 
-def kept_or_computed(compute: Callable[[], tuple[Tensor, ...]], travels: bool) -> tuple[Tensor, ...]:
-    """compute(), or what it gave when the checkpointed layer first ran.
+def kept(travels: bool) -> tuple[Tensor, ...] | None:
+    """What attention left with a checkpoint when its layer first ran; None where the layer runs for the first time.
 
-    travels: whether compute() sends anything. Raises RuntimeError where it would in a recomputation, or where what was
+    travels: whether attention sends anything. Raises RuntimeError where it would in a recomputation, or where what was
     kept has been changed in place.
     """
-    return _result(getattr(_active, "role", None), compute, travels)
+    replayed = next((role for role in _roles() if role.replays), None)
+    if replayed is not None:
+        return keep(*next(replayed.left).again())
+    if travels and torch._C._current_graph_task_id() != -1:  # a forward inside a backward
+        raise RuntimeError(
+            "attention is recomputed in the backward, and the ring would run again: checkpoint layers with "
+            "use_reentrant=False and context_fn=ringflash.keep_attention, or call "
+            "ringflash.models.checkpoint_layers(model)"
+        )
+    return None
+
+
+def keep(*results: Tensor) -> tuple[Tensor, ...]:
+    """The results, which are left with every checkpoint that this layer is inside of and that does not have them."""
+    for role in _roles():
+        if role.replays:
+            break
+        role.kept.append(_Kept.of(*results, group=role.group))
+    return results
+
+
+def _roles() -> Iterator[_Role]:
+    """Those of all checkpoints that are entered, the innermost first."""
+    role = getattr(_active, "role", None)
+    while role is not None:
+        yield role
+        role = role.before
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,19 +107,3 @@ class _Role:
 
     def __exit__(self, *error: object) -> None:
         _active.role = self.before
-
-
-def _result(role: _Role | None, compute: Callable[[], tuple[Tensor, ...]], travels: bool) -> tuple[Tensor, ...]:
-    if role is not None and role.replays:
-        return next(role.left).again()
-    if role is not None:  # the checkpoint that this one is inside of keeps it too, or has it
-        result = _result(role.before, compute, travels)
-        role.kept.append(_Kept.of(*result, group=role.group))
-        return result
-    if travels and torch._C._current_graph_task_id() != -1:  # a forward inside a backward
-        raise RuntimeError(
-            "attention is recomputed in the backward, and the ring would run again: checkpoint layers with "
-            "use_reentrant=False and context_fn=ringflash.keep_attention, or call "
-            "ringflash.models.checkpoint_layers(model)"
-        )
-    return compute()

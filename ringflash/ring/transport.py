@@ -1,8 +1,8 @@
 """Transports: the three calls that a ring needs, between processes or inside one.
 
-    with ring.receive_buffers(context) as allocate:
+    with ring.receive_buffers(label) as allocate:
         x = allocate(shape, dtype)                              # memory in which messages may arrive
-        transfer = ring.exchange(outgoing, incoming, context)   # messages between ranks start
+        transfer = ring.exchange(outgoing, incoming, label)     # messages between ranks start
         transfer.wait()                                         # incoming has arrived, outgoing may be overwritten
 
 `ProcessRing` has one rank in each process. GPUs of one machine copy into one another's memory (`ring.copy_engine`),
@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ringflash.ring.copy_engine import CopyEngine, PendingWork, copy_engine_of
-from ringflash.ring.watchdog import Pending, Watchdog
+from ringflash.ring.streams import current_stream
+from ringflash.ring.watchdog import Label, Pending, Watchdog
 
 TRANSPORTS = ("auto", "nccl")
 COPY_ENGINES = "copy engines"
@@ -61,18 +62,18 @@ class Ring(Protocol):
     local: tuple[int, ...]
     device: torch.device
 
-    def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
+    def receive_buffers(self, label: Label) -> AbstractContextManager[Allocate]:
         """For one pass, a function that allocates tensors (shape, dtype) in which messages may arrive.
 
-        All ranks allocate the same sizes in the same order, and use none of them after the pass. context: layer and
-        pass, for reports.
+        All ranks allocate the same sizes in the same order, and use none of them after the pass. label: layer and pass,
+        for reports.
         """
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Transfer:
         """Start messages from local ranks, and receive those to local ranks.
 
         Both sides of a message name it in the same exchange, counting exchanges from the start, and several between the
-        same two ranks in the same order. No tensor may be written before the wait. context: layer, pass and hop, for
+        same two ranks in the same order. No tensor may be written before the wait. label: layer, pass and step, for
         reports.
         """
 
@@ -104,11 +105,11 @@ class Loopback:
         self.local = tuple(range(self.size))
         self.device = torch.device(device)
 
-    def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
+    def receive_buffers(self, label: Label) -> AbstractContextManager[Allocate]:
         """Memory of torch's allocator."""
         return plain_buffers(self.device)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Transfer:
         """Copy at once, in the order of the current stream; whatever stream waits, waits for that."""
         sent: dict[tuple[int, int], list[Tensor]] = {}
         for message in outgoing:
@@ -116,10 +117,10 @@ class Loopback:
         for message in incoming:
             message.tensor.copy_(sent[message.source, message.destination].pop(0))
         if left := sorted(pair for pair, tensors in sent.items() if tensors):
-            raise ValueError(f"{context}: messages between ranks {left} were sent and not received")
+            raise ValueError(f"{label}: messages between ranks {left} were sent and not received")
         if self.device.type == "cpu":
             return _Done()
-        return torch.cuda.current_stream(self.device).record_event()
+        return current_stream(self.device).record_event()
 
 
 class ProcessRing:
@@ -162,19 +163,19 @@ class ProcessRing:
             else:
                 self.carrier += f", since {engine}"
 
-    def receive_buffers(self, context: str) -> AbstractContextManager[Allocate]:
+    def receive_buffers(self, label: Label) -> AbstractContextManager[Allocate]:
         """Memory that the ring's GPUs map; without copy engines, of torch's allocator."""
         if self._copy_engine is None:
             return plain_buffers(self.device)
         assert self.watchdog is not None
-        return self._copy_engine.receive_buffers(context, self.watchdog)
+        return self._copy_engine.receive_buffers(label, self.watchdog)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Transfer:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Transfer:
         """Sends and receives, in flight until waited for. Raises RuntimeError in a fork of this process."""
         self.process.check()
         size = sum(m.tensor.nbytes for m in incoming)
         works = (self._copy_engine.exchange if self._copy_engine else self._through_group)(outgoing, incoming)
-        return _InFlight(works, self.watchdog, context, size, self.device) if works else _Done()
+        return _InFlight(works, self.watchdog, label, size, self.device) if works else _Done()
 
     def _through_group(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[PendingWork]:
         """One batch of the group's: a work for each message, or on NCCL one for all."""
@@ -232,7 +233,7 @@ class _Done:
 class _InFlight:
     works: list[PendingWork]
     watchdog: Watchdog | None
-    context: str
+    label: Label
     size: int  # bytes that come
     device: torch.device
 
@@ -240,7 +241,7 @@ class _InFlight:
         """Wait for every work of the batch."""
         works = [work for work, _ in self.works]
         if self.watchdog is not None:
-            self.watchdog.wait(works, "ring", self.context, self.pending, self.size, self.device)
+            self.watchdog.wait(works, "ring", self.label, self.pending, self.size, self.device)
             return
         for work in works:
             work.wait()

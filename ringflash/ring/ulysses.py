@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.ring.transport import Process
-from ringflash.ring.watchdog import Pending, Watchdog
+from ringflash.ring.watchdog import Label, Pending, Watchdog
 
 
 class Ulysses:
     """The ranks that share a ring shard; one process a rank, over a torch.distributed group.
 
-    The watchdog, where given, records every exchange. context: layer, pass and what is exchanged.
+    The watchdog, where given, records every exchange. label: layer, pass and what is exchanged.
     """
 
     def __init__(self, group: dist.ProcessGroup, watchdog: Watchdog | None = None) -> None:
@@ -35,29 +35,29 @@ class Ulysses:
         self.rank = dist.get_rank(group)
         self.watchdog = watchdog
 
-    def queries(self, x: Tensor, context: str) -> Tensor:
+    def queries(self, x: Tensor, label: Label) -> Tensor:
         """[B, s, H, ...] of this rank's tokens to [B, size * s, H / size, ...] of the ring shard's."""
         batch, tokens, heads, *rest = x.shape
-        document_local = self._exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), context)
+        document_local = self._exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), label)
         return document_local.movedim(0, 1).reshape(batch, self.size * tokens, heads // self.size, *rest)
 
-    def tokens(self, x: Tensor, context: str) -> Tensor:
+    def tokens(self, x: Tensor, label: Label) -> Tensor:
         """The inverse of `queries`."""
-        return self._exchange(x.unflatten(1, (self.size, -1)).movedim(1, 0), context).movedim(0, 2).flatten(2, 3)
+        return self._exchange(x.unflatten(1, (self.size, -1)).movedim(1, 0), label).movedim(0, 2).flatten(2, 3)
 
-    def keys(self, x: Tensor, context: str) -> Tensor:
+    def keys(self, x: Tensor, label: Label) -> Tensor:
         """As `queries`, for KV heads: with fewer than ranks, each goes to size / H ranks."""
-        return self.queries(x.repeat_interleave(max(1, self.size // x.shape[2]), dim=2), context)
+        return self.queries(x.repeat_interleave(max(1, self.size // x.shape[2]), dim=2), label)
 
-    def key_gradients(self, x: Tensor, heads: int, context: str) -> Tensor:
+    def key_gradients(self, x: Tensor, heads: int, label: Label) -> Tensor:
         """The inverse of `keys` for fp32 gradients, to `heads` heads: what several ranks found for one is summed."""
-        return self.tokens(x, context).unflatten(2, (heads, -1)).sum(3)
+        return self.tokens(x, label).unflatten(2, (heads, -1)).sum(3)
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of something that has an entry a query head, [Hq]."""
         return x.unflatten(0, (self.size, -1))[self.rank]
 
-    def _exchange(self, x: Tensor, context: str) -> Tensor:
+    def _exchange(self, x: Tensor, label: Label) -> Tensor:
         """Entry r of x [size, ...] goes to rank r, and what comes from it takes its place; nothing hides this."""
         self.process.check()
         outgoing = x.contiguous()
@@ -68,7 +68,7 @@ class Ulysses:
             return incoming
         others = Pending(tuple(rank for rank in dist.get_process_group_ranks(self.group) if rank != dist.get_rank()))
         size = incoming.nbytes // self.size * (self.size - 1)
-        self.watchdog.wait([work], "ulysses", context, lambda: others, size, incoming.device)
+        self.watchdog.wait([work], "ulysses", label, lambda: others, size, incoming.device)
         return incoming
 
 

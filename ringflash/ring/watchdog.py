@@ -27,10 +27,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+
+from ringflash.ring.streams import current_stream
 
 POLL = 0.25  # seconds between two looks
 LAST_WORDS = 3.0  # seconds between a rank's report and its exit: launchers end all ranks as soon as one exits
@@ -39,6 +41,21 @@ GRACE = 10.0  # seconds that a rank has to end by itself once another has failed
 _KEY = "ringflash/hangs"
 
 Kind = Literal["ring", "ulysses"]
+
+
+class Label(NamedTuple):
+    """A layer, its forward or backward, and a step of that; made into a text when somebody reads it."""
+
+    layer: str
+    direction: str
+    step: str = ""
+
+    def at(self, step: str) -> Label:
+        """A step of this pass."""
+        return Label(self.layer, self.direction, step)
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, self))
 
 
 class Work(Protocol):
@@ -75,7 +92,7 @@ class Pending:
 
 @dataclass(eq=False)
 class _Wait:
-    context: str
+    label: Label
     pending: Callable[[], Pending]
     kind: Kind | None = None  # of what is counted
     on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # before and after it, on the compute stream
@@ -123,9 +140,10 @@ class Watchdog:
         self.limit, self.rank, self.step = limit, rank, 0
         self._store, self._end, self._ends_with_store = store, end or (lambda: os._exit(1)), ends_with_store
         self._waits: deque[_Wait] = deque()
+        self._spare_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._work: _Work | None = None
         self._moved = time.monotonic()
-        self._last = "no layer yet"
+        self._last: Label | str = "no layer yet"
         self._traffic: dict[Kind, Traffic] = {"ring": Traffic(), "ulysses": Traffic()}
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -138,7 +156,7 @@ class Watchdog:
             self._listener.start()
 
     def wait(
-        self, works: Sequence[Work], kind: Kind, context: str, pending: Callable[[], Pending], size: int,
+        self, works: Sequence[Work], kind: Kind, label: Label, pending: Callable[[], Pending], size: int,
         device: torch.device,
     ) -> None:  # fmt: skip
         """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes.
@@ -147,11 +165,11 @@ class Watchdog:
         """
         on_gpu = None
         if device.type == "cuda":
-            on_gpu = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            on_gpu = self._two_events()
         with self._lock:
             self._traffic[kind].bytes += size
             self._traffic[kind].exchanges += 1
-        wait = _Wait(context, pending, kind, on_gpu)
+        wait = _Wait(label, pending, kind, on_gpu)
         if on_gpu is None:
             with self._host_waits(wait):
                 for work in works:
@@ -159,18 +177,25 @@ class Watchdog:
             return
         self._begin(wait)
         try:
-            on_gpu[0].record()
+            on_gpu[0].record(current_stream(device))
             for work in works:
                 work.wait()
-            on_gpu[1].record()
+            on_gpu[1].record(current_stream(device))
             wait.queued = True
         except BaseException:
             self._over(wait)
             raise
 
-    def meeting(self, context: str, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
+    def _two_events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Those of a wait that the GPU has passed, or new ones: making them takes longer than recording them."""
+        with self._lock:
+            if self._spare_events:
+                return self._spare_events.pop()
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def meeting(self, label: Label, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
         """While entered, the host waits for other ranks to come; that is no traffic, and counted nowhere."""
-        return self._host_waits(_Wait(context, pending))
+        return self._host_waits(_Wait(label, pending))
 
     @contextmanager
     def without_limit(self, what: str, meeting: Meeting) -> Iterator[None]:
@@ -223,11 +248,12 @@ class Watchdog:
             wait = self._waits.popleft()
             before, after = wait.on_gpu  # type: ignore[misc]
             self._passed(wait, before.elapsed_time(after) / 1e3)
+            self._spare_events.append((before, after))
 
     def _passed(self, wait: _Wait, seconds: float) -> None:
         if wait.kind is not None:
             self._traffic[wait.kind].seconds += seconds
-        self._last, self._moved = wait.context, time.monotonic()
+        self._last, self._moved = wait.label, time.monotonic()
 
     def _look(self, device: int | None) -> None:
         if device is not None:
@@ -303,4 +329,4 @@ class Watchdog:
             if not self._waits:
                 return f"rank {self.rank}, step {self.step}: waits for no rank; its last wait was in {self._last}"
             wait, seconds = self._waits[0], time.monotonic() - self._moved
-        return f"rank {self.rank}, step {self.step}, {wait.context}: waits for {wait.pending()} since {seconds:.0f} s"
+        return f"rank {self.rank}, step {self.step}, {wait.label}: waits for {wait.pending()} since {seconds:.0f} s"

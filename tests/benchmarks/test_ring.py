@@ -11,11 +11,10 @@ import torch
 
 from benchmarks import ring, ring_error, ring_share, ring_timeline
 from benchmarks.ring_cases import RingCase, kernels_wrapped, lognormal_lengths
-from benchmarks.ring_record import Compute, Exchange, Wait, record
 from benchmarks.ring_share import OneRank
 from benchmarks.ring_timeline import Speed
 from ringflash import Loopback, kernels
-from ringflash.ring import attention
+from ringflash.ring import execution
 
 CPU = torch.device("cpu")
 TINY = {"heads": (4, 2), "dim": 16}
@@ -47,7 +46,7 @@ class Counted(OneRank):
 
     received = copied = 0
 
-    def exchange(self, outgoing, incoming, context):
+    def exchange(self, outgoing, incoming, label):
         like = self._noise.like
 
         def counting(x):
@@ -56,7 +55,7 @@ class Counted(OneRank):
 
         self.received += sum(m.tensor.numel() for m in incoming)
         with mock.patch.object(self._noise, "like", counting):
-            return super().exchange(outgoing, incoming, context)
+            return super().exchange(outgoing, incoming, label)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -143,7 +142,7 @@ def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, mon
 
 
 def test_a_backward_that_adds_to_memory_nobody_cleared_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "_clear", lambda *args: None)
+    monkeypatch.setattr(execution, "Clear", type("Nothing", (), {}))
     code, contents = run(tmp_path)
     assert code == 1
     assert all("dk inf" in row["reason"] for row in contents["rows"]), contents["rows"]
@@ -187,26 +186,19 @@ def test_a_ring_of_ours_whose_error_grows_fails_the_run(tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_record_holds_the_plans_pairs_and_bytes(case):
+def test_a_timeline_sends_the_plans_bytes(case):
     plan = case.plan(Loopback(case.ranks))
     width = 2 * case.kv_heads * case.head_dim  # k and v
     keys = sum(2 * width * run.tokens for route in plan.routes for run in route.keys[1:])
     gradients = sum(4 * width * run.tokens for route in plan.routes for run in (*route.forwarded, *route.returned))
-    for records, travels in zip(record(case), (keys, keys + gradients), strict=True):
-        events = [event for events in records for event in events]
-        assert sum(sum(e.outgoing.values()) for e in events if isinstance(e, Exchange)) == travels
-        for rank, own in enumerate(records):
-            pairs = Counter()
-            for event in own:
-                if isinstance(event, Compute):
-                    pairs[event.hop] += event.pairs
-            assert pairs == {s: h[rank].pairs * case.heads for s, h in enumerate(plan.hops) if h[rank].pairs}
+    timeline = ring_timeline.predict(case, SPEED, ring_timeline.schedules(case))
+    assert (sum(timeline.forward.sent), sum(timeline.backward.sent)) == (keys, keys + gradients)
 
 
 @pytest.mark.parametrize("link", [1e7, 1e9, float("inf")], ids=["slow", "fast", "infinite"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_is_computed_before_its_keys_arrive_and_lanes_do_not_overlap(case, link):
-    timeline = ring_timeline.predict(case, dataclasses.replace(SPEED, link=link))
+    timeline = ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), ring_timeline.schedules(case))
     for name, played in timeline.passes.items():
         seconds_a_pair = getattr(SPEED, name)
         plan = case.plan(Loopback(case.ranks))
@@ -226,45 +218,18 @@ def test_nothing_is_computed_before_its_keys_arrive_and_lanes_do_not_overlap(cas
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_slower_link_never_ends_earlier_and_an_infinite_one_is_never_waited_for(case):
-    records = record(case)
+    passes = ring_timeline.schedules(case)
     links = [float("inf"), 1e11, 3e9, 1e9, 1e8, 1e6]
-    timelines = [ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), records) for link in links]
+    timelines = [ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), passes) for link in links]
     assert timelines[0].percent("wait for the link") == 0
     assert timelines[-1].percent("wait for the link") > 10
     for faster, slower in itertools.pairwise(timelines):
         assert slower.seconds >= faster.seconds
-    enough = ring_timeline.sufficient_link(case, SPEED, records)
+    enough = ring_timeline.sufficient_link(case, SPEED, passes)
     at_enough, below = (
-        ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), records) for link in (enough, enough / 1.1)
+        ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), passes) for link in (enough, enough / 1.1)
     )
     assert at_enough.seconds <= 1.01 * timelines[0].seconds < below.seconds
-
-
-def test_two_ranks_by_hand():
-    """3 s of own keys, 10 bytes at 1 a second meanwhile, 2 s of the other's: 3 + 7 s of waiting + 2."""
-    own = [Exchange({}, {}, "keys"), Wait(0)]
-    records = [
-        [Exchange({1 - r: 10}, {1 - r: 10}, "keys"), Compute(0, 3), Wait(0), *own[:0], Compute(1, 2)] for r in range(2)
-    ]
-    played = ring_timeline.simulate(records, 1.0, 1.0)
-    assert played.finished == [12.0, 12.0]
-    assert [(s.kind, s.begin, s.end) for s in played.spans if s.rank == 0] == [
-        ("keys", 0.0, 10.0), ("compute", 0.0, 3.0), ("wait for the link", 3.0, 10.0), ("compute", 10.0, 12.0),
-    ]  # fmt: skip
-    late = [[Compute(0, 4), *records[0]], records[1]]
-    waits = [s for s in ring_timeline.simulate(late, 1.0, 1.0).spans if s.rank == 1 and s.kind.startswith("wait")]
-    assert [(s.kind, s.begin, s.end) for s in waits] == [
-        ("wait for a rank", 3.0, 4.0),
-        ("wait for the link", 4.0, 14.0),
-    ]
-
-
-def test_ranks_that_differ_on_what_travels_are_refused():
-    one, other = [Exchange({1: 8}, {}, "keys")], [Exchange({}, {0: 4}, "keys")]
-    with pytest.raises(ValueError, match=r"sent \{\(0, 1\): 8\} are not those received \{\(0, 1\): 4\}"):
-        ring_timeline.simulate([one, other], 1.0, 1.0)
-    with pytest.raises(ValueError, match=r"ranks \[1\] have fewer exchanges"):
-        ring_timeline.simulate([one, []], 1.0, 1.0)
 
 
 def test_a_timeline_prints_draws_and_writes(tmp_path, capsys):

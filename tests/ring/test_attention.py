@@ -102,12 +102,12 @@ class Counting(Loopback):
         super().__init__(size)
         self.elements, self.messages = Counter(), Counter()
 
-    def exchange(self, outgoing, incoming, context):
+    def exchange(self, outgoing, incoming, label):
         for message in outgoing:
             assert message.tensor.is_contiguous()
             self.elements[message.tensor.dtype] += message.tensor.numel()
             self.messages[message.tensor.dtype] += 1
-        return super().exchange(outgoing, incoming, context)
+        return super().exchange(outgoing, incoming, label)
 
 
 def test_with_a_window_one_neighbour_hop_moves_in_both_passes():

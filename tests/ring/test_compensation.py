@@ -25,7 +25,7 @@ from ringflash import (
     keep_attention,
     ring_attention,
 )
-from ringflash.ring import attention
+from ringflash.ring import recompute
 from tests import reference
 
 LENGTH, HEADS, KV_HEADS, DIM = 512, 4, 2, 32
@@ -163,9 +163,7 @@ def test_a_checkpoint_keeps_all_that_the_gradients_need(extra):
 
 def test_no_residue_is_kept_where_no_gradient_will_be_asked_for(monkeypatch):
     results = []
-    monkeypatch.setattr(
-        attention, "kept_or_computed", lambda compute, travels: results.append(compute()) or results[-1]
-    )
+    monkeypatch.setattr(recompute, "keep", lambda *kept: results.append(kept) or kept)
     q, k, v, _ = inputs("means", torch.bfloat16)
     for needs in (False, True):
         flash_attention(q.requires_grad_(needs), k, v, IntervalMask.causal(LENGTH), softcap=5.0)

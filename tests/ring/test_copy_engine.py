@@ -20,12 +20,14 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, ring_attention
+from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, kernels, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.partial import Partial
-from ringflash.ring import attention, copy_engine, watchdog
+from ringflash.ring import copy_engine, watchdog
 from ringflash.ring.transport import Message
-from ringflash.ring.watchdog import Watchdog
+from ringflash.ring.watchdog import Label, Watchdog
+
+A_PASS = Label("a layer", "forward")
 
 
 class Noting:
@@ -97,7 +99,7 @@ def test_what_is_sent_lands_where_the_other_rank_has_it_come(monkeypatch, name, 
         "none", forward, lambda out, dout: out.sum(-1).transpose(1, 2).float(), blocked.center,
         lambda *args, **options: None, blocked.round_into, lambda *args: None,
     )  # fmt: skip
-    monkeypatch.setattr(attention.kernels, "select", lambda *args: kernel)
+    monkeypatch.setattr(kernels, "select", lambda *args: kernel)
     make, layout = MASKS[name]
     mask = make(64 * ranks)
     layout = Layout.of(layout, mask, ranks) if layout == "balanced" else Layout.named(layout, 64 * ranks, ranks)
@@ -204,7 +206,7 @@ class Machine:
         self.groups = [FakeGroup(rank) for rank in range(size)]
         self.blocks: list[list[torch.Tensor]] = []  # each of all ranks
         monkeypatch.setattr(torch.cuda, "Stream", self.stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Machine.current)
+        monkeypatch.setattr(copy_engine, "current_stream", lambda device: Machine.current)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(copy_engine, "_driver", FakeDriver)
         monkeypatch.setattr(copy_engine.dist, "get_rank", lambda group: group.rank)
@@ -273,7 +275,7 @@ def run_a_pass(machine: Machine, peer: copy_engine.CopyEngine, exchanges: int, w
     rank, streams = peer.rank, [machine.stream(), machine.stream()]
     after, before = (rank + 1) % machine.size, (rank - 1) % machine.size
     Machine.current = streams[0]
-    with peer.receive_buffers("a pass", QUIET) as allocate:
+    with peer.receive_buffers(A_PASS, QUIET) as allocate:
         here = [[allocate((4,), torch.int64) for _ in range(2)] for _ in streams]
         streams[1].wait_stream(streams[0])
         for n in range(exchanges):
@@ -324,7 +326,7 @@ def alone(machine):
 def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
     """Mapping waits for the others while holding the GIL, so nothing could report a rank that never came."""
     for _ in range(2):
-        with alone.receive_buffers("a pass", QUIET) as allocate:
+        with alone.receive_buffers(A_PASS, QUIET) as allocate:
             allocate((4,), torch.float32)
             allocate((4,), torch.float32)
     assert machine.called == ["allocate", "meet", "map", "barrier"] + 2 * ["allocate", "meet", "map"]
@@ -335,27 +337,27 @@ def test_a_rank_without_memory_is_named_on_all_ranks_and_nobody_maps(machine, al
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
     monkeypatch.setattr(machine, "empty", mock.Mock(side_effect=RuntimeError("CUDA out of memory")))
     told = r"rank 0 on .* has no memory that its ring can map \(CUDA out of memory\); transport='nccl'"
-    with pytest.raises(RuntimeError, match=told), alone.receive_buffers("a pass", QUIET) as allocate:
+    with pytest.raises(RuntimeError, match=told), alone.receive_buffers(A_PASS, QUIET) as allocate:
         allocate((4,), torch.float32)
     assert given_back
     memory = torch.zeros(32768, dtype=torch.uint8)
     machine.empty.side_effect = [RuntimeError("CUDA out of memory"), torch.zeros(512, dtype=torch.uint8), memory]
-    with alone.receive_buffers("a pass", QUIET) as allocate:  # there was, once torch's allocator gave some back
+    with alone.receive_buffers(A_PASS, QUIET) as allocate:  # there was, once torch's allocator gave some back
         allocate((4,), torch.float32)
     monkeypatch.setattr(
         copy_engine.dist, "all_gather_object", lambda errors, error, group: errors.__setitem__(1, "full")
     )
     with (
         pytest.raises(RuntimeError, match=r"rank 1 on .* \(full\)"),
-        alone.receive_buffers("a pass", QUIET) as allocate,
+        alone.receive_buffers(A_PASS, QUIET) as allocate,
     ):
         allocate((8192,), torch.float32)
 
 
 def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(alone):
-    with alone.receive_buffers("a pass", QUIET) as allocate:
+    with alone.receive_buffers(A_PASS, QUIET) as allocate:
         large, small = allocate((8, 512), torch.float32), allocate((2,), torch.float16)
-    with alone.receive_buffers("a pass", QUIET) as allocate:
+    with alone.receive_buffers(A_PASS, QUIET) as allocate:
         assert allocate((2,), torch.bfloat16).data_ptr() == small.data_ptr()
         assert allocate((512,), torch.uint8).data_ptr() == large.data_ptr()
         assert allocate((1,), torch.uint8).data_ptr() not in {large.data_ptr(), small.data_ptr()}
@@ -363,7 +365,7 @@ def test_memory_is_kept_from_pass_to_pass_and_the_smallest_that_fits_is_taken(al
 
 def test_passes_that_grow_keep_no_more_blocks_than_one_takes(alone):
     for length in (*range(1, 40), *range(40, 0, -1)):
-        with alone.receive_buffers("a pass", QUIET) as allocate:
+        with alone.receive_buffers(A_PASS, QUIET) as allocate:
             wanted = [(100 * length,), (100 * length,), (200 * length,)]
             made = [allocate(shape, torch.float32) for shape in wanted]
         assert [tuple(x.shape) for x in made] == wanted
@@ -375,14 +377,14 @@ def test_passes_that_grow_keep_no_more_blocks_than_one_takes(alone):
 def test_a_pass_inside_another_is_refused(alone):
     with (
         pytest.raises(RuntimeError, match="layer 2, forward, inside layer 1, backward: a ring's ranks run its passes"),
-        alone.receive_buffers("layer 1, backward", QUIET),
-        alone.receive_buffers("layer 2, forward", QUIET),
+        alone.receive_buffers(Label("layer 1", "backward"), QUIET),
+        alone.receive_buffers(Label("layer 2", "forward"), QUIET),
     ):
         pass
 
 
-def fail(alone, context, exchanging):
-    with alone.receive_buffers(context, QUIET) as allocate:
+def fail(alone, label, exchanging):
+    with alone.receive_buffers(label, QUIET) as allocate:
         place = allocate((4,), torch.float32)
         if exchanging:
             alone.exchange([Message(0, 1, place, place)], [])
@@ -391,11 +393,11 @@ def fail(alone, context, exchanging):
 
 def test_after_an_error_passes_go_on_only_if_nothing_was_exchanged(alone):
     """What was under way arrives at any time, in memory that the next pass may have taken."""
-    for context, exchanging in (("layer 1, forward", False), ("layer 2, forward", True)):
+    for label, exchanging in ((Label("layer 1", "forward"), False), (Label("layer 2", "forward"), True)):
         with pytest.raises(ArithmeticError):
-            fail(alone, context, exchanging)
+            fail(alone, label, exchanging)
     with pytest.raises(RuntimeError, match="layer 3, forward: its ranks no longer agree since an error in layer 2"):
-        fail(alone, "layer 3, forward", False)
+        fail(alone, Label("layer 3", "forward"), False)
 
 
 def test_sizes_are_rounded_to_an_eighth_of_a_power_of_two():
@@ -405,7 +407,7 @@ def test_sizes_are_rounded_to_an_eighth_of_a_power_of_two():
 
 def test_messages_whose_place_no_other_rank_knows_are_refused(alone):
     elsewhere = torch.zeros(4)
-    with alone.receive_buffers("a pass", QUIET) as allocate:
+    with alone.receive_buffers(A_PASS, QUIET) as allocate:
         place = allocate((4,), torch.float32)
         for outgoing, incoming in (
             ([Message(0, 1, place)], []),
@@ -434,7 +436,7 @@ def with_one_rank_that_never_maps_memory():
     guard = Watchdog(1.0, rank, end=ended.set)
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(said):
         monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream())
+        monkeypatch.setattr(copy_engine, "current_stream", lambda device: FakeStream())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
         monkeypatch.setattr(copy_engine, "_symmetric", OwnMemory)
@@ -452,7 +454,7 @@ def with_one_rank_that_never_maps_memory():
 def ask_in_vain(peer, guard):
     with (
         contextlib.suppress(RuntimeError),
-        peer.receive_buffers("layer 3, backward", guard) as allocate,
+        peer.receive_buffers(Label("layer 3", "backward"), guard) as allocate,
     ):  # it breaks when the test is over
         allocate((4,), torch.float32)
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from ringflash import Loopback, ProcessRing, Ulysses
 from ringflash.models import ring_inputs
+from ringflash.ring.watchdog import Label
 
 TOKENS = torch.ones(1, 8, dtype=torch.int64)
 
@@ -32,8 +33,10 @@ USES = {
     "ring_inputs": lambda ring, ulysses: ring_inputs(TOKENS, ring=ring),
     "ring_inputs with Ulysses": lambda ring, ulysses: ring_inputs(TOKENS, ring=Loopback(1), ulysses=ulysses),
     "a ring that the worker makes": lambda ring, ulysses: ProcessRing(),
-    "an exchange": lambda ring, ulysses: ring.exchange([], [], "a test"),
-    "an exchange of Ulysses": lambda ring, ulysses: ulysses.queries(torch.ones(1, 2, 2, 4), "a test"),
+    "an exchange": lambda ring, ulysses: ring.exchange([], [], Label("a layer", "forward")),
+    "an exchange of Ulysses": lambda ring, ulysses: ulysses.queries(
+        torch.ones(1, 2, 2, 4), Label("a layer", "forward")
+    ),
 }
 
 

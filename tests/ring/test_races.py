@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, Partial, ring_attention
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, Partial, kernels, ring_attention
 from ringflash.kernels import Kernel, blocked
-from ringflash.ring import attention
+from ringflash.ring import execution
 from ringflash.ring.transport import Message, plain_buffers
+from ringflash.ring.watchdog import Label
 
-LANE_0, LANE_1, COMMUNICATOR, OTHERS = range(4)
+STREAM_0, STREAM_1, COMMUNICATOR, OTHERS = range(4)
 VIEWS = ("alias", "as_strided", "chunk", "detach", "empty", "expand", "permute", "reshape", "select", "slice", "split",
          "transpose", "unbind", "unsqueeze", "view")  # fmt: skip
 
@@ -32,7 +33,7 @@ class Clocks:
 
     def __init__(self) -> None:
         self.known = np.eye(4, dtype=np.int64)
-        self.now = LANE_0
+        self.now = STREAM_0
         self.touched: dict[int, tuple[torch.UntypedStorage, np.ndarray, np.ndarray]] = {}
         self.made: dict[int, int] = {}  # by storage, the stream that touched it first, and gets its memory back
         self.races: list[str] = []
@@ -62,8 +63,8 @@ class Clocks:
     def let_go(self) -> None:
         """Stream 1 may reuse its memory: note what stream 0 did there that stream 1 does not know to be over."""
         for key, (_, reads, written) in self.touched.items():
-            last = max(reads[LANE_0].max(initial=0), written[LANE_0].max(initial=0))
-            if self.made[key] == LANE_1 and last > self.known[LANE_1, LANE_0]:
+            last = max(reads[STREAM_0].max(initial=0), written[STREAM_0].max(initial=0))
+            if self.made[key] == STREAM_1 and last > self.known[STREAM_1, STREAM_0]:
                 self.races.append("memory of stream 1 is given out while stream 0 uses it")
 
     # -- what stands for torch's operators, the kernels, the streams and the communicator
@@ -137,24 +138,24 @@ class FakeStreams:
     """Streams, as edges between clocks."""
 
     def __init__(self, clocks: Clocks, count: int) -> None:
-        self.clocks, self.last = clocks, count - 1
+        self.clocks = clocks
 
-    @contextmanager
-    def on(self, stream: int) -> Iterator[None]:
-        before, self.clocks.now = self.clocks.now, stream
-        yield
-        self.clocks.now = before
+    def switch(self, stream: int) -> None:
+        self.clocks.now = stream
 
     def fork(self) -> None:
-        self.clocks.wait(LANE_1, self.clocks.known[LANE_0])
-        self.clocks.tick(LANE_0)
+        self.clocks.wait(STREAM_1, self.clocks.known[STREAM_0])
+        self.clocks.tick(STREAM_0)
+
+    def join(self) -> None:
+        self.clocks.wait(STREAM_0, self.clocks.known[STREAM_1])
+        self.clocks.tick(STREAM_1)
 
     def __enter__(self) -> FakeStreams:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.clocks.wait(LANE_0, self.clocks.known[LANE_1])
-        self.clocks.tick(LANE_1)
+        self.clocks.now = STREAM_0
 
 
 class Waited:
@@ -174,8 +175,8 @@ class FakeLoopback(Loopback):
         super().__init__(size)
         self.clocks = clocks
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Waited:
-        super().exchange(outgoing, incoming, context)
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Waited:
+        super().exchange(outgoing, incoming, label)
         moment = self.clocks.known[self.clocks.now].copy()
         self.clocks.tick(self.clocks.now)
         return Waited(self.clocks, moment)
@@ -187,20 +188,20 @@ class FakeNccl:
     def __init__(self, clocks: Clocks, size: int, rank: int) -> None:
         self.clocks, self.size, self.local, self.device = clocks, size, (rank,), torch.device("cpu")
 
-    def receive_buffers(self, context):
+    def receive_buffers(self, label):
         return plain_buffers(self.device)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Waited:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Waited:
         clocks = self.clocks
         with _disable_current_modes():
             clocks.wait(COMMUNICATOR, clocks.known[clocks.now])
             clocks.tick(clocks.now)
             clocks.tick(COMMUNICATOR)
             for message in outgoing:
-                clocks.access(message.tensor, False, f"send {context}", COMMUNICATOR)
+                clocks.access(message.tensor, False, f"send {label}", COMMUNICATOR)
             for message in incoming:
                 message.tensor.zero_()
-                clocks.access(message.tensor, True, f"receive {context}", COMMUNICATOR)
+                clocks.access(message.tensor, True, f"receive {label}", COMMUNICATOR)
         return Waited(clocks, clocks.known[COMMUNICATOR].copy())
 
 
@@ -211,7 +212,7 @@ class FakePeers(FakeNccl):
         super().__init__(clocks, size, rank)
         self.blocks: list[torch.Tensor] = []
 
-    def receive_buffers(self, context):
+    def receive_buffers(self, label):
         taken = itertools.count()
 
         def allocate(shape, dtype):
@@ -222,7 +223,7 @@ class FakePeers(FakeNccl):
 
         return nullcontext(allocate)
 
-    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], context: str) -> Waited:
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Waited:
         clocks = self.clocks
         with _disable_current_modes():
             for stream in (COMMUNICATOR, OTHERS):
@@ -230,10 +231,10 @@ class FakePeers(FakeNccl):
                 clocks.tick(stream)
             clocks.tick(clocks.now)
             for message in outgoing:
-                clocks.access(message.tensor, False, f"send {context}", COMMUNICATOR)
+                clocks.access(message.tensor, False, f"send {label}", COMMUNICATOR)
             for message in incoming:
                 message.tensor.zero_()
-                clocks.access(message.tensor, True, f"receive {context}", OTHERS)
+                clocks.access(message.tensor, True, f"receive {label}", OTHERS)
         return Waited(clocks, np.maximum(clocks.known[COMMUNICATOR], clocks.known[OTHERS]))
 
 
@@ -242,8 +243,8 @@ def races(
 ) -> list[str]:
     """Those of two layers, forward, and backward twice."""
     clocks = Clocks()
-    monkeypatch.setattr(attention, "Streams", clocks.streams)
-    monkeypatch.setattr(attention.kernels, "select", lambda *args: clocks.kernel())
+    monkeypatch.setattr(execution, "Streams", clocks.streams)
+    monkeypatch.setattr(kernels, "select", lambda *args: clocks.kernel())
     length = 16 * ranks
     plan = AttentionPlan(mask_of(length), Layout.named(layout, length, ranks), make_ring(clocks, ranks, rank))
     with Watching(clocks):
@@ -279,11 +280,11 @@ def test_no_stream_reads_or_overwrites_what_another_is_not_done_with(monkeypatch
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_nor_where_a_sink_is_merged_after_both_lanes(monkeypatch, rank):
+def test_nor_where_a_sink_is_merged_after_both_streams(monkeypatch, rank):
     assert races(monkeypatch, FakeNccl, 3, rank, IntervalMask.causal, "zigzag", 2, sink=True) == []
 
 
-def test_memory_that_lane_1_gives_out_too_early_is_found(monkeypatch):
+def test_memory_that_stream_1_gives_out_too_early_is_found(monkeypatch):
     """Without the fork after the last read."""
     fork, calls = FakeStreams.fork, itertools.count(1)
     monkeypatch.setattr(FakeStreams, "fork", lambda self: None if next(calls) % 4 == 0 else fork(self))
@@ -291,8 +292,8 @@ def test_memory_that_lane_1_gives_out_too_early_is_found(monkeypatch):
     assert "memory of stream 1 is given out while stream 0 uses it" in found
 
 
-@pytest.mark.parametrize("edge", ["fork", "__exit__"])
-def test_a_missing_edge_between_lanes_is_found(monkeypatch, edge):
+@pytest.mark.parametrize("edge", ["fork", "join"])
+def test_a_missing_edge_between_streams_is_found(monkeypatch, edge):
     monkeypatch.setattr(FakeStreams, edge, lambda self, *args: None)
     assert races(monkeypatch, FakeNccl, 3, 1, IntervalMask.causal, "zigzag", 2) != []
 

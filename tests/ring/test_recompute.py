@@ -43,9 +43,9 @@ class Telling(Loopback):
         super().__init__(size)
         self.told = []
 
-    def exchange(self, outgoing, incoming, context):
-        self.told.append(context)
-        return super().exchange(outgoing, incoming, context)
+    def exchange(self, outgoing, incoming, label):
+        self.told.append(str(label))
+        return super().exchange(outgoing, incoming, label)
 
 
 OPEN = {"use_reentrant": None, "context_fn": None}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ringflash import ProcessRing
 from ringflash.ring import watchdog
 from ringflash.ring.transport import Message
-from ringflash.ring.watchdog import Pending, Traffic, Watchdog
+from ringflash.ring.watchdog import Label, Pending, Traffic, Watchdog
 from tests.ring.hanging import LIMIT, attend, with_one_rank_that_never_comes
 
 
@@ -32,7 +32,10 @@ def whom_a_ring_of_some_ranks_waits_for():
         return None
     ring = ProcessRing(group)
     messages = Message(ring.rank, 1 - ring.rank, torch.zeros(8)), Message(1 - ring.rank, ring.rank, torch.zeros(8))
-    sending, coming = ring.exchange(messages[:1], [], "one"), ring.exchange([], messages[1:], "two")
+    sending, coming = (
+        ring.exchange(messages[:1], [], Label("one", "forward")),
+        ring.exchange([], messages[1:], Label("two", "forward")),
+    )
     found = sending.pending(), coming.pending()
     sending.wait()
     coming.wait()
@@ -76,7 +79,7 @@ class Passing:
     def __init__(self, enable_timing=True):
         pass
 
-    def record(self):
+    def record(self, stream):
         pass
 
     def query(self):
@@ -86,13 +89,19 @@ class Passing:
         return 5.0
 
 
+def on_a_gpu(monkeypatch, event):
+    """Have a GPU's waits recorded by such events."""
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(watchdog, "current_stream", lambda device: None)
+
+
 def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", Passing)
+    on_a_gpu(monkeypatch, Passing)
     monkeypatch.setattr(Passing, "passed", False)
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
-    guard.wait([], "ring", "on the GPU", lambda: Pending((1,), (3,)), 8, torch.device("cuda"))
-    guard.wait([], "ring", "on the host", lambda: Pending((2,)), 8, torch.device("cpu"))
-    assert "on the GPU: waits for rank 1, or for rank 3 to take what it sent since " in guard.where()
+    guard.wait([], "ring", Label("on the GPU", "forward"), lambda: Pending((1,), (3,)), 8, torch.device("cuda"))
+    guard.wait([], "ring", Label("on the host", "forward"), lambda: Pending((2,)), 8, torch.device("cpu"))
+    assert "on the GPU, forward: waits for rank 1, or for rank 3 to take what it sent since " in guard.where()
     Passing.passed = True
     assert guard.drain()["ring"].seconds == pytest.approx(5e-3, abs=1e-3)
     assert "waits for no rank; its last wait was in on the GPU" in guard.where()
@@ -105,7 +114,7 @@ def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
     class Unrecorded(Passing):
         recorded = False
 
-        def record(self):
+        def record(self, stream):
             self.recorded = True
 
         def query(self):
@@ -121,18 +130,18 @@ def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
             looked.append(guard.drain()["ring"].seconds)
             looked.append(guard.where())
 
-    monkeypatch.setattr(torch.cuda, "Event", Unrecorded)
+    on_a_gpu(monkeypatch, Unrecorded)
     monkeypatch.setattr(Passing, "passed", False)
     guard, looked = Watchdog(60.0, end=lambda: pytest.fail("ended")), []
-    guard.wait([Work()], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device("cuda"))
+    guard.wait([Work()], "ring", Label("hop 1", "forward"), lambda: Pending((1,)), 8, torch.device("cuda"))
     assert looked[0] == 0
-    assert "hop 1: waits for rank 1 since " in looked[1]
+    assert "hop 1, forward: waits for rank 1 since " in looked[1]
     guard.close()
 
 
 def test_a_meeting_is_told_of_and_not_counted():
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
-    with guard.meeting("layer 1, forward, memory for messages", lambda: Pending((1, 2))):
+    with guard.meeting(Label("layer 1", "forward", "memory for messages"), lambda: Pending((1, 2))):
         assert "memory for messages: waits for rank 1 and rank 2 since " in guard.where()
     assert "waits for no rank" in guard.where()
     assert guard.drain()["ring"] == Traffic()
@@ -149,11 +158,11 @@ class Breaking:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_wait_that_raised_is_over(monkeypatch, device):
     """Who catches the error goes on; nothing is left that would end the process later."""
-    monkeypatch.setattr(torch.cuda, "Event", Passing)
+    on_a_gpu(monkeypatch, Passing)
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     with pytest.raises(RuntimeError, match="connection reset"):
-        guard.wait([Breaking()], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device(device))
-    with pytest.raises(ArithmeticError), guard.meeting("memory", lambda: Pending((1,))):
+        guard.wait([Breaking()], "ring", Label("hop 1", "forward"), lambda: Pending((1,)), 8, torch.device(device))
+    with pytest.raises(ArithmeticError), guard.meeting(Label("memory", "forward"), lambda: Pending((1,))):
         raise ArithmeticError
     assert "waits for no rank" in guard.where()
     guard.close()
@@ -164,13 +173,13 @@ def test_a_gpu_in_error_does_not_silence_the_watchdog(monkeypatch, capsys):
         def query(self):
             raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(torch.cuda, "Event", Failing)
+    on_a_gpu(monkeypatch, Failing)
     monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
     ended = threading.Event()
     guard = Watchdog(60.0, end=ended.set)
-    guard.wait([], "ring", "hop 1", lambda: Pending((1,)), 8, torch.device("cuda"))
+    guard.wait([], "ring", Label("hop 1", "forward"), lambda: Pending((1,)), 8, torch.device("cuda"))
     assert ended.wait(LIMIT)
-    assert "ringflash: rank 0, step 0, hop 1: waits for rank 1 since " in capsys.readouterr().err
+    assert "ringflash: rank 0, step 0, hop 1, forward: waits for rank 1 since " in capsys.readouterr().err
 
 
 def test_a_watch_with_nothing_to_wait_for_stays_silent(capsys):
@@ -201,7 +210,7 @@ class Never:
 
 
 def waiting(guard, work):
-    arguments = ([work], "ring", "layer 5, forward, hop 1", lambda: Pending((1,)), 8, torch.device("cpu"))
+    arguments = ([work], "ring", Label("layer 5", "forward", "hop 1"), lambda: Pending((1,)), 8, torch.device("cpu"))
     threading.Thread(target=guard.wait, args=arguments, daemon=True).start()
 
 
@@ -231,7 +240,7 @@ def test_time_without_a_wait_is_not_counted_as_one(monkeypatch):
     monkeypatch.setattr(watchdog, "time", clock)
     guard, begun = Watchdog(1e6, end=lambda: pytest.fail("ended")), []
     clock.now = 1000.0
-    with guard.meeting("memory", lambda: Pending((1,))):
+    with guard.meeting(Label("memory", "forward"), lambda: Pending((1,))):
         begun.append(guard.where())
         clock.now = 1002.0
         begun.append(guard.where())
@@ -243,7 +252,7 @@ def test_a_rank_that_cannot_tell_where_it_is_ends_all_the_same(monkeypatch, caps
     monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
     ended, work = threading.Event(), Never()
     guard = Watchdog(0.3, 7, end=ended.set)
-    arguments = ([work], "ring", "layer 5", lambda: 1 / 0, 8, torch.device("cpu"))
+    arguments = ([work], "ring", Label("layer 5", "forward"), lambda: 1 / 0, 8, torch.device("cpu"))
     threading.Thread(target=guard.wait, args=arguments, daemon=True).start()
     assert ended.wait(LIMIT)
     assert "rank 7, step 0: hangs, and where is not known (division by zero)" in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""What one rank computes in the steps of a schedule: `Forward` and `Backward`.
+
+Each holds a rank's tensors, the pass's receive buffers and, by section, the views that kernels get.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringflash.kernels import Kernel
+from ringflash.partial import Partial, merge_sink
+from ringflash.ring.execution import Memory
+from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.schedule import OWN, Attend, Call, Schedule, Shape
+from ringflash.ring.watchdog import Label
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What a layer's forward and backward share, apart from tensors. name: for reports."""
+
+    plan: AttentionPlan
+    kernel: Kernel
+    scale: float
+    softcap: float | None
+    centers_keys: bool
+    keeps_residue: bool
+    name: str
+
+    def schedules(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Schedule, Schedule]:
+        """The plan's, for the tensors of all local ranks inside attention, where each rank has whole sequences."""
+        batch = len(q) // len(self.plan.ring.local)
+        return self.plan.schedules(Shape(batch, q.shape[2], k.shape[2], k.shape[3], v.shape[3], q.dtype))
+
+    def own_sink(self, sink: Tensor) -> Tensor:
+        """The part of a [Hq] tensor that this rank's heads have, as a view."""
+        return sink if self.plan.ulysses is None else self.plan.ulysses.own(sink)
+
+
+class _Pass:
+    """What both passes do with keys. i: of the local rank; k, v [B, S, Hkv, D]: its own."""
+
+    def __init__(self, layer: Layer, schedule: Schedule, i: int, k: Tensor, v: Tensor, memory: Memory) -> None:
+        self.layer, self.rank, self.memory, self.own = layer, layer.plan.ring.local[i], memory, (k, v)
+        self.sections = schedule.sections
+        self.hops = [[hop[i] for hop in layer.plan.hops_of(section.rows)] for section in self.sections]
+        self._keys: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    def queries_of(self, section: int, query_heads: int) -> slice:
+        """The query heads that share the section's KV heads."""
+        group = query_heads // self.own[0].shape[2]
+        begin, end = self.sections[section].heads
+        return slice(begin * group, end * group)
+
+    def lay_out_keys(self, step: Call) -> None:
+        """Own keys and values as they are sent, [S, B, Hkv, D]: copied where they do not lie like that.
+
+        The copy takes the buffer that receives nothing before hop 2.
+        """
+        by_token = [x.transpose(0, 1) for x in self.own]
+        if not all(x.is_contiguous() for x in by_token):
+            copies = self.memory.get("keys 0") or [
+                torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in by_token
+            ]
+            by_token = [copy.copy_(x) for copy, x in zip(copies, by_token, strict=True)]
+        self.memory[OWN] = by_token
+
+    def keys(self, step: Attend) -> tuple[Tensor, Tensor]:
+        """k and v [B, rows, heads, D] of a step."""
+        at = step.keys, step.section
+        if at not in self._keys:
+            section = self.sections[step.section]
+            rows, heads = slice(*section.rows), slice(*section.heads)
+            k, v = self.own if step.keys == OWN else (x.transpose(0, 1) for x in self.memory[step.keys])
+            self._keys[at] = k[:, rows, heads], v[:, rows, heads]
+        return self._keys[at]
+
+
+class Forward(_Pass):
+    """One rank's running (out, lse) over all keys; `results` are out in q's dtype, and lse, fp32 [B, Hq, S].
+
+    keeps_residue: then also what rounding took from out, in q's dtype.
+    """
+
+    def __init__(
+        self, layer: Layer, schedule: Schedule, i: int, tensors: tuple[Tensor, ...], sink: Tensor | None,
+        keeps_residue: bool, memory: Memory,
+    ) -> None:  # fmt: skip
+        q, k, v = tensors
+        super().__init__(layer, schedule, i, k, v, memory)
+        self.sink, self.keeps_residue = sink, keeps_residue
+        self.out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+        self.query_heads = [self.queries_of(i, q.shape[2]) for i in range(len(self.sections))]
+        self.q = [q[:, :, heads] for heads in self.query_heads]
+        self.state: list[Partial | None] = [None] * len(self.q)  # hop 0, always computed, fills it
+        self.results: tuple[Tensor, ...] = ()
+
+    def attend(self, step: Attend) -> None:
+        """Merge a hop into a section's state. The last one writes out, unless the sink or the residue is to come."""
+        i, of_hop = step.section, self.hops[step.section][step.hop].intervals
+        for intervals in of_hop:
+            final = step.last and intervals is of_hop[-1] and self.sink is None and not self.keeps_residue
+            self.state[i] = self.layer.kernel.forward(
+                self.q[i], *self.keys(step), intervals, scale=self.layer.scale, softcap=self.layer.softcap,
+                carry=self.state[i], out=self.out[:, :, self.query_heads[i]] if final else None,
+            )  # fmt: skip
+
+    def finish(self, step: Call) -> None:
+        """Merge the sink, round, and keep what rounding took."""
+        residue = [torch.empty_like(self.out)] if self.keeps_residue else []
+        for heads, state in zip(self.query_heads, self.state, strict=True):
+            assert state is not None
+            if self.sink is not None:
+                merge_sink(state, self.sink[heads])
+            if self.sink is not None or self.keeps_residue:
+                self.out[:, :, heads] = state.out
+            for x in residue:
+                x[:, :, heads] = state.out.sub_(self.out[:, :, heads])
+        self.results = self.out, together([state.lse for state in self.state], dim=1), *residue  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What a rank's forward leaves to its backward, and out's gradient.
+
+    q, k, v, lse and residue: of whole sequences and some heads, under Ulysses; out and dout: of the model's tokens.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    residue: Tensor | None = None
+
+
+class Backward(_Pass):
+    """One rank's dq, dk and dv; `results` are these in `dtype`, complete."""
+
+    def __init__(
+        self, layer: Layer, schedule: Schedule, i: int, saved: Saved, dtype: torch.dtype, label: Label, memory: Memory
+    ) -> None:
+        super().__init__(layer, schedule, i, saved.k, saved.v, memory)
+        self.saved, self.label = saved, label
+        self.query_heads = [self.queries_of(i, saved.q.shape[2]) for i in range(len(self.sections))]
+        self.dtype = dtype
+        self.of_queries: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []  # by section
+        self.dq: list[Tensor] = []
+        self.results: tuple[Tensor, ...] = ()
+
+    def prepare(self, step: Call) -> None:
+        """delta, centered keys, dq = 0, and the views of every section."""
+        saved, layer, ulysses = self.saved, self.layer, self.layer.plan.ulysses
+        dout = saved.dout if saved.dout.stride(-1) == 1 else saved.dout.contiguous()
+        delta = layer.kernel.delta(saved.out, dout)
+        if ulysses is not None:
+            dout = ulysses.queries(dout, self.label.at("exchange of results' gradients"))
+            delta = (
+                ulysses.queries(delta.transpose(1, 2), self.label.at("exchange of delta")).transpose(1, 2).contiguous()
+            )
+        if saved.residue is not None:
+            delta += layer.kernel.delta(saved.residue, dout)
+        center, lse = None, saved.lse
+        if layer.centers_keys:
+            center, lse = layer.kernel.center(saved.q, saved.k, lse, scale=layer.scale)
+        dq = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
+        self.delta = delta
+        self.results = tuple(dq.new_empty(x.shape, dtype=self.dtype) for x in (saved.q, *self.own))
+        for section, of_q in zip(self.sections, self.query_heads, strict=True):
+            of_k = None if center is None else center[:, :, slice(*section.heads)]
+            self.of_queries.append((dout[:, :, of_q], saved.q[:, :, of_q], lse[:, of_q], delta[:, of_q], of_k))
+            self.dq.append(dq[:, :, of_q])
+
+    def attend(self, step: Attend) -> None:
+        """Add the gradients that a hop gives to a section."""
+        (dout, q, lse, delta, center), dq = self.of_queries[step.section], self.dq[step.section]
+        for intervals in self.hops[step.section][step.hop].intervals:
+            (k, v), (dk, dv) = self.keys(step), self.gradients(step.gradients, step.section)
+            self.layer.kernel.backward(
+                dout, q, k, v, lse, delta, intervals,
+                scale=self.layer.scale, softcap=self.layer.softcap, dq=dq, dk=dk, dv=dv, center=center,
+            )  # fmt: skip
+
+    def gradients(self, buffer: str, section: int) -> tuple[Tensor, Tensor]:
+        """dk and dv [B, rows, heads, D] in a buffer, to add to."""
+        (x,), (begin, end), k = self.memory[buffer], self.sections[section].heads, self.own[0]
+        of_keys = len(k) * (end - begin) * k.shape[3]
+        halves = x[:, :of_keys], x[:, of_keys:]
+        dk, dv = (half.unflatten(1, (len(k), end - begin, -1)).transpose(0, 1) for half in halves)
+        return dk, dv
+
+    def round(self, step: Call) -> None:
+        """Write a section's complete sums in the results' dtype: while the other stream's last kernel runs."""
+        section, round_into = self.sections[step.section], self.layer.kernel.round_into
+        rows, heads = slice(*section.rows), slice(*section.heads)
+        own = self.gradients(section.gradients(self.rank, 0), step.section)
+        for result, x in zip(self.results[1:], own, strict=True):
+            round_into(result[:, rows, heads], x)
+        if section.rows.begin == 0:
+            round_into(self.results[0][:, :, self.query_heads[step.section]], self.dq[step.section])
+
+    def sink_gradient(self, sink: Tensor) -> Tensor:
+        """p delta of the sink, fp32 [B, Hq, S] of this rank's heads: minus its sum over queries is the gradient.
+
+        Where nothing is seen and the sink is -inf too, there is no softmax.
+        """
+        lse = self.saved.lse
+        weight = torch.exp(sink.float()[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)
+        return weight.mul_(self.delta)
+
+
+def together(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """The parts as one tensor; a single one as it is."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
