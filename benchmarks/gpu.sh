@@ -5,6 +5,7 @@
 #   benchmarks/gpu.sh attention    the kernels beside their peers: table, JSON, plot      7 minutes
 #   benchmarks/gpu.sh ring         one rank's share of rings: table, JSON, plot           3 minutes
 #   benchmarks/gpu.sh sanitizer    memcheck and racecheck on small sizes                  1 minute
+#   benchmarks/gpu.sh steps        steps of 131072 tokens, causal and packed, by memory setting, beside transformers      5 minutes
 #   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes; on every GPU there is
 #   benchmarks/gpu.sh between      several GPUs: the ring itself, and tests               7 minutes
 set -uo pipefail
@@ -16,7 +17,8 @@ tests)
     # Most of it is compiling, which workers share where pytest-xdist is installed.
     workers=()
     if python3 -c "import xdist" 2> /dev/null; then workers=(-n "${WORKERS:-6}"); fi
-    timeout 1200 python3 -m pytest -m gpu "${workers[@]}" -p no:cacheprovider --tb=short tests/kernels tests/ring
+    timeout 1200 python3 -m pytest -m gpu "${workers[@]}" -p no:cacheprovider --tb=short \
+        tests/kernels tests/ring tests/fused tests/test_offload.py
     ;;
 attention)
     timeout 540 python3 benchmarks/attention.py --out "$out" "${@:2}"
@@ -30,6 +32,10 @@ sanitizer)
         timeout 120 compute-sanitizer --tool "$tool" python3 -m pytest -m gpu -p no:cacheprovider \
             tests/kernels/test_gpu.py -k "written or (strided and hopper)" | tee "$out/$tool.txt"
     done
+    ;;
+steps)
+    timeout 480 python3 benchmarks/training.py --out "$out/training.json" --variant ringflash: --variant host:memory=host \
+        --variant "host-bf16:memory=host memory.optimizer_states=bf16" --variant transformers "${@:2}"
     ;;
 training)
     # Documents of more than 131072 bytes, so that every sequence is one causal document: the most work there can be.
@@ -52,7 +58,7 @@ between)
     timeout 480 python3 -m pytest -m gpu -p no:cacheprovider --tb=short tests/ring/test_gpus.py tests/training/test_gpus.py
     ;;
 *)
-    sed -n '2,9p' "$0"
+    sed -n '2,10p' "$0"
     exit 2
     ;;
 esac

@@ -52,12 +52,20 @@ class MemoryConfig:
     host_layers: int | None = None
     """How many layers, from the first on, the two settings before are for; null: all."""
 
+    optimizer_states: str = "fp32"
+    """With bf16 weights: fp32 (master weights, moments and gradients, 20 bytes per parameter); or bf16 (moments and
+    gradients, and of the master the 16 bits that the weight lacks, so that it is exact: 12 bytes)."""
+
     loss_tile: int | None = None
     """Tokens whose logits exist at once; null: as many as give 2^28 logits, half a GiB in bf16."""
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"memory.zero={self.zero} is not one of 0, 1, 2, 3")
+        if self.optimizer_states not in ("fp32", "bf16"):
+            raise ConfigError(f"memory.optimizer_states={self.optimizer_states} is not one of fp32, bf16")
+        if self.optimizer_states == "bf16" and self.zero == 0:
+            raise ConfigError("memory.optimizer_states=bf16 needs memory.zero=1, 2 or 3, got memory.zero=0")
         for name, places in (("attention_results", ATTENTION_PLACES), ("layer_inputs", INPUT_PLACES)):
             if (place := getattr(self, name)) not in places:
                 raise ConfigError(f"memory.{name}={place} is not one of {', '.join(places)}")
@@ -164,20 +172,22 @@ def build_engine(
     passes += [name for name, on in (("loss", fused_loss), ("optimizer", fused_optimizer)) if on]
     trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
     bf16, zero0 = model.dtype == torch.bfloat16, memory.zero == 0
-    fp32_zero0 = zero0 and not bf16
+    fp32_zero0, split = zero0 and not bf16, memory.optimizer_states == "bf16"
+    if split and not bf16:
+        raise ConfigError("memory.optimizer_states=bf16 needs bf16 weights (model.dtype=bf16), and these are fp32")
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch,
         "gradient_accumulation_steps": optim.accumulation(world.replicas),
         "gradient_clipping": 0.0 if fp32_zero0 else optim.clip,
         "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "bf16" if bf16 and zero0 else "fp32"},
-        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "bf16" if split or (bf16 and zero0) else "fp32"},
+        "bf16": {"enabled": bf16, "bf16_master_weights_and_grads": split, "bf16_optimizer_states": split},
         "zero_optimization": {"stage": memory.zero},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(
-        model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0, fused_optimizer), config=settings
+        model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0, fused_optimizer, split), config=settings
     )
     if bf16 and zero0:
         start_moments(engine)

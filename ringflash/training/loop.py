@@ -76,7 +76,6 @@ def fit(config: Config, resolved: str) -> None:
     if config.data.held_out:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
         evaluation.loss(run.engine, sequences=1)  # an evaluation that cannot run fails before the first step
-    run.engine.module.reserve_host_memory(_shard_tokens(config, world), _log(world))
     divergence = Divergence(world, run.metrics)
     share = config.optim.batch // world.replicas
     batches = stream(
@@ -171,6 +170,8 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
     config = job.config
     with world.without_timeout("initialising DeepSpeed"), explained(config.memory, world.size):
         engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
+    with world.without_timeout("pinning host memory"):
+        engine.module.reserve_host_memory(_shard_tokens(config, world), _log(world))
     with world.without_timeout(f"taking a folder in output_dir={config.output_dir}"):
         output_dir = Path(config.output_dir)
         taken = run_folder.take(output_dir, config.name, config.resume) if world.is_first else None

@@ -77,10 +77,21 @@ def check_ranks(config: Config, ranks: int) -> None:
             f"memory.attention_results=recomputed would run attention's exchanges again, between {sharing} ranks: set "
             f"memory.attention_results=host or gpu"
         )
-    if DTYPES[config.model.dtype] == torch.bfloat16 and config.memory.zero == 0 and accumulation > 1:
+    bf16 = DTYPES[config.model.dtype] == torch.bfloat16
+    if bf16 and config.memory.zero == 0 and accumulation > 1:
         raise ConfigError(
             f"memory.zero=0 with bf16 weights would accumulate {accumulation} micro-batches in bf16; "
             f"set memory.zero=1, model.dtype=fp32 or a larger optim.micro_batch"
+        )
+    if config.memory.optimizer_states == "bf16" and accumulation > 1:
+        raise ConfigError(
+            f"memory.optimizer_states=bf16 would accumulate {accumulation} micro-batches in bf16; "
+            f"set memory.optimizer_states=fp32 or a larger optim.micro_batch"
+        )
+    if config.memory.optimizer_states == "bf16" and not bf16:
+        raise ConfigError(
+            f"memory.optimizer_states=bf16 needs bf16 weights, and model.dtype={config.model.dtype} gives fp32 here; "
+            f"set model.dtype=bf16"
         )
 
 
@@ -100,6 +111,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     replicas = ranks // (ring * ulysses)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
+    states = ", bf16 optimizer states" if memory.optimizer_states == "bf16" else ""
     return [
         f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}",
         f"data       {config.data.path}{_nature(config.data.path)}, tokenizer {config.data.tokenizer}",
@@ -108,7 +120,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
         f"step       {optim.batch} x {config.data.sequence_length:,} = "
         f"{optim.batch * config.data.sequence_length:,} tokens in {optim.accumulation(replicas)} x {optim.micro_batch} "
         f"sequences per replica; {optim.steps} steps",
-        f"memory     ZeRO {memory.zero}, {_kept(memory)}, loss tiles of "
+        f"memory     ZeRO {memory.zero}{states}, {_kept(memory)}, loss tiles of "
         f"{min(tile, config.data.sequence_length):,} tokens",
     ]
 

@@ -96,6 +96,31 @@ def losses(vocabulary: int, softcap: float | None, dtype: torch.dtype, device: s
     return ratios[0], ratios[1]
 
 
+def adamw_distances(device: str = "cpu") -> dict[str, float]:
+    """How far the kernel's step is from the plain one's: the master's movement, and each moment (relative norms)."""
+    from ringflash.fused.adamw import adamw_
+    from ringflash.training.split_adamw import _plain_step, joined, split
+
+    torch.manual_seed(0)
+    weight, low = split(torch.randn(5000, device=device) * 0.02)
+    before = joined(weight, low)
+    gradient, mean, square = (draw(5000, device=device).bfloat16() for draw in (torch.randn, torch.randn, torch.rand))
+    settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1, "step": 3}
+
+    def stepped(by_kernel: bool):
+        state = [x.clone() for x in (weight, low.view(torch.bfloat16), mean, square)]
+        if by_kernel:
+            adamw_(*state, gradient, **settings, seed=7)
+        else:
+            _plain_step(*state, gradient, torch.Generator(device).manual_seed(7), **settings)
+        return joined(state[0], state[1].view(torch.int16)) - before, state[2].float(), state[3].float()
+
+    return {
+        name: float((mine - plain).norm() / plain.norm())
+        for name, mine, plain in zip(("moved", "mean", "square"), stepped(True), stepped(False), strict=True)
+    }
+
+
 def ignored_rows_are_zero(device: str = "cpu") -> bool:
     """A token without a label has no loss and no gradient, whatever its logits are."""
     logits = torch.full((2, 9000), float("nan"), device=device)

@@ -15,11 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
-from ringflash.fused import cross_entropy, gated, norm, rotary
+from ringflash.fused import adamw, cross_entropy, gated, norm, rotary
 from ringflash.fused.launch import tile_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FP32 = {"inverse", "parts", "losses", "eps", "offset", "softcap"}
+FP32 = {
+    "inverse", "parts", "losses", "eps", "offset", "softcap", "lr", "beta1", "beta2", "decay", "correct1", "correct2",
+}  # fmt: skip
+INTEGERS = {"labels": "i64", "high": "i16", "low": "i16", "mean": "i16", "square": "i16"}
 
 
 def norm_of(width: int, adds: bool) -> tuple[dict, int]:
@@ -50,9 +53,10 @@ KERNELS = {
         for capped in (True, False)
     },
 }
+KERNELS["adamw"] = (adamw._kernel, ({"BLOCK": adamw.BLOCK}, 4))
 POINTERS = {
     "x", "residual", "weight", "h", "y", "inverse", "dh", "dy", "dx", "parts", "cos", "sin", "gate", "up", "out",
-    "dout", "logits", "losses",
+    "dout", "logits", "losses", "gradient", *INTEGERS,
 }  # fmt: skip
 
 
@@ -63,8 +67,8 @@ def report(name: str, arch: int) -> dict:
     def type_of(argument: str) -> str:
         if argument in constants:
             return "constexpr"
-        kind = "i64" if argument == "labels" else "fp32" if argument in FP32 else "bf16"
-        if argument in POINTERS or argument == "labels":
+        kind = INTEGERS.get(argument, "fp32" if argument in FP32 else "bf16")
+        if argument in POINTERS:
             return f"*{kind}"
         return kind if argument in FP32 else "i32"
 

@@ -57,3 +57,9 @@ def test_ignored_tokens_have_no_loss_and_no_gradient(claim):
 
 def test_a_second_backward_through_overwritten_inputs_is_refused(claim):
     assert "a second backward through a fused MLP" in claim("second_backward_error")
+
+
+def test_a_fused_step_of_split_weights_is_the_plain_one(claim):
+    found = claim("adamw_distances")
+    assert found["moved"] < 1e-5
+    assert max(found["mean"], found["square"]) < 2**-7  # each rounded at random, to one of two neighbours

@@ -46,3 +46,9 @@ def test_ignored_tokens_have_no_loss_and_no_gradient():
 
 def test_a_second_backward_through_overwritten_inputs_is_refused():
     assert "a second backward through a fused MLP" in claims.second_backward_error("cuda")
+
+
+def test_a_fused_step_of_split_weights_is_the_plain_one():
+    found = claims.adamw_distances("cuda")
+    assert found["moved"] < 1e-5
+    assert max(found["mean"], found["square"]) < 2**-7

@@ -210,12 +210,16 @@ def test_bf16_weights_are_those_of_float64_moments_and_masters_rounded(ranks, ze
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("zero", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")])
-def test_a_resumed_run_equals_one_that_was_not_bit_for_bit(ranks, texts, zero, dtype):
-    folder = texts.parent / "runs" / f"resumed-{zero}-{dtype}"
+@pytest.mark.parametrize(
+    ("zero", "dtype", "states"),
+    [(0, "fp32", "fp32"), (0, "bf16", "fp32"), (1, "bf16", "fp32"), (3, "bf16", "fp32"), (1, "bf16", "bf16"),
+     (3, "bf16", "bf16")],
+)  # fmt: skip
+def test_a_resumed_run_equals_one_that_was_not_bit_for_bit(ranks, texts, zero, dtype, states):
+    folder = texts.parent / "runs" / f"resumed-{zero}-{dtype}-{states}"
     settings = [
         *settings_of(texts), f"name={folder.name}", f"memory.zero={zero}", f"model.dtype={dtype}", "parallel.ring=1",
-        "optim.micro_batch=2", "checkpoint.every=3", "resume=auto",
+        "optim.micro_batch=2", "checkpoint.every=3", "resume=auto", f"memory.optimizer_states={states}",
     ]  # fmt: skip
     left = []
     for _ in range(2):
