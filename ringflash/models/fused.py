@@ -1,8 +1,9 @@
 """Fused passes in a transformers model: set on its modules, so that nothing of transformers itself is replaced.
 
-A layer's own Python stays in charge of its matrix products and of attention; the passes between them are those of
-`ringflash.fused`. Which classes compute exactly that arithmetic is listed here, by name. Other classes stay as they
-are. Weights are only used in the forward of the module that owns them, so that ZeRO 3 gathers them as usual.
+A layer's matrix products and its attention stay as they are; the passes between them become those of `ringflash.fused`.
+Which code of transformers computes exactly that arithmetic is listed here, by digests of its source (`models.sources`).
+All other classes stay as they are. Weights are only used in the forward of the module that owns them, so that ZeRO 3
+gathers them as usual.
 """
 
 from __future__ import annotations
@@ -18,26 +19,29 @@ from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError
 from ringflash.models.attention import ring_attention_forward
+from ringflash.models.sources import digest, globals_of
 
 WHEN = ("auto", "always", "never")
-# RMSNorms, and what is added to the stored weight.
-_NORMS = {
-    "Gemma2RMSNorm": 1.0, "Gemma3RMSNorm": 1.0, "GptOssRMSNorm": 0.0, "LlamaRMSNorm": 0.0, "MistralRMSNorm": 0.0,
-    "Olmo2RMSNorm": 0.0, "Olmo3RMSNorm": 0.0, "Phi3RMSNorm": 0.0, "Qwen2RMSNorm": 0.0, "Qwen3MoeRMSNorm": 0.0,
-    "Qwen3RMSNorm": 0.0, "SmolLM3RMSNorm": 0.0,
+# Digests of forwards, each with the first family that has it.
+_NORMS = {  # RMSNorms, and what is added to the stored weight
+    "877c750b3b66": 0.0,  # llama
+    "dcd4b3562c5e": 0.0,  # olmo2: rounded once
+    "67b3975b61e0": 0.0,  # helium: the weight in fp32, too
+    "869a9a6eb2b9-2172588a0e76": 1.0,  # gemma, with its _norm
+}
+_MLPS = {"9eb101c4fe03"}  # llama: down(act(gate(x)) * up(x))
+_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}  # by their classes
+_ROTARY = ("7f584885cc6a", "0175d472c9ad")  # llama's apply_rotary_pos_emb and rotate_half
+_ATTENTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {  # and the keywords that attention gets of the module
+    "9841229bea59": lambda module: {},  # llama
+    "71a9c4e5cee0": lambda module: {"sliding_window": module.sliding_window},  # qwen2
+    "6091b53d90a0": lambda module: {"sliding_window": module.sliding_window},  # qwen3, with norms of heads
+    "f3672e172e4e": lambda module: {"sliding_window": getattr(module.config, "sliding_window", None)},  # mistral
+    "e1356c728967": lambda module: {  # gemma2
+        "sliding_window": module.sliding_window, "softcap": module.attn_logit_softcapping,
+    },
 }  # fmt: skip
-# down(act(gate(x)) * up(x)), and the activations that are fused, by their classes.
-_MLPS = {
-    "Gemma2MLP", "Gemma3MLP", "LlamaMLP", "MistralMLP", "Olmo2MLP", "Olmo3MLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP",
-    "SmolLM3MLP",
-}  # fmt: skip
-_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
-# Projections, norms of heads if there are any, rotary positions, attention, projection.
-_ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention"}
-# norm, attention, addition, norm, MLP, addition.
-_PRE_NORM_LAYERS = {
-    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer",
-}  # fmt: skip
+_PRE_NORM_LAYERS = {"9ab883af657f", "849e8a6d3ac9"}  # llama, mixtral: norm, attention, addition, norm, MLP, addition
 
 
 @dataclass(frozen=True)
@@ -101,36 +105,63 @@ def _refusal(device: torch.device) -> str | None:
     return refusal(device)
 
 
-def _modules(model: nn.Module, names: Any) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
 def _set_forward(module: nn.Module, forward: Callable) -> None:
     module.forward = partial(forward, module)  # type: ignore[method-assign]
 
 
+def _code(module: nn.Module) -> str:
+    """The digest of a module's forward, and of the _norm that it calls, if it has one."""
+    kind: Any = type(module)
+    parts = [kind.forward, *([kind._norm] if hasattr(kind, "_norm") else [])]
+    return "-".join(digest(part) for part in parts) if kind.__module__.startswith("transformers.models.") else ""
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    return module is not None and _code(module) in _NORMS
+
+
 def _fuse_norms(model: nn.Module) -> bool:
-    norms = _modules(model, _NORMS)
+    norms = [module for module in model.modules() if _is_norm(module)]
     for module in norms:
         _set_forward(module, _norm)
-    for layer in _modules(model, _PRE_NORM_LAYERS):
-        _set_forward(layer, _pre_norm_layer)
+    layer: Any
+    for layer in model.modules():
+        if (
+            _code(layer) in _PRE_NORM_LAYERS
+            and _is_norm(layer.input_layernorm)
+            and _is_norm(layer.post_attention_layernorm)
+        ):
+            _set_forward(layer, _pre_norm_layer)
     return bool(norms)
 
 
 def _fuse_rotary(model: nn.Module) -> bool:
-    attentions = _modules(model, _ATTENTIONS)
-    for attention in attentions:
+    found = False
+    for attention in model.modules():
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        if not _is_rotary_attention(attention) or any(norm is not None and not _is_norm(norm) for norm in norms):
+            continue
+        found = True
         _set_forward(attention, _attention)
-        for name in ("q_norm", "k_norm"):
-            if (norm := getattr(attention, name, None)) is not None:
-                norm.plain_forward = norm.forward
-                _set_forward(norm, _rotary_norm)
-    return bool(attentions)
+        for norm in filter(None, norms):
+            norm.plain_forward = norm.forward
+            _set_forward(norm, _rotary_norm)
+    return found
+
+
+def _is_rotary_attention(module: nn.Module) -> bool:
+    """Whether a module is attention that is known, and turns heads as Llama does."""
+    if _code(module) not in _ATTENTIONS:
+        return False
+    turn = globals_of(type(module).forward).get("apply_rotary_pos_emb")
+    half = None if turn is None else globals_of(turn).get("rotate_half")
+    return turn is not None and half is not None and (digest(turn), digest(half)) == _ROTARY
 
 
 def _fuse_mlps(model: nn.Module) -> bool:
-    mlps = [mlp for mlp in _modules(model, _MLPS) if type(mlp.act_fn).__name__ in _ACTIVATIONS]
+    mlps = [
+        module for module in model.modules() if _code(module) in _MLPS and type(module.act_fn).__name__ in _ACTIVATIONS
+    ]
     for mlp in mlps:
         _set_forward(mlp, _mlp)
     return bool(mlps)
@@ -146,7 +177,7 @@ def _norm(
     """The norm of hidden_states + residual; both: also the sum, as (sum, norm)."""
     from ringflash.fused.norm import rms_norm
 
-    offset = _NORMS[type(module).__name__]
+    offset = _NORMS[_code(module)]
     stream, normed = rms_norm(hidden_states, module.weight, _epsilon(module), residual=residual, offset=offset)
     return (stream, normed) if both else normed
 
@@ -157,7 +188,7 @@ def _rotary_norm(module: Any, heads: Tensor, cos: Tensor | None = None, sin: Ten
 
     if cos is None or sin is None:
         return module.plain_forward(heads)
-    return rotary(heads, cos, sin, module.weight, _epsilon(module), _NORMS[type(module).__name__])
+    return rotary(heads, cos, sin, module.weight, _epsilon(module), _NORMS[_code(module)])
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
@@ -184,11 +215,10 @@ def _attention(
         q, k = q_norm(q, cos, sin), module.k_norm(k, cos, sin)
     else:
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-    window = module.config.sliding_window if type(module).__name__ == "MistralAttention" else None
     out, _ = ring_attention_forward(
         module, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), keywords.pop("attention_mask", None),
         dropout=module.attention_dropout if module.training else 0.0, scaling=module.scaling,
-        sliding_window=getattr(module, "sliding_window", window), **keywords,
+        **_ATTENTIONS[_code(module)](module), **keywords,
     )  # fmt: skip
     return module.o_proj(out.reshape(*shape, -1)), None
 
