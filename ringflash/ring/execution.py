@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +25,12 @@ class Memory(dict[str, list[Tensor]]):
         """These rows of each of the buffer's tensors, as views."""
         return [x[rows.begin : rows.end] for x in self[rows.buffer]]
 
+    def zero(self, several: Sequence[Rows]) -> None:
+        """Zero them."""
+        for rows in several:
+            for x in self[rows.buffer]:
+                x[rows.begin : rows.end].zero_()
+
 
 class Worker(Protocol):
     """One rank's work in a pass. A `Call` names a method, which takes the step."""
@@ -37,35 +42,41 @@ class Worker(Protocol):
 
 
 def run(schedule: Schedule, workers: Sequence[Worker], ring: Ring, label: Label) -> None:
-    """Run the steps of all local ranks side by side. workers: of each local rank, in order."""
+    """Run the steps of all local ranks side by side. workers: of each local rank, in order; label: of the pass."""
     under_way: dict[str, Transfer] = {}
-    span = torch.profiler.record_function if torch.autograd._profiler_enabled() else _no_span
+    places: Iterator[tuple[Any, ...]] = zip(*schedule.steps, strict=True)
+    if torch.autograd._profiler_enabled():
+        places = _shown(places)
     with Streams(schedule.streams, ring.device) as streams:
-        for steps in zip(*schedule.steps, strict=True):
+        for steps in places:
             step = steps[0]
             streams.switch(step.stream)
-            with span(step.label):
-                match step:
-                    case Attend():
-                        for worker, x in zip(workers, steps, strict=True):
-                            worker.attend(x)
-                    case Post():
-                        messages = _messages(workers, steps, ring.local)
-                        under_way[step.label] = ring.exchange(*messages, label.at(step.label))
-                    case Wait():
-                        under_way.pop(step.label).wait()
-                    case Clear():
-                        for worker, x in zip(workers, steps, strict=True):
-                            for rows in x.rows:
-                                for tensor in worker.memory.rows(rows):
-                                    tensor.zero_()
-                    case Fork():
-                        streams.fork()
-                    case Join():
-                        streams.join()
-                    case Call():
-                        for worker, x in zip(workers, steps, strict=True):
-                            getattr(worker, x.method)(x)
+            match step:
+                case Attend():
+                    for worker, x in zip(workers, steps, strict=True):
+                        worker.attend(x)
+                case Post():
+                    messages = _messages(workers, steps, ring.local)
+                    under_way[step.label] = ring.exchange(*messages, label.at(step.label))
+                case Wait():
+                    under_way.pop(step.label).wait()
+                case Clear():
+                    for worker, x in zip(workers, steps, strict=True):
+                        worker.memory.zero(x.rows)
+                case Fork():
+                    streams.fork()
+                case Join():
+                    streams.join()
+                case Call():
+                    for worker, x in zip(workers, steps, strict=True):
+                        getattr(worker, x.method)(x)
+
+
+def _shown(places: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """The same, each in a span of the profiler, until the next one is asked for."""
+    for steps in places:
+        with torch.profiler.record_function(steps[0].label):
+            yield steps
 
 
 def _messages(
@@ -80,10 +91,3 @@ def _messages(
         for peer, target in step.receives:
             incoming += [Message(peer, rank, x) for x in rows(target)]
     return outgoing, incoming
-
-
-def _no_span(label: str) -> AbstractContextManager[None]:
-    return _NOTHING
-
-
-_NOTHING = nullcontext()

@@ -150,6 +150,7 @@ class Backward(_Pass):
         self.dtype = dtype
         self.of_queries: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []  # by section
         self.dq: list[Tensor] = []
+        self._gradients: dict[str, tuple[Tensor, Tensor]] = {}  # by buffer
         self.results: tuple[Tensor, ...] = ()
 
     def prepare(self, step: Call) -> None:
@@ -186,12 +187,16 @@ class Backward(_Pass):
             )  # fmt: skip
 
     def gradients(self, buffer: str, section: int) -> tuple[Tensor, Tensor]:
-        """dk and dv [B, rows, heads, D] in a buffer, to add to."""
-        (x,), (begin, end), k = self.memory[buffer], self.sections[section].heads, self.own[0]
-        of_keys = len(k) * (end - begin) * k.shape[3]
-        halves = x[:, :of_keys], x[:, of_keys:]
-        dk, dv = (half.unflatten(1, (len(k), end - begin, -1)).transpose(0, 1) for half in halves)
-        return dk, dv
+        """dk and dv [B, rows, heads, D] in a section's buffer, to add to."""
+        if buffer not in self._gradients:
+            (x,), (begin, end), k = self.memory[buffer], self.sections[section].heads, self.own[0]
+            batch, heads = k.shape[0], end - begin
+            of_keys = batch * heads * k.shape[3]
+            dk, dv = (
+                side.unflatten(1, (batch, heads, -1)).transpose(0, 1) for side in (x[:, :of_keys], x[:, of_keys:])
+            )
+            self._gradients[buffer] = dk, dv
+        return self._gradients[buffer]
 
     def round(self, step: Call) -> None:
         """Write a section's complete sums in the results' dtype: while the other stream's last kernel runs."""
