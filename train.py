@@ -12,6 +12,7 @@ Settings are key=value, such as optim.lr=1e-4, or group=option, such as model=qw
 needs no quotes except the shell's.
 """
 
+import io
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ OPTIONS = ("--print", "--help", "-h")
 
 def main() -> None:
     """Compose the configuration, check it, train."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may not have every character of a path
+        sys.stdout.reconfigure(errors="backslashreplace")
     # deepspeed's launcher adds --local_rank, which the environment holds too
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     options = [argument for argument in arguments if argument.startswith("-")]

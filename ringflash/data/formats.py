@@ -183,7 +183,7 @@ def _json(file: Path, fields: Fields) -> Found:
 
 def _parsed(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place = f" at line {error.lineno}" if error.lineno > 1 and expected == IN_ARRAY else ""
         raise RecordError(f"{where} is not JSON: {error.msg}{place}; {expected}") from error
@@ -191,9 +191,39 @@ def _parsed(text: str, where: str, expected: str) -> Any:
         raise RecordError(f"{where} is JSON that cannot be read: {reason(error)}") from error
 
 
+class _Repeating(dict[str, Any]):
+    """An object in which `key` occurs more than once; it holds the last value."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        value = _Repeating(value)
+        value.key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+    return value
+
+
+def _repeated_key(record: dict[str, Any]) -> str | None:
+    """A key that occurs more than once in the record, or in an object inside it."""
+    rest: list[Any] = [record]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, _Repeating):
+            return value.key
+        if isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, list) and value and isinstance(value[0], dict | list):  # not token ids
+            rest += value
+    return None
+
+
 def _json_record(value: Any, fields: Fields, where: str, expected: str) -> Record:
     if not isinstance(value, dict):
         raise RecordError(f"{where} holds a {type(value).__name__}; {expected}")
+    if (key := _repeated_key(value)) is not None:
+        raise RecordError(f"{where} has the key {key!r:.60} more than once in an object; keep one of them")
     if (refusal := fields.refusal(list(value))) is not None:
         raise RecordError(f"{where} {refusal}")
     return {name: value[name] for name in fields.names if name in value}

@@ -40,6 +40,9 @@ FREE = (
     # Compared by content, as data.digest and model.digest.
     "data.path", "data.files", "data.field", "data.format", "data.tokenizer", "model.path",
 )  # fmt: skip
+# Settings that it may change too, which is reported: `train_step` sets the learning rate of each step. The optimizer's
+# others, clip and weight_decay among them, are restored from the checkpoint.
+SCHEDULE = ("optim.lr", "optim.warmup", "optim.final_lr")
 BY_DIGEST = {
     "data.digest": "the tokens of data.path, by their digest",
     "model.digest": "the model of model.path, by its digest",
@@ -118,14 +121,14 @@ def resume(
             )
         return 0
     path, manifest = sound
-    _check_fits(path, manifest, world, settings or {})
+    changes = _check_fits(path, manifest, world, settings or {})
     with world.without_timeout(f"loading {path}"):
         _load(engine, path)
     if world.is_first:
         for unsound, fault in faults.items():
             log(f"{unsound} is not sound ({fault}); trying the checkpoint before it")
             os.rename(unsound, _aside(unsound))
-        log(f"resumed from {path}")
+        log("; ".join([f"resumed from {path}", *changes]))
     return manifest["step"]
 
 
@@ -154,8 +157,8 @@ def _load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
         raise RuntimeError(f"{path} has its digests, but DeepSpeed finds nothing to load in it")
 
 
-def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> None:
-    """Raise ConfigError for a checkpoint that other ranks, other settings or an earlier version wrote."""
+def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> list[str]:
+    """The changes of the schedule, in words. ConfigError for a checkpoint of other ranks, settings or versions."""
     if "ulysses" not in manifest:
         raise ConfigError(
             f"{path} was written by an earlier version of ringflash: resume=never starts again in a new folder"
@@ -171,7 +174,7 @@ def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: di
                 f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with "
                 f"{name}={manifest[name]}, or start again from its exported weights (model.path)"
             )
-    _check_settings(path, _bound(manifest["settings"]), _bound(settings))
+    return _check_settings(path, _bound(manifest["settings"]), _bound(settings))
 
 
 def _grid(world: World) -> dict[str, int]:
@@ -179,14 +182,19 @@ def _grid(world: World) -> dict[str, int]:
     return {"ranks": world.size, "ring": world.ring.size, "ulysses": world.size // world.replicas // world.ring.size}
 
 
-def _check_settings(path: Path, before: dict, now: dict) -> None:
+def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
+    changes = []
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
+            if key in SCHEDULE and key in before:
+                changes.append(f"{key}={now.get(key)} replaces {before[key]}")
+                continue
             name = BY_DIGEST.get(key, key)
             raise ConfigError(
                 f"{name}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with "
                 f"that value, or start again (resume=never)"
             )
+    return changes
 
 
 def _bound(settings: dict, prefix: str = "") -> dict:

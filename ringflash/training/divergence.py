@@ -20,7 +20,10 @@ from ringflash.training.world import World
 
 LIMIT = 3  # steps in a row: one may be due to its batch, three are due to the weights
 WATCHED = ("loss", "gradient_norm", "held_out_loss")
-ADVICE = "a lower optim.lr, a longer optim.warmup or a lower optim.clip may keep it from diverging"
+ADVICE = (
+    "a lower optim.lr or a longer optim.warmup may keep it from diverging, also with resume=auto from its last "
+    "checkpoint; so may a lower optim.clip in a new run"
+)
 
 
 class Divergence:

@@ -184,6 +184,18 @@ REFUSED = {
         {},
         "a.json record 2 has no field data.field=text",
     ),
+    "a key that occurs twice": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b", "id": 1, "text": "c"}\n',
+        {},
+        "a.jsonl line 2 has the key 'text' more than once in an object",
+    ),
+    "a key that occurs twice inside a record of an array": (
+        "a.json",
+        b'[{"text": "a"},\n{"text": "b", "of": [{"id": [1], "name": 1, "name": 1}]}]',
+        {},
+        "a.json record 2 has the key 'name' more than once in an object",
+    ),
     "a broken array": (
         "a.json",
         b'[{"text": "a"},\n{"text": "b"]',

@@ -273,23 +273,23 @@ def test_a_new_checkpoint_outlives_unsound_ones_of_later_steps(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        ({"optim": {"lr": 2.0, "steps": 9}}, "optim.lr=2.0 differs from 1.0"),
+        ({"optim": {"lr": 1.0, "clip": 2.0, "steps": 9}}, "optim.clip=2.0 differs from 1.0"),
         (
-            {"optim": {"lr": 1.0}, "data": {"digest": "b"}},
+            {"optim": {"lr": 1.0, "clip": 1.0}, "data": {"digest": "b"}},
             "the tokens of data.path, .*=b differs from None",
         ),
         (
-            {"optim": {"lr": 1.0}, "model": {"digest": "b"}},
+            {"optim": {"lr": 1.0, "clip": 1.0}, "model": {"digest": "b"}},
             "the model of model.path, .*=b differs from None",
         ),
-        ({"optim": {"lr": 1.0, "steps": 9}, "model": {"layers": 3}}, "model.layers=3 differs from None"),
+        ({"optim": {"lr": 1.0, "clip": 1.0, "steps": 9}, "model": {"layers": 3}}, "model.layers=3 differs from None"),
     ],
 )
 def test_a_changed_setting_is_refused_and_more_steps_are_not(ranks, tmp_path, now, message):
-    before = {"optim": {"lr": 1.0, "steps": 4}, "data": {"path": "here"}, "model": {"path": "here"}}
+    before = {"optim": {"lr": 1.0, "clip": 1.0, "steps": 4}, "data": {"path": "here"}, "model": {"path": "here"}}
     ranks.run(write_with, 1, tmp_path, before)
     same = {
-        "optim": {"lr": 1.0, "steps": 9},
+        "optim": {"lr": 1.0, "clip": 1.0, "steps": 9},
         "parallel": {"ring": 1},  # what null comes to on one rank
         "data": {"path": "elsewhere/", "files": ["*.md"], "tokenizer": "moved"},
         "model": {"path": "moved"},
@@ -297,6 +297,16 @@ def test_a_changed_setting_is_refused_and_more_steps_are_not(ranks, tmp_path, no
     assert ranks.run(resume_and_step, 1, tmp_path, 1, same)[0][0] == 1
     with pytest.raises(AssertionError, match=message):
         ranks.run(resume_and_step, 1, tmp_path, 1, now)
+
+
+@pytest.mark.ranks
+def test_a_changed_learning_rate_is_taken_and_reported(ranks, tmp_path):
+    ranks.run(write_with, 1, tmp_path, {"optim": {"lr": 1.0, "warmup": 2, "final_lr": 0.1}})
+    now = {"optim": {"lr": 0.5, "warmup": 3, "final_lr": 0.1}}
+    _, _, lines = ranks.run(resume_and_step, 1, tmp_path, 1, now)[0]
+    assert lines == [
+        f"resumed from {tmp_path}/step-00000001; optim.lr=0.5 replaces 1.0; optim.warmup=3 replaces 2",
+    ]
 
 
 def write_with(folder, settings):

@@ -3,10 +3,12 @@
 import copy
 import functools
 import math
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -210,6 +212,18 @@ def test_an_option_that_train_py_does_not_have_is_named_alone(option):
     assert result.returncode == 1
     assert line in result.stderr.splitlines()
     assert "usage" not in result.stderr
+
+
+def test_a_path_whose_characters_the_output_lacks_is_printed_with_escapes(tmp_path):
+    folder = os.fsencode(tmp_path) + "/né".encode() + b"\xff"
+    os.mkdir(folder)
+    Path(os.fsdecode(folder), "a.txt").write_text("text")
+    settings = ["experiment=debug", b"data.path=" + folder, "data.files=[a.txt]"]
+    arguments = [sys.executable, "train.py", "--print", *settings]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    result = subprocess.run(arguments, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"{tmp_path}/n\\xe9\\uDCFF" in result.stdout
 
 
 # -- models that cannot be
