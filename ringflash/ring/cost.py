@@ -85,7 +85,7 @@ class Heads:
 
 
 def fastest(
-    layers: Sequence[tuple[IntervalMask, int]], ranks: int, heads: Heads, machine: Machine, parts: int = 1
+    layers: Sequence[tuple[IntervalMask, int]], ranks: int, heads: Heads, machine: Machine, ulysses: int = 1
 ) -> tuple[str, Layout, str]:
     """Name and layout of the least predicted time, or a coarser one that takes little more, and why, in a sentence.
 
@@ -95,14 +95,14 @@ def fastest(
     of the speed with packed documents (benchmarks/ring.py).
     """
     mask = max(layers, key=lambda layer: layer[0].area() * layer[1])[0]  # it has most of the work to balance
-    contiguous = Layout.contiguous(mask.queries, ranks, parts)
+    contiguous = Layout.contiguous(mask.queries, ranks, ulysses)
     if ranks == 1:
         return "contiguous", contiguous, "contiguous: one rank holds all tokens"
     candidates = {
         "contiguous": contiguous,
-        "zigzag": Layout.zigzag(mask.queries, ranks, parts),
-        "balanced": Layout.balanced(mask, ranks, parts),
-        **{f"document_local {longest:g}": Layout.document_local(mask, ranks, parts, longest) for longest in LONGEST},
+        "zigzag": Layout.zigzag(mask.queries, ranks, ulysses),
+        "balanced": Layout.balanced(mask, ranks, ulysses),
+        **{f"document_local {longest:g}": Layout.document_local(mask, ranks, ulysses, longest) for longest in LONGEST},
     }
     seconds = {label: _all_layers(layers, layout, heads, machine) for label, layout in candidates.items()}
     best = next(label for label, took in seconds.items() if min(seconds.values()) >= took * (1 - WORTH))

@@ -128,9 +128,9 @@ class AttentionPlan:
         masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
         object.__setattr__(self, "masks", masks)
         self._check()
-        parts, part = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
-        object.__setattr__(self, "token_layout", self.layout.split(parts))
-        object.__setattr__(self, "local_holders", tuple(rank * parts + part for rank in self.ring.local))
+        size, own = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
+        object.__setattr__(self, "token_layout", self.layout.split(size))
+        object.__setattr__(self, "local_holders", tuple(rank * size + own for rank in self.ring.local))
         object.__setattr__(self, "hops", self._hops(slice(0, self.layout.shard_length)))
         object.__setattr__(self, "routes", routes(masks, self.layout))
 
