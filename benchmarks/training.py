@@ -161,8 +161,10 @@ def transformers(config: Config, world: World, flash: bool) -> tuple[PreTrainedM
 # -- measuring
 
 
-def measure(name: str, settings: Sequence[str], args: argparse.Namespace, world: World, keep: Callable) -> None:
-    """Rows of one variant, each passed to `keep`."""
+def measure(
+    name: str, settings: Sequence[str], masks: Sequence[str], args: argparse.Namespace, world: World, keep: Callable
+) -> None:
+    """Rows of one variant, one per mask, each passed to `keep`."""
     config, _ = compose([*EXPERIMENT, *args.settings, *settings])
     if name.startswith("transformers"):
         model, step = transformers(config, world, flash=name.endswith("flash"))
@@ -170,7 +172,7 @@ def measure(name: str, settings: Sequence[str], args: argparse.Namespace, world:
         model, step = ringflash(config, world, args.tokens)
     vocabulary, weights = model.config.vocab_size, matmul_parameters(model)
     step(batch("causal", args.warm, vocabulary, 99))
-    for mask in args.masks:
+    for mask in masks:
         batches = [batch(mask, args.tokens, vocabulary, seed) for seed in range(args.batches)]
         flops = [step_flops(model.config, weights, args.tokens, pairs(model, data)) for data in batches]
         seconds, losses = [], []
@@ -225,10 +227,12 @@ def main() -> None:
 
     for variant in args.variant or ["ringflash:"]:
         name, _, settings = variant.partition(":")
-        if any(row["variant"] == name and row["tokens"] == args.tokens for row in contents["rows"]):
+        done = [row["mask"] for row in contents["rows"] if (row["variant"], row["tokens"]) == (name, args.tokens)]
+        masks = [mask for mask in args.masks if mask not in done]
+        if not masks:
             continue
         try:
-            measure(name, settings.split(), args, world, keep)
+            measure(name, settings.split(), masks, args, world, keep)
         except Exception as error:
             print(f"{name:<24} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
         gc.collect()

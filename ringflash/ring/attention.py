@@ -22,6 +22,7 @@ Only what later ranks see is sent (`plan.routes`). Extra memory, whatever the ri
 - a third shard of gradients where a rank's own return while it still forwards those of others, as with documents, wide
   windows or contiguous layouts.
 
+On a ring of one, the backward goes by groups of heads, so that fp32 gradients are never of all of them at once.
 With one KV head there are no halves of the heads. The two parts are then a quarter of the keys, and the rest.
 """
 
@@ -41,6 +42,8 @@ from ringflash.ring.passes import Backward, Forward, Layer, Saved, together
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import Loopback
 from ringflash.ring.watchdog import Label
+
+GROUP_BYTES = 2**30  # of fp32 gradients at once on a ring of one: 16384 tiles of 128 rows of 128, which fill any GPU
 
 
 def ring_attention(
@@ -148,25 +151,46 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     q, k, v, sink, out, lse, *residue = ctx.saved_tensors
     layer, label = ctx.layer, Label(ctx.layer.name, "backward")
     ring, ulysses = layer.plan.ring, layer.plan.ulysses
-    _, schedule = layer.schedules(q, k, v)
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
-    with ring.receive_buffers(label) as allocate:
-        workers = [
-            Backward(layer, schedule, i, Saved(*tensors), exact, label, Memory.of(schedule, allocate))
-            for i, tensors in enumerate(_by_rank(q, k, v, out, lse, dout, *residue, ranks=len(ring.local)))
-        ]
-        run(schedule, workers, ring, label)
-    dq, dk, dv = (together(list(parts)) for parts in zip(*(x.results for x in workers), strict=True))
-    dsink = None
-    if sink is not None:
-        dsink = torch.zeros_like(sink)
-        of_queries = together([x.sink_gradient(layer.own_sink(sink)) for x in workers])
-        layer.own_sink(dsink).copy_(-of_queries.sum((0, 2)))
+    dq, dk, dv = (torch.empty(x.shape, dtype=exact, device=x.device) for x in (q, k, v))
+    dsink = None if sink is None else torch.zeros_like(sink)
+    for of_q, of_k in _head_groups(q, k, v) if ring.size == 1 and ulysses is None else [(slice(None), slice(None))]:
+        by_query, by_key = (q, out, dout, *residue, dq), (k, v, dk, dv)
+        q_, out_, dout_, *residue_, dq_ = (x[:, :, of_q] for x in by_query)
+        k_, v_, dk_, dv_ = (x[:, :, of_k] for x in by_key)
+        _, schedule = layer.schedules(q_, k_, v_)
+        saved = _by_rank(q_, k_, v_, out_, lse[:, of_q], dout_, *residue_, ranks=len(ring.local))
+        results = _by_rank(dq_, dk_, dv_, ranks=len(ring.local))
+        with ring.receive_buffers(label) as allocate:
+            workers = [
+                Backward(layer, schedule, i, Saved(*tensors), into, label, Memory.of(schedule, allocate))
+                for i, (tensors, into) in enumerate(zip(saved, results, strict=True))
+            ]
+            run(schedule, workers, ring, label)
+        if sink is not None and dsink is not None:
+            of_queries = together([x.sink_gradient(layer.own_sink(sink)[of_q]) for x in workers])
+            layer.own_sink(dsink)[of_q].copy_(-of_queries.sum((0, 2)))
     if ulysses is not None:
         dq = ulysses.tokens(dq.to(q.dtype), label.at("exchange of queries' gradients"))
         dk = ulysses.key_gradients(dk, ctx.kv_heads, label.at("exchange of keys' gradients"))
         dv = ulysses.key_gradients(dv, ctx.kv_heads, label.at("exchange of values' gradients"))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
+
+
+def _head_groups(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+    """Groups of (query heads, KV heads) whose fp32 gradients take GROUP_BYTES at most, or have one KV head.
+
+    A ring of one computes the backward group by group: fp32 gradients of all heads are 16 GiB for a million tokens of
+    16 query and 8 KV heads of 128.
+    """
+    kv_heads, queries_per_key = k.shape[2], q.shape[2] // k.shape[2]
+    of_all = 4 * sum(x.numel() for x in (q, k, v))
+    groups = next((n for n in range(1, kv_heads) if kv_heads % n == 0 and of_all <= n * GROUP_BYTES), kv_heads)
+    width = kv_heads // groups
+    return [
+        (slice(first * queries_per_key, (first + width) * queries_per_key), slice(first, first + width))
+        for first in range(0, kv_heads, width)
+    ]
 
 
 def _by_rank(*tensors: Tensor, ranks: int) -> list[tuple[Tensor, ...]]:

@@ -139,19 +139,19 @@ class Saved:
 
 
 class Backward(_Pass):
-    """One rank's dq, dk and dv; `results` are these in `dtype`, complete."""
+    """One rank's dq, dk and dv, written into `results`, of the shapes of q, k and v, when they are complete."""
 
     def __init__(
-        self, layer: Layer, schedule: Schedule, i: int, saved: Saved, dtype: torch.dtype, label: Label, memory: Memory
-    ) -> None:
+        self, layer: Layer, schedule: Schedule, i: int, saved: Saved, results: tuple[Tensor, ...], label: Label,
+        memory: Memory,
+    ) -> None:  # fmt: skip
         super().__init__(layer, schedule, i, saved.k, saved.v, memory)
         self.saved, self.label = saved, label
         self.query_heads = [self.queries_of(i, saved.q.shape[2]) for i in range(len(self.sections))]
-        self.dtype = dtype
         self.of_queries: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []  # by section
         self.dq: list[Tensor] = []
         self._gradients: dict[str, tuple[Tensor, Tensor]] = {}  # by buffer
-        self.results: tuple[Tensor, ...] = ()
+        self.results = results
 
     def prepare(self, step: Call) -> None:
         """delta, centered keys, dq = 0, and the views of every section."""
@@ -170,7 +170,6 @@ class Backward(_Pass):
             center, lse = layer.kernel.center(saved.q, saved.k, lse, scale=layer.scale)
         dq = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
         self.delta = delta
-        self.results = tuple(dq.new_empty(x.shape, dtype=self.dtype) for x in (saved.q, *self.own))
         for section, of_q in zip(self.sections, self.query_heads, strict=True):
             of_k = None if center is None else center[:, :, slice(*section.heads)]
             self.of_queries.append((dout[:, :, of_q], saved.q[:, :, of_q], lse[:, of_q], delta[:, of_q], of_k))

@@ -1,0 +1,58 @@
+"""benchmarks/training.py: batches, rows and where a run continues."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from benchmarks import training
+
+TINY = ["--tokens", "256", "--vocabulary", "384", "--warm", "64", "--batches", "2", "model=tiny-llama"]
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_packed_batch_is_filled_and_is_the_same_every_time():
+    one, again, other = (training.batch("packed", 70_000, 384, seed) for seed in (3, 3, 4))
+    assert sum(one.documents[0]) == 70_000
+    assert len(one.documents[0]) > 1
+    assert one.documents == again.documents
+    assert bool((one.tokens == again.tokens).all())
+    assert one.documents != other.documents
+    last = [sum(one.documents[0][: i + 1]) - 1 for i in range(len(one.documents[0]))]
+    assert one.labels[0, last].tolist() == [-100] * len(last)
+    assert int((one.labels == -100).sum()) == len(last)
+
+
+@pytest.mark.slow
+def test_every_variant_has_a_row_per_mask_and_sees_the_same_weights_and_tokens(tmp_path):
+    out = tmp_path / "training.json"
+    variants = ["--variant", "plain:", "--variant", "host:memory=host", "--variant", "bad:memory.zero=7"]
+    command = [sys.executable, "benchmarks/training.py", "--out", str(out), *TINY, *variants]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["variant"], row["mask"]) for row in rows] == [
+        ("plain", "causal"), ("plain", "packed"), ("host", "causal"), ("host", "packed"),
+    ]  # fmt: skip
+    assert rows[0]["losses"] == rows[2]["losses"]
+    assert rows[1]["losses"] == rows[3]["losses"]
+    assert all(row["tokens_per_second"] == pytest.approx(512 / sum(row["all_seconds"])) for row in rows)
+    assert "bad                      failed: ConfigError: memory.zero=7 is not one of 0, 1, 2, 3" in printed
+
+
+def test_a_run_measures_only_what_has_no_row_yet(monkeypatch, tmp_path):
+    out, measured = tmp_path / "training.json", []
+    out.write_text(json.dumps({"rows": [{"variant": "a", "mask": "causal", "tokens": 256}]}))
+    monkeypatch.setattr(training, "join", lambda config: SimpleNamespace(device=torch.device("cpu"), watchdog=Mock()))
+    monkeypatch.setattr(training, "measure", lambda name, settings, masks, *_: measured.append((name, settings, masks)))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    argv = ["training.py", "--out", str(out), *TINY, "--variant", "a:seed=1", "--variant", "b:"]
+    monkeypatch.setattr(sys, "argv", argv)
+    training.main()
+    assert measured == [("a", ["seed=1"], ["packed"]), ("b", [], ["causal", "packed"])]

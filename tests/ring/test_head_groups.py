@@ -1,0 +1,56 @@
+"""On a ring of one, the backward by groups of heads gives the same bits, and never holds all heads' fp32 gradients."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ringflash import IntervalMask, Layout, Loopback, ring_attention
+from ringflash.kernels import blocked
+from ringflash.ring import attention
+from ringflash.ring.plan import AttentionPlan
+
+TOKENS, QUERIES, KEYS, DIM = 40, 12, 6, 16
+OF_ALL = 4 * 2 * TOKENS * (QUERIES + 2 * KEYS) * DIM  # bytes of fp32 dq, dk and dv
+# limit: the groups that it makes of six KV heads
+LIMITS = {OF_ALL: 1, OF_ALL - 1: 2, OF_ALL // 3: 3, OF_ALL // 4: 6, 1: 6}
+
+
+def gradients(monkeypatch, limit, dtype=torch.float32, **options):
+    """Those of q, k, v and the sink, and the KV heads of each call of the kernel's backward."""
+    monkeypatch.setattr(attention, "GROUP_BYTES", limit)
+    heads, real = [], attention.kernels.select
+
+    def noted(*args, **keywords):
+        heads.append(keywords["dk"].shape[2])
+        return blocked.backward(*args, **keywords)
+
+    monkeypatch.setattr(attention.kernels, "select", lambda *args: dataclasses.replace(real(*args), backward=noted))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, TOKENS, n, DIM, generator=generator).to(dtype) for n in (QUERIES, KEYS, KEYS))
+    leaves = [x.requires_grad_() for x in (q, k + 2, v, torch.randn(QUERIES, generator=generator))]
+    mask = IntervalMask.causal(TOKENS) & IntervalMask.documents([[25, 15], [40]], TOKENS)
+    plan = AttentionPlan(mask, Layout.contiguous(TOKENS, 1), Loopback(1))
+    sink = leaves[3] if options.pop("sink", False) else None
+    out = ring_attention(*leaves[:3], plan, sink=sink, kernel="blocked", **options)
+    found = torch.autograd.grad(out, leaves if sink is not None else leaves[:3], torch.ones_like(out).cumsum(1))
+    monkeypatch.undo()
+    return found, heads
+
+
+@pytest.mark.parametrize(("limit", "groups"), LIMITS.items(), ids=lambda x: str(x))
+def test_groups_are_as_large_as_the_limit_allows_and_change_no_bit(monkeypatch, limit, groups):
+    whole, _ = gradients(monkeypatch, 2**40)
+    found, heads = gradients(monkeypatch, limit)
+    assert heads == [KEYS // groups] * groups
+    assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"sink": True}, {"softcap": 2.0}, {"compensated": False}], ids=["sink", "cap", "-"]
+)
+def test_sinks_and_what_rounding_took_go_by_groups_too(monkeypatch, options):
+    whole, _ = gradients(monkeypatch, 2**40, torch.bfloat16, **options)
+    found, heads = gradients(monkeypatch, 1, torch.bfloat16, **options)
+    assert heads == [1] * KEYS
+    assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
