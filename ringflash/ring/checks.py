@@ -22,7 +22,15 @@ def check_call(
     sink: Tensor | None,
     **switches: bool,
 ) -> None:
-    """Raise ValueError or TypeError, with the values, where the arguments of ring_attention do not fit."""
+    """Raise ValueError or TypeError, with the values, where the arguments of ring_attention do not fit.
+
+    NotImplementedError under torch.func's transforms.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "ring_attention cannot be transformed by torch.func (vmap, grad, jacrev, jvp): give it more batch rows "
+            "instead of vmap, and take gradients by torch.autograd.grad or backward()"
+        )
     check_tensors(q=q, k=k, v=v)
     if not isinstance(plan, AttentionPlan):
         raise TypeError(f"plan must be an AttentionPlan of mask, layout and ring, got {plan!r:.100}")

@@ -380,6 +380,31 @@ def test_two_streams_on_a_gpu_are_exact_again_and_again(head_dim, kv_heads):
             assert (whole - truth).norm() <= 1e-2 * truth.norm()
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, q: torch.vmap(f)(q[None]),
+        lambda f, q: torch.func.grad(lambda x: f(x).sum())(q),
+        lambda f, q: torch.func.jacrev(f)(q),
+        lambda f, q: torch.func.jvp(f, (q,), (q,)),
+    ],
+    ids=["vmap", "grad", "jacrev", "jvp"],
+)
+def test_transforms_of_torch_func_are_refused_with_what_to_use(transform):
+    q, k, v = tensors()
+    mask = IntervalMask.causal(q.shape[1])
+    with pytest.raises(NotImplementedError, match=r"cannot be transformed by torch\.func .* more batch rows"):
+        transform(lambda x: flash_attention(x, k, v, mask), q)
+
+
+def test_a_second_derivative_is_refused_also_where_the_incoming_gradient_has_none():
+    q, k, v = tensors()
+    out = flash_attention(q.requires_grad_(), k, v, IntervalMask.causal(q.shape[1]))
+    for loss in (out.sum(), out.square().sum()):
+        with pytest.raises(NotImplementedError, match="no second derivative: create_graph=True"):
+            torch.autograd.grad(loss, q, create_graph=True, retain_graph=True)
+
+
 def test_a_ring_of_no_ranks_is_refused():
     with pytest.raises(ValueError, match="got size=0"):
         Loopback(0)
