@@ -1,17 +1,24 @@
-"""Evaluation: the mean loss on held-out sequences, the same ones every time."""
+"""Evaluation: the loss on held-out sequences, the same ones every time, in the mean and by position in a document.
+
+Where a model uses what it read long before, the loss falls with the position. The bounds double: up to 4k tokens, 4k to
+8k, and so on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import deepspeed
 import torch
+from torch import Tensor
 
 from ringflash.data import TokenCorpus, batch
 from ringflash.data.batches import Batch
 from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
+from ringflash.training.loss import GROUPS
+from ringflash.training.metrics import BY_POSITION
 from ringflash.training.step import Layouts, shard
 from ringflash.training.world import World
 
@@ -33,6 +40,21 @@ class EvaluationConfig:
             )
 
 
+FIRST_BOUND = 4096  # tokens; each bound is twice the one before
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean losses in nats per predicted token, of all tokens and by position, such as "4k-8k", where any is there."""
+
+    loss: float
+    by_position: dict[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, float]:
+        """For the metrics: held_out_loss, and held_out_loss/4k-8k."""
+        return {"held_out_loss": self.loss} | {BY_POSITION + name: x for name, x in self.by_position.items()}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The first sequences of a held-out corpus, and what shards them."""
@@ -43,8 +65,8 @@ class Evaluation:
     world: World
     layout_for: Layouts
 
-    def loss(self, engine: deepspeed.DeepSpeedEngine, sequences: int | None = None) -> float:
-        """Mean loss per predicted token over `sequences` of them (default: evaluation.sequences).
+    def loss(self, engine: deepspeed.DeepSpeedEngine, sequences: int | None = None) -> HeldOut:
+        """Losses over `sequences` of them (default: evaluation.sequences).
 
         What it exchanges is in no step's record.
         """
@@ -52,20 +74,36 @@ class Evaluation:
             batch(self.corpus, seed=0, step=i, batch_size=1, length=self.length)
             for i in range(sequences or self.config.sequences)
         )
-        loss = evaluate(engine, batches, self.world, self.layout_for)
+        held_out = evaluate(engine, batches, self.world, self.layout_for)
         self.world.watchdog.drain()
-        return loss
+        return held_out
 
 
 @torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout_for: Layouts) -> float:
-    """Mean loss per predicted token over batches; every ring computes each batch in full."""
+def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout_for: Layouts) -> HeldOut:
+    """Losses over batches; every ring computes each batch in full."""
     engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    total = torch.zeros(2, GROUPS, dtype=torch.float64, device=world.device)
     for sequences in batches:
         inputs = shard(sequences, world, layout_for)
-        total[0] += engine(**inputs)
-        total[1] += (inputs["shift_labels"] != IGNORE).sum()
+        labels, groups = inputs["shift_labels"], _groups(inputs["position_ids"])
+        total[0] += engine(**inputs, groups=groups)
+        total[1] += torch.bincount(groups[labels != IGNORE], minlength=GROUPS)
     engine.train()
-    loss, valid = world.sum(total).tolist()
-    return loss / max(valid, 1)
+    losses, counts = world.sum(total).tolist()
+    by_position = {name: x / n for name, x, n in zip(_names(), losses, counts, strict=True) if n}
+    mean = sum(losses) / max(sum(counts), 1)
+    return HeldOut(mean, by_position if len(by_position) > 1 else {})
+
+
+def _groups(positions: Tensor) -> Tensor:
+    """The group of each token, by how many tokens its document has before it."""
+    bounds = FIRST_BOUND * 2 ** torch.arange(GROUPS - 1, device=positions.device)
+    return torch.bucketize(positions, bounds, right=True)
+
+
+def _names() -> list[str]:
+    """Those of the groups."""
+    bounds = [0, *(FIRST_BOUND * 2**i for i in range(GROUPS - 1))]
+    shown = [f"{x // 2**20}M" if x >= 2**20 else f"{x // 1024}k" if x >= 1024 else str(x) for x in bounds]
+    return [f"{begin}-{end}" for begin, end in zip(shown, [*shown[1:], ""], strict=True)]

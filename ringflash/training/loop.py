@@ -22,7 +22,7 @@ from ringflash.training import checkpoint, metrics, preflight, run_folder
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
 from ringflash.training.engine import build_engine
-from ringflash.training.evaluation import Evaluation
+from ringflash.training.evaluation import Evaluation, HeldOut
 from ringflash.training.export import export, generation_file, rehearse
 from ringflash.training.files import model_digest, write_whole
 from ringflash.training.meter import Meter
@@ -95,7 +95,7 @@ def fit(config: Config, resolved: str) -> None:
             with explained(config.memory, world.size):
                 record = meter.record(train_step(run.engine, micro_batches, world))
             if evaluation is not None and _due(step, config.evaluation.every):
-                record["held_out_loss"] = evaluation.loss(run.engine)
+                record |= evaluation.loss(run.engine).record()
             if run.metrics is not None:
                 run.metrics.log(step, record)
                 run.metrics.show(step, record)
@@ -194,25 +194,27 @@ def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> 
     """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
     config, world = run.job.config, run.world
     steps = config.optim.steps
-    loss = evaluation.loss(run.engine) if evaluation is not None else None
-    divergence.check_end(steps, loss)
+    held_out = evaluation.loss(run.engine) if evaluation is not None else None
+    divergence.check_end(steps, None if held_out is None else held_out.loss)
     if run.start < steps and not _due(steps, config.checkpoint.every):
         run.save(steps)
     exported = export(run.engine, run.folder / "model", run.job.tokenizer, world, generation_file(config.model.path))
     with world.without_timeout("finishing the loss plot and wandb's run"):
         if run.metrics is not None:
             entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
-            run.metrics.conclude(steps, loss, entropy)
-            _print_outcome(run.folder, exported, loss, entropy)
+            run.metrics.conclude(steps, {} if held_out is None else held_out.record(), entropy)
+            _print_outcome(run.folder, exported, held_out, entropy)
     world.watchdog.close()  # before any rank, and the store with it, is gone
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _print_outcome(folder: Path, exported: Path, loss: float | None, entropy: float | None) -> None:
+def _print_outcome(folder: Path, exported: Path, held_out: HeldOut | None, entropy: float | None) -> None:
     """The held-out loss, and where everything is."""
-    if loss is not None:
-        print(f"held-out loss     {loss:.4f} nats per token")
+    if held_out is not None:
+        print(f"held-out loss     {held_out.loss:.4f} nats per token")
+        if held_out.by_position:
+            print(f"  by position     {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_position.items())}")
         print(f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context")
     print(f"model             {exported}")
     print(f"loss plot         {metrics.plot(folder, entropy)}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ringflash.data.records import IGNORE
 
+GROUPS = 16  # at most, of tokens whose losses are summed apart
 LOGITS = 2**28  # of a tile, unless it is given: half a GiB in bf16, and enough for products at full speed
 
 
@@ -38,14 +39,16 @@ def tiled_cross_entropy(
     fused: bool = False,
     bias: Tensor | None = None,
     scale: float = 1.0,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """Summed cross entropy, fp32 scalar.
+    """Summed cross entropy, fp32 scalar; of each group of tokens, where there are groups.
 
     hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 where nothing is predicted; tile, tokens whose
     logits exist at once; softcap of the logits, or None; fused: by the Triton kernel; bias [V] or None; scale of the
-    logits, before their cap. Differentiable in hidden, weight and bias.
+    logits, before their cap. Differentiable in hidden, weight and bias. groups: int64 [N], below GROUPS; the sums, fp32
+    [GROUPS], are then not differentiable.
     """
-    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale)
+    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale, groups)
 
 
 class LossHead(nn.Linear):
@@ -66,13 +69,16 @@ class LossHead(nn.Linear):
         self.fused: bool = fused
         self.scale: float = scale
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [..., V], neither scaled nor capped; with labels, int64 of hidden's shape but the last, their loss."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+        """Logits [..., V], neither scaled nor capped; with labels, int64 of hidden's shape but the last, their loss.
+
+        groups: as labels; see `tiled_cross_entropy`.
+        """
         if labels is None:
             return super().forward(hidden)
         return tiled_cross_entropy(
             hidden.flatten(0, -2), self.weight, labels.flatten(), self.tile, self.softcap, self.fused, self.bias,
-            self.scale,
+            self.scale, None if groups is None else groups.flatten(),
         )  # fmt: skip
 
 
@@ -88,9 +94,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         fused: bool,
         scale: float,
+        groups: Tensor | None,
     ) -> Tensor:
-        differentiate = any(ctx.needs_input_grad)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        differentiate = any(ctx.needs_input_grad) and groups is None
+        loss = torch.zeros(() if groups is None else GROUPS, dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden if differentiate else hidden[:0])
         dweight = torch.zeros_like(weight if differentiate else weight[:0], dtype=torch.float32)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -105,7 +112,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 logits *= scale
             losses, dlogits = cross_entropy(logits, labels[here])
-            loss += losses.sum()
+            if groups is None:
+                loss += losses.sum()
+            else:
+                loss.index_add_(0, groups[here], losses)
             if differentiate:
                 if scale != 1.0:
                     dlogits *= scale
@@ -114,6 +124,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 torch.mm(dlogits, weight, out=dhidden[here])
                 _add_product(dweight, dlogits.T, hidden[here])
             del logits, dlogits  # before the next tile's logits
+        if groups is not None:
+            ctx.mark_non_differentiable(loss)
         if differentiate:
             ctx.save_for_backward(dhidden, dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype))
         return loss
@@ -121,7 +133,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         gradients = (None if x is None else x * dloss.to(x.dtype) for x in ctx.saved_tensors)
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 def _cross_entropy(

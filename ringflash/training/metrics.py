@@ -18,6 +18,7 @@ from ringflash.errors import ConfigError
 from ringflash.training.files import write_whole, writing
 
 FILE = "metrics.jsonl"
+BY_POSITION = "held_out_loss/"  # and a range of positions, in names of values
 MODES = ("offline", "online", "disabled")
 
 
@@ -75,14 +76,14 @@ class Metrics:
         """Print a line above the progress bar."""
         self._bar.write(message)
 
-    def conclude(self, step: int, held_out_loss: float | None, unigram_entropy: float | None) -> None:
-        """Add the last record of a complete run, of `step`, if anything is held out; then close.
+    def conclude(self, step: int, held_out: dict[str, float], unigram_entropy: float | None) -> None:
+        """Add the last record of a complete run, of `step`, with its held-out losses if there are any; then close.
 
         A complete run that is resumed has this record already, unless it was killed after its last checkpoint.
         """
         written = any(record["step"] == step and "unigram_entropy" in record for record in read(self.path))
-        if held_out_loss is not None and unigram_entropy is not None and not written:
-            self.log(step, {"held_out_loss": held_out_loss, "unigram_entropy": unigram_entropy})
+        if held_out and unigram_entropy is not None and not written:
+            self.log(step, held_out | {"unigram_entropy": unigram_entropy})
         self.close()
 
     def close(self, exit_code: int = 0) -> None:
@@ -120,12 +121,16 @@ def check_plot(folder: Path) -> None:
 
 
 def plot(folder: Path, unigram: float | None) -> Path:
-    """Draw the training loss, and the held-out loss and unigram entropy if text is held out, to loss.png."""
+    """Draw the training loss, and the held-out loss and unigram entropy if text is held out, to loss.png.
+
+    Beside them the held-out loss by position in a document, of the first and the last evaluation that have it.
+    """
     from matplotlib.figure import Figure
 
     records = read(folder / FILE)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    by_position = [r for r in records if any(name.startswith(BY_POSITION) for name in r)]
+    figure = Figure(figsize=(11 if by_position else 7, 4), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if by_position else 1, squeeze=False)[0]
     for name, style in (("loss", {"linewidth": 1}), ("held_out_loss", {"marker": "o", "markersize": 4})):
         points = [(r["step"], math.nan if r[name] is None else r[name]) for r in records if name in r]
         if points:
@@ -136,10 +141,23 @@ def plot(folder: Path, unigram: float | None) -> Path:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+    for panel in beside:
+        _draw_by_position(panel, by_position)
     with writing(folder / "loss.png"):
         figure.savefig(folder / ".loss.png", format="png", dpi=120)
         os.replace(folder / ".loss.png", folder / "loss.png")
     return folder / "loss.png"
+
+
+def _draw_by_position(axes: Any, records: list[dict[str, Any]]) -> None:
+    """A line for the first and the last of the records."""
+    for record in records[:1] + records[1:][-1:]:
+        found = {name.removeprefix(BY_POSITION): x for name, x in record.items() if name.startswith(BY_POSITION)}
+        losses = [math.nan if x is None else x for x in found.values()]
+        axes.plot([*found], losses, marker="o", markersize=4, label=f"step {record['step']}")
+    axes.set(xlabel="tokens of the document before", ylabel="nats per token", title="held-out loss by position")
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):

@@ -35,7 +35,7 @@ def gradients_on_ranks(model_type, zero, accumulation, ring, ulysses, case, reco
     mine = sequences(case).split(share)[world.replica]
     layout = Layout.zigzag(LENGTH, world.ring.size, ulysses=ulysses)
     loss = train_step(engine, prepare(engine, mine, world, lambda mask: layout), world).loss
-    held_out = evaluate(engine, [sequences(case)], world, lambda mask: layout)
+    held_out = evaluate(engine, [sequences(case)], world, lambda mask: layout).loss
     return loss.item(), gradients, held_out
 
 
