@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ringflash.kernels.checks import request_refusal
+from ringflash.kernels.checks import like_out, request_refusal
 from ringflash.kernels.compensation import center
 from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge
@@ -28,8 +28,8 @@ __all__ = ["backward", "center", "delta", "forward", "round_into", "supports"]
 TILE = 256
 
 
-def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
-    """None, or why not: any floating dtype, head size and device will do."""
+def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None = None) -> str | None:
+    """None, or why not: any floating dtype, head sizes and device will do."""
     if not q.is_floating_point():
         return f"needs floating point, got {q.dtype}"
     return request_refusal(q, k, softcap)
@@ -47,7 +47,7 @@ def forward(
     out: Tensor | None = None,
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract."""
-    state = Partial.identity(q) if carry is None else carry
+    state = Partial.identity(like_out(q, v)) if carry is None else carry
     for rows, keys, visible in _tiles(intervals):
         scores, _ = _scores(_fold(q[:, rows], k), _keys(k, keys), scale, softcap)
         scores = scores.masked_fill(~_per_group(visible, q, k), float("-inf"))
@@ -119,8 +119,8 @@ def _fold(x: Tensor, k: Tensor) -> Tensor:
 
 def _unfold(x: Tensor, q: Tensor) -> Tensor:
     """The inverse of _fold: [B, Hkv, group * rows, D] to [B, rows, Hq, D]."""
-    batch, _, heads, dim = q.shape
-    return x.reshape(batch, heads, -1, dim).transpose(1, 2)
+    batch, _, heads, _ = q.shape
+    return x.reshape(batch, heads, -1, x.shape[-1]).transpose(1, 2)
 
 
 def _keys(x: Tensor, keys: slice) -> Tensor:

@@ -59,12 +59,17 @@ def address_refusal(name: str, x: Tensor) -> str | None:
     return None
 
 
-def check_alike(kernel: str, q: Tensor, k: Tensor, scale: float, **others: Tensor) -> None:
-    """Raise ValueError unless scale is a scale, dout is like q and any other tensor like k."""
+def like_out(q: Tensor, v: Tensor) -> Tensor:
+    """A tensor like attention's result: q's, with heads of v's size; only its shape, dtype and device may be read."""
+    return q if q.shape[3] == v.shape[3] else q[..., :1].expand(*q.shape[:3], v.shape[3])
+
+
+def check_alike(kernel: str, q: Tensor, k: Tensor, scale: float, v: Tensor, **others: Tensor) -> None:
+    """Raise ValueError unless scale is a scale, v like k and dout like q, both of any one head_dim."""
     if reason := number_refusal(scale):
         raise ValueError(f"kernel={kernel} takes as scale {reason}")
-    for name, x in others.items():
-        like = q if name == "dout" else k
+    for name, x in {"v": v, **others}.items():
+        like = like_out(q if name == "dout" else k, v) if v.dim() == 4 else k
         if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device or x.stride(3) != 1:
             raise ValueError(
                 f"kernel={kernel} takes {name} as {[*like.shape]}, {like.dtype}, last dimension contiguous, on "

@@ -324,7 +324,7 @@ def _counter_of(device: torch.device, stream: int) -> Tensor:
 # -- what can be asked for
 
 
-def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
+def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None = None) -> str | None:
     """None, or why not: the tail of "kernel=hopper ..." for queries like q and keys and values like k."""
     if reason := request_refusal(q, k, softcap):
         return reason
@@ -339,17 +339,19 @@ def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
         return f"takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {q.shape[3]}; kernel=portable takes others"
     if k.dtype != q.dtype or k.shape[3] != q.shape[3]:
         return f"takes k of q's dtype and head_dim, {q.dtype} and {q.shape[3]}, got {k.dtype} and {k.shape[3]}"
+    if value_dim not in (None, q.shape[3]):
+        return f"takes values of the keys' head_dim, {q.shape[3]}, got {value_dim}; kernel=portable takes others"
     return stride_refusal(q, k, copy_engine=True)
 
 
 def check_inputs(
-    q: Tensor, k: Tensor, scale: float, softcap: float | None, intervals: Intervals, **others: Tensor
+    q: Tensor, k: Tensor, scale: float, softcap: float | None, intervals: Intervals, v: Tensor, **others: Tensor
 ) -> None:
-    """Raise ValueError unless the kernels take these; others: v as k is, dout as q is."""
-    if reason := supports(q, k, softcap):
+    """Raise ValueError unless the kernels take these; v as k is, others: dout as q is."""
+    if reason := supports(q, k, softcap, v.shape[-1]):
         raise ValueError(f"kernel=hopper {reason}")
-    check_alike("hopper", q, k, scale, **others)
-    check_addresses(**others)
+    check_alike("hopper", q, k, scale, v=v, **others)
+    check_addresses(v=v, **others)
     check_intervals("hopper", q, k, intervals)
 
 

@@ -117,12 +117,12 @@ def add_to(x, tile, rows, valid, stride_s, BLOCK_D: tl.constexpr, D: tl.constexp
 @triton.jit
 def dq_step(
     acc, q_tile, dout_tile, row_lse, row_delta, row_start, row_end, k, v, batch, head_kv, key, c, cap_scale,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
-    EDGE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, BLOCK_DV: tl.constexpr, DV: tl.constexpr,
+    TMA: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """acc += ds k for the keys of one tile."""
     k_tile = load_tile(k, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
-    v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
+    v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA)
     s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
     dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
     p, slope = weights(s, row_lse[:, None], c, cap_scale, CAPPED)
@@ -143,8 +143,8 @@ def dq_kernel(
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b,
     queries, keys, heads_kv, scale, c, cap_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head, launched in the order of `forward_kernel`."""
     program = tl.program_id(0)
@@ -166,7 +166,7 @@ def dq_kernel(
     v = (v, v_stride_b, v_stride_s, v_stride_h, keys)
     dout = (dout, dout_stride_b, dout_stride_s, dout_stride_h, queries)
     q_tile = load_tile(q, batch, head, first, BLOCK_Q, BLOCK_D, D, TMA)
-    dout_tile = load_tile(dout, batch, head, first, BLOCK_Q, BLOCK_D, D, TMA)
+    dout_tile = load_tile(dout, batch, head, first, BLOCK_Q, BLOCK_DV, DV, TMA)
     rows = first + tl.arange(0, BLOCK_Q)
     valid = rows < queries
     row_lse = load_lse(lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h, rows, valid)
@@ -178,7 +178,7 @@ def dq_kernel(
     for key in tl.range(lo + full_from * BLOCK_K, lo + full_to * BLOCK_K, BLOCK_K, num_stages=STAGES):
         acc = dq_step(
             acc, q_tile, dout_tile, row_lse, row_delta, rows, rows, k, v, batch, head_kv, key, c, cap_scale,
-            BLOCK_K, BLOCK_D, D, TMA, CAPPED, EDGE=False,
+            BLOCK_K, BLOCK_D, D, BLOCK_DV, DV, TMA, CAPPED, EDGE=False,
         )  # fmt: skip
 
     # 2. Tiles before and after them, that only some rows see.
@@ -188,7 +188,7 @@ def dq_kernel(
         key = lo + tl.where(tile < full_from, tile, tile + full_to - full_from) * BLOCK_K
         acc = dq_step(
             acc, q_tile, dout_tile, row_lse, row_delta, row_start, row_end, k, v, batch, head_kv, key, c, cap_scale,
-            BLOCK_K, BLOCK_D, D, TMA, CAPPED, EDGE=True,
+            BLOCK_K, BLOCK_D, D, BLOCK_DV, DV, TMA, CAPPED, EDGE=True,
         )  # fmt: skip
 
     dq += batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
@@ -201,12 +201,12 @@ def dq_kernel(
 @triton.jit
 def dkdv_step(
     dk_acc, dv_acc, k_tile, v_tile, key_start, key_end, q, dout, lse, delta, batch, head, row, queries, c, cap_scale,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
-    EDGE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, BLOCK_DV: tl.constexpr, DV: tl.constexpr,
+    TMA: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """dk_acc += ds q and dv_acc += p dout for one tile of queries; s, p, dp, ds are [keys, queries]."""
     q_tile = load_tile(q, batch, head, row, BLOCK_Q, BLOCK_D, D, TMA)
-    dout_tile = load_tile(dout, batch, head, row, BLOCK_Q, BLOCK_D, D, TMA)
+    dout_tile = load_tile(dout, batch, head, row, BLOCK_Q, BLOCK_DV, DV, TMA)
     lse, lse_stride_b, lse_stride_h = lse
     delta, delta_stride_b, delta_stride_h = delta
     rows = row + tl.arange(0, BLOCK_Q)
@@ -238,8 +238,8 @@ def dkdv_kernel(
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b,
     queries, keys, heads_kv, scale, c, cap_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One key tile of one KV head; start and end are the queries that see each key.
 
@@ -265,11 +265,11 @@ def dkdv_kernel(
     lse = (lse, lse_stride_b, lse_stride_h)
     delta = (delta, delta_stride_b, delta_stride_h)
     k_tile = load_tile(k, batch, head_kv, first, BLOCK_K, BLOCK_D, D, TMA)
-    v_tile = load_tile(v, batch, head_kv, first, BLOCK_K, BLOCK_D, D, TMA)
+    v_tile = load_tile(v, batch, head_kv, first, BLOCK_K, BLOCK_DV, DV, TMA)
     rows = first + tl.arange(0, BLOCK_K)
     valid = rows < keys
     dk_acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
 
     # 1. Tiles that see every key: no mask. One loop over heads and tiles, so that loads run ahead across heads.
     full = full_to - full_from
@@ -278,7 +278,7 @@ def dkdv_kernel(
         row = lo + (full_from + step % full) * BLOCK_Q
         dk_acc, dv_acc = dkdv_step(
             dk_acc, dv_acc, k_tile, v_tile, rows, rows, q, dout, lse, delta, batch, head, row, queries, c, cap_scale,
-            BLOCK_Q, BLOCK_D, D, TMA, CAPPED, EDGE=False,
+            BLOCK_Q, BLOCK_D, D, BLOCK_DV, DV, TMA, CAPPED, EDGE=False,
         )  # fmt: skip
 
     # 2. Tiles before and after them, that see only some of the keys.
@@ -291,13 +291,13 @@ def dkdv_kernel(
         row = lo + tl.where(tile < full_from, tile, tile + full) * BLOCK_Q
         dk_acc, dv_acc = dkdv_step(
             dk_acc, dv_acc, k_tile, v_tile, key_start, key_end, q, dout, lse, delta, batch, head, row, queries,
-            c, cap_scale, BLOCK_Q, BLOCK_D, D, TMA, CAPPED, EDGE=True,
+            c, cap_scale, BLOCK_Q, BLOCK_D, D, BLOCK_DV, DV, TMA, CAPPED, EDGE=True,
         )  # fmt: skip
 
     dk += batch.to(tl.int64) * dk_stride_b + head_kv.to(tl.int64) * dk_stride_h
     dv += batch.to(tl.int64) * dv_stride_b + head_kv.to(tl.int64) * dv_stride_h
     add_to(dk, dk_acc * scale, rows, valid, dk_stride_s, BLOCK_D, D)
-    add_to(dv, dv_acc, rows, valid, dv_stride_s, BLOCK_D, D)
+    add_to(dv, dv_acc, rows, valid, dv_stride_s, BLOCK_DV, DV)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -393,14 +393,15 @@ def backward(
     """
     check_inputs(q, k, scale, softcap, intervals, v=v, dout=dout)
     check_rows("portable", q, lse=lse, delta=delta, dq=dq)
-    check_rows("portable", k, dk=dk, dv=dv)
+    check_rows("portable", k, dk=dk)
+    check_rows("portable", v, dv=dv)
     check_center("portable", k, center)
     if 0 in q.shape or 0 in k.shape:
         return
     if center is not None:
         k = subtract(k, center, intervals)
     B, Sq, Hq, D = q.shape
-    _, Skv, Hkv, _ = k.shape
+    _, Skv, Hkv, DV = v.shape
     rows = (*(lse, *lse.stride()[:2]), *(delta, *delta.stride()[:2]))
     sizes = (Sq, Skv, Hkv, scale, *score_scales(scale, softcap))
 
@@ -412,12 +413,13 @@ def backward(
             *tile_argument("dout", dout, t.block_q, t.tma),
             *(argument for x in gradients for argument in (x, *x.stride()[:3])),
             *rows, start, end, interval_stride(start), *sizes,
-            GROUP=Hq // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
-            STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None, num_warps=t.warps, num_stages=t.stages,
+            GROUP=Hq // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D), DV=DV, BLOCK_DV=triton.next_power_of_2(DV),
+            BLOCK_Q=t.block_q, BLOCK_K=t.block_k, STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None,
+            num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
 
-    t_dq = dq_tuning or dq_tuning_for(D, q.dtype, arch(q))
-    t_dkdv = dkdv_tuning or dkdv_tuning_for(D, q.dtype, arch(q))
+    t_dq = dq_tuning or dq_tuning_for(max(D, DV), q.dtype, arch(q))
+    t_dkdv = dkdv_tuning or dkdv_tuning_for(max(D, DV), q.dtype, arch(q))
     with torch.cuda.device_of(q):
         launch(dq_kernel, B * Hq * triton.cdiv(Sq, t_dq.block_q), t_dq, (dq,), intervals.start, intervals.end)
         launch(

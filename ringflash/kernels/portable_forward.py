@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringflash.kernels.checks import check_out, check_rows
+from ringflash.kernels.checks import check_out, check_rows, like_out
 from ringflash.kernels.portable_parts import (
     LARGE_SHARED,
     LN_2,
@@ -99,8 +99,9 @@ def forward_kernel(
     lse, lse_stride_b, lse_stride_h,
     start, end, interval_stride_b,
     queries, keys, heads_kv, carried, c, cap_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr, IN_PLACE: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head. Launched heads of a group first, then tiles from the last, then KV heads and batch.
 
@@ -131,7 +132,7 @@ def forward_kernel(
 
     m = tl.full([BLOCK_Q], NEG_INF, tl.float32)
     z = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     q_tile = load_tile(q, batch, head, first, BLOCK_Q, BLOCK_D, D, TMA)
 
     # 1. Tiles that every row sees whole: no mask.
@@ -144,7 +145,7 @@ def forward_kernel(
         if CAPPED:
             s, _ = softcap(s, cap_scale)
         p, m, z, alpha = softmax_step(s, m, z, c, EDGE=False)
-        v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
+        v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
         s = s_next
 
@@ -158,7 +159,7 @@ def forward_kernel(
         s, _ = softcap(s, cap_scale)
     s = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), s, NEG_INF)
     p, m, z, alpha = softmax_step(s, m, z, c, EDGE=True)
-    v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
+    v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
 
     # 3. Tiles that only some rows see, before the full run and beyond the tile after it.
@@ -170,14 +171,14 @@ def forward_kernel(
             s, _ = softcap(s, cap_scale)
         s = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), s, NEG_INF)
         p, m, z, alpha = softmax_step(s, m, z, c, EDGE=True)
-        v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
+        v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
 
     # The carried state joins here rather than at the start: its addresses would hold registers through the loops. Where
     # there is none nothing is loaded. (A kernel compiled without this part ran no exponentials under its products:
     # what ptxas overlaps in the loop depends on what follows it. tests/kernels/test_compiles.py keeps watch.)
-    columns = tl.arange(0, BLOCK_D)
-    inside = valid[:, None] & (columns < D)[None, :]
+    columns = tl.arange(0, BLOCK_DV)
+    inside = valid[:, None] & (columns < DV)[None, :]
     lse += batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
     m_carry = tl.load(lse + rows, valid & (carried > 0), NEG_INF) * LOG2_E_
     carry += batch.to(tl.int64) * carry_stride_b + head.to(tl.int64) * carry_stride_h
@@ -217,14 +218,14 @@ def forward(
     """
     check_inputs(q, k, scale, softcap, intervals, v=v)
     if carry is not None:
-        check_rows("portable", q, **{"carry.out": carry.out, "carry.lse": carry.lse})
+        check_rows("portable", like_out(q, v), **{"carry.out": carry.out, "carry.lse": carry.lse})
     if out is not None:
-        check_out("portable", q, out)
+        check_out("portable", like_out(q, v), out)
     if 0 in q.shape or 0 in k.shape:
-        return result_without_keys(q, carry, out)
+        return result_without_keys(like_out(q, v), carry, out)
 
     B, Sq, Hq, D = q.shape
-    _, Skv, Hkv, _ = k.shape
+    _, Skv, Hkv, DV = v.shape
     if carry is None:
         lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
         carried = (lse, 0, 0, 0)  # some pointer, not read
@@ -233,8 +234,8 @@ def forward(
         carried = (carry.out, carry.out.stride(0), carry.out.stride(1), carry.out.stride(2))
     in_place = carry is not None and out is None
     if out is None:
-        out = torch.empty(q.shape, dtype=torch.float32, device=q.device) if carry is None else carry.out
-    t = tuning or tuning_for(D, q.dtype, arch(q))
+        out = torch.empty(B, Sq, Hq, DV, dtype=torch.float32, device=q.device) if carry is None else carry.out
+    t = tuning or tuning_for(max(D, DV), q.dtype, arch(q))
     with torch.cuda.device_of(q):
         forward_kernel[(B * Hq * triton.cdiv(Sq, t.block_q),)](
             *tile_argument("q", q, t.block_q, t.tma),
@@ -245,8 +246,8 @@ def forward(
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(Sq, Skv, Hkv, int(carry is not None), *score_scales(scale, softcap)),
-            GROUP=Hq // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_Q=t.block_q, BLOCK_K=t.block_k,
-            STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None, IN_PLACE=in_place,
-            num_warps=t.warps, num_stages=t.stages,
+            GROUP=Hq // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D), DV=DV, BLOCK_DV=triton.next_power_of_2(DV),
+            BLOCK_Q=t.block_q, BLOCK_K=t.block_k, STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None,
+            IN_PLACE=in_place, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return Partial(out, lse)

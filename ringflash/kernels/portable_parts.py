@@ -165,8 +165,11 @@ def result_without_keys(q: Tensor, carry: Partial | None, out: Tensor | None) ->
 # -- what can be asked for
 
 
-def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
-    """None, or why not: the tail of "kernel=portable ..." for queries like q and keys and values like k."""
+def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None = None) -> str | None:
+    """None, or why not: the tail of "kernel=portable ..." for queries like q and keys like k.
+
+    value_dim: head_dim of the values; None: that of the keys.
+    """
     if reason := request_refusal(q, k, softcap):
         return reason
     interpreted = not isinstance(tile_run, triton.JITFunction)
@@ -179,14 +182,16 @@ def supports(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
         return "cannot do bfloat16 in Triton's interpreter, which multiplies its raw bits; use float16 or float32"
     if q.shape[3] not in HEAD_DIMS or k.shape[3] != q.shape[3]:
         return f"takes head_dim 32 to 256 in steps of 8, the same for q and k, got {q.shape[3]} and {k.shape[3]}"
+    if value_dim is not None and value_dim not in HEAD_DIMS:
+        return f"takes values of head_dim 32 to 256 in steps of 8, got {value_dim}"
     return stride_refusal(q, k, copy_engine=arch(q) >= 90)
 
 
 def check_inputs(
-    q: Tensor, k: Tensor, scale: float, softcap: float | None, intervals: Intervals, **others: Tensor
+    q: Tensor, k: Tensor, scale: float, softcap: float | None, intervals: Intervals, v: Tensor, **others: Tensor
 ) -> None:
-    """Raise ValueError unless the kernels take these; others: v as k is, dout as q is."""
-    if reason := supports(q, k, softcap):
+    """Raise ValueError unless the kernels take these; others: dout as q is, but of v's head_dim."""
+    if reason := supports(q, k, softcap, v.shape[-1]):
         raise ValueError(f"kernel=portable {reason}")
-    check_alike("portable", q, k, scale, **others)
+    check_alike("portable", q, k, scale, v=v, **others)
     check_intervals("portable", q, k, intervals)

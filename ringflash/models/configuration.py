@@ -203,7 +203,7 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise ConfigError(
             f"model.architecture.num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}"
         )
-    dim, derived = head_dim(config), config.hidden_size // heads
+    (dim, _), derived = head_dims(config), config.hidden_size // heads
     if dim < 2 or dim % 2:
         raise ConfigError(
             f"model.architecture.head_dim={dim}"
@@ -255,35 +255,43 @@ def check_kernel(
 
     The kernel is asked as a layer asks it, of one token: before there is a model.
     """
+    dim, value_dim = head_dims(hf_config)
     q, k = (
-        torch.empty(1, 1, heads, head_dim(hf_config), dtype=DTYPES[config.dtype], device=device)
+        torch.empty(1, 1, heads, dim, dtype=DTYPES[config.dtype], device=device)
         for heads in (hf_config.num_attention_heads, kv_heads_of(hf_config))
     )
     softcap = getattr(hf_config, "attn_logit_softcapping", None) or None
     try:
-        kernels.select(q, k, softcap, attention.kernel, attention.deterministic)
+        kernels.select(q, k, softcap, attention.kernel, attention.deterministic, value_dim)
     except ValueError as error:
         raise ConfigError(str(error).replace("kernel=", "attention.kernel=")) from error
 
 
-def head_dim(config: PreTrainedConfig) -> int:
-    """The size of a head, which some architectures leave to be derived."""
+def head_dims(config: PreTrainedConfig) -> tuple[int, int]:
+    """The sizes of a head of queries and keys, and of one of values and results; some architectures leave them to be
+    derived."""
     if hasattr(config, "qk_nope_head_dim"):
-        return config.qk_nope_head_dim + config.qk_rope_head_dim
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     given = getattr(config, "head_dim", None)
-    return config.hidden_size // config.num_attention_heads if given is None else given
+    dim = config.hidden_size // config.num_attention_heads if given is None else given
+    return dim, dim
 
 
 def kv_heads_of(config: PreTrainedConfig) -> int:
-    """KV heads, as many as query heads where the configuration has no number of its own."""
+    """KV heads that attention is given: as many as query heads with MLA, or where the configuration has no number."""
+    if hasattr(config, "qk_nope_head_dim"):
+        return config.num_attention_heads
     given = getattr(config, "num_key_value_heads", None)
     return config.num_attention_heads if given is None else given
 
 
 def heads_of(config: PreTrainedConfig, ulysses: int = 1) -> Heads:
-    """The heads that one of `ulysses` ranks computes attention for."""
+    """The heads that one of `ulysses` ranks computes attention for; their size is the mean of keys' and values'.
+
+    Half of attention's products, and of what travels, has the size of keys, the other half that of values.
+    """
     kv_heads = max(1, kv_heads_of(config) // ulysses)
-    return Heads(config.num_attention_heads // ulysses, kv_heads, head_dim(config))
+    return Heads(config.num_attention_heads // ulysses, kv_heads, sum(head_dims(config)) // 2)
 
 
 def experts_of(config: PreTrainedConfig) -> tuple[int, int]:

@@ -27,13 +27,14 @@ class Family(NamedTuple):
     needs: str = ""  # further needs, for docs/models.md
 
 
-_EXPERTS, _LATENT = "experts", "latent heads (MLA)"
+_EXPERTS, _LATENT = "experts", "latent heads (MLA): keys larger than values"
 _NONE, _SOME, _ALL = Windows.NONE, Windows.SOME, Windows.ALL
 
 FAMILIES = {
     "afmoe": Family(_SOME, _EXPERTS),
     "apertus": Family(),
     "arcee": Family(),
+    "axk1": Family(needs=f"{_EXPERTS}, {_LATENT}"),
     "bitnet": Family(),
     "cohere": Family(needs="logit_scale"),
     "cohere2": Family(_SOME, "logit_scale"),
@@ -53,6 +54,7 @@ FAMILIES = {
     "glm": Family(),
     "glm4": Family(),
     "glm4_moe": Family(needs=_EXPERTS),
+    "glm4_moe_lite": Family(needs=f"{_EXPERTS}, {_LATENT}"),
     "gpt_neox": Family(),
     "gpt_oss": Family(_SOME, f"{_EXPERTS}, sinks"),
     "granite": Family(needs="logits_scaling"),

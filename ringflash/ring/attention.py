@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ringflash import kernels
+from ringflash.kernels.checks import like_out
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring import recompute
@@ -61,21 +62,22 @@ def ring_attention(
 ) -> Tensor:
     """Attention of this rank's queries over the whole sequence, differentiable.
 
-    q [B, S, Hq, D]; k, v [B, S, Hkv, D], where S is the layout's shard length and Hq a multiple of Hkv; fp16, bf16 or
-    fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch, ranks outermost.
+    q [B, S, Hq, D]; k [B, S, Hkv, D]; v [B, S, Hkv, Dv], where S is the layout's shard length and Hq a multiple of
+    Hkv; fp16, bf16 or fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch,
+    ranks outermost.
     scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the
     softmax and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly
     on Hopper. compensated: gradients do not suffer from out's rounding (see `kernels.compensation`).
-    layer: its number, for reports of a ring that hangs. Returns out [B, S, Hq, D] in q's dtype; queries that
+    layer: its number, for reports of a ring that hangs. Returns out [B, S, Hq, Dv] in q's dtype; queries that
     see nothing get 0.
     Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
     """
     check_call(q, k, v, plan, scale, softcap, sink, deterministic=deterministic, compensated=compensated)
     if not len(q):  # no batch rows, on any rank: nothing to compute or send
-        return q + 0 * sum(x.sum().to(q.dtype) for x in (k, v, sink) if x is not None)
+        return like_out(q, v) + 0 * sum(x.sum().to(q.dtype) for x in (k, v, sink) if x is not None)
     shared = Layer(
         plan=plan,
-        kernel=kernels.select(q, k, softcap, kernel, deterministic),
+        kernel=kernels.select(q, k, softcap, kernel, deterministic, v.shape[3]),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap=None if softcap is None else float(softcap),
         centers_keys=compensated and softcap is None and sink is None,

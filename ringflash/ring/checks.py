@@ -70,11 +70,11 @@ def check_tensors(**tensors: Tensor) -> None:
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
     """Raise ValueError unless q, k and v fit each other and the plan."""
     shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(f"q must be [B, S, Hq, D] and k, v alike [B, S, Hkv, D], got {shapes}")
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"q must be [B, S, Hq, D], k [B, S, Hkv, D] and v [B, S, Hkv, Dv], got {shapes}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v must agree on batch, length and head size, got {shapes}")
-    if 0 in (q.shape[2], k.shape[2], q.shape[3]):
+    if 0 in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]):
         raise ValueError(f"query heads, KV heads and head size must be 1 or more, got {shapes}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} KV heads")

@@ -22,7 +22,7 @@ from ringflash.models import (
     checkpoint_layers,
     experts_of,
     fuse_layers,
-    head_dim,
+    head_dims,
     host_store,
     logit_scale,
     router_loss,
@@ -113,7 +113,7 @@ class TrainedModel(nn.Module):
         width = self.model.dtype.itemsize
         per_layer = [tokens * config.hidden_size * width] if memory.layer_inputs == "host" else []
         if memory.attention_results == "host":
-            per_layer += [tokens * heads * head_dim(config) * width, tokens * heads * 4]
+            per_layer += [tokens * heads * head_dims(config)[1] * width, tokens * heads * 4]
         layers = min(memory.host_layers or config.num_hidden_layers, config.num_hidden_layers)
         total, shown = sum(per_layer) * layers / 2**30, 0.0
         log(f"host       {total:.1f} GiB of memory to be pinned for {layers} layers")

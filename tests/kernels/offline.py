@@ -45,16 +45,19 @@ class Case:
     dtype: str = "bfloat16"
     capped: bool = False
     carry: bool = False
+    value_dim: int | None = None  # None: head_dim
 
     @property
     def name(self) -> str:
         flags = "".join(f"-{flag}" for flag in ("capped", "carry") if getattr(self, flag))
-        return f"{self.kernel}-sm{self.arch}-{self.dtype}-D{self.head_dim}{flags}"
+        dims = f"D{self.head_dim}" if self.value_dim is None else f"D{self.head_dim}-DV{self.value_dim}"
+        return f"{self.kernel}-sm{self.arch}-{self.dtype}-{dims}{flags}"
 
 
 CASES = [
     *(Case(kernel, arch, head_dim) for arch in (80, 90, 100) for head_dim in (64, 128) for kernel in KERNELS),
     *(Case(kernel, arch, head_dim=256) for arch in (80, 90) for kernel in KERNELS),
+    *(Case(kernel, arch, head_dim=192, value_dim=128) for arch in (80, 90) for kernel in KERNELS),
     *(Case(kernel, 90, capped=True) for kernel in KERNELS),
     Case("forward", 90, carry=True),
 ]
@@ -65,9 +68,11 @@ def compile_case(case: Case, tuning: Tuning | None = None):
     kernel, tuning_for = KERNELS[case.kernel]
     dtype = getattr(torch, case.dtype)
     t = tuning or tuning_for(case.head_dim, dtype, case.arch)
-    padded = triton.next_power_of_2(case.head_dim)
+    dims = case.head_dim, case.value_dim or case.head_dim
+    padded, padded_v = map(triton.next_power_of_2, dims)
     constants = {
-        "GROUP": 4, "D": case.head_dim, "BLOCK_D": padded, "BLOCK_Q": t.block_q, "BLOCK_K": t.block_k,
+        "GROUP": 4, "D": dims[0], "BLOCK_D": padded, "DV": dims[1], "BLOCK_DV": padded_v,
+        "BLOCK_Q": t.block_q, "BLOCK_K": t.block_k,
         "STAGES": t.stages, "TMA": t.tma, "CAPPED": case.capped, "IN_PLACE": case.carry,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -77,7 +82,7 @@ def compile_case(case: Case, tuning: Tuning | None = None):
             return "constexpr"
         if name in TILED and t.tma:
             rows = t.block_k if name in ("k", "v") else t.block_q
-            return f"tensordesc<{TYPE_NAMES[dtype]}[1, 1, {rows}, {padded}]>"
+            return f"tensordesc<{TYPE_NAMES[dtype]}[1, 1, {rows}, {padded_v if name in ('v', 'dout') else padded}]>"
         if name in TILED or (name == "out" and not case.carry):
             return f"*{TYPE_NAMES[dtype]}"
         if name in ("out", "carry", "lse", "delta", "dq", "dk", "dv"):

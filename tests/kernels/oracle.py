@@ -42,15 +42,21 @@ def problem(
     softcap: float | None = None,
     seed: int = 0,
     means: tuple[float, float] = (1.0, 0.5),
+    value_dim: int | None = None,
 ) -> Problem:
-    """Random tensors for a mask. heads: (query heads, KV heads). means: those of keys and values; models' have some."""
+    """Random tensors for a mask.
+
+    heads: (query heads, KV heads). means: those of keys and values; models' have some.
+    value_dim: of values and results; None: head_dim.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(length: int, count: int, mean: float = 0.0) -> Tensor:
-        return (torch.randn(batch, length, count, head_dim, generator=generator, device=device) + mean).to(dtype)
+    def draw(length: int, count: int, mean: float = 0.0, dim: int = head_dim) -> Tensor:
+        return (torch.randn(batch, length, count, dim, generator=generator, device=device) + mean).to(dtype)
 
-    q, dout = draw(mask.queries, heads[0]), draw(mask.queries, heads[0])
-    k, v = draw(mask.keys, heads[1], means[0]), draw(mask.keys, heads[1], means[1])
+    of_values = head_dim if value_dim is None else value_dim
+    q, dout = draw(mask.queries, heads[0]), draw(mask.queries, heads[0], dim=of_values)
+    k, v = draw(mask.keys, heads[1], means[0]), draw(mask.keys, heads[1], means[1], of_values)
     return Problem(2 * q, k, v, dout, mask, head_dim**-0.5, softcap)
 
 

@@ -25,6 +25,13 @@ def test_softcap_and_its_derivative(softcap):
     assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
 
 
+@pytest.mark.parametrize("dims", [(12, 8), (8, 12), (192, 128)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
+def test_values_may_have_a_head_size_of_their_own(heads, dims):
+    p = problem(MASKS["packed"](90), heads=heads, head_dim=dims[0], value_dim=dims[1])
+    assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
+
+
 @given(data=st.data(), length=st.integers(1, 40), heads=st.sampled_from([(1, 1), (2, 1), (4, 2)]))
 def test_any_mask_is_within_the_bound_of_float64(data, length, heads):
     mask, _ = data.draw(masks(length))

@@ -30,6 +30,7 @@ STACK_LIMIT = {
     # Two halves of 128 columns each: accumulators alone take 128 and 256 registers of a thread.
     "forward-sm90-bfloat16-D256": 256,
     "dkdv-sm90-bfloat16-D256": 512,
+    "dkdv-sm90-bfloat16-D192-DV128": 128,
 }
 
 
@@ -72,7 +73,8 @@ def test_tiles_fit_shared_memory(compiled):
 
 @pytest.mark.slow
 def test_sm80_loads_ahead_into_shared_memory_for_its_tensor_cores(compiled):
-    small = {name: report for name, report in compiled.items() if name != "dkdv-sm80-bfloat16-D256"}  # one stage
+    one_stage = ("dkdv-sm80-bfloat16-D256", "dkdv-sm80-bfloat16-D192-DV128")
+    small = {name: report for name, report in compiled.items() if name not in one_stage}
     assert wrong(small, 80, mma=lambda r: r["mma_sync"] > 0, copies=lambda r: r["cp_async"] > 0) == []
 
 

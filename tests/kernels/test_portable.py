@@ -75,6 +75,23 @@ def violations_of_shape(heads: tuple[int, int], head_dim: int, softcap: float | 
     return checked(problem(mask, heads=heads, head_dim=head_dim, softcap=softcap, dtype=dtype), tma=head_dim != 80)
 
 
+def violations_of_values(heads: tuple[int, int], head_dim: int, value_dim: int, tma: bool) -> list[str]:
+    return checked(problem(MASKS["packed"](50), heads=heads, head_dim=head_dim, value_dim=value_dim), tma)
+
+
+def chain_with_values_of_their_own() -> float:
+    """The distance of a carry over two runs of keys from one call, results written elsewhere."""
+    forward, _ = kernels()
+    p = problem(MASKS["packed"](TOKENS), head_dim=64, value_dim=32)
+    whole = forward(p.q, p.k, p.v, p.mask.intervals(), scale=p.scale)
+    state, out = None, torch.empty_like(whole.out)
+    for begin, end in ((0, 40), (40, TOKENS)):
+        part = p.mask.restrict(torch.arange(TOKENS), torch.arange(begin, end)).intervals()
+        into = out if begin else None
+        state = forward(p.q, p.k[:, begin:end], p.v[:, begin:end], part, scale=p.scale, carry=state, out=into)
+    return distance(out, whole.out)
+
+
 def violations_of_default_tiles(dtype: torch.dtype) -> list[str]:
     from ringflash.kernels import portable_backward, portable_forward
 
@@ -229,6 +246,18 @@ def test_query_heads_share_kv_heads(interpreter, heads):
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
 def test_head_sizes_that_are_and_are_not_powers_of_two(interpreter, head_dim):
     assert interpreter(violations_of_shape, (2, 1), head_dim, None, torch.float32) == []
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "value_dim", "tma"),
+    [((2, 1), 96, 64, True), ((2, 2), 192, 128, True), ((2, 2), 192, 128, False), ((2, 1), 32, 80, False)],
+)
+def test_values_may_have_a_head_size_of_their_own(interpreter, heads, head_dim, value_dim, tma):
+    assert interpreter(violations_of_values, heads, head_dim, value_dim, tma) == []
+
+
+def test_a_carry_has_the_values_head_size(interpreter):
+    assert interpreter(chain_with_values_of_their_own) < 1e-6
 
 
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])

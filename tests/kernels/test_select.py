@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,12 +35,25 @@ def test_the_deterministic_mode_reaches_the_kernel_whose_gradients_would_differ(
         assert kernels._load("hopper", deterministic).backward.keywords == {"deterministic": deterministic}
 
 
+def test_the_hopper_kernels_refuse_values_of_another_head_size_by_name(monkeypatch):
+    hopper = pytest.importorskip("ringflash.kernels.hopper_parts")
+    monkeypatch.setattr(hopper, "arch", lambda q: 90)
+    monkeypatch.setattr(hopper, "stride_refusal", lambda q, k, copy_engine: None)
+    monkeypatch.setattr(hopper, "request_refusal", lambda q, k, softcap: None)
+    q = SimpleNamespace(shape=(1, 8, 4, 64), dtype=torch.bfloat16, is_cuda=True)
+    assert hopper.supports(q, q, None, 64) is None
+    assert hopper.supports(q, q, None, 32) == (
+        "takes values of the keys' head_dim, 64, got 32; kernel=portable takes others"
+    )
+
+
 @pytest.mark.gpu
 def test_a_hopper_gpu_gets_the_hopper_kernel_for_16_bits_and_the_portable_one_for_fp32():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("not a Hopper GPU")
     assert kernels.select(*request(torch.bfloat16, "cuda")).name == "hopper"
     assert kernels.select(*request(torch.float32, "cuda")).name == "portable"
+    assert kernels.select(*request(torch.bfloat16, "cuda"), value_dim=32).name == "portable"
 
 
 WITHOUT_TRITON = """

@@ -19,7 +19,7 @@ WHERE_KNOWN = {
     "n_shared_experts": 1, "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
     "attention_dropout": 0.0, "residual_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "hidden_dropout": 0.0,
     "embedding_dropout": 0.0, "router_jitter_noise": 0.0,
-    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 10,
 }  # fmt: skip
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}

@@ -6,10 +6,12 @@ from ringflash import ring_attention
 from tests import reference
 
 
-def whole_inputs(batch, length, heads=4, kv_heads=2, dim=16):
+def whole_inputs(batch, length, heads=4, kv_heads=2, dim=16, value_dim=None):
     """q, k, v, dout of whole sequences, the same on every rank. Keys and values have a mean, as those of models do."""
     generator = torch.Generator().manual_seed(length)
-    shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
+    of_values = dim if value_dim is None else value_dim
+    counts, dims = (heads, kv_heads, kv_heads, heads), (dim, dim, of_values, of_values)
+    shapes = [(batch, length, n, d) for n, d in zip(counts, dims, strict=True)]
     return [torch.randn(shape, generator=generator) + mean for shape, mean in zip(shapes, (0, 2, 1, 0), strict=True)]
 
 

@@ -37,6 +37,40 @@ def test_head_groups_and_softcap_are_exact(heads, softcap):
     assert_exact(on_ring(inputs, plan, softcap=softcap), oracle(inputs, plan.mask.dense(), softcap), layout)
 
 
+VALUES = {"larger": (12, 18), "smaller": (24, 16)}  # head_dim of keys, of values
+
+
+@pytest.mark.parametrize("dims", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize(("ranks", "kv_heads", "layout"), [(1, 2, "contiguous"), (3, 1, "zigzag"), (4, 4, "balanced")])
+def test_values_may_have_a_head_size_of_their_own(ranks, kv_heads, layout, dims):
+    mask = IntervalMask.causal(60) & IntervalMask.documents([[7, 53], [40, 20]])
+    layout = Layout.of(layout, mask, ranks)
+    inputs = whole_inputs(2, 60, 4, kv_heads, *dims)
+    results = on_ring(inputs, AttentionPlan(mask, layout, Loopback(ranks)))
+    assert_exact(results, oracle(inputs, mask.dense()), layout)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["centered keys", "residue"])
+def test_16_bit_values_of_another_head_size_are_as_exact_as_plain_attention(softcap):
+    mask, layout = IntervalMask.causal(60), Layout.zigzag(60, 3)
+    inputs = [x.bfloat16() for x in whole_inputs(1, 60, 4, 2, 24, 16)]
+    exact = oracle(inputs, mask.dense(), softcap)
+    plain = [x.clone().requires_grad_() for x in inputs[:3]]
+    out, _ = reference.attention(*plain, mask.dense(), softcap=softcap)
+    plain = [out.detach(), *torch.autograd.grad(out, plain, inputs[3])]
+    found = on_ring(inputs, AttentionPlan(mask, layout, Loopback(3)), softcap=softcap)
+    for name, shards, theirs, truth in zip(("out", "dq", "dk", "dv"), found, plain, exact, strict=True):
+        whole = layout.unshard(shards.chunk(3)).double()
+        assert (whole - truth).norm() <= 2 * (theirs.double() - truth).norm(), name
+
+
+def test_values_of_another_number_of_heads_are_refused():
+    q, k, v, _ = whole_inputs(1, 8, dim=64, value_dim=32)
+    v = torch.cat([v, v], dim=2)
+    with pytest.raises(ValueError, match=r"k \[B, S, Hkv, D\] and v \[B, S, Hkv, Dv\], got .*v \[1, 8, 4, 32\]"):
+        flash_attention(q, k, v, IntervalMask.causal(8))
+
+
 def test_striped_layouts_of_many_chunks_a_rank_are_exact():
     layout, inputs = Layout.striped(400, 2), whole_inputs(1, 400)
     plan = AttentionPlan(IntervalMask.causal(400), layout, Loopback(2))
@@ -324,12 +358,12 @@ def test_a_scale_and_a_softcap_may_be_any_real_number(value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_empty_batch_has_an_empty_result_and_gradients(ranks, dtype):
     plan = AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, ranks), Loopback(ranks))
-    shapes = [(0, 8 // ranks, heads, 16) for heads in (4, 2, 2)]
+    shapes = [(0, 8 // ranks, heads, dim) for heads, dim in ((4, 16), (2, 16), (2, 12))]
     leaves = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes] + [
         torch.ones(4, requires_grad=True)
     ]
     out = ring_attention(*leaves[:3], plan, sink=leaves[3], softcap=2.0)
-    assert (out.shape, out.dtype) == (shapes[0], dtype)
+    assert (out.shape, out.dtype) == ((0, 8 // ranks, 4, 12), dtype)
     gradients = torch.autograd.grad(out.sum(), leaves)
     assert [x.shape for x in gradients] == [x.shape for x in leaves]
     assert not gradients[3].any()

@@ -16,7 +16,7 @@ DOCUMENTS = [[1, 30, 44], [75]]
 GRIDS = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 2), (4, 4), (6, 3), (8, 1), (8, 2), (8, 4), (8, 8)]  # ranks, ulysses
 
 
-def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32):
+def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32, value_dim=16):
     """This rank's shards of out, dq, dk, dv, and its share of the sink's gradient."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     grid = torch.arange(ranks).view(-1, ulysses)
@@ -25,7 +25,7 @@ def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32):
     mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
     layout = Layout.zigzag(LENGTH, ranks // ulysses, ulysses=ulysses)
     plan = AttentionPlan(mask, layout, ProcessRing(groups[column]), Ulysses(groups[row]))
-    shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, LENGTH, heads, kv_heads)]
+    shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, LENGTH, heads, kv_heads, 16, value_dim)]
     sink = torch.linspace(-1, 1, heads).requires_grad_() if with_sink else None
     arguments = [*(x.requires_grad_() for x in shards[:3]), *([sink] if with_sink else [])]
     out = ring_attention(*shards[:3], plan, sink=sink)
@@ -49,6 +49,15 @@ def test_any_grid_is_exact(ranks, ranks_of_run, ulysses, heads):
     mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
     layout = Layout.zigzag(LENGTH, ranks_of_run // ulysses, ulysses=ulysses).split(ulysses)
     assert_exact([torch.cat(x) for x in zip(*results, strict=True)], oracle(inputs, mask.dense()), layout)
+
+
+@pytest.mark.ranks
+def test_values_of_another_head_size_are_exchanged_too(ranks):
+    results = ranks.run(on_grid, 4, 2, 4, 2, False, torch.float32, 24)
+    mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
+    layout = Layout.zigzag(LENGTH, 2, ulysses=2).split(2)
+    expected = oracle(whole_inputs(2, LENGTH, 4, 2, 16, 24), mask.dense())
+    assert_exact([torch.cat(x) for x in zip(*results, strict=True)], expected, layout)
 
 
 @pytest.mark.ranks
