@@ -38,6 +38,9 @@ class PinnedPool:
         self.pinned = pinned
         self.bytes = 0
         self._free: dict[int, list[Tensor]] = defaultdict(list)
+        self._registered: list[Tensor] = []
+        # Memory that is freed while it is registered could not be registered when it is given out again.
+        weakref.finalize(self, _unregister, self._registered).atexit = False
 
     def reserve(self, sizes: list[int], progress: Callable[[int], None] = lambda done: None) -> None:
         """Have a free block of each of `sizes`, in bytes; progress: called with the bytes that this has made so far.
@@ -72,6 +75,7 @@ class PinnedPool:
             status = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)
             if int(status) != 0:
                 raise ConfigError(self._too_little(size))
+            self._registered.append(block)
         self.bytes += size
         return block
 
@@ -81,6 +85,12 @@ class PinnedPool:
             f"were asked for: fewer layers there need less (memory.host_layers), memory.attention_results=gpu and "
             f"memory.layer_inputs=gpu need none"
         )
+
+
+def _unregister(blocks: list[Tensor]) -> None:
+    """Let CUDA forget blocks of a pool that is gone."""
+    for block in blocks:
+        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
 
 
 class Parked:

@@ -100,3 +100,26 @@ def test_too_little_host_memory_is_refused_with_what_to_set():
     message = r"pins no more than 0\.0 GiB of host memory, and 2\.00 more were asked for: .*memory\.host_layers"
     with mock.patch.object(torch, "empty", side_effect=RuntimeError("no")), pytest.raises(ConfigError, match=message):
         pool.reserve([2**31])
+
+
+def test_a_pool_that_is_gone_unregisters_its_blocks():
+    calls = []
+
+    class Cuda:
+        @staticmethod
+        def cudaHostRegister(address, size, flags):  # noqa: N802
+            calls.append(("register", address))
+            return 0
+
+        @staticmethod
+        def cudaHostUnregister(address):  # noqa: N802
+            calls.append(("unregister", address))
+
+    with mock.patch.object(torch.cuda, "cudart", return_value=Cuda):
+        pool = PinnedPool(pinned=True)
+        pool.reserve([64, 4096])
+        pool.give(pool.take(64))
+        del pool
+    registered = [address for what, address in calls if what == "register"]
+    assert [address for what, address in calls if what == "unregister"] == registered
+    assert len(registered) == 2

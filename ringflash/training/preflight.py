@@ -56,6 +56,11 @@ def check_inputs(
     check_length(config.model, model_config, config.data.sequence_length)
     if device is not None:
         check_kernel(config.model, config.attention, model_config, device)
+        for name in (f.name for f in dataclasses.fields(config.fused)):
+            config.fused.wanted(name, device)
+    layers = model_config.num_hidden_layers
+    if config.memory.host_layers is not None and config.memory.host_layers > layers:
+        raise ConfigError(f"memory.host_layers={config.memory.host_layers} must be at most the model's {layers} layers")
     tokenizer = load_tokenizer(config.data)
     check_vocabulary(config.data, tokenizer, model_config.vocab_size)
     find_files(config.data)

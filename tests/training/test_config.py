@@ -128,7 +128,7 @@ def settings_of(part, prefix=""):
             "parallel.hop_timeout_seconds=58.0 must be at least 4 s less than parallel.timeout_minutes=1",
         ),
         (["parallel.hop_timeout_seconds=nan"], "parallel.hop_timeout_seconds=nan must be above 0 and finite"),
-        (["experiment=foo"], "experiment=foo is not one of debug, llama3-8b-256k, qwen3-0.5b-128k"),
+        (["experiment=foo"], "experiment=foo is not one of debug, llama3-8b-128k, llama3-8b-256k"),
         (["model=foo"], "model=foo is not one of llama3-8b, pretrained, qwen3"),
         (["data=text"], "data.path is not set"),
         (["model.path=folder"], "model.path=folder and model.architecture"),

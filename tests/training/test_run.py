@@ -142,7 +142,10 @@ BAD_INPUT = {
         "attention.kernel=hopper needs a GPU of compute capability 9.0, got device cpu; "
         "attention.kernel=auto takes what runs there",
     ),
-    "experiment": (["experiment=unknown"], "experiment=unknown is not one of debug, llama3-8b-256k, qwen3-0.5b-128k"),
+    "experiment": (
+        ["experiment=unknown"],
+        "experiment=unknown is not one of debug, llama3-8b-128k, llama3-8b-256k, qwen3-0.5b-128k, qwen3-0.6b-1m",
+    ),
 }  # fmt: skip
 
 
@@ -167,9 +170,18 @@ def test_bad_input_ends_a_run_with_one_line(text, case):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("experiment", ["llama3-8b-256k", "qwen3-0.5b-128k"])
-def test_every_large_experiment_takes_two_steps_on_the_cpu_with_a_small_model(ranks, text, experiment):
-    others = [f"experiment={experiment}", "model=tiny-llama", "optim.steps=2", "name=short"]
+@pytest.mark.parametrize(
+    ("experiment", "small"),
+    [
+        ("llama3-8b-128k", ["model.dtype=bf16"]),
+        ("llama3-8b-256k", []),
+        ("qwen3-0.5b-128k", []),
+        ("qwen3-0.6b-1m", ["model.dtype=bf16", "memory.host_layers=1", "model.architecture.vocab_size=384"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_large_experiment_takes_two_steps_on_the_cpu_with_a_small_model(ranks, text, experiment, small):
+    others = [f"experiment={experiment}", "model=tiny-llama", "optim.steps=2", "name=short", *small]
     (error, stdout), _ = ranks.run(fitted, 2, settings(text, *others))
     assert error is None
     assert "held-out loss" in stdout
@@ -298,6 +310,7 @@ REFUSED_BY_PRINT = {
     "data": (["data.path=/nowhere"], "data.path=/nowhere does not exist"),
     "files": (["data.files=['*.nothing']"], "match no file"),
     "tokenizer": (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere is neither bytes nor a folder"),
+    "layers": (["memory=host", "memory.host_layers=3"], "memory.host_layers=3 must be at most the model's 2 layers"),
     "vocabulary": (["model.architecture.vocab_size=100"], "data.tokenizer=bytes has 384 tokens, more than the model's"),
 }
 
@@ -306,6 +319,12 @@ REFUSED_BY_PRINT = {
 def test_print_refuses_what_a_run_would(others, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_inputs(compose(others)[0])
+
+
+def test_what_must_be_fused_is_refused_on_the_cpu():
+    for name in ("norm", "rotary", "mlp", "loss", "optimizer"):
+        with pytest.raises(ConfigError, match=rf"^fused\.{name}=always needs a GPU, .* got device cpu"):
+            check_inputs(compose([f"fused.{name}=always"])[0], torch.device("cpu"))
 
 
 def test_print_leaves_it_to_the_run_whether_a_kernel_can_run_where_there_is_no_gpu():
@@ -321,7 +340,7 @@ def test_print_refuses_a_kernel_that_this_machines_gpu_cannot_run(monkeypatch):
         check_inputs(config, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("experiment", [None, "qwen3-0.5b-128k", "llama3-8b-256k"])
+@pytest.mark.parametrize("experiment", [None, "qwen3-0.5b-128k", "qwen3-0.6b-1m", "llama3-8b-128k", "llama3-8b-256k"])
 def test_every_experiment_trains_on_positions_that_its_model_knows(text, experiment):
     chosen = [f"experiment={experiment}", "data=text", f"data.path={text}"] if experiment else []
     config, _ = compose(chosen)
