@@ -258,14 +258,16 @@ def compile_passes(plan: AttentionPlan, shape: Shape) -> tuple[Schedule, Schedul
     """The forward and the backward of a layer of that shape, for the local ranks of the plan's ring."""
     ranks, routes, length = plan.ring.local, plan.routes, plan.layout.shard_length
     heads = head_sections(routes, length, shape.key_heads)
-    parts = heads if len(heads) > 1 else _row_sections(heads[0])
+    sections = heads if len(heads) > 1 else _row_sections(heads[0])  # of the backward
     keys = _key_buffers(routes, length, shape)
-    gradients = {name: (buffer,) for part in parts for name, buffer in _gradient_buffers(part, shape)}
-    pairs = [[[hops[i].pairs for hops in plan.hops_of(part.rows)] for part in parts] for i in range(len(ranks))]
-    whole = [[hops[i].pairs for hops in plan.hops] for i in range(len(ranks))]
-    forward = (tuple(forward_steps(rank, whole[i], routes, heads)) for i, rank in enumerate(ranks))
-    backward = (tuple(backward_steps(rank, pairs[i], routes, parts)) for i, rank in enumerate(ranks))
-    return Schedule(ranks, heads, keys, tuple(forward)), Schedule(ranks, parts, keys | gradients, tuple(backward))
+    gradients = {name: (buffer,) for section in sections for name, buffer in _gradient_buffers(section, shape)}
+    forward, backward = [], []
+    for i, rank in enumerate(ranks):
+        of_hops = [hops[i].pairs for hops in plan.hops]
+        of_sections = [[hops[i].pairs for hops in plan.hops_of(section.rows)] for section in sections]
+        forward.append(tuple(forward_steps(rank, of_hops, routes, heads)))
+        backward.append(tuple(backward_steps(rank, of_sections, routes, sections)))
+    return Schedule(ranks, heads, keys, tuple(forward)), Schedule(ranks, sections, keys | gradients, tuple(backward))
 
 
 def head_sections(routes: tuple[Route, ...], length: int, key_heads: int) -> tuple[Section, ...]:
@@ -278,7 +280,7 @@ def head_sections(routes: tuple[Route, ...], length: int, key_heads: int) -> tup
 
 
 def _row_sections(whole: Section) -> tuple[Section, ...]:
-    """Two parts of the keys, whose gradients travel one under the other, on one stream: they add to the same dq.
+    """Two sections of the keys, whose gradients travel one under the other, on one stream: they add to the same dq.
 
     A quarter, and the rest: under zigzag a hop sees the first half of the keys or all, and so something of both.
     """
