@@ -32,6 +32,8 @@ from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.world import World
 
+REDUCE_BUCKET = 10**8  # gradients that ZeRO reduces at once, in a buffer of its own; by default that takes a GiB or two
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -184,7 +186,7 @@ def build_engine(
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "bf16" if split or (bf16 and zero0) else "fp32"},
         "bf16": {"enabled": bf16, "bf16_master_weights_and_grads": split, "bf16_optimizer_states": split},
-        "zero_optimization": {"stage": memory.zero},
+        "zero_optimization": {"stage": memory.zero, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
