@@ -1,6 +1,6 @@
 """Activation checkpointing of a model on the ring, set on the model itself: nothing of transformers is replaced.
 
-Between forward and backward a layer keeps its input and its attention's result, (out, lse). `KeepConfig` says where.
+Between forward and backward a layer keeps its input and its attention's result, (out, lse). `Keep` says where.
 """
 
 from __future__ import annotations
