@@ -33,6 +33,7 @@ from ringflash.models.families import ARCHITECTURES, vouch_for
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.inputs import ring_inputs
 from ringflash.models.ring_mask import RingMask
+from ringflash.models.rope import pin_rope
 from ringflash.models.router_loss import router_loss
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "host_store",
     "layer_masks",
     "logit_scale",
+    "pin_rope",
     "read_config",
     "ring_attention_forward",
     "ring_inputs",

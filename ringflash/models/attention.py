@@ -16,6 +16,7 @@ from ringflash.mask import check_tokens
 from ringflash.models.checks import check_call
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
 from ringflash.models.ring_mask import RingMask
+from ringflash.models.rope import length_refusal, scales_by_position
 from ringflash.models.router_loss import share_router_loss
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
@@ -62,10 +63,14 @@ def ring_attention_forward(
     if getattr(module, "layer_idx", 0) == 0:
         share_router_loss(module)
         mask = attention_mask if isinstance(attention_mask, RingMask) else None
-        of_model = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
-        position_ids = unknown.get("position_ids", of_model)
+        call = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
+        position_ids = unknown.get("position_ids", call.arguments.get("position_ids") if call else None)
+        config: Any = getattr(module, "config", None)
+        reason = config and length_refusal(config, plan.layout.length, call.owner if call else None)
+        if reason:
+            raise ValueError(f"config.{reason}")
         if position_ids is not None:
-            _check_positions(position_ids, plan)
+            _check_positions(position_ids, plan, config and scales_by_position(config))
     if (window := _window(attention_mask, sliding_window)) is not None:
         plan = plan.window(check_tokens("sliding_window", window, least=1) - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -112,13 +117,15 @@ def _window(mask: Tensor | RingMask | None, asked: int | None) -> int | None:
     return mask.window
 
 
-def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
+def _check_positions(position_ids: Tensor, plan: AttentionPlan, of_document_alone: bool) -> None:
     """Refuse positions that are neither the sequence's nor a document's own.
 
     transformers' default is one of these: it counts from 0 on every shard. On a GPU the device compares and stops the
     program; the host does not wait.
     """
-    message = "position_ids must count from the beginning of each document (plan.position_ids) or of the sequence"
+    message = "position_ids must count from the beginning of each document (plan.position_ids)" + (
+        ", by which this model scales its queries" if of_document_alone else " or of the sequence"
+    )
     rows, ranks, positions = len(position_ids), len(plan.ring.local), plan.positions
     fits = rows == 1 or (rows % ranks == 0 and plan.batch in (1, rows // ranks))
     if not fits or position_ids.shape[-1] != positions.shape[-1]:
@@ -128,7 +135,8 @@ def _check_positions(position_ids: Tensor, plan: AttentionPlan) -> None:
         )
     of_sequence, of_document = positions.repeat_interleave(max(1, rows // positions.shape[1]), dim=1)
     past_end = of_sequence >= plan.layout.length
-    right = ((position_ids == of_sequence) | (position_ids == of_document) | past_end).all()
+    right = (position_ids == of_document) | past_end
+    right = (right if of_document_alone else right | (position_ids == of_sequence)).all()
     if right.is_cuda:
         torch._assert_async(right, message)
     elif not right:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
+from ringflash.models.rope import pin_rope
 
 
 def build_model(config: ModelConfig) -> PreTrainedModel:
@@ -21,10 +22,19 @@ def build_model(config: ModelConfig) -> PreTrainedModel:
     """
     hf_config = read_config(config)
     options: dict[str, Any] = {"attn_implementation": "ring", "dtype": DTYPES[config.dtype]}
-    if config.path is not None:
-        return _pretrained(config.path, hf_config, options)
+    model = _pretrained(config.path, hf_config, options) if config.path is not None else _random(hf_config, options)
+    if config.rope_length is not None:
+        try:
+            pin_rope(model, config.rope_length)
+        except ValueError as error:
+            raise ConfigError(f"model.rope_length={config.rope_length}: {error}") from error
+    return model
+
+
+def _random(hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """A model of random weights."""
     try:
-        _check_memory(hf_config, DTYPES[config.dtype])
+        _check_memory(hf_config, options["dtype"])
         return AutoModelForCausalLM.from_config(hf_config, **options)
     except ConfigError:
         raise

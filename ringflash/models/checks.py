@@ -39,10 +39,10 @@ class _Frame(NamedTuple):
     arguments: dict[str, Any]  # those of _ARGUMENTS that it has
 
 
-def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor | None, items: Any) -> Tensor | None:
+def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor | None, items: Any) -> _Frame | None:
     """Raise ValueError for a head, an argument or a Trainer's setting that needs the whole sequence.
 
-    Returns the positions of the innermost model's tokens, which some families keep from their layers.
+    Returns the call of the innermost model, with positions that some families keep from their layers.
 
     mask: that of ring_inputs, which knows how many labels there are. shift_labels, items: the keywords shift_labels
     and num_items_in_batch of the model's call.
@@ -61,7 +61,7 @@ def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor 
     several = plan.ulysses is not None or len(plan.ring.local) < plan.ring.size
     for owner, _ in frames:
         _check_trainer(owner, several)
-    return models[0].arguments.get("position_ids") if models else None
+    return models[0] if models else None
 
 
 def _frames() -> list[_Frame]:

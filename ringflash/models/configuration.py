@@ -22,7 +22,7 @@ from ringflash.kernels import FASTEST_FIRST
 from ringflash.mask import IntervalMask
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.families import Windows, family_refusal, vouch_for, windows_of
-from ringflash.models.rope import extended, rope_kinds, rope_refusal, supported_positions
+from ringflash.models.rope import extended, length_refusal, rope_kinds, rope_refusal, supported_positions
 from ringflash.ring.cost import Heads
 
 DTYPES = {
@@ -54,6 +54,10 @@ class ModelConfig:
     """Values to replace in the rotary positions of the model in `path`, such as {rope_type: yarn, factor: 4.0} to
     extend its context; one dictionary per kind of layer where the model has such. The exported model has them."""
 
+    rope_length: int | None = None
+    """Give all documents the rotary frequencies of a document of this many tokens: for longrope and dynamic RoPE, which
+    go by length; null: sequences no longer than the model's original positions."""
+
     dtype: str = "auto"
     """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
 
@@ -80,6 +84,8 @@ class ModelConfig:
                 f"model.rope_parameters={self.rope_parameters} changes a model of model.path: with random weights set "
                 f"model.architecture.rope_parameters"
             )
+        if self.rope_length is not None and self.rope_length < 1:
+            raise ConfigError(f"model.rope_length={self.rope_length} must be 1 or more, or null")
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
 
@@ -232,6 +238,8 @@ def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) 
 
     Positions count within each document, but a document may fill its sequence.
     """
+    if config.rope_length is None and (reason := length_refusal(hf_config, length)) is not None:
+        raise ConfigError(f"data.sequence_length={length}: {reason}")
     known = supported_positions(hf_config)
     if known is None or length <= known or config.extrapolate_positions:
         return

@@ -13,7 +13,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _SHARED = ("rope_type", "rope_theta", "partial_rotary_factor")
 _STRETCHED = ("factor", "original_max_position_embeddings")
@@ -24,6 +26,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "yarn": (*_STRETCHED, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
 }
+
+BY_LENGTH = ("dynamic", "longrope")
 
 
 def rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
@@ -41,13 +45,60 @@ def rope_kinds(config: PreTrainedConfig) -> str:
 
 
 def rope_refusal(config: PreTrainedConfig) -> str | None:
-    """None, or which kind of RoPE would be another on each shard."""
+    """None, or which kind of RoPE is not known to be the same on every shard."""
     for rope in rope_parameters(config):
-        if (kind := rope.get("rope_type", "default")) not in KINDS:
-            by_length = ": it depends on the longest position of a shard, not of the sequence"
-            reason = by_length if kind in ("dynamic", "longrope") else ""
-            return f"rope_parameters.rope_type={kind} is not supported{reason}; {_listed(KINDS)} are supported"
+        if (kind := rope.get("rope_type", "default")) not in (known := (*KINDS, *BY_LENGTH)):
+            return f"rope_parameters.rope_type={kind} is not supported; {_listed(known)} are supported"
     return None
+
+
+def scales_by_position(config: PreTrainedConfig) -> bool:
+    """Whether a model scales its queries by their positions, which then must count within each document."""
+    return any(rope.get("llama_4_scaling_beta") for rope in rope_parameters(config))
+
+
+def length_refusal(config: PreTrainedConfig, length: int, model: nn.Module | None = None) -> str | None:
+    """None, or which RoPE of sequences of `length` tokens would be another on each shard, unless `model` is pinned."""
+    for rope in rope_parameters(config):
+        kind = rope.get("rope_type", "default")
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        pinned = model is not None and _kinds(model) == {"pinned"}
+        if kind in BY_LENGTH and length > original and not pinned:
+            return (
+                f"rope_parameters.rope_type={kind} turns by a document's length where that is more than {original}, "
+                f"and a sequence has {length} tokens: pin it to the frequencies of documents of N tokens, by "
+                f"model.rope_length=N or ringflash.models.pin_rope(model, N)"
+            )
+    return None
+
+
+def pin_rope(model: nn.Module, tokens: int) -> None:
+    """Give all documents the rotary frequencies that transformers gives a document of `tokens` tokens.
+
+    For longrope and dynamic RoPE, which go by the longest position of a call: on the ring, of a shard. A pinned model
+    equals transformers' own for documents of that length; with longrope for all on the same side of the original
+    length. Its configuration stays as it is. Raises ValueError for a model without such a RoPE.
+    """
+    if not (kinds := _kinds(model)) or not kinds <= {*BY_LENGTH, "pinned"}:
+        raise ValueError(
+            f"the model's RoPE is {_listed(kinds) if kinds else 'none'}: {_listed(BY_LENGTH)} go by length"
+        )
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
+    for module in modules:
+        if module.config.model_type == "phimoe":
+            raise ValueError("phimoe scales its positions by their length too, which cannot be pinned")
+        kind = module.config.rope_parameters["rope_type"]  # also of a module that is pinned again
+        frequencies, module.attention_scaling = ROPE_INIT_FUNCTIONS[kind](
+            module.config, module.inv_freq.device, seq_len=tokens
+        )
+        module.register_buffer("inv_freq", frequencies, persistent=False)
+        module.rope_type = "pinned"
+
+
+def _kinds(model: nn.Module) -> set[str]:
+    """The kinds of a model's rotary modules; "by layer" for one that has several."""
+    found = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
+    return {kind if isinstance(kind, str) else "by layer" for kind in found}
 
 
 def supported_positions(config: PreTrainedConfig) -> int | None:

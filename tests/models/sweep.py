@@ -40,6 +40,19 @@ a ring, as on one rank. The trainer adds its gradient, averaged over micro-batch
 reports is that of the tokens. tests/models/test_router_loss.py compares with the definition in float64, and with each
 family's own loss. transformers records no router logits of granitemoe's families, so these have none.
 
+## Rotary positions
+
+Positions count within each document. default, linear, yarn and llama3 RoPE are the same on every shard, and so are
+queries that are scaled by their position (`llama_4_scaling_beta`). longrope and dynamic RoPE go by a document's length:
+
+- Where sequences are no longer than the model's original positions, nothing depends on the length.
+- Beyond, `model.rope_length=N` (or `ringflash.models.pin_rope(model, N)`) gives all documents the frequencies of a
+  document of N tokens. With longrope that is exact for all documents on N's side of the original length.
+- Without it, such a model is refused.
+
+`model.rope_parameters` extends the model of `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`. The exported
+configuration has it.
+
 ## Families that are refused
 
 | model_type | why |

@@ -157,8 +157,9 @@ WRONG_ON_SHARDS = {
     "chunked attention": ("llama4_text", {"attention_chunk_size": 8}, r"^config\.model_type=llama4_text is not"),
     "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"^config\.model_type=lfm2 is not"),
     "positions of the longest": (
-        "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        r"^config\.rope_parameters\.rope_type=dynamic is not supported",
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 19},
+        r"^config\.rope_parameters\.rope_type=dynamic turns by a document's length where .* more than 19, .* 20 tokens",
     ),
 }  # fmt: skip
 
@@ -187,11 +188,8 @@ def test_a_model_that_plain_transformers_built_is_refused_where_shards_would_cha
         ({"model_type": "gpt_oss", "head_dim": 0}, r"^model\.architecture\.head_dim=0 must be 1 or more"),
         ({"model_type": "llama", "hidden_size": 60}, r"head_dim=15 \(hidden_size=60 / num_attention_heads=4\) must"),
         ({"model_type": "llama", "attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported"),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-         "rope_type=dynamic is not supported"),
-        ({"model_type": "llama", "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 4,
-            "long_factor": [1.0] * 4, "original_max_position_embeddings": 16}}, "rope_type=longrope is not supported"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+         "rope_type=proportional is not supported"),
         ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 6}, "hidden_size=64 is not a multiple of"),
     ],
 )  # fmt: skip
