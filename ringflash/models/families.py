@@ -100,7 +100,7 @@ FAMILIES = {
 ARCHITECTURES = tuple(FAMILIES)
 
 _RECURRENT = "layers of linear attention, recurrence or convolution carry state over the tokens of a shard"
-_IMAGES = "a model of images and text; on the ring is its text model"
+_IMAGES = "a model of images and text, and only models of text are on the ring"
 _NO_PLAN = "transformers passes no keywords, and so no plan, to its attention"
 _OWN_MASK = "its attention makes a mask of its own"
 _SPARSE = "its attention selects keys by score, which no interval of keys describes"
@@ -116,7 +116,7 @@ REFUSED = {
     **dict.fromkeys(("nemotron", "stablelm"), _NO_PLAN),
     **dict.fromkeys(("bloom", "doge", "falcon", "gpt2", "hy_v4", "mpt"), _OWN_MASK),
     "diffllama": "each of its layers computes attention twice, which is not counted",
-    "llama4_text": "its attention is limited to chunks, and the plan has none",
+    "llama4_text": "its attention is limited to chunks of tokens, which the plans of models do not have",
     "mimo_v2_flash": "its layers have different numbers of heads",
 }  # fmt: skip
 

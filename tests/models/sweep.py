@@ -36,7 +36,7 @@ The errors are the largest relative ones: of a loss (PASS: {loss:g} at most), an
 ## Experts
 
 With `output_router_logits` a model's loss has the load-balancing loss of its experts, over the tokens of all ranks of
-a ring, as on one rank. The trainer adds its gradient, averaged over micro-batches and replicas; the loss that it
+a ring as if on one rank. The trainer adds its gradient, averaged over micro-batches and replicas; the loss that it
 reports is that of the tokens. tests/models/test_router_loss.py compares with the definition in float64, and with each
 family's own loss. transformers records no router logits of granitemoe's families, so these have none.
 
