@@ -21,7 +21,8 @@ if [[ -z ${SLURM_JOB_NODELIST:-} || ${1:-} =~ ^(-h|--help)$ ]]; then
 fi
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 export PATH="$PWD/.venv/bin:$PATH"
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}  # with a pipe to head(1), scontrol may end by SIGPIPE
 port=$((20000 + SLURM_JOB_ID % 20000))
 exec srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID" train.py "$@"

@@ -47,8 +47,18 @@ class Pool:
     def run(self, function, size: int, *args, timeout: float = 240.0) -> list:
         """The function's results on `size` ranks. Raises RankError if one raised or did not answer in time.
 
-        Ranks that wait for one that raised never answer: then all processes are started again.
+        Ranks that wait for one that raised never answer: then all processes are started again. They also are, once,
+        where gloo could not connect them, as happens on a busy machine.
         """
+        try:
+            return self._run(function, size, *args, timeout=timeout)
+        except RankError as error:
+            if "Gloo connectFullMesh failed" not in str(error):
+                raise
+            self.close()
+            return self._run(function, size, *args, timeout=timeout)
+
+    def _run(self, function, size: int, *args, timeout: float) -> list:
         self._grow(size)
         self.runs += 1
         for pipe in self.pipes[:size]:
