@@ -1,7 +1,7 @@
 """A process whose Triton kernels are interpreted, for tests of kernels on the CPU.
 
 Triton decides when it is imported whether kernels are compiled or interpreted. This module imports nothing that would
-import it, so the new process is told before anything else happens there.
+import it, so the new process can set the variable first.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Only what later ranks see is sent (`plan.routes`). Extra memory, whatever the ri
   windows or contiguous layouts.
 
 On a ring of one, the backward goes by groups of heads, so that fp32 gradients are never of all of them at once.
-With one KV head there are no halves of the heads. The two parts are then a quarter of the keys, and the rest.
+With one KV head there are no halves of the heads: the backward has two sections, a quarter of the keys and the rest.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def ring_attention(
     on Hopper. compensated: gradients do not suffer from out's rounding (see `kernels.compensation`).
     layer: its number, for reports of a ring that hangs. Returns out [B, S, Hq, Dv] in q's dtype; queries that
     see nothing get 0.
-    Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it.
+    Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it, and
+    NotImplementedError for second derivatives (create_graph=True) and torch.func's transforms.
     """
     check_call(q, k, v, plan, scale, softcap, sink, deterministic=deterministic, compensated=compensated)
     if not len(q):  # no batch rows, on any rank: nothing to compute or send
@@ -157,7 +158,8 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
     dq, dk, dv = (torch.empty(x.shape, dtype=exact, device=x.device) for x in (q, k, v))
     dsink = None if sink is None else torch.zeros_like(sink)
-    for of_q, of_k in _head_groups(q, k, v) if ring.size == 1 and ulysses is None else [(slice(None), slice(None))]:
+    groups = _head_groups(q, k, v) if ring.size == 1 and ulysses is None else [(slice(None), slice(None))]
+    for of_q, of_k in groups:
         by_query, by_key = (q, out, dout, *residue, dq), (k, v, dk, dv)
         q_, out_, dout_, *residue_, dq_ = (x[:, :, of_q] for x in by_query)
         k_, v_, dk_, dv_ = (x[:, :, of_k] for x in by_key)

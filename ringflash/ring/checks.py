@@ -24,7 +24,7 @@ def check_call(
 ) -> None:
     """Raise ValueError or TypeError, with the values, where the arguments of ring_attention do not fit.
 
-    NotImplementedError under torch.func's transforms.
+    Raise NotImplementedError under torch.func's transforms, which ring_attention cannot pass through.
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(

@@ -353,8 +353,8 @@ def test_a_text_file_is_refused(tmp_path):
 
 def test_no_conversation_is_cut_whatever_its_length(tmp_path):
     draw = random.Random(0)
-    turns = [["he" * draw.randrange(1, 30) for _ in range(2 * draw.randrange(1, 4))] for _ in range(60)]
-    records = [{"messages": chat(*contents)} for contents in turns]
+    conversations = [["he" * draw.randrange(1, 30) for _ in range(2 * draw.randrange(1, 4))] for _ in range(60)]
+    records = [{"messages": chat(*messages)} for messages in conversations]
     training, _ = load_corpus(settings(tmp_path, write(tmp_path, "a.jsonl", records), held_out=0))
     tokenizer = chat_tokenizer(SMOLLM2)
     expected = [tokenizer.apply_chat_template(record["messages"], return_dict=False) for record in records]

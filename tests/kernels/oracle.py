@@ -79,6 +79,13 @@ def by_kernel(p: Problem, forward: Callable, backward: Callable) -> dict[str, Te
     return {"out": state.out, "lse": state.lse, **{name: sums[name].double() - held[name].double() for name in held}}
 
 
+def strided(x: Tensor) -> Tensor:
+    """x [B, S, H, D] as a slice of heads of a [B, H, S, D] tensor, whose other heads are NaN."""
+    held = torch.full((len(x), x.shape[2] + 3, *x.shape[1::2]), float("nan"), dtype=x.dtype, device=x.device)
+    held[:, 2:-1] = x.transpose(1, 2)
+    return held[:, 2:-1].transpose(1, 2)
+
+
 def delta_of(dout: Tensor, state: Partial) -> Tensor:
     """rowsum(dout * out), [B, Hq, Sq], contiguous."""
     return (dout.float() * state.out.float()).sum(-1).transpose(1, 2).contiguous()

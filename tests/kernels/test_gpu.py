@@ -21,7 +21,7 @@ import torch
 from ringflash import IntervalMask, flash_attention
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
-from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, violations
+from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, strided, violations
 
 
 def no_hopper() -> bool:
@@ -233,13 +233,6 @@ def test_strided_views_give_the_same_bits(kernel, head_dim, dtype):
     heads = (2, 2) if kernel == "hopper" else (4, 2)
     p = problem(MASKS["window"](700), heads=heads, head_dim=head_dim, dtype=dtype, device="cuda")
     intervals = p.mask.intervals("cuda")
-
-    def strided(x: torch.Tensor) -> torch.Tensor:
-        """[B, S, H, D] that is a slice of heads of a [B, H, S, D] tensor."""
-        held = torch.full((len(x), x.shape[2] + 3, *x.shape[1::2]), float("nan"), dtype=x.dtype, device=x.device)
-        held[:, 2:-1] = x.transpose(1, 2)
-        return held[:, 2:-1].transpose(1, 2)
-
     results = []
     for view in (torch.clone, strided):
         q, k, v, dout = (view(x) for x in (p.q, p.k, p.v, p.dout))

@@ -21,7 +21,7 @@ import torch
 from ringflash import IntervalMask, flash_attention
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
-from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, violations
+from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, strided, violations
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -134,13 +134,6 @@ def strided_against_contiguous() -> dict[str, float]:
     forward, backward = kernels()
     p = problem(MASKS["window"](TOKENS), heads=(4, 2), head_dim=32)
     intervals = p.mask.intervals()
-
-    def strided(x: torch.Tensor) -> torch.Tensor:
-        """[B, S, H, D] that is a slice of heads of a [B, H, S, D] tensor."""
-        held = torch.full((len(x), x.shape[2] + 3, x.shape[1], x.shape[3]), float("nan"))
-        held[:, 2:-1] = x.transpose(1, 2)
-        return held[:, 2:-1].transpose(1, 2)
-
     results = []
     for view in (torch.clone, strided):
         q, k, v, dout = (view(x) for x in (p.q, p.k, p.v, p.dout))
