@@ -25,7 +25,7 @@ help:  ## list the targets
 	    -c constraints.txt -e '.[train,dev]'
 	@touch $@
 
-train: .venv/installed  ## train the demo on every GPU, or on two CPU ranks: 3 minutes on two idle cores
+train: .venv/installed  ## train the demo on every GPU, or on two CPU ranks: 4 minutes on two cores
 	@$(BIN)/python launch/local.py $(ARGS)
 
 .venv/triton-$(NEWEST_TRITON): .venv/installed
