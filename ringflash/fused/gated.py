@@ -1,7 +1,7 @@
 """act(gate) * up, the elementwise pass of a gated MLP (SwiGLU, GeGLU), and its backward.
 
-The backward writes both gradients over gate and up, which nothing needs after it: two tensors of tokens x intermediate
-size less at a step's peak of memory. A second backward through the same graph is refused.
+The backward writes both gradients over gate and up, and act(gate) * up, which the products after it need again, over
+its own gradient. So of tokens x intermediate size it needs three tensors, and the forward two or three.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringflash.fused.launch import sigmoid
 
@@ -18,39 +17,32 @@ BLOCK = 2048
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
-def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """act(gate) * up, of their shape and dtype. activation: "silu", or "gelu_tanh", GELU by its tanh approximation.
+def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """act(gate) * up, of their shape and dtype, all contiguous. out: where it is written; it may be gate or up.
 
-    gate and up must be used by nothing else: the backward overwrites them. Raises ValueError for another activation.
+    activation: "silu", or "gelu_tanh", GELU by its tanh approximation. Raises ValueError for another activation.
     """
+    out = torch.empty_like(gate) if out is None else out
+    _check(activation, gate, up, out)
+    grid = (triton.cdiv(out.numel(), BLOCK),)
+    if out.numel():
+        _forward[grid](gate, up, out, out.numel(), GELU=activation == "gelu_tanh", BLOCK=BLOCK, num_warps=8)
+    return out
+
+
+def gated_backward_(gate: Tensor, up: Tensor, dout: Tensor, activation: str) -> None:
+    """The backward, in place: gate and up become their gradients, and dout becomes act(gate) * up."""
+    _check(activation, gate, up, dout)
+    grid = (triton.cdiv(gate.numel(), BLOCK),)
+    if gate.numel():
+        _backward[grid](gate, up, dout, gate.numel(), GELU=activation == "gelu_tanh", BLOCK=BLOCK, num_warps=8)
+
+
+def _check(activation: str, *tensors: Tensor) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation} is not one of {', '.join(ACTIVATIONS)}")
-    return _Gated.apply(gate, up, activation)
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        grid = (triton.cdiv(out.numel(), BLOCK),)
-        _forward[grid](gate, up, out, out.numel(), GELU=activation == "gelu_tanh", BLOCK=BLOCK, num_warps=8)
-        ctx.save_for_backward(gate, up)
-        ctx.activation, ctx.overwritten = activation, False
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor):
-        if ctx.overwritten:
-            raise RuntimeError("a second backward through a fused MLP: its gate and up were overwritten by the first")
-        gate, up = ctx.saved_tensors
-        dout = dout.contiguous()
-        grid = (triton.cdiv(gate.numel(), BLOCK),)
-        _backward[grid](gate, up, dout, gate.numel(), GELU=ctx.activation == "gelu_tanh", BLOCK=BLOCK, num_warps=8)
-        torch.autograd.graph.increment_version((gate, up))  # so that torch reports anyone else who kept them
-        ctx.overwritten = True
-        return gate, up, None
+    if not all(x.is_contiguous() for x in tensors):
+        raise ValueError(f"a gated pass needs contiguous tensors, got strides {[x.stride() for x in tensors]}")
 
 
 @triton.jit
@@ -78,7 +70,7 @@ def _forward(gate, up, out, count, GELU: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(gate, up, dout, count, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of elements, its gradients written over gate and up."""
+    """One block of elements, in place."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(gate + at, at < count, 0.0).to(tl.float32)
     b = tl.load(up + at, at < count, 0.0).to(tl.float32)
@@ -86,3 +78,4 @@ def _backward(gate, up, dout, count, GELU: tl.constexpr, BLOCK: tl.constexpr):
     value, slope = _activation(a, GELU)
     tl.store(gate + at, (d * b * slope).to(gate.dtype.element_ty), at < count)
     tl.store(up + at, (d * value).to(up.dtype.element_ty), at < count)
+    tl.store(dout + at, (value * b).to(dout.dtype.element_ty), at < count)

@@ -32,6 +32,7 @@ from ringflash.models.configuration import (
 from ringflash.models.families import ARCHITECTURES, vouch_for
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.inputs import ring_inputs
+from ringflash.models.mlp import tile_mlps, tiles_of, whole_mlps
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope import pin_rope
 from ringflash.models.router_loss import router_loss
@@ -60,6 +61,9 @@ __all__ = [
     "ring_attention_forward",
     "ring_inputs",
     "router_loss",
+    "tile_mlps",
+    "tiles_of",
     "vouch_for",
+    "whole_mlps",
     "windows_of_layers",
 ]

@@ -3,7 +3,7 @@
 A layer's matrix products and its attention stay as they are; the passes between them become those of `ringflash.fused`.
 Which code of transformers computes exactly that arithmetic is listed here, by digests of its source (`models.sources`).
 All other classes stay as they are. Weights are only used in the forward of the module that owns them, so that ZeRO 3
-gathers them as usual.
+gathers them as usual; MLPs, which are one function (`models.mlp`), must be leaf modules for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError
 from ringflash.models.attention import ring_attention_forward
+from ringflash.models.mlp import GATED, form_of, replace_forward
 from ringflash.models.sources import digest, globals_of
 
 WHEN = ("auto", "always", "never")
@@ -29,7 +30,6 @@ _NORMS = {  # RMSNorms, and what is added to the stored weight
     "67b3975b61e0": 0.0,  # helium: the weight in fp32, too
     "869a9a6eb2b9-2172588a0e76": 1.0,  # gemma, with its _norm
 }
-_MLPS = {"9eb101c4fe03"}  # llama: down(act(gate(x)) * up(x))
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}  # by their classes
 _ROTARY = ("7f584885cc6a", "0175d472c9ad")  # llama's apply_rotary_pos_emb and rotate_half
 _ATTENTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {  # and the keywords that attention gets of the module
@@ -160,10 +160,12 @@ def _is_rotary_attention(module: nn.Module) -> bool:
 
 def _fuse_mlps(model: nn.Module) -> bool:
     mlps = [
-        module for module in model.modules() if _code(module) in _MLPS and type(module.act_fn).__name__ in _ACTIVATIONS
+        module
+        for module in model.modules()
+        if _code(module) == GATED and form_of(module) is not None and type(module.act_fn).__name__ in _ACTIVATIONS
     ]
     for mlp in mlps:
-        _set_forward(mlp, _mlp)
+        replace_forward(mlp, _ACTIVATIONS[type(mlp.act_fn).__name__], tile=None)
     return bool(mlps)
 
 
@@ -189,14 +191,6 @@ def _rotary_norm(module: Any, heads: Tensor, cos: Tensor | None = None, sin: Ten
     if cos is None or sin is None:
         return module.plain_forward(heads)
     return rotary(heads, cos, sin, module.weight, _epsilon(module), _NORMS[_code(module)])
-
-
-def _mlp(module: Any, x: Tensor) -> Tensor:
-    """down(act(gate(x)) * up(x))."""
-    from ringflash.fused.gated import gated
-
-    activation = _ACTIVATIONS[type(module.act_fn).__name__]
-    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
 
 
 def _attention(

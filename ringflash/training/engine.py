@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +27,8 @@ from ringflash.models import (
     host_store,
     logit_scale,
     router_loss,
+    tile_mlps,
+    whole_mlps,
 )
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES
 from ringflash.training.loss import LossHead
@@ -58,6 +61,10 @@ class MemoryConfig:
     """With bf16 weights: fp32 (master weights, moments and gradients, 20 bytes per parameter); or bf16 (moments and
     gradients, and of the master the 16 bits that the weight lacks, so that it is exact: 12 bytes)."""
 
+    mlp_tile: int | None = None
+    """With recompute, tokens that pass through an MLP at once; null: as many as give 2^27 activations, 256 MiB in
+    bf16. Experts are not tiled."""
+
     loss_tile: int | None = None
     """Tokens whose logits exist at once; null: as many as give 2^28 logits, half a GiB in bf16."""
 
@@ -83,8 +90,13 @@ class MemoryConfig:
                     f"memory.host_layers={self.host_layers} has no effect: set memory.attention_results=host, "
                     f"memory.layer_inputs=host or both"
                 )
-        if self.loss_tile is not None and self.loss_tile < 1:
-            raise ConfigError(f"memory.loss_tile={self.loss_tile} must be 1 or more")
+        for name in ("mlp_tile", "loss_tile"):
+            if (tile := getattr(self, name)) is not None and tile < 1:
+                raise ConfigError(f"memory.{name}={tile} must be 1 or more")
+        if self.mlp_tile is not None and not self.recompute:
+            raise ConfigError(
+                f"memory.mlp_tile={self.mlp_tile} needs memory.recompute=true: without it MLPs keep their activations"
+            )
 
 
 class TrainedModel(nn.Module):
@@ -101,6 +113,7 @@ class TrainedModel(nn.Module):
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap, fused_loss, scale)
         if memory.recompute:
             checkpoint_layers(model, Keep(memory.attention_results, memory.layer_inputs, memory.host_layers))
+            tile_mlps(model, memory.mlp_tile)
         self.memory = memory
 
     def reserve_host_memory(self, tokens: int, log: Callable[[str], None] = lambda message: None) -> None:
@@ -175,6 +188,8 @@ def build_engine(
     passes = fuse_layers(model, fused, world.device)
     passes += [name for name, on in (("loss", fused_loss), ("optimizer", fused_optimizer)) if on]
     trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
+    for mlp in whole_mlps(model):
+        set_z3_leaf_module(mlp, True)
     bf16, zero0 = model.dtype == torch.bfloat16, memory.zero == 0
     fp32_zero0, split = zero0 and not bf16, memory.optimizer_states == "bf16"
     if split and not bf16:

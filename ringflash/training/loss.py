@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ringflash.data.records import IGNORE
+from ringflash.models.mlp import add_product
 
 GROUPS = 16  # at most, of tokens whose losses are summed apart
 LOGITS = 2**28  # of a tile, unless it is given: half a GiB in bf16, and enough for products at full speed
@@ -122,7 +123,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=torch.float32)
                 torch.mm(dlogits, weight, out=dhidden[here])
-                _add_product(dweight, dlogits.T, hidden[here])
+                add_product(dweight, dlogits.T, hidden[here])
             del logits, dlogits  # before the next tile's logits
         if groups is not None:
             ctx.mark_non_differentiable(loss)
@@ -157,14 +158,6 @@ def _fused_cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None) 
     from ringflash.fused.cross_entropy import cross_entropy_
 
     return cross_entropy_(logits, labels, IGNORE, softcap), logits
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in fp32, where a and b may be of 16 bits."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a @ b
 
 
 def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | float]:

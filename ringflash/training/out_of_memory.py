@@ -22,7 +22,7 @@ PARTS = (
     ("ringflash/ring/", "attention"),
     ("ringflash/kernels/", "attention"),
     ("ringflash/offload.py", "the copies between GPU and host memory"),
-    ("ringflash/fused/gated.py", "an MLP"),
+    ("ringflash/models/mlp.py", "an MLP"),
     ("ringflash/fused/", "a norm or rotary positions"),
     ("torch/optim/", "the optimizer's step"),
     ("deepspeed/runtime/bf16_optimizer.py", "the optimizer's states"),
@@ -32,7 +32,7 @@ PARTS = (
     ("transformers/models/", "a layer"),
     ("torch/autograd/", "the backward of a layer"),
 )
-LOSS = PARTS[0][1]
+LOSS, MLP = PARTS[0][1], "an MLP"
 
 
 @contextmanager
@@ -74,6 +74,8 @@ def levers(part: str, memory: MemoryConfig, ranks: int) -> list[str]:
     found = []
     if part == LOSS:
         found.append("memory.loss_tile to fewer tokens")
+    if part.startswith(MLP) and memory.recompute:
+        found.append("memory.mlp_tile to fewer tokens")
     if not memory.recompute:
         found.append("memory.recompute=true")
     elif memory.attention_results == "gpu" or memory.layer_inputs == "gpu" or memory.host_layers is not None:

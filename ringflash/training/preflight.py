@@ -11,12 +11,12 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ringflash.data import TokenCorpus, check_vocabulary, load_tokenizer, python_stdlib, sequences_per_epoch
 from ringflash.data.documents import find_files, reading
 from ringflash.errors import ConfigError
-from ringflash.models import check_kernel, check_length, read_config
+from ringflash.models import check_kernel, check_length, read_config, tiles_of
 from ringflash.models.configuration import DTYPES
 from ringflash.training.config import Config
 from ringflash.training.engine import MemoryConfig
@@ -61,6 +61,11 @@ def check_inputs(
     layers = model_config.num_hidden_layers
     if config.memory.host_layers is not None and config.memory.host_layers > layers:
         raise ConfigError(f"memory.host_layers={config.memory.host_layers} must be at most the model's {layers} layers")
+    if config.memory.mlp_tile is not None and not tiles_of(_without_memory(model_config)):
+        raise ConfigError(
+            f"memory.mlp_tile={config.memory.mlp_tile}: no MLP of model_type={model_config.model_type} has a form that "
+            f"can be tiled, as experts have none; memory.mlp_tile=null leaves them as they are"
+        )
     tokenizer = load_tokenizer(config.data)
     check_vocabulary(config.data, tokenizer, model_config.vocab_size)
     find_files(config.data)
@@ -106,10 +111,16 @@ def check_corpora(config: Config, training: TokenCorpus, held_out: TokenCorpus) 
         sequences_per_epoch(corpus, config.data.sequence_length)
 
 
+def _without_memory(model_config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config)
+
+
 def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device: torch.device) -> list[str]:
     """Model, ranks, step and memory."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+    model = _without_memory(model_config)
+    parameters = sum(p.numel() for p in model.parameters())
     optim, memory, parallel = config.optim, config.memory, config.parallel
     tile = memory.loss_tile or tile_for(model_config.vocab_size)
     ring, ulysses = parallel.ring_size(ranks), parallel.ulysses or 1
@@ -125,7 +136,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
         f"step       {optim.batch} x {config.data.sequence_length:,} = "
         f"{optim.batch * config.data.sequence_length:,} tokens in {optim.accumulation(replicas)} x {optim.micro_batch} "
         f"sequences per replica; {optim.steps} steps",
-        f"memory     ZeRO {memory.zero}{states}, {_kept(memory)}, loss tiles of "
+        f"memory     ZeRO {memory.zero}{states}, {_kept(memory)}{_mlp_tiles(memory, model)}, loss tiles of "
         f"{min(tile, config.data.sequence_length):,} tokens",
     ]
 
@@ -138,6 +149,14 @@ def _kept(memory: MemoryConfig) -> str:
         return "recomputation"
     layers = "" if memory.host_layers is None else f" of the first {memory.host_layers} layers"
     return f"recomputation (results of attention: {memory.attention_results}, inputs: {memory.layer_inputs}{layers})"
+
+
+def _mlp_tiles(memory: MemoryConfig, model: PreTrainedModel) -> str:
+    """How many tokens pass through an MLP at once, where layers are recomputed."""
+    if not memory.recompute:
+        return ""
+    tiles = sorted(tiles_of(model, memory.mlp_tile))
+    return f", MLP tiles of {' or '.join(f'{tile:,}' for tile in tiles)} tokens" if tiles else ", MLPs not tiled"
 
 
 def _nature(path: str) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from ringflash.fused.cross_entropy import cross_entropy_
-from ringflash.fused.gated import gated
+from ringflash.fused.gated import gated, gated_backward_
 from ringflash.fused.norm import rms_norm
 from ringflash.fused.rotary import rotary
+from ringflash.models import FusedConfig, fuse_layers
 from tests.fused import cases
+from tests.models.cases import tiny
 
 # name: (shape, whether a residual is added, offset of the weight); rows that do not fill a tile, a row longer than one
 NORMS = {
@@ -66,10 +68,32 @@ def gated_excess(activation: str, dtype: torch.dtype, device: str = "cpu") -> fl
     gate = torch.cat([torch.randn(3, 1000) * 2, torch.tensor([-100.0, 100.0, 0.0, -20.0]).expand(3, 4)], 1)
     inputs = [gate, torch.randn(3, 1004)]
     return cases.excess(
-        lambda g, u: gated(g, u, activation),
+        lambda g, u: _Gated.apply(g, u, activation),
         lambda g, u: cases.gated(g, u, activation),
         [x.to(device, dtype) for x in inputs],
     )
+
+
+class _Gated(torch.autograd.Function):
+    """gated with its backward; raises AssertionError where either pass writes anything but what it says."""
+
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        out = gated(gate, up, activation)
+        ctx.save_for_backward(gate, up, out)
+        ctx.activation = activation
+        over = gate.clone()
+        gated(over, up, activation, out=over)
+        assert torch.equal(over, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        gate, up, out = ctx.saved_tensors
+        dgate, dup, again = gate.clone(), up.clone(), dout.clone()
+        gated_backward_(dgate, dup, again, ctx.activation)
+        assert torch.equal(again, out)
+        return dgate, dup, None
 
 
 def losses(vocabulary: int, softcap: float | None, dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
@@ -130,8 +154,9 @@ def ignored_rows_are_zero(device: str = "cpu") -> bool:
 
 def second_backward_error(device: str = "cpu") -> str:
     """What a second backward through a fused MLP raises."""
-    gate, up = (torch.randn(4, 8, device=device, requires_grad=True) for _ in range(2))
-    out = gated(gate * 1, up * 1)
+    model = tiny("llama").to(device)
+    fuse_layers(model, FusedConfig(), torch.device(device))
+    out = model.model.layers[0].mlp(torch.randn(1, 4, model.config.hidden_size, device=device))
     out.sum().backward(retain_graph=True)
     try:
         out.sum().backward()

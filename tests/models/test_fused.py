@@ -14,6 +14,7 @@ from ringflash.errors import ConfigError
 from ringflash.models import ARCHITECTURES, FusedConfig, fuse_layers, fused
 from tests.interpreter import interpreting
 from tests.models.cases import tiny
+from tests.models.test_mlp import kernel_error  # noqa: F401  # which the interpreting process calls
 
 # What each family has in a form that is fused, and whether its layers' additions are fused with the norms after them.
 ALL, NORM_ROTARY, NORM_MLP = ("norm", "rotary", "mlp"), ("norm", "rotary"), ("norm", "mlp")
@@ -107,6 +108,12 @@ def test_a_fused_model_trains_as_the_plain_one_when_layers_are_recomputed(interp
     found, error = interpreter("distance", "qwen3", True)
     assert found == list(ALL)
     assert error < 1e-5
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("tile", [None, 128], ids=["whole", "tiles"])
+def test_an_mlp_with_its_kernel_is_exact(interpreter, tile):
+    assert interpreter("kernel_error", tile) < 1e-5
 
 
 @pytest.mark.slow

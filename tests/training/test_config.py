@@ -137,6 +137,8 @@ def settings_of(part, prefix=""):
         (["attention.kernel=hoper"], "attention.kernel=hoper is not one of auto, hopper, portable, blocked"),
         (["memory.zero=4"], "memory.zero=4 is not one of 0, 1, 2, 3"),
         (["memory.loss_tile=0"], "memory.loss_tile=0"),
+        (["memory=recompute", "memory.mlp_tile=0"], "memory.mlp_tile=0 must be 1 or more"),
+        (["memory.mlp_tile=64"], "memory.mlp_tile=64 needs memory.recompute=true"),
         (["memory.optimizer_states=fp8"], "memory.optimizer_states=fp8 is not one of fp32, bf16"),
         (["memory.zero=0", "memory.optimizer_states=bf16"], "memory.optimizer_states=bf16 needs memory.zero=1, 2 or 3"),
         (["memory=host", "memory.layer_inputs=disk"], "memory.layer_inputs=disk is not one of gpu, host"),

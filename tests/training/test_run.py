@@ -311,6 +311,10 @@ REFUSED_BY_PRINT = {
     "files": (["data.files=['*.nothing']"], "match no file"),
     "tokenizer": (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere is neither bytes nor a folder"),
     "layers": (["memory=host", "memory.host_layers=3"], "memory.host_layers=3 must be at most the model's 2 layers"),
+    "experts": (
+        ["memory=recompute", "memory.mlp_tile=64", "model.architecture.model_type=mixtral"],
+        "memory.mlp_tile=64: no MLP of model_type=mixtral has a form that can be tiled",
+    ),
     "vocabulary": (["model.architecture.vocab_size=100"], "data.tokenizer=bytes has 384 tokens, more than the model's"),
 }
 

@@ -21,7 +21,8 @@ def gradients_on_ranks(model_type, zero, accumulation, ring, ulysses, case, reco
     world: World = joined(ring, ulysses)
     micro_batch = SEQUENCES // accumulation // world.replicas
     optim = OptimConfig(steps=2, batch=SEQUENCES, micro_batch=micro_batch, warmup=0, clip=0.0)
-    engine = build_engine(build(model_type), optim, MemoryConfig(zero=zero, recompute=recompute, loss_tile=16), world)
+    memory = MemoryConfig(zero=zero, recompute=recompute, loss_tile=16, mlp_tile=50 if recompute else None)
+    engine = build_engine(build(model_type), optim, memory, world)
     gradients, step = {}, engine.step
 
     def recording_step():

@@ -1,0 +1,295 @@
+"""MLPs as one function with a backward of its own, so that nothing of tokens x intermediate size outlives its use.
+
+    h_i = x W_i^T + b_i        one or two: up, or gate and up
+    a   = combine(act, h_i)    act(up), or act(gate) * up
+    y   = a D^T + d
+
+Only x is kept, and the backward computes h and a again, one tile of tokens at a time. A checkpointed layer computes
+them once for its backward in any case. For that, x is kept before y is computed: torch's checkpoint ends its
+recomputation as soon as it has what was kept, so y, the layer's last product, is not computed again. Where layers
+are not checkpointed, h is kept, and a computed again from it.
+
+The gradients of the weights are summed over tiles in fp32 and rounded once, and DeepSpeed sees each of them once.
+An MLP uses its weights itself here, so for ZeRO 3 it must be a leaf module (`whole_mlps` lists them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ringflash.models.sources import digest
+
+ELEMENTS = 2**27  # of h in a tile, unless it is given: 256 MiB in bf16, and enough for products at full speed
+
+
+def _plain(act: Callable[[Tensor], Tensor], up: Tensor) -> Tensor:
+    return act(up)
+
+
+def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return act(gate) * up
+
+
+def _halves(act: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+class Form(NamedTuple):
+    """The names of an MLP's parts, and what is between its products."""
+
+    inputs: tuple[str, ...]
+    output: str
+    act: str
+    combine: Callable[..., Tensor]
+
+
+# By the digest of an MLP's forward (`models.sources`), each with the first family that has it.
+GATED = "9eb101c4fe03"
+FORMS = {
+    GATED: Form(("gate_proj", "up_proj"), "down_proj", "act_fn", _gated),  # llama
+    "b0576bbd6b90": Form(("gate_up_proj",), "down_proj", "activation_fn", _halves),  # phi3
+    "dea4da216889": Form(("input_linear",), "output_linear", "activation", _halves),  # granitemoeshared
+    "12ba6a0ab285": Form(("up_proj",), "down_proj", "act_fn", _plain),  # arcee
+    "da4afea26ee0": Form(("dense_h_to_4h",), "dense_4h_to_h", "act", _plain),  # gpt_neox
+    "dfc5043de657": Form(("fc1",), "fc2", "activation_fn", _plain),  # phi
+}
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """The form of an MLP that is known; None for other modules, and where its parts are not plain linear layers."""
+    kind: Any = type(module)
+    form = FORMS.get(digest(kind.forward)) if kind.__module__.startswith("transformers.models.") else None
+    if form is None or any(type(getattr(module, name)) is not nn.Linear for name in (*form.inputs, form.output)):
+        return None
+    act = getattr(module, form.act)
+    return None if isinstance(act, nn.Module) and any(True for _ in act.parameters()) else form
+
+
+def tile_for(width: int) -> int:
+    """Tokens of a tile, a multiple of 128, where h has `width` columns.
+
+    >>> tile_for(3072), tile_for(14336)
+    (43648, 9344)
+    """
+    return max(1, ELEMENTS // width // 128) * 128
+
+
+def tiles_of(model: nn.Module, tile: int | None = None) -> set[int]:
+    """The tiles, in tokens, of a model's MLPs whose form is known; tile: that of all, None: by their widths."""
+    known = ((module, form) for module in model.modules() if (form := form_of(module)) is not None)
+    return {tile or tile_for(_width(module, form)) for module, form in known}
+
+
+def tile_mlps(model: nn.Module, tile: int | None = None) -> None:
+    """Let the MLPs of a model whose form is known keep their input alone. tile: tokens at once; None: by their widths.
+
+    The others, such as experts, stay as they are.
+    """
+    for module in model.modules():
+        if (form := form_of(module)) is not None:
+            replace_forward(module, getattr(module, "fused_activation", None), tile or tile_for(_width(module, form)))
+
+
+def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
+    """Compute an MLP of a known form by this file. kernel: see `_Mlp`; tile: tokens at once, None: h is kept."""
+    form = form_of(module)
+    assert form is not None
+    module.fused_activation = kernel
+    mlp = _Mlp(form.combine, getattr(module, form.act), kernel, tile)
+    module.forward = partial(_forward, module, form, mlp)
+
+
+def whole_mlps(model: nn.Module) -> list[nn.Module]:
+    """The MLPs that are computed by this file: they use the weights of their linear layers without calling these."""
+    return [module for module in model.modules() if getattr(vars(module).get("forward"), "func", None) is _forward]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in fp32, where a and b may be of 16 bits."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
+def _width(module: nn.Module, form: Form) -> int:
+    return getattr(module, form.inputs[0]).out_features
+
+
+def _forward(module: nn.Module, form: Form, mlp: _Mlp, x: Tensor) -> Tensor:
+    """y [..., H] of x [..., H]."""
+    layers = [getattr(module, name) for name in (*form.inputs, form.output)]
+    weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    rows = x.flatten(0, -2)
+    if mlp.tile is None:
+        y = _Kept.apply(mlp, rows, *weights)
+    else:
+        detached = [None if w is None else w.detach() for w in weights]
+        y = _Computed.apply(mlp, _Tiled.apply(mlp, rows, *weights), rows.detach(), detached)
+    return y.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """An MLP's arithmetic on tensors [tokens, columns]; weights: W_1, b_1, ..., D, d, a bias may be None.
+
+    kernel: the activation that a Triton kernel computes in one pass (`fused.gated`); None: plain torch.
+    """
+
+    combine: Callable[..., Tensor]
+    act: Callable[[Tensor], Tensor]
+    kernel: str | None
+    tile: int | None
+
+    def tiles(self, tokens: int) -> Iterator[slice]:
+        """Slices of tokens of about equal length, of `tile` at most."""
+        tile = self.tile or tokens
+        count = max(1, -(-tokens // tile))
+        tile = min(tile, -(-tokens // count // 128) * 128)
+        return (slice(begin, begin + tile) for begin in range(0, tokens, max(1, tile)))
+
+    def hidden(self, x: Tensor, weights: Sequence[Any]) -> list[Tensor]:
+        """h_i."""
+        return [functional.linear(x, w, b) for w, b in zip(weights[:-2:2], weights[1:-2:2], strict=True)]
+
+    def activated(self, hidden: list[Tensor], overwrite: bool) -> Tensor:
+        """a; overwrite: h may be lost."""
+        if self.kernel is None:
+            return self.combine(self.act, *hidden)
+        from ringflash.fused.gated import gated
+
+        gate, up = hidden
+        return gated(gate, up, self.kernel, out=gate if overwrite else None)
+
+    def activation_backward(self, hidden: list[Tensor], da: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """a again, and the gradients of h; a kernel writes them over da and h."""
+        if self.kernel is not None:
+            from ringflash.fused.gated import gated_backward_
+
+            gate, up = hidden
+            gated_backward_(gate, up, da, self.kernel)
+            return da, hidden
+        with torch.enable_grad():
+            leaves = [h.detach().requires_grad_() for h in hidden]
+            a = self.combine(self.act, *leaves)
+        return a.detach(), torch.autograd.grad(a, leaves, da)
+
+    def gradients(
+        self, x: Tensor, dy: Tensor, weights: Sequence[Any], needed: Sequence[bool], kept: list[Tensor] | None = None
+    ) -> list[Tensor | None]:
+        """The gradients of x and of the weights; needed: which of the latter. kept: h, else it is computed again."""
+        dx = torch.empty_like(x)
+        sums = _Sums(weights, needed, len(x) > (self.tile or len(x)))
+        for here in self.tiles(len(x)):
+            self._tile_backward(x[here], dy[here], kept or self.hidden(x[here], weights), weights, sums, dx[here])
+        return [dx, *sums.rounded()]
+
+    def _tile_backward(
+        self, x: Tensor, dy: Tensor, hidden: list[Tensor], weights: Sequence[Any], sums: _Sums, dx: Tensor
+    ) -> None:
+        a, dhidden = self.activation_backward(hidden, dy @ weights[-2])
+        sums.add(len(weights) - 2, dy, a)
+        del a
+        for i, dh in enumerate(dhidden):
+            if i == 0:
+                torch.mm(dh, weights[0], out=dx)
+            else:
+                torch.addmm(dx, dh, weights[2 * i], out=dx)
+            sums.add(2 * i, dh, x)
+
+
+class _Sums:
+    """Gradients of weights and biases, over tiles. in_fp32: there are several tiles."""
+
+    def __init__(self, weights: Sequence[Any], needed: Sequence[bool], in_fp32: bool) -> None:
+        self.weights, self.needed, self.in_fp32 = weights, needed, in_fp32
+        self.totals: list[Tensor | None] = [None] * len(weights)
+
+    def add(self, at: int, dout: Tensor, x: Tensor) -> None:
+        """Add those of the weight `at`, dout^T x, and of its bias."""
+        if self.needed[at]:
+            if not self.in_fp32:
+                self.totals[at] = dout.T @ x
+            elif (total := self.totals[at]) is not None:
+                add_product(total, dout.T, x)
+            else:
+                self.totals[at] = torch.zeros_like(self.weights[at], dtype=torch.float32)
+                add_product(self.totals[at], dout.T, x)  # type: ignore[arg-type]
+        if self.needed[at + 1]:
+            of_bias = dout.sum(0, dtype=torch.float32)
+            before = self.totals[at + 1]
+            self.totals[at + 1] = of_bias if before is None else before + of_bias
+
+    def rounded(self) -> list[Tensor | None]:
+        """The gradients in their weights' dtypes."""
+        return [None if x is None else x.to(w.dtype) for x, w in zip(self.totals, self.weights, strict=True)]
+
+
+class _Tiled(torch.autograd.Function):
+    """Keeps x and has the backward; returns a tensor of y's shape without memory, through which y's gradient comes."""
+
+    @staticmethod
+    def forward(ctx, mlp: _Mlp, x: Tensor, *weights: Tensor | None) -> Tensor:
+        ctx.mlp = mlp
+        ctx.save_for_backward(x, *weights)
+        return x.new_empty(()).expand(len(x), len(weights[-2]))  # type: ignore[arg-type]  # it is no bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, *weights = ctx.saved_tensors
+        return None, *ctx.mlp.gradients(x, dy, weights, ctx.needs_input_grad[2:])
+
+
+class _Computed(torch.autograd.Function):
+    """y; its gradient is handed on."""
+
+    @staticmethod
+    def forward(ctx, mlp: _Mlp, handle: Tensor, x: Tensor, weights: list[Any]) -> Tensor:
+        y = torch.empty(handle.shape, dtype=x.dtype, device=x.device)
+        down, bias = weights[-2:]
+        for here in mlp.tiles(len(x)):
+            a = mlp.activated(mlp.hidden(x[here], weights), overwrite=True)
+            if bias is None:
+                torch.mm(a, down.T, out=y[here])
+            else:
+                torch.addmm(bias, a, down.T, out=y[here])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return None, dy, None, None
+
+
+class _Kept(torch.autograd.Function):
+    """y, all tokens at once; h is kept."""
+
+    @staticmethod
+    def forward(ctx, mlp: _Mlp, x: Tensor, *weights: Tensor | None) -> Tensor:
+        hidden = mlp.hidden(x, weights)
+        ctx.mlp, ctx.overwritten = mlp, False
+        ctx.save_for_backward(x, *hidden, *weights)
+        return functional.linear(mlp.activated(hidden, overwrite=False), *weights[-2:])  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        if ctx.overwritten:
+            raise RuntimeError("a second backward through a fused MLP: its gate and up were overwritten by the first")
+        needed = ctx.needs_input_grad[2:]
+        x, *others = ctx.saved_tensors
+        hidden, weights = others[: -len(needed)], others[-len(needed) :]
+        found = ctx.mlp.gradients(x, dy, weights, needed, hidden)
+        if ctx.mlp.kernel is not None:
+            torch.autograd.graph.increment_version(hidden)  # so that torch reports anyone else who kept them
+            ctx.overwritten = True
+        return None, *found

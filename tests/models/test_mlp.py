@@ -1,0 +1,115 @@
+"""An MLP in tiles has the outputs and gradients of transformers' own, and never all of its activations at once."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from ringflash.models import FusedConfig, fuse_layers, mlp, tile_mlps, tiles_of, whole_mlps
+from ringflash.models.mlp import FORMS, form_of
+from tests.models.cases import TINY, tiny
+
+# One family of each form, and one whose linear layers have biases.
+FAMILIES = {"llama": {}, "phi3": {}, "granitemoeshared": {}, "arcee": {"mlp_bias": True}, "gpt_neox": {}, "phi": {}}
+TOKENS, WIDTH = 300, TINY["intermediate_size"]
+RECOMPUTED = {"use_reentrant": False}
+
+
+class Sizes(TorchDispatchMode):
+    """Records the largest number of elements that any operation returns, and how many products run."""
+
+    largest = products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().size() > x.element_size():  # an expanded scalar
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+def results(model_type, dtype, tile=None, kernel=False, recompute=False, watched=None):
+    """Output and gradients of a layer's MLP, by name; tile: None leaves it as transformers has it."""
+    model = tiny(model_type, **FAMILIES.get(model_type, {})).to(dtype)
+    if kernel:
+        fuse_layers(model, FusedConfig(), torch.device("cpu"))
+    module = next(m for m in model.modules() if form_of(m) is not None)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(shape):  # the same in every dtype
+        return torch.randn(shape, generator=generator).bfloat16().to(dtype)
+
+    for p in module.parameters():
+        p.data.copy_(drawn(p.shape) * 0.25)
+    if tile is not None:
+        tile_mlps(model, tile)
+    x, dy = (drawn((2, TOKENS // 2, TINY["hidden_size"])) for _ in range(2))
+    x.requires_grad_()
+    with watched or nullcontext():
+        y = checkpoint(module, x, **RECOMPUTED) if recompute else module(x)
+        y.backward(dy)
+    return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in module.named_parameters()}
+
+
+def worst(found, exact):
+    """The largest relative error of any of them."""
+    assert found.keys() == exact.keys()
+    return max(float((found[name].double() - x.double()).norm() / x.double().norm()) for name, x in exact.items())
+
+
+def kernel_error(tile):
+    """The worst error with the Triton kernel in fp32, for test_fused.py; tile: None keeps gate and up."""
+    return worst(results("llama", torch.float32, tile, kernel=True), results("llama", torch.float64))
+
+
+@pytest.mark.parametrize("tile", [1, 128, 299, 1000])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_any_tile_gives_the_output_and_gradients_of_the_whole(model_type, tile):
+    exact = results(model_type, torch.float64)
+    assert worst(results(model_type, torch.float32, tile), exact) < 1e-6
+    assert worst(results(model_type, torch.float32, tile, recompute=True), exact) < 1e-6
+
+
+def test_gradients_of_16_bit_weights_lose_nothing_over_tiles():
+    exact = results("llama", torch.float64)
+    whole, tiled = (worst(results("llama", torch.bfloat16, tile), exact) for tile in (None, 10))
+    assert tiled < 1.1 * whole
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox"])
+def test_activations_of_more_than_a_tile_never_exist(model_type):
+    whole, tiled = Sizes(), Sizes()
+    results(model_type, torch.float32, None, recompute=True, watched=whole)
+    results(model_type, torch.float32, 128, recompute=True, watched=tiled)
+    width = WIDTH * (2 if model_type == "phi3" else 1)
+    assert whole.largest >= TOKENS * width
+    assert tiled.largest <= max(128 * width, TOKENS * TINY["hidden_size"])
+
+
+def test_recomputation_costs_no_product_more_than_without_tiles():
+    whole, tiled = Sizes(), Sizes()
+    results("llama", torch.float32, None, recompute=True, watched=whole)
+    results("llama", torch.float32, TOKENS, recompute=True, watched=tiled)
+    assert tiled.products == whole.products == 11  # 3 forward, 2 again, 6 backward
+
+
+def test_experts_and_mlps_with_more_in_them_are_left_alone():
+    for model_type in ("mixtral", "gpt_oss", "bitnet", "apertus"):
+        model = tiny(model_type)
+        tile_mlps(model)
+        assert (tiles_of(model), whole_mlps(model)) == (set(), [])
+    model = tiny("deepseek_v3")  # one layer of two is dense, the other has a shared expert
+    tile_mlps(model, 5)
+    assert tiles_of(model, 5) == {5}
+    assert len(whole_mlps(model)) == 2
+
+
+def test_a_tile_by_width_has_so_many_activations():
+    assert {form_of(m).inputs for m in tiny("llama").modules() if form_of(m)} == {FORMS[mlp.GATED].inputs}
+    assert tiles_of(tiny("llama")) == {mlp.ELEMENTS // WIDTH}
+    assert tiles_of(tiny("phi3")) == {mlp.ELEMENTS // (2 * WIDTH)}
