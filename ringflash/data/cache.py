@@ -6,13 +6,16 @@
     starts.npy    int64 [records]: the first document of each record; only if some record has several
     corpus.json   what they were made of, the vocabulary they use, a digest of them and a digest of itself
 
-The digest covers each document's length, tokens and labels, and nothing of where the text lies.
+The digest covers tokens, labels and where documents end, and nothing of where the text lies.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,9 +25,11 @@ import numpy as np
 from ringflash.data.records import Document
 from ringflash.errors import reason
 
-FORMAT = 4  # of the cache; to be raised when the same input gives other arrays
+FORMAT = 5  # of the cache; to be raised when the same input gives other arrays
 CONTENTS, TOKENS, OFFSETS, LABELS, STARTS = "corpus.json", "tokens.npy", "offsets.npy", "labels.npy", "starts.npy"
-BLOCK = 1 << 22  # labels copied or read at once
+LENGTHS, FLAGS = "lengths", "flags"  # int64 [pieces] and bool [pieces, begins and ends]: while it is written
+HEADER = 128  # bytes of a vector's .npy header: numpy leaves room for the array to grow
+BLOCK = 1 << 22  # elements copied or read at once
 
 
 class DamagedError(Exception):
@@ -44,44 +49,145 @@ class Cache(NamedTuple):
     contents: dict[str, Any]
 
 
-def write(folder: Path, documents: Iterable[Document], tokenizer_size: int) -> dict[str, Any]:
-    """Write the documents' arrays into `folder`, and return what `seal` completes.
+class Group(NamedTuple):
+    """Documents end to end, or pieces of them.
 
-    Tokens and labels stream to disk; only the documents' lengths are in memory.
+    tokens: [n], of the cache's type. labels: int32 [n], None where each token is its own. lengths: int64 [pieces].
+    begins, ends: bool [pieces], whether a piece begins its record, ends its document.
     """
-    dtype = np.dtype(np.uint16 if tokenizer_size <= 1 << 16 else np.uint32)
-    lengths, starts, highest, digest = [0], [], -1, hashlib.sha256()
-    with open(folder / TOKENS, "wb") as out, _Labels(folder / LABELS) as labels:
-        _write_header(out, dtype, 0)
-        header = out.tell()
-        for number, document in enumerate(documents):
-            written = document.tokens.astype(dtype)
-            if document.labels is not None and not labels.begun:
-                out.flush()
-                labels.begin(_written(folder / TOKENS, dtype, header, sum(lengths)))
-            out.write(written.data)
-            if labels.begun:
-                labels.add(document.tokens if document.labels is None else document.labels)
-            _add(digest, written)
-            lengths.append(len(written))
-            if document.begins:
-                starts.append(number)
-            highest = max(highest, int(written.max()))
-        out.seek(0)
-        _write_header(out, dtype, sum(lengths))
-    np.save(folder / OFFSETS, np.cumsum(lengths, dtype=np.int64))
-    several = len(starts) < len(lengths) - 1
-    if several:
-        np.save(folder / STARTS, np.array(starts, np.int64))
-    return {
-        "documents": len(lengths) - 1,
-        "records": len(starts),
-        "tokens": sum(lengths),
-        "vocabulary": highest + 1,
-        "tokenizer_size": tokenizer_size,
-        "digest": digest.hexdigest()[:16],
-        "labels_digest": labels.digest.hexdigest()[:16] if labels.begun else None,
-    }
+
+    tokens: np.ndarray
+    labels: np.ndarray | None
+    lengths: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+
+
+def grouped(documents: Iterable[Document], tokenizer_size: int) -> Group:
+    """The documents as a group."""
+    found = list(documents)
+    tokens = np.concatenate([np.empty(0, np.int64), *(x.tokens for x in found)])
+    labelled = any(x.labels is not None for x in found)
+    labels = [x.tokens.astype(np.int32) if x.labels is None else x.labels for x in found] if labelled else None
+    return Group(
+        tokens.astype(token_type(tokenizer_size)),
+        None if labels is None else np.concatenate(labels),
+        np.array([len(x.tokens) for x in found], np.int64),
+        np.array([x.begins for x in found], bool),
+        np.array([x.ends for x in found], bool),
+    )
+
+
+def token_type(tokenizer_size: int) -> np.dtype:
+    """The type of the tokens of a tokenizer of that size."""
+    return np.dtype(np.uint16 if tokenizer_size <= 1 << 16 else np.uint32)
+
+
+@dataclasses.dataclass
+class Written:
+    """What a writer has written: tokens, pieces of documents, the highest token id, whether there are labels."""
+
+    tokens: int = 0
+    pieces: int = 0
+    highest: int = -1
+    labelled: bool = False
+
+
+class Writer:
+    """Writes groups, behind what was `written` before; whatever else is in the files is cut off.
+
+    While it writes, lengths and flags of pieces lie in files of their own, so nothing is kept in memory. A count of
+    bytes of each file is all that it takes to go on.
+    """
+
+    def __init__(self, folder: Path, tokenizer_size: int, written: Written) -> None:
+        self.folder, self.size, self.written = folder, tokenizer_size, written
+        self._opened = contextlib.ExitStack()
+        self._tokens = self._open(TOKENS, HEADER + written.tokens * token_type(tokenizer_size).itemsize)
+        self._lengths = self._open(LENGTHS, written.pieces * 8)
+        self._flags = self._open(FLAGS, written.pieces * 2)
+        self._labels = self._open(LABELS, HEADER + written.tokens * 4) if written.labelled else None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._opened.close()
+
+    def add(self, group: Group) -> None:
+        """Append a group."""
+        written = self.written
+        if group.labels is not None and self._labels is None:
+            self._label()
+        self._tokens.write(group.tokens.data)
+        self._lengths.write(group.lengths.data)
+        self._flags.write(np.stack([group.begins, group.ends], 1).tobytes())
+        if self._labels is not None:
+            labels = group.tokens.astype(np.int32) if group.labels is None else group.labels
+            self._labels.write(labels.data)
+        written.tokens += len(group.tokens)
+        written.pieces += len(group.lengths)
+        written.highest = max(written.highest, int(group.tokens.max(initial=0)))
+
+    def sync(self) -> None:
+        """Return when all is on the disk."""
+        for file in filter(None, (self._tokens, self._lengths, self._flags, self._labels)):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the cache's files, and return what `seal` completes."""
+        tokens = self._finish(self._tokens, token_type(self.size))
+        labels = None if self._labels is None else self._finish(self._labels, np.dtype(np.int32))
+        self._opened.close()
+        lengths = np.fromfile(self.folder / LENGTHS, np.int64)
+        begins, ends = np.fromfile(self.folder / FLAGS, bool).reshape(-1, 2).T
+        offsets = np.append(0, lengths.cumsum()[ends])
+        starts = np.flatnonzero(begins[np.append(True, ends[:-1])])
+        np.save(self.folder / OFFSETS, offsets)
+        if len(starts) < len(offsets) - 1:
+            np.save(self.folder / STARTS, starts)
+        (self.folder / LENGTHS).unlink()
+        (self.folder / FLAGS).unlink()
+        return {
+            "documents": len(offsets) - 1,
+            "records": len(starts),
+            "tokens": self.written.tokens,
+            "vocabulary": self.written.highest + 1,
+            "tokenizer_size": self.size,
+            "digest": _digest(tokens, offsets),
+            "labels_digest": None if labels is None else _digest(labels),
+        }
+
+    def _open(self, name: str, size: int) -> IO[bytes]:
+        """A file, cut off behind `size` bytes, to be written from there."""
+        (self.folder / name).touch()
+        file = self._opened.enter_context(open(self.folder / name, "r+b"))  # noqa: SIM115
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def _label(self) -> None:
+        """Create the file of labels, with the tokens before as their own labels."""
+        self._tokens.flush()
+        self._labels = self._open(LABELS, HEADER)
+        before = self._array(TOKENS, token_type(self.size))
+        for begin in range(0, len(before), BLOCK):
+            self._labels.write(before[begin : begin + BLOCK].astype(np.int32).data)
+        self.written.labelled = True
+
+    def _finish(self, file: IO[bytes], dtype: np.dtype) -> np.ndarray:
+        """The array of a file, whose header is written."""
+        file.seek(0)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (self.written.tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == HEADER
+        file.flush()
+        return self._array(Path(file.name).name, dtype)
+
+    def _array(self, name: str, dtype: np.dtype) -> np.ndarray:
+        count = self.written.tokens  # no map is empty
+        return np.memmap(self.folder / name, dtype, "r", HEADER, (count,)) if count else np.empty(0, dtype)
 
 
 def seal(folder: Path, contents: dict[str, Any]) -> None:
@@ -97,68 +203,26 @@ def read(folder: Path, verify: bool) -> Cache:
     verify: also compare tokens and labels with their digest, which reads them all (about 1 GB per second).
     """
     contents = _contents(folder / CONTENTS)
-    dtype = np.uint16 if contents["tokenizer_size"] <= 1 << 16 else np.uint32
-    tokens = _array(folder / TOKENS, dtype, contents["tokens"])
+    tokens = _array(folder / TOKENS, token_type(contents["tokenizer_size"]), contents["tokens"])
     offsets = _array(folder / OFFSETS, np.int64, contents["documents"] + 1)
     labels = _array(folder / LABELS, np.int32, contents["tokens"]) if contents["labels_digest"] else None
     several = contents["records"] < contents["documents"]
     starts = _array(folder / STARTS, np.int64, contents["records"]) if several else None
     if verify:
         _verify(tokens, offsets, contents["digest"])
-        if labels is not None and _digest_of(labels) != contents["labels_digest"]:
+        if labels is not None and _digest(labels) != contents["labels_digest"]:
             raise DamagedError(f"{LABELS} has other contents than were written")
         if starts is not None and (starts[0] != 0 or (np.diff(starts) < 1).any()):
             raise DamagedError(f"{STARTS} does not divide the documents into records")
     return Cache(tokens, offsets, labels, starts, contents)
 
 
-class _Labels:
-    """labels.npy, begun with the first document that has labels; those before it are labelled with their tokens."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.count, self.digest = file, 0, hashlib.sha256()
-        self.out: IO[bytes] | None = None
-
-    def __enter__(self) -> _Labels:
-        return self
-
-    @property
-    def begun(self) -> bool:
-        """Whether some document had labels."""
-        return self.out is not None
-
-    def begin(self, tokens: np.ndarray) -> None:
-        """Create the file, with the tokens before as their own labels."""
-        self.out = open(self.file, "wb")  # noqa: SIM115 - closed by __exit__
-        _write_header(self.out, np.dtype(np.int32), 0)
-        for begin in range(0, len(tokens), BLOCK):
-            self.add(tokens[begin : begin + BLOCK])
-
-    def add(self, labels: np.ndarray) -> None:
-        """Append labels."""
-        assert self.out is not None
-        written = labels.astype(np.int32)
-        self.out.write(written.data)
-        self.digest.update(written.data)
-        self.count += len(written)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self.out is not None:
-            self.out.seek(0)
-            _write_header(self.out, np.dtype(np.int32), self.count)
-            self.out.close()
-
-
-def _written(file: Path, dtype: np.dtype, header: int, count: int) -> np.ndarray:
-    """The first `count` elements of a file that is being written."""
-    return np.memmap(file, dtype, "r", header, (count,)) if count else np.empty(0, dtype)  # no map is empty
-
-
-def _digest_of(labels: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for begin in range(0, len(labels), BLOCK):
-        digest.update(labels[begin : begin + BLOCK].data)
-    return digest.hexdigest()[:16]
+def _digest(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        for begin in range(0, len(array), BLOCK):
+            found.update(array[begin : begin + BLOCK].data)
+    return found.hexdigest()[:16]
 
 
 def _contents(file: Path) -> dict[str, Any]:
@@ -188,23 +252,9 @@ def _array(file: Path, dtype: Any, length: int) -> np.ndarray:
 def _verify(tokens: np.ndarray, offsets: np.ndarray, expected: str) -> None:
     if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 0).any():
         raise DamagedError(f"{OFFSETS} does not divide {len(tokens)} tokens into documents")
-    digest = hashlib.sha256()
-    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        _add(digest, tokens[begin:end])
-    if digest.hexdigest()[:16] != expected:
+    if _digest(tokens, offsets) != expected:
         raise DamagedError(f"{TOKENS} or {OFFSETS} has other contents than were written")
-
-
-def _add(digest: Any, tokens: np.ndarray) -> None:
-    digest.update(tokens.nbytes.to_bytes(8, "little"))
-    digest.update(tokens)
 
 
 def _seal(contents: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write_header(out: Any, dtype: np.dtype, count: int) -> None:
-    """The .npy header of a vector. Its size does not depend on `count`: numpy leaves room for the array to grow."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(out, header)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -77,7 +78,7 @@ class Dialogues:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         spelled = [re.escape(token) for token in special if len(token) > 1]
         self._special = re.compile("|".join(sorted(spelled, key=len, reverse=True)) or r"(?!)")
-        self._conversations = self._documents = self._endless = 0
+        self.counts: Counter[str] = Counter()
         self._chat = _untruncated(tokenizer.backend_tokenizer)
         self._text = text_only(tokenizer, name)
 
@@ -90,6 +91,10 @@ class Dialogues:
         )
 
     # -- records to texts
+
+    def split(self, where: str, record: Record) -> list[Record]:
+        """The record."""
+        return [record]
 
     def parse(self, where: str, record: Record) -> list[Rendered]:
         """The texts of a record, each with the spans to learn."""
@@ -109,23 +114,23 @@ class Dialogues:
         if self._is_marked(tools):
             return [self._marked(where, messages, tools, first)]
         documents = self._by_beginnings(where, messages, tools, learnt)
-        self._conversations += 1
-        self._documents += len(documents)
-        self._endless += not self._has_end(documents[-1].text)
+        self.counts["conversations"] += 1
+        self.counts["documents"] += len(documents)
+        self.counts["endless"] += not self._has_end(documents[-1].text)
         return documents
 
-    def remarks(self) -> list[str]:
+    def remarks(self, counts: Counter[str]) -> list[str]:
         """What the template did to the conversations that were parsed, where it is not what one would expect."""
         found = []
-        if self._documents > self._conversations:
+        if counts["documents"] > counts["conversations"]:
             found.append(
-                f"{self._conversations:,} conversations became {self._documents:,} documents: the chat template "
-                f"renders earlier turns otherwise, and each turn is learnt as the model answers it"
+                f"{counts['conversations']:,} conversations became {counts['documents']:,} documents: the chat "
+                f"template renders earlier turns otherwise, and each turn is learnt as the model answers it"
             )
-        if self._endless:
+        if counts["endless"]:
             found.append(
-                f"{self._endless:,} conversations end without a special token in the chat template, so nothing teaches "
-                f"the model where to stop"
+                f"{counts['endless']:,} conversations end without a special token in the chat template, so nothing "
+                f"teaches the model where to stop"
             )
         return found
 

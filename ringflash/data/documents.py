@@ -3,9 +3,10 @@
     <data.cache>/<fingerprint>/    tokens.npy, offsets.npy, corpus.json and others: see cache.py
 
 The fingerprint covers all that decides the tokens: files, sizes, times of change, formats, fields, tokenizer and chat
-template. The folder is written in a scratch folder and renamed when complete, so a killed build leaves nothing that
-looks finished. Builders that run at the same time do not disturb each other: the first to finish wins. Run one rank
-ahead of the others to save the work. A damaged folder is replaced.
+template. The folder is written in a scratch folder (build.py) and renamed when complete, so a killed build leaves
+nothing that looks finished, and the next one goes on where it stopped. Builders that run at the same time do not
+disturb each other: the first to finish wins. Run one rank ahead of the others to save the work. A damaged folder is
+replaced.
 """
 
 from __future__ import annotations
@@ -15,31 +16,30 @@ import dataclasses
 import errno
 import glob
 import hashlib
-import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringflash.data import cache
+from ringflash.data import build, cache
+from ringflash.data.build import Job, Source
 from ringflash.data.chat import Dialogues
 from ringflash.data.files import Matches, is_below, search, suffixes
-from ringflash.data.formats import FORMATS, Record, RecordError, format_of, records
+from ringflash.data.formats import FORMATS, format_of
 from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
-from ringflash.data.scratch import scratch_folder
+from ringflash.data.scratch import delete_abandoned, others, scratch_folder
 from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GROUP = 1 << 20  # characters tokenised at once: enough documents for a tokenizer's threads, bounded memory
+BUILT = "built"  # in a scratch folder
 
 MALFORMED = ("refuse", "skip")
 PACKINGS = ("cut", "whole", "truncate")
-Source = tuple[Path, str]  # a file, and the format to read it by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +143,14 @@ def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
     with _scratch(config, finished.name) as scratch:
         if found:
             _move(finished, scratch / "damaged")
-        built = scratch / "built"
+        built = scratch / BUILT
         built.mkdir()
+        build.take_over(built, (other / BUILT for other in others(scratch, finished.name)))
+        delete_abandoned(scratch, finished.name)
         if left_out:
             print(f"data.path={config.path} has files that data.files leaves out: {suffixes(left_out)}", flush=True)
+        if done := build.read_progress(built).written.tokens:
+            print(f"data.path={config.path}: a stopped run left {done:,} tokens; tokenising goes on there", flush=True)
         _build(built, config, sources, tokenizer)
         made = cache.read(built, verify=False)  # before the rename: a mapped file outlives its folder
         try:
@@ -219,81 +223,19 @@ def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
 
 
 def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the cache into `folder`."""
-    meaning, skipped = reading(config, tokenizer), list[RecordError]()
-    parsed = _parsed(sources, meaning, config, skipped)
-    documents = (document for group in _groups(parsed) for document in meaning.encode(group))
-    first = next(documents, None)
-    if first is None:
-        left = f"; {len(skipped)} are left out as malformed, the first: {skipped[0]}" if skipped else ""
+    """Writes the cache into `folder`, on from where it is."""
+    meaning, size = reading(config, tokenizer), tokenizer_size(tokenizer)
+    progress, contents = build.build(folder, Job(sources, meaning, config.format is None, size, config.malformed))
+    skipped, first = progress.skipped, progress.first_skipped
+    if not contents:
+        left = f"; {skipped} are left out as malformed, the first: {first}" if skipped else ""
         raise ConfigError(f"data.path={config.path} holds no text: all of its documents are empty{left}")
-    contents = cache.write(folder, itertools.chain([first], documents), tokenizer_size(tokenizer))
-    for remark in meaning.remarks():
+    for remark in meaning.remarks(progress.counts):
         print(f"data.path={config.path}: {remark}", flush=True)
     if skipped:
-        print(f"data.malformed=skip left out {len(skipped)} records, the first: {skipped[0]}", flush=True)
-    made_of = {"path": config.path, "files": len(sources), "tokenizer": config.tokenizer, "skipped": len(skipped)}
+        print(f"data.malformed=skip left out {skipped} records, the first: {first}", flush=True)
+    made_of = {"path": config.path, "files": len(sources), "tokenizer": config.tokenizer, "skipped": skipped}
     cache.seal(folder, made_of | contents)
-
-
-def _parsed(
-    sources: list[Source], meaning: Reading, config: DataConfig, skipped: list[RecordError]
-) -> Iterator[tuple[Any, int]]:
-    """What each record holds, and its size; behind a progress bar over the files' bytes."""
-    from tqdm import tqdm
-
-    total = sum(file.stat().st_size for file, _ in sources)
-    with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True) as bar:
-        for file, form in sources:
-            left = file.stat().st_size
-            try:
-                for where, record in records(file, form, meaning.fields, config.format is None):
-                    step = 0
-                    for held in _held(meaning, where, record, config.malformed, skipped):
-                        size = _size(held)
-                        yield held, size
-                        step += size
-                    bar.update(min(left, step))
-                    left -= min(left, step)
-            except ConfigError:
-                raise
-            except Exception as error:  # pyarrow and the codecs share no base class
-                raise ConfigError(f"{file} cannot be read: {reason(error)}") from error
-            bar.update(left)
-
-
-def _held(
-    meaning: Reading, where: str, record: Record | RecordError, malformed: str, skipped: list[RecordError]
-) -> Sequence[Any]:
-    """What a record holds; nothing where it is malformed and may be skipped."""
-    try:
-        if isinstance(record, RecordError):
-            raise record
-        return meaning.parse(where, record)
-    except RecordError as error:
-        if malformed == "refuse":
-            raise
-        skipped.append(error)
-        return ()
-
-
-def _size(held: Any) -> int:
-    """About how much there is to tokenise: characters, or tokens that are there already."""
-    return len(held) if isinstance(held, str) else len(held[0])
-
-
-def _groups(parsed: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
-    """What is to be encoded, in groups of about GROUP characters."""
-    group: list[Any] = []
-    total = 0
-    for held, size in parsed:
-        group.append(held)
-        total += size
-        if total >= GROUP:
-            yield group
-            group, total = [], 0
-    if group:
-        yield group
 
 
 def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:

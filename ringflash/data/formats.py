@@ -55,6 +55,7 @@ MARKS = {  # UTF-32's begin with UTF-16's
 }  # fmt: skip
 ARROW_FILE = b"ARROW1"
 ROWS = 64  # of a table, read at once
+BLOCK = 1 << 22  # bytes of a text, read at once
 Part = TypeVar("Part")
 
 
@@ -119,29 +120,60 @@ def records(file: Path, form: str, fields: Fields, guessed: bool) -> Found:
 
 
 def _text(file: Path, fields: Fields) -> Found:
-    yield str(file), {fields.names[0]: _whole(file)}
+    yield str(file), {fields.names[0]: _blocks(file)}
 
 
 def _whole(file: Path) -> str:
+    return "".join(_blocks(file))
+
+
+def _blocks(file: Path) -> Iterator[str]:
+    """The text of a file, in blocks."""
+    position, left = 0, b""
     with _opened(file) as stream:
-        return _decoded(stream.read(), str(file), 0)
+        while read := stream.read(BLOCK):
+            read = left + read
+            end = len(read) - _unfinished(read)
+            if end:
+                yield _decoded(read[:end], str(file), position)
+            position, left = position + end, read[end:]
+    if left:
+        yield _decoded(left, str(file), position)
+
+
+def _unfinished(read: bytes) -> int:
+    """How many bytes at the end begin a UTF-8 character that they do not finish."""
+    for count in range(1, min(4, len(read) + 1)):
+        byte = read[-count]
+        if byte >= 0xC0:
+            return count if count < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
+        if byte < 0x80:
+            break
+    return 0
 
 
 def _guessed_text(file: Path, fields: Fields) -> Found:
-    text = _whole(file)
-    if (form := _json_records(text)) is not None:
+    blocks = _blocks(file)
+    begin = next(blocks, "")
+    if (form := _json_records(begin)) is not None:
         raise ConfigError(
             f"{file} has the suffix of a text, but begins with JSON records: set data.format={form} to read their "
             f"data.field, or data.format=text to train on the file as it is"
         )
-    yield str(file), {fields.names[0]: text}
+    yield str(file), {fields.names[0]: itertools.chain([begin], blocks)}
 
 
 def _json_records(text: str) -> str | None:
-    """The format of a text that begins with a JSON object, or with an array of them; None for any other text."""
+    """The format of a text that begins with a JSON object, or with an array of them; None for any other text.
+
+    text: the first block of a file. An array that does not end in it is known by its first object.
+    """
     begin = text.lstrip()
     if not begin.startswith(("{", "[")):
         return None
+    if begin.startswith("[") and len(text) >= BLOCK // 4:  # a character has 4 bytes at most
+        first = begin[1:].lstrip()
+        return "json" if first.startswith("{") and _json_records(first) else None
     try:
         value, end = json.JSONDecoder().raw_decode(begin)
     except (ValueError, RecursionError):

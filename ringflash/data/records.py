@@ -4,18 +4,22 @@
     TokenIds    a field holds token ids, and perhaps another their labels       data.field=input_ids
     Dialogues   messages, or a prompt and its completion: chat.py               data.chat=true
 
-A `Reading` is one of them. It parses a record, refusing it with its place, and encodes parsed records in groups.
+A `Reading` is one of them. It splits a record into parts, of which only long texts have several; parses each, refusing
+it with its place; and encodes what it parsed in groups. Splitting is done in one process, the rest in many.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ringflash.data.formats import Fields, Record, RecordError
+from ringflash.data.pieces import PIECE, Piece, UncutError, pieces
 from ringflash.data.tokenizer import Encoder
+from ringflash.errors import ConfigError
 
 IGNORE = -100  # the label of a token that is not predicted; torch's cross entropy skips it
 FIELD = "text"  # read where data.field=null and the format has fields
@@ -27,49 +31,74 @@ class Document(NamedTuple):
     """The tokens of a document.
 
     tokens: integers [n]. labels: int32 [n], the token that is to be predicted at each place, not shifted: the token
-    itself, or IGNORE; None where all are predicted. begins: whether it is the first document of its record.
+    itself, or IGNORE; None where all are predicted. begins: whether it is the first document of its record. ends: False
+    where the next one continues it: pieces of one text.
     """
 
     tokens: np.ndarray
     labels: np.ndarray | None = None
     begins: bool = True
+    ends: bool = True
 
 
 class Reading(Protocol):
-    """What records mean."""
+    """What records mean. counts: of what was parsed, for remarks."""
 
     fields: Fields
+    counts: Counter[str]
 
-    def parse(self, where: str, record: Record) -> Sequence[Any]:
-        """What a record holds; nothing, if it is empty. Raises RecordError, which begins with `where`."""
+    def split(self, where: str, record: Record) -> Iterable[Any]:
+        """The parts of a record. Raises RecordError, which begins with `where`."""
+
+    def parse(self, where: str, part: Any) -> Sequence[Any]:
+        """What a part holds; nothing, if it is empty. Raises RecordError, which begins with `where`."""
 
     def encode(self, parsed: Sequence[Any]) -> Iterable[Document]:
-        """The documents of what records hold, in order."""
+        """The documents of what parts hold, in order."""
 
-    def remarks(self) -> list[str]:
-        """What a user should know of the records that were parsed."""
+    def remarks(self, counts: Counter[str]) -> list[str]:
+        """What a user should know of the records that were counted."""
 
 
 class Texts:
-    """A field holds the text of one document."""
+    """A field holds the text of one document: a string, or its blocks."""
 
-    def __init__(self, field: str, encode: Encoder) -> None:
+    def __init__(self, field: str, encoder: Encoder) -> None:
         self.field = field
         self.fields = Fields((field,), lambda available: missing(field, available))
-        self._encode = encode
+        self.counts: Counter[str] = Counter()
+        self._encoder = encoder
 
-    def parse(self, where: str, record: Record) -> list[str]:
-        """The text, if it is not empty."""
+    def split(self, where: str, record: Record) -> Iterator[Piece]:
+        """The pieces of the text."""
         text = record[self.field]
-        if not isinstance(text, str | None):
+        if isinstance(text, str):
+            text = clean(text, f"{where}: data.field={self.field}")
+            blocks: Iterable[str] = (text[begin : begin + PIECE] for begin in range(0, len(text), PIECE))
+        elif isinstance(text, Iterator):
+            blocks = text
+        elif text is None:
+            return
+        else:
             raise RecordError(f"{where}: data.field={self.field} holds {type(text).__name__}, not text")
-        return [clean(text, f"{where}: data.field={self.field}")] if text else []
+        try:
+            yield from pieces(blocks, self._encoder.ids)
+        except UncutError as error:
+            raise ConfigError(
+                f"{where} holds a text of more than {PIECE:,} characters that data.tokenizer cannot take in pieces: "
+                f"its tokens differ wherever it is cut; divide it into several documents"
+            ) from error
 
-    def encode(self, parsed: Sequence[str]) -> Iterator[Document]:
-        """A document per text."""
-        return map(Document, self._encode(list(parsed)))
+    def parse(self, where: str, part: Piece) -> list[Piece]:
+        """The piece."""
+        return [part]
 
-    def remarks(self) -> list[str]:
+    def encode(self, parsed: Sequence[Piece]) -> Iterator[Document]:
+        """A document per piece."""
+        for piece, tokens in zip(parsed, self._encoder(parsed), strict=True):
+            yield Document(tokens, None, piece.first, piece.last)
+
+    def remarks(self, counts: Counter[str]) -> list[str]:
         """Nothing."""
         return []
 
@@ -85,6 +114,11 @@ class TokenIds:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.counts: Counter[str] = Counter()
+
+    def split(self, where: str, record: Record) -> list[Record]:
+        """The record."""
+        return [record]
 
     def parse(self, where: str, record: Record) -> list[Document]:
         """The documents of a record."""
@@ -108,7 +142,7 @@ class TokenIds:
         """The documents, as they are."""
         return parsed
 
-    def remarks(self) -> list[str]:
+    def remarks(self, counts: Counter[str]) -> list[str]:
         """Nothing."""
         return []
 

@@ -2,8 +2,10 @@
 
     <cache>/<name>.unfinished-<host>-<random>/    locked by its builder as long as that lives
 
-The kernel releases the lock of a killed process, so a folder of this host whose lock is free is abandoned. Folders of
-other hosts are left alone: some shared file systems lock within one host only.
+A folder is kept when its builder is stopped, and deleted when it is done or its input is refused. The kernel releases
+the lock of a killed process, so a folder of this host whose lock is free is abandoned. It is deleted when the next
+builder of its name has taken it over, or after a week. Folders of other hosts are left alone: some shared file systems
+lock within one host only.
 """
 
 from __future__ import annotations
@@ -14,31 +16,48 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from ringflash.errors import ConfigError
+
+KEPT = 7 * 24 * 3600.0  # seconds that an abandoned folder of another name is kept
 
 
 @contextlib.contextmanager
 def scratch_folder(cache: Path, name: str) -> Iterator[Path]:
-    """A folder in `cache`, deleted after use. Abandoned ones are deleted first."""
+    """A locked folder in `cache`. It is deleted after use, and left for the next builder where that was interrupted."""
     cache.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
     with contextlib.ExitStack() as held:
         with _locked(cache, wait=True):  # so that no builder finds the new folder before it is locked
-            _delete_abandoned(cache, host)
-            made = tempfile.TemporaryDirectory(
-                dir=cache, prefix=f"{name}.unfinished-{host}-", ignore_cleanup_errors=True
-            )
-            folder = Path(held.enter_context(made))
+            folder = Path(tempfile.mkdtemp(dir=cache, prefix=_prefix(name)))
             held.enter_context(_locked(folder, wait=True))
-        yield folder
+        try:
+            yield folder
+        except ConfigError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _delete_abandoned(cache: Path, host: str) -> None:
-    for folder in cache.glob(f"*.unfinished-{host}-*"):
-        with contextlib.suppress(FileNotFoundError), _locked(folder, wait=False) as locked:
-            if locked:
-                shutil.rmtree(folder, ignore_errors=True)
+def others(folder: Path, name: str) -> list[Path]:
+    """The other folders of that name beside `folder`, of every host."""
+    return [other for other in folder.parent.glob(f"{name}.unfinished-*") if other != folder]
+
+
+def delete_abandoned(folder: Path, name: str) -> None:
+    """Delete the abandoned folders beside `folder`: those of `name`, and old ones."""
+    with _locked(folder.parent, wait=True):
+        for other in folder.parent.glob(f"{_prefix('*')}*"):
+            with contextlib.suppress(FileNotFoundError), _locked(other, wait=False) as locked:
+                old = time.time() - max(x.stat().st_mtime for x in [other, *other.rglob("*")]) > KEPT
+                if locked and (old or other.name.startswith(_prefix(name))):
+                    shutil.rmtree(other, ignore_errors=True)
+
+
+def _prefix(name: str) -> str:
+    return f"{name}.unfinished-{socket.gethostname()}-"
 
 
 @contextlib.contextmanager

@@ -8,14 +8,18 @@ names that no text spells; their numbers stay.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ringflash.data.pieces import Ids, Piece
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
@@ -26,7 +30,23 @@ if TYPE_CHECKING:
 
 UNSPELLABLE = "\U0010fffe"  # a noncharacter: Unicode reserves it for use inside a program
 
-Encoder = Callable[[list[str]], list[np.ndarray]]  # texts to tokens of one document each, with its end
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Texts to documents. ids: of texts, nothing added. begin, end: what is added to each document; end ends in eos."""
+
+    ids: Ids
+    begin: list[int]
+    end: list[int]
+
+    def __call__(self, parts: Sequence[Piece]) -> list[np.ndarray]:
+        """The tokens of each piece, with what belongs at the begin and at the end of its text."""
+        found = self.ids([piece.text for piece in parts])
+        begin, end, nothing = (np.array(ids, np.int64) for ids in (self.begin, self.end, []))
+        return [
+            np.concatenate([begin if piece.first else nothing, ids[piece.skipped :], end if piece.last else nothing])
+            for piece, ids in zip(parts, found, strict=True)
+        ]
 
 
 def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
@@ -70,62 +90,73 @@ def check_vocabulary(config: DataConfig, tokenizer: PreTrainedTokenizerBase, voc
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
-    """The function that encodes documents. What the tokenizer adds at their begin, such as a bos, it adds.
+    """The encoder of documents. What the tokenizer adds around them, such as a bos, it adds.
 
     Raises ConfigError, by name, for a tokenizer whose end of document is ordinary text.
     """
     from transformers import ByT5Tokenizer
 
+    eos = cast(int, tokenizer.eos_token_id)
     if isinstance(tokenizer, ByT5Tokenizer):
-        return lambda texts: _bytes(tokenizer, texts)
-    if not tokenizer.is_fast:
-        return lambda texts: _slow(tokenizer, name, texts)
-    backend = text_only(tokenizer, name)
-    return lambda texts: _fast(backend, tokenizer, name, texts)
+        return Encoder(functools.partial(_bytes, np.uint16(tokenizer.offset)), [], [eos])
+    if tokenizer.is_fast:
+        backend = text_only(tokenizer, name)
+        begin, end = _added(backend)
+        ids = functools.partial(_fast, backend, tokenizer, name)
+    else:
+        begin, end = _split(tokenizer.build_inputs_with_special_tokens([eos + 1]), eos + 1)
+        ids = functools.partial(_slow, tokenizer, name)
+    return Encoder(ids, begin, end if end[-1:] == [eos] else [*end, eos])
 
 
-def _bytes(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """ByT5's tokens: its own loop over characters does 2 MB/s, and takes "</s>" for its eos."""
-    ends = np.array([tokenizer.eos_token_id], np.uint16)
-    offset = np.uint16(tokenizer.offset)
-    return [np.concatenate([np.frombuffer(text.encode(), np.uint8) + offset, ends]) for text in texts]
+def _bytes(offset: np.uint16, texts: list[str]) -> list[np.ndarray]:
+    """ByT5's ids: its own loop over characters does 2 MB/s, and takes "</s>" for its eos."""
+    return [np.frombuffer(text.encode(), np.uint8) + offset for text in texts]
 
 
 def _fast(backend: Tokenizer, tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
-    eos = tokenizer.eos_token_id
     try:
-        encodings = backend.encode_batch_fast(texts)
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # tokenizers raises a bare Exception, such as for an unknown word without an unk_token
         raise ConfigError(f"data.tokenizer={name} cannot encode the text of data.path: {reason(error)}") from error
-    documents = []
-    for encoding in encodings:
-        ids = encoding.ids
-        count = ids.count(eos)
-        added = count and sum(id == eos for id, one in zip(ids, encoding.special_tokens_mask, strict=True) if one)
-        if count > added:
-            raise ConfigError(
-                f"data.tokenizer={name} makes its eos_token={tokenizer.eos_token} of ordinary text, so a document "
-                f"would end early: give the tokenizer an eos_token that is not its unk_token"
-            )
-        ended = bool(ids) and ids[-1] == eos  # by the tokenizer itself
-        documents.append(np.asarray(ids if ended else [*ids, eos], np.int64))
-    return documents
+    found = [np.array(encoding.ids, np.int64) for encoding in encodings]
+    if any((ids == tokenizer.eos_token_id).any() for ids in found):
+        raise ConfigError(
+            f"data.tokenizer={name} makes its eos_token={tokenizer.eos_token} of ordinary text, so a document "
+            f"would end early: give the tokenizer an eos_token that is not its unk_token"
+        )
+    return found
+
+
+def _added(backend: Tokenizer) -> tuple[list[int], list[int]]:
+    """What a fast tokenizer adds before and behind a text that it has tokens for."""
+    for text in itertools.chain("a", (backend.decode([number]) for number in range(backend.get_vocab_size()))):
+        try:
+            plain, whole = (backend.encode(text, add_special_tokens=added).ids for added in (False, True))
+        except Exception:  # a bare one, for a word that the tokenizer does not know
+            continue
+        if plain:
+            begin = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+            return whole[:begin], whole[begin + len(plain) :]
+    return [], []
+
+
+def _split(whole: list[int], inside: int) -> tuple[list[int], list[int]]:
+    place = whole.index(inside)
+    return whole[:place], whole[place + 1 :]
 
 
 def _slow(tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
-    eos = tokenizer.eos_token_id
-    adds_end = tokenizer.build_inputs_with_special_tokens([eos + 1])[-1] == eos
-    documents = []
+    found = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        if eos in ids:
+        if tokenizer.eos_token_id in ids:
             raise ConfigError(
                 f"data.tokenizer={name}: {type(tokenizer).__name__} makes its eos_token={tokenizer.eos_token} of text "
                 f"that spells it, so a document would end early; give a tokenizer with a tokenizer.json"
             )
-        whole = tokenizer.build_inputs_with_special_tokens(ids)
-        documents.append(np.asarray(whole if adds_end else [*whole, eos], np.int64))
-    return documents
+        found.append(np.array(ids, np.int64))
+    return found
 
 
 def text_only(tokenizer: Any, name: str) -> Tokenizer:

@@ -1,8 +1,12 @@
 """The cache holds what its text gives: made once, named by all that decides it, never half-written, never damaged."""
 
+import dataclasses
+import filecmp
+import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -11,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import numpy as np
+import psutil
 import pytest
 
-from ringflash.data import cache, documents, load_corpus, load_tokenizer, scratch, tokenised
+from ringflash.data import build, cache, documents, load_corpus, load_tokenizer, scratch, tokenised
 from ringflash.data.scratch import scratch_folder
+from ringflash.data.tokenizer import Encoder
 from ringflash.errors import ConfigError
 from tests.data.cases import TEXTS, config, write_jsonl, write_texts, write_tokenizer
 from tests.data.cases import documents as documents_of
@@ -23,13 +29,8 @@ from tests.data.cases import documents as documents_of
 @pytest.fixture
 def calls(monkeypatch):
     """The groups of texts that were tokenised."""
-    groups, made = [], documents.encoder
-
-    def counted(*args):
-        encode = made(*args)
-        return lambda texts: groups.append(texts) or encode(texts)
-
-    monkeypatch.setattr(documents, "encoder", counted)
+    groups, encode = [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, parts: groups.append(parts) or encode(self, parts))
     return groups
 
 
@@ -85,16 +86,104 @@ def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, change):
     assert len(entries(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("death", [KeyboardInterrupt, ConfigError], ids=["killed", "bad file"])
-def test_a_build_that_dies_leaves_nothing_and_the_next_one_starts_over(tmp_path, monkeypatch, death):
-    settings = config(tmp_path, write_jsonl(tmp_path / "a.jsonl"))
-    monkeypatch.setattr(documents, "GROUP", 4)
+def dying(death, after):
+    """Writer.add, which raises `death` instead of a call."""
+    add, calls = cache.Writer.add, itertools.count()
+
+    def add_or_die(writer, group):
+        if next(calls) == after:
+            raise death
+        add(writer, group)
+
+    return add_or_die
+
+
+@pytest.fixture
+def in_groups(monkeypatch):
+    """A group per record, and progress after each."""
+    monkeypatch.setattr(build, "GROUP", 1)
+    monkeypatch.setattr(build, "SECONDS", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+
+
+@pytest.mark.parametrize("kind", ["texts", "labels"])
+@pytest.mark.parametrize("death", [KeyboardInterrupt(), OSError(28, "No space left")], ids=["killed", "disk full"])
+def test_a_build_that_is_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, in_groups, kind, death):
+    settings = config(tmp_path, write_jsonl(tmp_path / "a.jsonl", [*TEXTS, None, *TEXTS]))
+    if kind == "labels":
+        rows = [{"input_ids": [5 + i]} | ({"labels": [-100]} if i > 6 else {}) for i in range(12)]
+        rows[1]["input_ids"] = "malformed"
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = config(tmp_path, tmp_path / "a.jsonl", field="input_ids", malformed="skip")
+    at_once = tokenised(dataclasses.replace(settings, cache=str(tmp_path / "at once")))
     with monkeypatch.context() as patch:
-        patch.setattr(documents, "encoder", lambda *_: Mock(side_effect=[[np.ones(2, np.int64)], death]))
-        with pytest.raises(death):
+        patch.setattr(cache.Writer, "add", dying(death, after=8))
+        with pytest.raises((KeyboardInterrupt, ConfigError)):
             tokenised(settings)
+    rest = Mock(wraps=build._encoded)
+    monkeypatch.setattr(build, "_encoded", rest)
+    capsys.readouterr()
+    made = tokenised(settings)
+    assert rest.call_count == 12 - 8
+    assert f"data.path={settings.path}: a stopped run left " in capsys.readouterr().out
+    assert len(entries(tmp_path)) == 1
+    assert made.contents == at_once.contents
+    assert made.contents["skipped"] == (kind == "labels")
+    [folder] = entries(tmp_path)
+    [other] = (tmp_path / "at once").iterdir()
+    files = sorted(file.name for file in folder.iterdir())
+    assert files == sorted(file.name for file in other.iterdir())
+    assert filecmp.cmpfiles(folder, other, files, shallow=False) == (files, [], [])
+
+
+def test_a_build_whose_input_is_refused_leaves_nothing(tmp_path, monkeypatch, in_groups):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl line 2"):
+        tokenised(config(tmp_path, tmp_path / "a.jsonl"))
     assert entries(tmp_path) == []
-    assert len(documents_of(load_corpus(settings))) == len(TEXTS)
+
+
+def test_workers_give_the_arrays_of_one_process_and_end_with_a_killed_builder(tmp_path, monkeypatch):
+    folder = write_texts(tmp_path / "text", [text * 99 for text in TEXTS])
+    settings = config(tmp_path, write_jsonl(folder / "a.jsonl", TEXTS * 99), files=["*"])
+    one = tokenised(dataclasses.replace(settings, cache=str(tmp_path / "one")))
+    monkeypatch.setattr(build, "GROUP", 1000)
+    monkeypatch.setattr(build, "SECONDS", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    builder = multiprocessing.get_context("fork").Process(target=pause_after, args=(settings, 20))
+    builder.start()
+    while len(workers := psutil.Process(builder.pid).children()) < 2 or not any(map(written, entries(tmp_path))):
+        assert builder.is_alive()
+        time.sleep(0.01)
+    builder.kill()
+    builder.join()
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    made = tokenised(settings)
+    assert all(np.array_equal(a, b) for a, b in zip(made[:2], one[:2], strict=True))
+    assert made.contents == one.contents
+
+
+def pause_after(settings, groups):
+    """A builder that writes some groups."""
+    add, calls = cache.Writer.add, itertools.count()
+    cache.Writer.add = lambda *args: add(*args) if next(calls) < groups else signal.pause()
+    tokenised(settings)
+
+
+def written(folder):
+    """Whether an unfinished build has progress."""
+    return build.read_progress(folder / "built").written.pieces >= 20
+
+
+def test_abandoned_folders_of_other_names_are_deleted_after_a_week(tmp_path):
+    for name in ("young", "old"):
+        with scratch_folder(tmp_path / "cache", name) as folder:
+            kept = shutil.copytree(folder, tmp_path / name)
+        kept.rename(folder)
+    os.utime(folder, (1, 1))
+    with scratch_folder(tmp_path / "cache", "name") as own:
+        scratch.delete_abandoned(own, "name")
+    assert [entry.name.split(".")[0] for entry in entries(tmp_path)] == ["young"]
 
 
 def build_until_killed(settings):
@@ -110,7 +199,9 @@ def test_what_a_killed_builder_leaves_is_not_taken_for_a_cache_and_is_deleted_by
     while not list(tmp_path.glob("cache/*/built/tokens.npy")):
         assert builder.is_alive()
         time.sleep(0.01)
-    with scratch_folder(tmp_path / "cache", "another"):
+    name = entries(tmp_path)[0].name.split(".")[0]
+    with scratch_folder(tmp_path / "cache", name) as own:
+        scratch.delete_abandoned(own, name)
         assert len(entries(tmp_path)) == 2  # that of the living builder is left alone
     builder.kill()
     builder.join()
@@ -123,8 +214,9 @@ def test_what_a_killed_builder_leaves_is_not_taken_for_a_cache_and_is_deleted_by
 def test_scratch_folders_of_other_hosts_are_left_alone(tmp_path):
     other = tmp_path / "cache" / "name.unfinished-another host-x"
     other.mkdir(parents=True)
-    with scratch_folder(tmp_path / "cache", "name"):
-        pass
+    with scratch_folder(tmp_path / "cache", "name") as own:
+        scratch.delete_abandoned(own, "name")
+        assert scratch.others(own, "name") == [other]
     assert entries(tmp_path) == [other]
 
 
@@ -210,9 +302,9 @@ DAMAGE = {
     "contents null": (corpus_json(lambda _: None), "corpus.json holds a NoneType, not an object"),
     "contents a list": (corpus_json(lambda _: [1]), "corpus.json holds a list, not an object"),
     "contents not text": (overwritten("corpus.json", 0, 9), "corpus.json cannot be read: 'utf-8' codec"),
-    "contents of another format": (corpus_json(lambda c: c | {"format": 3}), "corpus.json has format 3, not 4"),
+    "contents of another format": (corpus_json(lambda c: c | {"format": 3}), "corpus.json has format 3, not 5"),
     "contents without a key": (
-        corpus_json(lambda c: {"format": 4}),
+        corpus_json(lambda c: {"format": 5}),
         "corpus.json has other contents than",
     ),
     "another vocabulary": (
@@ -257,7 +349,7 @@ def test_a_damaged_cache_whose_folder_cannot_be_written_is_refused(tmp_path, mon
     settings = config(tmp_path, write_texts(tmp_path / "text"))
     load_corpus(settings)
     overwritten("tokens.npy", -1, 1)(entries(tmp_path)[0])
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(tempfile, "mkdtemp", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(ConfigError, match=r"data\.cache=.* cannot be written: Permission denied"):
         load_corpus(settings)
 
@@ -265,13 +357,12 @@ def test_a_damaged_cache_whose_folder_cannot_be_written_is_refused(tmp_path, mon
 @pytest.mark.parametrize(
     "full", [OSError(28, "No space left on device"), OSError("9 requested and 0 written")], ids=str
 )
-def test_a_disk_that_is_full_is_named_and_leaves_nothing(tmp_path, monkeypatch, full):
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch, full):
     settings = config(tmp_path, write_texts(tmp_path / "text"))
     monkeypatch.setattr(cache.np, "save", Mock(side_effect=full))
     message = rf"^data\.cache={settings.cache} cannot be written: {full.strerror or full}$"
     with pytest.raises(ConfigError, match=message):
         load_corpus(settings)
-    assert entries(tmp_path) == []
 
 
 def test_a_corpus_that_is_in_use_outlives_the_damage_of_its_cache(tmp_path):

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ringflash.data import check_vocabulary, load_corpus, load_tokenizer
+from ringflash.data.pieces import Piece
 from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
 from tests.data.cases import config, stored, write_texts, write_tokenizer
@@ -84,7 +85,7 @@ def saved(folder, backend, eos="</s>", template=None, **settings):
 def encoded(tmp_path, folder, texts):
     """The tokenizer of a folder, and its tokens of each text."""
     tokenizer = load_tokenizer(config(tmp_path, "unused", tokenizer=folder))
-    return tokenizer, [ids.tolist() for ids in encoder(tokenizer, folder)(texts)]
+    return tokenizer, [ids.tolist() for ids in encoder(tokenizer, folder)([*map(Piece, texts)])]
 
 
 @pytest.mark.parametrize(
@@ -192,11 +193,11 @@ def test_a_tokenizer_in_python_splits_special_tokens_too_or_is_refused(tmp_path,
 
     slow, texts = Slow(), ["a </s>", "</s>"]
     monkeypatch.setattr("transformers.ByT5Tokenizer", type("Other", (), {}))  # so that its own reading is not taken
-    for text, ids in zip(texts, encoder(slow, "slow")(texts), strict=True):
+    for text, ids in zip(texts, encoder(slow, "slow")([*map(Piece, texts)]), strict=True):
         assert ids.tolist() == [*(byte + 3 for byte in text.encode()), slow.eos_token_id]
     monkeypatch.setattr(Slow, "_tokenize", lambda self, text: text.split())
     with pytest.raises(ConfigError, match=r"data\.tokenizer=slow: Slow makes its eos_token=</s> of text that"):
-        encoder(slow, "slow")(texts)
+        encoder(slow, "slow")([*map(Piece, texts)])
 
 
 @pytest.mark.parametrize("bos", [None, "<bos>"], ids=["eos appended", "tokenizer adds bos and eos"])

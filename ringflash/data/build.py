@@ -1,0 +1,281 @@
+"""Building the cache: one process reads and splits records, workers parse and tokenise them, and what they give is
+written in order. What a stopped build has written is kept, and the next one goes on behind it.
+
+    records  --split-->  groups of about GROUP characters  --workers-->  cache.Group  --in order-->  cache.Writer
+                                                                                          progress.json
+
+`progress.json` holds how far the files are read and written. It is replaced every few seconds, after all else is on the
+disk; what was written later is cut off. Memory is bounded: of groups that wait, by their number, and of a group by
+GROUP, however long a text is. Only a record of JSON, or of a table, is held whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from ringflash.data import cache
+from ringflash.data.cache import Written
+from ringflash.data.formats import RecordError, records
+from ringflash.data.records import Reading
+from ringflash.errors import ConfigError, reason
+
+GROUP = 1 << 20  # characters tokenised at once by a worker
+AHEAD = 3  # groups per worker that wait or are worked on
+SECONDS = 5.0  # between two writings of the progress
+PROGRESS = "progress.json"
+
+Source = tuple[Path, str]  # a file, and the format to read it by
+Part = tuple[str, Any]  # where it is in its file, and a part of a record, or why it cannot be read
+
+
+class Job(NamedTuple):
+    """What is built. guessed: formats are by suffix. size: of the tokenizer. malformed: refuse or skip."""
+
+    sources: Sequence[Source]
+    reading: Reading
+    guessed: bool
+    size: int
+    malformed: str
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a build is: files read, parts read of the next one, what is written, and what was found on the way."""
+
+    files: int = 0
+    parts: int = 0
+    written: Written = dataclasses.field(default_factory=Written)
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    skipped: int = 0
+    first_skipped: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Replace the progress of a folder."""
+        new = folder / f"{PROGRESS}.new"
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(folder / PROGRESS)
+
+
+def read_progress(folder: Path) -> Progress:
+    """The progress in a folder; the beginning, where there is none."""
+    try:
+        found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Progress()
+    return Progress(**found | {"written": Written(**found["written"]), "counts": Counter(found["counts"])})
+
+
+def take_over(folder: Path, others: Iterable[Path]) -> None:
+    """Copy the furthest of other unfinished folders, if there is one. Its builder may live, and write on."""
+    found = [(read_progress(other), other) for other in others]
+    for progress, other in sorted(found, key=lambda x: x[0].written.tokens, reverse=True):
+        if not progress.written.tokens:
+            return
+        try:
+            for name in (cache.TOKENS, cache.LENGTHS, cache.FLAGS, *[cache.LABELS] * progress.written.labelled):
+                shutil.copyfile(other / name, folder / name)
+        except FileNotFoundError:  # finished meanwhile
+            continue
+        progress.save(folder)
+        return
+
+
+def build(folder: Path, job: Job) -> tuple[Progress, dict[str, Any]]:
+    """Write the arrays into `folder`, from where its progress ends. Returns what `cache.seal` completes, too.
+
+    Raises ConfigError for input that cannot be used.
+    """
+    progress, saved = read_progress(folder), time.monotonic()
+    with cache.Writer(folder, job.size, progress.written) as writer, _in_order(job) as encode:
+        for (files, parts), (group, counts, errors) in encode(_groups(_parts(job, progress))):
+            if errors and job.malformed == "refuse":
+                raise errors[0]
+            writer.add(group)
+            progress.files, progress.parts = files, parts
+            progress.counts.update(counts)
+            progress.skipped += len(errors)
+            progress.first_skipped = progress.first_skipped or (str(errors[0]) if errors else "")
+            if time.monotonic() - saved >= SECONDS:
+                writer.sync()
+                progress.save(folder)
+                saved = time.monotonic()
+        contents = writer.finish() if progress.written.tokens else {}
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return progress, contents
+
+
+# -- records to groups
+
+
+def _parts(job: Job, progress: Progress) -> Iterator[tuple[tuple[int, int], Part]]:
+    """The parts of all records from `progress` on, each with the progress behind it; behind a bar of the files' bytes.
+
+    An error is yielded in its record's place.
+    """
+    sizes = [file.stat().st_size for file, _ in job.sources]
+    done, begun = sum(sizes[: progress.files]), progress.files
+    with tqdm(desc="tokenising", total=sum(sizes), initial=done, unit="B", unit_scale=True) as bar:
+        for number, (file, form) in enumerate(job.sources[begun:], begun):
+            passed, left = progress.parts if number == begun else 0, sizes[number]
+            try:
+                for count, part in enumerate(_split(job, file, form), 1):
+                    step = min(left, _size(part[1]))
+                    bar.update(step)
+                    left -= step
+                    if count > passed:
+                        yield (number, count), part
+            except ConfigError:
+                raise
+            except Exception as error:  # pyarrow and the codecs share no base class
+                raise ConfigError(f"{file} cannot be read: {reason(error)}") from error
+            bar.update(left)
+
+
+def _split(job: Job, file: Path, form: str) -> Iterator[Part]:
+    """The parts of a file's records."""
+    for where, record in records(file, form, job.reading.fields, job.guessed):
+        if isinstance(record, RecordError):
+            yield where, record
+            continue
+        try:
+            for part in job.reading.split(where, record):
+                yield where, part
+        except RecordError as error:
+            yield where, error
+
+
+def _groups(parts: Iterable[tuple[tuple[int, int], Part]]) -> Iterator[tuple[tuple[int, int], list[Part]]]:
+    """Parts in groups of about GROUP characters, each with the progress behind it."""
+    group: list[Part] = []
+    total, behind = 0, (0, 0)
+    for behind, part in parts:
+        group.append(part)
+        total += _size(part[1])
+        if total >= GROUP:
+            yield behind, group
+            group, total = [], 0
+    if group:
+        yield behind, group
+
+
+def _size(value: Any) -> int:
+    """About how much there is to tokenise: characters, or tokens that are there already."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value)) if value and isinstance(value[0], str | dict | list) else len(value)
+    return 1
+
+
+# -- groups to arrays
+
+Encoded = tuple[cache.Group, Counter[str], list[RecordError]]
+_job: Job  # a worker's
+
+
+def _encoded(job: Job, group: Sequence[Part]) -> Encoded:
+    """The documents of a group, what was counted, and the records that cannot be used."""
+    reading = job.reading
+    parsed: list[Any] = []
+    errors: list[RecordError] = []
+    reading.counts.clear()
+    for where, part in group:
+        try:
+            if isinstance(part, RecordError):
+                raise part
+            parsed += reading.parse(where, part)
+        except RecordError as error:
+            errors.append(error)
+    return cache.grouped(reading.encode(parsed), job.size), Counter(reading.counts), errors
+
+
+Groups = Iterable[tuple[tuple[int, int], list[Part]]]
+
+
+@contextmanager
+def _in_order(job: Job) -> Iterator[Any]:
+    """A function that encodes groups, in order: in a process per core, or in this one where there is little to do.
+
+    The processes are forked, as those of torch's DataLoader: so they share the tokenizer's memory.
+    """
+    workers = min(len(os.sched_getaffinity(0)), sum(file.stat().st_size for file, _ in job.sources) // GROUP)
+    if workers < 2:
+        yield lambda groups: ((behind, _encoded(job, group)) for behind, group in groups)
+        return
+    with _without_threads():
+        context = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job, os.getpid()))
+
+        def encode(groups: Groups) -> Iterator[tuple[tuple[int, int], Encoded]]:
+            waiting: deque[Any] = deque()
+            for behind, group in groups:
+                waiting.append((behind, pool.submit(_encoded_here, group)))
+                if len(waiting) > AHEAD * workers:
+                    behind, first = waiting.popleft()
+                    yield behind, first.result()
+            for behind, first in waiting:
+                yield behind, first.result()
+
+        try:
+            yield encode
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that tokenises was killed, perhaps for want of memory; the same command continues"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    """Tokenizers without threads of their own: there is a process per core."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _begin(job: Job, parent: int) -> None:
+    """Begin a worker, which ends with its parent, and leaves signals to it."""
+    global _job
+    _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _encoded_here(group: Sequence[Part]) -> Encoded:
+    return _encoded(_job, group)
