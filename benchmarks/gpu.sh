@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh attention    the kernels beside their peers: table, JSON, plot      7 minutes
 #   benchmarks/gpu.sh ring         one rank's share of rings: table, JSON, plot           3 minutes
 #   benchmarks/gpu.sh sanitizer    memcheck and racecheck on small sizes                  1 minute
-#   benchmarks/gpu.sh steps        steps of 131072 tokens, causal and packed, by memory setting, beside transformers      5 minutes
+#   benchmarks/gpu.sh steps        steps of 131072 tokens, causal and packed, by memory setting, beside its peers      6 minutes
 #   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes; on every GPU there is
 #   benchmarks/gpu.sh between      several GPUs: the ring itself, and tests               7 minutes
 set -uo pipefail
@@ -34,8 +34,8 @@ sanitizer)
     done
     ;;
 steps)
-    timeout 480 python3 benchmarks/training.py --out "$out/training.json" --variant ringflash: --variant host:memory=host \
-        --variant "host-bf16:memory=host memory.optimizer_states=bf16" --variant transformers "${@:2}"
+    timeout 540 python3 benchmarks/training.py --out "$out/training.json" --variant ringflash: --variant host:memory=host \
+        --variant "host-bf16:memory=host memory.optimizer_states=bf16" --variant transformers --variant deepspeed "${@:2}"
     ;;
 training)
     # Documents of more than 131072 bytes, so that every sequence is one causal document: the most work there can be.

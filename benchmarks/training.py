@@ -6,12 +6,13 @@
     python benchmarks/training.py --variant plain:fused=never --variant fused: --variant transformers
 
 Settings after the options are those of train.py, for every variant; experiment=qwen3-0.5b-128k is underneath. A
-variant is NAME:SETTINGS, or `transformers`: its own layers, sdpa as torch chooses it (`transformers-flash`: with
-FlashAttention forced), checkpointing, Liger's loss, and fused AdamW on bf16 weights. It takes no packed documents.
+variant is NAME:SETTINGS, or a peer: transformers, transformers-flash or deepspeed (benchmarks/training_peers.py).
+Peers take no packed documents.
 
 Every variant starts from the same weights and sees the same tokens. Its first step, which compiles, has --warm tokens.
 Packed batches have the lengths of files of Python's standard library. MFU counts visible (query, key) pairs, and not
-recomputation. Rows are written as they come: a run with the same --out continues where the last one stopped.
+recomputation. Rows are written as they come: a run with the same --out continues where the last one stopped. A picture
+of all rows is drawn beside them.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import training_peers
 from benchmarks.report import RESULTS, card, write_json
 from ringflash.data import Batch
 from ringflash.mask import IntervalMask
-from ringflash.models import build_model, read_config
-from ringflash.models.configuration import DTYPES
+from ringflash.models import build_model
 from ringflash.ring.cost import peak_flops
 from ringflash.training.config import Config, compose
 from ringflash.training.engine import build_engine
@@ -125,39 +126,6 @@ def ringflash(config: Config, world: World, tokens: int) -> tuple[PreTrainedMode
     return model, step
 
 
-def transformers(config: Config, world: World, flash: bool) -> tuple[PreTrainedModel, Step]:
-    """transformers' layers and sdpa, checkpointed, with Liger's loss and fused AdamW on bf16 weights."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    torch.manual_seed(config.seed)
-    dtype = DTYPES[config.model.dtype]
-    settings = read_config(config.model)
-    with world.device:
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=dtype).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    adamw = torch.optim.AdamW(model.parameters(), lr=config.optim.learning_rate(1), betas=(0.9, 0.95), fused=True)
-    backends = [SDPBackend.FLASH_ATTENTION] if flash else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-
-    def step(data: Batch) -> float:
-        if len(data.documents[0]) > 1:
-            raise ValueError("sdpa takes no packed documents")
-        ids, labels = data.tokens.to(world.device), data.labels.to(world.device)
-        with sdpa_kernel(backends, set_priority=True):
-            hidden = model.base_model(ids, use_cache=False).last_hidden_state
-            loss = LigerFusedLinearCrossEntropyFunction.apply(
-                hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), None, None, -100, 0.0, 0.0, "mean", None,
-                False, torch.float32,
-            )[0]  # fmt: skip
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        adamw.step()
-        adamw.zero_grad()
-        return loss.item()
-
-    return model, step
-
-
 # -- measuring
 
 
@@ -166,8 +134,8 @@ def measure(
 ) -> None:
     """Rows of one variant, one per mask, each passed to `keep`."""
     config, _ = compose([*EXPERIMENT, *args.settings, *settings])
-    if name.startswith("transformers"):
-        model, step = transformers(config, world, flash=name.endswith("flash"))
+    if name in training_peers.PEERS:
+        model, step = training_peers.build(name, config, world.device)
     else:
         model, step = ringflash(config, world, args.tokens)
     vocabulary, weights = model.config.vocab_size, matmul_parameters(model)
@@ -199,6 +167,35 @@ def pairs(model: PreTrainedModel, data: Batch) -> int:
     return int(visible) * model.config.num_hidden_layers
 
 
+def draw(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
+    """Tokens per second and peak memory: a panel each, a bar per variant, grouped by tokens and mask."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        print(f"no plot: {error}")
+        return
+    groups = list(dict.fromkeys((row["tokens"], row["mask"]) for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    width = 0.85 / len(names)
+    figure = Figure(figsize=(max(7.0, 2.2 * len(groups) + 1), 6.5), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, key, label in zip(panels, ("tokens_per_second", "memory_gib"), ("tokens/s", "GiB at peak"), strict=True):
+        for i, name in enumerate(names):
+            found = {(row["tokens"], row["mask"]): row[key] for row in rows if row["variant"] == name}
+            places = [x + (i - (len(names) - 1) / 2) * width for x, group in enumerate(groups) if group in found]
+            heights = [found[group] for group in groups if group in found]
+            bars = axes.bar(places, heights, width, label=name, color=f"C{i}")
+            axes.bar_label(bars, fmt="%.4g", fontsize=6, rotation=90, padding=2)
+        axes.set(ylabel=label, xticks=range(len(groups)))
+        axes.margins(y=0.15)
+        axes.grid(axis="y", alpha=0.3)
+    panels[1].set_xticklabels([f"{tokens} tokens\n{mask}" for tokens, mask in groups], fontsize=8)
+    panels[0].legend(fontsize=7, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    signature = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))
+    figure.suptitle(f"training steps, {facts['device']}, {signature}, {facts['date']}, {facts['commit']}", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     """Measure every variant that has no row yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,7 +204,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="timed steps, each on a batch of its own")
     parser.add_argument("--warm", type=int, default=8192, help="tokens of the first step, which is not timed")
     parser.add_argument("--vocabulary", type=int, default=151936, help="of the model")
-    parser.add_argument("--variant", action="append", help="NAME:SETTINGS, transformers or transformers-flash")
+    parser.add_argument("--variant", action="append", help="NAME:SETTINGS, or a peer")
     parser.add_argument("--out", type=Path, default=RESULTS / "training.json")
     args, rest = parser.parse_known_args()
     args.settings = [f"model.architecture.vocab_size={args.vocabulary}", *rest]
@@ -228,7 +225,8 @@ def main() -> None:
     for variant in args.variant or ["ringflash:"]:
         name, _, settings = variant.partition(":")
         done = [row["mask"] for row in contents["rows"] if (row["variant"], row["tokens"]) == (name, args.tokens)]
-        masks = [mask for mask in args.masks if mask not in done]
+        possible = ["causal"] if name in training_peers.PEERS else ["causal", "packed"]
+        masks = [mask for mask in args.masks if mask in possible and mask not in done]
         if not masks:
             continue
         try:
@@ -238,6 +236,8 @@ def main() -> None:
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
+    if contents["rows"]:
+        draw(args.out.with_suffix(".png"), contents["rows"], contents["card"])
     world.watchdog.close()
     torch.distributed.destroy_process_group()
 

@@ -10,7 +10,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from benchmarks import training
+from benchmarks import training, training_peers
+from ringflash.training.config import compose
 
 TINY = ["--tokens", "256", "--vocabulary", "384", "--warm", "64", "--batches", "2", "model=tiny-llama"]
 
@@ -48,11 +49,47 @@ def test_every_variant_has_a_row_per_mask_and_sees_the_same_weights_and_tokens(t
 
 def test_a_run_measures_only_what_has_no_row_yet(monkeypatch, tmp_path):
     out, measured = tmp_path / "training.json", []
-    out.write_text(json.dumps({"rows": [{"variant": "a", "mask": "causal", "tokens": 256}]}))
+    row = {"variant": "a", "mask": "causal", "tokens": 256, "tokens_per_second": 2.0, "memory_gib": 1.0}
+    out.write_text(json.dumps({"rows": [row]}))
     monkeypatch.setattr(training, "join", lambda config: SimpleNamespace(device=torch.device("cpu"), watchdog=Mock()))
     monkeypatch.setattr(training, "measure", lambda name, settings, masks, *_: measured.append((name, settings, masks)))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    argv = ["training.py", "--out", str(out), *TINY, "--variant", "a:seed=1", "--variant", "b:"]
+    argv = [
+        "training.py",
+        "--out",
+        str(out),
+        *TINY,
+        "--variant",
+        "a:seed=1",
+        "--variant",
+        "b:",
+        "--variant",
+        "deepspeed",
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     training.main()
-    assert measured == [("a", ["seed=1"], ["packed"]), ("b", [], ["causal", "packed"])]
+    assert measured == [
+        ("a", ["seed=1"], ["packed"]), ("b", [], ["causal", "packed"]), ("deepspeed", [], ["causal"]),
+    ]  # fmt: skip
+    assert out.with_suffix(".png").stat().st_size > 10_000  # a picture of the row that was there
+
+
+def test_the_peers_compute_the_same_step_as_each_other(monkeypatch):
+    """DeepSpeed's tiles change no loss; its offloading of inputs needs a GPU, and Liger's loss too."""
+    dense = lambda model, hidden, labels: torch.nn.functional.cross_entropy(  # noqa: E731
+        model.lm_head(hidden).float().flatten(0, 1), labels.flatten()
+    )
+    monkeypatch.setattr(training_peers, "_liger_loss", dense)
+    monkeypatch.setattr(training_peers, "_offload_inputs", lambda model, device: None)
+    monkeypatch.setattr(training_peers, "TILE_BYTES", 4 * 100 * 384)  # three tiles of 256 tokens
+    config, _ = compose(
+        [*training.EXPERIMENT, "model=tiny-llama", "model.dtype=fp32", "data.path=text", "optim.lr=0.1"]
+    )
+    losses = []
+    for name in ("transformers", "deepspeed"):
+        model, step = training_peers.build(name, config, torch.device("cpu"))
+        losses.append([step(training.batch("causal", 256, model.config.vocab_size, seed)) for seed in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][2] != losses[0][0]
+    with pytest.raises(ValueError, match="sdpa takes no packed documents"):
+        step(training.batch("packed", 70_000, 384, 3))
