@@ -31,11 +31,12 @@ IN_FLIGHT = 2  # groups on their way out
 class PinnedPool:
     """Blocks of host memory of exact sizes, touched and pinned once, and used again.
 
-    pinned: false without a GPU, where nothing can be.
+    pinned: false without a GPU, where nothing can be. remedy: what needs less of it, for the error where there is too
+    little.
     """
 
-    def __init__(self, pinned: bool) -> None:
-        self.pinned = pinned
+    def __init__(self, pinned: bool, remedy: str) -> None:
+        self.pinned, self.remedy = pinned, remedy
         self.bytes = 0
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._registered: list[Tensor] = []
@@ -82,8 +83,7 @@ class PinnedPool:
     def _too_little(self, size: int) -> str:
         return (
             f"this machine pins no more than {self.bytes / 2**30:.1f} GiB of host memory, and {size / 2**30:.2f} more "
-            f"were asked for: fewer layers there need less (memory.host_layers), memory.attention_results=gpu and "
-            f"memory.layer_inputs=gpu need none"
+            f"were asked for: {self.remedy}"
         )
 
 
@@ -166,7 +166,11 @@ class HostStore:
     """Groups of tensors in host memory, copied on a stream of their own. On a CPU, the copies are plain ones."""
 
     def __init__(self) -> None:
-        self.pool = PinnedPool(pinned=torch.cuda.is_available())
+        self.pool = PinnedPool(
+            torch.cuda.is_available(),
+            "fewer layers there need less (memory.host_layers), memory.attention_results=gpu and "
+            "memory.layer_inputs=gpu need none",
+        )
         self._stream: torch.cuda.Stream | None = None
         self._last: Group | None = None
         self._leaving: list[Group] = []

@@ -86,7 +86,7 @@ def test_a_tensor_is_given_back_once():
 
 
 def test_reserved_blocks_are_made_before_they_are_taken():
-    pool, made = PinnedPool(pinned=False), []
+    pool, made = PinnedPool(pinned=False, remedy="less"), []
     pool.reserve([64, 64, 128], made.append)
     pool.reserve([64], made.append)
     assert (pool.bytes, made) == (256, [64, 128, 256])
@@ -95,7 +95,7 @@ def test_reserved_blocks_are_made_before_they_are_taken():
 
 
 def test_too_little_host_memory_is_refused_with_what_to_set():
-    pool = PinnedPool(pinned=False)
+    pool = HostStore().pool
     pool.reserve([2**20])
     message = r"pins no more than 0\.0 GiB of host memory, and 2\.00 more were asked for: .*memory\.host_layers"
     with mock.patch.object(torch, "empty", side_effect=RuntimeError("no")), pytest.raises(ConfigError, match=message):
@@ -116,7 +116,7 @@ def test_a_pool_that_is_gone_unregisters_its_blocks():
             calls.append(("unregister", address))
 
     with mock.patch.object(torch.cuda, "cudart", return_value=Cuda):
-        pool = PinnedPool(pinned=True)
+        pool = PinnedPool(pinned=True, remedy="less")
         pool.reserve([64, 4096])
         pool.give(pool.take(64))
         del pool

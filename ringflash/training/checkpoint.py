@@ -25,9 +25,11 @@ import torch.distributed as dist
 from ringflash.errors import ConfigError
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import digest, remove, write_whole, writing
+from ringflash.training.host_adamw import HostAdamW
 from ringflash.training.world import World
 
 STATE = "state"
+HOST_STATES = "host_states_rank_{}.bin"
 MANIFEST = "manifest.json"
 POSITIONS = "document"  # where positions begin; in manifests without this entry, with the sequence
 PARTIAL, UNSOUND = ".partial", ".unsound"
@@ -83,6 +85,8 @@ def save(
                 aside.mkdir(parents=True)
     with world.without_timeout(f"writing {path}"), writing(aside):
         engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
+        if isinstance(engine.basic_optimizer, HostAdamW):
+            engine.basic_optimizer.save(aside / STATE / HOST_STATES.format(world.rank))
     with world.without_timeout(f"reading {path} for its digests"):
         digests = _digests(aside, _files_to_read(aside, world))
     files = _all_gathered(digests, world)
@@ -123,7 +127,7 @@ def resume(
     path, manifest = sound
     changes = _check_fits(path, manifest, world, settings or {})
     with world.without_timeout(f"loading {path}"):
-        _load(engine, path)
+        _load(engine, path, world)
     if world.is_first:
         for unsound, fault in faults.items():
             log(f"{unsound} is not sound ({fault}); trying the checkpoint before it")
@@ -146,9 +150,11 @@ def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any
     return None, faults
 
 
-def _load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
+def _load(engine: deepspeed.DeepSpeedEngine, path: Path, world: World) -> None:
     try:
         loaded, _ = engine.load_checkpoint(str(path), tag=STATE)
+        if isinstance(engine.basic_optimizer, HostAdamW):
+            engine.basic_optimizer.load(path / STATE / HOST_STATES.format(world.rank))
     except Exception as error:
         raise RuntimeError(
             f"{path} has the digests that were written, but DeepSpeed cannot load it: {error}"

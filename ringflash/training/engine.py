@@ -35,6 +35,7 @@ from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.world import World
 
+OPTIMIZER_STATES = ("fp32", "bf16", "host")
 REDUCE_BUCKET = 10**8  # gradients that ZeRO reduces at once, in a buffer of its own; by default that takes a GiB or two
 
 
@@ -58,8 +59,9 @@ class MemoryConfig:
     """How many layers, from the first on, the two settings before are for; null: all."""
 
     optimizer_states: str = "fp32"
-    """With bf16 weights: fp32 (master weights, moments and gradients, 20 bytes per parameter); or bf16 (moments and
-    gradients, and of the master the 16 bits that the weight lacks, so that it is exact: 12 bytes)."""
+    """With bf16 weights: fp32 (master weights, moments and gradients, 20 bytes per parameter); bf16 (moments and
+    gradients, and of the master the 16 bits that the weight lacks, so that it is exact: 10 bytes on one GPU, else 12);
+    or host (fp32 master weights and moments in pinned host memory, 12 bytes; 4 to 6 on the GPU)."""
 
     mlp_tile: int | None = None
     """With recompute, tokens that pass through an MLP at once; null: as many as give 2^27 activations, 256 MiB in
@@ -71,10 +73,14 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"memory.zero={self.zero} is not one of 0, 1, 2, 3")
-        if self.optimizer_states not in ("fp32", "bf16"):
-            raise ConfigError(f"memory.optimizer_states={self.optimizer_states} is not one of fp32, bf16")
-        if self.optimizer_states == "bf16" and self.zero == 0:
-            raise ConfigError("memory.optimizer_states=bf16 needs memory.zero=1, 2 or 3, got memory.zero=0")
+        if self.optimizer_states not in OPTIMIZER_STATES:
+            raise ConfigError(
+                f"memory.optimizer_states={self.optimizer_states} is not one of {', '.join(OPTIMIZER_STATES)}"
+            )
+        if self.optimizer_states != "fp32" and self.zero == 0:
+            raise ConfigError(
+                f"memory.optimizer_states={self.optimizer_states} needs memory.zero=1, 2 or 3, got memory.zero=0"
+            )
         for name, places in (("attention_results", ATTENTION_PLACES), ("layer_inputs", INPUT_PLACES)):
             if (place := getattr(self, name)) not in places:
                 raise ConfigError(f"memory.{name}={place} is not one of {', '.join(places)}")
@@ -115,12 +121,15 @@ class TrainedModel(nn.Module):
             checkpoint_layers(model, Keep(memory.attention_results, memory.layer_inputs, memory.host_layers))
             tile_mlps(model, memory.mlp_tile)
         self.memory = memory
+        self.host_states: Callable[[Callable[[str], None]], None] | None = None  # makes the optimizer's, if on the host
 
     def reserve_host_memory(self, tokens: int, log: Callable[[str], None] = lambda message: None) -> None:
-        """Touch and pin what the layers will keep in host memory, for a rank's shard of `tokens` tokens.
+        """Touch and pin what the optimizer and the layers keep in host memory, for a rank's shard of `tokens` tokens.
 
         log: called with lines of progress. Raises ConfigError where this machine has too little.
         """
+        if self.host_states is not None:
+            self.host_states(log)
         store, config, memory = host_store(self.model), self.model.config, self.memory
         if store is None:
             return
@@ -190,26 +199,50 @@ def build_engine(
     trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
     for mlp in whole_mlps(model):
         set_z3_leaf_module(mlp, True)
-    bf16, zero0 = model.dtype == torch.bfloat16, memory.zero == 0
-    fp32_zero0, split = zero0 and not bf16, memory.optimizer_states == "bf16"
-    if split and not bf16:
-        raise ConfigError("memory.optimizer_states=bf16 needs bf16 weights (model.dtype=bf16), and these are fp32")
+    bf16, zero0, states = model.dtype == torch.bfloat16, memory.zero == 0, memory.optimizer_states
+    fp32_zero0, no_fp32 = zero0 and not bf16, states != "fp32"  # no_fp32: DeepSpeed has nothing in fp32
+    if no_fp32 and not bf16:
+        raise ConfigError(f"memory.optimizer_states={states} needs bf16 weights (model.dtype=bf16), and these are fp32")
     settings = {
         "train_micro_batch_size_per_gpu": optim.micro_batch,
         "gradient_accumulation_steps": optim.accumulation(world.replicas),
-        "gradient_clipping": 0.0 if fp32_zero0 else optim.clip,
+        "gradient_clipping": 0.0 if fp32_zero0 or states == "host" else optim.clip,
         "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "bf16" if split or (bf16 and zero0) else "fp32"},
-        "bf16": {"enabled": bf16, "bf16_master_weights_and_grads": split, "bf16_optimizer_states": split},
+        "data_types": {"grad_accum_dtype": "bf16" if no_fp32 or (bf16 and zero0) else "fp32"},
+        "bf16": {"enabled": bf16, "bf16_master_weights_and_grads": no_fp32, "bf16_optimizer_states": no_fp32},
         "zero_optimization": {"stage": memory.zero, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(
-        model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0, fused_optimizer, split), config=settings
+        model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0, fused_optimizer, states), config=settings
     )
     if bf16 and zero0:
         start_moments(engine)
+    if no_fp32 and memory.zero < 3 and world.size == 1:
+        _share_weights(engine)
+    if states == "host":
+        host_adamw, masters = engine.basic_optimizer, _masters(engine)
+        host_adamw.norm = lambda: engine.optimizer._global_grad_norm
+        trained.host_states = lambda log: host_adamw.reserve(masters, log)
     engine.learning_rate = optim.learning_rate
     engine.fused = passes
     return engine
+
+
+def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """The flat weights that this rank's optimizer updates."""
+    zero = engine.optimizer
+    below_3 = engine.zero_optimization_stage() < 3
+    return zero.single_partition_of_fp32_groups if below_3 else zero.fp32_partitioned_groups_flat
+
+
+def _share_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """On one rank, let the optimizer update the bf16 weights themselves.
+
+    ZeRO 1 and 2 would keep a flat copy of them as a master, 2 bytes per parameter, also where it has their dtype.
+    """
+    zero = engine.optimizer
+    for master, partitions in zip(_masters(engine), zero.parallel_partitioned_bit16_groups, strict=True):
+        master.data = partitions[0].detach()
+    zero._link_all_hp_params()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ringflash.errors import ConfigError
+from ringflash.training.host_adamw import HostAdamW
 from ringflash.training.split_adamw import SplitAdamW
 
 
@@ -123,18 +124,20 @@ class ClippedAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(
-    model: nn.Module, optim: OptimConfig, fp32_zero0: bool, fused: bool = False, split: bool = False
+    model: nn.Module, optim: OptimConfig, fp32_zero0: bool, fused: bool = False, states: str = "fp32"
 ) -> torch.optim.Optimizer:
     """The optimizer for DeepSpeed. fp32_zero0: fp32 weights at ZeRO 0, which DeepSpeed would not clip.
 
-    fused: updates all weights of a group in one kernel. split: bf16 weights, whose low bits are a state.
+    fused: updates all weights of a group in one kernel. states: memory.optimizer_states.
 
     Its learning rate is 0 until `train_step` sets that of the step: DeepSpeed makes a step of its own while it starts.
     """
     settings: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2)}
     groups = parameter_groups(model, optim.weight_decay)
-    if split:
+    if states == "bf16":
         return SplitAdamW(groups, fused, **settings)
+    if states == "host":
+        return HostAdamW(groups, fused, optim.clip, **settings)
     settings["fused"] = fused or None
     return ClippedAdamW(groups, optim.clip, **settings) if fp32_zero0 else torch.optim.AdamW(groups, **settings)
 

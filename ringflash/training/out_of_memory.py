@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from ringflash.errors import GpuMemoryError
-from ringflash.training.engine import MemoryConfig
+from ringflash.training.engine import OPTIMIZER_STATES, MemoryConfig
 
 # (a part of the path, what runs there), the more special first
 PARTS = (
@@ -25,6 +25,8 @@ PARTS = (
     ("ringflash/models/mlp.py", "an MLP"),
     ("ringflash/fused/", "a norm or rotary positions"),
     ("torch/optim/", "the optimizer's step"),
+    ("ringflash/training/host_adamw.py", "the optimizer's step"),
+    ("ringflash/training/split_adamw.py", "the optimizer's step"),
     ("deepspeed/runtime/bf16_optimizer.py", "the optimizer's states"),
     ("deepspeed/runtime/zero/", "ZeRO's weights, gradients or optimizer states"),
     ("ringflash/models/building.py", "the weights"),
@@ -80,6 +82,9 @@ def levers(part: str, memory: MemoryConfig, ranks: int) -> list[str]:
         found.append("memory.recompute=true")
     elif memory.attention_results == "gpu" or memory.layer_inputs == "gpu" or memory.host_layers is not None:
         found.append("memory.attention_results=host memory.layer_inputs=host for all layers")
+    if "optimizer" in part and memory.optimizer_states != "host":
+        smaller = OPTIMIZER_STATES[OPTIMIZER_STATES.index(memory.optimizer_states) + 1 :]
+        found.append(f"memory.optimizer_states={' or '.join(smaller)}")
     if ranks > 1 and memory.zero < 3:
         found.append("memory.zero=3")
     return [*found, "fewer tokens per GPU (data.sequence_length, optim.micro_batch, or more GPUs)"]

@@ -93,15 +93,16 @@ def check_ranks(config: Config, ranks: int) -> None:
             f"memory.zero=0 with bf16 weights would accumulate {accumulation} micro-batches in bf16; "
             f"set memory.zero=1, model.dtype=fp32 or a larger optim.micro_batch"
         )
-    if config.memory.optimizer_states == "bf16" and accumulation > 1:
+    states = config.memory.optimizer_states
+    if states != "fp32" and accumulation > 1:
         raise ConfigError(
-            f"memory.optimizer_states=bf16 would accumulate {accumulation} micro-batches in bf16; "
+            f"memory.optimizer_states={states} would accumulate {accumulation} micro-batches in bf16; "
             f"set memory.optimizer_states=fp32 or a larger optim.micro_batch"
         )
-    if config.memory.optimizer_states == "bf16" and not bf16:
+    if states != "fp32" and not bf16:
         raise ConfigError(
-            f"memory.optimizer_states=bf16 needs bf16 weights, and model.dtype={config.model.dtype} gives fp32 here; "
-            f"set model.dtype=bf16"
+            f"memory.optimizer_states={states} needs bf16 weights, and model.dtype={config.model.dtype} gives fp32 "
+            f"here; set model.dtype=bf16"
         )
 
 
@@ -127,7 +128,8 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     replicas = ranks // (ring * ulysses)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
-    states = ", bf16 optimizer states" if memory.optimizer_states == "bf16" else ""
+    kinds = {"fp32": "", "bf16": ", bf16 optimizer states", "host": ", fp32 optimizer states on the host"}
+    states = kinds[memory.optimizer_states]
     return [
         f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}",
         f"data       {config.data.path}{_nature(config.data.path)}, tokenizer {config.data.tokenizer}",

@@ -9,7 +9,8 @@ The weight is the master rounded to nearest, and low is what the rounding took. 
 so that they are right on average: with beta2 = .999 the nearest bf16 would never move. The random bits depend on the
 step and the element alone, so a resumed run continues bit for bit.
 
-Bytes per parameter, with DeepSpeed's flat copy of the weights and a bf16 gradient: 12. With fp32 states: 20.
+Bytes per parameter, with a bf16 gradient: 10 on one rank; 12 on several, for a flat copy of the weights, all divided
+among the ranks but the weights. With fp32 states: 20.
 """
 
 from __future__ import annotations

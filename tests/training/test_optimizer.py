@@ -213,7 +213,7 @@ def test_bf16_weights_are_those_of_float64_moments_and_masters_rounded(ranks, ze
 @pytest.mark.parametrize(
     ("zero", "dtype", "states"),
     [(0, "fp32", "fp32"), (0, "bf16", "fp32"), (1, "bf16", "fp32"), (3, "bf16", "fp32"), (1, "bf16", "bf16"),
-     (3, "bf16", "bf16")],
+     (3, "bf16", "bf16"), (1, "bf16", "host"), (3, "bf16", "host")],
 )  # fmt: skip
 def test_a_resumed_run_equals_one_that_was_not_bit_for_bit(ranks, texts, zero, dtype, states):
     folder = texts.parent / "runs" / f"resumed-{zero}-{dtype}-{states}"

@@ -13,7 +13,7 @@ from ringflash.ring.transport import Loopback
 from ringflash.training import engine, loss
 from ringflash.training.engine import MemoryConfig, TrainedModel
 from ringflash.training.failure import describe
-from ringflash.training.out_of_memory import PARTS, explained
+from ringflash.training.out_of_memory import PARTS, explained, levers
 from tests.models.cases import tiny
 
 CUDA = (
@@ -73,6 +73,11 @@ def test_only_settings_that_need_less_are_named(monkeypatch, memory, ranks, name
     with pytest.raises(GpuMemoryError) as caught:
         step(memory, ranks)
     assert named in str(caught.value)
+
+
+def test_the_optimizer_is_named_with_smaller_states():
+    assert levers("the optimizer's step", MemoryConfig(recompute=True), 1)[1] == "memory.optimizer_states=bf16 or host"
+    assert levers("an MLP", MemoryConfig(recompute=True), 1)[0] == "memory.mlp_tile to fewer tokens"
 
 
 def test_every_part_of_this_repository_exists():
