@@ -6,6 +6,7 @@
 #   benchmarks/gpu.sh ring         one rank's share of rings: table, JSON, plot           3 minutes
 #   benchmarks/gpu.sh sanitizer    memcheck and racecheck on small sizes                  1 minute
 #   benchmarks/gpu.sh steps        steps of 131072 tokens, causal and packed, by memory setting, beside its peers      6 minutes
+#   benchmarks/gpu.sh longest      one step of 1048576 tokens of a 0.6B model, in the background: 15 minutes on an H200 of 128 GiB host memory
 #   benchmarks/gpu.sh training     10 steps of a 0.5B model at 131072 tokens, causal      5 minutes; on every GPU there is
 #   benchmarks/gpu.sh between      several GPUs: the ring itself, and tests               7 minutes
 set -uo pipefail
@@ -37,6 +38,10 @@ steps)
     timeout 540 python3 benchmarks/training.py --out "$out/training.json" --variant ringflash: --variant host:memory=host \
         --variant "host-bf16:memory=host memory.optimizer_states=bf16" --variant transformers --variant deepspeed "${@:2}"
     ;;
+longest)
+    echo "benchmarks/longest.py goes on in the background; its lines are in $out/longest.txt"
+    setsid nohup timeout 1500 python3 benchmarks/longest.py --out "$out/longest.json" "${@:2}" > "$out/longest.txt" 2>&1 &
+    ;;
 training)
     # Documents of more than 131072 bytes, so that every sequence is one causal document: the most work there can be.
     text=$(mktemp -d)
@@ -58,7 +63,7 @@ between)
     timeout 480 python3 -m pytest -m gpu -p no:cacheprovider --tb=short tests/ring/test_gpus.py tests/training/test_gpus.py
     ;;
 *)
-    sed -n '2,10p' "$0"
+    sed -n '2,11p' "$0"
     exit 2
     ;;
 esac
