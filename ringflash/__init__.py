@@ -8,6 +8,7 @@
 torch.Size([2, 6, 4, 32])
 """
 
+from ringflash.kernels.decode import flash_decode
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.partial import Partial, merge
@@ -26,6 +27,7 @@ __all__ = [
     "ProcessRing",
     "Ulysses",
     "flash_attention",
+    "flash_decode",
     "keep_attention",
     "merge",
     "ring_attention",

@@ -17,6 +17,28 @@ LEAST, MOST = 1e-15, 1e15
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise TypeError or ValueError unless all are dense tensors of one dtype that attention takes, on one device."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.is_meta:
+            raise ValueError(f"{name} must have values, got a tensor on the meta device")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; {name}.to_dense() makes it one")
+    names, dtypes, devices = (
+        ", ".join(tensors),
+        *(", ".join(str(getattr(x, what)) for x in tensors.values()) for what in ("dtype", "device")),
+    )
+    dtype, device = ({getattr(x, what) for x in tensors.values()} for what in ("dtype", "device"))
+    if len(dtype) > 1:
+        raise TypeError(f"{names} must have one dtype, got {dtypes}")
+    if not dtype <= {*OUT_DTYPES}:
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtypes}")
+    if len(device) > 1:
+        raise ValueError(f"{names} must be on one device, got {devices}")
+
+
 def number_refusal(value: object) -> str | None:
     """None, or what a scale or a softcap must be instead of `value`."""
     if isinstance(value, Real) and not isinstance(value, bool) and LEAST <= value <= MOST:  # type: ignore[operator]
@@ -122,3 +144,22 @@ def check_intervals(kernel: str, q: Tensor, k: Tensor, intervals: Intervals) -> 
                     f"kernel={kernel} takes intervals.{name} as [1 or {len(x)}, {x.shape[1]}], torch.int32, "
                     f"contiguous, got {[*bound.shape]}, {bound.dtype}, strides {bound.stride()}"
                 )
+
+
+def check_spans(q: Tensor, k: Tensor, spans: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Raise ValueError unless each span (start, end) has bounds for every query, as contiguous rows of int32."""
+    for name, span in spans.items():
+        for side, bound in zip(("end", "start"), reversed(span), strict=True):
+            what = f"{side} of {name}" if name else side
+            if not isinstance(bound, Tensor) or bound.dtype != torch.int32 or bound.device != q.device:
+                kind = f"{bound.dtype} on {bound.device}" if isinstance(bound, Tensor) else type(bound).__name__
+                raise ValueError(f"{what} must be int32 on {q.device}, as the cache is, got {kind}")
+            if bound.dim() != 2 or len(bound) not in (1, len(q)) or bound.shape[1] != q.shape[1]:
+                raise ValueError(f"{what} must be [1 or {len(q)}, {q.shape[1]}], got {[*bound.shape]}")
+            if not bound.is_contiguous():
+                raise ValueError(f"{what} must be contiguous, got strides {bound.stride()}")
+            least, most = (0, 0) if bound.is_cuda or not bound.numel() else (int(bound.min()), int(bound.max()))
+            if least < 0 or most > k.shape[1]:
+                raise ValueError(f"{what} must lie in 0..{k.shape[1]}, the cache's capacity, got {least}..{most}")
+        if span[0].shape != span[1].shape:
+            raise ValueError(f"start and end must have one shape, got {[*span[0].shape]} and {[*span[1].shape]}")

@@ -170,6 +170,11 @@ def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None 
 
     value_dim: head_dim of the values; None: that of the keys.
     """
+    return input_refusal(q, k, softcap, value_dim) or stride_refusal(q, k, copy_engine=arch(q) >= 90)
+
+
+def input_refusal(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None) -> str | None:
+    """As `supports`, of everything but strides, which concern what loads tiles."""
     if reason := request_refusal(q, k, softcap):
         return reason
     interpreted = not isinstance(tile_run, triton.JITFunction)
@@ -184,7 +189,7 @@ def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None 
         return f"takes head_dim 32 to 256 in steps of 8, the same for q and k, got {q.shape[3]} and {k.shape[3]}"
     if value_dim is not None and value_dim not in HEAD_DIMS:
         return f"takes values of head_dim 32 to 256 in steps of 8, got {value_dim}"
-    return stride_refusal(q, k, copy_engine=arch(q) >= 90)
+    return None
 
 
 def check_inputs(

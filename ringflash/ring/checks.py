@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringflash.kernels.checks import number_refusal
+from ringflash.kernels.checks import check_tensors, number_refusal
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.ulysses import heads_refusal
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+__all__ = ["check_call", "check_tensors"]
 
 
 def check_call(
@@ -43,28 +43,6 @@ def check_call(
     for name, on in switches.items():
         if not isinstance(on, bool):
             raise TypeError(f"{name} must be True or False, got {on!r:.100}")
-
-
-def check_tensors(**tensors: Tensor) -> None:
-    """Raise TypeError or ValueError unless all are dense tensors of one dtype that attention takes, on one device."""
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.is_meta:
-            raise ValueError(f"{name} must have values, got a tensor on the meta device")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; {name}.to_dense() makes it one")
-    names, dtypes, devices = (
-        ", ".join(tensors),
-        *(", ".join(str(getattr(x, what)) for x in tensors.values()) for what in ("dtype", "device")),
-    )
-    dtype, device = ({getattr(x, what) for x in tensors.values()} for what in ("dtype", "device"))
-    if len(dtype) > 1:
-        raise TypeError(f"{names} must have one dtype, got {dtypes}")
-    if not dtype <= {*DTYPES}:
-        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtypes}")
-    if len(device) > 1:
-        raise ValueError(f"{names} must be on one device, got {devices}")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
-from ringflash.kernels import portable_backward, portable_forward
+from ringflash.kernels import portable_backward, portable_decode, portable_forward
 from ringflash.kernels.portable_parts import Tuning
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -32,6 +32,13 @@ KERNELS = {
     "forward": (portable_forward.forward_kernel, portable_forward.tuning_for),
     "dq": (portable_backward.dq_kernel, portable_backward.dq_tuning_for),
     "dkdv": (portable_backward.dkdv_kernel, portable_backward.dkdv_tuning_for),
+}
+DECODING = {  # loads without the copy engine, for rows that are too few for a warpgroup's products
+    "decode": (
+        portable_decode.decode_kernel,
+        lambda head_dim, dtype, arch: portable_decode.tuning_for(head_dim, dtype, 4),
+    ),
+    "combine": (portable_decode.combine_kernel, lambda *args: Tuning(16, 16, warps=4, stages=1, tma=False)),
 }
 
 
@@ -60,12 +67,15 @@ CASES = [
     *(Case(kernel, arch, head_dim=192, value_dim=128) for arch in (80, 90) for kernel in KERNELS),
     *(Case(kernel, 90, capped=True) for kernel in KERNELS),
     Case("forward", 90, carry=True),
+    *(Case("decode", arch) for arch in (80, 90, 100)),
+    Case("decode", 90, head_dim=256),
+    Case("combine", 90),
 ]
 
 
 def compile_case(case: Case, tuning: Tuning | None = None):
     """Triton's compiled kernel for a case."""
-    kernel, tuning_for = KERNELS[case.kernel]
+    kernel, tuning_for = (KERNELS | DECODING)[case.kernel]
     dtype = getattr(torch, case.dtype)
     t = tuning or tuning_for(case.head_dim, dtype, case.arch)
     dims = case.head_dim, case.value_dim or case.head_dim
@@ -74,6 +84,7 @@ def compile_case(case: Case, tuning: Tuning | None = None):
         "GROUP": 4, "D": dims[0], "BLOCK_D": padded, "DV": dims[1], "BLOCK_DV": padded_v,
         "BLOCK_Q": t.block_q, "BLOCK_K": t.block_k,
         "STAGES": t.stages, "TMA": t.tma, "CAPPED": case.capped, "IN_PLACE": case.carry,
+        "LEAST": portable_decode.LEAST_KEYS, "BLOCK_N": portable_decode.PARTS, "SINK": True,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
@@ -83,9 +94,9 @@ def compile_case(case: Case, tuning: Tuning | None = None):
         if name in TILED and t.tma:
             rows = t.block_k if name in ("k", "v") else t.block_q
             return f"tensordesc<{TYPE_NAMES[dtype]}[1, 1, {rows}, {padded_v if name in ('v', 'dout') else padded}]>"
-        if name in TILED or (name == "out" and not case.carry):
+        if name in TILED or (name == "out" and not case.carry and case.kernel != "decode"):
             return f"*{TYPE_NAMES[dtype]}"
-        if name in ("out", "carry", "lse", "delta", "dq", "dk", "dv"):
+        if name in ("out", "carry", "lse", "delta", "dq", "dk", "dv", "parts", "lses", "sink"):
             return "*fp32"
         if name.startswith(("start", "end")):
             return "*i32"
