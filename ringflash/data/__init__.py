@@ -6,26 +6,31 @@ a rank's Shard  <--Batch.shard(layout, rank)--  Batch [B, S]  <--batches.py--  p
 """
 
 from ringflash.data.batches import Batch, batch, stream
+from ringflash.data.config import DataConfig
 from ringflash.data.corpus import TokenCorpus, load_corpus
-from ringflash.data.documents import DataConfig, python_stdlib, tokenised
-from ringflash.data.packing import Packed, pack, sequences_per_epoch, summary
+from ringflash.data.documents import python_stdlib, tokenised
+from ringflash.data.mixture import Corpus, Mixture, description, epoch_length, load_corpora
+from ringflash.data.packing import Packed, pack
 from ringflash.data.records import IGNORE
 from ringflash.data.tokenizer import check_vocabulary, load_tokenizer
 
 __all__ = [
     "IGNORE",
     "Batch",
+    "Corpus",
     "DataConfig",
+    "Mixture",
     "Packed",
     "TokenCorpus",
     "batch",
     "check_vocabulary",
+    "description",
+    "epoch_length",
+    "load_corpora",
     "load_corpus",
     "load_tokenizer",
     "pack",
     "python_stdlib",
-    "sequences_per_epoch",
     "stream",
-    "summary",
     "tokenised",
 ]

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringflash.data.corpus import TokenCorpus
-from ringflash.data.packing import pack
+from ringflash.data.mixture import Corpus, packed
 from ringflash.mask import IntervalMask
 
 AHEAD = 2  # batches made before they are asked for
@@ -43,24 +42,22 @@ class Batch:
         ]
 
 
-def batch(
-    corpus: TokenCorpus, *, seed: int, step: int, batch_size: int, length: int, rows: range | None = None
-) -> Batch:
+def batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, length: int, rows: range | None = None) -> Batch:
     """Rows `rows` of global step `step`, of the step's `batch_size` rows; by default all of them.
 
     Raises ConfigError if the corpus has fewer tokens than `length`.
     """
     rows = range(batch_size) if rows is None else rows
-    packed = [pack(corpus, seed, step * batch_size + row, length) for row in rows]
+    sequences = [packed(corpus, seed, step * batch_size + row, length) for row in rows]
     return Batch(
-        tokens=torch.stack([sequence.tokens for sequence in packed]),
-        labels=torch.stack([sequence.labels for sequence in packed]),
-        documents=[list(sequence.documents) for sequence in packed],
+        tokens=torch.stack([sequence.tokens for sequence in sequences]),
+        labels=torch.stack([sequence.labels for sequence in sequences]),
+        documents=[list(sequence.documents) for sequence in sequences],
     )
 
 
 def stream(
-    corpus: TokenCorpus,
+    corpus: Corpus,
     *,
     seed: int,
     batch_size: int,

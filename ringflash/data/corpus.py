@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ringflash.data.documents import DataConfig, tokenised
+from ringflash.data.config import DataConfig
+from ringflash.data.documents import tokenised
 from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
 
@@ -62,14 +63,23 @@ class TokenCorpus:
 
     def unigram_entropy(self) -> float:
         """Nats per predicted token of the split under those tokens' own frequencies: the loss without any context."""
+        return entropy(self.unigram())
+
+    def unigram(self) -> np.ndarray:
+        """How often each token is predicted, int64 [vocabulary]."""
         counts = np.zeros(self.vocabulary, np.int64)
         cuts = np.searchsorted(self.lengths.cumsum(), np.arange(BLOCK, self.total, BLOCK))
         for group in np.split(np.arange(len(self)), cuts):
             if len(group):
                 targets = np.concatenate([self.targets(i) for i in group])
                 counts += np.bincount(targets[targets != IGNORE], minlength=self.vocabulary)
-        p = counts[counts > 0] / max(counts.sum(), 1)
-        return float(-(p * np.log(p)).sum())
+        return counts
+
+
+def entropy(frequencies: np.ndarray) -> float:
+    """Nats per token that is drawn with these frequencies, which sum to anything."""
+    p = frequencies[frequencies > 0] / max(frequencies.sum(), np.finfo(float).tiny)
+    return float(-(p * np.log(p)).sum())
 
 
 def load_corpus(config: DataConfig, *, verify: bool = True) -> tuple[TokenCorpus, TokenCorpus]:
@@ -96,7 +106,7 @@ def load_corpus(config: DataConfig, *, verify: bool = True) -> tuple[TokenCorpus
     digests = filter(None, (found.contents["digest"], found.contents["labels_digest"]))
     whole = TokenCorpus(
         found.tokens, found.offsets, np.arange(documents), found.contents["vocabulary"], digest="-".join(digests),
-        source=config.path, labels=found.labels, packing=config.packing,
+        source=str(config.path), labels=found.labels, packing=config.packing,
     )  # fmt: skip
     return (
         dataclasses.replace(whole, selection=np.flatnonzero(~of_document)),

@@ -12,7 +12,6 @@ replaced.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import glob
 import hashlib
@@ -21,13 +20,14 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ringflash.data import build, cache
 from ringflash.data.build import Job, Source
 from ringflash.data.chat import Dialogues
-from ringflash.data.files import Matches, is_below, search, suffixes
-from ringflash.data.formats import FORMATS, format_of
+from ringflash.data.config import DataConfig
+from ringflash.data.files import Matches, search, suffixes
+from ringflash.data.formats import format_of
 from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
 from ringflash.data.scratch import delete_abandoned, others, scratch_folder
 from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
@@ -37,88 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUILT = "built"  # in a scratch folder
-
-MALFORMED = ("refuse", "skip")
-PACKINGS = ("cut", "whole", "truncate")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which text to train on, and how it becomes sequences. Raises ConfigError, naming the setting, for a bad value."""
-
-    path: str
-    """File or folder with the text; there is no default."""
-
-    files: list[str] = dataclasses.field(
-        default_factory=lambda: [
-            *("**/*.txt", "**/*.json", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.ndjson"),
-            *("**/*.csv", "**/*.tsv", "**/*.parquet", "**/*.arrow"),
-        ]
-    )
-    """Glob patterns below `path`, if that is a folder. Hidden files match only a pattern that begins with a dot."""
-
-    format: str | None = None
-    """How to read each file: text (one document), jsonl, json, csv, tsv, parquet, arrow. null: by the file's suffix."""
-
-    field: str | None = None
-    """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields.
-    input_ids: a list of the tokenizer's ids per document instead of text; nothing is added to them. Where the record
-    has labels, too, those are predicted: ids, or -100 for none, at the place of their token."""
-
-    chat: bool = False
-    """The records are conversations (messages, perhaps tools), or prompts with completions; the loss is on what the
-    assistant says. data.field names the messages; null: "messages"."""
-
-    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """More variables for the tokenizer's chat template, such as {enable_thinking: false}."""
-
-    tokenizer: str = "bytes"
-    """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
-
-    malformed: str = "refuse"
-    """What becomes of a record that cannot be used, such as broken JSON or a missing field. refuse: the run ends, and
-    names file and line. skip: such records are left out and counted."""
-
-    cache: str = "runs/.cache"
-    """Folder for tokenised text, 2 or 4 bytes per token; entries may be deleted at any time between runs."""
-
-    held_out: float = 0.05
-    """Fraction of the documents kept apart for evaluation, at least one document; 0 keeps none, and nothing is
-    evaluated."""
-
-    seed: int = 0
-    """Decides which documents are held out, and the order of training."""
-
-    sequence_length: int = 8192
-    """Tokens in a packed sequence, all ranks together."""
-
-    packing: str = "cut"
-    """How documents fill sequences. cut: end to end, cut where a sequence ends. whole: never cut, packed by best fit;
-    longer ones are dropped and counted. truncate: as whole, but longer ones keep their first sequence_length tokens."""
-
-    def __post_init__(self) -> None:
-        patterns = not isinstance(self.files, str) and len(self.files) > 0 and all(map(is_below, self.files))
-        for key, valid, expected in (
-            ("path", bool(self.path), "a file or folder"),
-            ("files", patterns, "a list of one or more patterns below data.path, such as ['*.txt']"),
-            ("format", self.format is None or self.format in FORMATS, f"null or one of {', '.join(FORMATS)}"),
-            ("field", self.field != "", "null or the name of a field"),
-            ("tokenizer", bool(self.tokenizer), "bytes or a folder"),
-            ("cache", bool(self.cache), "a folder"),
-            ("held_out", 0 <= self.held_out < 1, "a fraction, 0 or more and below 1"),
-            ("malformed", self.malformed in MALFORMED, f"one of {', '.join(MALFORMED)}"),
-            ("packing", self.packing in PACKINGS, f"one of {', '.join(PACKINGS)}"),
-            ("seed", 0 <= self.seed < 2**64, "0 or more and below 2^64"),
-            ("sequence_length", self.sequence_length >= 2, "2 or more tokens"),
-        ):
-            if not valid:
-                raise ConfigError(f"data.{key}={getattr(self, key)} must be {expected}")
-        if self.chat and self.packing == "cut":
-            raise ConfigError("data.packing=cut would cut conversations, and data.chat=true: use whole or truncate")
-        if self.chat and self.field == IDS:
-            raise ConfigError(f"data.field={IDS} and data.chat=true exclude each other: tokens have no messages")
-        if self.chat_template_kwargs and not self.chat:
-            raise ConfigError("data.chat_template_kwargs is only read with data.chat=true")
 
 
 def python_stdlib() -> str:
@@ -182,9 +100,9 @@ def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
 
     Raises ConfigError if there are none, or if the format of one is unknown.
     """
-    path = Path(config.path).expanduser()
+    path = Path(config.path or "").expanduser()
     if not os.path.exists(path):  # pathlib raises for a name that is too long
-        hint = "; patterns belong into data.files" if glob.has_magic(config.path) else ""
+        hint = "; patterns belong into data.files" if glob.has_magic(str(config.path)) else ""
         raise ConfigError(f"data.path={config.path} does not exist{hint}")
     _check_one_split(config, path)
     found = Matches([path], []) if path.is_file() else search(path, config.files)

@@ -154,8 +154,11 @@ def _plan(corpus: TokenCorpus, length: int) -> _Plan:
     return _Plan(kept, lengths, places, np.bincount(chosen, minlength=count).cumsum() if count else places)
 
 
-def summary(corpus: TokenCorpus, length: int) -> list[str]:
-    """Two lines on a split: its sequences and how full they are; how many documents each sequence length would keep."""
+def summary(corpus: TokenCorpus, length: int, name: str = "") -> list[str]:
+    """Two lines on a split: its sequences and how full they are; how many documents each sequence length would keep.
+
+    name: of a source among several, before its documents.
+    """
     sequences, documents, tokens = sequences_per_epoch(corpus, length), len(corpus), corpus.total
     longer = int((corpus.lengths > length).sum())
     kept = sequences * length if corpus.packing == "cut" else int(_plan(corpus, length).lengths.sum())
@@ -168,8 +171,8 @@ def summary(corpus: TokenCorpus, length: int) -> list[str]:
     counts = [f"{bound:,}: {count:,}" for bound, count in zip(bounds, at_most, strict=True)][first:last]
     predicted = "" if corpus.labels is None else f", {_labelled(corpus):,} of them predicted"
     return [
-        f"{corpus.split:<10} {documents:,} documents of {tokens:,} tokens{predicted}, in {sequences:,} sequences per "
-        f"epoch, {kept / sequences / length:.1%} full{lost}",
+        f"{corpus.split:<10} {name}{documents:,} documents of {tokens:,} tokens{predicted}, in {sequences:,} sequences "
+        f"per epoch, {kept / sequences / length:.1%} full{lost}",
         f"{'':<10} documents by length, at most: {', '.join(counts)}",
     ]
 

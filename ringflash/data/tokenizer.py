@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from ringflash.data.documents import DataConfig
+    from ringflash.data.config import DataConfig
 
 UNSPELLABLE = "\U0010fffe"  # a noncharacter: Unicode reserves it for use inside a program
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import hydra
 import omegaconf
@@ -22,7 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from ringflash.data.documents import DataConfig, python_stdlib
+from ringflash.data import DataConfig, python_stdlib
 from ringflash.errors import ConfigError, in_one_line
 from ringflash.models import ARCHITECTURES, AttentionConfig, FusedConfig, ModelConfig, field_refusal
 from ringflash.models.architecture import LARGEST
@@ -36,7 +36,14 @@ from ringflash.training.parallel import ParallelConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LONGEST_NAME = 200  # bytes; a file system takes 255, and -2 or .partial may follow
-PATHS = ("output_dir", "model.path", "data.path", "data.tokenizer", "data.cache")  # in which ~ is the home folder
+PATHS = (
+    "output_dir",
+    "model.path",
+    "data.path",
+    "data.evaluation.path",
+    "data.tokenizer",
+    "data.cache",
+)  # in which ~ is the home folder
 
 OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
 
@@ -132,7 +139,9 @@ def _schema(part: Any) -> type:
     opened: list[tuple[str, Any, Any]] = []
     for f in fields(part):
         kind = kinds[f.name]
-        if is_dataclass(kind):
+        if get_origin(kind) is dict and is_dataclass(named := get_args(kind)[1]):
+            opened.append((f.name, dict[str, _schema(named)], field(default_factory=dict)))  # type: ignore[misc, arg-type]
+        elif is_dataclass(kind):
             child = _schema(kind)  # type: ignore[arg-type]  # a class is hashable
             opened.append((f.name, child, field(default_factory=child)))
         elif f.default_factory is not dataclasses.MISSING:
@@ -151,9 +160,16 @@ def built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
         value = settings[name]
         if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:  # kernels hold counts in 32 bits
             raise ConfigError(f"{prefix}{name}={value} must be {LARGEST} at most")
-    return part(
-        **{k: built(kinds[k], v, f"{prefix}{k}.") if is_dataclass(kinds[k]) else v for k, v in settings.items()}
-    )
+    return part(**{name: _built_value(kinds[name], value, f"{prefix}{name}.") for name, value in settings.items()})
+
+
+def _built_value(kind: Any, value: Any, prefix: str) -> Any:
+    """The value of a setting: a dataclass, a dictionary of them, or the value itself."""
+    if is_dataclass(kind):
+        return built(kind, value, prefix)  # type: ignore[arg-type]  # a class is hashable
+    if get_origin(kind) is dict and is_dataclass(named := get_args(kind)[1]):
+        return {name: built(named, given, f"{prefix}{name}.") for name, given in value.items()}  # type: ignore[arg-type]
+    return value
 
 
 def _expand_home(settings: dict[str, Any]) -> None:

@@ -29,8 +29,7 @@ def settings_help() -> str:
     for name, kind in get_type_hints(Config).items():
         if is_dataclass(kind):
             blocks += ["", f"{name}: {_first_line(kind)}", *_options(CONFIGS / name)]
-            part = getattr(config, name)
-            blocks += [_entry(f"{name}.{key}", kind, key, getattr(part, key)) for key in sentences(kind)]  # type: ignore[arg-type]  # a class is hashable
+            blocks += _entries(f"{name}.", kind, getattr(config, name))
     blocks += ["", "experiment: settings of several groups under one name", *_options(CONFIGS / "experiment")]
     return "\n".join(blocks)
 
@@ -47,6 +46,16 @@ def sentences(part: Any) -> dict[str, str]:
     return found
 
 
+def _entries(prefix: str, kind: Any, part: Any) -> Iterator[str]:
+    """The settings of a dataclass, and those of dataclasses in it, with the values of `part`."""
+    for key in sentences(kind):
+        inner = get_type_hints(kind)[key]
+        if is_dataclass(inner):
+            yield from _entries(f"{prefix}{key}.", inner, getattr(part, key))
+        else:
+            yield _entry(f"{prefix}{key}", kind, key, getattr(part, key))
+
+
 def _entry(key: str, part: Any, name: str, default: Any) -> str:
     kind = type_name(get_type_hints(part)[name])
     head = f"  {key}={_value(default)}  ({kind})"
@@ -59,7 +68,7 @@ def type_name(kind: Any) -> str:
         return f"list of {type_name(get_args(kind)[0])}"
     if get_origin(kind) is dict:
         return "fields"
-    return " or ".join(_NAMES[one] for one in get_args(kind) or (kind,))
+    return " or ".join(type_name(one) for one in get_args(kind)) or _NAMES[kind]
 
 
 def _value(default: Any) -> str:

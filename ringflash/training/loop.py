@@ -15,7 +15,7 @@ import torch.distributed as dist
 import yaml
 from transformers import PreTrainedModel
 
-from ringflash.data import TokenCorpus, load_corpus, stream, summary
+from ringflash.data import Corpus, description, load_corpora, stream
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.training import checkpoint, metrics, preflight, run_folder
@@ -73,7 +73,7 @@ def fit(config: Config, resolved: str) -> None:
         run.metrics.write_line if run.metrics else lambda reason: None,
     )  # fmt: skip
     evaluation = None
-    if config.data.held_out:
+    if held_out is not None:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
         evaluation.loss(run.engine, sequences=1)  # an evaluation that cannot run fails before the first step
     divergence = Divergence(world, run.metrics)
@@ -135,26 +135,26 @@ def _build_model(job: Job, world: World) -> PreTrainedModel:
     return model
 
 
-def _load_corpora(config: Config, world: World) -> tuple[TokenCorpus, TokenCorpus]:
+def _load_corpora(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
     """Training and held-out documents. Rank 0 tokenises; then one rank of each other machine checks what it finds."""
-    with world.without_timeout(f"tokenising data.path={config.data.path}"):
+    source = f"data.path={config.data.path}" if config.data.path else f"data.sources {', '.join(config.data.sources)}"
+    with world.without_timeout(f"tokenising {source}"):
         if world.is_first:
-            load_corpus(config.data)
-    cached = f"the tokens of data.path={config.data.path} in data.cache={config.data.cache}"
+            load_corpora(config.data)
+    cached = f"the tokens of {source} in data.cache={config.data.cache}"
     with world.without_timeout(f"checking {cached}"):
         if first_here() and not world.is_first:
-            load_corpus(config.data)
+            load_corpora(config.data)
     with world.without_timeout(f"reading {cached}"):
-        training, held_out = load_corpus(config.data, verify=False)
-    preflight.check_corpora(config, training, held_out)
+        training, held_out = load_corpora(config.data, verify=False)
     if world.is_first:
-        corpora = (training, held_out) if config.data.held_out else (training,)
-        lines = [line for corpus in corpora for line in summary(corpus, config.data.sequence_length)]
+        corpora = (training,) if held_out is None else (training, held_out)
+        lines = [line for corpus in corpora for line in description(corpus, config.data.sequence_length)]
         print(*lines, sep="\n", flush=True)
     return training, held_out
 
 
-def _settings(config: Config, resolved: str, training: TokenCorpus, world: World) -> dict[str, Any]:
+def _settings(config: Config, resolved: str, training: Corpus, world: World) -> dict[str, Any]:
     """The settings with digests of text and model: a run is not resumed on others of the same name."""
     settings = yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest

@@ -30,7 +30,8 @@ RENAMED = {  # settings of earlier versions, and their names now
     "parallel.across_gb_per_second": "parallel.inter_node_bandwidth_gb",
 }
 
-OPEN = "model.rope_parameters"  # a dictionary that takes any key; what reads it knows which are possible
+# Dictionaries that take any key; what reads them knows which are possible
+OPEN = ("model.rope_parameters", "data.chat_template_kwargs", "data.sources")
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?", re.DOTALL)
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
@@ -46,6 +47,10 @@ def for_hydra(override: str, schema: type, folder: Path) -> str:
     if found is None or (found["value"] is None and found["prefix"] != "~"):
         raise ConfigError(f"{override!r} is not of the form key=value")
     prefix, key, value = found["prefix"] or "", found["key"], found["value"]
+    if key.startswith("data.sources."):
+        raise ConfigError(
+            f"{override}: data.sources is set as a whole, as in data.sources='{{books: {{path: books}}}}'"
+        )
     is_group = re.fullmatch(r"\w+(/\w+)*", key) is not None and (folder / key).is_dir()
     if is_group and not (value or "").startswith("{"):
         return override if value is None else f"{prefix[:1]}{key}={_option(folder / key, key, value)}"
@@ -61,7 +66,8 @@ def for_hydra(override: str, schema: type, folder: Path) -> str:
     if _names(kind):
         return f"{prefix}{key}={value if value == 'null' or _QUOTED.fullmatch(value) else _quoted(value)}"
     _check_parsed(override, key, value, kind)
-    return f"++{key}={value}" if not prefix and f"{key}.".startswith(f"{OPEN}.") else override
+    is_open = f"{key}.".startswith(tuple(f"{name}." for name in OPEN))
+    return f"++{key}={value}" if not prefix and is_open else override
 
 
 def kind_of(key: str, schema: type) -> Any:

@@ -2,7 +2,7 @@
 
 `check_inputs` needs no GPU and no other process, so `train.py --print` runs it too. `check` adds what depends on the
 ranks and on this machine's device. Later refusals need what is made later: weights that cannot be loaded, a corpus that
-is too short (`check_corpora`), and a run folder that cannot be used or resumed.
+is too short, and a run folder that cannot be used or resumed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ringflash.data import TokenCorpus, check_vocabulary, load_tokenizer, python_stdlib, sequences_per_epoch
+from ringflash.data import DataConfig, check_vocabulary, load_tokenizer, python_stdlib
 from ringflash.data.documents import find_files, reading
 from ringflash.errors import ConfigError
 from ringflash.models import check_kernel, check_length, read_config, tiles_of
@@ -68,8 +68,10 @@ def check_inputs(
         )
     tokenizer = load_tokenizer(config.data)
     check_vocabulary(config.data, tokenizer, model_config.vocab_size)
-    find_files(config.data)
-    reading(config.data, tokenizer)
+    own = config.data.evaluated()
+    for part in (*config.data.parts().values(), *([] if own is None else [own])):
+        find_files(part)
+        reading(part, tokenizer)
     return model_config, tokenizer
 
 
@@ -106,12 +108,6 @@ def check_ranks(config: Config, ranks: int) -> None:
         )
 
 
-def check_corpora(config: Config, training: TokenCorpus, held_out: TokenCorpus) -> None:
-    """Raise ConfigError for documents that do not fill one sequence."""
-    for corpus in (training, held_out) if config.data.held_out else (training,):
-        sequences_per_epoch(corpus, config.data.sequence_length)
-
-
 def _without_memory(model_config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device."""
     with torch.device("meta"):
@@ -132,7 +128,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     states = kinds[memory.optimizer_states]
     return [
         f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}",
-        f"data       {config.data.path}{_nature(config.data.path)}, tokenizer {config.data.tokenizer}",
+        f"data       {_text(config.data)}, tokenizer {config.data.tokenizer}",
         f"ranks      {ranks} x {where}: replicas {replicas} x ring {ring} x ulysses {ulysses}, "
         f"layout {parallel.layout}",
         f"step       {optim.batch} x {config.data.sequence_length:,} = "
@@ -161,7 +157,8 @@ def _mlp_tiles(memory: MemoryConfig, model: PreTrainedModel) -> str:
     return f", MLP tiles of {' or '.join(f'{tile:,}' for tile in tiles)} tokens" if tiles else ", MLPs not tiled"
 
 
-def _nature(path: str) -> str:
-    """A note on text that nobody would choose for a real model."""
+def _text(data: DataConfig) -> str:
+    """The paths, with a note on text that nobody would choose for a real model."""
     note = " (source text of Python's standard library; data=... trains on other text)"
-    return note if path == python_stdlib() else ""
+    paths = [part.path for part in data.parts().values()]
+    return ", ".join(f"{path}{note * (path == python_stdlib())}" for path in paths)

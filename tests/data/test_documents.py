@@ -191,11 +191,11 @@ def test_a_bad_value_is_refused_by_its_key(key, value):
 # -- the configs
 
 
-@pytest.mark.parametrize("name", ["stdlib", "text", "jsonl", "csv", "parquet", "chat"])
+@pytest.mark.parametrize("name", ["stdlib", "text", "jsonl", "csv", "parquet", "chat", "mixture"])
 def test_every_config_holds_known_keys_and_makes_a_data_config(name):
     OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONFIGS / f"{name}.yaml"))
-    assert OmegaConf.missing_keys(merged) == (set() if name == "stdlib" else {"path"})
+    assert (merged.path is None) == (name != "stdlib")
     if name == "stdlib":
         settings = OmegaConf.to_object(merged)
         assert isinstance(settings, DataConfig)

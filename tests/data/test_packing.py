@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash.data import IGNORE, pack, sequences_per_epoch
+from ringflash.data import IGNORE, pack
+from ringflash.data.packing import sequences_per_epoch
 from ringflash.errors import ConfigError
 from tests.data.cases import corpus, lengths
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash.data import IGNORE, batch, pack, sequences_per_epoch, summary
+from ringflash.data import IGNORE, batch, pack
 from ringflash.data.best_fit import best_fit
+from ringflash.data.packing import sequences_per_epoch, summary
 from ringflash.errors import ConfigError
 from tests.data.cases import corpus, lengths
 

@@ -33,7 +33,7 @@ def test_every_experiment_composes_and_names_its_run(name):
 def test_every_option_of_every_group_composes(group, name):
     missing = {"data": ["data.path=somewhere"], "model": ["model.path=somewhere"]} if name != "stdlib" else {}
     needed = missing.get(group, []) if name in ("text", "jsonl", "csv", "parquet", "chat", "pretrained") else []
-    compose([f"{group}={name}", *needed])
+    compose([f"{group}={name}", *needed, *["data.sources={a: {path: somewhere}}"] * (name == "mixture")])
 
 
 @pytest.mark.parametrize(("group", "name"), GROUPS)
@@ -93,6 +93,15 @@ def test_help_of_the_parallel_group_says_context_parallel():
     assert re.search(r"^parallel: .*[Cc]ontext parallel", settings_help(), re.MULTILINE)
 
 
+def test_dictionaries_of_the_data_take_any_key():
+    config, _ = compose(["data=chat", "data.path=x", "data.chat_template_kwargs={enable_thinking: false}"])
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    config, _ = compose(
+        ["data=mixture", "data.sources={a: {path: x, files: ['*.py'], weight: 2}, b: {path: y, weight: 1}}"]
+    )
+    assert [part.files for part in config.data.parts().values()] == [["*.py"], config.data.files]
+
+
 def settings_of(part, prefix=""):
     """The keys of all settings below a dataclass."""
     for name, kind in get_type_hints(part).items():
@@ -131,6 +140,10 @@ def settings_of(part, prefix=""):
         (["experiment=foo"], "experiment=foo is not one of debug, llama3-8b-128k, llama3-8b-256k"),
         (["model=foo"], "model=foo is not one of llama3-8b, pretrained, qwen3"),
         (["data=text"], "data.path is not set"),
+        (["data=mixture"], "data.path is not set; add data.path=... to the command line, or data.sources"),
+        (["data=mixture", "data.sources={a: {paht: x}}"], "data.sources.a.paht is not a setting"),
+        (["data=mixture", "data.sources={a: {path: x, weight: y}}"], "data.sources.a.weight: Value 'y' of type"),
+        (["data=mixture", "data.sources.a.path=x"], "data.sources is set as a whole, as in data.sources='{books:"),
         (["model.path=folder"], "model.path=folder and model.architecture"),
         (["model=pretrained"], "model.path is not set"),
         (["model.dtype=fp8"], "model.dtype=fp8 is not one of"),

@@ -1,0 +1,181 @@
+"""Settings of the data: which text, how it is read, how it becomes sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from ringflash.data.files import is_below
+from ringflash.data.formats import FORMATS
+from ringflash.data.records import IDS
+from ringflash.errors import ConfigError
+
+MALFORMED = ("refuse", "skip")
+PACKINGS = ("cut", "whole", "truncate")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """A source of text; null: as in data.*."""
+
+    path: str | None = None
+    """File or folder with the text."""
+
+    files: list[str] | None = None
+    """Glob patterns below `path`."""
+
+    format: str | None = None
+    """How to read each file."""
+
+    field: str | None = None
+    """Name of the field that holds the text, token ids or messages."""
+
+    chat: bool | None = None
+    """Whether the records are conversations."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    """More variables for the chat template."""
+
+    malformed: str | None = None
+    """What becomes of a record that cannot be used."""
+
+    packing: str | None = None
+    """How documents fill sequences."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedSource(SourceConfig):
+    """A source, and its share of the training sequences."""
+
+    weight: float | None = None
+    """Its share of the sequences, relative to the other sources' weights. null for all: by their sizes, so that an
+    epoch has each document once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text to train on, and how it becomes sequences. Raises ConfigError, naming the setting, for a bad value."""
+
+    path: str | None = None
+    """File or folder with the text."""
+
+    sources: dict[str, WeightedSource] = dataclasses.field(default_factory=dict)
+    """Several sources instead of data.path, each with a name: {books: {path: books, weight: 2}, web: {path: web}}. What
+    a source does not set is as data.*. Each sequence is of one source."""
+
+    evaluation: SourceConfig = dataclasses.field(default_factory=SourceConfig)
+    """A source of its own to evaluate on, instead of documents held out."""
+
+    files: list[str] = dataclasses.field(
+        default_factory=lambda: [
+            *("**/*.txt", "**/*.json", "**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst", "**/*.ndjson"),
+            *("**/*.csv", "**/*.tsv", "**/*.parquet", "**/*.arrow"),
+        ]
+    )
+    """Glob patterns below `path`, if that is a folder. Hidden files match only a pattern that begins with a dot."""
+
+    format: str | None = None
+    """How to read each file: text (one document), jsonl, json, csv, tsv, parquet, arrow. null: by the file's suffix."""
+
+    field: str | None = None
+    """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields.
+    input_ids: a list of the tokenizer's ids per document instead of text; nothing is added to them. Where the record
+    has labels, too, those are predicted: ids, or -100 for none, at the place of their token."""
+
+    chat: bool = False
+    """The records are conversations (messages, perhaps tools), or prompts with completions; the loss is on what the
+    assistant says. data.field names the messages; null: "messages"."""
+
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """More variables for the tokenizer's chat template, such as {enable_thinking: false}."""
+
+    tokenizer: str = "bytes"
+    """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
+
+    malformed: str = "refuse"
+    """What becomes of a record that cannot be used, such as broken JSON or a missing field. refuse: the run ends, and
+    names file and line. skip: such records are left out and counted."""
+
+    cache: str = "runs/.cache"
+    """Folder for tokenised text, 2 or 4 bytes per token; entries may be deleted at any time between runs."""
+
+    held_out: float = 0.05
+    """Fraction of the documents kept apart for evaluation, at least one document; 0 keeps none."""
+
+    seed: int = 0
+    """Decides which documents are held out, and the order of training."""
+
+    sequence_length: int = 8192
+    """Tokens in a packed sequence, all ranks together."""
+
+    packing: str = "cut"
+    """How documents fill sequences. cut: end to end, cut where a sequence ends. whole: never cut, packed by best fit;
+    longer ones are dropped and counted. truncate: as whole, but longer ones keep their first sequence_length tokens."""
+
+    def __post_init__(self) -> None:
+        patterns = not isinstance(self.files, str) and len(self.files) > 0 and all(map(is_below, self.files))
+        for key, valid, expected in (
+            ("path", self.path != "", "a file or folder"),
+            ("files", patterns, "a list of one or more patterns below data.path, such as ['*.txt']"),
+            ("format", self.format is None or self.format in FORMATS, f"null or one of {', '.join(FORMATS)}"),
+            ("field", self.field != "", "null or the name of a field"),
+            ("tokenizer", bool(self.tokenizer), "bytes or a folder"),
+            ("cache", bool(self.cache), "a folder"),
+            ("held_out", 0 <= self.held_out < 1, "a fraction, 0 or more and below 1"),
+            ("malformed", self.malformed in MALFORMED, f"one of {', '.join(MALFORMED)}"),
+            ("packing", self.packing in PACKINGS, f"one of {', '.join(PACKINGS)}"),
+            ("seed", 0 <= self.seed < 2**64, "0 or more and below 2^64"),
+            ("sequence_length", self.sequence_length >= 2, "2 or more tokens"),
+        ):
+            if not valid:
+                raise ConfigError(f"data.{key}={getattr(self, key)} must be {expected}")
+        if self.chat and self.packing == "cut":
+            raise ConfigError("data.packing=cut would cut conversations, and data.chat=true: use whole or truncate")
+        if self.chat and self.field == IDS:
+            raise ConfigError(f"data.field={IDS} and data.chat=true exclude each other: tokens have no messages")
+        if self.chat_template_kwargs and not self.chat:
+            raise ConfigError("data.chat_template_kwargs is only read with data.chat=true")
+        if not self.path and not self.sources:
+            raise ConfigError("data.path is not set; add data.path=... to the command line, or data.sources")
+        if self.path and self.sources:
+            raise ConfigError(f"data.path={self.path} and data.sources exclude each other: make it one of the sources")
+        if self.evaluation.path and self.held_out:
+            raise ConfigError(
+                f"data.evaluation.path={self.evaluation.path} and data.held_out={self.held_out} exclude each other: "
+                f"set data.held_out=0"
+            )
+        if not self.evaluation.path and any(vars(self.evaluation).values()):
+            raise ConfigError("data.evaluation has no path; add data.evaluation.path=... to the command line")
+        weights = {name: source.weight for name, source in self.sources.items()}
+        if None in weights.values() and any(weights.values()):
+            lacks = next(name for name, weight in weights.items() if weight is None)
+            raise ConfigError(f"data.sources.{lacks} has no weight, and others have: give all of them one, or none")
+        for name, source in self.sources.items():
+            if not source.path:
+                raise ConfigError(f"data.sources.{name} has no path")
+            if source.weight is not None and not 0 < source.weight < math.inf:
+                raise ConfigError(f"data.sources.{name}.weight={source.weight} must be more than 0 and finite")
+        self.parts()
+        self.evaluated()
+
+    def parts(self) -> dict[str, DataConfig]:
+        """The settings of each source, by its name; of data.path, if that is the only one."""
+        if self.path:
+            return {"": dataclasses.replace(self, evaluation=SourceConfig())} if self.evaluation.path else {"": self}
+        return {name: self._part(f"sources.{name}", source) for name, source in self.sources.items()}
+
+    def evaluated(self) -> DataConfig | None:
+        """The settings of the source to evaluate on, if there is one of its own."""
+        return self._part("evaluation", self.evaluation) if self.evaluation.path else None
+
+    def evaluates(self) -> bool:
+        """Whether there are documents to evaluate on."""
+        return bool(self.held_out or self.evaluation.path)
+
+    def _part(self, name: str, source: SourceConfig) -> DataConfig:
+        given = {key: value for key, value in vars(source).items() if value is not None and key != "weight"}
+        try:
+            return dataclasses.replace(self, sources={}, evaluation=SourceConfig(), **given)
+        except ConfigError as error:
+            raise ConfigError(f"data.{name}: {error}") from error

@@ -1,0 +1,141 @@
+"""Mixture: several corpora as one, each with its share of the sequences.
+
+A sequence is of one source. The n-th sequence of a source of share w has the time (n + 1/2) / w, and the sequences of
+all sources are in the order of their times, so every stretch of them has the shares to within one sequence per source:
+
+    shares 1/2, 1/4, 1/4        a b c a a b c a a b c a ...
+
+The order is a pure function of the place in it. A source whose sequences are used up begins its next epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from ringflash.data.config import DataConfig
+from ringflash.data.corpus import TokenCorpus, entropy, load_corpus
+from ringflash.data.packing import Packed, pack, sequences_per_epoch, summary
+from ringflash.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Corpora by their names, and each one's share of the sequences; the shares sum to anything."""
+
+    corpora: Mapping[str, TokenCorpus]
+    shares: tuple[float, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all documents, in the order of the sources, and of the shares."""
+        made_of = repr([[(corpus.digest, corpus.packing) for corpus in self.corpora.values()], self.shares])
+        return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+    def unigram_entropy(self) -> float:
+        """Nats per predicted token of the sequences under those tokens' own frequencies."""
+        frequencies = np.zeros(max(corpus.vocabulary for corpus in self.corpora.values()))
+        for corpus, share in zip(self.corpora.values(), self.shares, strict=True):
+            counts = corpus.unigram()
+            frequencies[: len(counts)] += share * counts / max(counts.sum(), 1)
+        return entropy(frequencies)
+
+
+Corpus = TokenCorpus | Mixture
+
+
+def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Corpus | None]:
+    """What `config` trains on, and what it evaluates on, if anything; see `load_corpus`.
+
+    Raises ConfigError as it does, and for documents that do not fill a sequence; it names the source.
+    """
+    loaded = {}
+    for name, part in config.parts().items():
+        with _named(f"data.sources.{name}" if name else ""):
+            loaded[name] = load_corpus(part, verify=verify)
+    training = _mixed(config, {name: splits[0] for name, splits in loaded.items()})
+    if (own := config.evaluated()) is not None:
+        with _named("data.evaluation"):
+            held_out = replace(load_corpus(own, verify=verify)[0], split="evaluation")
+            sequences_per_epoch(held_out, config.sequence_length)
+        return training, held_out
+    return training, _mixed(config, {name: splits[1] for name, splits in loaded.items()}) if config.held_out else None
+
+
+def _mixed(config: DataConfig, corpora: dict[str, TokenCorpus]) -> Corpus:
+    """The corpora as one."""
+    sizes = []
+    for name, corpus in corpora.items():
+        with _named(f"data.sources.{name}" if name else ""):
+            sizes.append(float(sequences_per_epoch(corpus, config.sequence_length)))
+    if not config.sources:
+        return corpora[""]
+    weights = [source.weight for source in config.sources.values() if source.weight is not None]
+    return Mixture(corpora, tuple(weights or sizes))
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Errors begin with the source's name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}" if source else str(error)) from error
+
+
+def packed(corpus: Corpus, seed: int, index: int, length: int) -> Packed:
+    """The index-th sequence of `length` tokens, counted over all epochs."""
+    if isinstance(corpus, TokenCorpus):
+        return pack(corpus, seed, index, length)
+    source, number = drawn(corpus.shares, index)
+    return pack([*corpus.corpora.values()][source], seed, number, length)
+
+
+def epoch_length(corpus: Corpus, length: int) -> int:
+    """Sequences in an epoch: as many as all sources have. Where shares are other than sizes, some begin again in it."""
+    if isinstance(corpus, TokenCorpus):
+        return sequences_per_epoch(corpus, length)
+    return sum(sequences_per_epoch(one, length) for one in corpus.corpora.values())
+
+
+def description(corpus: Corpus, length: int) -> list[str]:
+    """Two lines on each source: see `summary`."""
+    if isinstance(corpus, TokenCorpus):
+        return summary(corpus, length)
+    lines = []
+    for (name, one), share in zip(corpus.corpora.items(), corpus.shares, strict=True):
+        lines += summary(one, length, f"{name}, {share / sum(corpus.shares):.1%} of the sequences: ")
+    return lines
+
+
+def drawn(shares: tuple[float, ...], index: int) -> tuple[int, int]:
+    """The source of the index-th sequence, and which of that source's it is.
+
+    >>> "".join("abc"[drawn((2, 1, 1), i)[0]] for i in range(12))
+    'abcaabcaabca'
+    """
+    total = sum(shares)
+    time = max(0.0, index - len(shares)) / total  # before it, `index` sequences at most
+    counts = [_before(time, share) for share in shares]
+    heap = [((count + 0.5) / share, source) for source, (count, share) in enumerate(zip(counts, shares, strict=True))]
+    heapq.heapify(heap)
+    for _ in range(index - sum(counts)):
+        source = heap[0][1]
+        counts[source] += 1
+        heapq.heapreplace(heap, ((counts[source] + 0.5) / shares[source], source))
+    source = heap[0][1]
+    return source, counts[source]
+
+
+def _before(time: float, share: float) -> int:
+    """How many sequences of a source come before a time."""
+    count = max(0, int(time * share + 0.5) - 1)
+    while (count + 0.5) / share < time:
+        count += 1
+    return count
