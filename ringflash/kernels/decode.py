@@ -100,7 +100,7 @@ def parts(
         return module.decode(q, k, v, spans, scale=scale, softcap=softcap)
     state = Partial.identity(like_out(q, v))
     for start, end in spans:
-        for first in range(0, k.shape[1], RUN):
+        for first in range(int(start.min()), int(end.max()), RUN) if start.numel() else ():
             k_run, v_run = (x[:, first : first + RUN] for x in (k, v))
             within = _bounds(*((bound - first).clamp(0, k_run.shape[1]) for bound in (start, end)))
             j = torch.arange(k_run.shape[1], device=q.device)
