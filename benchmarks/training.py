@@ -185,9 +185,9 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> N
             places = [x + (i - (len(names) - 1) / 2) * width for x, group in enumerate(groups) if group in found]
             heights = [found[group] for group in groups if group in found]
             bars = axes.bar(places, heights, width, label=name, color=f"C{i}")
-            axes.bar_label(bars, fmt="%.4g", fontsize=6, rotation=90, padding=2)
+            axes.bar_label(bars, fmt="{:.0f}" if axes is panels[0] else "{:.1f}", fontsize=7, padding=2)
         axes.set(ylabel=label, xticks=range(len(groups)))
-        axes.margins(y=0.15)
+        axes.margins(y=0.1)
         axes.grid(axis="y", alpha=0.3)
     panels[1].set_xticklabels([f"{tokens} tokens\n{mask}" for tokens, mask in groups], fontsize=8)
     panels[0].legend(fontsize=7, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0))
