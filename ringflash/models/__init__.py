@@ -7,13 +7,17 @@ keyword `plan`, the step's AttentionPlan, which its attention layers pass to `ri
     checkpoint_layers(model)    # optional: recompute layers in the backward, without running the ring again
     loss = model(**ring_inputs(input_ids, labels, ring=ProcessRing())).loss     # sums over ranks to the mean loss
 
-The plan is the mask. Whatever else transformers could use to change a mask (padding masks, dropout, a cache, keywords
-that attention.py does not know) is refused by name. So is a model that would come out wrong on shards: one of another
-architecture, whose layers may mix tokens by other means than attention, or one whose loss or positions need them all.
+To generate, it takes a cache instead of a plan, which ranks may share (`RingCache`, `prefill`).
+
+The plan is the mask. Whatever else transformers could use to change a mask (padding masks, dropout, other caches,
+keywords that attention.py does not know) is refused by name. So is a model that would come out wrong on shards: one of
+another architecture, whose layers may mix tokens by other means than attention, or one whose loss or positions need
+them all.
 """
 
 from ringflash.models.attention import ring_attention_forward
 from ringflash.models.building import build_model
+from ringflash.models.cache import RingCache, prefill
 from ringflash.models.checkpointing import Keep, checkpoint_layers, host_store
 from ringflash.models.configuration import (
     AttentionConfig,
@@ -43,6 +47,7 @@ __all__ = [
     "FusedConfig",
     "Keep",
     "ModelConfig",
+    "RingCache",
     "RingMask",
     "build_model",
     "check_kernel",
@@ -57,6 +62,7 @@ __all__ = [
     "layer_masks",
     "logit_scale",
     "pin_rope",
+    "prefill",
     "read_config",
     "ring_attention_forward",
     "ring_inputs",

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.modeling_utils import AttentionInterface
 
 from ringflash.mask import check_tokens
+from ringflash.models.cache import RingCache, take_note
 from ringflash.models.checks import check_call
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
 from ringflash.models.ring_mask import RingMask
@@ -53,12 +54,16 @@ def ring_attention_forward(
 
     Raises ValueError naming what it does not support, or `plan` where it is missing.
     """
+    note = take_note()
     _check_layer(module, attention_mask, dropout, unknown)
-    if not isinstance(plan, AttentionPlan):
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or None, "sink": s_aux}
+    if note is not None and plan is None:
+        return _cached(*note, module, query, key, value, attention_mask, sliding_window, options), None
+    if not isinstance(plan, AttentionPlan) or note is not None:
         raise ValueError(
             f'attn_implementation="ring" needs plan=, an AttentionPlan, got {plan!r:.100}: call the model with what '
-            f"ringflash.models.ring_inputs returns; to generate, or to use it without a ring, load it with "
-            f'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
+            f"ringflash.models.ring_inputs returns; to generate, give past_key_values=RingCache(model, capacity=N) and "
+            f'no plan; to use it without a ring, call model.set_attn_implementation("sdpa")'
         )
     if getattr(module, "layer_idx", 0) == 0:
         share_router_loss(module)
@@ -73,14 +78,40 @@ def ring_attention_forward(
             _check_positions(position_ids, plan, config and scales_by_position(config))
     if (window := _window(attention_mask, sliding_window)) is not None:
         plan = plan.window(check_tokens("sliding_window", window, least=1) - 1)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:  # RoPE gives fp32
-        q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
+    q, k, v = _by_token(query, key, value)
     out = ring_attention(
-        q, k, v, plan, scale=scaling, softcap=softcap or None, sink=s_aux, kernel=kernel, deterministic=deterministic,
+        q, k, v, plan, **options, kernel=kernel, deterministic=deterministic,
         compensated=compensated, layer=getattr(module, "layer_idx", None),
     )  # fmt: skip
     return out, None
+
+
+def _cached(
+    cache: RingCache,
+    layer_idx: int,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | RingMask | None,
+    sliding_window: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """A layer's attention over its cache, which was updated for it."""
+    if (here := getattr(module, "layer_idx", layer_idx)) != layer_idx:
+        raise ValueError(f"layer {here} attends after the cache of layer {layer_idx} was updated: not supported")
+    q, k, v = _by_token(query, key, value)
+    scale = q.shape[-1] ** -0.5 if options["scale"] is None else float(options["scale"])
+    return cache.attend(layer_idx, q, k, v, _window(mask, sliding_window), **options | {"scale": scale})
+
+
+def _by_token(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """[B, S, H, D] of [B, H, S, D], in one dtype."""
+    tensors = [x.transpose(1, 2) for x in (query, key, value)]
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and len({x.dtype for x in tensors}) > 1:  # RoPE gives fp32
+        return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
+    return tensors
 
 
 def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dropout: float, unknown: dict) -> None:
@@ -164,6 +195,11 @@ def _ring_mask(
     if mask_function is bidirectional_mask_function:
         raise ValueError(BIDIRECTIONAL)
     shape = torch.Size([batch_size, q_length])
+    if not _only_windowed(mask_function, local_size):
+        raise ValueError(
+            "a layer's mask is neither causal nor a sliding window alone, and the plan has no other: chunks, and "
+            "tokens that see those after them, are not supported on the ring"
+        )
     if not isinstance(attention_mask, RingMask):
         if attention_mask is not None and not bool(attention_mask.all()):
             hidden = int((~attention_mask.bool()).sum())
@@ -176,11 +212,6 @@ def _ring_mask(
         raise ValueError(
             f"a model's input of {[*shape]} does not fit the others, which ring_inputs made for "
             f"{[*attention_mask.shape]}: each batch needs a plan of its own, and prompts cannot be put in front"
-        )
-    if not _only_windowed(mask_function, local_size):
-        raise ValueError(
-            "a layer's mask is neither causal nor a sliding window alone, and the plan has no other: chunks, and "
-            "tokens that see those after them, are not supported on the ring"
         )
     return attention_mask.windowed(local_size)
 

@@ -77,12 +77,12 @@ def ring_inputs(
             plan = AttentionPlan(mask, chosen, ring, ulysses, leading_tokens)
         except (ValueError, TypeError):
             if compare_ranks:
-                _agree(torch.tensor(_REFUSED, device=ring.device), shared)
+                agree(torch.tensor(_REFUSED, device=ring.device), shared)
             raise
         leading = torch.tensor([min(leading_tokens, length)])
         given = (input_ids, targets, document.lo, document.hi, chosen.chunks, leading)
         if compare_ranks:
-            _agree(_checksum(ring.device, *given), shared)
+            agree(checksum(ring.device, *given), shared)
         if targets is not None and shift_labels is None:
             targets = _shifted(targets, document)
         keywords, count = ({}, None) if targets is None else _shard_labels(targets, plan)
@@ -182,11 +182,11 @@ def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
     return IntervalMask.documents(counts, length)
 
 
-def _agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
+def agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
     """Refuse ranks that were given different sequences, as a sampler for data parallelism gives them.
 
     Each would shard its own, and the ring would train on a mixture of them. checksum: of what this rank was
-    given; _REFUSED where that did not fit, on which the other ranks then raise an error.
+    given; _REFUSED where that did not fit, on which the other ranks then raise an error. A collective.
     """
     extremes = torch.stack([checksum, -checksum])
     for group in shared:
@@ -204,7 +204,7 @@ def _agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
     )
 
 
-def _checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
+def checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
     """An int64 scalar, 0 or more, that other numbers, other places or another shape would almost surely change."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for x in (x for x in tensors if x is not None):

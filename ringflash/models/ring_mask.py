@@ -100,7 +100,7 @@ def _refuse(name: str) -> NoReturn:
         raise ValueError(
             f"the attention_mask of ring_inputs was made longer (torch.{name}): prompt tuning, prefix tuning and "
             f"generate add tokens or keys, which are not in the plan. Use LoRA to adapt a model on the ring, and "
-            f'load it with attn_implementation="sdpa" to generate'
+            f"generate from input_ids with past_key_values=RingCache(model, capacity=N)"
         )
     raise ValueError(
         f"inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by "

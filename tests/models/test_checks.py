@@ -96,7 +96,7 @@ WRONG_CALLS = {
     "positions of another batch": (
         {"position_ids": torch.arange(16).expand(3, -1), "attention_mask": None, "input_ids": torch.ones(3, 16).long()},
         r"position_ids \[3, 16\] do not fit the plan, of 2 local ranks"),
-    "no plan": ({"plan": None}, "needs plan=, .* to generate, .*sdpa"),
+    "no plan": ({"plan": None}, "needs plan=, .* to generate, .*RingCache.*sdpa"),
     "another's plan": ({"plan": "causal"}, "needs plan=, an AttentionPlan, got 'causal'"),
 }  # fmt: skip
 
@@ -242,8 +242,8 @@ def test_an_architecture_that_is_not_tested_is_refused_by_its_name(model_type, r
         model(**LABELLED)
 
 
-def test_generating_on_the_ring_names_the_attention_that_generates():
-    with pytest.raises(ValueError, match=r'needs plan=.* to generate, .* attn_implementation="sdpa"'):
+def test_generating_on_the_ring_names_the_cache_that_it_needs():
+    with pytest.raises(ValueError, match=r"needs plan=.* to generate, give past_key_values=RingCache"):
         tiny("llama").generate(TOKENS, max_new_tokens=2)
 
 

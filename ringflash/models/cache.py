@@ -1,0 +1,284 @@
+"""RingCache: the KV cache with which a model on the ring generates, alone or with the document sharded over ranks.
+
+    cache = RingCache(model, capacity=131_072, ring=ring)   # or without ring: one device
+    prefill(model, document, cache)                         # int64 [B, N], the same on every rank; each reads its share
+    model.generate(torch.cat([document, prompt], dim=1), past_key_values=cache, max_new_tokens=100)
+
+`generate` computes the tokens that the cache does not hold yet, on every rank the same, and attends to all the others
+where they lie (`ring.decode`). Without `prefill` it reads the prompt itself, whole on every rank; transformers'
+`prefill_chunk_size` bounds the memory of that. Ranks that sample must have the same random numbers (torch.manual_seed).
+
+    state = cache.snapshot()        # of the document
+    ...                             # generate
+    cache.restore(state)            # for another prompt on the same document
+
+A layer with a sliding window keeps its window. transformers passes a cache to no attention function: `update` leaves a
+note for the attention of the same layer, which follows it at once, stores the keys and attends.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ringflash.kernels import FASTEST_FIRST
+from ringflash.kernels.checks import OUT_DTYPES
+from ringflash.layout import Layout
+from ringflash.mask import check_tokens
+from ringflash.models.configuration import head_dims, kv_heads_of, refusal, windows_of_layers
+from ringflash.models.inputs import agree, checksum
+from ringflash.models.rope import length_refusal
+from ringflash.ring.decode import Attention, CachePlan, CacheState, LayerCache, cached_attention
+from ringflash.ring.transport import Loopback, ProcessRing, Ring
+
+_written: ContextVar[tuple[RingCache, int] | None] = ContextVar("written", default=None)
+
+
+def take_note() -> tuple[RingCache, int] | None:
+    """The cache and the layer that were updated for the attention which asks, or None; the note is gone after that."""
+    note = _written.get()
+    _written.set(None)
+    return note
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A RingCache's tokens at some time; of layers with windows also keys and values, [layer][k or v][local rank]."""
+
+    plan: CacheState
+    windowed: dict[int, tuple[list[Tensor], list[Tensor]]]
+
+
+class RingCache(Cache):
+    """Keys and values of up to `capacity` tokens for each batch row, reserved at the first forward, shared by `ring`.
+
+    model: a causal language model on the ring's attention. ring: None: one device, the model's. chunk: the most tokens
+    per rank that attention takes at once, and that `prefill` gives a forward, 2 or more. kernel: of long prompts, as
+    in `ring_attention`; few new tokens take flash_decode, which kernel="blocked" keeps in plain torch.
+    `nbytes` is its memory on this process, per batch row. Raises ValueError or TypeError for what does not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        *,
+        ring: Ring | None = None,
+        chunk: int = 8192,
+        kernel: str = "auto",
+    ) -> None:
+        self.config: Any = _checked(model)
+        self.ring: Ring = Loopback(1, model.device) if ring is None else ring
+        if not hasattr(self.ring, "exchange") or isinstance(self.ring, type):
+            raise TypeError(f"ring must be None, a ProcessRing or a Loopback, got {ring!r:.100}")
+        if kernel not in ("auto", *FASTEST_FIRST):
+            raise ValueError(f"kernel={kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
+        self.capacity, self.kernel = check_tokens("capacity", capacity, least=1), kernel
+        self.chunk = check_tokens("chunk", chunk, least=2)
+        if reason := length_refusal(self.config, self.capacity, model):
+            raise ValueError(f"capacity={capacity}: config.{reason}")
+        self.dtype = model.dtype
+        self.layout: Layout | None = None  # that of a chunk which `prefill` gives the model
+        self._stored: dict[int, LayerCache] = {}  # by layer
+        self._left: dict[int, int | None] = {}  # the layer's window
+        self._windows = {
+            None if window is None else window - 1: layers for window, layers in windows_of_layers(self.config)
+        }
+        self.plan = self._new_plan()
+        super().__init__(layers=[_Layer(self) for _ in range(self.config.num_hidden_layers)])
+
+    def _new_plan(self) -> CachePlan:
+        return CachePlan(self.ring, self.capacity, self.chunk, tuple(self._windows))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values on the ranks of this process, per batch row."""
+        return self.bytes_for(self.capacity)
+
+    def bytes_for(self, capacity: int) -> int:
+        """`nbytes` of a cache of another capacity."""
+        plan = CachePlan(self.ring, capacity, self.chunk, tuple(self._windows))
+        rows = sum(plan.rows(left) * layers for left, layers in self._windows.items())
+        per_row = kv_heads_of(self.config) * sum(head_dims(self.config)) * self.dtype.itemsize
+        return rows * per_row * len(self.ring.local)
+
+    # -- what transformers calls
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Leave a note for the layer's attention, which follows; new keys and values are returned as they are."""
+        if layer_idx == 0:
+            self._begin(key_states.shape[-2] if self.layout is None else self.layout.length)
+        _written.set((self, layer_idx))
+        return key_states, value_states
+
+    def _begin(self, tokens: int) -> None:
+        total = self.plan.length + tokens
+        if total > self.capacity:
+            raise ValueError(
+                f"a RingCache of capacity={self.capacity} tokens holds {self.plan.length}, and cannot hold {tokens} "
+                f"more: one of capacity={total} takes {_size(self.bytes_for(total))} per batch row on each process"
+            )
+        self.plan.begin(tokens, self.layout)
+
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
+        """The layer's attention: q [B, n, Hq, D], k and v [B, n, Hkv, D] of new tokens to [B, n, Hq, Dv].
+
+        options: scale, softcap and sink. Raises ValueError for another batch than the cache's, or another window than
+        the configuration has, and RuntimeError where a gradient is asked for.
+        """
+        if torch.is_grad_enabled() and q.requires_grad:
+            raise RuntimeError("a RingCache is for generating, without gradients: call the model under torch.no_grad()")
+        left = None if window is None else window - 1
+        if left not in self._windows:
+            known = [None if left is None else left + 1 for left in self._windows]
+            raise ValueError(f"layer {layer_idx} has sliding_window={window}, and its configuration {known}")
+        batch = len(q) // (1 if self.layout is None else len(self.ring.local))
+        if layer_idx not in self._stored:
+            self._stored[layer_idx] = LayerCache(len(self.ring.local), self.plan.rows(left), k, v, batch)
+            self._left[layer_idx] = left
+        stored = self._stored[layer_idx]
+        if len(stored.k[0]) != batch or stored.k[0].dtype != q.dtype:
+            raise ValueError(
+                f"a RingCache of {len(stored.k[0])} batch rows of {stored.k[0].dtype} cannot take {batch} rows of "
+                f"{q.dtype}: prefill it with the rows that generate computes (beams and returned sequences are rows)"
+            )
+        attention = Attention(self.ring, kernel=self.kernel, name=f"layer {layer_idx}", **options)
+        return cached_attention(q, k, v, stored, self.plan.steps(left), attention)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that the cache holds, of all ranks."""
+        return self.plan.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The capacity."""
+        return self.capacity
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self.plan = self._new_plan()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give each batch row the cache of row beam_idx [B], as beam search does."""
+        for stored in self._stored.values():
+            for held in (*stored.k, *stored.v):
+                held.copy_(held.index_select(0, beam_idx.to(held.device)))
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refused: layers with windows have let go of what would be seen again."""
+        raise NotImplementedError(
+            "a RingCache cannot be cropped, as assisted decoding does: take a snapshot() and restore() it"
+        )
+
+    # -- several prompts
+
+    def snapshot(self) -> Snapshot:
+        """What `restore` returns to. Layers with windows are copied: a window each."""
+        windowed = {}
+        for i, stored in self._stored.items():
+            if (left := self._left[i]) is not None:
+                used = self.plan.count(left)
+                k, v = ([x[:, :n].clone() for x, n in zip(held, used, strict=True)] for held in (stored.k, stored.v))
+                windowed[i] = (k, v)
+        return Snapshot(self.plan.snapshot(), windowed)
+
+    def restore(self, state: Snapshot) -> None:
+        """Forget all tokens since the snapshot."""
+        self.plan.restore(state.plan)
+        for i, kept in state.windowed.items():
+            for held, copies in zip((self._stored[i].k, self._stored[i].v), kept, strict=True):
+                for x, copy in zip(held, copies, strict=True):
+                    x[:, : copy.shape[1]] = copy
+
+
+class _Layer(CacheLayerMixin):
+    """What transformers asks of a layer: all of it is the cache's."""
+
+    is_sliding = False  # for masks: ring attention has its own
+
+    def __init__(self, cache: RingCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: memory is reserved where attention knows the layer's window."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Not called: RingCache.update does not come here."""
+        raise NotImplementedError("a layer of a RingCache is updated by the cache")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens after this forward, and 0."""
+        return self._cache.plan.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens that the cache holds."""
+        return self._cache.plan.length
+
+    def get_max_length(self) -> int:
+        """The cache's capacity."""
+        return self._cache.capacity
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None:
+    """Read a document into a cache: its tokens after those that the cache holds, shared by the ranks of its ring.
+
+    input_ids: int64 [B, N], from the first token that the cache holds, the same on every rank. Each forward has up to
+    `cache.chunk` tokens per rank, in zigzag; logits are not computed. To generate, give `generate` one token more, or
+    several. Raises ValueError where the cache cannot hold them, and where ranks were given different tokens, before
+    anything is computed.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        shown = (
+            f"{[*input_ids.shape]}, {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
+        raise ValueError(f"input_ids must be int64 [B, N], got {shown}")
+    tokens, ring = input_ids.shape[1], cache.ring
+    if tokens > cache.capacity:
+        raise ValueError(
+            f"input_ids of {tokens} tokens do not fit a RingCache of capacity={cache.capacity}: one for them takes "
+            f"{_size(cache.bytes_for(tokens))} per batch row on each process"
+        )
+    if isinstance(ring, ProcessRing):
+        agree(checksum(ring.device, input_ids), [ring])
+    at_once = cache.chunk // 2 * 2 * ring.size
+    while (begin := cache.get_seq_length()) < tokens:
+        chunk = input_ids[:, begin : begin + at_once]
+        make = Layout.zigzag if ring.size > 1 else Layout.contiguous
+        layout = make(chunk.shape[1], ring.size)
+        positions = torch.stack([layout.positions(rank) for rank in ring.local]) + begin
+        cache.layout = layout
+        try:
+            model.base_model(
+                input_ids=torch.cat([layout.shard(chunk, rank) for rank in ring.local]).to(ring.device),
+                position_ids=positions.repeat_interleave(len(chunk), dim=0).to(ring.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            cache.layout = None
+
+
+def _checked(model: Any) -> Any:
+    """The configuration of a model that can generate on the ring. Raises ValueError with the reason for another one."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
+    if (name := model.config._attn_implementation) != "ring":
+        raise ValueError(
+            f'a RingCache needs a model on the ring, got attn_implementation="{name}": load it with "ring"'
+        )
+    if (reason := refusal(model.config)) is not None:
+        raise ValueError(f"config.{reason}")
+    if model.dtype not in OUT_DTYPES:
+        raise ValueError(f"a RingCache takes a model of float16, bfloat16 or float32, got {model.dtype}")
+    return model.config
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

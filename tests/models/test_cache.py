@@ -1,0 +1,170 @@
+"""A ring model generates with a RingCache as it does with its own eager attention, on one rank and on several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from ringflash import Loopback, ProcessRing
+from ringflash.models import RingCache, prefill
+from tests.models.cases import tiny
+
+# What a family asks of attention: grouped heads, windows and a softcap, sinks, windows everywhere, MLA, experts.
+FAMILIES = ("llama", "gemma2", "gpt_oss", "mistral", "deepseek_v3", "qwen3_moe")
+TOKENS = torch.randint(3, 97, (2, 41), generator=torch.Generator().manual_seed(1))
+NEW = 9
+
+
+def eager(model_type, **fields):
+    model = tiny(model_type, **fields)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def generate(model, tokens, cache, **options):
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(tokens, past_key_values=cache, **settings | options)[:, tokens.shape[1] :]
+
+
+def generated(ring, model_type, read=30, chunk=6, **options):
+    """New tokens after a document, of which `read` tokens are prefilled."""
+    model = tiny(model_type).eval()
+    cache = RingCache(model, TOKENS.shape[1] + NEW, ring=ring, chunk=chunk)
+    prefill(model, TOKENS[:, :read], cache)
+    return generate(model, TOKENS, cache, **options)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_logits_of_prefill_and_decoding_are_those_of_one_forward(model_type, size):
+    model, cache = tiny(model_type).eval(), None
+    with torch.no_grad():
+        expected = eager(model_type).eval()(TOKENS).logits
+        cache = RingCache(model, 41, ring=Loopback(size), chunk=8)
+        prefill(model, TOKENS[:, :30], cache)
+        steps = [TOKENS[:, 30:35], *TOKENS[:, 35:].split(1, dim=1)]
+        found = torch.cat([model(x, past_key_values=cache, use_cache=True).logits for x in steps], dim=1)
+    error = (found - expected[:, 30:]).norm() / expected[:, 30:].norm()
+    assert error < 1e-5, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_generate_gives_eager_attentions_tokens(model_type):
+    expected = generate(eager(model_type).eval(), TOKENS, DynamicCache())
+    assert torch.equal(generated(None, model_type, read=0), expected)  # generate reads the prompt itself
+    assert torch.equal(generated(None, model_type), expected)
+    for options in ({}, {"prefill_chunk_size": 7}):
+        model = tiny(model_type).eval()
+        assert torch.equal(generate(model, TOKENS, RingCache(model, 50), **options), expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_generate_one_ranks_tokens(ranks, size):
+    expected = greedy_and_sampled()
+    for found in ranks.run(greedy_and_sampled_on_a_process, size):
+        assert torch.equal(found, expected)
+
+
+def greedy_and_sampled(ring=None):
+    torch.manual_seed(5)
+    options = ({}, {"do_sample": True, "temperature": 2.0})
+    return torch.stack([generated(ring, "gemma2", **option) for option in options])
+
+
+def greedy_and_sampled_on_a_process():
+    return greedy_and_sampled(ProcessRing())
+
+
+def test_ranks_that_read_different_documents_are_refused(ranks):
+    assert all("must be the same on every rank" in error for error in ranks.run(reads_its_own, 2))
+
+
+def reads_its_own():
+    model, ring = tiny("llama"), ProcessRing()
+    with pytest.raises(ValueError, match="input_ids") as error:
+        prefill(model, TOKENS + ring.rank, RingCache(model, 50, ring=ring))
+    return str(error.value)
+
+
+def test_beams_reorder_the_cache():
+    options = {"num_beams": 3, "num_return_sequences": 3}
+    expected = generate(eager("mistral").eval(), TOKENS, DynamicCache(), **options)
+    model = tiny("mistral").eval()
+    assert torch.equal(generate(model, TOKENS, RingCache(model, 50), **options), expected)
+
+
+def test_a_document_answers_several_prompts_without_being_read_again():
+    model = tiny("gemma2").eval()
+    document, prompts = TOKENS[:, :30], (TOKENS[:, 30:41], TOKENS[:, 20:27], TOKENS[:, 30:41])
+    cache = RingCache(model, 60, ring=Loopback(2), chunk=8)
+    prefill(model, document, cache)
+    state, answers = cache.snapshot(), []
+    for prompt in prompts:
+        answers.append(generate(model, torch.cat([document, prompt], dim=1), cache))
+        cache.restore(state)
+    assert torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[0], generated(None, "gemma2"))
+    assert not torch.equal(answers[0], answers[1])
+    assert cache.get_seq_length() == 30
+
+
+def test_a_cache_states_its_memory():
+    model = tiny("mistral", sliding_window=7)  # 2 layers of 2 KV heads of 8, fp32
+    cache = RingCache(model, 1000, chunk=100)
+    prefill(model, TOKENS, cache)
+    held = sum(x.nbytes for x in cache._stored.values())
+    assert held == 2 * cache.nbytes  # batch rows
+    assert cache.nbytes == 2 * (6 + 256) * 2 * (8 + 8) * 4
+    assert RingCache(tiny("llama"), 1000).nbytes == 2 * 1000 * 2 * (8 + 8) * 4
+
+
+# -- what is refused
+
+
+def test_what_a_cache_cannot_hold_is_refused_with_the_memory_for_it():
+    model = tiny("llama")
+    cache = RingCache(model, 40)
+    with pytest.raises(ValueError, match=r"41 tokens do not fit a RingCache of capacity=40: one .* takes 0.0 MiB per"):
+        prefill(model, TOKENS, cache)
+    with pytest.raises(
+        ValueError, match=r"holds 0, and cannot hold 41 more: one of capacity=41 takes .* per batch row"
+    ):
+        generate(model, TOKENS, cache)
+
+
+def test_what_does_not_fit_a_cache_is_refused_by_name():
+    model = tiny("llama")
+    with pytest.raises(ValueError, match='needs a model on the ring, got attn_implementation="eager"'):
+        RingCache(eager("llama"), 40)
+    with pytest.raises(ValueError, match="model must be a transformers model, got NoneType"):
+        RingCache(None, 40)
+    with pytest.raises(ValueError, match="kernel=fast is not one of auto"):
+        RingCache(model, 40, kernel="fast")
+    with pytest.raises(ValueError, match="chunk must be 2 or more"):
+        RingCache(model, 40, chunk=1)
+    with pytest.raises(TypeError, match="ring must be None, a ProcessRing or a Loopback, got 2"):
+        RingCache(model, 40, ring=2)
+    with pytest.raises(ValueError, match=r"input_ids must be int64 \[B, N\], got \[41\]"):
+        prefill(model, TOKENS[0], RingCache(model, 50))
+    longrope = tiny("phi3", rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    }, original_max_position_embeddings=32)  # fmt: skip
+    with pytest.raises(ValueError, match=r"capacity=40: config.rope_parameters.rope_type=longrope turns by a"):
+        RingCache(longrope, 40)
+
+
+def test_calls_that_would_come_out_wrong_are_refused():
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=r"needs plan=.* to generate, give past_key_values=RingCache"):
+        generate(model, TOKENS, DynamicCache())
+    mask = torch.ones_like(TOKENS).index_fill(1, torch.tensor([0]), 0)
+    with pytest.raises(ValueError, match="attention_mask hides 2 tokens"):
+        generate(model, TOKENS, RingCache(model, 50), attention_mask=mask)
+    with pytest.raises(RuntimeError, match="a RingCache is for generating, without gradients"):
+        model(TOKENS, past_key_values=RingCache(model, 50))
+    prefill(model, TOKENS, cache := RingCache(model, 50))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"of 2 batch rows of torch\.float32 cannot take 1 rows"):
+        model(TOKENS[:1, :2], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot be cropped"):
+        cache.crop(-1)
