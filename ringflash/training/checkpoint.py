@@ -38,14 +38,14 @@ FREE = (
     "name", "output_dir", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
     "memory.mlp_tile", "memory.recompute", "memory.attention_results", "memory.layer_inputs", "memory.host_layers",
     "attention.", "fused.", "model.extrapolate_positions",
-    "optim.steps", "parallel.",
+    "optim.steps", "optim.epochs", "parallel.",
     # Compared by content, as data.digest and model.digest.
     "data.path", "data.files", "data.field", "data.format", "data.sources", "data.evaluation", "data.tokenizer",
     "model.path",
 )  # fmt: skip
 # Settings that it may change too, which is reported: `train_step` sets the learning rate of each step. The optimizer's
 # others, clip and weight_decay among them, are restored from the checkpoint.
-SCHEDULE = ("optim.lr", "optim.warmup", "optim.final_lr")
+SCHEDULE = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay")
 BY_DIGEST = {
     "data.digest": "the tokens of data.path or data.sources, by their digest",
     "model.digest": "the model of model.path, by its digest",

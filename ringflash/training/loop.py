@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import yaml
 from transformers import PreTrainedModel
 
-from ringflash.data import Corpus, description, load_corpora, stream
+from ringflash.data import Corpus, description, epoch_length, load_corpora, stream
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.training import checkpoint, metrics, preflight, run_folder
@@ -59,11 +60,12 @@ def fit(config: Config, resolved: str) -> None:
     Raises ConfigError, naming the setting, for what cannot work, and DivergedError where training diverges.
     """
     job = preflight.check(config)
-    config = job.config
-    world = join(config.parallel)
+    world = join(job.config.parallel)
     torch.manual_seed(config.seed)
     model = _build_model(job, world)
-    training, held_out = _load_corpora(config, world)
+    training, held_out = _load_corpora(job.config, world)
+    job = _with_steps(job, training, world)
+    config = job.config
     meter = Meter(model, config.optim.batch * config.data.sequence_length, world)
     run = _open(job, world, model, _settings(config, resolved, training, world), resolved)
 
@@ -88,7 +90,7 @@ def fit(config: Config, resolved: str) -> None:
         prepare=lambda batch: prepare(run.engine, batch, world, layout_for),
     )
     with contextlib.closing(batches):
-        for step in range(run.start + 1, config.optim.steps + 1):
+        for step in range(run.start + 1, config.optim.total_steps + 1):
             world.watchdog.step = step
             meter.start()
             micro_batches, _ = next(batches)
@@ -154,6 +156,15 @@ def _load_corpora(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
     return training, held_out
 
 
+def _with_steps(job: Job, training: Corpus, world: World) -> Job:
+    """The job, with optim.epochs as steps."""
+    config = job.config
+    optim = config.optim.of_epoch(epoch_length(training, config.data.sequence_length))
+    if world.is_first and optim != config.optim:
+        print(f"steps      {optim.total_steps:,}, which are {config.optim.epochs:g} epochs", flush=True)
+    return job._replace(config=dataclasses.replace(config, optim=optim))
+
+
 def _settings(config: Config, resolved: str, training: Corpus, world: World) -> dict[str, Any]:
     """The settings with digests of text and model: a run is not resumed on others of the same name."""
     settings = yaml.safe_load(resolved)
@@ -180,20 +191,20 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
     opened = None
     with world.without_timeout(f"opening {folder} and wandb's run"):
         if world.is_first:
-            run_folder.check_start(folder, start, config.optim.steps)
+            run_folder.check_start(folder, start, config.optim.total_steps)
             write_whole(folder / "config.yaml", resolved)
             metrics.check_plot(folder)
             print(f"fused      {', '.join(engine.fused) or 'nothing'}", flush=True)
             if world.ring.size > 1:
                 print(f"messages   of a ring of {world.ring.size} travel by {world.ring.carrier}", flush=True)
-            opened = metrics.Metrics(config.logger, folder, settings, start, config.optim.steps)
+            opened = metrics.Metrics(config.logger, folder, settings, start, config.optim.total_steps)
     return Run(job, world, engine, settings, taken, folder, start, opened)
 
 
 def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> None:
     """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
     config, world = run.job.config, run.world
-    steps = config.optim.steps
+    steps = config.optim.total_steps
     held_out = evaluation.loss(run.engine) if evaluation is not None else None
     divergence.check_end(steps, None if held_out is None else held_out.loss)
     if run.start < steps and not _due(steps, config.checkpoint.every):

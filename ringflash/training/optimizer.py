@@ -1,4 +1,4 @@
-"""Optimizer: AdamW and its schedule under DeepSpeed; which weights decay, clipping, and steps that are skipped.
+"""Optimizer: AdamW or SGD under DeepSpeed; which weights decay, clipping, and steps that are skipped.
 
 At ZeRO 1 to 3 DeepSpeed computes the gradient norm, clips by it, and skips a step whose norm is not finite. At ZeRO 0
 it does some of that, by dtype: `build_optimizer` and `start_moments` supply the rest.
@@ -6,6 +6,7 @@ it does some of that, by dtype: `build_optimizer` and `start_moments` supply the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +17,24 @@ from torch import Tensor, nn
 
 from ringflash.errors import ConfigError
 from ringflash.training.host_adamw import HostAdamW
+from ringflash.training.schedule import SCHEDULES, fraction_of_peak
 from ringflash.training.split_adamw import SplitAdamW
+
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
-    steps: int = 100
-    """Optimizer steps of the run, including those before it was resumed."""
+    optimizer: str = "adamw"
+    """adamw; or sgd, with momentum beta1 and a weight decay that is added to the gradient."""
+
+    steps: int | None = 100
+    """Optimizer steps of the run, including those before it was resumed; null: as many as optim.epochs has."""
+
+    epochs: float | None = None
+    """Passes over the training sequences, instead of optim.steps; 0.5 is half of one."""
 
     batch: int = 1
     """Sequences per step, over all replicas and micro-batches."""
@@ -33,13 +43,20 @@ class OptimConfig:
     """Sequences that a ring processes at once; gradients of the others of its step are accumulated."""
 
     lr: float = 3e-4
-    """Peak learning rate, after a linear warm-up and before a cosine decay."""
+    """Peak learning rate, after a linear warm-up."""
+
+    schedule: str = "cosine"
+    """What follows the warm-up: cosine or linear, down to final_lr; constant; or warmup_stable_decay, the peak and in
+    the last steps a line down to final_lr."""
+
+    decay: float = 0.2
+    """With schedule=warmup_stable_decay, the fraction of all steps in which the learning rate falls."""
 
     warmup: int = 10
     """Warm-up steps, the last of which has the peak learning rate; 0: the first step has it."""
 
     final_lr: float = 0.1
-    """Learning rate of the last step, as a fraction of the peak."""
+    """Learning rate of the last step, as a fraction of the peak; not read with schedule=constant."""
 
     beta1: float = 0.9
     """AdamW's decay rate of the first moment."""
@@ -54,10 +71,24 @@ class OptimConfig:
     """Gradient norm to which larger gradients are scaled down; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "warmup"):
+        for name, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in names:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} is not one of {', '.join(names)}")
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("optim.steps=null needs optim.epochs: set one of them")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"optim.epochs={self.epochs} and optim.steps={self.steps} exclude each other: set optim.steps=null"
+            )
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"optim.epochs={self.epochs} must be more than 0 and finite")
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"optim.decay={self.decay} must be a fraction of the steps, more than 0 and at most 1")
+        counts = ["batch", "micro_batch", *(["steps"] if self.steps is not None else [])]
+        for name in (*counts, "warmup"):
             if type(getattr(self, name)) is not int:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be a whole number")
-        for name in ("steps", "batch", "micro_batch"):
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
         if not 0 <= self.final_lr <= 1:
@@ -69,11 +100,37 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and below 1")
 
-        if self.warmup > self.steps:
+        if self.steps is not None and self.warmup > self.steps:
             raise ConfigError(
                 f"optim.warmup={self.warmup} is more than optim.steps={self.steps}: the learning rate would never "
                 f"reach optim.lr={self.lr}"
             )
+        falls = self._decay() if self.schedule == "warmup_stable_decay" else 0
+        if self.steps is not None and self.warmup + falls > self.steps:
+            raise ConfigError(
+                f"optim.warmup={self.warmup} and optim.decay={self.decay} of optim.steps={self.steps} overlap: give "
+                f"more steps, or less of either"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the run; `of_epoch` knows those of epochs."""
+        assert self.steps is not None
+        return self.steps
+
+    def of_epoch(self, sequences: int) -> OptimConfig:
+        """The same with steps instead of epochs. sequences: of an epoch."""
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * sequences / self.batch)
+        try:
+            return dataclasses.replace(self, epochs=None, steps=steps)
+        except ConfigError as error:
+            raise ConfigError(f"optim.epochs={self.epochs} has {steps} steps: {error}") from error
+
+    def _decay(self) -> int:
+        """Steps of the last decay."""
+        return max(1, round(self.decay * (self.steps or 0)))
 
     def accumulation(self, replicas: int) -> int:
         """Micro-batches of a step. Raises ConfigError where the batch does not divide."""
@@ -85,20 +142,13 @@ class OptimConfig:
         return self.batch // (replicas * self.micro_batch)
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 1. It depends on the step alone, so a resumed run continues it.
-
-        >>> [round(OptimConfig(steps=6, warmup=2, lr=1.0, final_lr=0.5).learning_rate(step), 3) for step in range(1, 7)]
-        [0.5, 1.0, 0.927, 0.75, 0.573, 0.5]
-        """
-        warmup = max(self.warmup, 1)
-        if step <= warmup:
-            return self.lr * step / warmup
-        done = min((step - warmup) / max(self.steps - warmup, 1), 1.0)
-        return self.lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+        """The learning rate of a step, counted from 1."""
+        steps, decay = self.total_steps, self._decay()
+        return self.lr * fraction_of_peak(self.schedule, step, steps, self.warmup, decay, self.final_lr)
 
 
-class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that clips by the norm of all gradients, and skips a step whose norm is not finite.
+class Clipped(torch.optim.Optimizer):
+    """An optimizer that clips by the norm of all gradients, and skips a step whose norm is not finite.
 
     It is for fp32 weights at ZeRO 0, where all ranks have the averaged gradients and DeepSpeed does neither. Its engine
     reads `overflow` and `_global_grad_norm` after a step, as it does from its own optimizers.
@@ -123,6 +173,14 @@ class ClippedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+class ClippedAdamW(Clipped, torch.optim.AdamW):
+    """AdamW that clips."""
+
+
+class ClippedSGD(Clipped, torch.optim.SGD):
+    """SGD that clips."""
+
+
 def build_optimizer(
     model: nn.Module, optim: OptimConfig, fp32_zero0: bool, fused: bool = False, states: str = "fp32"
 ) -> torch.optim.Optimizer:
@@ -132,8 +190,14 @@ def build_optimizer(
 
     Its learning rate is 0 until `train_step` sets that of the step: DeepSpeed makes a step of its own while it starts.
     """
-    settings: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2)}
+    settings: dict[str, Any] = {"lr": 0.0}
     groups = parameter_groups(model, optim.weight_decay)
+    if optim.optimizer == "sgd":
+        if states != "fp32":
+            raise ConfigError(f"memory.optimizer_states={states} is for optim.optimizer=adamw, not for sgd")
+        settings |= {"momentum": optim.beta1, "fused": fused or None}
+        return ClippedSGD(groups, optim.clip, **settings) if fp32_zero0 else torch.optim.SGD(groups, **settings)
+    settings["betas"] = (optim.beta1, optim.beta2)
     if states == "bf16":
         return SplitAdamW(groups, fused, **settings)
     if states == "host":

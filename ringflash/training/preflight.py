@@ -120,6 +120,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     parameters = sum(p.numel() for p in model.parameters())
     optim, memory, parallel = config.optim, config.memory, config.parallel
     tile = memory.loss_tile or tile_for(model_config.vocab_size)
+    length = f"{optim.steps} steps" if optim.epochs is None else f"{optim.epochs:g} epochs"
     ring, ulysses = parallel.ring_size(ranks), parallel.ulysses or 1
     replicas = ranks // (ring * ulysses)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -133,7 +134,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
         f"layout {parallel.layout}",
         f"step       {optim.batch} x {config.data.sequence_length:,} = "
         f"{optim.batch * config.data.sequence_length:,} tokens in {optim.accumulation(replicas)} x {optim.micro_batch} "
-        f"sequences per replica; {optim.steps} steps",
+        f"sequences per replica; {length}",
         f"memory     ZeRO {memory.zero}{states}, {_kept(memory)}{_mlp_tiles(memory, model)}, loss tiles of "
         f"{min(tile, config.data.sequence_length):,} tokens",
     ]

@@ -147,8 +147,8 @@ ENDS = {int: [-1, 0, 2**31, 2**64, 10**30], float: [-math.inf, -1.0, 0.0, 5e-324
 TAKEN = {
     "seed": [0, 2**31], "data.seed": [0, 2**31], "data.held_out": [0.0, 5e-324], "memory.zero": [0],
     "evaluation.every": [0], "checkpoint.every": [0], "optim.warmup": [0], "optim.lr": [0.0, 5e-324, 1.5, 1e308],
-    "optim.final_lr": [0.0, 5e-324], "optim.beta1": [0.0, 5e-324], "optim.beta2": [0.0, 5e-324],
-    "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],
+    "optim.final_lr": [0.0, 5e-324], "optim.decay": [5e-324], "optim.beta1": [0.0, 5e-324],
+    "optim.beta2": [0.0, 5e-324], "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],
     "optim.clip": [0.0, 5e-324, 1.5, 1e308], "parallel.intra_node_bandwidth_gb": [1.5, 1e308],
     "parallel.inter_node_bandwidth_gb": [1.5, 1e308], "parallel.hop_timeout_seconds": [5e-324, 1.5],
 }  # fmt: skip
@@ -186,7 +186,7 @@ def test_a_number_is_taken_where_a_run_can_have_it_and_else_refused_with_its_key
     assert all(line is None or f"{key}={value}" in line for value, line in outcomes.items())
 
 
-@pytest.mark.parametrize("key", ["name", "seed", "optim.lr", "memory.recompute", "logger.mode", "data.path"])
+@pytest.mark.parametrize("key", ["name", "seed", "optim.lr", "memory.recompute", "logger.mode", "data.tokenizer"])
 def test_null_is_refused_where_a_value_is_needed(key):
     assert f"{key}=null must be " in refusal(lambda: compose([f"{key}=null"]))
 

@@ -122,6 +122,13 @@ def settings_of(part, prefix=""):
         ),
         (["optim.lr=abc"], "optim.lr=abc must be a number"),
         (["optim.steps=0"], "optim.steps=0 must be 1 or more"),
+        (["optim.steps=null"], "optim.steps=null needs optim.epochs"),
+        (["optim.epochs=2"], "optim.epochs=2.0 and optim.steps=60 exclude each other: set optim.steps=null"),
+        (["optim.epochs=0", "optim.steps=null"], "optim.epochs=0.0 must be more than 0"),
+        (["optim.schedule=step"], "optim.schedule=step is not one of cosine, linear, constant, warmup_stable_decay"),
+        (["optim.optimizer=lion"], "optim.optimizer=lion is not one of adamw, sgd"),
+        (["optim.decay=0"], "optim.decay=0.0 must be a fraction of the steps"),
+        (["optim.schedule=warmup_stable_decay", "optim.decay=0.9"], "optim.decay=0.9 of optim.steps=60 overlap"),
         (
             ["optim.steps=3", "optim.warmup=4"],
             "optim.warmup=4 is more than optim.steps=3: the learning rate would never",
