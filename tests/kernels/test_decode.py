@@ -216,3 +216,52 @@ def test_what_does_not_fit_is_refused_by_name(name):
     wrong, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         flash_decode(**right | wrong)
+
+
+# -- on a GPU
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+def on_gpu(test):
+    for mark in GPU:
+        test = mark(test)
+    return test
+
+
+def to_gpu(arguments: dict) -> dict:
+    moved = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    if "leading" in moved:
+        moved["leading"] = tuple(x.cuda() for x in moved["leading"])
+    return moved
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
+def test_the_compiled_kernel_is_within_the_rule_of_float64(dims, dtype):
+    sink = torch.tensor([-torch.inf, 0.0, 3.0, 9.0])
+    for case in ("", *CASES):
+        for options in ({}, {"sink": sink, "softcap": 3.0}):
+            arguments, visible = problem(case, dims=dims, dtype=dtype, queries=None if case else 33, **options)
+            assert errors(to_gpu(arguments | {"kernel": "portable"}), visible) == [], (case, options)
+
+
+@on_gpu
+def test_a_captured_step_follows_lengths_that_change_on_the_device():
+    arguments, _ = problem("lengths that differ", dims=(128, 128), dtype=torch.bfloat16)
+    for name in ("k_cache", "v_cache"):
+        arguments[name].nan_to_num_(0.5)
+    arguments = to_gpu(arguments)
+    flash_decode(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_decode(**arguments)
+    for lengths in ([[1], [700]], [[300], [0]]):
+        arguments["end"].copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(out, flash_decode(**arguments))
+    assert bool((out[1] == 0).all())
