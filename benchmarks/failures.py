@@ -1,0 +1,125 @@
+"""A rank that dies, and one that hangs: what a run says about it, and after how many seconds.
+
+    python benchmarks/failures.py               # on every GPU, or on two CPU ranks: a minute
+    python benchmarks/failures.py --ranks 4
+
+It trains a tiny model on this benchmark's own text, waits for three steps, and sends the last rank SIGKILL; in a second
+run SIGSTOP, so that the others wait for it for 5 s, and then report it. The columns: seconds until it said something,
+seconds until it had ended, and what it said. torchrun gives a stopped process 30 s before it kills it. The exit code is
+1 where a run did not end within --limit seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import RESULTS, ROOT, card, write_json
+
+HOP_TIMEOUT = 5
+SETTINGS = (
+    "model=tiny-llama", "data=text", f"data.path={ROOT / 'benchmarks'}", 'data.files=["*.py"]', "data.held_out=0.2",
+    "data.sequence_length=4096", "optim=adamw", "optim.steps=1000000", "optim.warmup=1", "optim.batch=1",
+    "checkpoint.every=0", "evaluation.every=0", "evaluation.sequences=1", "logger.mode=disabled",
+    f"parallel.hop_timeout_seconds={HOP_TIMEOUT}",
+)  # fmt: skip
+SIGNALS = {"a rank is killed": signal.SIGKILL, "a rank hangs": signal.SIGSTOP}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Seconds from the signal to the first words and to the end, None where there were none; the words."""
+
+    failure: str
+    ranks: int
+    spoke: float | None
+    ended: float | None
+    said: list[str]
+
+    def __str__(self) -> str:
+        times = " ".join(f"{'never' if x is None else f'{x:.1f} s':>8}" for x in (self.spoke, self.ended))
+        first, *rest = self.said or ["nothing"]
+        return "\n".join([f"{self.failure:<18} {times}  {first}", *(f"{'':<36}  {line}" for line in rest)])
+
+
+def measure(failure: str, ranks: int, limit: float, folder: Path) -> Found:
+    """Train in `folder`, send the last rank the failure's signal after three steps, and wait for the end."""
+    name = failure.replace(" ", "-")
+    settings = [*SETTINGS, f"data.cache={folder / 'cache'}", f"output_dir={folder}", f"name={name}"]
+    printed = folder / f"{failure}.txt"
+    command = [sys.executable, "launch/local.py", "--ranks", str(ranks), *settings]
+    with printed.open("w") as file:
+        launcher = psutil.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        metrics = folder / name / "metrics.jsonl"
+        deadline = time.monotonic() + limit
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            if launcher.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the run did not come to its third step:\n{printed.read_text()[-2000:]}")
+            time.sleep(0.1)
+        before = printed.stat().st_size
+        _rank(launcher, ranks - 1).send_signal(SIGNALS[failure])
+        begun, spoke, ended = time.monotonic(), None, None
+        while ended is None and (now := time.monotonic() - begun) < limit:
+            ended = now if launcher.poll() is not None else None
+            if spoke is None and _lines(printed.read_bytes()[before:]):
+                spoke = now
+            time.sleep(0.1)
+        return Found(failure, ranks, spoke, ended, _lines(printed.read_bytes()[before:]))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def _rank(launcher: psutil.Process, rank: int) -> psutil.Process:
+    """The process of a rank."""
+    for process in launcher.children(recursive=True):
+        if process.environ().get("RANK") == str(rank):
+            return process
+    raise RuntimeError(f"rank {rank} has no process")
+
+
+def _lines(printed: bytes) -> list[str]:
+    """Lines without progress bars, which overwrite themselves."""
+    lines = (line.rpartition("\r")[2].strip() for line in printed.decode(errors="replace").split("\n"))
+    return [line for line in lines if line and "it/s" not in line and "s/it" not in line]
+
+
+def main() -> int:
+    """Measure both failures, print the table, write the JSON. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()), help="(here: %(default)s)")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for each half of a run (%(default)g)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "failures.json")
+    args = parser.parse_args()
+    if args.ranks < 2:
+        parser.error(f"--ranks {args.ranks}: one rank has no neighbour to fail, take 2 or more")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    facts = card(torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}, None)
+    print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for failure in SIGNALS:
+            found.append(measure(failure, args.ranks, args.limit, Path(folder)))
+            print(found[-1], flush=True)
+    write_json(args.out, {"card": facts, "rows": [asdict(row) for row in found]})
+    print(json.dumps({row.failure: row.ended for row in found}))
+    return 0 if all(row.ended is not None for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
