@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,15 +15,20 @@ from ringflash.models.architecture import message_of
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
 from ringflash.models.rope import pin_rope
 
+# What makes a model of random weights, from (configuration, options), and that of a folder, from (path, and the same).
+Makers = tuple[Callable[..., PreTrainedModel], Callable[..., PreTrainedModel]]
 
-def build_model(config: ModelConfig) -> PreTrainedModel:
+
+def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrainedModel:
     """The model that a ModelConfig names, on the ring's attention, in fp32 or bf16, on the current device.
 
-    Raises ConfigError naming the key where the model cannot be built or cannot train on the ring.
+    makers: what makes it, whole unless it is given. Raises ConfigError naming the key where the model cannot be built
+    or cannot train on the ring.
     """
     hf_config = read_config(config)
     options: dict[str, Any] = {"attn_implementation": "ring", "dtype": DTYPES[config.dtype]}
-    model = _pretrained(config.path, hf_config, options) if config.path is not None else _random(hf_config, options)
+    random, pretrained = makers or (_random, _pretrained)
+    model = random(hf_config, options) if config.path is None else pretrained(config.path, hf_config, options)
     if config.rope_length is not None:
         try:
             pin_rope(model, config.rope_length)
@@ -52,14 +58,21 @@ def _pretrained(path: str, hf_config: PreTrainedConfig, options: dict[str, Any])
     except Exception as error:  # transformers, safetensors and torch have no error in common
         raise ConfigError(f"model.path={path} has weights that cannot be loaded: {message_of(error)}") from error
     model, loaded = loading
-    # transformers would fill missing weights at random, and drop layers beyond config.json
-    if missing := sorted(loaded["missing_keys"]):
-        raise ConfigError(f"model.path={path} lacks {len(missing)} weights of its config.json, such as {missing[0]}")
-    for name, found, expected in sorted(loaded["mismatched_keys"]):
-        raise ConfigError(f"model.path={path} has {name} {[*found]}, and its config.json asks for {[*expected]}")
-    if more := sorted(name for name in loaded["unexpected_keys"] if re.search(r"\.layers\.\d+\..*weight", name)):
-        raise ConfigError(f"model.path={path} has {len(more)} weights that its config.json lacks, such as {more[0]}")
+    check_loaded(path, *(loaded[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")))
     return model
+
+
+def check_loaded(path: str, missing: Iterable[str], mismatched: Iterable[tuple], unexpected: Iterable[str]) -> None:
+    """Raise ConfigError for weights that are missing, of other shapes, as (name, found, expected), or too many.
+
+    transformers would fill missing weights at random, and drop layers beyond config.json.
+    """
+    if lacking := sorted(missing):
+        raise ConfigError(f"model.path={path} lacks {len(lacking)} weights of its config.json, such as {lacking[0]}")
+    for name, found, expected in sorted(mismatched):
+        raise ConfigError(f"model.path={path} has {name} {[*found]}, and its config.json asks for {[*expected]}")
+    if more := sorted(name for name in unexpected if re.search(r"\.layers\.\d+\..*weight", name)):
+        raise ConfigError(f"model.path={path} has {len(more)} weights that its config.json lacks, such as {more[0]}")
 
 
 def _check_memory(hf_config: PreTrainedConfig, dtype: torch.dtype) -> None:

@@ -33,6 +33,7 @@ from ringflash.models import (
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
+from ringflash.training.sharded import start_deepspeed
 from ringflash.training.world import World
 
 OPTIMIZER_STATES = ("fp32", "bf16", "host")
@@ -112,7 +113,7 @@ class TrainedModel(nn.Module):
         self, model: PreTrainedModel, memory: MemoryConfig, attention: AttentionConfig, fused_loss: bool = False
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.train()  # transformers loads models for inference, whose layers are not recomputed
         self.attention = asdict(attention)
         softcap = getattr(model.config, "final_logit_softcapping", None)
         scale = logit_scale(model.config)
@@ -186,12 +187,7 @@ def build_engine(
 
     Its attribute `fused` lists the passes that run fused. Raises ConfigError for one that must and cannot.
     """
-    # On the CPU, DeepSpeed would compile an op that serves inference only, for half a minute, under a lock.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # With any optimizer DeepSpeed imports Muon, which would load torch's compiler for seconds.
-    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
-    deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(verbose=False)
+    start_deepspeed()
     fused = fused or FusedConfig()
     fused_loss, fused_optimizer = (fused.wanted(name, world.device) for name in ("loss", "optimizer"))
     passes = fuse_layers(model, fused, world.device)

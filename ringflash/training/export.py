@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ringflash.errors import ConfigError, DiskError, in_one_line
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import remove, writing
+from ringflash.training.sharded import write_weights
 from ringflash.training.world import World
 
 GENERATION = "generation_config.json"
@@ -40,18 +41,20 @@ def export(
     """
     check_weights(engine, world, folder)
     model, aside = engine.module.model, folder.with_name(folder.name + ".partial")
-    # ZeRO 3 shards each weight over the ranks; rank 0 needs all of it.
-    parameters = list(model.parameters()) if engine.zero_optimization_partition_weights() else []
-    with (
-        world.without_timeout(f"exporting {folder}"),
-        deepspeed.zero.GatheredParameters(parameters, modifier_rank=None),
-    ):
-        if world.is_first:
-            with writing(folder):
+    with world.without_timeout(f"exporting {folder}"), writing(folder):
+        if engine.zero_optimization_partition_weights():
+
+            def begin() -> None:
                 remove(aside)
-                _write(model, aside, tokenizer, generation)
-                remove(folder)
-                os.rename(aside, folder)
+                _write(model, aside, tokenizer, generation, state_dict={})
+
+            write_weights(model, aside, world, begin)
+        elif world.is_first:
+            remove(aside)
+            _write(model, aside, tokenizer, generation)
+        if world.is_first:
+            remove(folder)
+            os.rename(aside, folder)
     return folder
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringflash.models import experts_of, heads_of
@@ -22,11 +23,17 @@ def matmul_parameters(model: PreTrainedModel) -> int:
     Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to.
     """
     experts, active = experts_of(model.config)
-    total = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    total += sum(p.numel() * active // experts for p in model.parameters() if p.dim() == 3)
+    shapes = [shape_of(p) for p in model.parameters()]
+    total = sum(shape.numel() for shape in shapes if len(shape) == 2)
+    total += sum(shape.numel() * active // experts for shape in shapes if len(shape) == 3)
     embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
     tied = cast(nn.Linear, model.get_output_embeddings()).weight is embedding
-    return total if tied else total - embedding.numel()
+    return total if tied else total - shape_of(embedding).numel()
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """A parameter's shape, also where ZeRO 3 has divided it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def step_flops(config: PreTrainedConfig, weights: int, tokens: int, pairs: float) -> float:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ringflash.data import Corpus, description, epoch_length, load_corpora, stream
 from ringflash.layout import Layout
 from ringflash.models import build_model
-from ringflash.training import checkpoint, metrics, preflight, run_folder
+from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
 from ringflash.training.engine import build_engine
@@ -130,7 +130,8 @@ def _build_model(job: Job, world: World) -> PreTrainedModel:
     """The model; rank 0 tries its export. Both come before tokenising, which may take hours."""
     config = job.config
     with world.without_timeout(f"building the model of {_source(config)}"):
-        model = build_model(config.model)
+        makers = (sharded.random_model, sharded.pretrained_model) if config.memory.zero == 3 else None
+        model = build_model(config.model, makers)
         if world.is_first:
             generation = generation_file(config.model.path)
             rehearse(model, job.tokenizer, generation, Path(config.output_dir), _source(config))

@@ -17,7 +17,7 @@ class Meter:
     """Times steps of `tokens` tokens and makes their records; all ranks call it alike."""
 
     def __init__(self, model, tokens: int, world: World) -> None:
-        """model: the transformers model, before DeepSpeed divides its weights."""
+        """model: the transformers model."""
         self.model_config, self.weights = model.config, flops.matmul_parameters(model)
         self.tokens, self.world = tokens, world
         self.peak = peak_flops(world.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ringflash.errors import ConfigError
+from ringflash.training.flops import shape_of
 from ringflash.training.host_adamw import HostAdamW
 from ringflash.training.schedule import SCHEDULES, fraction_of_peak
 from ringflash.training.split_adamw import SplitAdamW
@@ -220,6 +221,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Biases of experts are two-dimensional, [experts, features], so the name decides as well as the shape.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.dim() > 1 and not name.endswith("bias")]
-    others = [p for name, p in named if p.dim() <= 1 or name.endswith("bias")]
+    decays = {name: len(shape_of(p)) > 1 and not name.endswith("bias") for name, p in named}
+    decayed = [p for name, p in named if decays[name]]
+    others = [p for name, p in named if not decays[name]]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -151,7 +151,8 @@ def test_the_attention_settings_of_the_model_reach_every_layer(monkeypatch):
         attention, "ring_attention", lambda *args, **options: asked.append(options) or real(*args, **options)
     )
     settings = AttentionConfig("blocked", deterministic=True, compensated=False)
-    trained = TrainedModel(build("qwen3"), MemoryConfig(loss_tile=16), settings)
+    trained = TrainedModel(build("qwen3").eval(), MemoryConfig(loss_tile=16), settings)
+    assert trained.model.training, "a loaded model, which is in evaluation mode, would not recompute its layers"
     trained(**ring_inputs(torch.arange(32)[None], torch.arange(32)[None], ring=Loopback(1)))
     wanted = {"kernel": "blocked", "deterministic": True, "compensated": False}
     assert [{name: options[name] for name in wanted} for options in asked] == [wanted] * len(asked)
