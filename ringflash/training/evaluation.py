@@ -28,7 +28,7 @@ class EvaluationConfig:
     """Loss on documents that are not trained on."""
 
     every: int = 20
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations; 0: only before the first step and after the last."""
 
     sequences: int = 4
     """Held-out sequences per evaluation."""

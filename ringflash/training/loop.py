@@ -77,7 +77,11 @@ def fit(config: Config, resolved: str) -> None:
     evaluation = None
     if held_out is not None:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
-        evaluation.loss(run.engine, sequences=1)  # an evaluation that cannot run fails before the first step
+        # Also where a run is resumed: an evaluation that cannot run fails before the first step.
+        before = evaluation.loss(run.engine, sequences=1 if run.start else None)
+        if run.metrics is not None and not run.start:
+            run.metrics.log(0, before.record())
+            run.metrics.write_line(f"held-out loss {before.loss:.4f} before the first step")
     divergence = Divergence(world, run.metrics)
     share = config.optim.batch // world.replicas
     batches = stream(

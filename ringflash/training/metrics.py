@@ -1,8 +1,9 @@
-"""Metrics: one record per step, to metrics.jsonl, wandb and the progress bar, under the same names; the loss plot."""
+"""Metrics: a record per step, to metrics.jsonl, wandb, TensorBoard and the progress bar; the loss plot."""
 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -32,7 +33,12 @@ class LoggerConfig:
     project: str = "ringflash"
     """Name of the wandb project."""
 
+    tensorboard: bool = False
+    """Also write TensorBoard's events, to the folder tensorboard in the run's; needs the package tensorboard."""
+
     def __post_init__(self) -> None:
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("logger.tensorboard=true needs the package tensorboard, which is not installed here")
         if self.mode not in MODES:
             raise ConfigError(f"logger.mode={self.mode} is not one of {', '.join(MODES)}")
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):  # what wandb takes
@@ -42,26 +48,31 @@ class LoggerConfig:
 class Metrics:
     """Writes the records of a run, on rank 0.
 
-    Records of steps after the checkpoint are dropped when a run is resumed: those steps are made again.
+    Records of steps after the checkpoint are dropped when a run is resumed: those steps are made again. The record of
+    step 0 is of the model before the first.
     """
 
     def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], start: int, steps: int) -> None:
         self.path = folder / FILE
-        kept = [line for line in read(self.path) if line["step"] <= start]
+        kept = [line for line in read(self.path) if line["step"] <= start > 0]
         write_whole(self.path, "".join(_json(line) for line in kept))
         self._file = self.path.open("a", buffering=1)
         self._wandb = None if config.mode == "disabled" else _wandb_run(config, folder, settings)
+        self._events = _events(folder, start) if config.tensorboard else None
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Write the record of `step`.
 
-        A value that is not finite is null in metrics.jsonl, since JSON has no NaN; wandb gets it unchanged.
+        A value that is not finite is null in metrics.jsonl, since JSON has no NaN; the others get it unchanged.
         """
         with writing(self.path):
             self._file.write(_json({"step": step, **record}))
         if self._wandb is not None:
             self._wandb.log(record, step=step)
+        if self._events is not None:
+            for name, value in record.items():
+                self._events.add_scalar(name, value, step)
 
     def show(self, step: int, record: dict[str, float]) -> None:
         """Move the progress bar to `step`."""
@@ -90,6 +101,8 @@ class Metrics:
         """Close the file, the bar and the wandb run; wandb shows a run with another exit code than 0 as failed."""
         self._bar.close()
         self._file.close()
+        if self._events is not None:
+            self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
 
@@ -158,6 +171,13 @@ def _draw_by_position(axes: Any, records: list[dict[str, Any]]) -> None:
     axes.set(xlabel="tokens of the document before", ylabel="nats per token", title="held-out loss by position")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _events(folder: Path, start: int) -> Any:
+    """TensorBoard's writer of a run. Earlier events of steps after `start` are not shown."""
+    from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
 
 def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):

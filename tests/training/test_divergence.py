@@ -138,7 +138,8 @@ def diverging(ranks, text, *settings):
 @pytest.mark.parametrize("zero", [0, 2])
 def test_three_steps_in_a_row_end_the_run_with_the_last_checkpoint_before_them(ranks, text, zero):
     settings = ["optim.lr=1e15", "optim.steps=9", "data.held_out=0.3", "evaluation.every=3", f"memory.zero={zero}"]
-    line, records, checkpoints = diverging(ranks, text, *settings)
+    line, (before, *records), checkpoints = diverging(ranks, text, *settings)
+    assert (before["step"], before["held_out_loss"] is None) == (0, False)
     assert line.startswith("step 4: loss nan, gradient norm ")
     assert "3 of 3 steps in a row that end the run; no checkpoint or model is written; " in line
     assert [(r["step"], r["loss"] is None, r["gradient_norm"] is None) for r in records] == [

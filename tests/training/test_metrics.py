@@ -1,6 +1,9 @@
 """The plot and the wandb run of a folder can be written and continued, or the file in the way is named."""
 
+import importlib.util
+
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ringflash.errors import ConfigError, DiskError
 from ringflash.training import metrics
@@ -32,6 +35,27 @@ def test_a_plot_that_cannot_be_written_is_named(tmp_path, write):
     (tmp_path / "loss.png").mkdir()
     with pytest.raises(DiskError, match=r"loss\.png was not written: .*Is a directory"):
         write(tmp_path)
+
+
+def test_a_run_is_also_written_to_tensorboard_and_begins_again_where_it_is_resumed(tmp_path):
+    config = metrics.LoggerConfig(mode="disabled", tensorboard=True)
+    for start in (0, 2):
+        run = metrics.Metrics(config, tmp_path, {}, start, 3)
+        if not start:
+            run.log(0, {"held_out_loss": 9.0})
+        for step in range(start + 1, 4):
+            run.log(step, {"loss": float(10 * start + step)})
+        run.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 23)]
+    assert [(event.step, event.value) for event in events.Scalars("held_out_loss")] == [(0, 9)]
+    assert [record["step"] for record in metrics.read(tmp_path / metrics.FILE)] == [0, 1, 2, 3]
+
+
+def test_tensorboard_is_refused_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"logger\.tensorboard=true needs the package tensorboard, which is not inst"):
+        metrics.LoggerConfig(tensorboard=True)
 
 
 def test_a_plot_is_replaced(tmp_path):
