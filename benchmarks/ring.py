@@ -152,6 +152,18 @@ def timeline(options: argparse.Namespace, device: torch.device, facts: dict[str,
     return _closed("ring timeline", facts, [], {"predicted": rounded})
 
 
+def many(gpus: int) -> list[RingCase]:
+    """The cases of benchmarks/many_gpus.sh for a number of GPUs.
+
+    8k, 16k and 64k tokens per GPU, causal and packed; then the shape of MagiAttention's published benchmark, 64 query
+    and 8 KV heads and 8k tokens per GPU, its packed documents of at most a quarter of the pack.
+    """
+    lengths = [f"{tokens * gpus}k" for tokens in (8, 16, 64)]
+    kinds: tuple[dict[str, Any], ...] = ({}, {"kind": "packed", "layout": "balanced"})
+    ours = [RingCase.of(length, gpus, **kind) for length in lengths for kind in kinds]
+    return ours + [RingCase.of(lengths[0], gpus, heads=(64, 8), **kind) for kind in kinds]
+
+
 def between(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
     """Mode 4: the ring between GPUs."""
     from ringflash.training.parallel import ParallelConfig  # transformers, which no other mode needs
@@ -162,6 +174,8 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
     cases = (
         [options.case]
         if options.case
+        else many(world.size)
+        if options.many
         else [dataclasses.replace(case, ranks=world.size) if case.ranks == 1 else case for case in listed]
     )
     file = options.out / f"ring-between-{report.slug(device)}.json"
@@ -176,7 +190,7 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
     contents = {"benchmark": "ring between GPUs", "card": facts, "rows": rows}
     if world.is_first:  # the measurements are kept even if drawing fails
         report.write_json(file, contents)
-    for case, row in zip(cases, rows, strict=True):
+    for case, row in zip([] if options.many else cases, [] if options.many else rows, strict=True):
         ran = ring_between.profiled(case, *of_run)
         row["hidden"] = {direction: round(ring_between.hidden(spans), 4) for direction, spans in ran.items()}
         if world.is_first:
@@ -185,7 +199,7 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
             _drawn(ring_between.draw, picture, ran, f"{case}, {options.dtype}, {world.size} x {_signature(facts)}")
     if world.is_first:
         report.write_json(file, contents)
-        print(f"wrote {file} and a picture of each case")
+        print(f"wrote {file}" + ("" if options.many else " and a picture of each case"))
         _closed("ring between GPUs", facts, [], {"efficiency": {row.case: row.summary() for row in found}})
     world.watchdog.close()
     dist.destroy_process_group()
@@ -243,6 +257,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--timeline", action="store_const", dest="mode", const=timeline, help="predicted timeline of a layer"
     )
     mode.add_argument("--between", action="store_const", dest="mode", const=between, help="the ring between GPUs")
+    parser.add_argument("--many", action="store_true", help="with --between: the cases of benchmarks/many_gpus.sh")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on the CPU)")
     parser.add_argument("--quick", action="store_true", help="one small case; on the CPU, tiny ones")
@@ -268,6 +283,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("gbps", "seconds"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name} must be above 0, got {getattr(options, name)}")
+    if options.many and options.mode is not between:
+        parser.error("--many needs --between")
     if options.mode is between and (options.device == "cpu" or int(os.environ.get("WORLD_SIZE", "1")) < 2):
         parser.error("--between needs two GPUs or more: torchrun --nproc-per-node 2 benchmarks/ring.py --between")
     options.mode = options.mode or efficiency

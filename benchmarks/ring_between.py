@@ -6,7 +6,8 @@
 
 The same ranks are also timed without their neighbours (benchmarks/ring_share.py). The difference is what transfers cost
 that no kernel hides. A round begins on all GPUs at once, after an all-reduce, and takes as long as its slowest rank.
-The peer is PyTorch's context_parallel, in the same processes and rounds, for masks that it has.
+The peers are PyTorch's context_parallel and DeepSpeed's Ulysses on torch's sdpa, in the same processes and rounds, for
+masks that they have. TFLOP/s are per GPU, of visible (query, key) pairs; a backward counts 2.5 forwards.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ DIRECTIONS = ("forward", "backward")
 OURS, BY_NCCL, ALONE = "ringflash", "ringflash, all by NCCL", "ringflash, no transfers"
 WHOLE = "one GPU, whole"
 TORCH = "torch context_parallel, "
+ULYSSES = "deepspeed ulysses, "
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Between:
     """Times of a case on all GPUs together, in milliseconds by variant and direction.
 
     host_ms: the host's time to launch it, which is hidden while the host is ahead of the GPU, as it was here. refused:
-    why a variant was not timed. gib: the most that one rank receives in a forward and backward.
+    why a variant was not timed. gib: the most that one rank receives in a forward and backward. flops: of one rank's
+    share, by direction.
     """
 
     case: str
@@ -56,17 +59,25 @@ class Between:
     host_ms: dict[str, dict[str, float]]
     refused: dict[str, str]
     gib: float
+    flops: dict[str, float]
 
     def efficiency(self, variant: str, direction: str) -> float:
         """Of the slowest rank, against its share of the whole call; direction may be "both"."""
         of = DIRECTIONS if direction == "both" else (direction,)
         return self.part * sum(self.ms[WHOLE][d] for d in of) / sum(self.ms[variant][d] for d in of)
 
+    def tflops(self, variant: str, direction: str) -> float:
+        """TFLOP/s per GPU."""
+        flops = self.flops[direction] / (self.part if variant == WHOLE else 1)  # of its causal call
+        return flops / self.ms[variant][direction] / 1e9
+
     def summary(self) -> dict[str, Any]:
-        """Efficiencies by variant and direction, and what travelled."""
+        """Efficiencies and TFLOP/s by variant and direction, and what travelled."""
         timed = [name for name in self.ms if name != WHOLE]
         columns = (*DIRECTIONS, "both")
         found: dict[str, Any] = {n: {c: round(self.efficiency(n, c), 4) for c in columns} for n in timed}
+        for name in timed:
+            found[name]["tflops"] = [round(self.tflops(name, direction), 1) for direction in DIRECTIONS]
         return found | {"gib": round(self.gib, 4)} | self.refused
 
 
@@ -88,18 +99,21 @@ def measure(
         variants[BY_NCCL] = passes(inputs, case.plan(_GpuRing(case, group, device, "nccl")), kernel)
     neighbourless = ring_share.OneRank(case.ranks, ring.rank, device)
     variants[ALONE] = passes(inputs, case.plan(neighbourless), kernel)
-    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-        peer = TORCH + backend.removesuffix("_ATTENTION").lower()
+    backends = ("FLASH_ATTENTION", "CUDNN_ATTENTION")
+    for prefix, backend in [(prefix, backend) for prefix in (TORCH, ULYSSES) for backend in backends]:
+        peer = prefix + backend.removesuffix("_ATTENTION").lower()
         if case.kind != "causal" or case.ranks != ring.gpus:
             refused[peer] = f"has no {case.kind} mask" if case.kind != "causal" else f"needs {case.ranks} GPUs"
             continue
         try:
-            variants[peer] = _torch_passes(case, inputs, backend, group)
+            make = _torch_passes if prefix == TORCH else _ulysses_passes
+            variants[peer] = make(case, inputs, backend, group)
         except Exception as error:  # a peer may raise anything; the table says what
             refused[peer] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
     ms, host_ms = _in_turns(variants, device, seconds)
     part = case.head_pairs() / whole.head_pairs() / case.ranks
-    return Between(str(case), name, case.ranks, part, ms, host_ms, refused, _most_gib(ring, variants[OURS]))
+    flops = {direction: case.flops(direction) / case.ranks for direction in DIRECTIONS}
+    return Between(str(case), name, case.ranks, part, ms, host_ms, refused, _most_gib(ring, variants[OURS]), flops)
 
 
 def _most_gib(ring: _GpuRing, ours: Passes) -> float:
@@ -163,7 +177,7 @@ class _GpuRing(ProcessRing):
         return super().exchange(outgoing, incoming, label)
 
 
-# -- the peer
+# -- the peers
 
 
 def _torch_passes(case: RingCase, inputs: tuple[Tensor, ...], backend: str, group: dist.ProcessGroup) -> Passes:
@@ -196,6 +210,34 @@ def _torch_passes(case: RingCase, inputs: tuple[Tensor, ...], backend: str, grou
     gradients = functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
     entered(gradients)
     return functools.partial(entered, attend), functools.partial(entered, gradients)
+
+
+def _ulysses_passes(case: RingCase, inputs: tuple[Tensor, ...], backend: str, group: dist.ProcessGroup) -> Passes:
+    """DeepSpeed's Ulysses: all-to-all exchanges give each GPU the whole sequence of some heads, for torch's sdpa."""
+    from deepspeed import comm
+    from deepspeed.sequence.layer import DistributedAttention
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if case.kv_heads % case.ranks:
+        raise ValueError(f"{case.kv_heads} KV heads do not divide among {case.ranks} GPUs")
+    comm.init_distributed(verbose=False)
+    shards = [x.detach().chunk(case.ranks, dim=1)[dist.get_rank(group)].contiguous() for x in inputs]
+    q, k, v, dout = (x.clone() for x in shards)
+    for x in (q, k, v):
+        x.requires_grad_()
+
+    def local(*heads: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in heads)
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=case.heads != case.kv_heads
+            )
+        return out.transpose(1, 2).contiguous()
+
+    attend = functools.partial(DistributedAttention(local, group, scatter_idx=2, gather_idx=1), q, k, v, 0)
+    gradients = functools.partial(torch.autograd.grad, attend(), (q, k, v), dout, retain_graph=True)
+    gradients()
+    return attend, gradients
 
 
 # -- the clock
@@ -338,10 +380,11 @@ def table(found: Between, header: bool) -> str:
     """A line per variant: efficiency of the slowest rank, milliseconds; then the bytes received."""
     lines = []
     if header:
-        lines.append(_line("case", "variant", [*DIRECTIONS, "both", "ms fwd + bwd", "host, ms"]))
+        lines.append(_line("case", "variant", [*DIRECTIONS, "both", "TFLOP/s", "ms fwd + bwd", "host, ms"]))
         lines.append("-" * len(lines[0]))
     for name, ms in found.ms.items():
         cells = [f"{found.efficiency(name, d):.3f}" if name != WHOLE else "" for d in (*DIRECTIONS, "both")]
+        cells.append(" / ".join(f"{found.tflops(name, d):.0f}" for d in DIRECTIONS))
         for took in (ms, found.host_ms[name]):
             cells.append(" + ".join(f"{took[d]:.2f}" for d in DIRECTIONS))
         lines.append(_line(found.case, name, cells))
@@ -351,7 +394,7 @@ def table(found: Between, header: bool) -> str:
 
 
 def _line(case: str, variant: str, cells: list[str]) -> str:
-    numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 8, 18, 16), strict=True))
+    numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 8, 11, 18, 16), strict=True))
     return f"{case:<26} {variant:<30} {numbers}"
 
 

@@ -9,6 +9,8 @@ Settings after the options are those of train.py, for every variant; experiment=
 variant is NAME:SETTINGS, or a peer: transformers, transformers-flash or deepspeed (benchmarks/training_peers.py).
 Peers take no packed documents.
 
+Under torchrun the ranks share each sequence: tokens/s are of all together, MFU and memory of one. Peers take one GPU.
+
 Every variant starts from the same weights and sees the same tokens. Its first step, which compiles, has --warm tokens.
 Packed batches have the lengths of files of Python's standard library. MFU counts visible (query, key) pairs, and not
 recomputation. Rows are written as they come: a run with the same --out continues where the last one stopped. A picture
@@ -135,6 +137,8 @@ def measure(
     """Rows of one variant, one per mask, each passed to `keep`."""
     config, _ = compose([*EXPERIMENT, *args.settings, *settings])
     if name in training_peers.PEERS:
+        if world.size > 1:
+            raise ValueError(f"{name} takes one process, here are {world.size}")
         model, step = training_peers.build(name, config, world.device)
     else:
         model, step = ringflash(config, world, args.tokens)
@@ -154,7 +158,8 @@ def measure(
         keep(
             Row(
                 name, " ".join([*args.settings, *settings]), mask, args.tokens, statistics.median(seconds), seconds,
-                args.tokens * len(batches) / sum(seconds), None if peak is None else sum(flops) / sum(seconds) / peak,
+                args.tokens * len(batches) / sum(seconds),
+                None if peak is None else sum(flops) / sum(seconds) / peak / world.size,
                 memory_gib(world.device), losses,
             )
         )  # fmt: skip
@@ -214,13 +219,15 @@ def main() -> None:
     contents: dict[str, Any] = {"card": card(world.device, {}, None), "rows": []}
     if args.out.exists():
         contents["rows"] = json.loads(args.out.read_text())["rows"]
-    print(*(f"{name}: {value}" for name, value in contents["card"].items()), sep="\n")
-    print(HEADER, flush=True)
+    if world.is_first:
+        print(*(f"{name}: {value}" for name, value in contents["card"].items()), sep="\n")
+        print(HEADER, flush=True)
 
     def keep(row: Row) -> None:
-        print(row, flush=True)
-        contents["rows"].append(asdict(row))
-        write_json(args.out, contents)
+        if world.is_first:
+            print(row, flush=True)
+            contents["rows"].append(asdict(row))
+            write_json(args.out, contents)
 
     for variant in args.variant or ["ringflash:"]:
         name, _, settings = variant.partition(":")
@@ -232,11 +239,12 @@ def main() -> None:
         try:
             measure(name, settings.split(), masks, args, world, keep)
         except Exception as error:
-            print(f"{name:<24} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+            if world.is_first:
+                print(f"{name:<24} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
-    if contents["rows"]:
+    if contents["rows"] and world.is_first:
         draw(args.out.with_suffix(".png"), contents["rows"], contents["card"])
     world.watchdog.close()
     torch.distributed.destroy_process_group()

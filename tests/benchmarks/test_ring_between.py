@@ -37,6 +37,7 @@ def measured(case):
         mock.patch.multiple(torch.cuda, Event=HostEvent, synchronize=lambda *_: None, _sleep=lambda *_: None),
         mock.patch.object(ring_between, "matrix_products", return_value=busy.append),
         mock.patch.object(ring_between, "_torch_passes", side_effect=RuntimeError("needs a GPU\nand more")),
+        mock.patch.object(ring_between, "_ulysses_passes", side_effect=RuntimeError("needs a GPU\nand more")),
     ):
         found = ring_between.measure(case, "auto", torch.float32, CPU, group, 0.01)
     return dataclasses.asdict(found), busy
@@ -74,6 +75,47 @@ def bytes_received(case, rank):
         for step in schedule.steps[rank]
         for _, target in getattr(step, "receives", ())
     )
+
+
+def ulysses():
+    """Relative errors of DeepSpeed's Ulysses on this rank, against one whole call."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for half a minute
+    inputs = [x.double() for x in CASE.inputs(torch.float32, CPU)]
+    group = dist.distributed_c10d._get_default_group()
+    attend, gradients = ring_between._ulysses_passes(CASE, inputs, "MATH", group)
+    whole = [x.detach().transpose(1, 2).requires_grad_() for x in inputs[:3]]
+    out = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True).transpose(1, 2)
+    expected = [out, *(x.transpose(1, 2) for x in torch.autograd.grad(out, whole, inputs[3]))]
+    shards = [x.chunk(2, dim=1)[dist.get_rank()] for x in expected]
+    return [float((a - b).norm() / b.norm()) for a, b in zip([attend(), *gradients()], shards, strict=True)]
+
+
+@pytest.mark.ranks
+def test_the_ulysses_peer_computes_causal_attention(ranks):
+    assert all(error < 1e-12 for found in ranks.run(ulysses, 2) for error in found)
+
+
+def test_speed_counts_visible_pairs_of_one_gpu():
+    """Two of four ranks' share of causal attention, packed so that half of the pairs are left."""
+    ms = {WHOLE: {"forward": 8.0, "backward": 20.0}, OURS: {"forward": 1.0, "backward": 2.5}}
+    found = Between("case", "hopper", 4, 0.125, ms, ms, {}, 0.0, {"forward": 1e12, "backward": 2.5e12})
+    assert found.efficiency(OURS, "forward") == 1.0
+    assert found.tflops(OURS, "forward") == found.tflops(OURS, "backward") == 1000.0
+    assert found.tflops(WHOLE, "forward") == 1000.0  # eight times the work of a rank, in eight times the time
+    assert found.summary()[OURS]["tflops"] == [1000.0, 1000.0]
+
+
+def test_many_gpus_run_lengths_per_gpu_and_the_published_shape():
+    cases = ring.many(8)
+    assert [(case.length, case.kind) for case in cases[:6]] == [
+        (n * 8192, kind) for n in (8, 16, 64) for kind in ("causal", "packed")
+    ]
+    published = cases[-1]
+    assert (published.length, published.heads, published.kv_heads) == (65536, 64, 8)
+    assert max(published.documents()) <= 65536 / 4
+    assert all(case.ranks == 8 for case in cases)
 
 
 def wrong_ring():
@@ -143,11 +185,12 @@ def test_what_is_hidden_is_what_runs_under_the_same_gpus_kernels():
 
 def test_the_table_holds_each_variant_against_its_share_of_the_whole():
     ms = {WHOLE: {"forward": 8.0, "backward": 16.0}, OURS: {"forward": 4.0, "backward": 10.0}}
-    found = Between("256/2", "blocked", 2, 0.5, ms, ms, {"another": "needs a GPU"}, 0.25)
+    flops = {"forward": 4e12, "backward": 1e13}
+    found = Between("256/2", "blocked", 2, 0.5, ms, ms, {"another": "needs a GPU"}, 0.25, flops)
     assert found.efficiency(OURS, "forward") == 1.0
     assert found.efficiency(OURS, "both") == pytest.approx(12 / 14)
     lines = ring_between.table(found, header=True).splitlines()
-    assert lines[3].split()[2:6] == ["1.000", "0.800", "0.857", "4.00"]
+    assert lines[3].split()[2:6] == ["1.000", "0.800", "0.857", "1000"]
     assert lines[4].endswith("not timed: needs a GPU")
     assert "0.250 GiB" in lines[5]
 

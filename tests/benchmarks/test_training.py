@@ -51,7 +51,8 @@ def test_a_run_measures_only_what_has_no_row_yet(monkeypatch, tmp_path):
     out, measured = tmp_path / "training.json", []
     row = {"variant": "a", "mask": "causal", "tokens": 256, "tokens_per_second": 2.0, "memory_gib": 1.0}
     out.write_text(json.dumps({"rows": [row]}))
-    monkeypatch.setattr(training, "join", lambda config: SimpleNamespace(device=torch.device("cpu"), watchdog=Mock()))
+    world = SimpleNamespace(device=torch.device("cpu"), watchdog=Mock(), is_first=True)
+    monkeypatch.setattr(training, "join", lambda config: world)
     monkeypatch.setattr(training, "measure", lambda name, settings, masks, *_: measured.append((name, settings, masks)))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     argv = [
