@@ -1,4 +1,4 @@
-"""Schedules: the learning rate of a step, as a fraction of the peak.
+"""The learning rate of a step, as a fraction of the peak, by the name of its schedule.
 
 warm-up, linear to the peak, then     cosine                 half a cosine down to final_lr
                                       linear                 a line down to final_lr
