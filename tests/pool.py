@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 import torch
 import torch.distributed as dist
 
+from tests.forked import CONTEXT
+
 
 class RankError(AssertionError):
     """A rank raised; the message holds its traceback."""
@@ -36,11 +38,11 @@ class Pool:
         self.runs = 0
 
     def _grow(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         for rank in range(len(self.processes), size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs, self.backend), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, theirs, self.backend), daemon=True)
             process.start()
+            theirs.close()  # so that ours ends with the process
             self.pipes.append(ours)
             self.processes.append(process)
 
@@ -67,20 +69,30 @@ class Pool:
         until = time.monotonic() + timeout
         while len(answers) < size and time.monotonic() < until:
             for pipe in wait([self.pipes[r] for r in range(size) if r not in answers], timeout=1.0):
-                ok, answers[self.pipes.index(pipe)] = pipe.recv()
+                rank = self.pipes.index(pipe)
+                ok, answers[rank] = self._answer(rank)
                 if not ok:
                     until = min(until, time.monotonic() + 5)
-                    answers[self.pipes.index(pipe)] = RankError(answers[self.pipes.index(pipe)])
+                    answers[rank] = RankError(answers[rank])
         errors = [str(answer) for answer in answers.values() if isinstance(answer, RankError)]
         if len(answers) < size:
             errors.append(f"only ranks {sorted(answers)} of {size} answered; where the others are is on stderr")
             for process in self.processes:
-                os.kill(process.pid, signal.SIGUSR1)
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGUSR1)
             time.sleep(1.0)
+        if len(answers) < size or not all(process.is_alive() for process in self.processes):
             self.close()
         if errors:
             raise RankError("\n".join(errors))
         return [answers[rank] for rank in range(size)]
+
+    def _answer(self, rank: int) -> tuple[bool, object]:
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join()
+            return False, f"rank {rank} ended with exit code {self.processes[rank].exitcode}"
 
     def close(self) -> None:
         """End the processes."""

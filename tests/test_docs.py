@@ -4,14 +4,14 @@ import doctest
 import importlib
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.run import __file__ as torchrun
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,8 +39,8 @@ def on_ranks(folder: Path, code: str, ranks: int, *arguments: str) -> str:
     (folder / "example.py").write_text(code, encoding="utf-8")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, torchrun, "--standalone", "--nproc-per-node", str(ranks), "example.py", *arguments]
-    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    ran = forked.run([*launcher, "example.py", *arguments], cwd=folder, env=environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 

@@ -1,27 +1,24 @@
 """benchmarks/longest.py: the step, the loss of its first tokens, what counts as wrong."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import longest
+from tests import forked
 
-ROOT = Path(__file__).parents[2]
 SOUND = {"loss": 2.0, "gradient_norm": 1.0, "first": 4, "first_loss_alone": 3.0, "first_loss_in_step": 3.0001}
 
 
-@pytest.mark.slow
 def test_the_first_tokens_have_the_same_loss_alone_and_in_the_whole_step(tmp_path):
     out = tmp_path / "longest.json"
     tiny = ["model=tiny-llama", "model.dtype=bf16", "model.architecture.vocab_size=384", "memory.host_layers=1"]
     sizes = ["--tokens", "512", "--first", "128", "--warm", "64", "--out", str(out)]
     command = [sys.executable, "benchmarks/longest.py", *sizes, *tiny]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["run"]
     assert found["first_loss_in_step"] == pytest.approx(found["first_loss_alone"], rel=1e-6)

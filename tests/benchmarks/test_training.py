@@ -1,9 +1,7 @@
 """benchmarks/training.py: batches, rows and where a run continues."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -12,11 +10,9 @@ import torch
 
 from benchmarks import training, training_peers
 from ringflash.training.config import compose
+from tests import forked
 
 TINY = ["--tokens", "256", "--vocabulary", "384", "--warm", "64", "--batches", "2", "model=tiny-llama"]
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_packed_batch_is_filled_and_is_the_same_every_time():
@@ -31,12 +27,12 @@ def test_a_packed_batch_is_filled_and_is_the_same_every_time():
     assert int((one.labels == -100).sum()) == len(last)
 
 
-@pytest.mark.slow
 def test_every_variant_has_a_row_per_mask_and_sees_the_same_weights_and_tokens(tmp_path):
     out = tmp_path / "training.json"
     variants = ["--variant", "plain:", "--variant", "host:memory=host", "--variant", "bad:memory.zero=7"]
     command = [sys.executable, "benchmarks/training.py", "--out", str(out), *TINY, *variants]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ran = forked.run(command)
+    assert ran.returncode == 0, ran.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [(row["variant"], row["mask"]) for row in rows] == [
         ("plain", "causal"), ("plain", "packed"), ("host", "causal"), ("host", "packed"),
@@ -44,7 +40,7 @@ def test_every_variant_has_a_row_per_mask_and_sees_the_same_weights_and_tokens(t
     assert rows[0]["losses"] == rows[2]["losses"]
     assert rows[1]["losses"] == rows[3]["losses"]
     assert all(row["tokens_per_second"] == pytest.approx(512 / sum(row["all_seconds"])) for row in rows)
-    assert "bad                      failed: ConfigError: memory.zero=7 is not one of 0, 1, 2, 3" in printed
+    assert "bad                      failed: ConfigError: memory.zero=7 is not one of 0, 1, 2, 3" in ran.stdout
 
 
 def test_a_run_measures_only_what_has_no_row_yet(monkeypatch, tmp_path):

@@ -1,11 +1,12 @@
-"""Runs of train.py in processes of their own."""
+"""Runs of train.py in processes of their own, started as a user starts them, or forked."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.training.runs import settings
+from tests import forked
+from tests.training import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +19,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(text, *others, ranks=2):
-    return [sys.executable, "launch/local.py", "--ranks", str(ranks), *settings(text, *others)]
+    return [sys.executable, "launch/local.py", "--ranks", str(ranks), *runs.settings(text, *others)]
 
 
 def run(arguments, code=0, timeout=LIMIT):
@@ -32,8 +33,10 @@ def run(arguments, code=0, timeout=LIMIT):
 
 def failing(text, failure, *settings):
     """The lines that ranks print in a run whose rank 1 fails in the ring."""
-    arguments = command(text, "name=fails", "data.held_out=0", *settings)[4:]
-    _, stderr = run([*LAUNCHER, "tests/training/failing_rank.py", failure, *arguments], code=1)
-    lines = sorted(line for line in stderr.splitlines() if line.startswith("ringflash: "))
-    assert lines, stderr
+    chosen = runs.settings(text, "name=fails", "data.held_out=0", *settings)
+    program = [*LAUNCHER, "tests/training/failing_rank.py", failure, *chosen]
+    result = forked.run(program, env=ENVIRONMENT, timeout=LIMIT)
+    assert result.returncode == 1, result
+    lines = sorted(line for line in result.stderr.splitlines() if line.startswith("ringflash: "))
+    assert lines, result.stderr
     return lines

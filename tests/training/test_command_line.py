@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from ringflash.data import DataConfig, load_tokenizer
 from ringflash.data.documents import find_files
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, build_model, read_config
-from ringflash.training.config import CONFIGS, Config, built, compose
+from ringflash.training.config import Config, built, compose
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.preflight import check_ranks
+from tests import forked
 
 # -- text as typed
 
@@ -207,7 +207,7 @@ def test_text_that_a_run_could_not_use_is_refused(override):
 @pytest.mark.parametrize("option", ["--foo", "--print=yes"])
 def test_an_option_that_train_py_does_not_have_is_named_alone(option):
     arguments = [sys.executable, "train.py", "optim.lr=1", "--print", "name=x", option]
-    result = subprocess.run(arguments, cwd=CONFIGS.parent, capture_output=True, text=True)
+    result = forked.run(arguments)
     line = f"ringflash: {option} is not an option of train.py: settings are key=value, see --help"
     assert result.returncode == 1
     assert line in result.stderr.splitlines()
@@ -220,8 +220,7 @@ def test_a_path_whose_characters_the_output_lacks_is_printed_with_escapes(tmp_pa
     Path(os.fsdecode(folder), "a.txt").write_text("text")
     settings = ["experiment=debug", b"data.path=" + folder, "data.files=[a.txt]"]
     arguments = [sys.executable, "train.py", "--print", *settings]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
-    result = subprocess.run(arguments, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True)
+    result = forked.run(arguments, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
     assert result.returncode == 0, result.stderr
     assert f"{tmp_path}/n\\xe9\\uDCFF" in result.stdout
 

@@ -1,12 +1,12 @@
 """train.py as a user starts it leaves what it promises, resumes after kill -9, and fails with one line."""
 
 import json
+import os
 import re
-import subprocess
+import signal
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
 from ringflash.kernels import portable_parts
-from ringflash.training import metrics
+from ringflash.training import checkpoint, metrics
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs
-from tests.training.launched import ENVIRONMENT, LAUNCHER, LIMIT, ROOT, command, failing, run
+from tests import forked
+from tests.training.launched import ENVIRONMENT, LIMIT, command, failing, run
 from tests.training.runs import fitted, settings
 
 pytestmark = pytest.mark.timeout(4 * LIMIT)
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.timeout(4 * LIMIT)
 
 @pytest.mark.slow
 def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_model(text):
-    stdout, _ = run(command(text, "name=whole", "logger.mode=offline"))
+    stdout, _ = run(["launch/torchrun.sh", "2", *settings(text, "name=whole", "logger.mode=offline")])
     folder = text.parent / "runs" / "whole"
     config, _ = compose([], folder=_as_config(folder))
     assert config.optim.steps == 6
@@ -44,7 +45,8 @@ def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_m
     assert (folder / "loss.png").stat().st_size > 1000
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
-    for line in ("held-out loss", "unigram entropy", str(folder / "model"), str(folder / "loss.png")):
+    ranks = "ranks      2 x CPU: replicas 1 x ring 2"
+    for line in (ranks, "held-out loss", "unigram entropy", str(folder / "model"), str(folder / "loss.png")):
         assert line in stdout
 
     # plain transformers, its own attention, the same loss on the same documents
@@ -69,24 +71,25 @@ def _as_config(folder):
     return folder
 
 
-@pytest.mark.slow
+def killed_after_a_checkpoint(overrides):
+    """A run that kill -9 ends once it has written a checkpoint."""
+    save = checkpoint.save
+
+    def save_and_die(*args, **options):
+        save(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save = save_and_die
+    return fitted(overrides)
+
+
 @pytest.mark.ranks
 def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(ranks, text):
-    arguments = command(text, "name=killed", "resume=auto")
-    launcher = psutil.Popen(
-        [*LAUNCHER, "tests/training/failing_rank.py", "sleep", *arguments[4:]],
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    folder = text.parent / "runs" / "killed"
-    deadline = time.monotonic() + LIMIT
-    while not (folder / "checkpoints" / "step-00000003").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    children = launcher.children()
-    launcher.kill()
-    launcher.wait()
-    assert psutil.wait_procs(children, LIMIT)[1] == [], "ranks outlive their launcher"
-    (error, stdout), _ = ranks.run(fitted, 2, arguments[4:])
+    arguments, folder = settings(text, "name=killed", "resume=auto"), text.parent / "runs" / "killed"
+    with pytest.raises(AssertionError, match=r"^rank . ended with exit code -9\nrank . ended with exit code -9$"):
+        ranks.run(killed_after_a_checkpoint, 2, arguments)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    (error, stdout), _ = ranks.run(fitted, 2, arguments)
     assert error is None
     assert "resumed from" in stdout
     assert ranks.run(fitted, 2, settings(text, "name=straight"))[0][0] is None
@@ -98,30 +101,31 @@ def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(r
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
 def test_a_rank_that_raises_while_others_wait_in_the_ring_ends_the_run_with_its_line(text):
     assert failing(text, "raise") == ["ringflash: rank 1 failed: ArithmeticError: the fifth tile is broken"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ulysses", "waiting", "hanging"),
-    [
-        (
-            1, "step 1, layer 1, backward, hop 1: waits for rank 1 to take what it sent since ",
-            "step 1: waits for no rank; its last wait was in layer 0, forward, hop 1",
-        ),
-        (
-            2, "step 3, layer 0, forward, exchange of results: waits for rank 1 since ",
-            "step 3: waits for no rank; its last wait was in layer 0, forward, exchange of values",
-        ),
-    ],
-    ids=["ring", "ulysses"],
-)  # fmt: skip
-def test_a_rank_that_hangs_ends_the_run_with_a_line_of_every_rank(text, ulysses, waiting, hanging):
-    lines = failing(text, "hang", "parallel.hop_timeout_seconds=2", f"parallel.ulysses={ulysses}")
-    assert lines[0].startswith(f"ringflash: rank 0, {waiting}")
-    assert lines[1:] == [f"ringflash: rank 1, {hanging}"]
+HANGING = {  # what rank 0 waits for, and where rank 1 hangs
+    "parallel.ulysses=1": (
+        "step 1, layer 1, backward, hop 1: waits for rank 1 to take what it sent since ",
+        "step 1: waits for no rank; its last wait was in layer 0, forward, hop 1",
+    ),
+    "parallel.ulysses=2": (
+        "step 3, layer 0, forward, exchange of results: waits for rank 1 since ",
+        "step 3: waits for no rank; its last wait was in layer 0, forward, exchange of values",
+    ),
+}
+
+
+def test_a_rank_that_hangs_ends_the_run_with_a_line_of_every_rank(text):
+    def lines_of(grid):  # both runs at once, since they mostly wait
+        return failing(text, "hang", "parallel.hop_timeout_seconds=2", grid)
+
+    with ThreadPoolExecutor() as threads:
+        found = dict(zip(HANGING, threads.map(lines_of, HANGING), strict=True))
+    for grid, (waiting, hanging) in HANGING.items():
+        assert found[grid][0].startswith(f"ringflash: rank 0, {waiting}"), grid
+        assert found[grid][1:] == [f"ringflash: rank 1, {hanging}"], grid
 
 
 BAD_INPUT = {
@@ -155,7 +159,6 @@ def test_bad_input_is_refused_alike_on_every_rank(ranks, text, others, line):
     assert [error for error, _ in ranks.run(fitted, 2, settings(text, *others))] == [line] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["every-rank", "rank-0"])
 def test_bad_input_ends_a_run_with_one_line(text, case):
     """Every rank refuses a model before they are connected; rank 0 alone tries to write to output_dir."""
@@ -164,9 +167,10 @@ def test_bad_input_ends_a_run_with_one_line(text, case):
         "every-rank": BAD_INPUT["heads"],
         "rank-0": ([f"output_dir={runs}"], f"output_dir={runs} cannot be written: Not a directory"),
     }[case]
-    _, stderr = run(command(text, *others), code=1)
-    assert [one for one in stderr.splitlines() if "ringflash:" in one] == [f"ringflash: {line}"]
-    assert "Traceback" not in stderr
+    result = forked.run(command(text, *others), env=ENVIRONMENT, timeout=LIMIT)
+    assert result.returncode == 1, result
+    assert [one for one in result.stderr.splitlines() if "ringflash:" in one] == [f"ringflash: {line}"]
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.ranks
@@ -299,7 +303,7 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers(monkeypatch):
 
 
 def test_print_shows_a_configuration_that_can_be_read_back():
-    stdout, _ = run([sys.executable, "train.py", "--print", "optim.lr=1e-5"])
+    stdout = forked.run([sys.executable, "train.py", "--print", "optim.lr=1e-5"]).stdout
     assert "lr: 1.0e-05" in stdout
     assert OmegaConf.create(stdout).optim.lr == 1e-5
 
