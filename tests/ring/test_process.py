@@ -26,7 +26,11 @@ def alone():
 
 def first_of(collate):
     """What a worker's collate function returns, or the error that it raises."""
-    return next(iter(DataLoader([0], num_workers=1, collate_fn=collate, multiprocessing_context="fork", timeout=120)))
+    batches = iter(DataLoader([0], num_workers=1, collate_fn=collate, multiprocessing_context="fork", timeout=120))
+    try:
+        return next(batches)
+    finally:
+        batches._shutdown_workers()  # or garbage collection does, in another test, and waits 5 seconds for each
 
 
 USES = {
