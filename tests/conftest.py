@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests import interpreter
 from tests.pool import Pool
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -23,11 +24,24 @@ def ranks():
 
 
 @pytest.fixture(scope="session")
+def interpreting():
+    """Calls a function, by module and name, in a process whose Triton kernels are interpreted."""
+    with interpreter.interpreting() as call:
+        yield call
+
+
+@pytest.fixture(scope="session")
 def gpus():
     """A pool of NCCL processes, one a GPU."""
     pool = Pool("nccl")
     yield pool
     pool.close()
+
+
+def pytest_collection_modifyitems(items):
+    """Modules with slow tests come first: one that began last would leave the other workers nothing to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,11 @@ rounding, so 16 bits are fp16 here; test_fused_gpu.py has bf16.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
-
-from tests.interpreter import interpreting
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -19,10 +18,9 @@ DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id
 
 
 @pytest.fixture(scope="module")
-def claim():
+def claim(interpreting):
     """Calls a function of tests.fused.claims in a process whose kernels are interpreted."""
-    with interpreting() as call:
-        yield lambda name, *args: call("tests.fused.claims", name, *args)
+    return partial(interpreting, "tests.fused.claims")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

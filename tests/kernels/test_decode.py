@@ -6,6 +6,7 @@ interpreted.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from unittest import mock
 
@@ -16,16 +17,14 @@ from torch import Tensor
 from ringflash import Partial, flash_decode, merge
 from ringflash.kernels import decode
 from tests import reference
-from tests.interpreter import interpreting
 from tests.kernels.oracle import distance, strided
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 @pytest.fixture(scope="module")
-def interpreter():
-    with interpreting() as call:
-        yield lambda name, *args: call("tests.kernels.test_decode", name, *args)
+def interpreter(interpreting):
+    return partial(interpreting, "tests.kernels.test_decode")
 
 
 # What each query of two batch rows sees of a cache of 700 keys: (start, end) of its window, and of leading tokens.

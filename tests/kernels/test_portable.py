@@ -1,17 +1,15 @@
 """The portable Triton kernels are attention: in Triton's interpreter, against float64 with the whole score matrix.
 
 Triton decides when it is imported whether kernels are compiled or interpreted, and other tests import it to compile. So
-the claims below run in processes of their own that were told to interpret before anything was imported; the tests ask
+the claims below run in another process, which was told to interpret before anything was imported; the tests ask
 them and compare. 32 x 16 tiles make the few tokens that the interpreter can do into many tiles of every kind.
 """
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
-from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
@@ -28,16 +26,10 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 TOKENS = 75
 
 
-def interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
-def interpreter():
+def interpreter(interpreting):
     """Calls a function of this module in a process whose kernels are interpreted."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=interpret) as pool:
-        yield lambda claim, *args: pool.submit(claim, *args).result()
+    return lambda claim, *args: interpreting("tests.kernels.test_portable", claim.__name__, *args)
 
 
 # -- what the interpreting process runs

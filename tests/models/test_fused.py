@@ -5,6 +5,7 @@ Triton's interpreter runs the kernels, in a process of its own, as in tests/fuse
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -12,7 +13,6 @@ import torch
 
 from ringflash.errors import ConfigError
 from ringflash.models import ARCHITECTURES, FusedConfig, fuse_layers, fused
-from tests.interpreter import interpreting
 from tests.models.cases import tiny
 from tests.models.test_mlp import kernel_error  # noqa: F401  # which the interpreting process calls
 
@@ -53,9 +53,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def interpreter():
-    with interpreting() as call:
-        yield lambda *args: call("tests.models.test_fused", *args)
+def interpreter(interpreting):
+    return partial(interpreting, "tests.models.test_fused")
 
 
 def distance(model_type: str, recompute: bool) -> tuple[list[str], float]:
@@ -116,7 +115,6 @@ def test_an_mlp_with_its_kernel_is_exact(interpreter, tile):
     assert interpreter("kernel_error", tile) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_what_is_fused_in_each_family_is_known(interpreter):
     expected = {name: key for key, names in PASSES.items() for name in names.split()}

@@ -14,7 +14,6 @@ from ringflash.ring.watchdog import Label, Pending, Traffic, Watchdog
 from tests.ring.hanging import LIMIT, attend, with_one_rank_that_never_comes
 
 
-@pytest.mark.slow
 @pytest.mark.ranks
 def test_every_rank_reports_where_it_is_and_which_rank_it_waits_for_and_then_exits(ranks):
     said = ranks.run(with_one_rank_that_never_comes, 3, 1)

@@ -50,7 +50,6 @@ def uses_cache(folder):
     return fed == [5, 1, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.ranks
 def test_an_exported_model_is_the_loaded_one_but_for_its_weights(ranks, text, source):
     others = ["name=exported", "optim.steps=2", "model.dtype=fp32", "memory.recompute=true", "memory.zero=3"]
@@ -69,7 +68,6 @@ def test_an_exported_model_is_the_loaded_one_but_for_its_weights(ranks, text, so
     assert sorted(path.name for path in folder.parent.iterdir()) == ["exported"]
 
 
-@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_model_from_an_architecture_exports_that_architecture(ranks, text):
     run = settings(text, "name=exported", "optim.steps=2", "model.dtype=fp32")
@@ -83,7 +81,6 @@ def test_a_model_from_an_architecture_exports_that_architecture(ranks, text):
     assert uses_cache(folder / "model")
 
 
-@pytest.mark.slow
 @pytest.mark.ranks
 def test_what_would_fail_at_the_end_is_refused_before_tokenising(ranks, text, source):
     (text.parent / "file").write_text("no folder")
