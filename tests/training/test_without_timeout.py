@@ -31,7 +31,7 @@ def timeouts():
 
 def tokenised_by_a_slow_rank(settings):
     """The documents that each rank has, what it reported meanwhile, and the groups' timeouts after that."""
-    world, reported, load = joined(None), io.StringIO(), loop.load_corpus
+    world, reported, load = joined(None), io.StringIO(), loop.load_corpora
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
@@ -41,7 +41,7 @@ def tokenised_by_a_slow_rank(settings):
         return load(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(reported):
-        patch.setattr(loop, "load_corpus", load_slowly)
+        patch.setattr(loop, "load_corpora", load_slowly)
         patch.setattr(watchdog, "REPORT", 0.5)
         training, _ = loop._load_corpora(compose(settings)[0], world)
     return len(training), reported.getvalue(), timeouts()
