@@ -34,7 +34,7 @@ from ringflash.mask import check_tokens
 from ringflash.models.configuration import head_dims, kv_heads_of, refusal, windows_of_layers
 from ringflash.models.inputs import agree, checksum
 from ringflash.models.rope import length_refusal
-from ringflash.ring.decode import Attention, CachePlan, CacheState, LayerCache, cached_attention
+from ringflash.ring.decode import Attention, CachePlan, CacheState, LayerCache, cached_attention, rows_for
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 
 _written: ContextVar[tuple[RingCache, int] | None] = ContextVar("written", default=None)
@@ -103,8 +103,9 @@ class RingCache(Cache):
 
     def bytes_for(self, capacity: int) -> int:
         """`nbytes` of a cache of another capacity."""
-        plan = CachePlan(self.ring, capacity, self.chunk, tuple(self._windows))
-        rows = sum(plan.rows(left) * layers for left, layers in self._windows.items())
+        rows = sum(
+            rows_for(capacity, self.chunk, self.ring.size, left) * layers for left, layers in self._windows.items()
+        )
         per_row = kv_heads_of(self.config) * sum(head_dims(self.config)) * self.dtype.itemsize
         return rows * per_row * len(self.ring.local)
 

@@ -23,6 +23,7 @@ Layers with a sliding window keep that alone: where their rows are full, those t
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +70,13 @@ class Step:
     ranks: tuple[RankStep, ...]
 
 
+def rows_for(capacity: int, chunk: int, ranks: int, left: int | None) -> int:
+    """Rows of a layer on each of `ranks` ranks: its share of the capacity, or its window and a chunk."""
+    # A last chunk that does not divide among ranks gives some two rows more than others.
+    share = -(-capacity // ranks) + (2 if ranks > 1 else 0)
+    return share if left is None else min(share, left + max(chunk, SPARE))
+
+
 class CachePlan:
     """Which rank holds which tokens of a cache, in which rows, and what new tokens do with it; the same on every rank.
 
@@ -81,17 +89,12 @@ class CachePlan:
         self.ring = ring
         self.capacity = check_tokens("capacity", capacity, least=1)
         self.chunk = check_tokens("chunk", chunk, least=1)
-        # A last chunk that does not divide among ranks gives some two rows more than others.
-        full = -(-capacity // ring.size) + (2 if ring.size > 1 else 0)
         self.windows = tuple(dict.fromkeys(windows))
-        self._rows = {left: _Rows(ring, self._capacity(left, full), left) for left in self.windows}
+        self._rows = {left: _Rows(ring, rows_for(capacity, chunk, ring.size, left), left) for left in self.windows}
         self.length = 0
         self._held = [0] * ring.size  # tokens of each rank, in layers without windows
         self._forward: list[_Tokens] = []
         self._steps: dict[int | None, tuple[Step, ...]] = {}
-
-    def _capacity(self, left: int | None, full: int) -> int:
-        return full if left is None else min(full, left + max(self.chunk, SPARE))
 
     def rows(self, left: int | None) -> int:
         """Rows that a layer with this window has on each rank."""
@@ -194,8 +197,12 @@ class _Rows:
 
     def __init__(self, ring: Ring, capacity: int, left: int | None) -> None:
         self.ring, self.capacity, self.left = ring, capacity, left
-        self.positions = torch.zeros(len(ring.local), capacity, dtype=torch.int64)
         self.count = [0] * len(ring.local)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """Made when the first token comes, so that a cache too large to make can be asked for its size."""
+        return torch.zeros(len(self.ring.local), self.capacity, dtype=torch.int64)
 
     def step(self, new: _Tokens) -> Step:
         """The step of new tokens, after which their rows are in use."""

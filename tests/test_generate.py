@@ -1,0 +1,158 @@
+"""python -m ringflash.generate: its settings, what it prints, several prompts on one document, ranks, and bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ringflash import Loopback, ProcessRing
+from ringflash.errors import ConfigError
+from ringflash.generate import GenerateConfig, main, run
+from ringflash.training.world import World
+
+ALONE = SimpleNamespace(
+    size=1, is_first=True, device=torch.device("cpu"), ring=Loopback(1), broadcast=lambda x: x, max=lambda x: x,
+    without_timeout=lambda what: contextlib.nullcontext(),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with a model of random weights that continues in letters, and a document."""
+    folder = tmp_path_factory.mktemp("generate")
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 2000}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=384, num_key_value_heads=2, **sizes, **tokens))
+    with torch.no_grad():
+        model.lm_head.weight[: 3 + ord("a")] = model.lm_head.weight[3 + ord("z") + 1 :] = 0.0  # letters stand out
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder / "model")
+    (folder / "book.txt").write_text("It was a dark and stormy night. " * 20)
+    return folder
+
+
+def arguments(given, *more):
+    return [f"model={given / 'model'}", f"document={given / 'book.txt'}", "tokenizer=bytes", "new_tokens=12", *more]
+
+
+def answers(arguments, world=ALONE):
+    """What is printed on standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        run(GenerateConfig.parse(arguments), world)
+    return out.getvalue(), err.getvalue()
+
+
+def answers_on_a_process(arguments):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ring = ProcessRing()
+    return answers(arguments, World(rank, size, torch.device("cpu"), None, ring, None, 0, 1))
+
+
+def test_two_prompts_read_the_document_once_and_report_times_and_memory(given):
+    one, _ = answers(arguments(given, "prompt=Who?", "chunk=100"))
+    both, report = answers(arguments(given, "prompt=Who?", "prompt=When?", "chunk=100"))
+    assert both.startswith(one)
+    assert len(both) > len(one) > 1
+    read, *spoken = report.splitlines()
+    assert re.fullmatch(
+        r"ringflash: document: 640 tokens read in \S+ s \(\d+ tokens/s\); cache: 0.\d MiB, for 657 tokens", read
+    )
+    assert [bool(re.fullmatch(r"ringflash: 12 tokens in \S+ s \(\S+ tokens/s\)", x)) for x in spoken] == [True, True]
+
+
+def test_ranks_give_one_ranks_answer_from_rank_0_alone(given, ranks):
+    asked = arguments(given, "prompt=Who?", "temperature=1.5", "top_p=0.95", "seed=7", "chunk=100")
+    alone, _ = answers(asked)
+    (found, report), (silent, nothing) = ranks.run(answers_on_a_process, 2, asked)
+    assert found == alone
+    assert "MiB on each of 2 ranks" in report
+    assert (silent, nothing) == ("", "")
+
+
+def test_standard_input_is_a_document_or_prompts(given, monkeypatch):
+    expected, _ = answers(arguments(given, "prompt=Who?", "prompt=When?"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nWhen?\n"))
+    assert answers(arguments(given, "prompt=-"))[0] == expected
+    text = io.BytesIO((given / "book.txt").read_bytes())
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=text))
+    asked = [x for x in arguments(given, "prompt=Who?", "prompt=When?", "document=-") if "book" not in x]
+    assert answers(asked)[0] == expected
+
+
+def test_a_sampled_answer_follows_its_seed(given):
+    asked = arguments(given, "prompt=Who?", "temperature=3.0")
+    first, second, other = (answers([*asked, f"seed={seed}"])[0] for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+def test_help_names_every_setting(capsys):
+    main(["--help"])
+    printed = capsys.readouterr().out
+    for name in GenerateConfig.__dataclass_fields__:
+        assert re.search(rf"^  {name}\S* +\S", printed, re.MULTILINE), name
+
+
+BAD = {
+    "no model": (["prompt=x"], "model is not set"),
+    "no prompt": (["model=m"], "prompt is not set"),
+    "a misspelt setting": (["model=m", "promt=x"], r"promt=x is not a setting .* did you mean prompt"),
+    "no setting": (["model=m", "--fast"], "--fast is not a setting of ringflash.generate: these are model, prompt"),
+    "twice": (["model=m", "prompt=x", "model=n"], "model is set more than once: model=m and model=n"),
+    "a number": (["model=m", "prompt=x", "new_tokens=many"], "new_tokens=many must be a whole number"),
+    "no token": (["model=m", "prompt=x", "new_tokens=0"], "new_tokens=0 must be 1 or more"),
+    "temperature": (["model=m", "prompt=x", "temperature=-1"], "temperature=-1.0 must be 0"),
+    "top_p": (["model=m", "prompt=x", "top_p=0"], "top_p=0.0 must be above 0"),
+    "standard input twice": (["model=m", "prompt=-", "document=-"], "prompt=- reads standard input to its end"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
+def test_a_bad_setting_is_named_in_one_line(given, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        GenerateConfig.parse(given)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_is_named_in_one_line(given, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    book, model = given / "book.txt", given / "model"
+    small = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0,
+        eos_token_id=1, bos_token_id=2,
+    ))  # fmt: skip
+    small.save_pretrained(tmp_path / "small")
+    asked = {"model": model, "document": book, "tokenizer": "bytes", "prompt": "x"}
+    for change, message in (
+        ({"document": tmp_path / "empty.txt"}, "document=.*empty.txt is empty"),
+        ({"document": tmp_path / "none.txt"}, "document=.*none.txt cannot be read: No such file or directory"),
+        ({"document": tmp_path}, "cannot be read: Is a directory"),
+        ({"document": tmp_path / "image.png"}, r"image.png is not text in UTF-8: byte 0 is 0x89"),
+        ({"model": tmp_path}, "^model=.* holds no config.json: it must be a Hugging Face model folder"),
+        ({"tokenizer": tmp_path / "none"}, "^tokenizer=.*none is neither bytes nor a folder that exists"),
+        ({"tokenizer": model}, "^tokenizer=.* holds no loadable tokenizer"),
+        ({"model": tmp_path / "small"}, "tokenizer=bytes does not fit model=.*: it has 384 tokens, .* vocab_size=300"),
+        ({"kernel": "fast"}, "^kernel=fast is not one of auto, hopper"),
+        ({"new_tokens": 1400}, "a document of 640 tokens, a prompt of 1 .* are 2041 positions, more than the 2000"),
+        ({"new_tokens": 10**12, "extrapolate_positions": "true"}, r"need a cache of .* GiB on each rank, .* take more"),
+    ):
+        config = GenerateConfig.parse([f"{name}={value}" for name, value in (asked | change).items()])
+        with pytest.raises(ConfigError, match=message) as error:
+            run(config, ALONE)
+        assert "\n" not in str(error.value)
+
+
+def test_a_line_of_standard_input_that_is_too_long_is_refused_with_its_memory(given, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a longer line\n"))
+    with pytest.raises(ConfigError, match=r"a prompt of 13 tokens is longer than the 5 .* prompt_tokens=13, .* MiB"):
+        answers(arguments(given, "prompt=-", "prompt_tokens=5"))
