@@ -47,13 +47,16 @@ def main() -> None:
 
             print(f"{__doc__}\n{settings_help()}")
             return
+        from ringflash.training.agreement import disagreements
         from ringflash.training.loop import fit
         from ringflash.training.preflight import check_inputs
 
         config, resolved = compose([argument for argument in arguments if argument not in options])
         if "--print" in options:
-            check_inputs(config, torch.device("cuda") if torch.cuda.is_available() else None)
+            inputs = check_inputs(config, torch.device("cuda") if torch.cuda.is_available() else None)
             print(resolved.rstrip())
+            for line in disagreements(config, *inputs):
+                print(line, file=sys.stderr)
             return
         fit(config, resolved)
 

@@ -18,6 +18,7 @@ from ringflash.data.documents import find_files, reading
 from ringflash.errors import ConfigError
 from ringflash.models import check_kernel, check_length, read_config, tiles_of
 from ringflash.models.configuration import DTYPES
+from ringflash.training.agreement import disagreements
 from ringflash.training.config import Config
 from ringflash.training.engine import MemoryConfig
 from ringflash.training.loss import tile_for
@@ -41,7 +42,8 @@ def check(config: Config) -> Job:
     config = dataclasses.replace(config, parallel=parallel)
     check_ranks(config, ranks)
     if is_rank_0():
-        print(*_summary(config, model_config, ranks, device), *filter(None, [reason]), sep="\n", flush=True)
+        notes = disagreements(config, model_config, tokenizer)
+        print(*_summary(config, model_config, ranks, device), *notes, *filter(None, [reason]), sep="\n", flush=True)
     return Job(config, model_config, tokenizer)
 
 

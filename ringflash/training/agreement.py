@@ -1,0 +1,73 @@
+"""Agreement of tokenizer and model: what a pretrained model was trained with, and what it is given here.
+
+Nothing here is refused: a model may get new tokens, or another end. Ids that the model does not have are refused by
+`check_vocabulary`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ringflash.data import load_tokenizer
+from ringflash.data.tokenizer import tokenizer_size
+from ringflash.errors import ConfigError
+from ringflash.training.config import Config
+from ringflash.training.export import generation_file
+
+SPARE = 1024  # rows of a vocabulary that is padded to a round number
+
+
+def disagreements(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A line for the ends of documents, and one for the vocabularies, where data.tokenizer and model.path disagree."""
+    path, name = config.model.path, config.data.tokenizer
+    if not path:
+        return []
+    lines = []
+    ends = sorted({*_ends(vars(model)), *_ends(_generation(path))})
+    if ends and tokenizer.eos_token_id not in ends:
+        lines.append(
+            f"tokenizer  data.tokenizer={name} ends documents with {tokenizer.eos_token} (id "
+            f"{tokenizer.eos_token_id}), but model.path={path} stops at id "
+            f"{' or '.join(map(str, ends))}: set eos_token_id there to stop at both"
+        )
+    return lines + [f"tokenizer  {line}" for line in _vocabularies(config, model.vocab_size, tokenizer)]
+
+
+def _vocabularies(config: Config, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    path, name = str(config.model.path), config.data.tokenizer
+    if os.path.realpath(os.path.expanduser(name)) == os.path.realpath(path):
+        return
+    try:
+        own = load_tokenizer(dataclasses.replace(config.data, tokenizer=path)).get_vocab()
+    except ConfigError:  # a folder of weights alone
+        size = tokenizer_size(tokenizer)
+        if vocab_size - size > SPARE:
+            yield f"data.tokenizer={name} has {size:,} tokens, but model.path={path} {vocab_size:,}: is it its own?"
+        return
+    given = tokenizer.get_vocab()
+    other = sum(own.get(token) != number for token, number in given.items())
+    if other:
+        yield (
+            f"data.tokenizer={name} has {other:,} of {len(given):,} tokens with other ids than the tokenizer in "
+            f"model.path={path}: data.tokenizer={path} takes that one"
+        )
+
+
+def _generation(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(generation_file(path) or b"{}")
+    except ValueError:  # refused by the export's rehearsal
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _ends(settings: dict[str, Any]) -> list[int]:
+    """The ids that end a text: one, several or none."""
+    found = settings.get("eos_token_id")
+    return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)]

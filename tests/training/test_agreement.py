@@ -1,0 +1,57 @@
+"""A tokenizer and a model that disagree on the end of a text or on ids are reported in one line each."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from ringflash.training.agreement import disagreements
+from ringflash.training.config import compose
+from ringflash.training.preflight import check_inputs
+from tests.data.cases import write_texts, write_tokenizer
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def reported(tmp_path):
+    """The lines for a model of a vocabulary and an end, and for the words of its tokenizer and of another."""
+    text = write_texts(tmp_path / "text")
+
+    def lines(eos, words=("one", "two"), own=("one", "two"), generation=None, vocab_size=8):
+        tokenizer = write_tokenizer(tmp_path / "tokenizer", words=words)
+        model = write_tokenizer(tmp_path / "model", words=own) if own else tmp_path / "model"
+        LlamaConfig(vocab_size=vocab_size, eos_token_id=eos, **SHAPE).save_pretrained(model)
+        if generation is not None:
+            (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+        settings = [f"model.path={model}", f"data.path={text}", f"data.tokenizer={tokenizer}"]
+        config, _ = compose(["model=pretrained", "data=text", "data.sequence_length=64", *settings])
+        return [line.replace(str(tmp_path), "") for line in disagreements(config, *check_inputs(config))]
+
+    return lines
+
+
+def test_those_that_agree_are_not_reported(reported):
+    assert reported(1) == reported([0, 1]) == reported(None) == reported(0, generation=[0, 1]) == []
+    assert reported(1, own=None, vocab_size=1000) == []
+
+
+def test_another_end_is_reported_with_both_ids(reported):
+    [line] = reported(0, generation=[2])
+    assert line == (
+        "tokenizer  data.tokenizer=/tokenizer ends documents with <eos> (id 1), but model.path=/model stops at id 0 or "
+        "2: set eos_token_id there to stop at both"
+    )
+
+
+def test_other_ids_are_reported_with_their_number(reported):
+    [line] = reported(1, words=("two", "one", "three"))
+    assert line == (
+        "tokenizer  data.tokenizer=/tokenizer has 3 of 5 tokens with other ids than the tokenizer in model.path="
+        "/model: data.tokenizer=/model takes that one"
+    )
+
+
+def test_a_vocabulary_that_is_mostly_unused_is_reported_where_the_model_has_no_tokenizer(reported):
+    [line] = reported(1, own=None, vocab_size=32000)
+    assert line == "tokenizer  data.tokenizer=/tokenizer has 4 tokens, but model.path=/model 32,000: is it its own?"
