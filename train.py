@@ -3,7 +3,7 @@
     python train.py                                                         # one GPU, or the CPU
     python train.py experiment=debug                                        # seconds on a CPU
     torchrun --nproc-per-node 8 train.py experiment=qwen3-0.5b-128k         # eight GPUs of one machine
-    sbatch launch/slurm.sh experiment=llama3-8b-256k data.path=corpus data.tokenizer=folder     # a Slurm cluster
+    sbatch launch/slurm.sh experiment=llama3-8b-256k-8gpus data.path=corpus data.tokenizer=folder     # Slurm
 
     python train.py --help                  # every setting, with its type, default and meaning
     python train.py --print optim.lr=1e-4   # check the settings, and show what they resolve to

@@ -2,10 +2,9 @@
 
     python benchmarks/longest.py --tokens 512 --first 128 --warm 64 model=tiny-llama model.dtype=bf16   # seconds
     python benchmarks/longest.py                                       # 1048576 tokens, one H200: 15 minutes
-    python benchmarks/longest.py experiment=llama3-8b-128k model.architecture.max_position_embeddings=409600 \
-        --tokens 409600                                                # 8B parameters, one H200: 7 minutes
+    python benchmarks/longest.py experiment=llama3-8b-400k --tokens 409600      # 8B parameters, one H200: 7 minutes
 
-Settings after the options are those of train.py; experiment=qwen3-0.6b-1m is underneath. Weights and tokens are random.
+Settings after the options are those of train.py; experiment=1m is underneath. Weights and tokens are random.
 
 1. Three steps of --warm tokens, which compile and start the optimizer.
 2. The loss of the first --first tokens, alone in a forward.
@@ -51,7 +50,7 @@ from ringflash.training.parallel import layout_chooser
 from ringflash.training.step import StepResult, prepare, train_step
 from ringflash.training.world import World, join
 
-EXPERIMENT = ("experiment=qwen3-0.6b-1m", "data=text", "data.path=.", "data.tokenizer=.")
+EXPERIMENT = ("experiment=1m", "data=text", "data.path=.", "data.tokenizer=.")
 ALLOWED = 1e-4  # of the loss, between the two forwards of the first tokens
 SECONDS = 20.0  # between lines of progress
 

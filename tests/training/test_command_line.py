@@ -81,7 +81,7 @@ UNREADABLE = {
     "foo": "'foo' is not of the form key=value",
     "=1": "'=1' is not of the form key=value",
     "==": "'==' is not of the form key=value",
-    "experiment=null": "experiment=null is not one of debug, llama3-8b-128k, llama3-8b-256k",
+    "experiment=null": "experiment=null is not one of 128k, 128k-8gpus, 1m, 1m-8gpus, 256k",
     "experiment=1": "experiment=1 is not one of",
     "experiment=../model/tiny-llama": "experiment=../model/tiny-llama is not one of",
     "experiment=": "experiment= is not one of",

@@ -29,6 +29,16 @@ def test_every_experiment_composes_and_names_its_run(name):
     assert f"name: {name}" in resolved
 
 
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("debug", "qwen3-0.5b-128k")])
+def test_every_experiment_of_long_contexts_fits_its_gpus_and_gives_its_figures(name):
+    config, _ = compose([f"experiment={name}", "data.path=somewhere", "model.dtype=bf16"])
+    check_ranks(config, 8 if name.endswith("-8gpus") else 1)
+    head = (CONFIGS / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0]
+    assert f"experiment={name}" in head
+    assert f"{config.data.sequence_length} packed tokens" in head
+    assert re.search(r"^# (Measured|Never run\. Predicted) .*(GiB|GPU memory)", head, re.MULTILINE)
+
+
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_every_option_of_every_group_composes(group, name):
     missing = {"data": ["data.path=somewhere"], "model": ["model.path=somewhere"]} if name != "stdlib" else {}
@@ -144,7 +154,7 @@ def settings_of(part, prefix=""):
             "parallel.hop_timeout_seconds=58.0 must be at least 4 s less than parallel.timeout_minutes=1",
         ),
         (["parallel.hop_timeout_seconds=nan"], "parallel.hop_timeout_seconds=nan must be above 0 and finite"),
-        (["experiment=foo"], "experiment=foo is not one of debug, llama3-8b-128k, llama3-8b-256k"),
+        (["experiment=foo"], "experiment=foo is not one of 128k, 128k-8gpus, 1m, 1m-8gpus, 256k"),
         (["model=foo"], "model=foo is not one of llama3-8b, pretrained, qwen3"),
         (["data=text"], "data.path is not set"),
         (["data=mixture"], "data.path is not set; add data.path=... to the command line, or data.sources"),

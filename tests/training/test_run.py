@@ -23,6 +23,7 @@ from ringflash.training.preflight import check_inputs
 from tests import forked
 from tests.training.launched import ENVIRONMENT, LIMIT, command, failing, run
 from tests.training.runs import fitted, settings
+from tests.training.test_config import EXPERIMENTS
 
 pytestmark = pytest.mark.timeout(4 * LIMIT)
 
@@ -148,7 +149,9 @@ BAD_INPUT = {
     ),
     "experiment": (
         ["experiment=unknown"],
-        "experiment=unknown is not one of debug, llama3-8b-128k, llama3-8b-256k, qwen3-0.5b-128k, qwen3-0.6b-1m",
+        "experiment=unknown is not one of 128k, 128k-8gpus, 1m, 1m-8gpus, 256k, 256k-8gpus, 512k, 512k-8gpus, debug, "
+        "llama3-8b-128k, llama3-8b-128k-8gpus, llama3-8b-256k, llama3-8b-256k-8gpus, llama3-8b-400k, "
+        "llama3-8b-400k-8gpus, qwen3-0.5b-128k",
     ),
 }  # fmt: skip
 
@@ -178,9 +181,9 @@ def test_bad_input_ends_a_run_with_one_line(text, case):
     ("experiment", "small"),
     [
         ("llama3-8b-128k", ["model.dtype=bf16"]),
-        ("llama3-8b-256k", []),
-        ("qwen3-0.5b-128k", []),
-        ("qwen3-0.6b-1m", ["model.dtype=bf16", "memory.host_layers=1", "model.architecture.vocab_size=384"]),
+        ("llama3-8b-256k-8gpus", []),
+        ("128k", []),
+        ("1m", ["model.dtype=bf16", "memory.host_layers=1"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -348,13 +351,14 @@ def test_print_refuses_a_kernel_that_this_machines_gpu_cannot_run(monkeypatch):
         check_inputs(config, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("experiment", [None, "qwen3-0.5b-128k", "qwen3-0.6b-1m", "llama3-8b-128k", "llama3-8b-256k"])
+@pytest.mark.parametrize("experiment", [None, *(name for name in EXPERIMENTS if name != "debug")])
 def test_every_experiment_trains_on_positions_that_its_model_knows(text, experiment):
     chosen = [f"experiment={experiment}", "data=text", f"data.path={text}"] if experiment else []
     config, _ = compose(chosen)
     check_inputs(config)
-    longer = f"data.sequence_length={2 * config.data.sequence_length}"
-    with pytest.raises(ConfigError, match=rf"^{longer} is more than the {config.data.sequence_length} positions"):
+    positions = config.model.architecture["max_position_embeddings"]
+    longer = f"data.sequence_length={positions + 1}"
+    with pytest.raises(ConfigError, match=rf"^{longer} is more than the {positions} positions"):
         check_inputs(compose([*chosen, longer])[0])
     check_inputs(compose([*chosen, longer, "model.extrapolate_positions=true"])[0])
 
