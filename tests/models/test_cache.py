@@ -27,12 +27,13 @@ def generate(model, tokens, cache, **options):
     return model.generate(tokens, past_key_values=cache, **settings | options)[:, tokens.shape[1] :]
 
 
-def generated(ring, model_type, read=30, chunk=6, **options):
+def generated(ring, model_type, read=30, chunk=6, dim=8, **options):
     """New tokens after a document, of which `read` tokens are prefilled."""
-    model = tiny(model_type).eval()
+    device = "cpu" if ring is None else ring.device
+    model, tokens = tiny(model_type, head_dim=dim).eval().to(device), TOKENS.to(device)
     cache = RingCache(model, TOKENS.shape[1] + NEW, ring=ring, chunk=chunk)
-    prefill(model, TOKENS[:, :read], cache)
-    return generate(model, TOKENS, cache, **options)
+    prefill(model, tokens[:, :read], cache)
+    return generate(model, tokens, cache, **options).cpu()
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -47,6 +48,33 @@ def test_logits_of_prefill_and_decoding_are_those_of_one_forward(model_type, siz
         found = torch.cat([model(x, past_key_values=cache, use_cache=True).logits for x in steps], dim=1)
     error = (found - expected[:, 30:]).norm() / expected[:, 30:].norm()
     assert error < 1e-5, f"relative error {error:.1e}"
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[
+        pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_logits_in_16_bits_are_within_the_rule(model_type, device):
+    tokens = torch.randint(3, 97, (2, 600), generator=torch.Generator().manual_seed(2)).to(device)
+    fields = {"head_dim": 64, "sliding_window": 100, "max_position_embeddings": 600, "rope_parameters": None}
+    fields = {name: value for name, value in fields.items() if model_type == "gemma2" or name != "sliding_window"}
+    models = [make(model_type, **fields).eval().to(device) for make in (eager, eager, tiny)]
+    exact, plain, ours = models[0].double(), models[1].bfloat16(), models[2].bfloat16()
+    with torch.no_grad():
+        truth, direct = (model(tokens).logits.double()[:, 500:] for model in (exact, plain))
+        for ring in (Loopback(1, device), Loopback(2, device)):
+            cache = RingCache(ours, 600, ring=ring, chunk=150)
+            prefill(ours, tokens[:, :500], cache)  # tiles of queries
+            steps = [tokens[:, 500:590], *tokens[:, 590:].split(1, dim=1)]
+            found = torch.cat([ours(x, past_key_values=cache, use_cache=True).logits for x in steps], dim=1)
+            error, bound = ((x.double() - truth).norm() / truth.norm() for x in (found, direct))
+            assert error <= 2 * bound + 1e-4, f"error {error:.1e}, plain torch {bound:.1e}"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
@@ -66,14 +94,29 @@ def test_ranks_generate_one_ranks_tokens(ranks, size):
         assert torch.equal(found, expected)
 
 
-def greedy_and_sampled(ring=None):
+def greedy_and_sampled(ring=None, **fields):
     torch.manual_seed(5)
     options = ({}, {"do_sample": True, "temperature": 2.0})
-    return torch.stack([generated(ring, "gemma2", **option) for option in options])
+    return torch.stack([generated(ring, "gemma2", **fields, **option) for option in options])
 
 
 def greedy_and_sampled_on_a_process():
     return greedy_and_sampled(ProcessRing())
+
+
+GPUS = min(torch.cuda.device_count(), 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs or more, here are {GPUS}")
+def test_gpus_generate_one_gpus_tokens(gpus):
+    expected = greedy_and_sampled(Loopback(1, "cuda"), dim=32)
+    for found in gpus.run(greedy_and_sampled_on_a_gpu, GPUS):
+        assert torch.equal(found, expected)
+
+
+def greedy_and_sampled_on_a_gpu():
+    return greedy_and_sampled(ProcessRing(device=torch.device("cuda", torch.cuda.current_device())), dim=32)
 
 
 def test_ranks_that_read_different_documents_are_refused(ranks):
