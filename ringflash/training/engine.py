@@ -195,6 +195,8 @@ def build_engine(
     trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
     for mlp in whole_mlps(model):
         set_z3_leaf_module(mlp, True)
+    for buffer in model.buffers():  # DeepSpeed moves no buffer of a model whose weights are divided already
+        buffer.data = buffer.data.to(world.device)
     bf16, zero0, states = model.dtype == torch.bfloat16, memory.zero == 0, memory.optimizer_states
     fp32_zero0, no_fp32 = zero0 and not bf16, states != "fp32"  # no_fp32: DeepSpeed has nothing in fp32
     if no_fp32 and not bf16:
