@@ -106,7 +106,7 @@ BAD = {
     "no model": (["prompt=x"], "model is not set"),
     "no prompt": (["model=m"], "prompt is not set"),
     "a misspelt setting": (["model=m", "promt=x"], r"promt=x is not a setting .* did you mean prompt"),
-    "no setting": (["model=m", "--fast"], "--fast is not a setting of ringflash.generate: these are model, prompt"),
+    "no setting": (["model=m", "--fast"], "--fast is not a setting of this command: these are model, tokenizer"),
     "twice": (["model=m", "prompt=x", "model=n"], "model is set more than once: model=m and model=n"),
     "a number": (["model=m", "prompt=x", "new_tokens=many"], "new_tokens=many must be a whole number"),
     "no token": (["model=m", "prompt=x", "new_tokens=0"], "new_tokens=0 must be 1 or more"),
