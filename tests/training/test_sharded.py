@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
 from pathlib import Path
@@ -119,6 +120,8 @@ class Resident:
     """The most memory, in MB, by which a process grows in a with statement: it samples its resident set."""
 
     def __enter__(self):
+        gc.collect()  # models are in cycles
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.start, self.most, self.done = self._now(), 0.0, False
         self.thread = threading.Thread(target=self._sample)
         self.thread.start()
@@ -140,8 +143,7 @@ class Resident:
 def growth(folder):
     """By how much a rank grows while a model is built whole; built, loaded and exported divided; in MB."""
     world, found, sharded.SHARD = joined(None), {}, 10**7
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, 2**16), libc.malloc_trim(0)  # what is freed goes back to the system at once
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back to the system at once
     build_model(ModelConfig(architecture=architecture("llama"), dtype="fp32"), MAKERS)  # what is imported first
     config = ModelConfig(architecture=architecture("llama", **LARGE), dtype="fp32")
     with Resident() as found["divided"]:
