@@ -43,8 +43,8 @@ class ReadConfig:
     kernel: str = "auto"
     """Attention kernel of long text: auto, hopper, portable or blocked."""
 
-    chunk: int = 8192
-    """Tokens per rank that a forward reads at once."""
+    chunk: int = 16384
+    """Tokens that a forward reads at once, all ranks together."""
 
     seed: int = 0
     """Of all random numbers."""

@@ -110,7 +110,7 @@ def search(
     length: int,
     depths: tuple[int, ...],
     ring: Ring | None = None,
-    chunk: int = 8192,
+    chunk: int = 16384,
     kernel: str = "auto",
 ) -> list[Found]:
     """A row of cells: haystacks of `length` tokens with a task's needle at each depth, in percent.

@@ -58,9 +58,10 @@ class Snapshot:
 class RingCache(Cache):
     """Keys and values of up to `capacity` tokens for each batch row, reserved at the first forward, shared by `ring`.
 
-    model: a causal language model on the ring's attention. ring: None: one device, the model's. chunk: the most tokens
-    per rank that attention takes at once, and that `prefill` gives a forward, 2 or more. kernel: of long prompts, as
-    in `ring_attention`; few new tokens take flash_decode, which kernel="blocked" keeps in plain torch.
+    model: a causal language model on the ring's attention. ring: None: one device, the model's. chunk: the most tokens,
+    of all ranks together, that attention takes at once, and that `prefill` gives a forward, 2 per rank or more. kernel:
+    of long prompts, as in `ring_attention`; few new tokens take flash_decode, which kernel="blocked" keeps in plain
+    torch.
     `nbytes` is its memory on this process, per batch row. Raises ValueError or TypeError for what does not fit.
     """
 
@@ -70,7 +71,7 @@ class RingCache(Cache):
         capacity: int,
         *,
         ring: Ring | None = None,
-        chunk: int = 8192,
+        chunk: int = 16384,
         kernel: str = "auto",
     ) -> None:
         self.config: Any = _checked(model)
@@ -80,7 +81,7 @@ class RingCache(Cache):
         if kernel not in ("auto", *FASTEST_FIRST):
             raise ValueError(f"kernel={kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
         self.capacity, self.kernel = check_tokens("capacity", capacity, least=1), kernel
-        self.chunk = check_tokens("chunk", chunk, least=2)
+        self.chunk = check_tokens("chunk", chunk, least=2 * self.ring.size)
         if reason := length_refusal(self.config, self.capacity, model):
             raise ValueError(f"capacity={capacity}: config.{reason}")
         self.dtype = model.dtype
@@ -231,8 +232,8 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
     """Read a document into a cache: its tokens after those that the cache holds, shared by the ranks of its ring.
 
     input_ids: int64 [B, N], from the first token that the cache holds, the same on every rank. Each forward has up to
-    `cache.chunk` tokens per rank, in zigzag; logits are not computed. To generate, give `generate` one token more, or
-    several. Raises ValueError where the cache cannot hold them, and where ranks were given different tokens, before
+    `cache.chunk` tokens of all ranks, in zigzag; logits are not computed. To generate, give `generate` at least one
+    token more. Raises ValueError where the cache cannot hold them, and where ranks were given different tokens, before
     anything is computed.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -248,7 +249,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
         )
     if isinstance(ring, ProcessRing):
         agree(checksum(ring.device, input_ids), [ring])
-    at_once = cache.chunk // 2 * 2 * ring.size
+    at_once = cache.chunk // (2 * ring.size) * 2 * ring.size
     while (begin := cache.get_seq_length()) < tokens:
         chunk = input_ids[:, begin : begin + at_once]
         make = Layout.zigzag if ring.size > 1 else Layout.contiguous

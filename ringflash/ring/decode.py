@@ -13,7 +13,7 @@ The keys of a new token go to the rank with the fewest, so ranks keep the same n
 Layers with a sliding window keep that alone: where their rows are full, those that no later query sees give way.
 
     >>> from ringflash.ring.transport import Loopback
-    >>> plan = CachePlan(Loopback(2), capacity=10, chunk=4)
+    >>> plan = CachePlan(Loopback(2), capacity=10, chunk=8)
     >>> plan.begin(5, Layout.zigzag(5, ranks=2)), plan.begin(1), plan.begin(1)  # a document of 5 tokens, two new ones
     (None, None, None)
     >>> print(plan)
@@ -80,12 +80,12 @@ def rows_for(capacity: int, chunk: int, ranks: int, left: int | None) -> int:
 class CachePlan:
     """Which rank holds which tokens of a cache, in which rows, and what new tokens do with it; the same on every rank.
 
-    capacity: the most tokens of all ranks together. chunk: the most new tokens of a rank at once, in attention; a
+    capacity: the most tokens of all ranks together. chunk: the most new tokens at once, of all ranks together; a
     longer prompt is cut up. windows: those that layers have, as keys to the left; None: none. Raises ValueError or
     TypeError for numbers that are none.
     """
 
-    def __init__(self, ring: Ring, capacity: int, chunk: int = 8192, windows: Sequence[int | None] = (None,)) -> None:
+    def __init__(self, ring: Ring, capacity: int, chunk: int = 16384, windows: Sequence[int | None] = (None,)) -> None:
         self.ring = ring
         self.capacity = check_tokens("capacity", capacity, least=1)
         self.chunk = check_tokens("chunk", chunk, least=1)
@@ -123,10 +123,10 @@ class CachePlan:
         return self._steps[left]
 
     def _shared(self, tokens: int, layout: Layout) -> _Tokens:
-        if layout.length != tokens or layout.ranks != self.ring.size or layout.shard_length > self.chunk:
+        if layout.length != tokens or layout.ranks != self.ring.size or tokens > self.chunk:
             raise ValueError(
-                f"a layout of {layout.length} tokens, {layout.shard_length} on each of {layout.ranks} ranks, does not "
-                f"fit {tokens} new tokens on a ring of {self.ring.size} and chunk={self.chunk}"
+                f"a layout of {layout.length} tokens on {layout.ranks} ranks does not fit {tokens} new tokens on a "
+                f"ring of {self.ring.size} and chunk={self.chunk}"
             )
         queries = [layout.positions(rank) + self.length for rank in range(self.ring.size)]
         end = self.length + tokens

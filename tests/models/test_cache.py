@@ -27,7 +27,7 @@ def generate(model, tokens, cache, **options):
     return model.generate(tokens, past_key_values=cache, **settings | options)[:, tokens.shape[1] :]
 
 
-def generated(ring, model_type, read=30, chunk=6, dim=8, **options):
+def generated(ring, model_type, read=30, chunk=12, dim=8, **options):
     """New tokens after a document, of which `read` tokens are prefilled."""
     device = "cpu" if ring is None else ring.device
     model, tokens = tiny(model_type, head_dim=dim).eval().to(device), TOKENS.to(device)
