@@ -6,9 +6,10 @@
     cat book.txt | python -m ringflash.generate model=FOLDER document=- prompt="Who?"
     python -m ringflash.generate model=FOLDER document=book.txt prompt=-                            # a prompt per line
 
-The model continues the document's tokens followed by the prompt's, with nothing between them. Tokens are printed as
-they come, on standard output; times and memory on standard error. Over several ranks, the document is read in shares,
-and its KV cache stays where it was read (`ringflash.models.RingCache`).
+The model continues the document's tokens followed by the prompt's, with nothing between them. chat=true asks in a turn
+of the tokenizer's chat template instead. Tokens are printed as they come, on standard output; times and memory, on
+standard error. Over several ranks, the document is read in shares, and its KV cache stays where it was read
+(`ringflash.models.RingCache`).
 
 Settings are key=value:
 """
@@ -52,6 +53,9 @@ class GenerateConfig(ReadConfig):
 
     top_p: float = 1.0
     """Sampled from the likeliest tokens that have this probability together."""
+
+    chat: bool = False
+    """Ask in a turn of the tokenizer's chat template: document, an empty line, prompt. Otherwise text is continued."""
 
     prompt_tokens: int = 1024
     """With prompt=-: the longest prompt that the cache has room for."""
@@ -100,8 +104,10 @@ def run(config: GenerateConfig, world: World) -> None:
         raise text
     model = load_model(config, world.device)
     encoder, tokenizer = load_encoder(config, model)
-    document = [*encoder.begin, *ids_of(encoder, text)] if text is not None else [*encoder.begin]
-    prompts = [] if config.prompt == (STDIN,) else [ids_of(encoder, prompt) for prompt in config.prompt]
+    turn = _turn(config, encoder, tokenizer)
+    document = [*turn.before, *ids_of(encoder, text or "")]
+    between = "\n\n" if config.chat and text else ""
+    prompts = [] if config.prompt == (STDIN,) else [turn.ids(between + prompt) for prompt in config.prompt]
     longest = max(map(len, prompts)) if prompts else config.prompt_tokens
     cache = RingCache(
         model, max(1, len(document) + longest + config.new_tokens), ring=world.ring, chunk=config.chunk,
@@ -121,7 +127,7 @@ def run(config: GenerateConfig, world: World) -> None:
         f"cache: {cache.nbytes / 2**20:.1f} MiB{ranks}, for {cache.capacity} tokens",
     )
     state = cache.snapshot()
-    for prompt in _prompts(config, encoder, prompts, world):
+    for prompt in prompts or _lines(turn, between, world):
         if len(prompt) > longest:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens is longer than the {longest} that the cache has room for: set "
@@ -143,15 +149,17 @@ def _answer(
 
     torch.manual_seed(config.seed)
     sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
-    ends = model.generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id or []
+    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     settings = GenerationConfig(
         max_new_tokens=config.new_tokens, do_sample=bool(sampled), **sampled,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends, pad_token_id=0,
+        eos_token_id=ends, pad_token_id=0,
     )  # fmt: skip
+    decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     begin = now(world.device)
     out: Any = model.generate(  # type: ignore[operator]
         ids, generation_config=settings, past_key_values=cache, attention_mask=torch.ones_like(ids),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if world.is_first else None,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, **decoding) if world.is_first else None,
         logits_processor=LogitsProcessorList([_OfFirstRank(world)]),
     )  # fmt: skip
     seconds, count = now(world.device) - begin, out.shape[1] - ids.shape[1]
@@ -174,16 +182,43 @@ class _OfFirstRank:
         return scores
 
 
-def _prompts(config: GenerateConfig, encoder: Encoder, prompts: list[list[int]], world: World) -> Iterator[list[int]]:
-    """Tokens of each prompt; of prompt=-, of each line that rank 0 reads."""
-    yield from prompts
-    while config.prompt == (STDIN,):
+def _lines(turn: _Turn, between: str, world: World) -> Iterator[list[int]]:
+    """Tokens of each line of standard input, which rank 0 reads."""
+    while True:
         with world.without_timeout("waiting for a prompt on standard input"):
             line = sys.stdin.readline() if world.is_first else ""
         if not (line := world.broadcast(line)):
             return
         if line.strip():
-            yield ids_of(encoder, line.rstrip("\n"))
+            yield turn.ids(between + line.rstrip("\n"))
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Tokens before the document and behind each prompt: a chat template's, or what begins a text and nothing."""
+
+    encoder: Encoder
+    before: list[int]
+    after: list[int]
+
+    def ids(self, prompt: str) -> list[int]:
+        """A prompt's tokens, and what follows it."""
+        return [*ids_of(self.encoder, prompt), *self.after]
+
+
+def _turn(config: GenerateConfig, encoder: Encoder, tokenizer: Any) -> _Turn:
+    """Raises ConfigError for chat=true with a tokenizer whose template does not show a message as it is."""
+    if not config.chat:
+        return _Turn(encoder, encoder.begin, [])
+    name, mark = config.tokenizer or config.model, "ringflash-message"
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(f"chat=true needs a chat template, and tokenizer={name} has none: leave chat out")
+    message = [{"role": "user", "content": mark}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    if rendered.count(mark) != 1:
+        raise ConfigError(f"chat=true: the chat template of tokenizer={name} does not show a message once, as it is")
+    before, after = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in rendered.split(mark))
+    return _Turn(encoder, before, after)
 
 
 if __name__ == "__main__":

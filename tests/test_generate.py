@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ringflash import Loopback, ProcessRing
+from ringflash import Loopback, ProcessRing, generate
+from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
 from ringflash.generate import GenerateConfig, main, run
 from ringflash.training.world import World
+from tests.data.chat_cases import LLAMA3, SMOLLM2, chat_tokenizer
 
 ALONE = SimpleNamespace(
     size=1, is_first=True, device=torch.device("cpu"), ring=Loopback(1), broadcast=lambda x: x, max=lambda x: x,
@@ -93,6 +95,25 @@ def test_a_sampled_answer_follows_its_seed(given):
     first, second, other = (answers([*asked, f"seed={seed}"])[0] for seed in (1, 1, 2))
     assert first == second
     assert first != other
+
+
+def test_a_chat_turn_has_the_templates_tokens_and_spells_no_special_ones():
+    for template in (SMOLLM2, LLAMA3):
+        tokenizer = chat_tokenizer(template)
+        config = GenerateConfig(model="m", prompt=("Who?",), document="d", chat=True)
+        encode = encoder(tokenizer, "m")
+        turn = generate._turn(config, encode, tokenizer)
+        for document in ("It was dark.", "It said <|im_end|>."):
+            ids = [*turn.before, *encode.ids([document])[0].tolist(), *turn.ids("\n\nWho?")]
+            message = [{"role": "user", "content": f"{document}\n\nWho?"}]
+            assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False
+            )
+            ends = [tokenizer.convert_tokens_to_ids(x) for x in ("<|im_end|>", "<|eot_id|>")]
+            system = template is SMOLLM2  # whose template begins with a turn of its own
+            assert sum(ids.count(end) for end in ends) == 1 + system
+    with pytest.raises(ConfigError, match="chat=true needs a chat template, and tokenizer=m has none"):
+        generate._turn(config, encode, chat_tokenizer(None))
 
 
 def test_help_names_every_setting(capsys):

@@ -363,7 +363,7 @@ def _attend(
         splits = decode.parts(q, k, v, ((seen.start, seen.end),), scale=scale, softcap=softcap, kernel=name)
         return decode.combine(splits, sink=sink, out_dtype=out_dtype)
     kernel = kernels.select(q, k, softcap, attention.kernel, value_dim=v.shape[3])
-    out = torch.empty_like(like_out(q, v), dtype=out_dtype) if sink is None else None
+    out = None if sink is not None else torch.empty(*q.shape[:3], v.shape[3], dtype=out_dtype, device=q.device)
     k, v = k[:, : step.rows], v[:, : step.rows]
     found = kernel.forward(q, k, v, seen, scale=scale, softcap=softcap, out=out)
     if sink is not None:
