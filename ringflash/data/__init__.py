@@ -1,6 +1,7 @@
 """Documents to batches: text is tokenised once, packed by a pure function of (seed, step), and sharded over ranks.
 
 text, JSON, CSV, parquet  --documents.py-->  tokens.npy, labels.npy  --corpus.py-->  train and held-out TokenCorpus
+                                                                        several: mixture.py, one by one: shards.py
                                                                                         |  packing.py
 a rank's Shard  <--Batch.shard(layout, rank)--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
 """
@@ -9,7 +10,7 @@ from ringflash.data.batches import Batch, batch, stream
 from ringflash.data.config import DataConfig
 from ringflash.data.corpus import TokenCorpus, load_corpus
 from ringflash.data.documents import python_stdlib, tokenised
-from ringflash.data.mixture import Corpus, Mixture, description, epoch_length, load_corpora
+from ringflash.data.mixture import Corpus, Evaluated, Mixture, description, epoch_length, load_corpora
 from ringflash.data.packing import Packed, pack
 from ringflash.data.records import IGNORE
 from ringflash.data.tokenizer import check_vocabulary, load_tokenizer
@@ -19,6 +20,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "DataConfig",
+    "Evaluated",
     "Mixture",
     "Packed",
     "TokenCorpus",

@@ -52,6 +52,7 @@ class Job(NamedTuple):
     guessed: bool
     size: int
     malformed: str
+    quiet: bool = False
 
 
 @dataclasses.dataclass
@@ -133,7 +134,7 @@ def _parts(job: Job, progress: Progress) -> Iterator[tuple[tuple[int, int], Part
     """
     sizes = [file.stat().st_size for file, _ in job.sources]
     done, begun = sum(sizes[: progress.files]), progress.files
-    with tqdm(desc="tokenising", total=sum(sizes), initial=done, unit="B", unit_scale=True) as bar:
+    with tqdm(desc="tokenising", total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=job.quiet) as bar:
         for number, (file, form) in enumerate(job.sources[begun:], begun):
             passed, left = progress.parts if number == begun else 0, sizes[number]
             try:

@@ -93,6 +93,11 @@ class DataConfig:
     tokenizer: str = "bytes"
     """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
 
+    stream: bool = False
+    """Tokenise the files one after the other, each ahead of its use, instead of all before the first step: for a corpus
+    too large for that, in many files of some 100 MB. Their order is drawn in each epoch, and documents are shuffled
+    within a file."""
+
     malformed: str = "refuse"
     """What becomes of a record that cannot be used, such as broken JSON or a missing field. refuse: the run ends, and
     names file and line. skip: such records are left out and counted."""
@@ -138,6 +143,13 @@ class DataConfig:
             raise ConfigError("data.chat_template_kwargs is only read with data.chat=true")
         if not self.path and not self.sources:
             raise ConfigError("data.path is not set; add data.path=... to the command line, or data.sources")
+        if self.stream and self.sources:
+            raise ConfigError("data.stream=true is for the files of data.path, not for data.sources")
+        if self.stream and self.held_out:
+            raise ConfigError(
+                f"data.stream=true has no documents to hold out, and data.held_out={self.held_out}: set "
+                f"data.held_out=0, and data.evaluation.path to evaluate"
+            )
         if self.path and self.sources:
             raise ConfigError(f"data.path={self.path} and data.sources exclude each other: make it one of the sources")
         if self.evaluation.path and self.held_out:
@@ -176,6 +188,6 @@ class DataConfig:
     def _part(self, name: str, source: SourceConfig) -> DataConfig:
         given = {key: value for key, value in vars(source).items() if value is not None and key != "weight"}
         try:
-            return dataclasses.replace(self, sources={}, evaluation=SourceConfig(), **given)
+            return dataclasses.replace(self, sources={}, evaluation=SourceConfig(), stream=False, **given)
         except ConfigError as error:
             raise ConfigError(f"data.{name}: {error}") from error

@@ -82,14 +82,14 @@ def entropy(frequencies: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def load_corpus(config: DataConfig, *, verify: bool = True) -> tuple[TokenCorpus, TokenCorpus]:
+def load_corpus(config: DataConfig, *, verify: bool = True, quiet: bool = False) -> tuple[TokenCorpus, TokenCorpus]:
     """The training and the held-out documents of `config`, tokenised first if they are not in the cache.
 
     The split is by record, and depends only on `config.seed`, `config.held_out` and the number of records. verify:
     compare the cached tokens with their digest, which reads them all; one process per machine is enough. Raises
     ConfigError for input that cannot be used, or for too few records to hold one out.
     """
-    found = tokenised(config, verify=verify)
+    found = tokenised(config, verify=verify, quiet=quiet)
     documents = len(found.offsets) - 1
     starts = np.arange(documents) if found.starts is None else found.starts
     count = len(starts)

@@ -44,14 +44,23 @@ def python_stdlib() -> str:
     return sysconfig.get_paths()["stdlib"]
 
 
-def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
+def cache_folder(config: DataConfig) -> Path:
+    """Where the tokens of `config` are, or will be."""
+    return _folder(config, find_files(config)[0], load_tokenizer(config))
+
+
+def _folder(config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> Path:
+    return Path(config.cache).expanduser() / _fingerprint(sources, config, tokenizer)
+
+
+def tokenised(config: DataConfig, *, verify: bool = True, quiet: bool = False) -> cache.Cache:
     """The tokenised documents of `config`, built if they are not in the cache, and again if they are damaged there.
 
-    verify: compare the tokens with their digest. Raises ConfigError, in one line that names the key or the file, for
-    input that cannot be found, read or used.
+    verify: compare the tokens with their digest. quiet: without a progress bar. Raises ConfigError, in one line that
+    names the key or the file, for input that cannot be found, read or used.
     """
     (sources, left_out), tokenizer = find_files(config), load_tokenizer(config)
-    finished = Path(config.cache).expanduser() / _fingerprint(sources, config, tokenizer)
+    finished = _folder(config, sources, tokenizer)
     found = os.path.exists(finished)  # pathlib raises for a name that is too long
     if found:
         try:
@@ -69,7 +78,7 @@ def tokenised(config: DataConfig, *, verify: bool = True) -> cache.Cache:
             print(f"data.path={config.path} has files that data.files leaves out: {suffixes(left_out)}", flush=True)
         if done := build.read_progress(built).written.tokens:
             print(f"data.path={config.path}: a stopped run left {done:,} tokens; tokenising goes on there", flush=True)
-        _build(built, config, sources, tokenizer)
+        _build(built, config, sources, tokenizer, quiet)
         made = cache.read(built, verify=False)  # before the rename: a mapped file outlives its folder
         try:
             built.rename(finished)
@@ -140,10 +149,13 @@ def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
     return Texts(config.field or FIELD, encoder(tokenizer, config.tokenizer))
 
 
-def _build(folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> None:
+def _build(
+    folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase, quiet: bool
+) -> None:
     """Writes the cache into `folder`, on from where it is."""
     meaning, size = reading(config, tokenizer), tokenizer_size(tokenizer)
-    progress, contents = build.build(folder, Job(sources, meaning, config.format is None, size, config.malformed))
+    job = Job(sources, meaning, config.format is None, size, config.malformed, quiet)
+    progress, contents = build.build(folder, job)
     skipped, first = progress.skipped, progress.first_skipped
     if not contents:
         left = f"; {skipped} are left out as malformed, the first: {first}" if skipped else ""

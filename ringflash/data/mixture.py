@@ -18,10 +18,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ringflash.data.config import DataConfig
 from ringflash.data.corpus import TokenCorpus, entropy, load_corpus
+from ringflash.data.documents import find_files, reading
 from ringflash.data.packing import Packed, pack, sequences_per_epoch, summary
+from ringflash.data.shards import Shards
 from ringflash.errors import ConfigError
 
 
@@ -47,19 +50,20 @@ class Mixture:
         return entropy(frequencies)
 
 
-Corpus = TokenCorpus | Mixture
+Evaluated = TokenCorpus | Mixture
+Corpus = Evaluated | Shards
 
 
-def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Corpus | None]:
+def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Evaluated | None]:
     """What `config` trains on, and what it evaluates on, if anything; see `load_corpus`.
 
     Raises ConfigError as it does, and for documents that do not fill a sequence; it names the source.
     """
     loaded = {}
-    for name, part in config.parts().items():
+    for name, part in config.parts().items() if not config.stream else ():
         with _named(f"data.sources.{name}" if name else ""):
             loaded[name] = load_corpus(part, verify=verify)
-    training = _mixed(config, {name: splits[0] for name, splits in loaded.items()})
+    training: Corpus = Shards(config) if config.stream else _mixed(config, {name: x[0] for name, x in loaded.items()})
     if (own := config.evaluated()) is not None:
         with _named("data.evaluation"):
             held_out = replace(load_corpus(own, verify=verify)[0], split="evaluation")
@@ -68,7 +72,17 @@ def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Co
     return training, _mixed(config, {name: splits[1] for name, splits in loaded.items()}) if config.held_out else None
 
 
-def _mixed(config: DataConfig, corpora: dict[str, TokenCorpus]) -> Corpus:
+def check_sources(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError for a source that has no files, or whose records this tokenizer cannot encode."""
+    own = config.evaluated()
+    named = {f"data.sources.{name}" if name else "": part for name, part in config.parts().items()}
+    for name, part in (named | ({} if own is None else {"data.evaluation": own})).items():
+        with _named(name):
+            find_files(part)
+            reading(part, tokenizer)
+
+
+def _mixed(config: DataConfig, corpora: dict[str, TokenCorpus]) -> Evaluated:
     """The corpora as one."""
     sizes = []
     for name, corpus in corpora.items():
@@ -91,6 +105,8 @@ def _named(source: str) -> Iterator[None]:
 
 def packed(corpus: Corpus, seed: int, index: int, length: int) -> Packed:
     """The index-th sequence of `length` tokens, counted over all epochs."""
+    if isinstance(corpus, Shards):
+        return corpus.packed(seed, index, length)
     if isinstance(corpus, TokenCorpus):
         return pack(corpus, seed, index, length)
     source, number = drawn(corpus.shares, index)
@@ -99,6 +115,10 @@ def packed(corpus: Corpus, seed: int, index: int, length: int) -> Packed:
 
 def epoch_length(corpus: Corpus, length: int) -> int:
     """Sequences in an epoch: as many as all sources have. Where shares are other than sizes, some begin again in it."""
+    if isinstance(corpus, Shards):
+        raise ConfigError(
+            "optim.epochs needs a number of sequences, which data.stream=true does not know: set optim.steps"
+        )
     if isinstance(corpus, TokenCorpus):
         return sequences_per_epoch(corpus, length)
     return sum(sequences_per_epoch(one, length) for one in corpus.corpora.values())
@@ -106,6 +126,9 @@ def epoch_length(corpus: Corpus, length: int) -> int:
 
 def description(corpus: Corpus, length: int) -> list[str]:
     """Two lines on each source: see `summary`."""
+    if isinstance(corpus, Shards):
+        files, size = len(corpus.files), corpus.bytes
+        return [f"{corpus.split:<10} {files:,} files of {size:,} bytes, each tokenised ahead of its use"]
     if isinstance(corpus, TokenCorpus):
         return summary(corpus, length)
     lines = []

@@ -125,20 +125,21 @@ def _packed(pieces: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Pack
 @lru_cache(maxsize=4)  # the current epoch and the next, for training and for evaluation
 def _order(corpus: TokenCorpus, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """An epoch's order of documents, and where each ends in it: int64 [documents], twice."""
-    order = _generator(seed, epoch).permutation(len(corpus))
+    order = epoch_generator(seed, epoch).permutation(len(corpus))
     return order, corpus.lengths[order].cumsum()
 
 
 @lru_cache(maxsize=4)
 def _drawn(corpus: TokenCorpus, seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """An epoch's document at each place of the plan, and its order of sequences, int64 [places] and [sequences]."""
-    plan, generator = _plan(corpus, length), _generator(seed, epoch)
+    plan, generator = _plan(corpus, length), epoch_generator(seed, epoch)
     kept = generator.permutation(plan.kept)
     by_length = np.argsort(-np.minimum(corpus.lengths[kept], length), kind="stable")
     return kept[by_length], generator.permutation(len(plan.ends))
 
 
-def _generator(seed: int, epoch: int) -> np.random.Generator:
+def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
+    """What draws an epoch's orders."""
     # epoch + 1, because numpy draws the same from (seed, 0) as from seed, which draws the split
     return np.random.default_rng((seed, epoch + 1))
 

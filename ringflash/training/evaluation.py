@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from ringflash.data import Corpus, batch
+from ringflash.data import Evaluated, batch
 from ringflash.data.batches import Batch
 from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
@@ -60,7 +60,7 @@ class Evaluation:
     """The first sequences of a held-out corpus, and what shards them."""
 
     config: EvaluationConfig
-    corpus: Corpus
+    corpus: Evaluated
     length: int
     world: World
     layout_for: Layouts

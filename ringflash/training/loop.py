@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 from transformers import PreTrainedModel
 
-from ringflash.data import Corpus, description, epoch_length, load_corpora, stream
+from ringflash.data import Corpus, Evaluated, description, epoch_length, load_corpora, stream
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded
@@ -142,7 +142,7 @@ def _build_model(job: Job, world: World) -> PreTrainedModel:
     return model
 
 
-def _load_corpora(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
+def _load_corpora(config: Config, world: World) -> tuple[Corpus, Evaluated | None]:
     """Training and held-out documents. Rank 0 tokenises; then one rank of each other machine checks what it finds."""
     source = f"data.path={config.data.path}" if config.data.path else f"data.sources {', '.join(config.data.sources)}"
     with world.without_timeout(f"tokenising {source}"):
@@ -164,8 +164,10 @@ def _load_corpora(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
 def _with_steps(job: Job, training: Corpus, world: World) -> Job:
     """The job, with optim.epochs as steps."""
     config = job.config
+    if config.optim.epochs is None:
+        return job
     optim = config.optim.of_epoch(epoch_length(training, config.data.sequence_length))
-    if world.is_first and optim != config.optim:
+    if world.is_first:
         print(f"steps      {optim.total_steps:,}, which are {config.optim.epochs:g} epochs", flush=True)
     return job._replace(config=dataclasses.replace(config, optim=optim))
 

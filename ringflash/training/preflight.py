@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ringflash.data import DataConfig, check_vocabulary, load_tokenizer, python_stdlib
-from ringflash.data.documents import find_files, reading
+from ringflash.data.mixture import check_sources
 from ringflash.errors import ConfigError
 from ringflash.models import check_kernel, check_length, read_config, tiles_of
 from ringflash.models.configuration import DTYPES
@@ -70,10 +70,7 @@ def check_inputs(
         )
     tokenizer = load_tokenizer(config.data)
     check_vocabulary(config.data, tokenizer, model_config.vocab_size)
-    own = config.data.evaluated()
-    for part in (*config.data.parts().values(), *([] if own is None else [own])):
-        find_files(part)
-        reading(part, tokenizer)
+    check_sources(config.data, tokenizer)
     return model_config, tokenizer
 
 

@@ -1,0 +1,159 @@
+"""Shards: a corpus too large to tokenise first. Its files are tokenised one after the other, each ahead of its use.
+
+    order of an epoch       c        a        b              drawn from (seed, epoch)
+    tokens on the disk      read     ahead
+    ledger.json             12 sequences: where a begins     known once a file is tokenised
+
+The sequences of a file are those of a corpus of its own: `pack`. So which sequence is the n-th follows from the files
+and the seed alone, whatever the number of ranks. The ledger keeps how many each file has, so that a resumed run
+tokenises the file that it was in, and none before. A file's tokens are deleted when the stream is two files further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from ringflash.data.config import DataConfig, SourceConfig
+from ringflash.data.corpus import TokenCorpus, load_corpus
+from ringflash.data.documents import cache_folder, find_files
+from ringflash.data.packing import Packed, epoch_generator, pack, sequences_per_epoch
+from ringflash.data.tokenizer import load_tokenizer
+from ringflash.errors import ConfigError
+
+LEDGER = "ledger.json"
+
+
+class Shards:
+    """The files of `config`, each a corpus. digest: of their names and sizes, the tokenizer and how they are read."""
+
+    split = "training"
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.files = [file for file, _ in find_files(config)[0]]
+        self.bytes = sum(file.stat().st_size for file in self.files)
+        self.digest = self._digest()
+        self._folder = Path(config.cache).expanduser() / f"{self.digest}.shards"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._counts: dict[str, int] = self._ledger()
+        self._loaded: dict[int, TokenCorpus] = {}
+        self._ahead: int | None = None  # the file that a thread tokenises, or has tokenised
+        self._reached = (0, 0, 0)  # epoch, place in its order, and the sequences before
+
+    def packed(self, seed: int, index: int, length: int) -> Packed:
+        """The index-th sequence of the stream. Raises ConfigError for a file that cannot be used."""
+        epoch, place, number = self._find(seed, index)
+        shard = self._order(seed, epoch)[place]
+        corpus = self._corpus(shard)
+        self._prepare(seed, epoch, place)
+        return pack(corpus, seed, epoch * self._counts[str(shard)] + number, length)
+
+    def _find(self, seed: int, index: int) -> tuple[int, int, int]:
+        """The epoch, the place in its order, and the number in that file of a sequence."""
+        epoch, place, before = self._reached if index >= self._reached[2] else (0, 0, 0)
+        while True:
+            order = self._order(seed, epoch)
+            for at in range(place, len(order)):
+                count = self._count(order[at])
+                if index < before + count:
+                    self._reached = (epoch, at, before)
+                    return epoch, at, index - before
+                before += count
+            if before == 0:
+                raise ConfigError(
+                    f"data.path={self.config.path}: none of its {len(self.files)} files fills a sequence of "
+                    f"data.sequence_length={self.config.sequence_length} tokens"
+                )
+            epoch, place = epoch + 1, 0
+
+    def _order(self, seed: int, epoch: int) -> list[int]:
+        """The files in the order of an epoch."""
+        return epoch_generator(seed, epoch).permutation(len(self.files)).tolist()
+
+    def _count(self, shard: int) -> int:
+        """The sequences of a file."""
+        if str(shard) not in self._counts:
+            self._counts |= self._ledger()
+        if str(shard) not in self._counts:
+            self._corpus(shard)
+        return self._counts[str(shard)]
+
+    def _corpus(self, shard: int) -> TokenCorpus:
+        """The documents of a file, tokenised first where they are not in the cache."""
+        if shard not in self._loaded:
+            self._loaded[shard] = self._tokenised(shard)
+        return self._loaded[shard]
+
+    def _tokenised(self, shard: int) -> TokenCorpus:
+        """The documents of a file. One process of a machine tokenises it, and the others wait."""
+        with self._locked(str(shard)):
+            corpus, _ = load_corpus(self._part(shard), quiet=True)
+        try:
+            count = sequences_per_epoch(corpus, self.config.sequence_length)
+        except ConfigError:  # less than a sequence
+            count = 0
+        with self._locked(LEDGER):
+            known = self._ledger()
+            if known.get(str(shard), count) != count:
+                raise ConfigError(
+                    f"{self.files[shard]} has {count} sequences, and had {known[str(shard)]} when it was read before: "
+                    f"the files of data.stream=true must not change; delete {self._folder} to begin again with them"
+                )
+            self._counts = known | {str(shard): count}
+            new = self._folder / f"{LEDGER}.new"
+            new.write_text(json.dumps(self._counts), encoding="utf-8")
+            new.replace(self._folder / LEDGER)
+        return corpus
+
+    def _prepare(self, seed: int, epoch: int, place: int) -> None:
+        """Tokenise the next file in a thread, and delete what is behind the one before."""
+        order = self._order(seed, epoch)
+        following = order[place + 1] if place + 1 < len(order) else self._order(seed, epoch + 1)[0]
+        wanted = {order[place], following, order[max(place - 1, 0)]}
+        for shard in [shard for shard in self._loaded if shard not in wanted]:
+            del self._loaded[shard]
+            shutil.rmtree(cache_folder(self._part(shard)), ignore_errors=True)
+        if following not in self._loaded and following != self._ahead:
+            self._ahead = following
+            # A daemon: a run that ends does not wait for it, and the next one continues what it leaves.
+            threading.Thread(target=self._try, args=(following,), name="next shard", daemon=True).start()
+
+    def _try(self, shard: int) -> None:
+        with contextlib.suppress(ConfigError):  # raised where the file is used
+            self._tokenised(shard)
+
+    def _part(self, shard: int) -> DataConfig:
+        return dataclasses.replace(
+            self.config, path=str(self.files[shard]), stream=False, held_out=0.0, evaluation=SourceConfig()
+        )
+
+    def _ledger(self) -> dict[str, int]:
+        try:
+            return json.loads((self._folder / LEDGER).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Holds a lock among the processes and threads of this machine."""
+        with open(self._folder / f"{name}.lock", "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError):  # a file system without locks: each process tokenises
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _digest(self) -> str:
+        config, tokenizer = self.config, load_tokenizer(self.config)
+        files = [(os.path.relpath(file, config.path), file.stat().st_size) for file in self.files]
+        read = [config.format, config.field, config.chat, config.chat_template_kwargs, config.malformed]
+        packed = [config.packing, config.sequence_length]
+        rules = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, tokenizer.chat_template]
+        return hashlib.sha256(json.dumps([files, read, packed, rules]).encode()).hexdigest()[:16]

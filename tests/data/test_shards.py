@@ -1,0 +1,148 @@
+"""A stream of files is the sequences of each file in turn, resumable anywhere, with few files' tokens on the disk."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from ringflash.data import batch, load_corpora, load_corpus
+from ringflash.data.config import DataConfig, SourceConfig
+from ringflash.data.mixture import description, epoch_length
+from ringflash.data.packing import epoch_generator, pack, sequences_per_epoch
+from ringflash.data.shards import Shards
+from ringflash.errors import ConfigError
+from tests.data.cases import write_jsonl, write_parquet
+
+LENGTH = 16
+COUNTS = [3, 1, 0, 5, 2]  # sequences of each file
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Files of these numbers of sequences, in two formats."""
+    (tmp_path / "text").mkdir()
+    for i, count in enumerate(COUNTS):
+        texts = [chr(97 + i) * 7] * (2 * count + 1)
+        write = write_parquet if i % 2 else write_jsonl
+        write(tmp_path / "text" / f"{i}.{'parquet' if i % 2 else 'jsonl'}", texts)
+
+    def made(**settings):
+        fixed = {"path": str(tmp_path / "text"), "cache": str(tmp_path / "cache"), "sequence_length": LENGTH}
+        return DataConfig(**{"stream": True, "held_out": 0.0} | fixed | settings)
+
+    return made
+
+
+def expected(config, tmp_path, seed, epochs):
+    """The stream, from whole corpora."""
+    parts = [
+        DataConfig(path=str(file), cache=str(tmp_path / "whole"), held_out=0, sequence_length=LENGTH)
+        for file in sorted((tmp_path / "text").iterdir())
+    ]
+    corpora = [load_corpus(part)[0] for part in parts]
+    assert [corpus.total // LENGTH for corpus in corpora] == COUNTS
+    return [
+        pack(corpora[i], seed, epoch * COUNTS[i] + number, LENGTH).tokens
+        for epoch in range(epochs)
+        for i in epoch_generator(seed, epoch).permutation(len(COUNTS))
+        for number in range(COUNTS[i])
+    ]
+
+
+def tokenised_files(monkeypatch):
+    """The numbers of the files that are tokenised or read from the cache, as they are."""
+    found, real = [], Shards._tokenised
+    monkeypatch.setattr(Shards, "_tokenised", lambda self, shard: found.append(shard) or real(self, shard))
+    return found
+
+
+def settled():
+    """Wait for the threads that tokenise ahead."""
+    for thread in threading.enumerate():
+        if thread.name == "next shard":
+            thread.join()
+
+
+def test_the_stream_is_the_sequences_of_each_file_in_an_order_drawn_per_epoch(config, tmp_path):
+    exact = expected(config(), tmp_path, seed=3, epochs=3)
+    stream, _ = load_corpora(config())
+    for i, tokens in enumerate(exact):
+        assert torch.equal(stream.packed(3, i, LENGTH).tokens, tokens), i
+        settled()
+        assert len(list((tmp_path / "cache").glob("*/corpus.json"))) <= 4
+    assert torch.equal(stream.packed(3, 1, LENGTH).tokens, exact[1])  # whose tokens are deleted
+    assert description(stream, LENGTH)[0].startswith("training   5 files of ")
+
+
+def test_rows_of_two_replicas_are_those_of_one(config, tmp_path):
+    exact = expected(config(), tmp_path, seed=0, epochs=2)
+    halves = [Shards(config()), Shards(config())]
+    for step in range(5):
+        for half, rows in zip(halves, (range(2), range(2, 4)), strict=True):
+            found = batch(half, seed=0, step=step, batch_size=4, length=LENGTH, rows=rows).tokens
+            assert torch.equal(found, torch.stack(exact[4 * step : 4 * step + 4][rows.start : rows.stop]))
+    settled()
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["", "ledger lost"])
+def test_a_resumed_stream_goes_on_exactly_and_tokenises_no_file_before_its_place(config, tmp_path, monkeypatch, lost):
+    exact = expected(config(), tmp_path, seed=1, epochs=2)
+    first = Shards(config())
+    for i in range(9):
+        first.packed(1, i, LENGTH)
+    settled()
+    if lost:
+        (first._folder / "ledger.json").unlink()
+    found = tokenised_files(monkeypatch)
+    resumed = Shards(config())
+    assert torch.equal(resumed.packed(1, 9, LENGTH).tokens, exact[9])
+    settled()
+    order = epoch_generator(1, 0).permutation(len(COUNTS)).tolist()
+    ends = list(itertools.accumulate(COUNTS[i] for i in order))
+    place = next(i for i, end in enumerate(ends) if end > 9)
+    assert {*found} <= {*order[0 if lost else place : place + 2]} | {epoch_generator(1, 1).permutation(5).tolist()[0]}
+
+
+def test_a_source_to_evaluate_on_is_tokenised_whole(config, tmp_path):
+    own = SourceConfig(path=str(tmp_path / "text" / "3.parquet"))
+    training, held_out = load_corpora(config(evaluation=own))
+    assert isinstance(training, Shards)
+    assert (len(held_out), sequences_per_epoch(held_out, LENGTH)) == (11, 5)
+
+
+def test_a_file_that_cannot_be_used_is_refused_with_its_line_when_it_is_reached(config, tmp_path):
+    (tmp_path / "text" / "0.jsonl").write_text('{"text": 1}')
+    stream = Shards(config())
+    with pytest.raises(ConfigError, match=r"0\.jsonl line 1: data\.field=text holds int, not text"):
+        batch(stream, seed=0, step=0, batch_size=20, length=LENGTH)
+    settled()
+
+
+def test_a_file_that_has_changed_is_refused(config, tmp_path):
+    stream = Shards(config())
+    for i in range(11):
+        stream.packed(0, i, LENGTH)
+    settled()
+    file = tmp_path / "text" / "0.jsonl"
+    file.write_text(file.read_text().replace("aaaaaaa", "a\\u0061"))  # of the same size
+    with pytest.raises(ConfigError, match=r"0\.jsonl has \d sequences, and had 3 when it was read before"):
+        Shards(config())._tokenised(0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"held_out": 0.1}, "data.stream=true has no documents to hold out, and data.held_out=0.1"),
+        ({"sequence_length": 999}, "none of its 5 files fills a sequence of data.sequence_length=999 tokens"),
+    ],
+    ids=["held out", "too long"],
+)
+def test_what_cannot_be_streamed_is_refused(config, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Shards(config(**settings)).packed(0, 0, settings["sequence_length"])
+
+
+def test_epochs_are_refused(config):
+    with pytest.raises(ConfigError, match=r"optim\.epochs needs a number of sequences, which data\.stream=true"):
+        epoch_length(Shards(config()), LENGTH)
