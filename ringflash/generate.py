@@ -24,7 +24,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ringflash.errors import ConfigError
-from ringflash.reading import STDIN, ReadConfig, check_room, ids_of, load_encoder, load_model, now, report, text_of
+from ringflash.reading import (
+    STDIN,
+    ReadConfig,
+    check_room,
+    ids_of,
+    load_encoder,
+    load_model,
+    make_cache,
+    now,
+    report,
+    text_of,
+)
 from ringflash.training import failure
 
 if TYPE_CHECKING:
@@ -96,7 +107,7 @@ def run(config: GenerateConfig, world: World) -> None:
     """Everything after the ranks are connected. Raises ConfigError, on every rank, for what cannot work."""
     import torch
 
-    from ringflash.models import RingCache, prefill
+    from ringflash.models import prefill
 
     reads = world.is_first and config.document is not None
     text = world.broadcast(text_of("document", str(config.document)) if reads else None)
@@ -109,10 +120,7 @@ def run(config: GenerateConfig, world: World) -> None:
     between = "\n\n" if config.chat and text else ""
     prompts = [] if config.prompt == (STDIN,) else [turn.ids(between + prompt) for prompt in config.prompt]
     longest = max(map(len, prompts)) if prompts else config.prompt_tokens
-    cache = RingCache(
-        model, max(1, len(document) + longest + config.new_tokens), ring=world.ring, chunk=config.chunk,
-        kernel=config.kernel,
-    )  # fmt: skip
+    cache = make_cache(config, model, max(1, len(document) + longest + config.new_tokens), world)
     room = f"a document of {len(document)} tokens, a prompt of {longest} and new_tokens={config.new_tokens}"
     check_room(config, room, cache, world)
 

@@ -184,6 +184,16 @@ def ids_of(encoder: Encoder, text: str) -> list[int]:
     return encoder.ids([text])[0].tolist()
 
 
+def make_cache(config: ReadConfig, model: PreTrainedModel, capacity: int, world: World) -> RingCache:
+    """A cache shared by all ranks. Raises ConfigError for a chunk or a length that it cannot have."""
+    from ringflash.models import RingCache
+
+    try:
+        return RingCache(model, capacity, ring=world.ring, chunk=config.chunk, kernel=config.kernel)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def check_room(config: ReadConfig, what: str, cache: RingCache, world: World) -> None:
     """Raise ConfigError, on every rank, where positions or the memory of any rank do not suffice for a cache.
 

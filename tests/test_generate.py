@@ -164,12 +164,14 @@ def test_bad_input_is_named_in_one_line(given, tmp_path):
         ({"tokenizer": model}, "^tokenizer=.* holds no loadable tokenizer"),
         ({"model": tmp_path / "small"}, "tokenizer=bytes does not fit model=.*: it has 384 tokens, .* vocab_size=300"),
         ({"kernel": "fast"}, "^kernel=fast is not one of auto, hopper"),
+        ({"chunk": 2, "ring": Loopback(2)}, "^chunk must be 4 or more"),
         ({"new_tokens": 1400}, "a document of 640 tokens, a prompt of 1 .* are 2041 positions, more than the 2000"),
         ({"new_tokens": 10**12, "extrapolate_positions": "true"}, r"need a cache of .* GiB on each rank, .* take more"),
     ):
+        world = SimpleNamespace(**vars(ALONE) | {"ring": change.pop("ring", Loopback(1))})
         config = GenerateConfig.parse([f"{name}={value}" for name, value in (asked | change).items()])
         with pytest.raises(ConfigError, match=message) as error:
-            run(config, ALONE)
+            run(config, world)
         assert "\n" not in str(error.value)
 
 

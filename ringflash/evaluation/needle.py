@@ -34,7 +34,7 @@ from torch import Tensor
 from ringflash.data import python_stdlib
 from ringflash.errors import ConfigError
 from ringflash.models import RingCache, prefill
-from ringflash.reading import ReadConfig, check_room, ids_of, load_encoder, load_model, now, report, text_of
+from ringflash.reading import ReadConfig, check_room, ids_of, load_encoder, load_model, make_cache, now, report, text_of
 from ringflash.ring.transport import Ring
 from ringflash.training import failure
 from ringflash.training.files import write_whole, writing
@@ -174,8 +174,7 @@ def run(config: NeedleConfig, world: World) -> list[Found]:
         tasks = [task_of(config, encoder, numbers.randrange(10**6, 10**7)) for _ in config.depths]
         if (least := max(task.tokens for task in tasks) + 1) > length:
             raise ConfigError(f"lengths={length} is too short: needle, question and answer are {least - 1} tokens")
-        cache = RingCache(model, length, ring=world.ring, chunk=config.chunk)
-        check_room(config, f"lengths={length} tokens", cache, world)
+        check_room(config, f"lengths={length} tokens", make_cache(config, model, length, world), world)
         begin = now(world.device)
         row = search(
             model, haystack, tasks, length, config.depths, world.ring, chunk=config.chunk, kernel=config.kernel

@@ -59,7 +59,9 @@ def ring_attention_forward(
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or None, "sink": s_aux}
     if note is not None and plan is None:
         return _cached(*note, module, query, key, value, attention_mask, sliding_window, options), None
-    if not isinstance(plan, AttentionPlan) or note is not None:
+    if note is not None:
+        raise ValueError("plan= and past_key_values=RingCache were both given: a plan trains, a cache generates")
+    if not isinstance(plan, AttentionPlan):
         raise ValueError(
             f'attn_implementation="ring" needs plan=, an AttentionPlan, got {plan!r:.100}: call the model with what '
             f"ringflash.models.ring_inputs returns; to generate, give past_key_values=RingCache(model, capacity=N) and "

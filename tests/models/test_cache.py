@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from ringflash import Loopback, ProcessRing
-from ringflash.models import RingCache, prefill
+from ringflash.models import RingCache, prefill, ring_inputs
 from tests.models.cases import tiny
 
 # What a family asks of attention: grouped heads, windows and a softcap, sinks, windows everywhere, MLA, experts.
@@ -209,5 +209,8 @@ def test_calls_that_would_come_out_wrong_are_refused():
     prefill(model, TOKENS, cache := RingCache(model, 50))
     with torch.no_grad(), pytest.raises(ValueError, match=r"of 2 batch rows of torch\.float32 cannot take 1 rows"):
         model(TOKENS[:1, :2], past_key_values=cache)
+    inputs = ring_inputs(TOKENS, ring=Loopback(1)) | {"past_key_values": RingCache(model, 50)}
+    with torch.no_grad(), pytest.raises(ValueError, match="plan= and past_key_values=RingCache were both given"):
+        model(**inputs)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(-1)
