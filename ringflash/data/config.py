@@ -174,16 +174,12 @@ class DataConfig:
     def parts(self) -> dict[str, DataConfig]:
         """The settings of each source, by its name; of data.path, if that is the only one."""
         if self.path:
-            return {"": dataclasses.replace(self, evaluation=SourceConfig())} if self.evaluation.path else {"": self}
+            return {"": self}
         return {name: self._part(f"sources.{name}", source) for name, source in self.sources.items()}
 
     def evaluated(self) -> DataConfig | None:
         """The settings of the source to evaluate on, if there is one of its own."""
         return self._part("evaluation", self.evaluation) if self.evaluation.path else None
-
-    def evaluates(self) -> bool:
-        """Whether there are documents to evaluate on."""
-        return bool(self.held_out or self.evaluation.path)
 
     def _part(self, name: str, source: SourceConfig) -> DataConfig:
         given = {key: value for key, value in vars(source).items() if value is not None and key != "weight"}
