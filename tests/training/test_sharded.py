@@ -21,10 +21,8 @@ from tests.models.cases import architecture, tiny
 from tests.training.engines import joined
 
 MAKERS = (random_model, pretrained_model)
-# Families whose parts are initialised by the module around them, whose experts are converted, and with tied weights.
-FAMILIES = ["afmoe", "nanochat", "mixtral", "gemma2", "qwen3"]
 M_MMAP_THRESHOLD = -3  # of malloc.h
-LARGE = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 24}  # 100 MB in fp32
+LARGE = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 16}  # 63 MB in fp32
 
 
 def changed(model_type):
@@ -63,8 +61,9 @@ def refusal(folder):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["afmoe", "nanochat", "gemma2"])
 def test_random_weights_are_those_of_the_same_seed_built_whole(ranks, model_type):
+    # two families initialise parts of their parts, one ties weights
     model = tiny(model_type)
     expected = dict((*model.named_parameters(), *model.named_buffers()))
     for found, sizes in ranks.run(built, 2, model_type):
@@ -73,8 +72,9 @@ def test_random_weights_are_those_of_the_same_seed_built_whole(ranks, model_type
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma2"])
 def test_a_checkpoint_is_loaded_and_exported_as_transformers_does(ranks, tmp_path, model_type):
+    # one family has experts that are converted, one ties weights
     model = changed(model_type)
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
     model.save_pretrained(tmp_path / "whole")
@@ -89,6 +89,24 @@ def test_a_checkpoint_is_loaded_and_exported_as_transformers_does(ranks, tmp_pat
     assert len([*(tmp_path / "out-20000").glob("model-*-of-*.safetensors")]) > 1
     again = build_model(ModelConfig(path=str(tmp_path / "out-20000"), dtype="fp32"))
     assert [name for name, x in model.named_parameters() if not torch.equal(x, again.get_parameter(name))] == []
+
+
+def unwritten(folder):
+    def begin():
+        raise OSError("no space")
+
+    world, model = joined(None), build_model(ModelConfig(architecture=architecture("llama"), dtype="fp32"), MAKERS)
+    try:
+        write_weights(model, Path(folder), world, begin)
+    except OSError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.ranks
+def test_a_full_disk_of_rank_0_keeps_no_rank_waiting(ranks, tmp_path):
+    assert ranks.run(unwritten, 2, str(tmp_path)) == ["no space", "nothing"]
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.ranks
@@ -142,7 +160,7 @@ class Resident:
 
 def growth(folder):
     """By how much a rank grows while a model is built whole; built, loaded and exported divided; in MB."""
-    world, found, sharded.SHARD = joined(None), {}, 10**7
+    world, found, sharded.SHARD = joined(None), {}, 5 * 10**6
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back to the system at once
     build_model(ModelConfig(architecture=architecture("llama"), dtype="fp32"), MAKERS)  # what is imported first
     config = ModelConfig(architecture=architecture("llama", **LARGE), dtype="fp32")
@@ -167,6 +185,6 @@ def test_no_rank_ever_holds_a_whole_model(ranks, tmp_path):
     size *= 4 / 1e6
     for rank in ranks.run(growth, 2, str(tmp_path)):
         assert rank["whole"] > 0.8 * size, rank
-        assert rank["divided"] < 0.7 * size, rank  # half of it, and layers
-        assert rank["loaded"] < 0.7 * size, rank
+        assert rank["divided"] < 0.75 * size, rank  # half of it, and layers
+        assert rank["loaded"] < 0.75 * size, rank
         assert rank["exported"] < 0.3 * size, rank
