@@ -25,7 +25,7 @@ from ringflash.ring.plan import AttentionPlan
 # What transformers passes to every attention function and what does not change attention.
 _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "shift_labels", "use_cache",
+    "output_router_logits", "position_ids", "return_dict", "shift_labels", "tokenizer", "use_cache",
 }  # fmt: skip
 
 
