@@ -120,7 +120,9 @@ class RingLM(TemplateLM):
                 ids, past_key_values=cache, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False,
                 eos_token_id=self.eot_token_id, pad_token_id=self.eot_token_id, **stops,
             )  # fmt: skip
-            answer: Any = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            answer: Any = self.tokenizer.decode(
+                out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             answers.append(min((answer.split(stop)[0] for stop in until), key=len, default=answer))
         return answers
 
