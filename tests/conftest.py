@@ -5,10 +5,12 @@ import os
 import hypothesis
 import pytest
 import torch
+from tqdm import tqdm
 
 from tests import interpreter
 from tests.pool import Pool
 
+tqdm.monitor_interval = 0  # its thread's lock, held during a fork, would stop every bar of the forked process
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("ringflash", deadline=None, max_examples=50, derandomize=True)

@@ -27,6 +27,10 @@ _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "position_ids", "return_dict", "shift_labels", "tokenizer", "use_cache",
 }  # fmt: skip
+_OTHER_MASK = (
+    "a layer's mask is neither causal nor a sliding window alone, and the plan has no other: chunks, and tokens that "
+    "see those after them, are not supported on the ring"
+)
 
 
 @torch.compiler.disable  # streams and exchanges cannot be part of a compiled graph
@@ -102,6 +106,8 @@ def _cached(
     """A layer's attention over its cache, which was updated for it."""
     if (here := getattr(module, "layer_idx", layer_idx)) != layer_idx:
         raise ValueError(f"layer {here} attends after the cache of layer {layer_idx} was updated: not supported")
+    if isinstance(mask, RingMask) and mask.other:
+        raise ValueError(_OTHER_MASK)
     q, k, v = _by_token(query, key, value)
     scale = q.shape[-1] ** -0.5 if options["scale"] is None else float(options["scale"])
     return cache.attend(layer_idx, q, k, v, _window(mask, sliding_window), **options | {"scale": scale})
@@ -197,11 +203,7 @@ def _ring_mask(
     if mask_function is bidirectional_mask_function:
         raise ValueError(BIDIRECTIONAL)
     shape = torch.Size([batch_size, q_length])
-    if not _only_windowed(mask_function, local_size):
-        raise ValueError(
-            "a layer's mask is neither causal nor a sliding window alone, and the plan has no other: chunks, and "
-            "tokens that see those after them, are not supported on the ring"
-        )
+    other = not _only_windowed(mask_function, local_size)
     if not isinstance(attention_mask, RingMask):
         if attention_mask is not None and not bool(attention_mask.all()):
             hidden = int((~attention_mask.bool()).sum())
@@ -209,12 +211,14 @@ def _ring_mask(
                 f"attention_mask hides {hidden} tokens: padding masks are not supported; pack documents instead of "
                 f"padding"
             )
-        return RingMask(shape, device=device, window=local_size)
+        return RingMask(shape, device=device, window=local_size, other=other)
     if attention_mask.shape != shape:
         raise ValueError(
             f"a model's input of {[*shape]} does not fit the others, which ring_inputs made for "
             f"{[*attention_mask.shape]}: each batch needs a plan of its own, and prompts cannot be put in front"
         )
+    if other:
+        raise ValueError(_OTHER_MASK)
     return attention_mask.windowed(local_size)
 
 

@@ -45,6 +45,7 @@ class RingMask:
 
     shape: of the input_ids beside it. labels: how many labels the whole sequences have, None where none were given.
     window: how many tokens a query of some layers sees, None for all of its document's before it. plan: the step's.
+    other: transformers' own mask of these layers limits them further, which only a plan could say.
     Any use but those that leave it as it is raises ValueError.
     """
 
@@ -55,11 +56,13 @@ class RingMask:
         device: torch.device | str = "cpu",
         window: int | None = None,
         plan: AttentionPlan | None = None,
+        other: bool = False,
     ) -> None:
         self.shape = torch.Size(shape)
         self.labels = labels
         self.window = window
         self.plan = plan
+        self.other = other
         self.device = torch.device(device)
         self.dtype = torch.bool
         self.ndim = len(self.shape)

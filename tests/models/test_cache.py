@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from ringflash import Loopback, ProcessRing
-from ringflash.models import RingCache, prefill, ring_inputs
+from ringflash.models import RingCache, attention, prefill, ring_inputs
 from tests.models.cases import tiny
 
 # What a family asks of attention: grouped heads, windows and a softcap, sinks, windows everywhere, MLA, experts.
@@ -214,3 +214,10 @@ def test_calls_that_would_come_out_wrong_are_refused():
         model(**inputs)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(-1)
+
+
+def test_a_cache_refuses_layers_whose_mask_is_more_than_a_window(monkeypatch):
+    model = tiny("llama").eval()
+    monkeypatch.setattr(attention, "_only_windowed", lambda mask_function, window: False)
+    with torch.no_grad(), pytest.raises(ValueError, match="neither causal nor a sliding window alone"):
+        model(TOKENS[:1, :8], past_key_values=RingCache(model, 40), use_cache=True)
