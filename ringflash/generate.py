@@ -16,8 +16,6 @@ Settings are key=value:
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,15 +26,16 @@ from ringflash.reading import (
     STDIN,
     ReadConfig,
     check_room,
+    command,
     ids_of,
     load_encoder,
     load_model,
     make_cache,
     now,
     report,
+    start,
     text_of,
 )
-from ringflash.training import failure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,25 +81,6 @@ class GenerateConfig(ReadConfig):
             raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
-
-
-def main(arguments: list[str]) -> None:
-    """Parse the settings, read the document, answer the prompts."""
-    if {"--help", "-h"} & {*arguments}:
-        print(f"{__doc__}\n{GenerateConfig.settings_help()}")
-        return
-    config = GenerateConfig.parse([x for x in arguments if not x.startswith("--local_rank=")])
-    import torch.distributed as dist
-
-    from ringflash.training.parallel import ParallelConfig
-    from ringflash.training.world import join
-
-    world = join(ParallelConfig(layout="zigzag"))
-    try:
-        run(config, world)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def run(config: GenerateConfig, world: World) -> None:
@@ -229,7 +209,10 @@ def _turn(config: GenerateConfig, encoder: Encoder, tokenizer: Any) -> _Turn:
     return _Turn(encoder, before, after)
 
 
+def main(arguments: list[str]) -> None:
+    """Parse the settings, read the document, answer the prompts."""
+    command(GenerateConfig, __doc__ or "", run, arguments)
+
+
 if __name__ == "__main__":
-    with failure.one_line(os.getppid()):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to resume
-        main(sys.argv[1:])
+    start(main)

@@ -7,14 +7,17 @@ import dataclasses
 import difflib
 import inspect
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ringflash.errors import ConfigError, reason
+from ringflash.training import failure
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +114,9 @@ class ReadConfig:
         return "\n".join(lines)
 
 
+Config = TypeVar("Config", bound=ReadConfig)
+
+
 def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -128,6 +134,32 @@ def _typed(name: str, value: str, kind: str) -> Any:
             kind, "whole numbers, as 1,2"
         )
         raise ConfigError(f"{name}={value} must be {wanted}") from None
+
+
+def command(kind: type[Config], about: str, run: Callable[[Config, World], object], arguments: list[str]) -> None:
+    """Parse a command's settings, connect the ranks, and run it. about: the text of --help, above the settings."""
+    if {"--help", "-h"} & {*arguments}:
+        print(f"{about}\n{kind.settings_help()}")
+        return
+    config = kind.parse([x for x in arguments if not x.startswith("--local_rank=")])
+    import torch.distributed as dist
+
+    from ringflash.training.parallel import ParallelConfig
+    from ringflash.training.world import join
+
+    world = join(ParallelConfig(layout="zigzag"))
+    try:
+        run(config, world)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(main: Callable[[list[str]], None]) -> None:
+    """Run a command's main as a program: what cannot work ends in one line."""
+    with failure.one_line(os.getppid()):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to resume
+        main(sys.argv[1:])
 
 
 def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:

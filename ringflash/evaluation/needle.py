@@ -20,10 +20,7 @@ Settings are key=value:
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,9 +31,20 @@ from torch import Tensor
 from ringflash.data import python_stdlib
 from ringflash.errors import ConfigError
 from ringflash.models import RingCache, prefill
-from ringflash.reading import ReadConfig, check_room, ids_of, load_encoder, load_model, make_cache, now, report, text_of
+from ringflash.reading import (
+    ReadConfig,
+    check_room,
+    command,
+    ids_of,
+    load_encoder,
+    load_model,
+    make_cache,
+    now,
+    report,
+    start,
+    text_of,
+)
 from ringflash.ring.transport import Ring
-from ringflash.training import failure
 from ringflash.training.files import write_whole, writing
 
 if TYPE_CHECKING:
@@ -230,24 +238,8 @@ def plot(cells: list[Found], path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """Parse the settings and search."""
-    if {"--help", "-h"} & {*arguments}:
-        print(f"{__doc__}\n{NeedleConfig.settings_help()}")
-        return
-    config = NeedleConfig.parse([x for x in arguments if not x.startswith("--local_rank=")])
-    import torch.distributed as dist
-
-    from ringflash.training.parallel import ParallelConfig
-    from ringflash.training.world import join
-
-    world = join(ParallelConfig(layout="zigzag"))
-    try:
-        run(config, world)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    command(NeedleConfig, __doc__ or "", run, arguments)
 
 
 if __name__ == "__main__":
-    with failure.one_line(os.getppid()):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to resume
-        main(sys.argv[1:])
+    start(main)
