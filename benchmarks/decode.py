@@ -1,46 +1,59 @@
-"""Decoding on one device: a new token's attention over its KV cache, beside torch's SDPA, in one run.
+"""Decoding on one device: a new token's attention over its KV cache, beside other libraries', in one run.
 
-    python benchmarks/decode.py --device cpu --cases 2,4,2,1k,64   # any machine, seconds: does it work here
+    python benchmarks/decode.py --device cpu                       # any machine, seconds: does it work here
     python benchmarks/decode.py                                    # a GPU, all cases, under 3 minutes
+    python benchmarks/decode.py --cases 1,32,8,64k,128 --only ringflash SDPA
     python benchmarks/decode.py --cases 1,28,4,64k,128 --sweep     # tiles and splits of the Triton kernel, best first
 
 A case is `B,Hq,Hkv,C,D`: batch rows, query and KV heads, keys of each row, head size. A figure is of one layer and one
-new token per row. The cache is read once, so time is compared with a copy of 2 GiB, measured in the same run: `% copy`
-is bytes of keys and values per second over bytes read and written per second by the copy.
+new token per row. benchmarks/decode_contenders.py lists who is timed and how. A contender that is not timed is in the
+table with the reason, as is a case that does not fit in memory.
 
-Results are checked before they are timed, against float64: all heads at up to 2048 keys, then one KV head at full size.
-The error may be at most twice that of plain torch attention in the same dtype. A kernel that is wrong is not timed, and
-the exit code is 1. On a GPU each kernel is a CUDA graph, so that the host's launches are not measured. Kernels take
-turns (benchmarks/timing.py); a figure is the median. The last line printed is the table as JSON.
+The cache is read once, so time is compared with a copy of 2 GiB, measured in the same run: `% copy` is bytes of keys
+and values per second over bytes read and written per second by the copy. Layers of a model find nothing of their cache
+in L2. So on a GPU a run attends to as many caches as make 256 MiB, one after another, and its time is divided by their
+number. Each run is a CUDA graph, so that the host's launches are not measured.
+
+Results are checked before they are timed, against float64, all heads at full size. The error may be at most twice that
+of plain torch attention in the same dtype. A kernel that is wrong is not timed, and the exit code is 1, as it is if
+ringflash raises. Kernels take turns (benchmarks/timing.py); a figure is the median.
+
+The folder --out (benchmarks/results) gets decode-DEVICE.json and .png, after every case. The last line printed is the
+summary in JSON: % copy, or why there is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import report, timing
-from ringflash import flash_decode
+from benchmarks import checks, decode_contenders, report, timing
+from benchmarks.contenders import Absent
+from benchmarks.decode_contenders import Contender, Decode
+from benchmarks.timing import Timing
 
-GPU_CASES = [f"{b},32,8,{c},128" for c in ("1k", "8k", "64k", "256k") for b in (1, 8)]
+CONTEXTS = ("1k", "8k", "64k", "256k", "1M")
+GPU_CASES = [f"{b},{h},{c},128" for h in ("32,8", "28,4") for c in CONTEXTS for b in (1, 8)]
 CPU_CASES = ["2,4,2,1k,64"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CHECKED_LENGTH = 2048
+SUFFIXES = {"k": 2**10, "M": 2**20}
 COPIED = 2**31  # bytes
+COLD = 2**28  # bytes of caches that a run reads: several times any L2
+MOST_LAYERS = 64
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Case:
     def parse(cls, text: str) -> Case:
         """A case of its text. Raises ValueError for another form."""
         try:
-            numbers = [int(x[:-1]) * 1024 if x.endswith("k") else int(x) for x in text.split(",")]
+            numbers = [int(x.rstrip("kM")) * SUFFIXES.get(x[-1:], 1) for x in text.split(",")]
             case = cls(*numbers)
         except (TypeError, ValueError):
             raise ValueError(f"{text} is not B,Hq,Hkv,C,D, such as 1,32,8,64k,128") from None
@@ -66,56 +79,71 @@ class Case:
         return case
 
     def __str__(self) -> str:
-        keys = f"{self.keys // 1024}k" if self.keys % 1024 == 0 else str(self.keys)
-        return f"{self.batch},{self.heads},{self.kv_heads},{keys},{self.dim}"
+        units = {name: size for name, size in SUFFIXES.items() if self.keys % size == 0}
+        name, size = list(units.items())[-1] if units else ("", 1)
+        return f"{self.batch},{self.heads},{self.kv_heads},{self.keys // size}{name},{self.dim}"
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of keys and values."""
         return 2 * self.batch * self.keys * self.kv_heads * self.dim * dtype.itemsize
 
-    def inputs(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """q, k, v and end; keys and values have a mean, as those of models do."""
+    def layers(self, dtype: torch.dtype, device: torch.device) -> int:
+        """How many caches a run reads, one after another."""
+        if device.type == "cpu":
+            return 1
+        return min(MOST_LAYERS, -(-COLD // self.nbytes(dtype)))
+
+    def memory(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes that a run and its check need: all caches, and a head's keys, values and scores in float64."""
+        head = 8 * self.keys * (2 * self.dim + 4 * self.heads // self.kv_heads)
+        return self.layers(dtype, device) * self.nbytes(dtype) + head + 2**28
+
+    def inputs(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [layers, B, S, H, D]; keys and values have a mean, as those of models do."""
         generator = torch.Generator(device).manual_seed(0)
         shapes = ((1, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads))
+        count = self.layers(dtype, device)
         q, k, v = (
-            torch.randn(self.batch, *shape, self.dim, generator=generator, device=device, dtype=dtype).add_(mean)
+            torch.randn(count, self.batch, *shape, self.dim, generator=generator, device=device, dtype=dtype).add_(mean)
             for shape, mean in zip(shapes, (0.0, 1.0, 0.5), strict=True)
         )
-        return q, k, v, torch.full((1, 1), self.keys, dtype=torch.int32, device=device)
+        return q, k, v
 
 
-Decode = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+@dataclass(frozen=True)
+class Row:
+    """One contender on one case. status: "timed", "absent" (it does not take part), "failed" (it raised) or "WRONG".
+
+    reason: why it is not timed. timing: of one layer. error: relative, of the norm, against float64.
+    """
+
+    case: str
+    kernel: str
+    status: str
+    reason: str | None = None
+    timing: Timing | None = None
+    tokens_per_second: float | None = None
+    gb_per_second: float | None = None
+    percent_of_copy: float | None = None
+    error: float | None = None
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, end: Tensor) -> Tensor:
-    """torch's, by its own choice of backend."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+def plain(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """The definition in a dtype, one KV head of one batch row at a time: [B, 1, Hq, D]."""
+    out = torch.empty_like(q, dtype=dtype)
+    group = q.shape[2] // k.shape[2]
+    for b, h in itertools.product(range(k.shape[0]), range(k.shape[2])):
+        heads = slice(h * group, (h + 1) * group)
+        keys, values = (x[b, :, h].to(dtype) for x in (k, v))
+        weights = torch.softmax(q[b, 0, heads].to(dtype) @ keys.T * q.shape[-1] ** -0.5, dim=-1)
+        out[b, 0, heads] = weights @ values
+    return out
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition, in the dtype of its inputs."""
-    k, v = (x.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (k, v))
-    weights = torch.softmax(q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5, dim=-1)
-    return (weights @ v).transpose(1, 2)
-
-
-def error(decode: Decode, case: Case, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """The largest relative error over its bound, and the error: of a small version, and of one head at full size."""
-    worst = (0.0, 0.0)
-    small = Case(case.batch, case.heads, case.kv_heads, min(case.keys, CHECKED_LENGTH), case.dim)
-    for version, heads in ((small, slice(None)), (case, slice(0, 1))):
-        q, k, v, end = version.inputs(dtype, device)
-        q_heads = slice(None) if heads.stop is None else slice(0, case.heads // case.kv_heads)
-        batch = slice(None) if version is small else slice(0, 1)
-        some = q[batch, :, q_heads], k[batch, :, heads], v[batch, :, heads]
-        truth = plain(*(x.double() for x in some))
-        found, direct = decode(q, k, v, end)[batch, :, q_heads].double(), plain(*some).double()
-        distance, bound = ((x - truth).norm() / truth.norm() for x in (found, direct))
-        allowed = 1e-5 if dtype == torch.float32 else 2 * float(bound) + 1e-4
-        at = float(distance) if torch.isfinite(found).all() else float("inf")
-        worst = max(worst, (at / allowed, at))
-    return worst
+def distance(found: Tensor, truth: Tensor) -> float:
+    """The relative error of the norm; infinite where something is not finite."""
+    error = float((found.double() - truth).norm() / truth.norm())
+    return error if bool(torch.isfinite(found).all()) else float("inf")
 
 
 def copy_rate(device: torch.device, seconds: float) -> float:
@@ -128,117 +156,244 @@ def copy_rate(device: torch.device, seconds: float) -> float:
     return 2 * count / took.ms * 1e3
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that an allocation can have."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def measure(
-    case: Case, kernels: dict[str, Decode], dtype: torch.dtype, device: torch.device, seconds: float, copied: float
-) -> list[dict[str, Any]]:
-    """A row per kernel: time, tokens/s, share of the copy rate, error; or what is wrong with it."""
-    rows: list[dict[str, Any]] = []
-    runs: dict[str, Callable[[], object]] = {}
+    case: Case, entrants: Sequence[Contender], dtype: torch.dtype, device: torch.device, seconds: float, copied: float
+) -> list[Row]:
+    """Check, then time, all entrants on a case."""
+    needed, free = case.memory(dtype, device), free_bytes(device)
+    if needed > free:
+        reason = f"needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
+        return [Row(str(case), entrant.name, "absent", reason) for entrant in entrants]
     inputs = case.inputs(dtype, device)
-    for name, decode in kernels.items():
-        row: dict[str, Any] = {"case": str(case), "kernel": name}
+    q, k, v = (x[0] for x in inputs)
+    truth = plain(q, k, v, torch.float64)
+    allowed = 1e-5 if dtype == torch.float32 else 2 * distance(plain(q, k, v, dtype), truth) + 1e-4
+    rows: dict[str, Row] = {}
+    errors: dict[str, float] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for entrant in entrants:
+        name = entrant.name
         try:
-            over, row["error"] = error(decode, case, dtype, device)
-            if over > 1:
-                row["wrong"] = f"error {row['error']:.1e} is {over:.1f} times its bound"
+            decode = entrant.build(q, k, v)
+            with checks.poisoned() if entrant.ours else contextlib.nullcontext():
+                errors[name] = distance(decode(q, k, v), truth)
+            if errors[name] > allowed:
+                reason = f"error {errors[name]:.1e}, and {allowed:.1e} is allowed"
+                rows[name] = Row(str(case), name, "WRONG", reason, error=errors[name])
             else:
-                run: Callable[[], object] = functools.partial(decode, *inputs)
-                if device.type == "cuda":
-                    with timing.side_stream(device) as stream:
-                        run = timing.Graph.of(run, stream)
-                runs[name] = run
-        except Exception as failure:
-            row["failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-        rows.append(row)
+                runs[name] = _all_layers(decode, inputs, device)
+        except Absent as absent:
+            rows[name] = Row(str(case), name, "absent", str(absent))
+        except Exception as error:  # a peer may raise anything; the table says what
+            rows[name] = Row(str(case), name, "failed", _first_line(error))
     found = timing.interleaved(runs, device, seconds) if runs else {}
-    for row in rows:
-        took = found.get(row["kernel"])
-        if isinstance(took, Exception):
-            row["failed"] = f"{type(took).__name__}: {took}".splitlines()[0][:200]
-        elif took is not None:
-            rate = case.nbytes(dtype) / took.ms * 1e3
-            row |= {"us": 1e3 * took.ms, "tokens_per_second": 1e3 * case.batch / took.ms, "gb_per_second": rate / 1e9}
-            row["percent_of_copy"] = 100 * rate / copied
-    return rows
+    for name, took in found.items():
+        rows[name] = _row(case, name, took, dtype, device, copied, errors[name])
+    return [rows[entrant.name] for entrant in entrants]
 
 
-def tunings() -> dict[str, Decode]:
+def _all_layers(decode: Decode, inputs: tuple[Tensor, ...], device: torch.device) -> Callable[[], object]:
+    """A run over the caches of all layers; on a GPU, as a CUDA graph."""
+
+    def run() -> list[Tensor]:
+        return [decode(*layer) for layer in zip(*inputs, strict=True)]
+
+    if device.type == "cpu":
+        return run
+    with timing.side_stream(device) as stream:
+        return timing.Graph.of(run, stream)
+
+
+def _row(
+    case: Case,
+    name: str,
+    took: Timing | Exception,
+    dtype: torch.dtype,
+    device: torch.device,
+    copied: float,
+    error: float,
+) -> Row:
+    if isinstance(took, Exception):  # right when it was checked, but then it raised
+        return Row(str(case), name, "failed", _first_line(took), error=error)
+    count = case.layers(dtype, device)
+    of_layer = Timing(took.ms / count, took.p20 / count, took.p80 / count, took.runs, took.host_ms)
+    rate = case.nbytes(dtype) / of_layer.ms * 1e3
+    return Row(
+        str(case), name, "timed", None, of_layer, 1e3 * case.batch / of_layer.ms, rate / 1e9, 100 * rate / copied, error
+    )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def tunings() -> list[Contender]:
     """The Triton kernel under other tiles and splits than its table's."""
-    from ringflash.kernels import portable_decode
+    from ringflash.kernels import decode, portable_decode
     from ringflash.kernels.portable_parts import Tuning
 
-    def under(tuning: Tuning, programs: int) -> Decode:
-        def decode(q: Tensor, k: Tensor, v: Tensor, end: Tensor) -> Tensor:
-            with (
-                mock.patch.object(portable_decode, "tuning_for", return_value=tuning),
-                mock.patch.object(portable_decode, "PROGRAMS_PER_SM", programs),
-            ):
-                return flash_decode(q, k, v, end)
+    def under(tuning: Tuning, programs_per_sm: int, q: Tensor, k: Tensor, v: Tensor) -> Decode:
+        end = torch.full((1, 1), k.shape[1], dtype=torch.int32, device=q.device)
+        spans = ((torch.zeros_like(end), end),)
+        splits = portable_decode.splits_for(
+            k.shape[1], k.shape[0] * k.shape[2], portable_decode.sms(q.device), programs_per_sm
+        )
 
-        return decode
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = portable_decode.decode(
+                q, k, v, spans, scale=q.shape[-1] ** -0.5, softcap=None, tuning=tuning, splits=splits
+            )
+            return decode.combine(parts, out_dtype=q.dtype).out
 
-    return {
-        f"{block_k} keys, {stages} stages, {warps} warps, {programs} per SM": under(
-            Tuning(16, block_k, warps, stages, tma=False), programs
+        return run
+
+    return [
+        Contender(
+            f"{block_k} keys, {stages} stages, {warps} warps, {programs} per SM",
+            functools.partial(under, Tuning(16, block_k, warps, stages, tma=False), programs),
         )
         for block_k, stages, warps, programs in itertools.product((32, 64, 128), (2, 3, 4), (4, 8), (1, 2, 3, 4))
         if block_k * stages <= 384 and (block_k, warps) != (32, 8)
-    }
+    ]
 
 
-def table(rows: list[dict]) -> str:
+# -- what is printed and drawn
+
+
+HEADER = f"{'B,Hq,Hkv,C,D':<16} {'kernel':<34} {'us':>9} {'tokens/s':>10} {'GB/s':>7} {'% copy':>7} {'error':>8}"
+
+
+def table(rows: Sequence[Row]) -> str:
     """Aligned, a line per row."""
-    lines = [f"{'B,Hq,Hkv,C,D':<20} {'kernel':<42} {'us':>9} {'tokens/s':>10} {'GB/s':>7} {'% copy':>7} {'error':>8}"]
+    lines = []
     for row in rows:
-        if "us" in row:
-            figures = (
-                f"{row['us']:>9.1f} {row['tokens_per_second']:>10.0f} {row['gb_per_second']:>7.0f} "
-                f"{row['percent_of_copy']:>7.1f} {row['error']:>8.1e}"
-            )
+        if row.timing is None:
+            figures = f"{row.status}: {row.reason}"
         else:
-            figures = row.get("wrong") or row.get("failed", "")
-        lines.append(f"{row['case']:<20} {row['kernel']:<42} {figures}")
+            figures = (
+                f"{1e3 * row.timing.ms:>9.1f} {row.tokens_per_second:>10.0f} {row.gb_per_second:>7.0f} "
+                f"{row.percent_of_copy:>7.1f} {row.error:>8.1e}"
+            )
+        lines.append(f"{row.case:<16} {row.kernel:<34} {figures}")
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure and print. Returns the exit code: 1 if a kernel is wrong, or ours raises."""
+def summary(rows: Sequence[Row]) -> dict[str, dict[str, float | str]]:
+    """% copy, or the status, by case and kernel."""
+    found: dict[str, dict[str, float | str]] = {}
+    for row in rows:
+        value = row.status if row.percent_of_copy is None else round(row.percent_of_copy, 1)
+        found.setdefault(row.case, {})[row.kernel] = value
+    return found
+
+
+def plot(path: Path, rows: Sequence[Row], title: str) -> str | None:
+    """Time and share of the copy rate by context, a column per batch and heads. Returns why not, if it cannot draw."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        return str(error)
+    timed = [(Case.parse(row.case), row) for row in rows if row.timing is not None]
+    shapes = list(dict.fromkeys((case.batch, case.heads, case.kv_heads, case.dim) for case, _ in timed))
+    names = list(dict.fromkeys(row.kernel for row in rows))
+    if not shapes:
+        return "nothing was timed"
+    figure = Figure(figsize=(3 * len(shapes) + 1.5, 6), layout="constrained")
+    panels = figure.subplots(2, len(shapes), sharex=True, sharey="row", squeeze=False)
+    lines: dict[str, Any] = {}
+    for shape, (above, below) in zip(shapes, panels.T, strict=True):
+        for i, name in enumerate(names):
+            points = [
+                (case.keys, 1e3 * row.timing.ms, row.percent_of_copy)
+                for case, row in timed
+                if (case.batch, case.heads, case.kv_heads, case.dim) == shape and row.kernel == name and row.timing
+            ]
+            if points:
+                keys, us, share = zip(*sorted(points), strict=True)
+                lines[name] = above.plot(keys, us, "o-", color=f"C{i}", markersize=3)[0]
+                below.plot(keys, share, "o-", color=f"C{i}", markersize=3)
+        batch, heads, kv_heads, dim = shape
+        above.set(title=f"batch {batch}, {heads}/{kv_heads} heads of {dim}", yscale="log")
+        below.set(xscale="log", xlabel="keys of a row")
+        below.axhline(100, color="grey", linewidth=0.8, linestyle=":")
+        for axes in (above, below):
+            axes.title.set_fontsize(9)
+            axes.grid(alpha=0.3)
+        ticks = sorted({case.keys for case, _ in timed})
+        below.set_xticks(ticks, [str(Case(1, 1, 1, x, 1)).split(",")[3] for x in ticks], minor=False)
+        below.minorticks_off()
+    panels[0, 0].set_ylabel("microseconds per layer")
+    panels[1, 0].set(ylabel="% of copy rate", ylim=(0, None))
+    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=len(lines), fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=110)
+    return None
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on the CPU)")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="B,Hq,Hkv,C,D (default: all)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="measured per figure (%(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of contenders' names")
+    parser.add_argument("--seconds", type=float, default=0.1, help="measured per figure (%(default)s)")
     parser.add_argument("--sweep", action="store_true", help="tiles and splits of the Triton kernel, best first")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
     parser.add_argument("--commit", help="recorded in the report if the checkout has no .git")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
     if options.sweep and options.device == "cpu":
         parser.error("--sweep times Triton kernels and needs --device cuda")
-    device = torch.device(options.device)
-    dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    options.dtype = DTYPES[options.dtype or ("bf16" if options.device == "cuda" else "fp32")]
     try:
-        chosen = [Case.parse(x) for x in options.cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)]
+        given = options.cases or (GPU_CASES if options.device == "cuda" else CPU_CASES)
+        options.cases = [Case.parse(x) for x in given]
     except ValueError as wrong:
         parser.error(f"--cases: {wrong}")
+    return options
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write. Returns the exit code: 1 if a kernel is wrong, or ours raises."""
+    options = _options(arguments)
+    device = torch.device(options.device)
     copied = copy_rate(device, options.seconds)
-    facts = report.card(device, {}, options.commit) | {"copy": f"{copied / 1e9:.0f} GB/s", "inputs": str(dtype)}
-    print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    kernels: dict[str, Decode] = {"ringflash": flash_decode, "torch SDPA": sdpa}
-    if options.sweep:
-        kernels = tunings()
-    rows: list[dict[str, Any]] = []
-    for case in chosen:
-        found = measure(case, kernels, dtype, device, options.seconds, copied)
+    facts = report.card(device, decode_contenders.versions(), options.commit)
+    facts |= {"copy": f"{copied / 1e9:.0f} GB/s", "inputs": str(options.dtype)}
+    print("; ".join(f"{name} {value}" for name, value in facts.items()), HEADER, sep="\n", flush=True)
+    entrants = tunings() if options.sweep else decode_contenders.contenders(device)
+    entrants = [x for x in entrants if not options.only or any(part in x.name for part in options.only)]
+    file = options.out / f"decode-{'sweep-' if options.sweep else ''}{report.slug(device)}.json"
+    title = f"decoding, {options.dtype}, {facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
+    rows: list[Row] = []
+    undrawn = None
+    for case in options.cases:
+        try:
+            found = measure(case, entrants, options.dtype, device, options.seconds, copied)
+        except Exception as error:  # such as a GPU's, which no contender can be named for
+            found = [Row(str(case), entrant.name, "failed", _first_line(error)) for entrant in entrants]
         if options.sweep:
-            found.sort(key=lambda row: row.get("us", float("inf")))
+            found.sort(key=lambda row: row.timing.ms if row.timing else float("inf"))
         print(table(found), flush=True)
         rows += found
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    ours = [row for row in rows if row["kernel"] != "torch SDPA"]
-    print(json.dumps({"benchmark": "decode", "card": facts, "rows": rows}))
-    return int(any("wrong" in row for row in rows) or (not options.sweep and any("failed" in row for row in ours)))
+        report.write_json(file, {"benchmark": "decode", "card": facts, "rows": [asdict(row) for row in rows]})
+        undrawn = "a sweep has none" if options.sweep else plot(file.with_suffix(".png"), rows, title)
+    print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
+    ours = [entrant.name for entrant in entrants if entrant.ours]
+    wrong = [row for row in rows if row.status == "WRONG" or (row.status == "failed" and row.kernel in ours)]
+    print(json.dumps({"benchmark": "decode", "device": facts["device"], "percent_of_copy": summary(rows)}))
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -64,13 +64,13 @@ def tuning_for(head_dim: int, dtype: torch.dtype, rows: int) -> Tuning:
     return Tuning(block_q, 64 if head_dim <= 128 else 32, warps=4, stages=3, tma=False)
 
 
-def splits_for(capacity: int, programs: int, sms: int) -> int:
+def splits_for(capacity: int, programs: int, sms: int, programs_per_sm: int = PROGRAMS_PER_SM) -> int:
     """Splits of each of `programs` (batch rows x KV heads x tiles of rows) over a cache of `capacity` keys.
 
     The fewest that fill the SMs nearly as well as the best number does: each one more is a part to combine. Programs
-    run in waves of PROGRAMS_PER_SM on each SM, and the last wave is as long as a full one.
+    run in waves of programs_per_sm on each SM, and the last wave is as long as a full one.
     """
-    slots = sms * PROGRAMS_PER_SM
+    slots = sms * programs_per_sm
     most = max(1, min(-(-capacity // LEAST_KEYS), MOST_SPLITS, -(-4 * slots // programs)))
     filled = [programs * n / slots / -(-programs * n // slots) for n in range(1, most + 1)]
     return next(n for n, share in enumerate(filled, start=1) if share >= 0.95 * max(filled))
@@ -214,7 +214,7 @@ def decode(
     rows = Sq * (Hq // Hkv)
     t = tuning or tuning_for(max(D, DV), q.dtype, rows)
     tiles = triton.cdiv(rows, t.block_q)
-    splits = splits or splits_for(capacity, B * Hkv * tiles, _sms(q.device))
+    splits = splits or splits_for(capacity, B * Hkv * tiles, sms(q.device))
     out = torch.empty(len(spans) * splits, B, Sq, Hq, DV, dtype=torch.float32, device=q.device)
     lse = torch.empty(len(spans) * splits, B, Hq, Sq, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -258,7 +258,8 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or not isinstance(combine_kernel, triton.JITFunction)
 
 
-def _sms(device: torch.device) -> int:
+def sms(device: torch.device) -> int:
+    """SMs of a GPU, or those that Triton's interpreter stands for."""
     return _sms_of(device) if device.type == "cuda" else INTERPRETED_SMS
 
 

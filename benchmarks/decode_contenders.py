@@ -1,0 +1,176 @@
+"""Who decodes: flash_decode, and the libraries that people would use instead.
+
+All get the same q [B, 1, Hq, D] and the same keys and values [B, C, Hkv, D], and return [B, 1, Hq, D]. None copies keys
+while it is timed. What a peer prepares once per step, for all layers, is made before the clock starts.
+
+| name | what runs |
+|---|---|
+| ringflash | `flash_decode`, with the lengths on the device |
+| SDPA flash | torch's SDPA, FLASH_ATTENTION, enable_gqa: FlashAttention 2, which splits the keys |
+| SDPA cuDNN | torch's SDPA, CUDNN_ATTENTION, enable_gqa |
+| SDPA efficient | torch's SDPA, EFFICIENT_ATTENTION, enable_gqa |
+| SDPA math | torch's SDPA, MATH, enable_gqa: plain products, on the CPU alone |
+| FlexAttention | torch.compile, static shapes; its decoding kernel if Hq / Hkv is a power of 2 |
+| FA4-CuTe | flash_attn.cute, from the package flash-attn-4; on sm_90 it does not split the keys |
+| FlashInfer | BatchDecodeWithPagedKVCacheWrapper on tensor cores, pages of 16 tokens in order; never run yet |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.contenders import Absent
+from ringflash import flash_decode
+
+Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
+PACKAGES = ("flash-attn-4", "flashinfer-python")
+PAGE = 16  # tokens of a page of FlashInfer's cache
+
+
+@dataclass(frozen=True)
+class Contender:
+    """build(q, k, v) makes the function that is timed, for tensors like these, or raises Absent."""
+
+    name: str
+    build: Callable[[Tensor, Tensor, Tensor], Decode]
+    ours: bool = False
+
+
+def contenders(device: torch.device) -> list[Contender]:
+    """All of them, ours first."""
+    backends = {"flash": SDPBackend.FLASH_ATTENTION}
+    if device.type == "cpu":
+        backends["math"] = SDPBackend.MATH  # on a GPU it would repeat the keys for each query head
+    else:
+        backends |= {"cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+    peers = {"FlexAttention": _flex, "FA4-CuTe": _fa4, "FlashInfer": _flashinfer}
+    return [
+        Contender("ringflash", _ringflash, ours=True),
+        *(Contender(f"SDPA {name}", functools.partial(_sdpa, backend)) for name, backend in backends.items()),
+        *(Contender(name, build if device.type == "cuda" else _needs_gpu) for name, build in peers.items()),
+    ]
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the peers that are packages of their own."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _ringflash(q: Tensor, k: Tensor, v: Tensor) -> Decode:
+    end = torch.full((1, 1), k.shape[1], dtype=torch.int32, device=q.device)
+    return lambda q, k, v: flash_decode(q, k, v, end)
+
+
+def _needs_gpu(q: Tensor, k: Tensor, v: Tensor) -> Decode:
+    raise Absent("needs an NVIDIA GPU")
+
+
+# -- torch
+
+_CAN_USE = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.can_use_flash_attention,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.can_use_cudnn_attention,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
+}
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Decode:
+    if q.is_cuda and (reason := _refusal(backend, q, k, v)):
+        raise Absent(reason)
+
+    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = _by_head(q, k, v)
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+    return decode
+
+
+def _refusal(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why SDPA would not take this backend, in torch's words."""
+    q, k, v = _by_head(q, k, v)
+    asked = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, True)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        able = _CAN_USE[backend](asked, debug=True)
+    if able:
+        return None
+    reasons = [str(warning.message).partition(" (Triggered")[0].strip() for warning in given]
+    return "torch: " + ("; ".join(reasons) or "this backend cannot be used, without a reason")
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Decode:
+    from torch import _dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+
+    _dynamo.reset()  # every case is compiled for its shape; the limit on recompilations counts them together
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = _by_head(q, k, v)
+        return compiled(q, k, v, enable_gqa=True).transpose(1, 2)
+
+    return decode
+
+
+def _by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, S, D], as views."""
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+# -- packages of their own
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Decode:
+    attention = _imported("flash_attn.cute.interface").flash_attn_func
+
+    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attention(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
+
+    return decode
+
+
+def _flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Decode:
+    module = _imported("flashinfer")
+    batch, keys, kv_heads, dim = k.shape
+    if keys % PAGE:
+        raise Absent(f"{keys} keys are no whole pages of {PAGE}")
+    count = keys // PAGE
+    first = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * count
+    pages = torch.arange(batch * count, dtype=torch.int32, device=q.device)
+    used = torch.full((batch,), PAGE, dtype=torch.int32, device=q.device)
+    workspace = torch.zeros(2**28, dtype=torch.uint8, device=q.device)
+    wrapper = module.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper.plan(
+        first, pages, used, q.shape[2], kv_heads, dim, PAGE, q_data_type=q.dtype, kv_data_type=k.dtype
+    )  # fmt: skip
+
+    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        paged = tuple(x.view(batch * count, PAGE, kv_heads, dim) for x in (k, v))
+        return wrapper.run(q[:, 0], paged)[:, None]
+
+    return decode
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a half-installed one raises more than ImportError
+        raise Absent(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
