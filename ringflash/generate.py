@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,9 @@ class GenerateConfig(ReadConfig):
     prompt_tokens: int = 1024
     """With prompt=-: the longest prompt that the cache has room for."""
 
+    graph: bool = True
+    """Replay a new token's forward as a CUDA graph, on one GPU, for models that allow it."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.prompt:
@@ -87,7 +91,7 @@ def run(config: GenerateConfig, world: World) -> None:
     """Everything after the ranks are connected. Raises ConfigError, on every rank, for what cannot work."""
     import torch
 
-    from ringflash.models import prefill
+    from ringflash.models import prefill, step_graph
 
     reads = world.is_first and config.document is not None
     text = world.broadcast(text_of("document", str(config.document)) if reads else None)
@@ -115,17 +119,18 @@ def run(config: GenerateConfig, world: World) -> None:
         f"cache: {cache.nbytes / 2**20:.1f} MiB{ranks}, for {cache.capacity} tokens",
     )
     state = cache.snapshot()
-    for prompt in prompts or _lines(turn, between, world):
-        if len(prompt) > longest:
-            raise ConfigError(
-                f"a prompt of {len(prompt)} tokens is longer than the {longest} that the cache has room for: set "
-                f"prompt_tokens={len(prompt)}, and the cache takes "
-                f"{cache.bytes_for(cache.capacity + len(prompt) - longest) / 2**20:.1f} MiB"
-            )
-        if not document and not prompt:
-            raise ConfigError('prompt="" without a document leaves nothing to continue')
-        _answer(config, model, tokenizer, cache, torch.cat([ids, ids.new_tensor([prompt])], dim=1), world)
-        cache.restore(state)
+    with step_graph(model, cache) if config.graph else nullcontext():
+        for prompt in prompts or _lines(turn, between, world):
+            if len(prompt) > longest:
+                raise ConfigError(
+                    f"a prompt of {len(prompt)} tokens is longer than the {longest} that the cache has room for: set "
+                    f"prompt_tokens={len(prompt)}, and the cache takes "
+                    f"{cache.bytes_for(cache.capacity + len(prompt) - longest) / 2**20:.1f} MiB"
+                )
+            if not document and not prompt:
+                raise ConfigError('prompt="" without a document leaves nothing to continue')
+            _answer(config, model, tokenizer, cache, torch.cat([ids, ids.new_tensor([prompt])], dim=1), world)
+            cache.restore(state)
 
 
 def _answer(

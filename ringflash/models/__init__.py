@@ -35,6 +35,7 @@ from ringflash.models.configuration import (
 )
 from ringflash.models.families import ARCHITECTURES, vouch_for
 from ringflash.models.fused import FusedConfig, fuse_layers
+from ringflash.models.graph import step_graph
 from ringflash.models.inputs import ring_inputs
 from ringflash.models.mlp import tile_mlps, tiles_of, whole_mlps
 from ringflash.models.ring_mask import RingMask
@@ -67,6 +68,7 @@ __all__ = [
     "ring_attention_forward",
     "ring_inputs",
     "router_loss",
+    "step_graph",
     "tile_mlps",
     "tiles_of",
     "vouch_for",

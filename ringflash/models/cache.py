@@ -34,7 +34,16 @@ from ringflash.mask import check_tokens
 from ringflash.models.configuration import head_dims, kv_heads_of, refusal, windows_of_layers
 from ringflash.models.inputs import agree, checksum
 from ringflash.models.rope import length_refusal
-from ringflash.ring.decode import Attention, CachePlan, CacheState, LayerCache, cached_attention, rows_for
+from ringflash.ring.decode import (
+    Attention,
+    CachePlan,
+    CacheState,
+    DeviceStep,
+    LayerCache,
+    attention_on_device,
+    cached_attention,
+    rows_for,
+)
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 
 _written: ContextVar[tuple[RingCache, int] | None] = ContextVar("written", default=None)
@@ -86,6 +95,7 @@ class RingCache(Cache):
             raise ValueError(f"capacity={capacity}: config.{reason}")
         self.dtype = model.dtype
         self.layout: Layout | None = None  # that of a chunk which `prefill` gives the model
+        self.on_device: dict[int | None, DeviceStep] | None = None  # by window, while step_graph runs a step of these
         self._stored: dict[int, LayerCache] = {}  # by layer
         self._left: dict[int, int | None] = {}  # the layer's window
         self._windows = {
@@ -114,7 +124,7 @@ class RingCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Leave a note for the layer's attention, which follows; new keys and values are returned as they are."""
-        if layer_idx == 0:
+        if layer_idx == 0 and self.on_device is None:
             self._begin(key_states.shape[-2] if self.layout is None else self.layout.length)
         _written.set((self, layer_idx))
         return key_states, value_states
@@ -127,6 +137,18 @@ class RingCache(Cache):
                 f"more: one of capacity={total} takes {_size(self.bytes_for(total))} per batch row on each process"
             )
         self.plan.begin(tokens, self.layout)
+
+    def device_steps(self) -> dict[int | None, DeviceStep]:
+        """Of each window that layers have, for `begin_on_device`."""
+        return {left: DeviceStep.on(self.ring.device) for left in self._windows}
+
+    def begin_on_device(self, steps: dict[int | None, DeviceStep]) -> None:
+        """Begin a forward of one token, of which all that layers need to know is put into `steps`."""
+        self._begin(1)
+        for left, step in steps.items():
+            step.take(self.plan.steps(left)[0])
+        for i, stored in self._stored.items():
+            stored.move(0, self.plan.steps(self._left[i])[0].ranks[0])
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
         """The layer's attention: q [B, n, Hq, D], k and v [B, n, Hkv, D] of new tokens to [B, n, Hq, Dv].
@@ -151,6 +173,8 @@ class RingCache(Cache):
                 f"{q.dtype}: prefill it with the rows that generate computes (beams and returned sequences are rows)"
             )
         attention = Attention(self.ring, kernel=self.kernel, name=f"layer {layer_idx}", **options)
+        if self.on_device is not None:
+            return attention_on_device(q, k, v, stored, self.on_device[left], attention)
         return cached_attention(q, k, v, stored, self.plan.steps(left), attention)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -254,12 +254,41 @@ class LayerCache:
         """Bytes of all local ranks."""
         return sum(x.nbytes for x in (*self.k, *self.v))
 
+    def move(self, i: int, step: RankStep) -> None:
+        """Move the rows of local rank i that a step keeps to the front, where it says so."""
+        if step.kept is not None:
+            for held in (self.k[i], self.v[i]):
+                held[:, : step.at] = held[:, step.kept].clone()
+
     def write(self, i: int, step: RankStep, k: Tensor, v: Tensor) -> None:
         """Store what local rank i keeps of new k and v [B, n, Hkv, D]."""
+        self.move(i, step)
         for held, new in ((self.k[i], k), (self.v[i], v)):
-            if step.kept is not None:
-                held[:, : step.at] = held[:, step.kept].clone()
             held[:, step.at : step.rows] = new[:, step.own]
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceStep:
+    """The step of one new token on a ring of one, with its numbers on the device, in tensors that stay.
+
+    What reads them there can be recorded as a CUDA graph and replayed for the next token. row: int64 [1], where its key
+    and value go. seen: start and end int32 [1, 1], the rows that it sees.
+    """
+
+    row: Tensor
+    seen: Intervals
+
+    @classmethod
+    def on(cls, device: torch.device) -> DeviceStep:
+        """Tensors without a step yet."""
+        start, end = torch.zeros(2, 1, 1, dtype=torch.int32, device=device)
+        return cls(torch.zeros(1, dtype=torch.int64, device=device), Intervals(start, end, start, end, {}, {}))
+
+    def take(self, step: Step) -> None:
+        """Take over a step's numbers. The host does not wait."""
+        self.row.fill_(step.ranks[0].at)
+        self.seen.start.copy_(step.ranks[0].seen[0].start)
+        self.seen.end.copy_(step.ranks[0].seen[0].end)
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +316,19 @@ def cached_attention(
     pieces = [slice(step.begin, step.end) for step in steps]
     found = [_decode(q[:, x], k[:, x], v[:, x], cache, step, attention) for x, step in zip(pieces, steps, strict=True)]
     return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+
+
+def attention_on_device(
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: DeviceStep, attention: Attention
+) -> Tensor:
+    """`cached_attention` of one new token on a ring of one, where the host knows neither its row nor what it sees.
+
+    Rows that `DeviceStep.take`'s step moves have moved.
+    """
+    for held, new in ((cache.k[0], k), (cache.v[0], v)):
+        held.index_copy_(1, step.row, new)
+    whole = RankStep(None, slice(0, 1), 0, cache.k[0].shape[1], (step.seen,))
+    return _attend(q, cache, 0, whole, 0, attention, sink=attention.sink, out_dtype=q.dtype).out
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: Step, attention: Attention) -> Tensor:
