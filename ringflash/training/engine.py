@@ -33,6 +33,7 @@ from ringflash.models import (
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
+from ringflash.training.positions import ByPosition
 from ringflash.training.sharded import start_deepspeed
 from ringflash.training.world import World
 
@@ -157,22 +158,22 @@ class TrainedModel(nn.Module):
         labels: object,
         num_items_in_batch: object,
         router_weight: Tensor | None = None,
-        groups: Tensor | None = None,
+        by_position: ByPosition | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Summed loss of this rank's shard, from what `ring_inputs` returns. `step` divides it by all ranks' labels.
 
-        groups: int64 as shift_labels, to have the sum of each group of tokens, without a gradient. router_weight: with
-        what the experts' load-balancing loss is added, where the configuration asks for it (output_router_logits). It
-        has a gradient; the value that is returned is that of the tokens alone.
+        by_position: is given the tokens' losses. router_weight: with what the experts' load-balancing loss is added,
+        where the configuration asks for it (output_router_logits). It has a gradient; the value that is returned is
+        that of the tokens alone.
         """
         config, inputs = self.model.config, inputs | self.attention
         if router_weight is None or not getattr(config, "output_router_logits", False):
-            return self.model.lm_head(self.model.base_model(**inputs).last_hidden_state, shift_labels, groups)
+            return self.model.lm_head(self.model.base_model(**inputs).last_hidden_state, shift_labels, by_position)
         outputs = self.model.base_model(**inputs, output_router_logits=True)
         share = router_loss(outputs.router_logits, experts_of(config)[1], inputs["plan"])
         added = config.router_aux_loss_coef * router_weight * share
-        return self.model.lm_head(outputs.last_hidden_state, shift_labels) + (added - added.detach())
+        return self.model.lm_head(outputs.last_hidden_state, shift_labels, by_position) + (added - added.detach())
 
 
 def build_engine(

@@ -1,8 +1,4 @@
-"""Evaluation: the loss on held-out sequences, the same ones every time, in the mean and by position in a document.
-
-Where a model uses what it read long before, the loss falls with the position. The bounds double: up to 4k tokens, 4k to
-8k, and so on.
-"""
+"""Evaluation: the loss on held-out sequences, the same ones every time, in the mean and by position in a document."""
 
 from __future__ import annotations
 
@@ -11,14 +7,12 @@ from dataclasses import dataclass, field
 
 import deepspeed
 import torch
-from torch import Tensor
 
 from ringflash.data import Evaluated, batch
 from ringflash.data.batches import Batch
-from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
-from ringflash.training.loss import GROUPS
-from ringflash.training.metrics import BY_POSITION
+from ringflash.training.metrics import HELD_OUT_BY_POSITION
+from ringflash.training.positions import ByPosition, means, no_totals
 from ringflash.training.step import Layouts, shard
 from ringflash.training.world import World
 
@@ -40,9 +34,6 @@ class EvaluationConfig:
             )
 
 
-FIRST_BOUND = 4096  # tokens; each bound is twice the one before
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """Mean losses in nats per predicted token, of all tokens and by position, such as "4k-8k", where any is there."""
@@ -52,7 +43,7 @@ class HeldOut:
 
     def record(self) -> dict[str, float]:
         """For the metrics: held_out_loss, and held_out_loss/4k-8k."""
-        return {"held_out_loss": self.loss} | {BY_POSITION + name: x for name, x in self.by_position.items()}
+        return {"held_out_loss": self.loss} | {HELD_OUT_BY_POSITION + name: x for name, x in self.by_position.items()}
 
 
 @dataclass(frozen=True)
@@ -83,27 +74,10 @@ class Evaluation:
 def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout_for: Layouts) -> HeldOut:
     """Losses over batches; every ring computes each batch in full."""
     engine.eval()
-    total = torch.zeros(2, GROUPS, dtype=torch.float64, device=world.device)
+    totals = no_totals(world.device)
     for sequences in batches:
         inputs = shard(sequences, world, layout_for)
-        labels, groups = inputs["shift_labels"], _groups(inputs["position_ids"])
-        total[0] += engine(**inputs, groups=groups)
-        total[1] += torch.bincount(groups[labels != IGNORE], minlength=GROUPS)
+        engine(**inputs, by_position=ByPosition.of(inputs, totals))
     engine.train()
-    losses, counts = world.sum(total).tolist()
-    by_position = {name: x / n for name, x, n in zip(_names(), losses, counts, strict=True) if n}
-    mean = sum(losses) / max(sum(counts), 1)
-    return HeldOut(mean, by_position if len(by_position) > 1 else {})
-
-
-def _groups(positions: Tensor) -> Tensor:
-    """The group of each token, by how many tokens its document has before it."""
-    bounds = FIRST_BOUND * 2 ** torch.arange(GROUPS - 1, device=positions.device)
-    return torch.bucketize(positions, bounds, right=True)
-
-
-def _names() -> list[str]:
-    """Those of the groups."""
-    bounds = [0, *(FIRST_BOUND * 2**i for i in range(GROUPS - 1))]
-    shown = [f"{x // 2**20}M" if x >= 2**20 else f"{x // 1024}k" if x >= 1024 else str(x) for x in bounds]
-    return [f"{begin}-{end}" for begin, end in zip(shown, [*shown[1:], ""], strict=True)]
+    loss, count = world.sum(totals).sum(1).tolist()
+    return HeldOut(loss / max(count, 1), means(totals))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ringflash.data.records import IGNORE
 from ringflash.models.mlp import add_product
+from ringflash.training.positions import ByPosition
 
-GROUPS = 16  # at most, of tokens whose losses are summed apart
 LOGITS = 2**28  # of a tile, unless it is given: half a GiB in bf16, and enough for products at full speed
 
 
@@ -40,16 +40,16 @@ def tiled_cross_entropy(
     fused: bool = False,
     bias: Tensor | None = None,
     scale: float = 1.0,
-    groups: Tensor | None = None,
+    by_position: ByPosition | None = None,
 ) -> Tensor:
-    """Summed cross entropy, fp32 scalar; of each group of tokens, where there are groups.
+    """Summed cross entropy, fp32 scalar.
 
     hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 where nothing is predicted; tile, tokens whose
     logits exist at once; softcap of the logits, or None; fused: by the Triton kernel; bias [V] or None; scale of the
-    logits, before their cap. Differentiable in hidden, weight and bias. groups: int64 [N], below GROUPS; the sums, fp32
-    [GROUPS], are then not differentiable.
+    logits, before their cap; by_position: is given the tokens' losses. Differentiable in hidden, weight and bias.
     """
-    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale, groups)
+    grad = torch.is_grad_enabled()  # which a Function's forward cannot tell
+    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale, by_position, grad)
 
 
 class LossHead(nn.Linear):
@@ -70,16 +70,16 @@ class LossHead(nn.Linear):
         self.fused: bool = fused
         self.scale: float = scale
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, by_position: ByPosition | None = None) -> Tensor:
         """Logits [..., V], neither scaled nor capped; with labels, int64 of hidden's shape but the last, their loss.
 
-        groups: as labels; see `tiled_cross_entropy`.
+        by_position: see `tiled_cross_entropy`.
         """
         if labels is None:
             return super().forward(hidden)
         return tiled_cross_entropy(
             hidden.flatten(0, -2), self.weight, labels.flatten(), self.tile, self.softcap, self.fused, self.bias,
-            self.scale, None if groups is None else groups.flatten(),
+            self.scale, by_position,
         )  # fmt: skip
 
 
@@ -95,10 +95,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         fused: bool,
         scale: float,
-        groups: Tensor | None,
+        by_position: ByPosition | None,
+        grad: bool,
     ) -> Tensor:
-        differentiate = any(ctx.needs_input_grad) and groups is None
-        loss = torch.zeros(() if groups is None else GROUPS, dtype=torch.float32, device=hidden.device)
+        differentiate = grad and any(ctx.needs_input_grad)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden if differentiate else hidden[:0])
         dweight = torch.zeros_like(weight if differentiate else weight[:0], dtype=torch.float32)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -113,10 +114,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 logits *= scale
             losses, dlogits = cross_entropy(logits, labels[here])
-            if groups is None:
-                loss += losses.sum()
-            else:
-                loss.index_add_(0, groups[here], losses)
+            loss += losses.sum()
+            if by_position is not None:
+                by_position.add(begin, losses)
             if differentiate:
                 if scale != 1.0:
                     dlogits *= scale
@@ -125,8 +125,6 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 torch.mm(dlogits, weight, out=dhidden[here])
                 add_product(dweight, dlogits.T, hidden[here])
             del logits, dlogits  # before the next tile's logits
-        if groups is not None:
-            ctx.mark_non_differentiable(loss)
         if differentiate:
             ctx.save_for_backward(dhidden, dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype))
         return loss
@@ -134,7 +132,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         gradients = (None if x is None else x * dloss.to(x.dtype) for x in ctx.saved_tensors)
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 def _cross_entropy(

@@ -8,7 +8,8 @@ import time
 import torch
 
 from ringflash.ring.cost import peak_flops
-from ringflash.training import flops
+from ringflash.training import flops, positions
+from ringflash.training.metrics import BY_POSITION
 from ringflash.training.step import StepResult
 from ringflash.training.world import World
 
@@ -43,6 +44,7 @@ class Meter:
         if self.peak is not None:
             done = flops.step_flops(self.model_config, self.weights, self.tokens, pairs)
             record["mfu"] = done / seconds / (self.peak * self.world.size)
+        record |= {BY_POSITION + name: x for name, x in positions.means(result.by_position).items()}
         return record | _traffic(self.world, result.imbalance)
 
 

@@ -16,10 +16,12 @@ from typing import Any, Literal, cast
 from tqdm import tqdm
 
 from ringflash.errors import ConfigError
+from ringflash.training import positions
 from ringflash.training.files import write_whole, writing
 
 FILE = "metrics.jsonl"
-BY_POSITION = "held_out_loss/"  # and a range of positions, in names of values
+BY_POSITION, HELD_OUT_BY_POSITION = "loss/", "held_out_loss/"  # and a range of positions, in names of values
+RECENT = 20  # steps whose mean losses by position are drawn
 MODES = ("offline", "online", "disabled")
 
 
@@ -136,14 +138,15 @@ def check_plot(folder: Path) -> None:
 def plot(folder: Path, unigram: float | None) -> Path:
     """Draw the training loss, and the held-out loss and unigram entropy if text is held out, to loss.png.
 
-    Beside them the held-out loss by position in a document, of the first and the last evaluation that have it.
+    Beside them the loss by position in a document: held-out, of the first and the last evaluation that have it, and of
+    training, in the mean of the last RECENT steps.
     """
     from matplotlib.figure import Figure
 
     records = read(folder / FILE)
-    by_position = [r for r in records if any(name.startswith(BY_POSITION) for name in r)]
-    figure = Figure(figsize=(11 if by_position else 7, 4), layout="constrained")
-    axes, *beside = figure.subplots(1, 2 if by_position else 1, squeeze=False)[0]
+    lines = _lines_by_position(records)
+    figure = Figure(figsize=(11 if lines else 7, 4), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if lines else 1, squeeze=False)[0]
     for name, style in (("loss", {"linewidth": 1}), ("held_out_loss", {"marker": "o", "markersize": 4})):
         points = [(r["step"], math.nan if r[name] is None else r[name]) for r in records if name in r]
         if points:
@@ -155,20 +158,43 @@ def plot(folder: Path, unigram: float | None) -> Path:
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     for panel in beside:
-        _draw_by_position(panel, by_position)
+        _draw_by_position(panel, lines)
     with writing(folder / "loss.png"):
         figure.savefig(folder / ".loss.png", format="png", dpi=120)
         os.replace(folder / ".loss.png", folder / "loss.png")
     return folder / "loss.png"
 
 
-def _draw_by_position(axes: Any, records: list[dict[str, Any]]) -> None:
-    """A line for the first and the last of the records."""
-    for record in records[:1] + records[1:][-1:]:
-        found = {name.removeprefix(BY_POSITION): x for name, x in record.items() if name.startswith(BY_POSITION)}
-        losses = [math.nan if x is None else x for x in found.values()]
-        axes.plot([*found], losses, marker="o", markersize=4, label=f"step {record['step']}")
-    axes.set(xlabel="tokens of the document before", ylabel="nats per token", title="held-out loss by position")
+def _lines_by_position(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What is drawn by position, by its label: losses by the names of their ranges."""
+    held_out, training = (
+        [(r["step"], found) for r in records if (found := _by_position(r, prefix))]
+        for prefix in (HELD_OUT_BY_POSITION, BY_POSITION)
+    )
+    lines = {f"held-out, step {step}": found for step, found in held_out[:1] + held_out[1:][-1:]}
+    if recent := training[-RECENT:]:
+        names = dict.fromkeys(name for _, found in recent for name in found)
+        each = {name: [found[name] for _, found in recent if name in found] for name in names}
+        steps = f"steps {recent[0][0]} to {recent[-1][0]}" if len(recent) > 1 else f"step {recent[0][0]}"
+        lines[f"training, {steps}"] = {name: sum(x) / len(x) for name, x in each.items()}
+    return lines
+
+
+def _by_position(record: dict[str, Any], prefix: str) -> dict[str, float]:
+    """A record's losses by position, by the names of their ranges; NaN for one that is not finite."""
+    return {
+        name.removeprefix(prefix): math.nan if x is None else x for name, x in record.items() if name.startswith(prefix)
+    }
+
+
+def _draw_by_position(axes: Any, lines: dict[str, dict[str, float]]) -> None:
+    """The lines over all ranges that any of them has."""
+    known = {name for line in lines.values() for name in line}
+    for label, line in lines.items():
+        ranges = [name for name in positions.names() if name in known]
+        losses = [line.get(name, math.nan) for name in ranges]
+        axes.plot(ranges, losses, "o" + (":" if label.startswith("training") else "-"), markersize=4, label=label)
+    axes.set(xlabel="tokens of the document before", ylabel="nats per token", title="loss by position")
     axes.grid(alpha=0.3)
     axes.legend()
 

@@ -25,6 +25,7 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.models import ring_inputs, windows_of_layers
 from ringflash.ring.plan import AttentionPlan
+from ringflash.training.positions import ByPosition, no_totals
 from ringflash.training.world import World
 
 Layouts = Callable[[IntervalMask], Layout]
@@ -36,7 +37,7 @@ class StepResult(NamedTuple):
     loss, pairs: float64 scalars, the same on all ranks: the mean loss per predicted token, and the (query, key) pairs
     that attention computed, over all sequences and layers. gradient_norm: of all weights, before clipping; not finite
     where the update was skipped. learning_rate: of this step. imbalance: pairs of the busiest rank of this ring over
-    the mean of its ranks, minus 1, in the worst micro-batch.
+    the mean of its ranks, minus 1, in the worst micro-batch. by_position: as `ByPosition` has totals, of all ranks.
     """
 
     loss: Tensor
@@ -44,6 +45,7 @@ class StepResult(NamedTuple):
     learning_rate: float
     pairs: Tensor
     imbalance: float
+    by_position: Tensor
 
 
 class MicroBatch(NamedTuple):
@@ -77,8 +79,9 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     router_weight = valid / (len(micro_batches) * world.replicas)  # the mean over micro-batches, times `valid`
+    by_position = no_totals(world.device)
     for inputs, _ in micro_batches:
-        loss = engine(**inputs, router_weight=router_weight)
+        loss = engine(**inputs, router_weight=router_weight, by_position=ByPosition.of(inputs, by_position))
         # 0 * loss makes all gradients NaN where the loss is not finite, without a host synchronisation.
         engine.backward(loss * (world.size / valid + 0 * loss.detach()), scale_wrt_gas=False)
         engine.step()
@@ -86,7 +89,8 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
     mine = torch.tensor([pairs for _, pairs in micro_batches], dtype=torch.float64, device=world.device)
     neighbours = 1 if world.ulysses is None else world.ulysses.size  # these compute the same pairs for other heads
     loss, computed = world.sum(torch.stack([total / valid, mine.sum() / neighbours]))
-    return StepResult(loss, engine.get_global_grad_norm(), learning_rate, computed, _imbalance(mine, world))
+    norm, imbalance = engine.get_global_grad_norm(), _imbalance(mine, world)
+    return StepResult(loss, norm, learning_rate, computed, imbalance, world.sum(by_position))
 
 
 def _pairs(config: PreTrainedConfig, plan: AttentionPlan) -> int:

@@ -1,4 +1,4 @@
-"""The held-out loss by position in a document is that of plain transformers, whatever the ranks and the layout."""
+"""Losses by position in a document are those of plain transformers, held-out and of training, on any ranks."""
 
 import math
 
@@ -7,26 +7,32 @@ import torch
 from torch import nn
 
 from ringflash.layout import Layout
-from ringflash.training import evaluation, metrics
+from ringflash.training import metrics, positions
 from ringflash.training.engine import MemoryConfig, build_engine
 from ringflash.training.evaluation import HeldOut, evaluate
 from ringflash.training.loss import tiled_cross_entropy
 from ringflash.training.optimizer import OptimConfig
+from ringflash.training.positions import ByPosition, means, no_totals
+from ringflash.training.step import prepare, train_step
 from tests.training.engines import DOCUMENTS, LENGTH, SEQUENCES, build, joined, sequences
 
 BOUNDS = [0, 4, 8, 16, 32, 64]
 
 
 def on_ranks(ring, ulysses, name):
-    """Losses with a first bound of 4 tokens."""
-    evaluation.FIRST_BOUND = 4
+    """Losses, held-out and of a step of training, with a first bound of 4 tokens."""
+    positions.FIRST_BOUND = 4
     world = joined(ring, ulysses)
     optim = OptimConfig(batch=SEQUENCES, micro_batch=SEQUENCES // world.replicas)
     engine = build_engine(build("qwen3"), optim, MemoryConfig(loss_tile=7), world)
     layout = Layout.named(name, LENGTH, world.ring.size, ulysses=ulysses)
     found = evaluate(engine, [sequences("uneven")], world, lambda mask: layout)
-    evaluation.FIRST_BOUND = 4096
-    return found
+    share = SEQUENCES // world.replicas
+    mine = sequences("uneven").split(share)[world.replica]
+    step = train_step(engine, prepare(engine, mine, world, lambda mask: layout), world)
+    trained = HeldOut(step.loss.item(), means(step.by_position))
+    positions.FIRST_BOUND = 4096
+    return found, trained
 
 
 def by_plain_transformers():
@@ -58,17 +64,17 @@ def by_plain_transformers():
 def test_losses_by_position_are_those_of_plain_transformers(ranks, size, ring, ulysses, name):
     mean, of_range = by_plain_transformers()
     assert len(of_range) > 2
-    for found in ranks.run(on_ranks, size, ring, ulysses, name):
+    for found in sum(ranks.run(on_ranks, size, ring, ulysses, name), ()):
         assert found.loss == pytest.approx(mean, rel=1e-5)
         assert found.by_position == pytest.approx(of_range, rel=1e-5)
 
 
 def test_ranges_are_named_by_their_bounds():
-    names = evaluation._names()
+    names = positions.names()
     assert names[:3] == ["0-4k", "4k-8k", "8k-16k"]
     assert names[8:10] == ["512k-1M", "1M-2M"]
-    positions = torch.tensor([0, 4095, 4096, 8191, 2**20 - 1, 2**20, 2**40])
-    assert [names[i] for i in evaluation._groups(positions)] == [
+    found = positions.ranges_of(torch.tensor([0, 4095, 4096, 8191, 2**20 - 1, 2**20, 2**40]))
+    assert [names[i] for i in found] == [
         "0-4k", "0-4k", "4k-8k", "4k-8k", "512k-1M", "1M-2M", "64M-",
     ]  # fmt: skip
 
@@ -77,35 +83,45 @@ def test_documents_within_the_first_range_have_no_losses_by_position():
     assert HeldOut(2.0).record() == {"held_out_loss": 2.0}
 
 
-def test_a_record_has_a_value_per_range_and_the_plot_shows_the_first_and_the_last(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(metrics, "_draw_by_position", lambda axes, records: drawn.extend(records))
+def test_a_record_has_a_value_per_range_and_the_plot_shows_the_first_the_last_and_those_of_training(
+    tmp_path, monkeypatch
+):
+    drawn = {}
+    monkeypatch.setattr(metrics, "_draw_by_position", lambda axes, lines: drawn.update(lines))
     (tmp_path / metrics.FILE).write_text("")
-    log = metrics.Metrics(metrics.LoggerConfig(mode="disabled"), tmp_path, {}, 0, 3)
-    for step in (1, 2, 3):
+    log = metrics.Metrics(metrics.LoggerConfig(mode="disabled"), tmp_path, {}, 0, 30)
+    for step in range(1, 31):
         held_out = HeldOut(2.0, {"0-4k": 2.5 - step / 10, "4k-8k": math.nan})
-        log.log(step, {"loss": 3.0} | (held_out.record() if step > 1 else {}))
+        trained = {"loss": 3.0, "loss/0-4k": float(step)} | ({"loss/8k-16k": 7.0} if step == 25 else {})
+        log.log(step, trained | (held_out.record() if step % 10 == 0 else {}))
     log.close()
+    assert metrics.read(tmp_path / metrics.FILE)[-1] == {
+        "step": 30, "loss": 3.0, "loss/0-4k": 30.0,
+        "held_out_loss": 2.0, "held_out_loss/0-4k": -0.5, "held_out_loss/4k-8k": None,
+    }  # fmt: skip
     metrics.plot(tmp_path, None)
-    assert [r["step"] for r in drawn] == [2, 3]
-    assert drawn[-1] == {
-        "step": 3,
-        "loss": 3.0,
-        "held_out_loss": 2.0,
-        "held_out_loss/0-4k": 2.2,
-        "held_out_loss/4k-8k": None,
+    assert drawn == {
+        "held-out, step 10": {"0-4k": 1.5, "4k-8k": pytest.approx(math.nan, nan_ok=True)},
+        "held-out, step 30": {"0-4k": -0.5, "4k-8k": pytest.approx(math.nan, nan_ok=True)},
+        "training, steps 11 to 30": {"0-4k": 20.5, "8k-16k": 7.0},
     }
     monkeypatch.undo()
     assert metrics.plot(tmp_path, None).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("tile", [3, 64])
-def test_losses_of_groups_are_their_sums_and_have_no_gradient(tile):
+def test_losses_by_position_are_sums_that_leave_the_loss_and_its_gradient_as_they_are(tile):
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    labels, groups = torch.randint(11, (20,)), torch.randint(3, (20,))
+    labels = torch.randint(11, (20,))
     labels[4] = -100
-    found = tiled_cross_entropy(hidden, weight, labels, tile, None, groups=groups)
-    each = nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
-    expected = torch.zeros(16).index_add_(0, groups, each.detach())
-    torch.testing.assert_close(found, expected)
-    assert not found.requires_grad
+    inputs = {"position_ids": 1000 * torch.arange(20), "shift_labels": labels}
+    found, totals = [], no_totals(torch.device("cpu"))
+    for by_position in (None, ByPosition.of(inputs, totals)):
+        loss = tiled_cross_entropy(hidden, weight, labels, tile, None, by_position=by_position)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    assert all(map(torch.equal, *found))
+    each = nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none").detach().double()
+    assert totals[1, :4].tolist() == [4, 4, 8, 3]  # the bounds are 4096, 8192 and 16384
+    assert totals[0, :3].tolist() == pytest.approx([x.sum().item() for x in each[:17].split([5, 4, 8])])
+    with torch.no_grad():
+        assert not tiled_cross_entropy(hidden, weight, labels, tile, None).requires_grad
