@@ -27,9 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ringflash.kernels.checks import stride_refusal
-from ringflash.kernels.portable_forward import softmax_step
+from ringflash.kernels.portable_forward import softmax_end, softmax_step
 from ringflash.kernels.portable_parts import (
-    LN_2,
     LOG2_E_,
     NEG_INF,
     Tuning,
@@ -141,9 +140,8 @@ def decode_kernel(
         v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, False)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
 
-    seen = z > 0
-    z = tl.where(seen, z, 1.0)  # a row that has seen nothing: acc is 0 already
-    tl.store(lse, tl.where(seen, (m + tl.math.log2(z)) * LN_2, NEG_INF), valid)
+    row_lse, z = softmax_end(m, z)
+    tl.store(lse, row_lse, valid)
     columns = tl.arange(0, BLOCK_DV)
     out += split.to(tl.int64) * out_stride_n
     out += ((batch.to(tl.int64) * queries + query) * heads_kv * GROUP + head)[:, None] * DV + columns[None, :]
@@ -183,10 +181,9 @@ def combine_kernel(
         acc = acc * alpha + tl.sum(part * weight[:, None], 0)
         z = z * alpha + tl.sum(weight, 0)
         m = m_new
-    seen = z > 0
-    z = tl.where(seen, z, 1.0)
     row = (batch * heads + head) * queries + query + tl.arange(0, 1)
-    tl.store(lse + row, tl.where(seen, (m + tl.math.log2(z)) * LN_2, NEG_INF))
+    row_lse, z = softmax_end(m, z)
+    tl.store(lse + row, row_lse)
     out += ((batch * queries + query) * heads + head) * DV + columns
     tl.store(out, (acc / z).to(out.dtype.element_ty), columns < DV)
 

@@ -89,6 +89,14 @@ def softmax_step(s, m, z, c, EDGE: tl.constexpr):
     return p, m_new, z * alpha + tl.sum(p, 1), alpha
 
 
+@triton.jit
+def softmax_end(m, z):
+    """A row's natural lse, and what acc is divided by: -inf and 1 where the row has seen nothing and acc is 0."""
+    seen = z > 0
+    z = tl.where(seen, z, 1.0)
+    return tl.where(seen, (m + tl.math.log2(z)) * LN_2, NEG_INF), z
+
+
 @triton.jit(do_not_specialize=["carried"])
 def forward_kernel(
     q, q_stride_b, q_stride_s, q_stride_h,
@@ -188,9 +196,8 @@ def forward_kernel(
     alpha, alpha_carry = tl.math.exp2(m - shift), tl.math.exp2(m_carry - shift)
     acc = acc * alpha[:, None] + tl.load(carry, inside & (carried > 0), 0.0) * alpha_carry[:, None]
     z = z * alpha + alpha_carry
-    seen = z > 0
-    z = tl.where(seen, z, 1.0)  # a row that has seen nothing: acc is 0 already
-    tl.store(lse + rows, tl.where(seen, (m_new + tl.math.log2(z)) * LN_2, NEG_INF), valid)
+    row_lse, z = softmax_end(m_new, z)
+    tl.store(lse + rows, row_lse, valid)
     acc = acc / z[:, None]
     out += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     tl.store(out + rows.to(tl.int64)[:, None] * out_stride_s + columns[None, :], acc.to(out.dtype.element_ty), inside)
