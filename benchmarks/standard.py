@@ -281,7 +281,10 @@ def main(arguments: list[str] | None = None) -> int:
     dim = options.dim or (128 if on_gpu else 64)
     capacity = free_bytes(device)
     facts = report.card(device, {}, options.commit)
-    facts |= {"inputs": f"{dtype}, {options.heads} heads of {dim}, causal", "free": size(capacity)}
+    facts |= {
+        "inputs": f"{dtype}, {options.heads} head{'s' * (options.heads > 1)} of {dim}, causal",
+        "free": size(capacity),
+    }
     print("; ".join(f"{name} {value}" for name, value in facts.items()), HEADER, sep="\n", flush=True)
     file = options.out / f"standard-{report.slug(device)}.json"
     title = f"one layer's attention, {facts['inputs']}, {facts['device']}, {facts['date']}, {facts['commit']}"

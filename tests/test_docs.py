@@ -52,6 +52,12 @@ def test_examples_in_docstrings_give_what_they_show(name):
     assert result.failed == 0
 
 
+def test_the_worked_examples_of_docs_why_give_what_they_show():
+    result = doctest.testfile(str(ROOT / "docs" / "why.md"), module_relative=False)
+    assert result.attempted >= 10
+    assert result.failed == 0
+
+
 def test_the_readmes_torch_example_runs(capsys):
     exec(example("import torch\n"), {})
     assert "hop 3" in capsys.readouterr().out
