@@ -10,6 +10,7 @@ variant is NAME:SETTINGS, or a peer: transformers, transformers-flash or deepspe
 Peers take no packed documents.
 
 Under torchrun the ranks share each sequence: tokens/s are of all together, MFU and memory of one. Peers take one GPU.
+A thread plans the next batches during a step, as in the trainer.
 
 Every variant starts from the same weights and sees the same tokens. Its first step, which compiles, has --warm tokens.
 Packed batches have the lengths of files of Python's standard library. MFU counts visible (query, key) pairs, and not
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import training_peers
 from benchmarks.report import RESULTS, card, write_json
-from ringflash.data import Batch
+from ringflash.data import Batch, made_ahead
 from ringflash.mask import IntervalMask
 from ringflash.models import build_model
 from ringflash.ring.cost import peak_flops
@@ -49,7 +50,7 @@ from ringflash.training.engine import build_engine
 from ringflash.training.flops import matmul_parameters, step_flops
 from ringflash.training.meter import memory_gib
 from ringflash.training.parallel import layout_chooser
-from ringflash.training.step import prepare, train_step
+from ringflash.training.step import MicroBatch, prepare, train_step
 from ringflash.training.world import World, join
 
 EXPERIMENT = ("experiment=qwen3-0.5b-128k", "parallel.ulysses=1")
@@ -80,7 +81,12 @@ class Row:
         )
 
 
-Step = Callable[[Batch], float]  # a step on a batch; its loss, read back, so that the step is over
+class Variant(NamedTuple):
+    """A model, what a thread makes of a batch before its step, and the step: its loss, read back, so that it is over."""
+
+    model: PreTrainedModel
+    plan: Callable[[Batch], Any]
+    step: Callable[[Any], float]
 
 
 # -- batches
@@ -112,7 +118,7 @@ def batch(mask: str, tokens: int, vocabulary: int, seed: int) -> Batch:
 # -- variants
 
 
-def ringflash(config: Config, world: World, tokens: int) -> tuple[PreTrainedModel, Step]:
+def ringflash(config: Config, world: World, tokens: int) -> Variant:
     """The trainer's own step."""
     torch.manual_seed(config.seed)
     with world.device:  # random weights of half a billion parameters take the CPU 20 seconds
@@ -120,12 +126,11 @@ def ringflash(config: Config, world: World, tokens: int) -> tuple[PreTrainedMode
     engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
     engine.module.reserve_host_memory(tokens)
 
-    def step(data: Batch) -> float:
+    def plan(data: Batch) -> list[MicroBatch]:
         length = data.tokens.shape[1]
-        layouts = layout_chooser(config.parallel, model.config, length, world.ring.size, 1)
-        return train_step(engine, prepare(engine, data, world, layouts), world).loss.item()
+        return prepare(engine, data, world, layout_chooser(config.parallel, model.config, length, world.ring.size, 1))
 
-    return model, step
+    return Variant(model, plan, lambda planned: train_step(engine, planned, world).loss.item())
 
 
 # -- measuring
@@ -140,19 +145,24 @@ def measure(
         if world.size > 1:
             raise ValueError(f"{name} takes one process, here are {world.size}")
         model, step = training_peers.build(name, config, world.device)
+        variant = Variant(model, lambda data: data, step)
     else:
-        model, step = ringflash(config, world, args.tokens)
+        variant = ringflash(config, world, args.tokens)
+    model, plan, step = variant
     vocabulary, weights = model.config.vocab_size, matmul_parameters(model)
-    step(batch("causal", args.warm, vocabulary, 99))
+    step(plan(batch("causal", args.warm, vocabulary, 99)))
     for mask in masks:
         batches = [batch(mask, args.tokens, vocabulary, seed) for seed in range(args.batches)]
         flops = [step_flops(model.config, weights, args.tokens, pairs(model, data)) for data in batches]
         seconds, losses = [], []
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for data in batches:
+        planned = made_ahead(plan, batches)
+        ready = next(planned)  # which a thread plans during the step before, if there is one
+        for _ in batches:
             begun = time.perf_counter()
-            losses.append(step(data))
+            losses.append(step(ready))
+            ready = next(planned, None)
             seconds.append(time.perf_counter() - begun)
         peak = peak_flops(world.device)
         keep(

@@ -6,7 +6,7 @@ text, JSON, CSV, parquet  --documents.py-->  tokens.npy, labels.npy  --corpus.py
 a rank's Shard  <--Batch.shard(layout, rank)--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
 """
 
-from ringflash.data.batches import Batch, batch, stream
+from ringflash.data.batches import Batch, batch, made_ahead, stream
 from ringflash.data.config import DataConfig
 from ringflash.data.corpus import TokenCorpus, load_corpus
 from ringflash.data.documents import python_stdlib, tokenised
@@ -31,6 +31,7 @@ __all__ = [
     "load_corpora",
     "load_corpus",
     "load_tokenizer",
+    "made_ahead",
     "pack",
     "python_stdlib",
     "stream",

@@ -6,12 +6,13 @@ nor the way they share the rows enters, so a run resumes at any degree of parall
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from ringflash.data.mixture import Corpus, packed
 from ringflash.mask import IntervalMask
 
 AHEAD = 2  # batches made before they are asked for
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +73,29 @@ def stream(
 
     state = {"seed", "step"} is JSON and names the step *after* its batch:
     `stream(..., seed=state["seed"], start_step=state["step"])` continues as if there had been no interruption.
-
-    An error in the thread is raised here. Closing the iterator (or dropping it) ends the thread.
     """
 
     def make(step: int) -> Any:
         return prepare(batch(corpus, seed=seed, step=step, batch_size=batch_size, length=length, rows=rows))
 
+    with contextlib.closing(made_ahead(make, count(start_step))) as made:
+        for step, ready in enumerate(made, start_step + 1):
+            yield ready, {"seed": seed, "step": step}
+
+
+def made_ahead(make: Callable[[T], Made], inputs: Iterable[T]) -> Generator[Made]:
+    """make(x) of each input, in order; a thread makes the next AHEAD meanwhile.
+
+    An error in the thread is raised here. Closing the iterator (or dropping it) ends the thread.
+    """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
     try:
-        ahead = deque(worker.submit(make, start_step + i) for i in range(AHEAD))
-        for step in count(start_step):
-            ahead.append(worker.submit(make, step + AHEAD))
-            yield ahead.popleft().result(), {"seed": seed, "step": step + 1}
+        ahead: deque[Future[Made]] = deque()
+        for x in inputs:
+            ahead.append(worker.submit(make, x))
+            if len(ahead) > AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
         worker.shutdown(cancel_futures=True)
