@@ -82,7 +82,7 @@ class Row:
 
 
 class Variant(NamedTuple):
-    """A model, what a thread makes of a batch before its step, and the step: its loss, read back, so that it is over."""
+    """A model, what a thread makes of a batch before its step, and the step. It reads the loss back, hence is over."""
 
     model: PreTrainedModel
     plan: Callable[[Batch], Any]
