@@ -36,7 +36,7 @@ KERNELS = {
 DECODING = {  # loads without the copy engine, for rows that are too few for a warpgroup's products
     "decode": (
         portable_decode.decode_kernel,
-        lambda head_dim, dtype, arch: portable_decode.tuning_for(head_dim, dtype, 4),
+        lambda head_dim, dtype, arch: portable_decode.tuning_for(head_dim, dtype, 4, arch),
     ),
     "combine": (portable_decode.combine_kernel, lambda *args: Tuning(16, 16, warps=4, stages=1, tma=False)),
 }

@@ -174,12 +174,13 @@ def test_strides_of_caches_and_of_parts_do_not_matter(interpreter):
 
 @needs_triton
 def test_splits_fill_the_sms_in_whole_waves():
-    splits_for = pytest.importorskip("ringflash.kernels.portable_decode").splits_for
-    assert splits_for(capacity=256, programs=8, sms=132) == 1
-    assert splits_for(capacity=2**18, programs=8, sms=132) == 32  # 256 programs of 264, two on each SM
-    assert splits_for(capacity=2**18, programs=64, sms=132) == 4
+    splits_for = partial(pytest.importorskip("ringflash.kernels.portable_decode").splits_for, sms=132)
+    assert splits_for(capacity=256, programs=8, programs_per_sm=2) == 1
+    assert splits_for(capacity=2**18, programs=8, programs_per_sm=2) == 32  # 256 programs of 264, two on each SM
+    assert splits_for(capacity=2**18, programs=64, programs_per_sm=2) == 4
+    assert splits_for(capacity=2**18, programs=8, programs_per_sm=1) == 16
     for programs in (1, 3, 64, 72, 200, 1000):
-        splits = splits_for(2**20, programs, 132)
+        splits = splits_for(2**20, programs, programs_per_sm=2)
         waves = splits * programs / 264
         assert waves / -(-splits * programs // 264) >= 0.75, (programs, splits)
 
