@@ -112,6 +112,11 @@ def decode_kernel(
     query = rows // GROUP
     head = head_kv * GROUP + rows % GROUP
     valid = rows < queries * GROUP
+    columns = tl.arange(0, BLOCK_D)
+    q += batch.to(tl.int64) * q_stride_b + query.to(tl.int64)[:, None] * q_stride_s
+    q_tile = tl.load(  # on its way while the bounds are
+        q + head.to(tl.int64)[:, None] * q_stride_h + columns[None, :], valid[:, None] & (columns < D)[None, :], 0.0
+    )
     bounds = batch.to(tl.int64) * interval_stride_b + query
     row_start = tl.maximum(tl.load(start + bounds, valid, 0), 0)
     row_end = tl.maximum(tl.minimum(tl.load(end + bounds, valid, 0), keys), row_start)
@@ -129,11 +134,6 @@ def decode_kernel(
         tl.store(lse, tl.full([BLOCK_Q], NEG_INF, tl.float32), valid)
         return
 
-    columns = tl.arange(0, BLOCK_D)
-    q += batch.to(tl.int64) * q_stride_b + query.to(tl.int64)[:, None] * q_stride_s
-    q_tile = tl.load(
-        q + head.to(tl.int64)[:, None] * q_stride_h + columns[None, :], valid[:, None] & (columns < D)[None, :], 0.0
-    )
     k = (k, k_stride_b, k_stride_s, k_stride_h, last)
     v = (v, v_stride_b, v_stride_s, v_stride_h, last)
     m = tl.full([BLOCK_Q], NEG_INF, tl.float32)
@@ -181,12 +181,14 @@ def combine_kernel(
     acc = tl.zeros([BLOCK_DV], tl.float32)
     for first in tl.range(0, count, BLOCK_N):
         n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+        part = tl.load(  # both loads at once
+            parts + n[:, None] * parts_stride_n + columns[None, :], (n < count)[:, None] & (columns < DV)[None, :], 0.0
+        )
         score = tl.load(lses + n * lses_stride_n, n < count, NEG_INF) * LOG2_E_
         m_new = tl.maximum(m, tl.max(score, 0))
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # -inf - -inf would be NaN
         weight, alpha = tl.math.exp2(score - shift), tl.math.exp2(m - shift)
-        written = (score != NEG_INF)[:, None] & (columns < DV)[None, :]  # a part without keys has no out
-        part = tl.load(parts + n[:, None] * parts_stride_n + columns[None, :], written, 0.0)
+        part = tl.where((score != NEG_INF)[:, None], part, 0.0)  # a part without keys has no out
         acc = acc * alpha + tl.sum(part * weight[:, None], 0)
         z = z * alpha + tl.sum(weight, 0)
         m = m_new
