@@ -7,7 +7,8 @@
 
 A case is `B,Hq,Hkv,C,D`: batch rows, query and KV heads, keys of each row, head size. A figure is of one layer and one
 new token per row. benchmarks/decode_contenders.py lists who is timed and how. A contender that is not timed is in the
-table with the reason, as is a case that does not fit in memory.
+table with the reason, as is a case that does not fit in memory. A peer that has compiled for a minute in all is left
+out of later cases, so that a run ends.
 
 The cache is read once, so time is compared with a copy of 2 GiB, measured in the same run: `% copy` is bytes of keys
 and values per second over bytes read and written per second by the copy. Layers of a model find nothing of their cache
@@ -31,6 +32,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +56,7 @@ SUFFIXES = {"k": 2**10, "M": 2**20}
 COPIED = 2**31  # bytes
 COLD = 2**28  # bytes of caches that a run reads: several times any L2
 MOST_LAYERS = 64
+PATIENCE = 60.0  # seconds in which a peer may compile, all cases together; later cases do without it
 
 
 @dataclass(frozen=True)
@@ -165,9 +168,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure(
-    case: Case, entrants: Sequence[Contender], dtype: torch.dtype, device: torch.device, seconds: float, copied: float
+    case: Case,
+    entrants: Sequence[Contender],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    copied: float,
+    prepared: dict[str, float],
 ) -> list[Row]:
-    """Check, then time, all entrants on a case."""
+    """Check, then time, all entrants on a case. prepared: seconds until each could be timed, all cases together."""
     needed, free = case.memory(dtype, device), free_bytes(device)
     if needed > free:
         reason = f"needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
@@ -180,8 +189,10 @@ def measure(
     errors: dict[str, float] = {}
     runs: dict[str, Callable[[], object]] = {}
     for entrant in entrants:
-        name = entrant.name
+        name, begin = entrant.name, time.perf_counter()
         try:
+            if (spent := prepared.get(name, 0.0)) > PATIENCE and not entrant.ours:
+                raise Absent(f"it took {spent:.0f} s to compile in earlier cases; name this one alone (--cases)")
             decode = entrant.build(q, k, v)
             with checks.poisoned() if entrant.ours else contextlib.nullcontext():
                 errors[name] = distance(decode(q, k, v), truth)
@@ -194,6 +205,7 @@ def measure(
             rows[name] = Row(str(case), name, "absent", str(absent))
         except Exception as error:  # a peer may raise anything; the table says what
             rows[name] = Row(str(case), name, "failed", _first_line(error))
+        prepared[name] = prepared.get(name, 0.0) + time.perf_counter() - begin
     found = timing.interleaved(runs, device, seconds) if runs else {}
     for name, took in found.items():
         rows[name] = _row(case, name, took, dtype, device, copied, errors[name])
@@ -377,10 +389,11 @@ def main(arguments: list[str] | None = None) -> int:
     file = options.out / f"decode-{'sweep-' if options.sweep else ''}{report.slug(device)}.json"
     title = f"decoding, {options.dtype}, {facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
     rows: list[Row] = []
+    prepared: dict[str, float] = {}
     undrawn = None
     for case in options.cases:
         try:
-            found = measure(case, entrants, options.dtype, device, options.seconds, copied)
+            found = measure(case, entrants, options.dtype, device, options.seconds, copied, prepared)
         except Exception as error:  # such as a GPU's, which no contender can be named for
             found = [Row(str(case), entrant.name, "failed", _first_line(error)) for entrant in entrants]
         if options.sweep:

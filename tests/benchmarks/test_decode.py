@@ -55,6 +55,13 @@ def test_a_contender_that_raises_leaves_the_others(tmp_path, monkeypatch):
     assert (peer["kernel"], peer["status"]) == ("SDPA math", "timed")
 
 
+def test_a_peer_that_compiles_for_long_is_left_out_of_later_cases(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "PATIENCE", 0.0)
+    _, contents = run(tmp_path, "--cases", "1,2,2,50,32", "1,2,2,40,32", "--only", "ringflash", "math")
+    assert [row["status"] for row in contents["rows"]] == ["timed", "timed", "timed", "absent"]
+    assert "to compile in earlier cases" in contents["rows"][-1]["reason"]
+
+
 def test_a_case_that_does_not_fit_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "free_bytes", lambda device: 2**20)
     code, contents = run(tmp_path, "--cases", "1,2,2,1M,64")
