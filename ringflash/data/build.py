@@ -1,5 +1,5 @@
-"""Building the cache: one process reads and splits records, workers parse and tokenise them, and what they give is
-written in order. What a stopped build has written is kept, and the next one goes on behind it.
+"""Building the cache: one process reads records and splits long ones, workers parse and tokenise them, and what they
+give is written in order. What a stopped build has written is kept, and the next one goes on behind it.
 
     records  --split-->  groups of about GROUP characters  --workers-->  cache.Group  --in order-->  cache.Writer
                                                                                           progress.json
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ringflash.data import cache
 from ringflash.data.cache import Written
-from ringflash.data.formats import RecordError, records
+from ringflash.data.formats import Lines, Record, RecordError, records
 from ringflash.data.records import Reading
 from ringflash.errors import ConfigError, reason
 
@@ -152,13 +152,24 @@ def _parts(job: Job, progress: Progress) -> Iterator[tuple[tuple[int, int], Part
 
 
 def _split(job: Job, file: Path, form: str) -> Iterator[Part]:
-    """The parts of a file's records."""
-    for where, record in records(file, form, job.reading.fields, job.guessed):
+    """The parts of a file's records. Lines of JSON are left to the workers, unless one is as long as several groups."""
+    for where, found in records(file, form, job.reading.fields, job.guessed):
+        if isinstance(found, Lines) and max(map(len, found.lines), default=0) <= GROUP:
+            yield where, found
+        elif isinstance(found, Lines):
+            yield from _parts_of(job.reading, found.records(job.reading.fields))
+        else:
+            yield from _parts_of(job.reading, [(where, found)])
+
+
+def _parts_of(reading: Reading, found: Iterable[tuple[str, Record | RecordError]]) -> Iterator[Part]:
+    """The parts of records."""
+    for where, record in found:
         if isinstance(record, RecordError):
             yield where, record
             continue
         try:
-            for part in job.reading.split(where, record):
+            for part in reading.split(where, record):
                 yield where, part
         except RecordError as error:
             yield where, error
@@ -182,6 +193,8 @@ def _size(value: Any) -> int:
     """About how much there is to tokenise: characters, or tokens that are there already."""
     if isinstance(value, str):
         return len(value)
+    if isinstance(value, Lines):
+        return sum(map(len, value.lines))
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
     if isinstance(value, list | tuple):
@@ -201,7 +214,7 @@ def _encoded(job: Job, group: Sequence[Part]) -> Encoded:
     parsed: list[Any] = []
     errors: list[RecordError] = []
     reading.counts.clear()
-    for where, part in group:
+    for where, part in _parsed(reading, group):
         try:
             if isinstance(part, RecordError):
                 raise part
@@ -209,6 +222,15 @@ def _encoded(job: Job, group: Sequence[Part]) -> Encoded:
         except RecordError as error:
             errors.append(error)
     return cache.grouped(reading.encode(parsed), job.size), Counter(reading.counts), errors
+
+
+def _parsed(reading: Reading, group: Sequence[Part]) -> Iterator[Part]:
+    """The parts of a group, with those of its lines in their place."""
+    for where, part in group:
+        if isinstance(part, Lines):
+            yield from _parts_of(reading, part.records(reading.fields))
+        else:
+            yield where, part
 
 
 Groups = Iterable[tuple[tuple[int, int], list[Part]]]

@@ -12,6 +12,8 @@ a byte order mark, and may be compressed (.gz, .bz2, .xz, .zst, .lz4). Other fil
 
     a suffix that is not in the table: read as text, braces or commas would become part of the documents
     NUL in a text: UTF-16 without a byte order mark has one beside each ASCII letter, and is valid UTF-8
+
+Lines of JSON come unparsed, in blocks, so that the process that reads them is not the one that parses them.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from ringflash.errors import ConfigError, reason
 
@@ -56,6 +58,7 @@ MARKS = {  # UTF-32's begin with UTF-16's
 ARROW_FILE = b"ARROW1"
 ROWS = 64  # of a table, read at once
 BLOCK = 1 << 22  # bytes of a text, read at once
+LINES = 1 << 20  # bytes of lines of JSON, read at once
 Part = TypeVar("Part")
 
 
@@ -64,7 +67,8 @@ class RecordError(ConfigError):
 
 
 Record = dict[str, Any]
-Found = Iterator[tuple[str, "Record | RecordError"]]  # where in the file, and what is there or why it cannot be read
+Parsed = Iterator[tuple[str, "Record | RecordError"]]  # where in the file, and what is there or why it cannot be read
+Found = Iterator[tuple[str, "Record | RecordError | Lines"]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,31 @@ class Fields:
     names: tuple[str, ...]
     refusal: Callable[[Sequence[str]], str | None]
     lists: bool = False
+
+
+class Lines(NamedTuple):
+    """Lines of a file of JSON objects, one per line. number: of the first, from 1; position: its byte in the file."""
+
+    file: Path
+    number: int
+    position: int
+    lines: list[bytes]
+
+    def records(self, fields: Fields) -> Parsed:
+        """The records, parsed. Raises ConfigError for what is no text."""
+        position = self.position
+        for number, line in enumerate(self.lines, self.number):
+            where = f"{self.file} line {number}"
+            text = _decoded(line, where, position)
+            position += len(line)
+            if not text.strip():
+                continue
+            try:
+                record = _json_record(_parsed(text, where, ON_LINES), fields, where, ON_LINES)
+            except RecordError as error:
+                yield where, error
+            else:
+                yield where, record
 
 
 def known_format(file: Path) -> str | None:
@@ -110,7 +139,7 @@ def format_of(file: Path, chosen: str | None, asked: str | None, lists: bool) ->
 
 
 def records(file: Path, form: str, fields: Fields, guessed: bool) -> Found:
-    """The records of a file in order, each with its place.
+    """The records of a file in order, each with its place; lines of JSON by blocks.
 
     guessed: the format is by the suffix. A text file that begins with JSON records is then refused. Raises ConfigError
     for a file that is not of its format; a single record that cannot be used is a RecordError in its place.
@@ -186,15 +215,16 @@ def _json_records(text: str) -> str | None:
 
 
 def _json_lines(file: Path, fields: Fields) -> Found:
-    for number, line in enumerate(_lines(file), 1):
-        if line.strip():
-            where = f"{file} line {number}"
-            try:
-                record = _json_record(_parsed(line, where, ON_LINES), fields, where, ON_LINES)
-            except RecordError as error:
-                yield where, error
-            else:
-                yield where, record
+    block = Lines(file, number=1, position=0, lines=[])
+    size = 0
+    with _opened(file) as stream:
+        for line in _located(stream, lambda count: f"{file} after line {count}"):
+            block.lines.append(line)
+            size += len(line)
+            if size >= LINES:
+                yield str(file), block
+                block, size = Lines(file, block.number + len(block.lines), block.position + size, []), 0
+    yield str(file), block
 
 
 def _json(file: Path, fields: Fields) -> Found:

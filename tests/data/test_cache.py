@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ringflash.data import build, cache, documents, load_corpus, load_tokenizer, scratch, tokenised
+from ringflash.data import build, cache, documents, formats, load_corpus, load_tokenizer, scratch, tokenised
 from ringflash.data.scratch import scratch_folder
 from ringflash.data.tokenizer import Encoder
 from ringflash.errors import ConfigError
@@ -145,9 +145,11 @@ def test_a_build_whose_input_is_refused_leaves_nothing(tmp_path, monkeypatch, in
 
 def test_workers_give_the_arrays_of_one_process_and_end_with_a_killed_builder(tmp_path, monkeypatch):
     folder = write_texts(tmp_path / "text", [text * 99 for text in TEXTS])
-    settings = config(tmp_path, write_jsonl(folder / "a.jsonl", TEXTS * 99), files=["*"])
+    some, long = TEXTS * 50, "a line of JSON that is longer than a group " * 50
+    settings = config(tmp_path, write_jsonl(folder / "a.jsonl", [*some, long, *some]), files=["*"])
     one = tokenised(dataclasses.replace(settings, cache=str(tmp_path / "one")))
     monkeypatch.setattr(build, "GROUP", 1000)
+    monkeypatch.setattr(formats, "LINES", 500)
     monkeypatch.setattr(build, "SECONDS", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     builder = multiprocessing.get_context("fork").Process(target=pause_after, args=(settings, 20))
@@ -302,9 +304,9 @@ DAMAGE = {
     "contents null": (corpus_json(lambda _: None), "corpus.json holds a NoneType, not an object"),
     "contents a list": (corpus_json(lambda _: [1]), "corpus.json holds a list, not an object"),
     "contents not text": (overwritten("corpus.json", 0, 9), "corpus.json cannot be read: 'utf-8' codec"),
-    "contents of another format": (corpus_json(lambda c: c | {"format": 3}), "corpus.json has format 3, not 5"),
+    "contents of another format": (corpus_json(lambda c: c | {"format": 3}), "corpus.json has format 3, not 6"),
     "contents without a key": (
-        corpus_json(lambda c: {"format": 5}),
+        corpus_json(lambda c: {"format": 6}),
         "corpus.json has other contents than",
     ),
     "another vocabulary": (

@@ -1,0 +1,144 @@
+"""Tokenising a corpus, beside the tokenizer alone on the same cores: seconds, and memory of all processes.
+
+    python benchmarks/tokenising.py --bytes 2e6       # seconds
+    python benchmarks/tokenising.py                   # 1 GB of JSONL: 3 minutes on 16 idle cores
+
+The text is files of Python's standard library, cut at random places; a BPE tokenizer of 32000 tokens is trained on
+some of them. `alone` is encode_batch_fast of the texts, 16 MB at once, which uses every core. `build` is what
+train.py does before its first step, without the import of transformers. Each is a process of its own. Memory is the
+peak of proportional set sizes over all its processes: pages that several share count once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import RESULTS, card, write_json
+
+VOCABULARY = 32000
+TRAINED_ON = 800  # files
+AT_ONCE = 1 << 24  # characters that the tokenizer alone gets
+
+
+def write_corpus(folder: Path, size: float) -> None:
+    """corpus.jsonl of `size` bytes, and a tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    texts = [text for file in files if (text := file.read_text(encoding="utf-8", errors="ignore"))]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts[:TRAINED_ON], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / "tokenizer")
+    draw, written = random.Random(0), 0
+    with open(folder / "corpus.jsonl", "w", encoding="utf-8") as file:
+        while written < size:
+            text = draw.choice(texts)
+            begin = draw.randrange(len(text))
+            part = text[begin : begin + int(draw.lognormvariate(8, 1))]  # 3000 characters in the middle
+            written += file.write(json.dumps({"text": part}) + "\n") if part.strip() else 0
+
+
+def alone(folder: Path) -> float:
+    """Seconds that the tokenizer takes, without reading or keeping anything."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    seconds = 0.0
+    for texts in _texts(folder / "corpus.jsonl"):
+        begun = time.perf_counter()
+        tokenizer.encode_batch_fast(texts)
+        seconds += time.perf_counter() - begun
+    return seconds
+
+
+def _texts(file: Path) -> Iterator[list[str]]:
+    texts: list[str] = []
+    size = 0
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            texts.append(json.loads(line)["text"])
+            size += len(texts[-1])
+            if size >= AT_ONCE:
+                yield texts
+                texts, size = [], 0
+    yield texts
+
+
+def build(folder: Path) -> dict[str, Any]:
+    """Seconds, tokens and peak memory of a build."""
+    from ringflash.data import DataConfig, load_tokenizer, tokenised
+
+    config = DataConfig(
+        path=str(folder / "corpus.jsonl"), tokenizer=str(folder / "tokenizer"), cache=str(folder / "cache")
+    )
+    load_tokenizer(config)  # imports transformers
+    peak = [0]
+    threading.Thread(target=_watch, args=(peak,), daemon=True).start()
+    begun = time.perf_counter()
+    found = tokenised(config)
+    return {"build": time.perf_counter() - begun, "tokens": len(found.tokens), "build_gib": peak[0] / 2**30}
+
+
+def _watch(peak: list[int]) -> None:
+    """Keep the peak of this process's and its children's memory."""
+    me = psutil.Process()
+    while True:
+        total = 0
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:  # it has ended
+                continue
+        peak[0] = max(peak[0], total)
+        time.sleep(0.2)
+
+
+def _apart(work: Callable[..., Any], *args: Any) -> Any:
+    """work(*args), in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bytes", type=float, default=1e9, help="of the corpus")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tokenising.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _apart(write_corpus, folder, args.bytes)
+        found = {"bytes": args.bytes, "cores": len(os.sched_getaffinity(0)), "alone": _apart(alone, folder)}
+        found |= _apart(build, folder)
+    found["ratio"] = found["build"] / found["alone"]
+    facts = card(torch.device("cpu"), {}, None)
+    write_json(args.out, {"card": facts, "run": found})
+    print(*(f"{name}: {value}" for name, value in {**facts, **found}.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
