@@ -22,21 +22,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ringflash.command import ReadConfig, command, load_encoder, load_model, make_cache, now, report, start
 from ringflash.errors import ConfigError
-from ringflash.reading import (
-    STDIN,
-    ReadConfig,
-    check_room,
-    command,
-    ids_of,
-    load_encoder,
-    load_model,
-    make_cache,
-    now,
-    report,
-    start,
-    text_of,
-)
+from ringflash.reading import STDIN, ids_of, text_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,9 +92,9 @@ def run(config: GenerateConfig, world: World) -> None:
     between = "\n\n" if config.chat and text else ""
     prompts = [] if config.prompt == (STDIN,) else [turn.ids(between + prompt) for prompt in config.prompt]
     longest = max(map(len, prompts)) if prompts else config.prompt_tokens
-    cache = make_cache(config, model, max(1, len(document) + longest + config.new_tokens), world)
-    room = f"a document of {len(document)} tokens, a prompt of {longest} and new_tokens={config.new_tokens}"
-    check_room(config, room, cache, world)
+    tokens = len(document) + longest + config.new_tokens
+    what = f"a document of {len(document)} tokens, a prompt of {longest} and new_tokens={config.new_tokens}"
+    cache = make_cache(config, model, tokens, world, what)
 
     ids = torch.tensor([document], dtype=torch.int64, device=world.device)
     begin = now(world.device)

@@ -1,201 +1,22 @@
-"""Reading: what the commands that read long text have in common: settings, model, tokenizer, text, room for a cache."""
+"""Reading long text: the text of a file, its tokens, and room for a cache of it."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
-import inspect
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING
 
 from ringflash.errors import ConfigError, reason
-from ringflash.training import failure
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from ringflash.data.tokenizer import Encoder
     from ringflash.models import RingCache
     from ringflash.training.world import World
 
 STDIN = "-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadConfig:
-    """Which model reads, and how. Commands add their own settings."""
-
-    model: str
-    """Folder of a Hugging Face model."""
-
-    tokenizer: str | None = None
-    """Folder of a tokenizer, or bytes; none: the model's folder."""
-
-    dtype: str = "auto"
-    """Weights and cache: bf16, fp32, or auto: bf16 on a GPU, fp32 without one."""
-
-    kernel: str = "auto"
-    """Attention kernel of long text: auto, hopper, portable or blocked."""
-
-    chunk: int = 16384
-    """Tokens that a forward reads at once, all ranks together."""
-
-    seed: int = 0
-    """Of all random numbers."""
-
-    extrapolate_positions: bool = False
-    """Go beyond the model's positions (max_position_embeddings, or what its RoPE scales to)."""
-
-    untested_family: bool = False
-    """Load a model_type that docs/models.md does not list, as model.untested_family of the trainer."""
-
-    def __post_init__(self) -> None:
-        self.at_least(chunk=2, seed=0)
-
-    def at_least(self, **least: int) -> None:
-        """Raise ConfigError for a setting, or one of its values, below its least."""
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,), default=lowest) < lowest:
-                raise ConfigError(f"{name}={_shown(value)} must be {lowest} or more")
-
-    @classmethod
-    def parse(cls, arguments: list[str]) -> Self:
-        """Settings of key=value. Raises ConfigError naming one that cannot be.
-
-        A tuple of text is given by repeating its name, one of numbers with commas between them.
-        """
-        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        given: dict[str, Any] = {}
-        for argument in arguments:
-            name, equals, value = argument.partition("=")
-            if not equals or name not in kinds:
-                close = difflib.get_close_matches(name, kinds, n=1)
-                raise ConfigError(
-                    f"{argument[:100]} is not a setting of this command"
-                    + (f"; did you mean {close[0]}=...?" if close else f": these are {', '.join(kinds)}, see --help")
-                )
-            if kinds[name] == "tuple[str, ...]":
-                given[name] = (*given.get(name, ()), value)
-            elif name in given:
-                raise ConfigError(f"{name} is set more than once: {name}={given[name]} and {name}={value}")
-            else:
-                given[name] = _typed(name, value, kinds[name])
-        if "model" not in given:
-            raise ConfigError("model is not set: model=FOLDER is a Hugging Face model")
-        return cls(**given)
-
-    @classmethod
-    def settings_help(cls) -> str:
-        """Every setting with its default and its meaning, which is the text below it in its class."""
-        lines = []
-        for kind in (x for x in cls.__mro__ if dataclasses.is_dataclass(x)):
-            tree = ast.parse(inspect.getsource(kind)).body[0]
-            assert isinstance(tree, ast.ClassDef)
-            for field, text in zip(tree.body, tree.body[1:], strict=False):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(field.target, ast.Name)
-                ):
-                    default = "" if field.value is None else "=" + _shown(ast.literal_eval(field.value))
-                    default = default.replace("\n", "\\n")
-                    meaning = " ".join(str(ast.literal_eval(text.value)).split())
-                    lines.append(f"  {field.target.id + default:<28} {meaning}")
-        return "\n".join(lines)
-
-
-Config = TypeVar("Config", bound=ReadConfig)
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _typed(name: str, value: str, kind: str) -> Any:
-    """A setting's value of its type. Raises ConfigError naming what it must be."""
-    try:
-        if kind == "bool":
-            return {"true": True, "false": False}[value.lower()]
-        if kind == "tuple[int, ...]":
-            return tuple(int(x) for x in value.split(","))
-        return {"int": int, "float": float}.get(kind, str)(value)
-    except (ValueError, KeyError):
-        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(
-            kind, "whole numbers, as 1,2"
-        )
-        raise ConfigError(f"{name}={value} must be {wanted}") from None
-
-
-def command(kind: type[Config], about: str, run: Callable[[Config, World], object], arguments: list[str]) -> None:
-    """Parse a command's settings, connect the ranks, and run it. about: the text of --help, above the settings."""
-    if {"--help", "-h"} & {*arguments}:
-        print(f"{about}\n{kind.settings_help()}")
-        return
-    config = kind.parse([x for x in arguments if not x.startswith("--local_rank=")])
-    import torch.distributed as dist
-
-    from ringflash.training.parallel import ParallelConfig
-    from ringflash.training.world import join
-
-    world = join(ParallelConfig(layout="zigzag"))
-    try:
-        run(config, world)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def start(main: Callable[[list[str]], None]) -> None:
-    """Run a command's main as a program: what cannot work ends in one line."""
-    with failure.one_line(os.getppid()):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to resume
-        main(sys.argv[1:])
-
-
-def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
-    """The model, for generating. Raises ConfigError, in the settings' names, where it cannot be."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from ringflash.models import AttentionConfig, ModelConfig, build_model, check_kernel
-
-    disable_progress_bar()
-    settings = ModelConfig(path=config.model, dtype=config.dtype, untested_family=config.untested_family)
-    try:
-        attention = AttentionConfig(kernel=config.kernel)
-        model = build_model(settings).eval().to(device)  # type: ignore[arg-type]
-        check_kernel(settings, attention, model.config, device)
-    except ConfigError as error:
-        told = str(error).replace("model.path=", "model=").replace("attention.kernel=", "kernel=")
-        raise ConfigError(told.replace("model.dtype=", "dtype=").replace("model.untested", "untested")) from error
-    return model
-
-
-def load_encoder(config: ReadConfig, model: PreTrainedModel) -> tuple[Encoder, Any]:
-    """What encodes texts, and the tokenizer, which decodes. Raises ConfigError for one that does not fit the model."""
-    from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
-
-    name = config.tokenizer or config.model
-    try:
-        tokenizer = load_tokenizer(SimpleNamespace(tokenizer=name))  # type: ignore[arg-type]
-        found = encoder(tokenizer, name)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("data.tokenizer=", "tokenizer=")) from error
-    if (size := tokenizer_size(tokenizer)) > model.config.vocab_size:
-        raise ConfigError(
-            f"tokenizer={name} does not fit model={config.model}: it has {size} tokens, and the model "
-            f"vocab_size={model.config.vocab_size}"
-        )
-    return found, tokenizer
 
 
 def text_of(name: str, path: str) -> str | ConfigError:
@@ -216,31 +37,22 @@ def ids_of(encoder: Encoder, text: str) -> list[int]:
     return encoder.ids([text])[0].tolist()
 
 
-def make_cache(config: ReadConfig, model: PreTrainedModel, capacity: int, world: World) -> RingCache:
-    """A cache shared by all ranks. Raises ConfigError for a chunk or a length that it cannot have."""
-    from ringflash.models import RingCache
-
-    try:
-        return RingCache(model, capacity, ring=world.ring, chunk=config.chunk, kernel=config.kernel)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def check_room(config: ReadConfig, what: str, cache: RingCache, world: World) -> None:
-    """Raise ConfigError, on every rank, where positions or the memory of any rank do not suffice for a cache.
-
-    what: is held, for the message.
-    """
-    import torch
-
+def check_positions(what: str, tokens: int, config: PreTrainedConfig, setting: str) -> None:
+    """Raise ConfigError for more tokens than a model has positions. what: they are; setting: allows more positions."""
     from ringflash.models.rope import supported_positions
 
-    known = supported_positions(cache.config)
-    if known is not None and cache.capacity > known and not config.extrapolate_positions:
+    known = supported_positions(config)
+    if known is not None and tokens > known:
         raise ConfigError(
-            f"{what} are {cache.capacity} positions, more than the {known} that the model supports: shorten them, or "
-            f"allow it by extrapolate_positions=true"
+            f"{what} are {tokens} positions, more than the {known} that the model supports: shorten them, or allow it "
+            f"by {setting}=true"
         )
+
+
+def check_room(what: str, cache: RingCache, world: World) -> None:
+    """Raise ConfigError, on every rank, where the memory of any does not suffice for a cache. what: it is for."""
+    import torch
+
     if world.device.type == "cuda":
         free = torch.cuda.mem_get_info(world.device)[0]
     else:
@@ -249,21 +61,5 @@ def check_room(config: ReadConfig, what: str, cache: RingCache, world: World) ->
     if lacking > 0:
         raise ConfigError(
             f"{what} need a cache of {cache.nbytes / 2**30:.2f} GiB on each rank, {lacking / 2**30:.2f} GiB more than "
-            f"a rank has free: take more ranks, or a shorter document"
+            f"a rank has free: take more ranks, or fewer tokens"
         )
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done its work."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def report(world: World, line: str) -> None:
-    """Print a line on rank 0's standard error."""
-    if world.is_first:
-        sys.stdout.flush()
-        print(f"ringflash: {line}", file=sys.stderr, flush=True)

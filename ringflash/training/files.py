@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ringflash.errors import DiskError, in_one_line
 
@@ -23,6 +24,14 @@ def write_whole(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(aside, path)
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write matplotlib's figure as a PNG aside and rename it."""
+    aside = path.with_name(f".{path.name}")
+    with writing(path):
+        figure.savefig(aside, format="png", dpi=120)
         os.replace(aside, path)
 
 

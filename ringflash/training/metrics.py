@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ringflash.errors import ConfigError
 from ringflash.training import positions
-from ringflash.training.files import write_whole, writing
+from ringflash.training.files import write_figure, write_whole, writing
 
 FILE = "metrics.jsonl"
 BY_POSITION, HELD_OUT_BY_POSITION = "loss/", "held_out_loss/"  # and a range of positions, in names of values
@@ -159,9 +159,7 @@ def plot(folder: Path, unigram: float | None) -> Path:
         axes.legend()
     for panel in beside:
         _draw_by_position(panel, lines)
-    with writing(folder / "loss.png"):
-        figure.savefig(folder / ".loss.png", format="png", dpi=120)
-        os.replace(folder / ".loss.png", folder / "loss.png")
+    write_figure(folder / "loss.png", figure)
     return folder / "loss.png"
 
 

@@ -9,24 +9,26 @@ import pytest
 import torch
 
 from ringflash import Loopback
+from ringflash.command import load_encoder
 from ringflash.errors import ConfigError
-from ringflash.evaluation import needle
-from ringflash.evaluation.needle import NeedleConfig, Task, run, search, task_of
-from ringflash.reading import load_encoder
+from ringflash.evaluation import haystack
+from ringflash.evaluation.haystack import Row, Task, search, task_of
+from ringflash.evaluation.needle import NeedleConfig, run
+from ringflash.models import RingCache
 from tests.models.cases import tiny
 from tests.test_generate import ALONE, given  # noqa: F401, a fixture
 
 HAYSTACK = torch.randint(3, 97, (80,), generator=torch.Generator().manual_seed(1)).tolist()
-DEPTHS = (50, 0, 100)
-TASKS = [Task([7, 8, answer], [9, 10], [answer, answer + 1]) for answer in (20, 30, 40)]
+TASKS = {depth: Task([7, 8, x], [9, 10], [x, x + 1]) for depth, x in ((50, 20), (0, 30), (100, 40))}
+ROW = Row(HAYSTACK, 60, TASKS)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_cell_is_the_loss_of_one_forward_over_all_its_tokens(size):
     eager, ring = tiny("gemma2").eval(), tiny("gemma2").eval()
     eager.set_attn_implementation("eager")
-    cells = search(ring, HAYSTACK, TASKS, 60, DEPTHS, Loopback(size), chunk=8)
-    for cell, task, depth in zip(cells, TASKS, DEPTHS, strict=True):
+    cells = search(ring, ROW, RingCache(ring, 60, ring=Loopback(size), chunk=8))
+    for cell, (depth, task) in zip(cells, TASKS.items(), strict=True):
         text = HAYSTACK[: 60 - 7]
         place = round(len(text) * depth / 100)
         tokens = [*text[:place], *task.needle, *text[place:], *task.question, *task.answer]
@@ -42,18 +44,19 @@ def test_an_answer_is_found_where_each_of_its_tokens_is_likeliest(monkeypatch):
     for likeliest, found in (([20, 21], True), ([20, 22], False)):
         logits = torch.nn.functional.one_hot(torch.tensor(likeliest), 97) * 50.0
         monkeypatch.setattr(model.lm_head, "forward", lambda hidden, logits=logits: logits[None])
-        (cell,) = search(model, HAYSTACK, TASKS[:1], 30, (50,))
+        (cell,) = search(model, Row(HAYSTACK, 30, {50: TASKS[50]}), RingCache(model, 30))
         assert cell.found == found
         assert (cell.loss < 1e-3) == found
 
 
 def test_text_in_front_of_needles_is_read_once(monkeypatch):
-    read, prefill = [], needle.prefill
+    read, prefill = [], haystack.prefill
     monkeypatch.setattr(
-        needle, "prefill", lambda model, ids, cache: read.append(ids.shape[1] - cache.get_seq_length()) or prefill(
+        haystack, "prefill", lambda model, ids, cache: read.append(ids.shape[1] - cache.get_seq_length()) or prefill(
             model, ids, cache)
     )  # fmt: skip
-    search(tiny("llama").eval(), HAYSTACK, TASKS, 60, DEPTHS)
+    model = tiny("llama").eval()
+    search(model, ROW, RingCache(model, 60))
     text, rest = 60 - 7, 3 + 2 - 1  # of the rest, the last token is read with the answer
     assert read == [0, text + rest, 26, text - 26 + rest, text - 26, rest]
 
@@ -89,6 +92,7 @@ def test_a_task_asks_for_the_number_of_its_needle(given):  # noqa: F811
 BAD = {
     "depths": (["depths=0,101"], "depths=0,101 must be at most 100 percent"),
     "lengths": (["lengths=100,0"], "lengths=100,0 must be 1 or more"),
+    "twice": (["depths=50,50"], "depths=50,50 has a number more than once"),
     "no numbers": (["lengths=1k"], "lengths=1k must be whole numbers, as 1,2"),
     "no number": (["needle=hidden"], "needle='hidden' must have {number} once"),
     "no folder": (["out=/nowhere"], "out=/nowhere is not a folder that exists"),

@@ -1,0 +1,203 @@
+"""Needle in a haystack: a sentence with a number somewhere in a long text, and what a model answers when asked for it.
+
+    text ......... needle ............... question answer
+    |<-- depth -->|                      |
+    |<---------- length, in tokens --------------------->|
+
+The model has found the needle where the likeliest token is the answer's next one, for each of its tokens, which is when
+greedy decoding gives the answer. The loss is the mean over the answer's tokens. Numbers differ from cell to cell and
+follow the seed.
+
+`evaluation.needle` searches from the command line, and `training.needle` during a run.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ringflash.data import python_stdlib
+from ringflash.errors import ConfigError
+from ringflash.models import RingCache, prefill
+from ringflash.reading import ids_of, text_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ringflash.data.tokenizer import Encoder
+    from ringflash.training.world import World
+
+CHARACTERS = 32  # of text per token of the longest haystack that are tokenised, since a text may be far longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaystackConfig:
+    """Which haystacks are searched for which needles."""
+
+    lengths: tuple[int, ...] = (1024, 4096, 16384)
+    """Tokens of haystack, needle, question and answer together."""
+
+    depths: tuple[int, ...] = (0, 25, 50, 75, 100)
+    """Where the needle stands, in percent of the text: 0 is its beginning."""
+
+    text: str | None = None
+    """A text file in UTF-8, repeated where it is too short; none: the sources of Python's standard library."""
+
+    needle: str = "\nThe secret number of the lighthouse is {number}.\n"
+    """The sentence, with {number} where the answer stands."""
+
+    question: str = "\nThe secret number of the lighthouse is"
+    """What follows the text; the answer follows it."""
+
+    group = ""  # what the settings' names begin with
+
+    def __post_init__(self) -> None:
+        for name, least in (("lengths", 1), ("depths", 0)):
+            values = getattr(self, name)
+            shown = f"{self.group}{name}={','.join(map(str, values))}"
+            if min(values, default=least) < least:
+                raise ConfigError(f"{shown} must be {least} or more")
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{shown} has a number more than once")
+        if max(self.depths, default=0) > 100:
+            raise ConfigError(f"{self.group}depths={','.join(map(str, self.depths))} must be at most 100 percent")
+        if self.needle.count("{number}") != 1:
+            raise ConfigError(f"{self.group}needle={self.needle!r} must have {{number}} once, where the answer stands")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked in one cell, in tokens: the needle, the question and the answer, which the question ends before."""
+
+    needle: list[int]
+    question: list[int]
+    answer: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return len(self.needle) + len(self.question) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cells of one length: a task at each depth, in percent, of the text that fills `length` tokens."""
+
+    text: list[int]
+    length: int
+    tasks: dict[int, Task]
+
+
+@dataclass(frozen=True)
+class Found:
+    """One cell: whether the answer was found, and the mean loss of its tokens, in nats."""
+
+    length: int
+    depth: int
+    found: bool
+    loss: float
+
+
+def read_text(config: HaystackConfig, world: World) -> str:
+    """The haystack's text, which rank 0 reads. Raises ConfigError, on every rank, for a file that is no text."""
+    text = world.broadcast(_text(config) if world.is_first else None)
+    if isinstance(text, ConfigError):
+        raise text
+    return text
+
+
+def _text(config: HaystackConfig) -> str | ConfigError:
+    """That of the file, or the sources of Python's standard library in the order of their names."""
+    if config.text is not None:
+        return text_of(f"{config.group}text", config.text)
+    sources = sorted(Path(python_stdlib()).glob("*.py"))
+    return "\n".join(source.read_text(encoding="utf-8", errors="ignore") for source in sources)
+
+
+def rows_of(config: HaystackConfig, text: str, encoder: Encoder, seed: int) -> list[Row]:
+    """A row for each length, the same on every rank. Raises ConfigError for a length that is too short."""
+    longest, numbers = max(config.lengths), random.Random(seed)
+    body = ids_of(encoder, text[: CHARACTERS * longest])
+    haystack = [*encoder.begin, *body * (longest // len(body) + 1)]
+    rows = []
+    for length in config.lengths:
+        tasks = {depth: task_of(config, encoder, numbers.randrange(10**6, 10**7)) for depth in config.depths}
+        if (most := max(task.tokens for task in tasks.values())) >= length:
+            raise ConfigError(
+                f"{config.group}lengths={length} is too short: needle, question and answer are {most} tokens"
+            )
+        rows.append(Row(haystack[:length], length, tasks))
+    return rows
+
+
+def task_of(config: HaystackConfig, encoder: Encoder, number: int) -> Task:
+    """The task whose answer is a number. Raises ConfigError where the answer has no token of its own."""
+    question, whole = (ids_of(encoder, text) for text in (config.question, f"{config.question} {number}"))
+    shared = next((i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), len(question))
+    if not 0 < shared < len(whole):
+        raise ConfigError(
+            f"{config.group}question={config.question!r} has no token in front of the answer's: write a longer one"
+        )
+    needle = ids_of(encoder, config.needle.replace("{number}", str(number)))
+    return Task(needle, whole[:shared], whole[shared:])
+
+
+@torch.no_grad()
+def search(model: PreTrainedModel, row: Row, cache: RingCache) -> list[Found]:
+    """The cells of a row, by a model without dropout and an empty cache of the row's length.
+
+    The text in front of a needle is read once for all depths.
+    """
+    cells = {}
+    for depth in sorted(row.tasks):
+        task = row.tasks[depth]
+        text = row.text[: row.length - task.tokens]
+        place = round(len(text) * depth / 100)
+        # Of a longer text in front of this needle than of the last one, only what is more is read.
+        if cache.get_seq_length() > place:
+            cache.reset()
+        prefill(model, _ids(text[:place], cache), cache)
+        state = cache.snapshot()
+        whole = [*text[:place], *task.needle, *text[place:], *task.question]
+        prefill(model, _ids(whole[:-1], cache), cache)
+        asked = _ids([whole[-1], *task.answer[:-1]], cache)
+        logits = model(asked, past_key_values=cache, use_cache=True).logits[0].float()
+        cells[depth] = Found(row.length, depth, *_score(logits, _ids(task.answer, cache)[0]))
+        cache.restore(state)
+    return [cells[depth] for depth in row.tasks]
+
+
+def _ids(tokens: list[int], cache: RingCache) -> Tensor:
+    return torch.tensor([tokens], dtype=torch.int64, device=cache.ring.device)
+
+
+def _score(logits: Tensor, answer: Tensor) -> tuple[bool, float]:
+    """Whether logits [n, vocabulary] are highest for the answer's tokens [n], and their mean loss."""
+    loss = torch.nn.functional.cross_entropy(logits, answer)
+    return bool((logits.argmax(-1) == answer).all()), float(loss)
+
+
+def heat_map(cells: list[Found]) -> Any:
+    """matplotlib's figure of the loss by depth and length; what was found is marked."""
+    from matplotlib.figure import Figure
+
+    lengths, depths = (list(dict.fromkeys(getattr(cell, name) for cell in cells)) for name in ("length", "depth"))
+    loss = torch.full((len(depths), len(lengths)), float("nan"))
+    figure = Figure(figsize=(2 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
+    axes = figure.subplots()
+    for cell in cells:
+        row, column = depths.index(cell.depth), lengths.index(cell.length)
+        loss[row, column] = cell.loss
+        axes.text(column, row, "found" if cell.found else "", ha="center", va="center", color="white", fontsize=8)
+    image = axes.imshow(loss.numpy(), aspect="auto", cmap="viridis_r", vmin=0.0)
+    axes.set_xticks(range(len(lengths)), [str(x) for x in lengths])
+    axes.set_yticks(range(len(depths)), [f"{x}%" for x in depths])
+    axes.set_xlabel("length (tokens)")
+    axes.set_ylabel("depth of the needle")
+    figure.colorbar(image, label="loss of the answer (nats per token)")
+    return figure
