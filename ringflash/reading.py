@@ -54,7 +54,8 @@ def check_room(what: str, cache: RingCache, world: World) -> None:
     import torch
 
     if world.device.type == "cuda":
-        free = torch.cuda.mem_get_info(world.device)[0]
+        unused = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
+        free = torch.cuda.mem_get_info(world.device)[0] + unused
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lacking = world.max(torch.tensor([cache.nbytes - free], dtype=torch.int64, device=world.device)).item()

@@ -199,8 +199,9 @@ def _attention(
     """An attention layer on the ring; off it, or with a cache, the layer's own forward."""
     from ringflash.fused.rotary import rotary
 
-    if module.config._attn_implementation != "ring" or keywords.pop("past_key_values", None) is not None or args:
+    if module.config._attn_implementation != "ring" or keywords.get("past_key_values") is not None or args:
         return type(module).forward(module, hidden_states, position_embeddings, *args, **keywords)
+    keywords.pop("past_key_values", None)
     shape = hidden_states.shape[:-1]
     projections = (module.q_proj, module.k_proj, module.v_proj)
     q, k, v = (projection(hidden_states).view(*shape, -1, module.head_dim) for projection in projections)

@@ -43,6 +43,7 @@ PATHS = (
     "data.evaluation.path",
     "data.tokenizer",
     "data.cache",
+    "evaluation.needle.text",
 )  # in which ~ is the home folder
 
 OmegaConf.register_new_resolver("python_stdlib", python_stdlib, replace=True)
@@ -86,7 +87,7 @@ class Config:
     """Optimizer and schedule."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Loss on held-out documents."""
+    """Loss on held-out documents; needles in long texts."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written, and how many are kept."""
@@ -169,7 +170,7 @@ def _built_value(kind: Any, value: Any, prefix: str) -> Any:
         return built(kind, value, prefix)  # type: ignore[arg-type]  # a class is hashable
     if get_origin(kind) is dict and is_dataclass(named := get_args(kind)[1]):
         return {name: built(named, given, f"{prefix}{name}.") for name, given in value.items()}  # type: ignore[arg-type]
-    return value
+    return tuple(value) if get_origin(kind) is tuple else value
 
 
 def _expand_home(settings: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from ringflash.data import Evaluated, batch
 from ringflash.data.batches import Batch
 from ringflash.errors import ConfigError
 from ringflash.training.metrics import HELD_OUT_BY_POSITION
+from ringflash.training.needle import NeedleConfig
 from ringflash.training.positions import ByPosition, means, no_totals
 from ringflash.training.step import Layouts, shard
 from ringflash.training.world import World
@@ -19,13 +20,16 @@ from ringflash.training.world import World
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Loss on documents that are not trained on."""
+    """Loss on documents that are not trained on, and whether needles are found in long texts."""
 
     every: int = 20
     """Steps between evaluations; 0: only before the first step and after the last."""
 
     sequences: int = 4
     """Held-out sequences per evaluation."""
+
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    """Needle in a haystack."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.sequences < 1:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ringflash.training.config import CONFIGS, Config, compose
+from ringflash.training.overrides import LISTS
 
 WIDTH = 120
 _NAMES = {int: "int", float: "float", bool: "bool", str: "text", type(None): "null", Any: "any"}
@@ -37,7 +38,11 @@ def settings_help() -> str:
 @functools.cache
 def sentences(part: Any) -> dict[str, str]:
     """The docstring of each field of a dataclass; empty where there is none."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+    body = []
+    for kind in reversed(part.__mro__):
+        if is_dataclass(kind):
+            source = textwrap.dedent(inspect.getsource(kind))  # type: ignore[arg-type]
+            body += ast.parse(source).body[0].body  # type: ignore[attr-defined]
     found = {}
     for statement, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
@@ -64,7 +69,7 @@ def _entry(key: str, part: Any, name: str, default: Any) -> str:
 
 def type_name(kind: Any) -> str:
     """What a setting's type is called: "int", "text or null", "list of text"."""
-    if get_origin(kind) is list:
+    if get_origin(kind) in LISTS:
         return f"list of {type_name(get_args(kind)[0])}"
     if get_origin(kind) is dict:
         return "fields"
@@ -73,8 +78,8 @@ def type_name(kind: Any) -> str:
 
 def _value(default: Any) -> str:
     """A default as it is typed; a long list or many fields are left to --print."""
-    if isinstance(default, list | dict):
-        return "..." if default else "{}"
+    if isinstance(default, list | tuple | dict):
+        return "..." if default else "{}" if isinstance(default, dict) else "[]"
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 

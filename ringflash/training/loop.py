@@ -17,6 +17,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from ringflash.data import Corpus, Evaluated, description, epoch_length, load_corpora, stream
+from ringflash.evaluation.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded
@@ -27,6 +28,8 @@ from ringflash.training.evaluation import Evaluation, HeldOut
 from ringflash.training.export import export, generation_file, rehearse
 from ringflash.training.files import model_digest, write_whole
 from ringflash.training.meter import Meter
+from ringflash.training.needle import Needles
+from ringflash.training.needle import record as needle_record
 from ringflash.training.out_of_memory import explained
 from ringflash.training.parallel import layout_chooser
 from ringflash.training.preflight import Job
@@ -62,6 +65,7 @@ def fit(config: Config, resolved: str) -> None:
     job = preflight.check(config)
     world = join(job.config.parallel)
     torch.manual_seed(config.seed)
+    needles = Needles.of(job.config, job.tokenizer, world)
     model = _build_model(job, world)
     training, held_out = _load_corpora(job.config, world)
     job = _with_steps(job, training, world)
@@ -77,11 +81,7 @@ def fit(config: Config, resolved: str) -> None:
     evaluation = None
     if held_out is not None:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
-        # Also where a run is resumed: an evaluation that cannot run fails before the first step.
-        before = evaluation.loss(run.engine, sequences=1 if run.start else None)
-        if run.metrics is not None and not run.start:
-            run.metrics.log(0, before.record())
-            run.metrics.write_line(f"held-out loss {before.loss:.4f} before the first step")
+    _evaluate_first(run, evaluation, needles)
     divergence = Divergence(world, run.metrics)
     share = config.optim.batch // world.replicas
     batches = stream(
@@ -102,12 +102,40 @@ def fit(config: Config, resolved: str) -> None:
                 record = meter.record(train_step(run.engine, micro_batches, world))
             if evaluation is not None and _due(step, config.evaluation.every):
                 record |= evaluation.loss(run.engine).record()
+            if needles is not None and (_due(step, needles.every) or step == config.optim.total_steps):
+                record |= _search(run, needles, step)
             if run.metrics is not None:
                 run.metrics.log(step, record)
                 run.metrics.show(step, record)
             if divergence.finite(step, record) and _due(step, config.checkpoint.every):
                 run.save(step)
     _finish(run, evaluation, divergence)
+
+
+def _evaluate_first(run: Run, evaluation: Evaluation | None, needles: Needles | None) -> None:
+    """The record of the model before the first step. A resumed run tries a part, so that nothing can fail later."""
+    record: dict[str, float] = {}
+    if evaluation is not None:
+        before = evaluation.loss(run.engine, sequences=1 if run.start else None)
+        record |= before.record()
+        if run.metrics is not None and not run.start:
+            run.metrics.write_line(f"held-out loss {before.loss:.4f} before the first step")
+    if needles is not None and run.start:
+        needles.search(run.engine, needles.first())
+    elif needles is not None:
+        record |= _search(run, needles, 0)
+    if run.metrics is not None and record and not run.start:
+        run.metrics.log(0, record)
+
+
+def _search(run: Run, needles: Needles, step: int) -> dict[str, float]:
+    """A search's record; its heat map is drawn."""
+    with explained(run.job.config.memory, run.world.size):
+        cells = needles.search(run.engine)
+    if run.metrics is not None:
+        run.metrics.draw(step, "needle", heat_map(cells))
+        run.metrics.write_line(f"needles {sum(cell.found for cell in cells)} of {len(cells)} found at step {step}")
+    return needle_record(cells)
 
 
 def _shard_tokens(config: Config, world: World) -> int:

@@ -76,6 +76,19 @@ class Metrics:
             for name, value in record.items():
                 self._events.add_scalar(name, value, step)
 
+    def draw(self, step: int, name: str, figure: Any) -> None:
+        """Write matplotlib's figure to NAME.png in the run's folder; wandb and TensorBoard get the same picture."""
+        path = self.path.with_name(f"{name}.png")
+        write_figure(path, figure)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+        if self._events is not None:
+            from matplotlib.image import imread
+
+            self._events.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+
     def show(self, step: int, record: dict[str, float]) -> None:
         """Move the progress bar to `step`."""
         parts = [f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tok/s"]

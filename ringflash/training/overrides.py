@@ -32,6 +32,7 @@ RENAMED = {  # settings of earlier versions, and their names now
 
 # Dictionaries that take any key; what reads them knows which are possible
 OPEN = ("model.rope_parameters", "data.chat_template_kwargs", "data.sources")
+LISTS = (list, tuple)
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?", re.DOTALL)
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
@@ -78,8 +79,8 @@ def kind_of(key: str, schema: type) -> Any:
             kind = get_type_hints(kind).get(name)
         elif kind is Any or get_origin(kind) is dict:
             kind = Any
-        elif get_origin(kind) is list and name.isdecimal():
-            (kind,) = get_args(kind)
+        elif get_origin(kind) in LISTS and name.isdecimal():
+            kind = get_args(kind)[0]
         else:
             return None
     return kind
@@ -89,7 +90,7 @@ def wanted(kind: Any) -> str:
     """What a value of this type must be, for an error: "a whole number", "a number or null", ..."""
     null = " or null" if type(None) in get_args(kind) else ""
     return (
-        " or ".join(_names(kind)) + null if _names(kind) else "a list" if get_origin(kind) is list else "a dictionary"
+        " or ".join(_names(kind)) + null if _names(kind) else "a list" if get_origin(kind) in LISTS else "a dictionary"
     )
 
 
@@ -113,7 +114,7 @@ def _names(kind: Any) -> list[str]:
     """The names of the types of a single value, such as int or str | None; empty for lists and dictionaries."""
     return (
         []
-        if get_origin(kind) in (list, dict)
+        if get_origin(kind) in (*LISTS, dict)
         else [_NAMES[one] for one in (get_args(kind) or (kind,)) if one in _NAMES]
     )
 
@@ -129,7 +130,8 @@ def _option(group: Path, key: str, value: str) -> str:
 
 def _check_parsed(override: str, key: str, value: str, kind: Any) -> None:
     """Raise ConfigError for an override that Hydra cannot parse, or that is not one value of its kind."""
-    example = _list_of(value) if get_origin(kind) is list else QuotedString(value, Quote.double).with_quotes()
+    is_list, of_numbers = get_origin(kind) in LISTS, get_origin(kind) is tuple
+    example = _list_of(value, of_numbers) if is_list else QuotedString(value, Quote.double).with_quotes()
     hint = shlex.quote(f"{key}={example}")
     try:
         parsed = OverridesParser.create().parse_override(override)
@@ -137,17 +139,20 @@ def _check_parsed(override: str, key: str, value: str, kind: Any) -> None:
     except HydraException as error:
         raise ConfigError(f"{key}={value} does not parse: text of other than letters, digits and -_./ needs quotes, "
                           f"such as {hint}") from error  # fmt: skip
-    if parsed.is_sweep_override() and get_origin(kind) is not list:
+    if parsed.is_sweep_override() and not is_list:
         raise ConfigError(f"{key}={value} has several values, but a run takes one: {hint} is text, [...] a list")
     interpolated = isinstance(given, str | QuotedString) and "${" in str(given)
-    if get_origin(kind) is list and not interpolated:
-        texts = isinstance(given, list) and all(isinstance(one, str | QuotedString) for one in given)
-        if not texts:
-            raise ConfigError(f"{key}={value} must be a list of text in quotes, such as {hint}")
+    if is_list and not interpolated:
+        fits = (lambda one: type(one) is int) if of_numbers else (lambda one: isinstance(one, str | QuotedString))
+        if not isinstance(given, list) or not all(map(fits, given)):
+            wanted = "whole numbers" if of_numbers else "text in quotes"
+            raise ConfigError(f"{key}={value} must be a list of {wanted}, such as {hint}")
 
 
-def _list_of(value: str) -> str:
-    """The list of quoted text that a value perhaps means: *.txt,*.md is ["*.txt","*.md"]."""
+def _list_of(value: str, of_numbers: bool) -> str:
+    """The list of quoted text or of numbers that a value perhaps means: *.txt,*.md is ["*.txt","*.md"]."""
+    if of_numbers:
+        return f"[{','.join(re.findall(r'[0-9]+', value)) or 4096}]"
     names = [name.strip(" '\"") for name in value.strip("[] '\"").split(",")]
     quoted = [QuotedString(name, Quote.double).with_quotes() for name in names if name]
     return "[" + ",".join(quoted or ['"*.txt"']) + "]"

@@ -60,6 +60,8 @@ def check_inputs(
         check_kernel(config.model, config.attention, model_config, device)
         for name in (f.name for f in dataclasses.fields(config.fused)):
             config.fused.wanted(name, device)
+    if config.evaluation.needle.every and not config.model.extrapolate_positions:
+        config.evaluation.needle.check_positions(config.data.sequence_length, model_config)
     layers = model_config.num_hidden_layers
     if config.memory.host_layers is not None and config.memory.host_layers > layers:
         raise ConfigError(f"memory.host_layers={config.memory.host_layers} must be at most the model's {layers} layers")

@@ -130,6 +130,15 @@ def join(config: ParallelConfig) -> World:
     )  # fmt: skip
 
 
+def replica_ring(world: World, config: ParallelConfig) -> ProcessRing:
+    """A ring of all ranks of a replica: the run's own, or with Ulysses another. config: that of `join`; all call it."""
+    if world.ulysses is None:
+        return world.ring
+    members = torch.arange(world.size).view(world.replicas, -1)
+    group = _group_of(world.rank, members, timedelta(minutes=config.timeout_minutes))
+    return ProcessRing(group, world.device, world.watchdog, config.transport)
+
+
 def _check_agreed(neighbours: int, device: torch.device) -> None:
     """Raise ConfigError, on every rank, where ranks chose different numbers of Ulysses ranks."""
     ends = torch.tensor([neighbours, -neighbours], device=device)

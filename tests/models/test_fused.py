@@ -83,6 +83,22 @@ def distance(model_type: str, recompute: bool) -> tuple[list[str], float]:
     return found, max(errors + [float((fused_loss - loss).abs() / loss)])
 
 
+def cached_distance(model_type: str) -> float:
+    """The worst relative error of logits behind what a cache holds, fused against plain, fp32."""
+    from ringflash.models import RingCache, prefill
+
+    ids, logits = torch.randint(1, 97, (1, 6), generator=torch.Generator().manual_seed(0)), []
+    for config in (None, FusedConfig()):
+        model = tiny(model_type).eval()
+        if config is not None:
+            fuse_layers(model, config, CPU)
+        cache = RingCache(model, 6, kernel="blocked")
+        prefill(model, ids[:, :4], cache)
+        with torch.no_grad():
+            logits.append(model(ids[:, 4:], past_key_values=cache, use_cache=True).logits)
+    return float((logits[1] - logits[0]).norm() / logits[0].norm())
+
+
 def passes(families: list[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
     """What is fused in each family, as PASSES has it."""
     found = {}
@@ -107,6 +123,11 @@ def test_a_fused_model_trains_as_the_plain_one_when_layers_are_recomputed(interp
     found, error = interpreter("distance", "qwen3", True)
     assert found == list(ALL)
     assert error < 1e-5
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_a_fused_model_reads_with_a_cache_as_the_plain_one(interpreter):
+    assert interpreter("cached_distance", "qwen3") < 1e-5
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

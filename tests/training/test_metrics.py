@@ -6,6 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ringflash.errors import ConfigError, DiskError
+from ringflash.evaluation.haystack import Found, heat_map
 from ringflash.training import metrics
 
 
@@ -45,10 +46,12 @@ def test_a_run_is_also_written_to_tensorboard_and_begins_again_where_it_is_resum
             run.log(0, {"held_out_loss": 9.0})
         for step in range(start + 1, 4):
             run.log(step, {"loss": float(10 * start + step)})
+        run.draw(3, "needle", heat_map([Found(100, 50, True, 0.5), Found(200, 50, False, 1.5)]))
         run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 23)]
     assert [(event.step, event.value) for event in events.Scalars("held_out_loss")] == [(0, 9)]
+    assert [(event.step, event.height > 100) for event in events.Images("needle")] == [(3, True)]
     assert [record["step"] for record in metrics.read(tmp_path / metrics.FILE)] == [0, 1, 2, 3]
 
 

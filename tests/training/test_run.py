@@ -30,7 +30,8 @@ pytestmark = pytest.mark.timeout(4 * LIMIT)
 
 @pytest.mark.slow
 def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_model(text):
-    stdout, _ = run(["launch/torchrun.sh", "2", *settings(text, "name=whole", "logger.mode=offline")])
+    needle = ["evaluation.needle.every=5", "evaluation.needle.lengths=[120]", "evaluation.needle.depths=[50]"]
+    stdout, _ = run(["launch/torchrun.sh", "2", *settings(text, "name=whole", "logger.mode=offline", *needle)])
     folder = text.parent / "runs" / "whole"
     config, _ = compose([], folder=_as_config(folder))
     assert config.optim.steps == 6
@@ -46,6 +47,9 @@ def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_m
     assert (folder / "loss.png").stat().st_size > 1000
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    pictures = [path.read_bytes() for path in folder.glob("wandb/offline-run-*/files/media/images/needle_*.png")]
+    assert len(pictures) == 3  # of steps 0, 5 and 6
+    assert (folder / "needle.png").read_bytes() in pictures
     ranks = "ranks      2 x CPU: replicas 1 x ring 2"
     for line in (ranks, "held-out loss", "unigram entropy", str(folder / "model"), str(folder / "loss.png")):
         assert line in stdout
@@ -86,19 +90,20 @@ def killed_after_a_checkpoint(overrides):
 
 @pytest.mark.ranks
 def test_a_run_killed_half_way_and_resumed_equals_one_that_was_not_bit_for_bit(ranks, text):
-    arguments, folder = settings(text, "name=killed", "resume=auto"), text.parent / "runs" / "killed"
+    searches = ["evaluation.needle.every=3", "evaluation.needle.lengths=[120]", "evaluation.needle.depths=[50]"]
+    arguments, folder = settings(text, "name=killed", "resume=auto", *searches), text.parent / "runs" / "killed"
     with pytest.raises(AssertionError, match=r"^rank . ended with exit code -9\nrank . ended with exit code -9$"):
         ranks.run(killed_after_a_checkpoint, 2, arguments)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
     (error, stdout), _ = ranks.run(fitted, 2, arguments)
     assert error is None
     assert "resumed from" in stdout
-    assert ranks.run(fitted, 2, settings(text, "name=straight"))[0][0] is None
+    assert ranks.run(fitted, 2, settings(text, "name=straight", *searches))[0][0] is None
     straight = text.parent / "runs" / "straight"
     weights = [(f / "model" / "model.safetensors").read_bytes() for f in (straight, folder)]
     assert weights[0] == weights[1]
-    losses = [[(r["step"], r.get("loss"), r.get("held_out_loss")) for r in read(f / "metrics.jsonl")]
-              for f in (straight, folder)]  # fmt: skip
+    losses = [[[r.get(name) for name in ("step", "loss", "held_out_loss", "needle_loss")]
+               for r in read(f / "metrics.jsonl")] for f in (straight, folder)]  # fmt: skip
     assert losses[0] == losses[1]
 
 

@@ -1,0 +1,118 @@
+"""Needle in a haystack during training: on the run's ranks and weights, between two steps, of which it changes no bit.
+
+All ranks of a replica share the cache of a haystack, whatever their grid; every replica searches the same haystacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import deepspeed
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ringflash.data.tokenizer import encoder
+from ringflash.errors import ConfigError
+from ringflash.evaluation.haystack import Found, HaystackConfig, Row, read_text, rows_of, search
+from ringflash.models import RingCache
+from ringflash.reading import check_positions, check_room
+from ringflash.ring.transport import ProcessRing
+from ringflash.training.world import World, replica_ring
+
+if TYPE_CHECKING:
+    from ringflash.training.config import Config
+
+CHUNK = 16384  # tokens that a forward reads at once, all ranks together; fewer where the run's sequences are shorter
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleConfig(HaystackConfig):
+    """Needle in a haystack."""
+
+    every: int = 0
+    """Steps between searches, which are also made before the first step and after the last; 0: none."""
+
+    lengths: tuple[int, ...] = ()
+    """Tokens of haystack, needle, question and answer together; none: data.sequence_length."""
+
+    group = "evaluation.needle."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 0:
+            raise ConfigError(f"evaluation.needle.every={self.every} must be 0 or more")
+        if not self.depths:
+            raise ConfigError("evaluation.needle.depths=[] must have one depth or more, 0 to 100 percent")
+
+    def of_length(self, sequence_length: int) -> NeedleConfig:
+        """With lengths where there are none."""
+        return self if self.lengths else replace(self, lengths=(sequence_length,))
+
+    def check_positions(self, sequence_length: int, model_config: PreTrainedConfig) -> None:
+        """Raise ConfigError for lengths beyond the model's positions."""
+        for length in self.of_length(sequence_length).lengths:
+            what = f"evaluation.needle.lengths={length} tokens"
+            check_positions(what, length, model_config, "model.extrapolate_positions")
+
+
+@dataclass(frozen=True, eq=False)
+class Needles:
+    """What is searched, every how many steps, and by which ranks."""
+
+    every: int
+    rows: list[Row]
+    ring: ProcessRing
+    chunk: int
+    kernel: str
+    world: World
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> Needles | None:
+        """Those of a run's settings, if there are any; all ranks call it.
+
+        Raises ConfigError, on every rank, for a text that cannot be read and a length that is too short.
+        """
+        length = config.data.sequence_length
+        asked = config.evaluation.needle.of_length(length)
+        if not asked.every:
+            return None
+        rows = rows_of(asked, read_text(asked, world), encoder(tokenizer, config.data.tokenizer), config.seed)
+        ring = replica_ring(world, config.parallel)
+        return cls(asked.every, rows, ring, max(2 * ring.size, min(CHUNK, length)), config.attention.kernel, world)
+
+    @torch.no_grad()
+    def search(self, engine: deepspeed.DeepSpeedEngine, rows: Iterable[Row] | None = None) -> list[Found]:
+        """The cells of rows (default: all), by the engine's weights as they are; the engine trains on.
+
+        Raises ConfigError, on every rank, where the memory of any does not suffice.
+        """
+        model, cells = engine.module.model, []
+        engine.eval()
+        for row in self.rows if rows is None else rows:
+            cache = RingCache(model, row.length, ring=self.ring, chunk=self.chunk, kernel=self.kernel)
+            check_room(f"evaluation.needle.lengths={row.length} tokens", cache, self.world)
+            cells += search(model, row, cache)
+        engine.train()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()  # so that training has the memory that it had
+        self.world.watchdog.drain()  # what was exchanged is in no step's record
+        return cells
+
+    def first(self) -> Iterable[Row]:
+        """One cell of the longest row, which shows that all can be searched."""
+        longest = max(self.rows, key=lambda row: row.length)
+        return [replace(longest, tasks=dict([*longest.tasks.items()][:1]))]
+
+
+def record(cells: list[Found]) -> dict[str, float]:
+    """For the metrics: needle_found and needle_loss in the mean, and of each cell, as needle_loss/4096-50."""
+    found = {"needle_found": [float(x.found) for x in cells], "needle_loss": [x.loss for x in cells]}
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    of_cells = {
+        f"{name}/{cell.length}-{cell.depth}": value
+        for name, values in found.items()
+        for cell, value in zip(cells, values, strict=True)
+    }
+    return means | of_cells
