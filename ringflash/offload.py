@@ -168,8 +168,8 @@ class HostStore:
     def __init__(self) -> None:
         self.pool = PinnedPool(
             torch.cuda.is_available(),
-            "fewer layers there need less (memory.host_layers), memory.attention_results=gpu and "
-            "memory.layer_inputs=gpu need none",
+            "memory.attention_results=host:N memory.layer_inputs=host:N, for the first N layers, need less, and gpu "
+            "needs none",
         )
         self._stream: torch.cuda.Stream | None = None
         self._last: Group | None = None

@@ -6,7 +6,7 @@ Between forward and backward a layer keeps its input and its attention's result,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,29 +30,53 @@ class Keep:
     """Where checkpointed layers keep what they need again.
 
     attention: its result: "gpu"; "host", pinned memory; or "recomputed", which runs attention's forward again and needs
-    a ring of one. inputs: the layer's input: "gpu" or "host". layers: how many layers, from the first on, these are
-    for; None: all. The others keep both on the GPU. Raises ValueError for other values.
+    a ring of one. inputs: the layer's input: "gpu" or "host". "host:3" or "recomputed:3": for the first 3 layers, the
+    others on the GPU. Raises ValueError for other values.
     """
 
     attention: str = "gpu"
     inputs: str = "gpu"
-    layers: int | None = None
 
     def __post_init__(self) -> None:
         for name, places in (("attention", ATTENTION_PLACES), ("inputs", INPUT_PLACES)):
-            if getattr(self, name) not in places:
-                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(places)}")
-        if self.layers is not None and self.layers < 0:
-            raise ValueError(f"layers={self.layers} must be 0 or more")
+            if (refusal := place_refusal(getattr(self, name), places)) is not None:
+                raise ValueError(f"{name}={getattr(self, name)} {refusal}")
 
     @property
     def uses_host(self) -> bool:
         """Whether anything waits in host memory."""
-        return "host" in (self.attention, self.inputs) and self.layers != 0
+        return any(place == "host" and layers != 0 for place, layers in self._places)
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether attention's forward runs again in the backward of some layer."""
+        return self._places[0][0] == "recomputed" and self._places[0][1] != 0
+
+    @property
+    def layers(self) -> int:
+        """How many layers a model must have for all that are counted here."""
+        return max(layers or 0 for _, layers in self._places)
 
     def at(self, layer: int) -> Keep:
         """Where the layer of this number, from 0, keeps what it needs."""
-        return self if self.layers is None or layer < self.layers else Keep()
+        return Keep(*(place if layers is None or layer < layers else "gpu" for place, layers in self._places))
+
+    @property
+    def _places(self) -> tuple[tuple[str, int | None], ...]:
+        """Place and number of layers, None for all, of attention's result and the layer's input."""
+        return tuple(
+            (place, int(layers) if layers else None)
+            for place, _, layers in (x.partition(":") for x in (self.attention, self.inputs))
+        )
+
+
+def place_refusal(value: str, places: Sequence[str]) -> str | None:
+    """Why a value is none of the places, perhaps of a number of layers; None where it is one."""
+    place, colon, layers = value.partition(":")
+    if place in places and (not colon or (place != "gpu" and layers.isdecimal())):
+        return None
+    counted = " or ".join(f"{name}:N" for name in places if name != "gpu")
+    return f"is not one of {', '.join(places)}, nor {counted}, for the first N layers"
 
 
 def checkpoint_layers(model: PreTrainedModel, keep: Keep | None = None) -> None:

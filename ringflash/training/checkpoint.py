@@ -36,7 +36,7 @@ PARTIAL, UNSOUND = ".partial", ".unsound"
 # Settings that a resumed run may change. With another value of any other setting it would be a different run.
 FREE = (
     "name", "output_dir", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
-    "memory.mlp_tile", "memory.recompute", "memory.attention_results", "memory.layer_inputs", "memory.host_layers",
+    "memory.mlp_tile", "memory.recompute", "memory.attention_results", "memory.layer_inputs",
     "attention.", "fused.", "model.extrapolate_positions",
     "optim.steps", "optim.epochs", "parallel.",
     # Compared by content, as data.digest and model.digest.

@@ -30,7 +30,7 @@ from ringflash.models import (
     tile_mlps,
     whole_mlps,
 )
-from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES
+from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES, place_refusal
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.positions import ByPosition
@@ -52,13 +52,11 @@ class MemoryConfig:
     """Keep only each layer's input and attention's result, and compute the rest again in the backward."""
 
     attention_results: str = "gpu"
-    """With recompute, where attention's results wait for the backward: gpu; host, pinned memory; or recomputed."""
+    """With recompute, where attention's results wait for the backward: gpu; host, pinned memory; or recomputed.
+    host:N, recomputed:N: those of the first N layers, the others on the GPU."""
 
     layer_inputs: str = "gpu"
-    """With recompute, where the layers' inputs wait for the backward: gpu or host."""
-
-    host_layers: int | None = None
-    """How many layers, from the first on, the two settings before are for; null: all."""
+    """With recompute, where the layers' inputs wait for the backward: gpu, host or host:N."""
 
     optimizer_states: str = "fp32"
     """With bf16 weights: fp32 (master weights, moments and gradients, 20 bytes per parameter); bf16 (moments and
@@ -84,19 +82,11 @@ class MemoryConfig:
                 f"memory.optimizer_states={self.optimizer_states} needs memory.zero=1, 2 or 3, got memory.zero=0"
             )
         for name, places in (("attention_results", ATTENTION_PLACES), ("layer_inputs", INPUT_PLACES)):
-            if (place := getattr(self, name)) not in places:
-                raise ConfigError(f"memory.{name}={place} is not one of {', '.join(places)}")
+            if (refusal := place_refusal(place := getattr(self, name), places)) is not None:
+                raise ConfigError(f"memory.{name}={place} {refusal}")
             if place != "gpu" and not self.recompute:
                 raise ConfigError(
                     f"memory.{name}={place} needs memory.recompute=true: without it layers keep all that they compute"
-                )
-        if self.host_layers is not None:
-            if self.host_layers < 0:
-                raise ConfigError(f"memory.host_layers={self.host_layers} must be 0 or more")
-            if self.attention_results == self.layer_inputs == "gpu":
-                raise ConfigError(
-                    f"memory.host_layers={self.host_layers} has no effect: set memory.attention_results=host, "
-                    f"memory.layer_inputs=host or both"
                 )
         for name in ("mlp_tile", "loss_tile"):
             if (tile := getattr(self, name)) is not None and tile < 1:
@@ -105,6 +95,11 @@ class MemoryConfig:
             raise ConfigError(
                 f"memory.mlp_tile={self.mlp_tile} needs memory.recompute=true: without it MLPs keep their activations"
             )
+
+    @property
+    def keep(self) -> Keep:
+        """Where layers keep what their backward needs, with recompute."""
+        return Keep(self.attention_results, self.layer_inputs)
 
 
 class TrainedModel(nn.Module):
@@ -120,7 +115,7 @@ class TrainedModel(nn.Module):
         scale = logit_scale(model.config)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap, fused_loss, scale)
         if memory.recompute:
-            checkpoint_layers(model, Keep(memory.attention_results, memory.layer_inputs, memory.host_layers))
+            checkpoint_layers(model, memory.keep)
             tile_mlps(model, memory.mlp_tile)
         self.memory = memory
         self.host_states: Callable[[Callable[[str], None]], None] | None = None  # makes the optimizer's, if on the host
@@ -132,17 +127,18 @@ class TrainedModel(nn.Module):
         """
         if self.host_states is not None:
             self.host_states(log)
-        store, config, memory = host_store(self.model), self.model.config, self.memory
+        store, config = host_store(self.model), self.model.config
         if store is None:
             return
         heads = config.num_attention_heads
         width = self.model.dtype.itemsize
-        per_layer = [tokens * config.hidden_size * width] if memory.layer_inputs == "host" else []
-        if memory.attention_results == "host":
-            per_layer += [tokens * heads * head_dims(config)[1] * width, tokens * heads * 4]
-        layers = min(memory.host_layers or config.num_hidden_layers, config.num_hidden_layers)
-        total, shown = sum(per_layer) * layers / 2**30, 0.0
-        log(f"host       {total:.1f} GiB of memory to be pinned for {layers} layers")
+        of_input = [tokens * config.hidden_size * width]
+        of_result = [tokens * heads * head_dims(config)[1] * width, tokens * heads * 4]
+        sizes: list[int] = []
+        for keep in map(self.memory.keep.at, range(config.num_hidden_layers)):
+            sizes += of_input * (keep.inputs == "host") + of_result * (keep.attention == "host")
+        total, shown = sum(sizes) / 2**30, 0.0
+        log(f"host       {total:.1f} GiB of memory to be pinned for what layers keep")
 
         def progress(done: int) -> None:
             nonlocal shown
@@ -150,7 +146,7 @@ class TrainedModel(nn.Module):
                 shown = done / 2**30
                 log(f"host       {shown:.0f} of {total:.0f} GiB pinned")
 
-        store.pool.reserve(per_layer * layers, progress)
+        store.pool.reserve(sizes, progress)
 
     def forward(
         self,

@@ -80,8 +80,8 @@ def levers(part: str, memory: MemoryConfig, ranks: int) -> list[str]:
         found.append("memory.mlp_tile to fewer tokens")
     if not memory.recompute:
         found.append("memory.recompute=true")
-    elif memory.attention_results == "gpu" or memory.layer_inputs == "gpu" or memory.host_layers is not None:
-        found.append("memory.attention_results=host memory.layer_inputs=host for all layers")
+    elif any(place == "gpu" or ":" in place for place in (memory.attention_results, memory.layer_inputs)):
+        found.append("memory.attention_results=host memory.layer_inputs=host")
     if "optimizer" in part and memory.optimizer_states != "host":
         smaller = OPTIMIZER_STATES[OPTIMIZER_STATES.index(memory.optimizer_states) + 1 :]
         found.append(f"memory.optimizer_states={' or '.join(smaller)}")

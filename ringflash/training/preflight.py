@@ -62,9 +62,12 @@ def check_inputs(
             config.fused.wanted(name, device)
     if config.evaluation.needle.every and not config.model.extrapolate_positions:
         config.evaluation.needle.check_positions(config.data.sequence_length, model_config)
-    layers = model_config.num_hidden_layers
-    if config.memory.host_layers is not None and config.memory.host_layers > layers:
-        raise ConfigError(f"memory.host_layers={config.memory.host_layers} must be at most the model's {layers} layers")
+    layers, memory = model_config.num_hidden_layers, config.memory
+    if memory.keep.layers > layers:
+        raise ConfigError(
+            f"memory.attention_results={memory.attention_results} memory.layer_inputs={memory.layer_inputs}: the model "
+            f"has {layers} layers"
+        )
     if config.memory.mlp_tile is not None and not tiles_of(_without_memory(model_config)):
         raise ConfigError(
             f"memory.mlp_tile={config.memory.mlp_tile}: no MLP of model_type={model_config.model_type} has a form that "
@@ -85,10 +88,10 @@ def check_ranks(config: Config, ranks: int) -> None:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} is smaller than 2 x {sharing} ranks that share it"
         )
-    if config.memory.attention_results == "recomputed" and sharing > 1:
+    if config.memory.keep.recomputes_attention and sharing > 1:
         raise ConfigError(
-            f"memory.attention_results=recomputed would run attention's exchanges again, between {sharing} ranks: set "
-            f"memory.attention_results=host or gpu"
+            f"memory.attention_results={config.memory.attention_results} would run attention's exchanges again, "
+            f"between {sharing} ranks: set memory.attention_results=host or gpu"
         )
     bf16 = DTYPES[config.model.dtype] == torch.bfloat16
     if bf16 and config.memory.zero == 0 and accumulation > 1:
@@ -147,8 +150,7 @@ def _kept(memory: MemoryConfig) -> str:
         return "no recomputation"
     if memory.attention_results == memory.layer_inputs == "gpu":
         return "recomputation"
-    layers = "" if memory.host_layers is None else f" of the first {memory.host_layers} layers"
-    return f"recomputation (results of attention: {memory.attention_results}, inputs: {memory.layer_inputs}{layers})"
+    return f"recomputation (results of attention: {memory.attention_results}, inputs: {memory.layer_inputs})"
 
 
 def _mlp_tiles(memory: MemoryConfig, model: PreTrainedModel) -> str:

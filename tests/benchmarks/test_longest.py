@@ -15,7 +15,8 @@ SOUND = {"loss": 2.0, "gradient_norm": 1.0, "first": 4, "first_loss_alone": 3.0,
 
 def test_the_first_tokens_have_the_same_loss_alone_and_in_the_whole_step(tmp_path):
     out = tmp_path / "longest.json"
-    tiny = ["model=tiny-llama", "model.dtype=bf16", "model.architecture.vocab_size=384", "memory.host_layers=1"]
+    tiny = ["model=tiny-llama", "model.dtype=bf16", "model.architecture.vocab_size=384"]
+    tiny += ["memory.attention_results=host:1", "memory.layer_inputs=host:1"]
     sizes = ["--tokens", "512", "--first", "128", "--warm", "64", "--out", str(out)]
     command = [sys.executable, "benchmarks/longest.py", *sizes, *tiny]
     done = forked.run(command)

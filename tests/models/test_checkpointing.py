@@ -11,7 +11,8 @@ KEEPS = {
     "attention-host": Keep("host"),
     "inputs-host": Keep(inputs="host"),
     "both-host": Keep("host", "host"),
-    "first-layer": Keep("host", "host", layers=1),
+    "first-layer": Keep("host:1", "host:1"),
+    "one-of-each": Keep("recomputed:1", "host:2"),
     "recomputed": Keep("recomputed"),
     "recomputed-and-host": Keep("recomputed", "host"),
 }
@@ -75,11 +76,20 @@ def test_without_gradients_nothing_is_parked():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attention": "disk"}, "^attention=disk is not one of gpu, host, recomputed$"),
-        ({"inputs": "recomputed"}, "^inputs=recomputed is not one of gpu, host$"),
-        ({"layers": -1}, "^layers=-1 must be 0 or more$"),
+        ({"attention": "disk"}, "^attention=disk is not one of gpu, host, recomputed, nor host:N or recomputed:N, for"),
+        ({"inputs": "recomputed"}, "^inputs=recomputed is not one of gpu, host, nor host:N, for the first N layers$"),
+        ({"inputs": "host:-1"}, "^inputs=host:-1 is not one of"),
+        ({"attention": "gpu:3"}, "^attention=gpu:3 is not one of"),
     ],
 )
 def test_a_place_that_does_not_exist_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Keep(**settings)
+
+
+def test_places_of_a_number_of_layers_leave_the_others_on_the_gpu():
+    keep = Keep("recomputed:1", "host:2")
+    assert [keep.at(layer) for layer in range(3)] == [Keep("recomputed", "host"), Keep("gpu", "host"), Keep()]
+    assert keep.layers == 2
+    assert not Keep("host:0").uses_host
+    assert not Keep("recomputed:0").recomputes_attention

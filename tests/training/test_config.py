@@ -175,8 +175,14 @@ def settings_of(part, prefix=""):
         (["memory=host", "memory.layer_inputs=disk"], "memory.layer_inputs=disk is not one of gpu, host"),
         (["memory.layer_inputs=host"], "memory.layer_inputs=host needs memory.recompute=true"),
         (["memory.attention_results=host"], "memory.attention_results=host needs memory.recompute=true"),
-        (["memory=host", "memory.host_layers=-1"], "memory.host_layers=-1 must be 0 or more"),
-        (["memory=recompute", "memory.host_layers=3"], "memory.host_layers=3 has no effect"),
+        (
+            ["memory=host", "memory.layer_inputs=host:-1"],
+            "memory.layer_inputs=host:-1 is not one of gpu, host, nor host:N",
+        ),
+        (
+            ["memory=recompute", "memory.attention_results=gpu:3"],
+            "memory.attention_results=gpu:3 is not one of gpu, host, re",
+        ),
         (["parallel.layout=diagonal"], "parallel.layout=diagonal is not one of auto, contiguous, zigzag, striped"),
         (["parallel.intra_node_bandwidth_gb=0"], "parallel.intra_node_bandwidth_gb=0.0"),
         (["parallel.ulysses=null", "parallel.ring=2"], "parallel.ring=2 with parallel.ulysses=null"),

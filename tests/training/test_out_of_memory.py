@@ -45,7 +45,7 @@ def test_the_loss_is_named_with_its_tile(monkeypatch):
     assert describe(caught.value) == (
         "ringflash: rank 0 failed: GpuMemoryError: out of GPU memory in the loss, which holds a tile of logits, which "
         "asked for 2.32 GiB. To need less, set memory.loss_tile to fewer tokens, or memory.attention_results=host "
-        "memory.layer_inputs=host for all layers, or fewer tokens per GPU (data.sequence_length, optim.micro_batch, or "
+        "memory.layer_inputs=host, or fewer tokens per GPU (data.sequence_length, optim.micro_batch, or "
         "more GPUs)"
     )
 
@@ -63,7 +63,7 @@ def test_attention_is_named_with_its_pass(monkeypatch, pass_):
     ("memory", "ranks", "named"),
     [
         (MemoryConfig(), 1, "set memory.recompute=true, or fewer tokens"),
-        (MemoryConfig(recompute=True, zero=1), 8, "layer_inputs=host for all layers, or memory.zero=3, or fewer"),
+        (MemoryConfig(recompute=True, zero=1), 8, "layer_inputs=host, or memory.zero=3, or fewer"),
         (MemoryConfig(recompute=True, attention_results="host", layer_inputs="host"), 1, "set fewer tokens per GPU"),
     ],
     ids=["plain", "ranks", "all-used"],

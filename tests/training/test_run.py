@@ -188,7 +188,7 @@ def test_bad_input_ends_a_run_with_one_line(text, case):
         ("llama3-8b-128k", ["model.dtype=bf16"]),
         ("llama3-8b-256k-8gpus", []),
         ("128k", []),
-        ("1m", ["model.dtype=bf16", "memory.host_layers=1"]),
+        ("1m", ["model.dtype=bf16", "memory.layer_inputs=host:1", "memory.attention_results=host:1"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -322,7 +322,7 @@ REFUSED_BY_PRINT = {
     "data": (["data.path=/nowhere"], "data.path=/nowhere does not exist"),
     "files": (["data.files=['*.nothing']"], "match no file"),
     "tokenizer": (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere is neither bytes nor a folder"),
-    "layers": (["memory=host", "memory.host_layers=3"], "memory.host_layers=3 must be at most the model's 2 layers"),
+    "layers": (["memory=host", "memory.layer_inputs=host:3"], "memory.layer_inputs=host:3: the model has 2 layers"),
     "experts": (
         ["memory=recompute", "memory.mlp_tile=64", "model.architecture.model_type=mixtral"],
         "memory.mlp_tile=64: no MLP of model_type=mixtral has a form that can be tiled",
