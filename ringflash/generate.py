@@ -59,8 +59,8 @@ class GenerateConfig(ReadConfig):
     prompt_tokens: int = 1024
     """With prompt=-: the longest prompt that the cache has room for."""
 
-    graph: bool = True
-    """Replay a new token's forward as a CUDA graph, on one GPU, for models that allow it."""
+    graph: bool = False
+    """Replay a new token's forward as a CUDA graph, on one GPU, for models that allow it. It has not run on a GPU yet."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
