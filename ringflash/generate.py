@@ -60,7 +60,7 @@ class GenerateConfig(ReadConfig):
     """With prompt=-: the longest prompt that the cache has room for."""
 
     graph: bool = False
-    """Replay a new token's forward as a CUDA graph, on one GPU, for models that allow it. It has not run on a GPU yet."""
+    """Replay a new token's forward as a CUDA graph, on one GPU, for models that allow it. Not yet run on a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
