@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write. Returns the exit code: 1 if a kernel is wrong, or one of ours raises."""
     options = _options(arguments)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    facts = report.card(device, {"peak": _peak(device)[1], **contenders.versions()}, options.commit)
+    facts = report.card(device, {"peak": _peak(device)[1], **report.versions(contenders.PACKAGES)}, options.commit)
     print("; ".join(f"{name} {value}" for name, value in facts.items()), f"inputs {options.dtype}", "", sep="\n")
     if options.sweep is not None:
         return sweep.main(options.sweep or list(sweep.TARGETS), dtype, device, options.out, facts)

@@ -28,7 +28,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -84,17 +83,6 @@ def contenders(device: torch.device, other: ModuleType | None = None) -> list[Co
         Contender("torch math", functools.partial(_cpu_sdpa, SDPBackend.MATH)),
     ]
     return ours + cpu + [Contender(peer.name, _needs_gpu) for peer in gpu]
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of the peers that are packages of their own; those of torch's own are torch's."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 # -- ours

@@ -381,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     device = torch.device(options.device)
     copied = copy_rate(device, options.seconds)
-    facts = report.card(device, decode_contenders.versions(), options.commit)
+    facts = report.card(device, report.versions(decode_contenders.PACKAGES), options.commit)
     facts |= {"copy": f"{copied / 1e9:.0f} GB/s", "inputs": str(options.dtype)}
     print("; ".join(f"{name} {value}" for name, value in facts.items()), HEADER, sep="\n", flush=True)
     entrants = tunings() if options.sweep else decode_contenders.contenders(device)

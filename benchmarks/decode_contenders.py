@@ -22,7 +22,6 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -59,17 +58,6 @@ def contenders(device: torch.device) -> list[Contender]:
         *(Contender(f"SDPA {name}", functools.partial(_sdpa, backend)) for name, backend in backends.items()),
         *(Contender(name, build if device.type == "cuda" else _needs_gpu) for name, build in peers.items()),
     ]
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of the peers that are packages of their own."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _ringflash(q: Tensor, k: Tensor, v: Tensor) -> Decode:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ class Row:
 
 
 # -- the card
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed versions of peers that are packages of their own; those of torch's own are torch's."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def card(device: torch.device, peers: dict[str, str], commit: str | None) -> dict[str, str]:
