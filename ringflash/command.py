@@ -167,8 +167,10 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
     from ringflash.models import AttentionConfig, ModelConfig, build_model, check_kernel
 
     disable_progress_bar()
-    settings = ModelConfig(path=config.model, dtype=config.dtype, untested_family=config.untested_family)
+    if not os.path.isdir(config.model):  # pathlib raises for a name that is too long
+        raise ConfigError(f"model={config.model} is not a folder that exists: it must be a Hugging Face model folder")
     try:
+        settings = ModelConfig(path=config.model, dtype=config.dtype, untested_family=config.untested_family)
         attention = AttentionConfig(kernel=config.kernel)
         model = build_model(settings).eval().to(device)  # type: ignore[arg-type]
         check_kernel(settings, attention, model.config, device)
@@ -187,7 +189,8 @@ def load_encoder(config: ReadConfig, model: PreTrainedModel) -> tuple[Encoder, A
         tokenizer = load_tokenizer(SimpleNamespace(tokenizer=name))  # type: ignore[arg-type]
         found = encoder(tokenizer, name)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("data.tokenizer=", "tokenizer=")) from error
+        told = str(error).replace("data.tokenizer=", "tokenizer=" if config.tokenizer else "model=")
+        raise ConfigError(told + ("" if config.tokenizer else "; tokenizer=FOLDER names another")) from error
     if (size := tokenizer_size(tokenizer)) > model.config.vocab_size:
         raise ConfigError(
             f"tokenizer={name} does not fit model={config.model}: it has {size} tokens, and the model "

@@ -30,5 +30,6 @@ def in_one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its kind: for the end of a message of one line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """The first line of an error's message, with the next where it announces that, or the error's kind."""
+    first, *others = (line.strip() for line in str(error).strip().splitlines() or [type(error).__name__])
+    return f"{first} {others[0]}" if others and first.endswith(":") else first

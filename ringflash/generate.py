@@ -94,6 +94,8 @@ def run(config: GenerateConfig, world: World) -> None:
     longest = max(map(len, prompts)) if prompts else config.prompt_tokens
     tokens = len(document) + longest + config.new_tokens
     what = f"a document of {len(document)} tokens, a prompt of {longest} and new_tokens={config.new_tokens}"
+    if not document and [] in prompts:
+        raise ConfigError('prompt="" without a document leaves nothing to continue')
     cache = make_cache(config, model, tokens, world, what)
 
     ids = torch.tensor([document], dtype=torch.int64, device=world.device)
@@ -101,11 +103,9 @@ def run(config: GenerateConfig, world: World) -> None:
     prefill(model, ids[:, :-1], cache)  # generate reads the last one with the prompt
     seconds = now(world.device) - begin
     ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
-    report(
-        world,
-        f"document: {len(document)} tokens read in {seconds:.2f} s ({len(document) / seconds:.0f} tokens/s); "
-        f"cache: {cache.nbytes / 2**20:.1f} MiB{ranks}, for {cache.capacity} tokens",
-    )
+    read = f"document: {len(document)} tokens read in {seconds:.2f} s ({len(document) / seconds:.0f} tokens/s); "
+    room = f"cache: {cache.nbytes / 2**20:.1f} MiB{ranks}, for {cache.capacity} tokens"
+    report(world, (read if text else "") + room)
     state = cache.snapshot()
     with step_graph(model, cache) if config.graph else nullcontext():
         for prompt in prompts or _lines(turn, between, world):
@@ -115,8 +115,6 @@ def run(config: GenerateConfig, world: World) -> None:
                     f"prompt_tokens={len(prompt)}, and the cache takes "
                     f"{cache.bytes_for(cache.capacity + len(prompt) - longest) / 2**20:.1f} MiB"
                 )
-            if not document and not prompt:
-                raise ConfigError('prompt="" without a document leaves nothing to continue')
             _answer(config, model, tokenizer, cache, torch.cat([ids, ids.new_tensor([prompt])], dim=1), world)
             cache.restore(state)
 

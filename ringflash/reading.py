@@ -29,7 +29,7 @@ def text_of(name: str, path: str) -> str | ConfigError:
         return ConfigError(f"{where} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}")
     except OSError as error:
         return ConfigError(f"{where} cannot be read: {error.strerror or reason(error)}")
-    return text if text.strip() else ConfigError(f"{where} is empty")
+    return text if text.strip() else ConfigError(f"{where} {'holds white space alone' if text else 'is empty'}")
 
 
 def ids_of(encoder: Encoder, text: str) -> list[int]:

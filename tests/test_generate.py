@@ -145,7 +145,8 @@ def test_a_bad_setting_is_named_in_one_line(given, message):
 
 
 def test_bad_input_is_named_in_one_line(given, tmp_path):
-    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "white.txt").write_text(" \n")
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     book, model = given / "book.txt", given / "model"
     small = AutoModelForCausalLM.from_config(LlamaConfig(
@@ -156,12 +157,17 @@ def test_bad_input_is_named_in_one_line(given, tmp_path):
     asked = {"model": model, "document": book, "tokenizer": "bytes", "prompt": "x"}
     for change, message in (
         ({"document": tmp_path / "empty.txt"}, "document=.*empty.txt is empty"),
+        ({"document": tmp_path / "white.txt"}, "document=.*white.txt holds white space alone"),
         ({"document": tmp_path / "none.txt"}, "document=.*none.txt cannot be read: No such file or directory"),
         ({"document": tmp_path}, "cannot be read: Is a directory"),
         ({"document": tmp_path / "image.png"}, r"image.png is not text in UTF-8: byte 0 is 0x89"),
         ({"model": tmp_path}, "^model=.* holds no config.json: it must be a Hugging Face model folder"),
         ({"tokenizer": tmp_path / "none"}, "^tokenizer=.*none is neither bytes nor a folder that exists"),
-        ({"tokenizer": model}, "^tokenizer=.* holds no loadable tokenizer"),
+        ({"model": tmp_path / "none"}, "^model=.*none is not a folder that exists"),
+        ({"dtype": "fp64"}, "^dtype=fp64 is not one of auto, bf16, fp32"),
+        ({"tokenizer": model}, r"^tokenizer=.* holds no loadable tokenizer.*: \(1\) .*[^:]$"),
+        ({"tokenizer": None}, "^model=.* holds no loadable tokenizer.*; tokenizer=FOLDER names another$"),
+        ({"document": None, "prompt": ""}, '^prompt="" without a document leaves nothing to continue$'),
         ({"model": tmp_path / "small"}, "tokenizer=bytes does not fit model=.*: it has 384 tokens, .* vocab_size=300"),
         ({"kernel": "fast"}, "^kernel=fast is not one of auto, hopper"),
         ({"chunk": 2, "ring": Loopback(2)}, "^chunk must be 4 or more"),
@@ -169,7 +175,9 @@ def test_bad_input_is_named_in_one_line(given, tmp_path):
         ({"new_tokens": 10**12, "extrapolate_positions": "true"}, r"need a cache of .* GiB on each rank, .* take more"),
     ):
         world = SimpleNamespace(**vars(ALONE) | {"ring": change.pop("ring", Loopback(1))})
-        config = GenerateConfig.parse([f"{name}={value}" for name, value in (asked | change).items()])
+        config = GenerateConfig.parse(
+            [f"{name}={value}" for name, value in (asked | change).items() if value is not None]
+        )
         with pytest.raises(ConfigError, match=message) as error:
             run(config, world)
         assert "\n" not in str(error.value)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ class RingCache(Cache):
         self.on_device: dict[int | None, DeviceStep] | None = None  # by window, while step_graph runs a step of these
         self._stored: dict[int, LayerCache] = {}  # by layer
         self._left: dict[int, int | None] = {}  # the layer's window
+        self._snapshots: WeakSet[Snapshot] = WeakSet()  # whose tokens it still holds
         self._windows = {
             None if window is None else window - 1: layers for window, layers in windows_of_layers(self.config)
         }
@@ -188,6 +190,7 @@ class RingCache(Cache):
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.plan = self._new_plan()
+        self._snapshots.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each batch row the cache of row beam_idx [B], as beam search does."""
@@ -211,10 +214,21 @@ class RingCache(Cache):
                 used = self.plan.count(left)
                 k, v = ([x[:, :n].clone() for x, n in zip(held, used, strict=True)] for held in (stored.k, stored.v))
                 windowed[i] = (k, v)
-        return Snapshot(self.plan.snapshot(), windowed)
+        state = Snapshot(self.plan.snapshot(), windowed)
+        self._snapshots.add(state)
+        return state
 
     def restore(self, state: Snapshot) -> None:
-        """Forget all tokens since the snapshot."""
+        """Forget all tokens since the snapshot.
+
+        Raises ValueError for a snapshot of another cache, or of tokens that this one has forgotten.
+        """
+        if state not in self._snapshots:
+            raise ValueError(
+                f"a snapshot of {state.plan.length} tokens is of another RingCache, or of tokens that this one forgot "
+                f"by reset() or by restore() of an earlier snapshot: prefill them again"
+            )
+        self._snapshots = WeakSet(x for x in self._snapshots if x.plan.length <= state.plan.length)
         self.plan.restore(state.plan)
         for i, kept in state.windowed.items():
             for held, copies in zip((self._stored[i].k, self._stored[i].v), kept, strict=True):

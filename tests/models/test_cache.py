@@ -152,6 +152,25 @@ def test_a_document_answers_several_prompts_without_being_read_again():
     assert cache.get_seq_length() == 30
 
 
+def test_a_snapshot_of_another_cache_or_of_forgotten_tokens_is_refused():
+    model = tiny("llama").eval()
+    cache, other = (RingCache(model, 60, ring=Loopback(size)) for size in (1, 2))
+    states = []
+    for end in (10, 20, 30):
+        prefill(model, TOKENS[:, :end], cache)
+        states.append(cache.snapshot())
+    with pytest.raises(ValueError, match="a snapshot of 10 tokens is of another RingCache, or of tokens that this one"):
+        other.restore(states[0])
+    cache.restore(states[1])
+    cache.restore(states[1])
+    with pytest.raises(ValueError, match="a snapshot of 30 tokens"):
+        cache.restore(states[2])
+    cache.restore(states[0])
+    cache.reset()
+    with pytest.raises(ValueError, match="a snapshot of 10 tokens"):
+        cache.restore(states[0])
+
+
 def test_a_cache_states_its_memory():
     model = tiny("mistral", sliding_window=7)  # 2 layers of 2 KV heads of 8, fp32
     cache = RingCache(model, 1000, chunk=100)
