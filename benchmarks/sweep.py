@@ -2,9 +2,10 @@
 
     python benchmarks/attention.py --sweep forward
 
-The forward is timed alone. dq and dkdv are timed within the whole backward, where the other of the two keeps the tuning
-of its table: differences are theirs, speeds are the backward's. Each variant's result is compared with that of the
-table's choice. Variants are compiled beforehand in several processes, into Triton's cache on disk.
+The forward is timed alone. dq and dkdv (of heads above 128 dk and dv) are timed within the whole backward, where the
+others keep the tuning of their table: differences are theirs, speeds are the backward's. Each variant's result is
+compared with that of the table's choice. Variants are compiled beforehand in several processes, into Triton's cache
+on disk.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,18 +26,25 @@ from benchmarks import report
 from benchmarks.cases import Case
 from benchmarks.timing import Timing, interleaved
 
-TARGETS = ("forward", "dq", "dkdv")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = {
+    "forward": (64, 128, 256, 512),
+    "dq": (64, 128, 256, 512),
+    "dkdv": (64, 128),
+    "dk": (256, 512),
+    "dv": (256, 512),
+}
+TARGETS = tuple(HEAD_DIMS)
 SHAPE = "1,32,8,16k,{} causal"
 SECONDS = 0.15  # of measuring, for each variant
 COMPILED_AT = 512  # tokens: enough to compile what any length runs
 TOLERANCE = 1e-2  # relative, to the table's choice: both round p to the inputs' dtype, tile by tile
-BLOCKS_Q, BLOCKS_K, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
+BLOCKS, SHORT, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3)  # rows of a program, rows of a step
+SHORT_OF_LARGE = (16, 32, 64)  # of heads of 512
 
 
 def main(targets: list[str], dtype: torch.dtype, device: torch.device, out: Path, facts: dict[str, str]) -> int:
     """Sweep, print and write attention-sweep-DEVICE.json. Returns the exit code: 1 if a variant is wrong."""
-    jobs = [(target, Case.parse(SHAPE.format(head_dim))) for target in targets for head_dim in HEAD_DIMS]
+    jobs = [(target, Case.parse(SHAPE.format(head_dim))) for target in targets for head_dim in HEAD_DIMS[target]]
     compile_all(jobs, dtype, device)
     found: dict[str, list[dict]] = {}
     for target, case in jobs:
@@ -50,7 +58,7 @@ def main(targets: list[str], dtype: torch.dtype, device: torch.device, out: Path
 def sweep(target: str, case: Case, dtype: torch.dtype, device: torch.device) -> list[dict]:
     """Each variant of a kernel as {tuning, chosen, reason, ms, p20, p80, tflops}, best first, those that fail last."""
     chosen = _chosen(target, case.head_dim, dtype, device)
-    variants = _variants(chosen)
+    variants = _variants(target, case.head_dim, chosen)
     run = _runner(target, case, dtype, device)
     usual = run(chosen)
     reasons, runs = {}, {}
@@ -87,21 +95,22 @@ def _line(line: dict) -> str:
 def _chosen(target: str, head_dim: int, dtype: torch.dtype, device: torch.device):
     from ringflash.kernels import portable_backward, portable_forward
 
-    tables = {
-        "forward": portable_forward.tuning_for,
-        "dq": portable_backward.dq_tuning_for,
-        "dkdv": portable_backward.dkdv_tuning_for,
-    }
+    tables = {"forward": portable_forward.tuning_for, "dq": portable_backward.dq_tuning_for}
     major, minor = torch.cuda.get_device_capability(device)
-    return tables[target](head_dim, dtype, 10 * major + minor)
+    chosen = tables.get(target, portable_backward.dkdv_tuning_for)(head_dim, dtype, 10 * major + minor)
+    return chosen[0 if target != "dv" else 1] if isinstance(chosen, tuple) else chosen
 
 
-def _variants(chosen) -> list:
+def _variants(target: str, head_dim: int, chosen) -> list:
     """The grid, with the copy engine or without as the table has it, and the table's choice the other way."""
-    grid = itertools.product(BLOCKS_Q, BLOCKS_K, WARPS, STAGES)
-    variants = [type(chosen)(q, k, warps, stages, chosen.tma) for q, k, warps, stages in grid]
+    grid = itertools.product(BLOCKS, SHORT if head_dim <= 256 else SHORT_OF_LARGE, WARPS, STAGES)
+    of_keys = target in ("dkdv", "dk", "dv")
+    variants = [
+        replace(chosen, block_q=short if of_keys else long, block_k=long if of_keys else short, warps=w, stages=n)
+        for long, short, w, n in grid
+    ]
     if chosen.tma:
-        variants.append(type(chosen)(chosen.block_q, chosen.block_k, chosen.warps, chosen.stages, False))
+        variants.append(replace(chosen, tma=False))
     return [chosen, *(variant for variant in variants if variant != chosen)]
 
 
@@ -114,18 +123,24 @@ def _runner(target: str, case: Case, dtype: torch.dtype, device: torch.device) -
     forward = functools.partial(portable_forward.forward, q, k, v, intervals, scale=scale, out=torch.empty_like(q))
     if target == "forward":
         return lambda tuning: (forward(tuning=tuning).out,)
+    usual = {name: _chosen(name, case.head_dim, dtype, device) for name in ("dk", "dv") if case.head_dim > 128}
     state = forward()
     delta = (dout.float() * state.out.float()).sum(-1).transpose(1, 2).contiguous()
 
     def backward(tuning) -> tuple[Tensor, ...]:
         dq, dk, dv = (torch.zeros(x.shape, device=device) for x in (q, k, v))
-        tunings = {"dq_tuning": None, "dkdv_tuning": None, f"{target}_tuning": tuning}
+        tunings = {"dq_tuning": tuning} if target == "dq" else {"dkdv_tuning": _of_keys(target, tuning, usual)}
         portable_backward.backward(
             dout, q, k, v, state.lse, delta, intervals, scale=scale, dq=dq, dk=dk, dv=dv, **tunings
         )  # fmt: skip
         return dq, dk, dv
 
     return backward
+
+
+def _of_keys(target: str, tuning, usual: dict) -> tuple:
+    """The tunings of dk and dv: one of both, or of each where one of them is changed."""
+    return (tuning,) if target == "dkdv" else tuple((usual | {target: tuning}).values())
 
 
 def _difference(result: tuple[Tensor, ...], usual: tuple[Tensor, ...]) -> str | None:
@@ -140,7 +155,7 @@ def compile_all(jobs: list[tuple[str, Case]], dtype: torch.dtype, device: torch.
         runs = [
             pool.submit(_compile, target, str(case.shrunk(COMPILED_AT)), dtype, variant)
             for target, case in jobs
-            for variant in _variants(_chosen(target, case.head_dim, dtype, device))
+            for variant in _variants(target, case.head_dim, _chosen(target, case.head_dim, dtype, device))
         ]
         for run in runs:
             run.exception()  # what it raises comes back in this process, where the table names it

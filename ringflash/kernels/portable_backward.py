@@ -41,6 +41,8 @@ from ringflash.kernels.portable_parts import (
     tile_argument,
     tile_run,
     visible,
+    warps_of_64_rows,
+    warps_of_whole_rows,
 )
 from ringflash.mask import Intervals
 
@@ -58,32 +60,42 @@ def dq_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
     if arch in LARGE_SHARED:
         if head_dim <= 128:  # FlexAttention's tiles for H100; at 128 they leave 44 registers free and hold 161 KB
             return Tuning(128, 64, warps=8, stages=3, tma=tma)
-        return Tuning(64, 32, warps=8, stages=2, tma=tma)  # the largest that does not spill
-    # The largest tiles that do not spill, within 99 KB.
+        if head_dim <= 256:  # dq takes 128 registers per thread; 192 KB
+            return Tuning(128, 32, warps=8, stages=2, tma=tma)
+        return Tuning(64, 16, warps=warps_of_64_rows(arch), stages=2, tma=tma)  # 208 KB
+    # The largest tiles that do not spill in a loop, within 99 KB, and with as many warps as compute nothing twice.
     if head_dim <= 64:
         return Tuning(64, 64, warps=4, stages=3, tma=tma)
     if head_dim <= 128:
         return Tuning(64, 64, warps=8, stages=2, tma=tma)
-    return Tuning(32, 32, warps=8, stages=2, tma=tma)
+    return Tuning(32, 32, warps=4, stages=2 if head_dim <= 256 else 1, tma=tma)
 
 
-def dkdv_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
-    """The tiles of dkdv_kernel for a head size, dtype and compute capability (80, 90, 100, ...)."""
+def dkdv_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> tuple[Tuning, ...]:
+    """The tiles of dkdv_kernel for a head size, dtype and compute capability (80, 90, 100, ...).
+
+    One, of programs that compute dk and dv, or two, dk's and dv's. Scores are then computed twice, in tiles twice as
+    large as if registers held both gradients.
+    """
     tma = arch >= 90
     if dtype == torch.float32:
-        return exact_tuning(tma)
+        return (exact_tuning(tma),) if head_dim <= 128 else (exact_tuning(tma), exact_tuning(tma))
     if arch in LARGE_SHARED:
         if head_dim <= 64:
-            return Tuning(64, 128, warps=8, stages=3, tma=tma)
+            return (Tuning(64, 128, warps=8, stages=3, tma=tma),)
         if head_dim <= 128:  # dk and dv take 128 registers per thread, s and dp 64: at its limit, a few addresses spill
-            return Tuning(64, 128, warps=8, stages=2, tma=tma)
-        return Tuning(32, 64, warps=8, stages=2, tma=tma)
-    # The largest tiles that do not spill, within 99 KB.
+            return (Tuning(64, 128, warps=8, stages=2, tma=tma),)
+        if head_dim <= 256:  # one of them takes 128; 192 KB each
+            return Tuning(32, 128, warps=8, stages=2, tma=tma), Tuning(64, 128, warps=8, stages=2, tma=tma)
+        warps = warps_of_64_rows(arch)  # 208 and 160 KB
+        return Tuning(16, 64, warps=warps, stages=2, tma=tma), Tuning(32, 64, warps=warps, stages=2, tma=tma)
+    # As for dq.
     if head_dim <= 64:
-        return Tuning(64, 64, warps=4, stages=2, tma=tma)
+        return (Tuning(64, 64, warps=4, stages=2, tma=tma),)
     if head_dim <= 128:
-        return Tuning(64, 64, warps=8, stages=2, tma=tma)
-    return Tuning(32, 32, warps=8, stages=1, tma=tma)
+        return (Tuning(64, 64, warps=8, stages=2, tma=tma),)
+    stages = 2 if head_dim <= 256 else 1
+    return Tuning(32, 32, warps=4, stages=stages, tma=tma), Tuning(32, 32, warps=4, stages=stages, tma=tma)
 
 
 @triton.jit
@@ -103,9 +115,9 @@ def load_lse(lse, rows, valid):
 
 
 @triton.jit
-def add_to(x, tile, rows, valid, stride_s, BLOCK_D: tl.constexpr, D: tl.constexpr):
-    """x[rows] += tile."""
-    columns = tl.arange(0, BLOCK_D)
+def add_to(x, tile, rows, valid, stride_s, column, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """x[rows] += tile, in BLOCK_D columns from `column` on."""
+    columns = column + tl.arange(0, BLOCK_D)
     x += rows.to(tl.int64)[:, None] * stride_s + columns[None, :]
     inside = valid[:, None] & (columns < D)[None, :]
     tl.store(x, tl.load(x, inside, 0.0) + tile, inside)
@@ -116,11 +128,12 @@ def add_to(x, tile, rows, valid, stride_s, BLOCK_D: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def dq_step(
-    acc, q_tile, dout_tile, row_lse, row_delta, row_start, row_end, k, v, batch, head_kv, key, c, cap_scale,
+    acc, q_tile, dout_tile, row_lse, row_delta, row_start, row_end, k, v, k_part, batch, head_kv, key, column,
+    c, cap_scale,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, BLOCK_DV: tl.constexpr, DV: tl.constexpr,
-    TMA: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_C: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """acc += ds k for the keys of one tile."""
+    """acc += ds k for the keys of one tile, in BLOCK_C columns from `column` on."""
     k_tile = load_tile(k, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
     v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA)
     s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
@@ -129,6 +142,8 @@ def dq_step(
     if EDGE:
         p = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), p, 0.0)
     ds = p * (dp - row_delta[:, None]) * slope
+    if BLOCK_C < BLOCK_D:
+        k_tile = load_tile(k_part, batch, head_kv, key, BLOCK_K, BLOCK_C, D, TMA, column)
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
 
@@ -142,9 +157,10 @@ def dq_kernel(
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b,
-    queries, keys, heads_kv, scale, c, cap_scale,
+    queries, keys, heads_kv, scale, c, cap_scale, k_part,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head, launched in the order of `forward_kernel`."""
     program = tl.program_id(0)
@@ -164,6 +180,7 @@ def dq_kernel(
     q = (q, q_stride_b, q_stride_s, q_stride_h, queries)
     k = (k, k_stride_b, k_stride_s, k_stride_h, keys)
     v = (v, v_stride_b, v_stride_s, v_stride_h, keys)
+    k_part = (k_part, k_stride_b, k_stride_s, k_stride_h, keys)
     dout = (dout, dout_stride_b, dout_stride_s, dout_stride_h, queries)
     q_tile = load_tile(q, batch, head, first, BLOCK_Q, BLOCK_D, D, TMA)
     dout_tile = load_tile(dout, batch, head, first, BLOCK_Q, BLOCK_DV, DV, TMA)
@@ -172,27 +189,30 @@ def dq_kernel(
     row_lse = load_lse(lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h, rows, valid)
     delta += batch.to(tl.int64) * delta_stride_b + head.to(tl.int64) * delta_stride_h
     row_delta = tl.load(delta + rows, valid, 0.0)
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
-    # 1. Tiles that every row sees whole: no mask.
-    for key in tl.range(lo + full_from * BLOCK_K, lo + full_to * BLOCK_K, BLOCK_K, num_stages=STAGES):
-        acc = dq_step(
-            acc, q_tile, dout_tile, row_lse, row_delta, rows, rows, k, v, batch, head_kv, key, c, cap_scale,
-            BLOCK_K, BLOCK_D, D, BLOCK_DV, DV, TMA, CAPPED, EDGE=False,
-        )  # fmt: skip
+    # A pass for each chunk of dq's columns, as in `forward_kernel`.
+    for column in tl.range(0, D, BLOCK_C):
+        acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
 
-    # 2. Tiles before and after them, that only some rows see.
-    row_start = tl.load(start + rows, valid, 0)
-    row_end = tl.load(end + rows, valid, 0)
-    for tile in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
-        key = lo + tl.where(tile < full_from, tile, tile + full_to - full_from) * BLOCK_K
-        acc = dq_step(
-            acc, q_tile, dout_tile, row_lse, row_delta, row_start, row_end, k, v, batch, head_kv, key, c, cap_scale,
-            BLOCK_K, BLOCK_D, D, BLOCK_DV, DV, TMA, CAPPED, EDGE=True,
-        )  # fmt: skip
+        # 1. Tiles that every row sees whole: no mask.
+        for key in tl.range(lo + full_from * BLOCK_K, lo + full_to * BLOCK_K, BLOCK_K, num_stages=STAGES):
+            acc = dq_step(
+                acc, q_tile, dout_tile, row_lse, row_delta, rows, rows, k, v, k_part, batch, head_kv, key,
+                column, c, cap_scale, BLOCK_K, BLOCK_D, D, BLOCK_DV, DV, BLOCK_C, TMA, CAPPED, EDGE=False,
+            )  # fmt: skip
 
-    dq += batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
-    add_to(dq, acc * scale, rows, valid, dq_stride_s, BLOCK_D, D)
+        # 2. Tiles before and after them, that only some rows see.
+        row_start = tl.load(start + rows, valid, 0)
+        row_end = tl.load(end + rows, valid, 0)
+        for tile in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
+            key = lo + tl.where(tile < full_from, tile, tile + full_to - full_from) * BLOCK_K
+            acc = dq_step(
+                acc, q_tile, dout_tile, row_lse, row_delta, row_start, row_end, k, v, k_part, batch, head_kv, key,
+                column, c, cap_scale, BLOCK_K, BLOCK_D, D, BLOCK_DV, DV, BLOCK_C, TMA, CAPPED, EDGE=True,
+            )  # fmt: skip
+
+        dq_head = dq + batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
+        add_to(dq_head, acc * scale, rows, valid, dq_stride_s, column, BLOCK_C, D)
 
 
 # -- dk and dv: one program per key tile
@@ -200,13 +220,18 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_step(
-    dk_acc, dv_acc, k_tile, v_tile, key_start, key_end, q, dout, lse, delta, batch, head, row, queries, c, cap_scale,
+    dk_acc, dv_acc, k_tile, v_tile, key_start, key_end, q, dout, q_part, lse, delta, batch, head, row, queries,
+    column, c, cap_scale,
     BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, BLOCK_DV: tl.constexpr, DV: tl.constexpr,
-    TMA: tl.constexpr, CAPPED: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_C: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr, OF_K: tl.constexpr,
+    OF_V: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """dk_acc += ds q and dv_acc += p dout for one tile of queries; s, p, dp, ds are [keys, queries]."""
+    """dk_acc += ds q (OF_K) and dv_acc += p dout (OF_V) for one tile of queries, in columns from `column` on.
+
+    s, p, dp, ds are [keys, queries].
+    """
     q_tile = load_tile(q, batch, head, row, BLOCK_Q, BLOCK_D, D, TMA)
-    dout_tile = load_tile(dout, batch, head, row, BLOCK_Q, BLOCK_DV, DV, TMA)
+    dout_tile = load_tile(dout, batch, head, row, BLOCK_Q, BLOCK_DV, DV, TMA, 0 if OF_K else column)
     lse, lse_stride_b, lse_stride_h = lse
     delta, delta_stride_b, delta_stride_h = delta
     rows = row + tl.arange(0, BLOCK_Q)
@@ -215,14 +240,19 @@ def dkdv_step(
     delta += batch.to(tl.int64) * delta_stride_b + head.to(tl.int64) * delta_stride_h
 
     s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
-    dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
+    if OF_K:
+        dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
     p, slope = weights(s, row_lse[None, :], c, cap_scale, CAPPED)
     if EDGE:
         p = tl.where(visible(key_start, key_end, rows), p, 0.0)
-    dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
-    row_delta = tl.load(delta + rows, valid, 0.0)
-    ds = p * (dp - row_delta[None, :]) * slope
-    dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+    if OF_V:
+        dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+    if OF_K:
+        row_delta = tl.load(delta + rows, valid, 0.0)
+        ds = p * (dp - row_delta[None, :]) * slope
+        if BLOCK_C < BLOCK_D:
+            q_tile = load_tile(q_part, batch, head, row, BLOCK_Q, BLOCK_C, D, TMA, column)
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     return dk_acc, dv_acc
 
 
@@ -237,11 +267,12 @@ def dkdv_kernel(
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b,
-    queries, keys, heads_kv, scale, c, cap_scale,
+    queries, keys, heads_kv, scale, c, cap_scale, q_part,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    CAPPED: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
 ):  # fmt: skip
-    """One key tile of one KV head; start and end are the queries that see each key.
+    """dk (OF_K) and dv (OF_V) of one key tile of one KV head; start and end are the queries that see each key.
 
     Launched tiles first, from the first: under a causal mask the first keys are seen by the most queries.
     """
@@ -259,45 +290,54 @@ def dkdv_kernel(
         return
 
     q = (q, q_stride_b, q_stride_s, q_stride_h, queries)
+    q_part = (q_part, q_stride_b, q_stride_s, q_stride_h, queries)
     k = (k, k_stride_b, k_stride_s, k_stride_h, keys)
     v = (v, v_stride_b, v_stride_s, v_stride_h, keys)
     dout = (dout, dout_stride_b, dout_stride_s, dout_stride_h, queries)
     lse = (lse, lse_stride_b, lse_stride_h)
     delta = (delta, delta_stride_b, delta_stride_h)
     k_tile = load_tile(k, batch, head_kv, first, BLOCK_K, BLOCK_D, D, TMA)
-    v_tile = load_tile(v, batch, head_kv, first, BLOCK_K, BLOCK_DV, DV, TMA)
+    v_tile = load_tile(v, batch, head_kv, first, BLOCK_K, BLOCK_DV, DV, TMA) if OF_K else k_tile  # dk's alone
     rows = first + tl.arange(0, BLOCK_K)
     valid = rows < keys
-    dk_acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
 
-    # 1. Tiles that see every key: no mask. One loop over heads and tiles, so that loads run ahead across heads.
-    full = full_to - full_from
-    for step in tl.range(0, GROUP * full, num_stages=STAGES):
-        head = head_kv * GROUP + step // full
-        row = lo + (full_from + step % full) * BLOCK_Q
-        dk_acc, dv_acc = dkdv_step(
-            dk_acc, dv_acc, k_tile, v_tile, rows, rows, q, dout, lse, delta, batch, head, row, queries, c, cap_scale,
-            BLOCK_Q, BLOCK_D, D, BLOCK_DV, DV, TMA, CAPPED, EDGE=False,
-        )  # fmt: skip
+    # A pass for each chunk of the gradient's columns. There is one where a program has both gradients.
+    tl.static_assert(not (OF_K and OF_V) or BLOCK_C == BLOCK_D)
+    for column in tl.range(0, D if OF_K else DV, BLOCK_C):
+        dk_acc = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+        dv_acc = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
 
-    # 2. Tiles before and after them, that see only some of the keys.
-    key_start = tl.load(start + rows, valid, 0)
-    key_end = tl.load(end + rows, valid, 0)
-    edge = tiles - full
-    for step in tl.range(0, GROUP * edge, num_stages=STAGES):
-        head = head_kv * GROUP + step // edge
-        tile = step % edge
-        row = lo + tl.where(tile < full_from, tile, tile + full) * BLOCK_Q
-        dk_acc, dv_acc = dkdv_step(
-            dk_acc, dv_acc, k_tile, v_tile, key_start, key_end, q, dout, lse, delta, batch, head, row, queries,
-            c, cap_scale, BLOCK_Q, BLOCK_D, D, BLOCK_DV, DV, TMA, CAPPED, EDGE=True,
-        )  # fmt: skip
+        # 1. Tiles that see every key: no mask. One loop over heads and tiles, so that loads run ahead across heads.
+        full = full_to - full_from
+        for step in tl.range(0, GROUP * full, num_stages=STAGES):
+            head = head_kv * GROUP + step // full
+            row = lo + (full_from + step % full) * BLOCK_Q
+            dk_acc, dv_acc = dkdv_step(
+                dk_acc, dv_acc, k_tile, v_tile, rows, rows, q, dout, q_part, lse, delta, batch, head, row,
+                queries, column, c, cap_scale, BLOCK_Q, BLOCK_D, D, BLOCK_DV, DV, BLOCK_C, TMA, CAPPED, OF_K, OF_V,
+                EDGE=False,
+            )  # fmt: skip
 
-    dk += batch.to(tl.int64) * dk_stride_b + head_kv.to(tl.int64) * dk_stride_h
-    dv += batch.to(tl.int64) * dv_stride_b + head_kv.to(tl.int64) * dv_stride_h
-    add_to(dk, dk_acc * scale, rows, valid, dk_stride_s, BLOCK_D, D)
-    add_to(dv, dv_acc, rows, valid, dv_stride_s, BLOCK_DV, DV)
+        # 2. Tiles before and after them, that see only some of the keys.
+        key_start = tl.load(start + rows, valid, 0)
+        key_end = tl.load(end + rows, valid, 0)
+        edge = tiles - full
+        for step in tl.range(0, GROUP * edge, num_stages=STAGES):
+            head = head_kv * GROUP + step // edge
+            tile = step % edge
+            row = lo + tl.where(tile < full_from, tile, tile + full) * BLOCK_Q
+            dk_acc, dv_acc = dkdv_step(
+                dk_acc, dv_acc, k_tile, v_tile, key_start, key_end, q, dout, q_part, lse, delta, batch, head, row,
+                queries, column, c, cap_scale, BLOCK_Q, BLOCK_D, D, BLOCK_DV, DV, BLOCK_C, TMA, CAPPED, OF_K, OF_V,
+                EDGE=True,
+            )  # fmt: skip
+
+        dk_head = dk + batch.to(tl.int64) * dk_stride_b + head_kv.to(tl.int64) * dk_stride_h
+        dv_head = dv + batch.to(tl.int64) * dv_stride_b + head_kv.to(tl.int64) * dv_stride_h
+        if OF_K:
+            add_to(dk_head, dk_acc * scale, rows, valid, dk_stride_s, column, BLOCK_C, D)
+        if OF_V:
+            add_to(dv_head, dv_acc, rows, valid, dv_stride_s, column, BLOCK_DV, DV)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -351,7 +391,7 @@ def delta(out: Tensor, dout: Tensor) -> Tensor:
     with torch.cuda.device_of(out):
         delta_kernel[(triton.cdiv(S, DELTA_ROWS), B * H)](
             *(out, *out.stride()[:3]), *(dout, *dout.stride()[:3]), *(result, S, H),
-            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=DELTA_ROWS,
+            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=DELTA_ROWS, num_warps=warps_of_whole_rows(D),
         )  # fmt: skip
     return result
 
@@ -364,7 +404,7 @@ def round_into(out: Tensor, x: Tensor) -> None:
     with torch.cuda.device_of(x):
         round_kernel[(triton.cdiv(S, ROUND_ROWS), B * H)](
             *(x, *x.stride()[:3]), *(out, *out.stride()[:3]), *(S, H),
-            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=ROUND_ROWS,
+            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=ROUND_ROWS, num_warps=warps_of_whole_rows(D),
         )  # fmt: skip
 
 
@@ -384,7 +424,7 @@ def backward(
     dv: Tensor,
     center: Tensor | None = None,
     dq_tuning: Tuning | None = None,
-    dkdv_tuning: Tuning | None = None,
+    dkdv_tuning: tuple[Tuning, ...] | None = None,
 ) -> None:
     """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
 
@@ -402,27 +442,36 @@ def backward(
         k = subtract(k, center, intervals)
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, DV = v.shape
+    width, width_v = triton.next_power_of_2(D), triton.next_power_of_2(DV)
     rows = (*(lse, *lse.stride()[:2]), *(delta, *delta.stride()[:2]))
     sizes = (Sq, Skv, Hkv, scale, *score_scales(scale, softcap))
 
-    def launch(kernel, programs: int, t: Tuning, gradients: tuple[Tensor, ...], start: Tensor, end: Tensor) -> None:
+    def launch(
+        kernel, programs: int, t: Tuning, gradients: tuple[Tensor, ...], start: Tensor, end: Tensor, **of: bool
+    ) -> None:
+        dv_alone = not of.get("OF_K", True)
+        chunk = t.chunk(DV if dv_alone else D)
+        of_values = chunk if dv_alone else width_v
+        part, block = (q, t.block_q) if of else (k, t.block_k)  # which the product with ds reads
         kernel[(programs,)](
-            *tile_argument("q", q, t.block_q, t.tma),
-            *tile_argument("k", k, t.block_k, t.tma),
-            *tile_argument("v", v, t.block_k, t.tma),
-            *tile_argument("dout", dout, t.block_q, t.tma),
+            *tile_argument("q", q, t.block_q, width, t.tma),
+            *tile_argument("k", k, t.block_k, width, t.tma),
+            *tile_argument("v", v, t.block_k, of_values, t.tma),
+            *tile_argument("dout", dout, t.block_q, of_values, t.tma),
             *(argument for x in gradients for argument in (x, *x.stride()[:3])),
             *rows, start, end, interval_stride(start), *sizes,
-            GROUP=Hq // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D), DV=DV, BLOCK_DV=triton.next_power_of_2(DV),
-            BLOCK_Q=t.block_q, BLOCK_K=t.block_k, STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None,
+            tile_argument("part", part, block, chunk, t.tma)[0] if chunk < width else part,
+            GROUP=Hq // Hkv, D=D, BLOCK_D=width, DV=DV, BLOCK_DV=of_values, BLOCK_C=chunk,
+            BLOCK_Q=t.block_q, BLOCK_K=t.block_k, STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None, **of,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
 
     t_dq = dq_tuning or dq_tuning_for(max(D, DV), q.dtype, arch(q))
-    t_dkdv = dkdv_tuning or dkdv_tuning_for(max(D, DV), q.dtype, arch(q))
+    ts_dkdv = dkdv_tuning or dkdv_tuning_for(max(D, DV), q.dtype, arch(q))
     with torch.cuda.device_of(q):
         launch(dq_kernel, B * Hq * triton.cdiv(Sq, t_dq.block_q), t_dq, (dq,), intervals.start, intervals.end)
-        launch(
-            dkdv_kernel, B * Hkv * triton.cdiv(Skv, t_dkdv.block_k), t_dkdv, (dk, dv),
-            intervals.query_start, intervals.query_end,
-        )  # fmt: skip
+        for i, t in enumerate(ts_dkdv):
+            launch(
+                dkdv_kernel, B * Hkv * triton.cdiv(Skv, t.block_k), t, (dk, dv),
+                intervals.query_start, intervals.query_end, OF_K=i == 0, OF_V=i == len(ts_dkdv) - 1,
+            )  # fmt: skip

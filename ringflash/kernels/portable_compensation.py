@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ringflash.kernels.compensation import BITS, LARGEST, SAMPLED, SPREAD, least_share, sampling
-from ringflash.kernels.portable_parts import interval_stride
+from ringflash.kernels.portable_parts import interval_stride, warps_of_whole_rows
 from ringflash.mask import Intervals
 
 SHIFTED_ROWS = 128  # of a program of center_kernel
@@ -146,7 +146,7 @@ def subtract(k: Tensor, center: Tensor, intervals: Intervals) -> Tensor:
         subtract_kernel[(triton.cdiv(S, KEYS.value), B * H)](
             *(k, *k.stride()[:3]), *(center, center.stride(0), center.stride(2)),
             *(intervals.start, intervals.end, interval_stride(intervals.start)), *(out, intervals.start.shape[1], S, H),
-            D=D, BLOCK_D=triton.next_power_of_2(D),
+            D=D, BLOCK_D=triton.next_power_of_2(D), num_warps=warps_of_whole_rows(D),
         )  # fmt: skip
     return out
 
@@ -167,11 +167,11 @@ def center(q: Tensor, k: Tensor, lse: Tensor, *, scale: float) -> tuple[Tensor, 
     with torch.cuda.device_of(q):
         moments_kernel[(Hkv + Hq, B)](
             *(q, *q.stride()[:3], step_q, count_q), *(k, *k.stride()[:3], step_k, count_k),
-            *(moments, Hkv), **sizes, ROWS=SAMPLED, num_warps=16,
+            *(moments, Hkv), **sizes, ROWS=SAMPLED, num_warps=warps_of_whole_rows(D, 16),
         )  # fmt: skip
         center_kernel[(triton.cdiv(S, SHIFTED_ROWS), B * Hkv)](
             *(q, *q.stride()[:3]), *(lse, *lse.stride()[:2]), *(moments, c, result),
             *(S, Hkv, scale, least_share(count_k), largest_c, SPREAD**2),
-            GROUP=Hq // Hkv, **sizes, BLOCK=SHIFTED_ROWS, num_warps=8,
+            GROUP=Hq // Hkv, **sizes, BLOCK=SHIFTED_ROWS, num_warps=warps_of_whole_rows(D, 8),
         )  # fmt: skip
     return c, result

@@ -48,6 +48,7 @@ from ringflash.kernels.portable_parts import (
     tile_argument,
     tile_run,
     visible,
+    warps_of_64_rows,
 )
 from ringflash.mask import Intervals
 from ringflash.partial import Partial
@@ -65,13 +66,17 @@ def tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
             return Tuning(128, 64, warps=4, stages=3, tma=tma)
         if head_dim <= 128:  # 511 TFLOP/s, full, H100; 479 with 64 keys and 3 stages. 224 of 227 KB
             return Tuning(128, 128, warps=8, stages=2, tma=tma)
-        return Tuning(128, 32, warps=8, stages=2, tma=tma)  # 160 KB; 64 keys would take 256 KB
+        if head_dim <= 256:
+            return Tuning(128, 32, warps=8, stages=2, tma=tma)  # 160 KB; 64 keys would take 256 KB
+        return Tuning(64, 32, warps=warps_of_64_rows(arch), stages=2, tma=tma)  # 208 KB
     # The largest tiles that do not spill with two tiles of scores in registers, and fit the 99 KB of sm_86 and sm_120.
     if head_dim <= 64:
         return Tuning(128, 64, warps=8, stages=3, tma=tma)
     if head_dim <= 128:
         return Tuning(128, 64, warps=8, stages=2, tma=tma)
-    return Tuning(64, 32, warps=8, stages=2, tma=tma)
+    if head_dim <= 256:
+        return Tuning(64, 32, warps=8, stages=2, tma=tma)
+    return Tuning(32, 32, warps=4, stages=2, tma=tma)
 
 
 # -- the forward
@@ -138,69 +143,75 @@ def forward_kernel(
     full_from = tl.minimum(full_from, tiles - 1)
     full_to = tl.maximum(full_from, tl.minimum(full_to, tiles - 1))
 
-    m = tl.full([BLOCK_Q], NEG_INF, tl.float32)
-    z = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     q_tile = load_tile(q, batch, head, first, BLOCK_Q, BLOCK_D, D, TMA)
 
-    # 1. Tiles that every row sees whole: no mask.
-    full_key = lo + full_from * BLOCK_K
-    k_tile = load_tile(k, batch, head_kv, full_key, BLOCK_K, BLOCK_D, D, TMA)
-    s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-    for key in tl.range(full_key, lo + full_to * BLOCK_K, BLOCK_K, num_stages=STAGES):
-        k_tile = load_tile(k, batch, head_kv, key + BLOCK_K, BLOCK_K, BLOCK_D, D, TMA)
-        s_next = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        if CAPPED:
-            s, _ = softcap(s, cap_scale)
-        p, m, z, alpha = softmax_step(s, m, z, c, EDGE=False)
-        v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
-        s = s_next
+    # A pass for each chunk of the result's columns, as many as registers hold: one up to a head size of 256.
+    for column in tl.range(0, DV, BLOCK_DV):
+        m = tl.full([BLOCK_Q], NEG_INF, tl.float32)
+        z = tl.zeros([BLOCK_Q], tl.float32)
+        acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
 
-    # 2. The tile after them, whose scores are there already.
-    rows = first + tl.arange(0, BLOCK_Q)
-    valid = rows < queries
-    row_start = tl.load(start + rows, valid, 0)
-    row_end = tl.load(end + rows, valid, 0)
-    key = lo + full_to * BLOCK_K
-    if CAPPED:
-        s, _ = softcap(s, cap_scale)
-    s = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), s, NEG_INF)
-    p, m, z, alpha = softmax_step(s, m, z, c, EDGE=True)
-    v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
-
-    # 3. Tiles that only some rows see, before the full run and beyond the tile after it.
-    for tile in tl.range(0, tiles - 1 - (full_to - full_from), num_stages=STAGES):
-        key = lo + tl.where(tile < full_from, tile, tile + 1 + full_to - full_from) * BLOCK_K
-        k_tile = load_tile(k, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
+        # 1. Tiles that every row sees whole: no mask.
+        full_key = lo + full_from * BLOCK_K
+        k_tile = load_tile(k, batch, head_kv, full_key, BLOCK_K, BLOCK_D, D, TMA)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        for key in tl.range(full_key, lo + full_to * BLOCK_K, BLOCK_K, num_stages=STAGES):
+            k_tile = load_tile(k, batch, head_kv, key + BLOCK_K, BLOCK_K, BLOCK_D, D, TMA)
+            s_next = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            if CAPPED:
+                s, _ = softcap(s, cap_scale)
+            p, m, z, alpha = softmax_step(s, m, z, c, EDGE=False)
+            v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA, column)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+            s = s_next
+
+        # 2. The tile after them, whose scores are there already.
+        rows = first + tl.arange(0, BLOCK_Q)
+        valid = rows < queries
+        row_start = tl.load(start + rows, valid, 0)
+        row_end = tl.load(end + rows, valid, 0)
+        key = lo + full_to * BLOCK_K
         if CAPPED:
             s, _ = softcap(s, cap_scale)
         s = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), s, NEG_INF)
         p, m, z, alpha = softmax_step(s, m, z, c, EDGE=True)
-        v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA)
+        v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA, column)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
 
-    # The carried state joins here rather than at the start: its addresses would hold registers through the loops. Where
-    # there is none nothing is loaded. (A kernel compiled without this part ran no exponentials under its products:
-    # what ptxas overlaps in the loop depends on what follows it. tests/kernels/test_compiles.py keeps watch.)
-    columns = tl.arange(0, BLOCK_DV)
-    inside = valid[:, None] & (columns < DV)[None, :]
-    lse += batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
-    m_carry = tl.load(lse + rows, valid & (carried > 0), NEG_INF) * LOG2_E_
-    carry += batch.to(tl.int64) * carry_stride_b + head.to(tl.int64) * carry_stride_h
-    carry += rows.to(tl.int64)[:, None] * carry_stride_s + columns[None, :]
-    m_new = tl.maximum(m, m_carry)
-    shift = tl.where(m_new == NEG_INF, 0.0, m_new)
-    alpha, alpha_carry = tl.math.exp2(m - shift), tl.math.exp2(m_carry - shift)
-    acc = acc * alpha[:, None] + tl.load(carry, inside & (carried > 0), 0.0) * alpha_carry[:, None]
-    z = z * alpha + alpha_carry
-    row_lse, z = softmax_end(m_new, z)
-    tl.store(lse + rows, row_lse, valid)
-    acc = acc / z[:, None]
-    out += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    tl.store(out + rows.to(tl.int64)[:, None] * out_stride_s + columns[None, :], acc.to(out.dtype.element_ty), inside)
+        # 3. Tiles that only some rows see, before the full run and beyond the tile after it.
+        for tile in tl.range(0, tiles - 1 - (full_to - full_from), num_stages=STAGES):
+            key = lo + tl.where(tile < full_from, tile, tile + 1 + full_to - full_from) * BLOCK_K
+            k_tile = load_tile(k, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+            if CAPPED:
+                s, _ = softcap(s, cap_scale)
+            s = tl.where(visible(row_start, row_end, key + tl.arange(0, BLOCK_K)), s, NEG_INF)
+            p, m, z, alpha = softmax_step(s, m, z, c, EDGE=True)
+            v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA, column)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+
+        # The carried state joins here rather than at the start: its addresses would hold registers through the loops.
+        # Where there is none nothing is loaded. (A kernel compiled without this part ran no exponentials under its
+        # products: what ptxas overlaps in the loop depends on what follows it. tests/kernels/test_compiles.py keeps
+        # watch.) The last pass alone writes lse, which every pass reads.
+        columns = column + tl.arange(0, BLOCK_DV)
+        inside = valid[:, None] & (columns < DV)[None, :]
+        lse_head = lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
+        m_carry = tl.load(lse_head + rows, valid & (carried > 0), NEG_INF) * LOG2_E_
+        carry_head = carry + batch.to(tl.int64) * carry_stride_b + head.to(tl.int64) * carry_stride_h
+        carry_rows = carry_head + rows.to(tl.int64)[:, None] * carry_stride_s + columns[None, :]
+        m_new = tl.maximum(m, m_carry)
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new)
+        alpha, alpha_carry = tl.math.exp2(m - shift), tl.math.exp2(m_carry - shift)
+        acc = acc * alpha[:, None] + tl.load(carry_rows, inside & (carried > 0), 0.0) * alpha_carry[:, None]
+        z = z * alpha + alpha_carry
+        row_lse, z = softmax_end(m_new, z)
+        if column + BLOCK_DV >= DV:
+            tl.store(lse_head + rows, row_lse, valid)
+        acc = acc / z[:, None]
+        out_head = out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+        out_rows = out_head + rows.to(tl.int64)[:, None] * out_stride_s + columns[None, :]
+        tl.store(out_rows, acc.to(out.dtype.element_ty), inside)
 
 
 # -- launch
@@ -243,17 +254,18 @@ def forward(
     if out is None:
         out = torch.empty(B, Sq, Hq, DV, dtype=torch.float32, device=q.device) if carry is None else carry.out
     t = tuning or tuning_for(max(D, DV), q.dtype, arch(q))
+    width, chunk = triton.next_power_of_2(D), t.chunk(DV)
     with torch.cuda.device_of(q):
         forward_kernel[(B * Hq * triton.cdiv(Sq, t.block_q),)](
-            *tile_argument("q", q, t.block_q, t.tma),
-            *tile_argument("k", k, t.block_k, t.tma),
-            *tile_argument("v", v, t.block_k, t.tma),
+            *tile_argument("q", q, t.block_q, width, t.tma),
+            *tile_argument("k", k, t.block_k, width, t.tma),
+            *tile_argument("v", v, t.block_k, chunk, t.tma),
             *(out, *out.stride()[:3]),
             *carried,
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(Sq, Skv, Hkv, int(carry is not None), *score_scales(scale, softcap)),
-            GROUP=Hq // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D), DV=DV, BLOCK_DV=triton.next_power_of_2(DV),
+            GROUP=Hq // Hkv, D=D, BLOCK_D=width, DV=DV, BLOCK_DV=chunk,
             BLOCK_Q=t.block_q, BLOCK_K=t.block_k, STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None,
             IN_PLACE=in_place, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip

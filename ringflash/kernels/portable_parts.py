@@ -25,7 +25,7 @@ from ringflash.kernels.checks import (
 from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
-HEAD_DIMS = range(32, 257, 8)  # a row of 16-bit values must be a multiple of 16 bytes, the copy engine's unit
+HEAD_DIMS = range(32, 513, 8)  # a row of 16-bit values must be a multiple of 16 bytes, the copy engine's unit
 LARGE_SHARED = (90, 100, 103)  # 227 KB per program, and products that read shared memory: large tiles pay
 LOG2_E = 1.4426950408889634
 NEG_INF = tl.constexpr(float("-inf"))
@@ -42,17 +42,36 @@ class Tuning:
     warps: int
     stages: int  # tiles in flight from memory
     tma: bool  # tiles move by the copy engine (sm_90 and up); else each thread loads its own part
+    columns: int = 256  # the most columns of a result that a program accumulates at a time
 
     def __post_init__(self) -> None:
-        for name in ("block_q", "block_k"):
+        for name in ("block_q", "block_k", "columns"):
             block = getattr(self, name)
             if block < 16 or block & (block - 1):
                 raise ValueError(f"{name} must be a power of two, 16 or more, got {block}")
+
+    def chunk(self, head_dim: int) -> int:
+        """Columns of a result with heads of head_dim that are accumulated at a time: all, or one of several passes."""
+        return min(triton.next_power_of_2(head_dim), self.columns)
 
 
 def exact_tuning(tma: bool) -> Tuning:
     """fp32 products run on the FMA units, whole rows of both tiles in registers: larger ones spill. For checks."""
     return Tuning(16, 16, warps=8, stages=1, tma=tma)
+
+
+def warps_of_64_rows(arch: int) -> int:
+    """Warps of a program with 64 rows of a large head.
+
+    With wgmma a second warpgroup would compute the scores again: Triton gives each warp 16 rows of its own where a
+    product's result enters another product. tcgen05 has one issuer, and its results need the registers of 8 warps.
+    """
+    return 8 if arch >= 100 else 4
+
+
+def warps_of_whole_rows(head_dim: int, warps: int = 4) -> int:
+    """Warps of a program that holds whole rows in registers: so many up to a head size of 256, then twice as many."""
+    return warps if head_dim <= 256 else 2 * warps
 
 
 # -- device code
@@ -72,8 +91,11 @@ def tile_run(start_ptr, end_ptr, first, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(tensor, batch, head, row, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
-    """Rows row..row + BLOCK of one head, zero past the sequence and the head size: [BLOCK, BLOCK_D].
+def load_tile(
+    tensor, batch, head, row, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+    column=0,
+):  # fmt: skip
+    """Rows row..row + BLOCK of one head, BLOCK_D columns from `column` on, zero past the sequence and the head size.
 
     tensor: (descriptor or pointer, stride of batch, of sequence, of heads, length of the sequence). A descriptor has
     all four dimensions, so that any strides will do; the compiler drops the leading two, and products read the tile
@@ -81,10 +103,10 @@ def load_tile(tensor, batch, head, row, BLOCK: tl.constexpr, BLOCK_D: tl.constex
     """
     x, stride_b, stride_s, stride_h, length = tensor
     if TMA:
-        tile = x.load([batch, head, row, 0]).reshape([BLOCK, BLOCK_D])
+        tile = x.load([batch, head, row, column]).reshape([BLOCK, BLOCK_D])
     else:
         rows = row + tl.arange(0, BLOCK)
-        columns = tl.arange(0, BLOCK_D)
+        columns = column + tl.arange(0, BLOCK_D)
         x += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
         offsets = rows.to(tl.int64)[:, None] * stride_s + columns[None, :]
         tile = tl.load(x + offsets, (rows < length)[:, None] & (columns < D)[None, :], 0.0)
@@ -140,8 +162,10 @@ def interval_stride(bound: Tensor) -> int:
     return bound.stride(0) if bound.shape[0] > 1 else 0
 
 
-def tile_argument(name: str, x: Tensor, block: int, tma: bool) -> tuple[Tensor | TensorDescriptor, int, int, int]:
-    """What `load_tile` reads tiles of `block` rows from, and the strides of batch, sequence and heads.
+def tile_argument(
+    name: str, x: Tensor, block: int, width: int, tma: bool
+) -> tuple[Tensor | TensorDescriptor, int, int, int]:
+    """What `load_tile` reads tiles of `block` rows and `width` columns from; strides of batch, sequence and heads.
 
     Raises ValueError where the copy engine cannot address x.
     """
@@ -152,7 +176,7 @@ def tile_argument(name: str, x: Tensor, block: int, tma: bool) -> tuple[Tensor |
     B, S, H, D = x.shape
     # A dimension of size 1 may have any stride; the copy engine wants a multiple of 16 bytes all the same.
     strides = [D if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
-    descriptor = TensorDescriptor(x, [B, H, S, D], [*strides, 1], [1, 1, block, triton.next_power_of_2(D)])
+    descriptor = TensorDescriptor(x, [B, H, S, D], [*strides, 1], [1, 1, block, width])
     return descriptor, 0, 0, 0
 
 
@@ -186,9 +210,9 @@ def input_refusal(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | 
     if interpreted and q.dtype == torch.bfloat16:
         return "cannot do bfloat16 in Triton's interpreter, which multiplies its raw bits; use float16 or float32"
     if q.shape[3] not in HEAD_DIMS or k.shape[3] != q.shape[3]:
-        return f"takes head_dim 32 to 256 in steps of 8, the same for q and k, got {q.shape[3]} and {k.shape[3]}"
+        return f"takes head_dim 32 to 512 in steps of 8, the same for q and k, got {q.shape[3]} and {k.shape[3]}"
     if value_dim is not None and value_dim not in HEAD_DIMS:
-        return f"takes values of head_dim 32 to 256 in steps of 8, got {value_dim}"
+        return f"takes values of head_dim 32 to 512 in steps of 8, got {value_dim}"
     return None
 
 

@@ -27,12 +27,17 @@ from ringflash.kernels.portable_parts import Tuning
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-TILED = ("q", "k", "v", "dout")
+TILED = ("q", "k", "v", "dout", "q_part", "k_part")
 KERNELS = {
     "forward": (portable_forward.forward_kernel, portable_forward.tuning_for),
     "dq": (portable_backward.dq_kernel, portable_backward.dq_tuning_for),
-    "dkdv": (portable_backward.dkdv_kernel, portable_backward.dkdv_tuning_for),
+    "dkdv": (portable_backward.dkdv_kernel, lambda *args: portable_backward.dkdv_tuning_for(*args)[0]),
 }
+APART = {  # of large heads, dk and dv by programs of their own
+    "dk": KERNELS["dkdv"],
+    "dv": (portable_backward.dkdv_kernel, lambda *args: portable_backward.dkdv_tuning_for(*args)[1]),
+}
+LARGE = ("forward", "dq", *APART)
 DECODING = {  # loads without the copy engine, for rows that are too few for a warpgroup's products
     "decode": (
         portable_decode.decode_kernel,
@@ -63,8 +68,14 @@ class Case:
 
 CASES = [
     *(Case(kernel, arch, head_dim) for arch in (80, 90, 100) for head_dim in (64, 128) for kernel in KERNELS),
-    *(Case(kernel, arch, head_dim=256) for arch in (80, 90) for kernel in KERNELS),
-    *(Case(kernel, arch, head_dim=192, value_dim=128) for arch in (80, 90) for kernel in KERNELS),
+    *(Case(kernel, arch, head_dim=256) for arch in (80, 90) for kernel in LARGE),
+    *(Case(kernel, 90, head_dim=192, value_dim=128) for kernel in LARGE),
+    *(Case(kernel, 90, head_dim=512) for kernel in LARGE),
+    *(
+        Case(kernel, arch, head_dim=512)
+        for arch, kernels in ((80, ("forward", "dq")), (100, ("forward", "dk")))
+        for kernel in kernels
+    ),
     *(Case(kernel, 90, capped=True) for kernel in KERNELS),
     Case("forward", 90, carry=True),
     *(Case("decode", arch) for arch in (80, 90, 100)),
@@ -75,25 +86,31 @@ CASES = [
 
 def compile_case(case: Case, tuning: Tuning | None = None):
     """Triton's compiled kernel for a case."""
-    kernel, tuning_for = (KERNELS | DECODING)[case.kernel]
+    kernel, tuning_for = (KERNELS | APART | DECODING)[case.kernel]
     dtype = getattr(torch, case.dtype)
     t = tuning or tuning_for(case.head_dim, dtype, case.arch)
     dims = case.head_dim, case.value_dim or case.head_dim
     padded, padded_v = map(triton.next_power_of_2, dims)
+    of_values = case.kernel in ("forward", "dv")
+    part = t.chunk(dims[1] if of_values else dims[0])
+    padded_v = part if of_values else padded_v
     constants = {
         "GROUP": 4, "D": dims[0], "BLOCK_D": padded, "DV": dims[1], "BLOCK_DV": padded_v,
         "BLOCK_Q": t.block_q, "BLOCK_K": t.block_k,
         "STAGES": t.stages, "TMA": t.tma, "CAPPED": case.capped, "IN_PLACE": case.carry,
+        "BLOCK_C": part, "OF_K": case.kernel != "dv", "OF_V": case.kernel != "dk",
         "LEAST": portable_decode.LEAST_KEYS, "BLOCK_N": portable_decode.PARTS, "SINK": True,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
+    width = {"q": padded, "k": padded, "v": padded_v, "dout": padded_v, "q_part": part, "k_part": part}
+
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in TILED and t.tma:
-            rows = t.block_k if name in ("k", "v") else t.block_q
-            return f"tensordesc<{TYPE_NAMES[dtype]}[1, 1, {rows}, {padded_v if name in ('v', 'dout') else padded}]>"
+        if name in TILED and t.tma and (not name.endswith("_part") or part < padded):
+            rows = t.block_k if name in ("k", "v", "k_part") else t.block_q
+            return f"tensordesc<{TYPE_NAMES[dtype]}[1, 1, {rows}, {width[name]}]>"
         if name in TILED or (name == "out" and not case.carry and case.kernel != "decode"):
             return f"*{TYPE_NAMES[dtype]}"
         if name in ("out", "carry", "lse", "delta", "dq", "dk", "dv", "parts", "lses", "sink"):
@@ -134,8 +151,24 @@ def report(case: Case, tuning: Tuning | None = None) -> dict:
         "tcgen05": count(r"\bUTC\w*MMA\b"), "tma_loads": count(r"\bUTMALDG\b"), "cp_async": count(r"\bLDGSTS\b"),
         "wgmma_waits_in_ptx": compiled.asm["ptx"].count("wgmma.wait_group"),
         "wgmma_waits": count(r"\bWARPGROUP\.DEPBAR\b"),
+        "spills_in_loops": _spills_in_loops(code),
         "exp2_under_wgmma": _exp2_under_wgmma(code),
     }  # fmt: skip
+
+
+def _spills_in_loops(code: str) -> int:
+    """The most spills in one innermost loop with matrix products: those that every tile pays for."""
+    lines = code.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_\w+):", line))}
+    most, innermost = 0, -1  # where the last loop that holds no other ended
+    for end, line in enumerate(lines):
+        found = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if not found or not innermost < labels.get(found[1], -1) < end:
+            continue
+        loop, innermost = "\n".join(lines[labels[found[1]] : end]), end
+        if re.search(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", loop):
+            most = max(most, len(re.findall(r"\b(?:STL|LDL)\b", loop)))
+    return most
 
 
 def _exp2_under_wgmma(code: str) -> int:

@@ -101,7 +101,7 @@ def test_every_mask_is_within_the_bound_of_float64(name, kernel, head_dim, dtype
     assert checked(kernel, MASKS[name](1111), heads=(4, 2), head_dim=head_dim, dtype=dtype) == []
 
 
-@over(portable=product([32, 40, 80, 96, 192, 256], ALL))
+@over(portable=product([32, 40, 80, 96, 192, 256, 320, 512], ALL))
 def test_other_head_sizes(kernel, head_dim, dtype):
     assert checked(kernel, MASKS["packed"](700), heads=(2, 1), head_dim=head_dim, dtype=dtype) == []
 
@@ -125,14 +125,14 @@ def test_long_sequences(name, kernel, head_dim, dtype):
     assert checked(kernel, mask, heads=(2, 1), head_dim=head_dim, dtype=dtype) == []
 
 
-@over(hopper=product([64, 128, 256], HALF), portable=product([64, 128, 256], ALL))
+@over(hopper=product([64, 128, 256], HALF), portable=product([64, 128, 256, 512], ALL))
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
 def test_softcap_and_its_derivative(softcap, kernel, head_dim, dtype):
     mask = MASKS["causal"](600)
     assert checked(kernel, mask, heads=(2, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
 
 
-@over(hopper=product([64, 128, 256], HALF), portable=product([64, 128], HALF))
+@over(hopper=product([64, 128, 256], HALF), portable=product([64, 128, 512], HALF))
 @pytest.mark.parametrize("softcap", [None, 20.0], ids=["centered keys", "residue"])
 def test_gradients_do_not_suffer_from_the_results_rounding(softcap, kernel, head_dim, dtype):
     p = problem(MASKS["causal"](1500), head_dim=head_dim, dtype=dtype, device="cuda", softcap=softcap, means=(2.0, 1.0))
@@ -144,7 +144,7 @@ def test_gradients_do_not_suffer_from_the_results_rounding(softcap, kernel, head
     assert violations(p, actual) == []
 
 
-@over(hopper=product([64, 128, 256], HALF), portable=product([64, 128], ALL))
+@over(hopper=product([64, 128, 256], HALF), portable=product([64, 128, 256, 512], ALL))
 @pytest.mark.parametrize("name", ["causal", "packed", "many queries, two keys", "rows that see nothing among others"])
 def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim, dtype):
     p = problem(MASKS[name](1111), heads=(8, 4), head_dim=head_dim, dtype=dtype, device="cuda", means=(2.0, 0.5))
@@ -168,7 +168,9 @@ def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
-@pytest.mark.parametrize(("kv_heads", "head_dim", "tokens"), [(6, 64, 1000), (2, 80, 3000), (1, 256, 70), (3, 128, 1)])
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "tokens"), [(6, 64, 1000), (2, 80, 3000), (1, 256, 70), (3, 128, 1), (2, 512, 300)]
+)
 def test_keys_are_centered_as_the_definition_says(kv_heads, head_dim, tokens, dtype):
     from ringflash.kernels import compensation
 

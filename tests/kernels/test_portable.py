@@ -35,15 +35,18 @@ def interpreter(interpreting):
 # -- what the interpreting process runs
 
 
-def kernels(tma: bool = True):
-    """(forward, backward) with small tiles, loaded by descriptors or by pointers."""
+def kernels(tma: bool = True, columns: int = 256, apart: bool = False):
+    """(forward, backward) with small tiles, loaded by descriptors or by pointers.
+
+    columns: of a result that a program accumulates at a time. apart: dk and dv by programs of their own.
+    """
     from ringflash.kernels import portable_backward, portable_forward
 
-    wide = portable_forward.Tuning(32, 16, warps=4, stages=2, tma=tma)
-    tall = portable_forward.Tuning(16, 32, warps=4, stages=2, tma=tma)
+    wide = portable_forward.Tuning(32, 16, warps=4, stages=2, tma=tma, columns=columns)
+    tall = portable_forward.Tuning(16, 32, warps=4, stages=2, tma=tma, columns=columns)
     return (
         partial(portable_forward.forward, tuning=wide),
-        partial(portable_backward.backward, dq_tuning=wide, dkdv_tuning=tall),
+        partial(portable_backward.backward, dq_tuning=wide, dkdv_tuning=(tall, tall) if apart else (tall,)),
     )
 
 
@@ -52,9 +55,9 @@ def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
     return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
 
 
-def checked(p: Problem, tma: bool = True) -> list[str]:
+def checked(p: Problem, *tiles: Any) -> list[str]:
     with mock.patch("torch.empty", poisoned):
-        actual = by_kernel(p, *kernels(tma))
+        actual = by_kernel(p, *kernels(*tiles))
     return violations(p, actual)
 
 
@@ -64,16 +67,21 @@ def violations_of_mask(name: str, dtype: torch.dtype, tma: bool) -> list[str]:
 
 def violations_of_shape(heads: tuple[int, int], head_dim: int, softcap: float | None, dtype: torch.dtype) -> list[str]:
     mask = MASKS["packed"](50)
-    return checked(problem(mask, heads=heads, head_dim=head_dim, softcap=softcap, dtype=dtype), tma=head_dim != 80)
+    return checked(problem(mask, heads=heads, head_dim=head_dim, softcap=softcap, dtype=dtype), head_dim != 80)
 
 
 def violations_of_values(heads: tuple[int, int], head_dim: int, value_dim: int, tma: bool) -> list[str]:
     return checked(problem(MASKS["packed"](50), heads=heads, head_dim=head_dim, value_dim=value_dim), tma)
 
 
-def chain_with_values_of_their_own() -> float:
+def violations_in_passes(name: str, dims: tuple[int, int], columns: int, dtype: torch.dtype, tma: bool) -> list[str]:
+    p = problem(MASKS[name](50), heads=(2, 1), head_dim=dims[0], value_dim=dims[1], dtype=dtype, softcap=20.0)
+    return checked(p, tma, columns, True)
+
+
+def chain_with_values_of_their_own(columns: int) -> float:
     """The distance of a carry over two runs of keys from one call, results written elsewhere."""
-    forward, _ = kernels()
+    forward, _ = kernels(columns=columns)
     p = problem(MASKS["packed"](TOKENS), head_dim=64, value_dim=32)
     whole = forward(p.q, p.k, p.v, p.mask.intervals(), scale=p.scale)
     state, out = None, torch.empty_like(whole.out)
@@ -241,8 +249,24 @@ def test_values_may_have_a_head_size_of_their_own(interpreter, heads, head_dim, 
     assert interpreter(violations_of_values, heads, head_dim, value_dim, tma) == []
 
 
-def test_a_carry_has_the_values_head_size(interpreter):
-    assert interpreter(chain_with_values_of_their_own) < 1e-6
+@pytest.mark.parametrize(
+    ("name", "dims", "columns", "dtype", "tma"),
+    [
+        ("packed", (512, 512), 256, torch.float32, True),
+        ("packed", (512, 512), 256, torch.float16, False),
+        ("window", (80, 40), 32, torch.float32, False),
+        ("rows that see nothing among others", (96, 96), 32, torch.float16, True),
+        ("full", (32, 128), 32, torch.float16, True),
+    ],
+    ids=str,
+)
+def test_large_heads_are_computed_in_passes_over_columns(interpreter, name, dims, columns, dtype, tma):
+    assert interpreter(violations_in_passes, name, dims, columns, dtype, tma) == []
+
+
+@pytest.mark.parametrize("columns", [256, 16])
+def test_a_carry_has_the_values_head_size_and_joins_in_each_pass(interpreter, columns):
+    assert interpreter(chain_with_values_of_their_own, columns) < 1e-6
 
 
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
