@@ -42,7 +42,7 @@ def flash_decode(
 
     q [B, Sq, Hq, D], the new tokens' queries, often Sq = 1; k_cache [B, capacity, Hkv, D]; v_cache [B, capacity, Hkv,
     Dv], the new tokens' own keys and values already written. Hq is a multiple of Hkv; fp16, bf16 or fp32; D and Dv 32
-    to 256 in steps of 8 on a GPU, any in plain torch; any strides with a contiguous last dimension. What lies before a
+    to 512 in steps of 8 on a GPU, any in plain torch; any strides with a contiguous last dimension. What lies before a
     batch row's first start or behind its last end may hold anything: a cache need not be cleared.
     end, start: int32 [B, Sq] or [1, Sq], on the cache's device, where they are read: no call waits for the host, and
     calls can be captured as a CUDA graph. Neither decreases along a row. start None: 0. For layers with windows, start
