@@ -70,7 +70,7 @@ def warps_of_64_rows(arch: int) -> int:
 
 
 def warps_of_whole_rows(head_dim: int, warps: int = 4) -> int:
-    """Warps of a program that holds whole rows in registers: so many up to a head size of 256, then twice as many."""
+    """Warps of a program that holds whole rows in registers: `warps` up to a head size of 256, then twice as many."""
     return warps if head_dim <= 256 else 2 * warps
 
 
