@@ -146,11 +146,9 @@ def command(kind: type[Config], about: str, run: Callable[[Config, World], objec
     from ringflash.training.world import join
 
     world = join(ParallelConfig(layout="zigzag"))
-    try:
-        run(config, world)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run(config, world)  # after an error the group stays: by its store, the rank that failed first reports
+    world.watchdog.close()
+    dist.destroy_process_group()
 
 
 def start(main: Callable[[list[str]], None]) -> None:

@@ -151,6 +151,7 @@ class Watchdog:
         self._others_report = threading.Event()
         self._looker = threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True)
         self._looker.start()
+        self._listener: threading.Thread | None = None
         if store is not None:
             self._listener = threading.Thread(target=self._listen, args=(store,), name="ring-watch-store", daemon=True)
             self._listener.start()
@@ -239,8 +240,10 @@ class Watchdog:
         return taken
 
     def close(self) -> None:
-        """Stop looking: the run is over."""
+        """Stop looking: the run is over. A thread that Python's end finds inside the store aborts the process."""
         self._closed.set()
+        if self._listener is not None:
+            self._listener.join(LAST_WORDS)
 
     def _advance(self) -> None:
         """Let go of waits that the GPU has passed."""

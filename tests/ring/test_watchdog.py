@@ -302,6 +302,26 @@ def test_a_store_is_asked_again_until_it_is_gone(monkeypatch, error, hears):
     assert ended.is_set() == hears
 
 
+class Slow(FrozenStore):
+    """A store that takes a while to answer."""
+
+    def __init__(self):
+        self.asked = threading.Event()
+
+    def check(self, keys):
+        self.asked.set()
+        time.sleep(0.3)
+        return False
+
+
+def test_a_closed_watchdog_has_left_the_store_which_python_may_then_end():
+    store = Slow()
+    guard = Watchdog(60.0, 0, store)
+    assert store.asked.wait(LIMIT)
+    guard.close()
+    assert not guard._listener.is_alive()
+
+
 def test_both_kinds_of_neighbours_are_named():
     assert str(Pending((1, 2))) == "rank 1 and rank 2"
     assert str(Pending((), (3,))) == "rank 3 to take what it sent"
