@@ -158,9 +158,9 @@ def built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
     for name in settings:
         if name not in kinds:
             raise ConfigError(unknown(prefix + name, Config))
-        value = settings[name]
-        if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:  # kernels hold counts in 32 bits
-            raise ConfigError(f"{prefix}{name}={value} must be {LARGEST} at most")
+        for value in settings[name] if get_origin(kinds[name]) is tuple else [settings[name]]:
+            if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:  # kernels hold counts in 32 bits
+                raise ConfigError(f"{prefix}{name}={value} must be {LARGEST} at most")
     return part(**{name: _built_value(kinds[name], value, f"{prefix}{name}.") for name, value in settings.items()})
 
 

@@ -80,7 +80,8 @@ def _value(default: Any) -> str:
     """A default as it is typed; a long list or many fields are left to --print."""
     if isinstance(default, list | tuple | dict):
         return "..." if default else "{}" if isinstance(default, dict) else "[]"
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    return "null" if default is None else shown.replace("\n", "\\n")
 
 
 def _first_line(part: Any) -> str:

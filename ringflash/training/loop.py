@@ -249,13 +249,15 @@ def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> 
         if run.metrics is not None:
             entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
             run.metrics.conclude(steps, {} if held_out is None else held_out.record(), entropy)
-            _print_outcome(run.folder, exported, held_out, entropy)
+            _print_outcome(run.folder, exported, held_out, entropy, config.evaluation.needle.every > 0)
     world.watchdog.close()  # before any rank, and the store with it, is gone
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _print_outcome(folder: Path, exported: Path, held_out: HeldOut | None, entropy: float | None) -> None:
+def _print_outcome(
+    folder: Path, exported: Path, held_out: HeldOut | None, entropy: float | None, searched: bool
+) -> None:
     """The held-out loss, and where everything is."""
     if held_out is not None:
         print(f"held-out loss     {held_out.loss:.4f} nats per token")
@@ -264,6 +266,8 @@ def _print_outcome(folder: Path, exported: Path, held_out: HeldOut | None, entro
         print(f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context")
     print(f"model             {exported}")
     print(f"loss plot         {metrics.plot(folder, entropy)}")
+    if searched:
+        print(f"needles           {folder / 'needle.png'}")
     print(f"metrics           {folder / metrics.FILE}")
     print(f"checkpoints       {folder / 'checkpoints'}")
     print(f"configuration     {folder / 'config.yaml'}", flush=True)

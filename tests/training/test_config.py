@@ -88,7 +88,8 @@ def test_help_lists_every_setting_with_its_default_type_and_sentence():
     for key in settings_of(Config):
         default = OmegaConf.select(defaults, key)
         empty = "..." if default else "[]" if OmegaConf.is_list(default) else "{}"
-        shown = empty if OmegaConf.is_config(default) else TYPED.get(repr(default), default)
+        text_of = str(default).replace("\n", "\\n")
+        shown = empty if OmegaConf.is_config(default) else TYPED.get(repr(default), text_of)
         head = re.search(rf"^  {re.escape(f'{key}={shown}')}  \((.+)\)\n      (\S.+)", text, re.MULTILINE)
         assert head, f"{key}={shown} is not in the help with a type and a sentence"
 

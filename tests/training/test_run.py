@@ -51,7 +51,8 @@ def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_m
     assert len(pictures) == 3  # of steps 0, 5 and 6
     assert (folder / "needle.png").read_bytes() in pictures
     ranks = "ranks      2 x CPU: replicas 1 x ring 2"
-    for line in (ranks, "held-out loss", "unigram entropy", str(folder / "model"), str(folder / "loss.png")):
+    written = (folder / name for name in ("model", "loss.png", "needle.png"))
+    for line in (ranks, "held-out loss", "unigram entropy", *map(str, written)):
         assert line in stdout
 
     # plain transformers, its own attention, the same loss on the same documents
