@@ -146,7 +146,8 @@ def test_a_line_that_cannot_be_read_is_refused_with_its_key_and_value(override):
 ENDS = {int: [-1, 0, 2**31, 2**64, 10**30], float: [-math.inf, -1.0, 0.0, 5e-324, 1.5, 1e308, math.inf, math.nan]}
 TAKEN = {
     "seed": [0, 2**31], "data.seed": [0, 2**31], "data.held_out": [0.0, 5e-324], "memory.zero": [0],
-    "evaluation.every": [0], "evaluation.needle.every": [0], "evaluation.needle.depths": [0], "checkpoint.every": [0], "optim.warmup": [0], "optim.lr": [0.0, 5e-324, 1.5, 1e308],
+    "evaluation.every": [0], "evaluation.needle.every": [0], "evaluation.needle.depths": [0],
+    "checkpoint.every": [0], "optim.warmup": [0], "optim.lr": [0.0, 5e-324, 1.5, 1e308],
     "optim.final_lr": [0.0, 5e-324], "optim.decay": [5e-324], "optim.beta1": [0.0, 5e-324],
     "optim.beta2": [0.0, 5e-324], "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],
     "optim.clip": [0.0, 5e-324, 1.5, 1e308], "parallel.intra_node_bandwidth_gb": [1.5, 1e308],
