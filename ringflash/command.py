@@ -58,6 +58,8 @@ class ReadConfig:
 
     def __post_init__(self) -> None:
         self.at_least(chunk=2, seed=0)
+        if self.seed >= 2**64:
+            raise ConfigError(f"seed={self.seed} must be below 2^64")
 
     def at_least(self, **least: int) -> None:
         """Raise ConfigError for a setting, or one of its values, below its least."""

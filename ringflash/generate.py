@@ -28,7 +28,7 @@ from ringflash.reading import STDIN, ids_of, text_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TextStreamer
 
     from ringflash.data.tokenizer import Encoder
     from ringflash.training.world import World
@@ -124,7 +124,7 @@ def _answer(
 ) -> None:
     """Print what the model continues `ids` [1, N] with, token by token, and then its speed."""
     import torch
-    from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
+    from transformers import GenerationConfig, LogitsProcessorList
 
     torch.manual_seed(config.seed)
     sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
@@ -134,15 +134,31 @@ def _answer(
         max_new_tokens=config.new_tokens, do_sample=bool(sampled), **sampled,
         eos_token_id=ends, pad_token_id=0,
     )  # fmt: skip
-    decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     begin = now(world.device)
     out: Any = model.generate(  # type: ignore[operator]
         ids, generation_config=settings, past_key_values=cache, attention_mask=torch.ones_like(ids),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, **decoding) if world.is_first else None,
+        streamer=_streamer(config, tokenizer) if world.is_first else None,
         logits_processor=LogitsProcessorList([_OfFirstRank(world)]),
     )  # fmt: skip
     seconds, count = now(world.device) - begin, out.shape[1] - ids.shape[1]
     report(world, f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s)")
+
+
+def _streamer(config: GenerateConfig, tokenizer: Any) -> TextStreamer:
+    """What prints tokens as they come. It raises ConfigError for one that tokenizer=bytes does not have."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def put(self, value: Tensor) -> None:
+            try:
+                super().put(value)
+            except ValueError as error:
+                raise ConfigError(
+                    f"tokenizer={config.tokenizer or config.model} has {len(tokenizer)} tokens, and model="
+                    f"{config.model} answers with token {int(value.max())}: name the model's own tokenizer"
+                ) from error
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class _OfFirstRank:

@@ -132,6 +132,7 @@ BAD = {
     "a number": (["model=m", "prompt=x", "new_tokens=many"], "new_tokens=many must be a whole number"),
     "no token": (["model=m", "prompt=x", "new_tokens=0"], "new_tokens=0 must be 1 or more"),
     "temperature": (["model=m", "prompt=x", "temperature=-1"], "temperature=-1.0 must be 0"),
+    "a seed": (["model=m", "prompt=x", f"seed={2**64}"], "seed=18446744073709551616 must be below 2"),
     "top_p": (["model=m", "prompt=x", "top_p=0"], "top_p=0.0 must be above 0"),
     "standard input twice": (["model=m", "prompt=-", "document=-"], "prompt=- reads standard input to its end"),
 }
@@ -154,6 +155,11 @@ def test_bad_input_is_named_in_one_line(given, tmp_path):
         eos_token_id=1, bos_token_id=2,
     ))  # fmt: skip
     small.save_pretrained(tmp_path / "small")
+    large = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0,
+    ))  # fmt: skip
+    torch.nn.init.zeros_(large.lm_head.weight[:384])
+    large.save_pretrained(tmp_path / "large")
     asked = {"model": model, "document": book, "tokenizer": "bytes", "prompt": "x"}
     for change, message in (
         ({"document": tmp_path / "empty.txt"}, "document=.*empty.txt is empty"),
@@ -169,6 +175,10 @@ def test_bad_input_is_named_in_one_line(given, tmp_path):
         ({"tokenizer": None}, "^model=.* holds no loadable tokenizer.*; tokenizer=FOLDER names another$"),
         ({"document": None, "prompt": ""}, '^prompt="" without a document leaves nothing to continue$'),
         ({"model": tmp_path / "small"}, "tokenizer=bytes does not fit model=.*: it has 384 tokens, .* vocab_size=300"),
+        (
+            {"model": tmp_path / "large"},
+            r"tokenizer=bytes has 384 tokens, and model=.*large answers with token [3-5]\d\d: name",
+        ),
         ({"kernel": "fast"}, "^kernel=fast is not one of auto, hopper"),
         ({"chunk": 2, "ring": Loopback(2)}, "^chunk must be 4 or more"),
         ({"new_tokens": 1400}, "a document of 640 tokens, a prompt of 1 .* are 2041 positions, more than the 2000"),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ringflash.command import ReadConfig, command, load_encoder, load_model, make_cache, now, report, start
 from ringflash.errors import ConfigError
 from ringflash.evaluation.haystack import Found, HaystackConfig, heat_map, read_text, rows_of, search
+from ringflash.reading import check_positions
 from ringflash.training.files import write_figure, write_whole
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def run(config: NeedleConfig, world: World) -> list[Found]:
     text = read_text(config, world)
     model = load_model(config, world.device)
     encoder, _ = load_encoder(config, model)
+    if not config.extrapolate_positions:  # before hours with the shorter ones
+        check_positions(
+            f"lengths={max(config.lengths)} tokens", max(config.lengths), model.config, "extrapolate_positions"
+        )
     cells: list[Found] = []
     for row in rows_of(config, text, encoder, config.seed):
         cache = make_cache(config, model, row.length, world, f"lengths={row.length} tokens")

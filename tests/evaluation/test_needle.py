@@ -105,10 +105,11 @@ def test_a_bad_setting_is_named_in_one_line(more, message):
         NeedleConfig.parse(["model=m", *more])
 
 
-def test_lengths_that_do_not_fit_are_named_in_one_line(given):  # noqa: F811
+def test_lengths_that_do_not_fit_are_named_in_one_line_before_any_search(given, capsys):  # noqa: F811
     longest = len(task_of(config(given), load_encoder(config(given), tiny("llama", vocab_size=384))[0],
                           random.Random(0).randrange(10**6, 10**7)).needle)  # fmt: skip
     with pytest.raises(ConfigError, match=f"lengths={longest} is too short: needle, question and answer are"):
         run(config(given, f"lengths={longest}"), ALONE)
     with pytest.raises(ConfigError, match="lengths=2001 tokens are 2001 positions, more than the 2000"):
-        run(config(given, "lengths=2001"), ALONE)
+        run(config(given, "lengths=200,2001"), ALONE)
+    assert "lost" not in capsys.readouterr().err
