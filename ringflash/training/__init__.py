@@ -5,7 +5,8 @@ preflight                   what is refused before anything is allocated, and th
 world, without_timeout      ring, Ulysses and replicas; work without a timeout
 failure                     how a run fails
 engine, loss, optimizer     the model under DeepSpeed
-step, evaluation            one optimizer step, and the held-out loss
+step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
+positions                   the loss by position in a document
 meter, flops, metrics       a step's figures, and where they are written
 checkpoint, export          what a run can be resumed from, and what it leaves
 loop                        the run, top to bottom

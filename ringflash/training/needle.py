@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
 from ringflash.evaluation.haystack import Found, HaystackConfig, Row, read_text, rows_of, search
-from ringflash.models import RingCache
+from ringflash.models import ModelConfig, RingCache
+from ringflash.models.rope import length_refusal
 from ringflash.reading import check_positions, check_room
 from ringflash.ring.transport import ProcessRing
 from ringflash.training.world import World, replica_ring
@@ -50,11 +51,14 @@ class NeedleConfig(HaystackConfig):
         """With lengths where there are none."""
         return self if self.lengths else replace(self, lengths=(sequence_length,))
 
-    def check_positions(self, sequence_length: int, model_config: PreTrainedConfig) -> None:
-        """Raise ConfigError for lengths beyond the model's positions."""
-        for length in self.of_length(sequence_length).lengths:
-            what = f"evaluation.needle.lengths={length} tokens"
-            check_positions(what, length, model_config, "model.extrapolate_positions")
+    def check_positions(self, sequence_length: int, model: ModelConfig, hf_config: PreTrainedConfig) -> None:
+        """Raise ConfigError for lengths beyond the model's positions, where there are searches."""
+        for length in self.of_length(sequence_length).lengths if self.every else ():
+            name = f"evaluation.needle.lengths={length}"
+            if model.rope_length is None and (reason := length_refusal(hf_config, length)) is not None:
+                raise ConfigError(f"{name}: {reason}")
+            if not model.extrapolate_positions:
+                check_positions(f"{name} tokens", length, hf_config, "model.extrapolate_positions")
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,10 @@ REFUSED = {
         "lengths=[9000]",
         "lengths=9000 tokens are 9000 positions, more than the 8192 .* by model.extrap",
     ),
+    "dynamic RoPE": (
+        "lengths=[9000] +model.architecture.rope_parameters={rope_type:dynamic,factor:4.0,rope_theta:1e4}",
+        "lengths=9000: rope_parameters.rope_type=dynamic turns by a document's length .* model.rope_length=N",
+    ),
     "short": ("lengths=[60]", r"lengths=60 is too short: needle, question and answer are \d+ tokens"),
     "text": ("text=/nowhere", "text=/nowhere cannot be read: No such file or directory"),
 }
@@ -83,7 +87,7 @@ def errors(given):
 @pytest.mark.ranks
 def test_what_cannot_be_searched_is_refused_in_one_line_before_the_run(ranks, text):
     every = "evaluation.needle.every=2"
-    given = [settings(text, every, f"evaluation.needle.{setting}") for setting, _ in REFUSED.values()]
+    given = [settings(text, every, *f"evaluation.needle.{setting}".split()) for setting, _ in REFUSED.values()]
     (found,) = ranks.run(errors, 1, given)
     for error, (_, message) in zip(found, REFUSED.values(), strict=True):
         assert re.match(rf"evaluation\.needle\.{message}", error), error
