@@ -12,6 +12,7 @@ from ringflash.data.records import IDS
 from ringflash.errors import ConfigError
 
 MALFORMED = ("refuse", "skip")
+BY_SUFFIX = "suffix"  # of a source's format: null, which there means data.format
 PACKINGS = ("cut", "whole", "truncate")
 
 
@@ -26,10 +27,11 @@ class SourceConfig:
     """Glob patterns below `path`."""
 
     format: str | None = None
-    """How to read each file."""
+    """How to read each file; suffix: by its suffix, where data.format says otherwise."""
 
     field: str | None = None
-    """Name of the field that holds the text, token ids or messages."""
+    """Name of the field that holds the text, token ids or messages: `text` or `messages` where data.field names
+    another."""
 
     chat: bool | None = None
     """Whether the records are conversations."""
@@ -183,6 +185,8 @@ class DataConfig:
 
     def _part(self, name: str, source: SourceConfig) -> DataConfig:
         given = {key: value for key, value in vars(source).items() if value is not None and key != "weight"}
+        if source.format == BY_SUFFIX:
+            given["format"] = None
         try:
             return dataclasses.replace(self, sources={}, evaluation=SourceConfig(), stream=False, **given)
         except ConfigError as error:

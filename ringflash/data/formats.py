@@ -59,6 +59,7 @@ ARROW_FILE = b"ARROW1"
 ROWS = 64  # of a table, read at once
 BLOCK = 1 << 22  # bytes of a text, read at once
 LINES = 1 << 20  # bytes of lines of JSON, read at once
+LONGEST = 1 << 28  # bytes of one of them: it is held whole, and parsed
 Part = TypeVar("Part")
 
 
@@ -218,7 +219,7 @@ def _json_lines(file: Path, fields: Fields) -> Found:
     block = Lines(file, number=1, position=0, lines=[])
     size = 0
     with _opened(file) as stream:
-        for line in _located(stream, lambda count: f"{file} after line {count}"):
+        for line in _located(_held(stream), lambda count: f"{file} after line {count}"):
             block.lines.append(line)
             size += len(line)
             if size >= LINES:
@@ -227,9 +228,22 @@ def _json_lines(file: Path, fields: Fields) -> Found:
     yield str(file), block
 
 
+def _held(stream: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file. Raises ValueError for one of more than LONGEST bytes, of which no more is held."""
+    while line := stream.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise ValueError(
+                f"the next line has more than {LONGEST} bytes; make its text a file of its own, which data.format=text "
+                f"reads in blocks"
+            )
+        yield line
+
+
 def _json(file: Path, fields: Fields) -> Found:
     with _opened(file) as stream:
-        begin = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+        begin = b""
+        while not begin.strip(b"\xef\xbb\xbf \t\r\n") and (line := stream.readline(BLOCK)):
+            begin = line
     if not begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _json_lines(file, fields)
         return

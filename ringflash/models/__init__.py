@@ -22,6 +22,7 @@ from ringflash.models.checkpointing import Keep, checkpoint_layers, host_store
 from ringflash.models.configuration import (
     AttentionConfig,
     ModelConfig,
+    calls_per_layer,
     check_kernel,
     check_length,
     experts_of,
@@ -51,6 +52,7 @@ __all__ = [
     "RingCache",
     "RingMask",
     "build_model",
+    "calls_per_layer",
     "check_kernel",
     "check_length",
     "checkpoint_layers",

@@ -37,6 +37,7 @@ BIDIRECTIONAL = (
 )
 # What transformers' configurations call the number of experts, and how many of them a token meets.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_UNDECLARED = {"qwen3_moe": ("head_dim",)}  # fields that layers read, although the configuration's class has none
 _ACTIVE = ("moe_topk", "num_experts_per_tok", "moe_k")
 
 
@@ -190,7 +191,7 @@ def _with_rope(config: ModelConfig, hf_config: PreTrainedConfig) -> PreTrainedCo
 def field_refusal(model_type: str, name: str) -> str | None:
     """None, or why model.architecture.NAME cannot be set, with the nearest field that can."""
     known = AutoConfig.for_model(model_type)
-    if hasattr(known, name):
+    if hasattr(known, name) or name in _UNDECLARED.get(model_type, ()):
         return None
     # What all of transformers' configurations have is bookkeeping, and nothing that a typing error was meant for.
     own = {f.name for f in fields(known)} - {f.name for f in fields(PreTrainedConfig)}
@@ -321,14 +322,22 @@ def logit_scale(config: PreTrainedConfig) -> float:
 
 
 def windows_of_layers(config: PreTrainedConfig) -> list[tuple[int | None, int]]:
-    """The sliding windows that layers have (None: they have none), and how many layers have each."""
+    """The sliding windows that layers have (None: they have none), and how many layers have each.
+
+    A layer that calls attention twice counts twice.
+    """
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     which = windows_of(config.model_type, kinds is not None)
     windowed = kinds.count("sliding_attention") if which is Windows.SOME and kinds else 0
     if which is Windows.ALL and window:
         windowed = config.num_hidden_layers
     found = [(None, config.num_hidden_layers - windowed), (window if windowed else None, windowed)]
-    return [(window, layers) for window, layers in found if layers]
+    return [(window, layers * calls_per_layer(config)) for window, layers in found if layers]
+
+
+def calls_per_layer(config: PreTrainedConfig) -> int:
+    """How often a layer calls attention, each time with all of its heads."""
+    return 2 if config.model_type == "diffllama" else 1
 
 
 def layer_masks(config: PreTrainedConfig, mask: IntervalMask) -> list[tuple[IntervalMask, int]]:

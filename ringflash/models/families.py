@@ -42,6 +42,7 @@ FAMILIES = {
     "cwm": Family(_SOME),
     "deepseek_v2": Family(needs=f"{_EXPERTS}, {_LATENT}"),
     "deepseek_v3": Family(needs=f"{_EXPERTS}, {_LATENT}"),
+    "diffllama": Family(needs="attention twice per layer"),
     "dots1": Family(_SOME, _EXPERTS),
     "ernie4_5": Family(),
     "ernie4_5_moe": Family(needs=_EXPERTS),
@@ -51,6 +52,7 @@ FAMILIES = {
     "gemma": Family(),
     "gemma2": Family(_SOME, "softcaps of scores and logits"),
     "gemma3_text": Family(_SOME, "softcap of logits"),
+    "gemma3n_text": Family(_SOME, "keys shared by layers, softcap of logits"),
     "glm": Family(),
     "glm4": Family(),
     "glm4_moe": Family(needs=_EXPERTS),
@@ -115,9 +117,9 @@ REFUSED = {
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mllama"), _IMAGES),
     **dict.fromkeys(("nemotron", "stablelm"), _NO_PLAN),
     **dict.fromkeys(("bloom", "doge", "falcon", "gpt2", "hy_v4", "mpt"), _OWN_MASK),
-    "diffllama": "each of its layers computes attention twice, which is not counted",
+    "gemma4_text": "its layers have heads of different sizes, and layouts, memory and FLOPs are counted with one",
     "llama4_text": "its attention is limited to chunks of tokens, which the plans of models do not have",
-    "mimo_v2_flash": "its layers have different numbers of heads",
+    "mimo_v2_flash": "its layers have different numbers of KV heads, and layouts and memory are counted with one",
 }  # fmt: skip
 
 _vouched: set[str] = set()

@@ -20,6 +20,7 @@ from ringflash.models import (
     AttentionConfig,
     FusedConfig,
     Keep,
+    calls_per_layer,
     checkpoint_layers,
     experts_of,
     fuse_layers,
@@ -133,7 +134,7 @@ class TrainedModel(nn.Module):
         heads = config.num_attention_heads
         width = self.model.dtype.itemsize
         of_input = [tokens * config.hidden_size * width]
-        of_result = [tokens * heads * head_dims(config)[1] * width, tokens * heads * 4]
+        of_result = [tokens * heads * head_dims(config)[1] * width, tokens * heads * 4] * calls_per_layer(config)
         sizes: list[int] = []
         for keep in map(self.memory.keep.at, range(config.num_hidden_layers)):
             sizes += of_input * (keep.inputs == "host") + of_result * (keep.attention == "host")

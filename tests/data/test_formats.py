@@ -10,6 +10,7 @@ import lzma
 import pyarrow
 import pytest
 
+from ringflash.data import formats
 from ringflash.data.formats import FORMATS
 from ringflash.errors import ConfigError
 from tests.data.cases import config, texts_of, write_parquet
@@ -295,3 +296,13 @@ def test_what_a_format_does_not_fit_is_refused_with_file_and_place(tmp_path, cas
         texts(tmp_path, **{"file": file} | settings)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_a_line_of_json_that_is_too_long_to_be_held_is_refused_with_its_place(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(formats, "LONGEST", 100_000)
+    content = gzip.compress(LINES) if name.endswith(".gz") else LINES
+    file = write(tmp_path, name, content)
+    message = f"{file} after line 4 cannot be read: the next line has more than 100000 bytes; make its text a file"
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        texts(tmp_path, file, field="body")

@@ -1,6 +1,7 @@
 """Several sources are one stream with the shares that were asked for, on any number of ranks, and resumable."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,3 +128,11 @@ def test_a_source_that_cannot_be_used_is_refused_by_its_name(config, settings, m
     with pytest.raises(ConfigError) as refused:
         load_corpora(config(**settings))
     assert str(refused.value).startswith(message)
+
+
+def test_a_source_is_read_by_its_suffix_where_data_format_is_set(config):
+    made = config(format="text", field="body")
+    sources = {"a": made.sources["a"], "b": replace(made.sources["b"], format="suffix")}
+    assert [part.format for part in replace(made, sources=sources).parts().values()] == ["text", None]
+    with pytest.raises(ConfigError, match=r"data\.format=suffix must be null or one of text, jsonl"):
+        config(format="suffix")
