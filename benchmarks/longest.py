@@ -37,11 +37,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import RESULTS, card, write_json
-from benchmarks.training import batch
+from benchmarks.training import batch, composed
 from ringflash.data import Batch
 from ringflash.models import build_model
 from ringflash.ring.cost import peak_flops
-from ringflash.training.config import Config, compose
+from ringflash.training.config import Config
 from ringflash.training.engine import build_engine
 from ringflash.training.flops import matmul_parameters, step_flops
 from ringflash.training.meter import memory_gib
@@ -171,7 +171,7 @@ def main() -> int:
     args, rest = parser.parse_known_args()
     if not 0 < args.first <= args.tokens or not 0 < args.warm <= args.tokens:
         parser.error(f"--first {args.first} and --warm {args.warm} must be 1 to --tokens {args.tokens}")
-    config, _ = compose([*EXPERIMENT, *rest])
+    config = composed(parser, [*EXPERIMENT, *rest], args.tokens)
     world = join(config.parallel)
     if world.size > 1:
         parser.error(f"this is a benchmark of one process, here are {world.size}")

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import training_peers
 from benchmarks.report import RESULTS, card, write_json
 from ringflash.data import Batch, made_ahead
+from ringflash.errors import ConfigError
 from ringflash.mask import IntervalMask
 from ringflash.models import build_model
 from ringflash.ring.cost import peak_flops
@@ -54,6 +55,7 @@ from ringflash.training.step import MicroBatch, prepare, train_step
 from ringflash.training.world import World, join
 
 EXPERIMENT = ("experiment=qwen3-0.5b-128k", "parallel.ulysses=1")
+CPU_TOKENS = 16384  # a longer sequence, of the models underneath, takes hours without a GPU
 HEADER = f"{'variant':<24} {'mask':<7} {'tokens':>8} {'seconds':>8} {'tok/s':>8} {'MFU':>6} {'GiB':>6}  loss of steps"
 
 
@@ -211,6 +213,16 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> N
     figure.savefig(path, dpi=130)
 
 
+def composed(parser: argparse.ArgumentParser, settings: Sequence[str], tokens: int) -> Config:
+    """The configuration; ends with one line for a setting that cannot be, and for a length that needs a GPU."""
+    if tokens > CPU_TOKENS and not torch.cuda.is_available():
+        parser.error(f"--tokens {tokens} needs a GPU, and here is none; --help names a command that runs anywhere")
+    try:
+        return compose([*settings])[0]
+    except ConfigError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     """Measure every variant that has no row yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,7 +236,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     args.settings = [f"model.architecture.vocab_size={args.vocabulary}", *rest]
     args.warm = min(args.warm, args.tokens)
-    config, _ = compose([*EXPERIMENT, *args.settings])
+    config = composed(parser, [*EXPERIMENT, *args.settings], args.tokens)
     world = join(config.parallel)
     contents: dict[str, Any] = {"card": card(world.device, {}, None), "rows": []}
     if args.out.exists():

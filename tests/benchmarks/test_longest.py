@@ -28,6 +28,21 @@ def test_the_first_tokens_have_the_same_loss_alone_and_in_the_whole_step(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ([], "--tokens 1048576 needs a GPU, and here is none"),
+        (["--tokens", "512", "--first", "8", "--warm", "8", "optim.lrr=3"], "optim.lrr is not a setting; did you mean"),
+    ],
+)
+def test_what_cannot_run_here_is_named_before_anything_is_built(asked, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["longest.py", *asked])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        longest.main()
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("change", "wrong"),
     [
         ({}, []),
