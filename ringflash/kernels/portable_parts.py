@@ -180,20 +180,10 @@ def tile_argument(
     return descriptor, 0, 0, 0
 
 
-def result_without_keys(q: Tensor, carry: Partial | None, out: Tensor | None, seen: Tensor | None) -> Partial:
+def result_without_keys(q: Tensor, carry: Partial | None, out: Tensor | None) -> Partial:
     """The result where there are no queries or no keys: the carry, or the Partial of no keys."""
     state = Partial.identity(q) if carry is None else carry
-    if out is None or (carry is not None and seen is not None):
-        return state
-    out.copy_(state.out)
-    return state if seen is not None else Partial(out, state.lse)
-
-
-def seen_argument(seen: Tensor | None, otherwise: Tensor) -> tuple[Tensor, int, int]:
-    """`seen` as a kernel takes it: a pointer, and how far batch rows and the counts of later calls lie apart in it."""
-    if seen is None:
-        return otherwise, 0, 0  # some pointer, not read
-    return seen, seen.stride(1) if seen.shape[1] > 1 else 0, seen.stride(0)
+    return state if out is None else Partial(out.copy_(state.out), state.lse)
 
 
 # -- what can be asked for

@@ -95,36 +95,31 @@ class Forward(_Pass):
         self.out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
         self.query_heads = [self.queries_of(i, q.shape[2]) for i in range(len(self.sections))]
         self.q = [q[:, :, heads] for heads in self.query_heads]
-        rounds = sink is None and not keeps_residue  # else what is to be rounded is not there before `finish`
-        self.into = [self.out[:, :, heads] if rounds else None for heads in self.query_heads]
         self.state: list[Partial | None] = [None] * len(self.q)  # hop 0, always computed, fills it
-        self.lse: list[Tensor] = []  # of sections; kept to the end, as stream 1's memory is read on stream 0
         self.results: tuple[Tensor, ...] = ()
 
     def attend(self, step: Attend) -> None:
-        """Merge a hop into a section's state, and write out those rows that no later one sees."""
-        i, hop = step.section, self.hops[step.section][step.hop]
-        for intervals, seen in zip(hop.intervals, hop.seen, strict=True):
+        """Merge a hop into a section's state. The last one writes out, unless the sink or the residue is to come."""
+        i, of_hop = step.section, self.hops[step.section][step.hop].intervals
+        for intervals in of_hop:
+            final = step.last and intervals is of_hop[-1] and self.sink is None and not self.keeps_residue
             self.state[i] = self.layer.kernel.forward(
                 self.q[i], *self.keys(step), intervals, scale=self.layer.scale, softcap=self.layer.softcap,
-                carry=self.state[i], out=self.into[i], seen=None if self.into[i] is None else seen,
+                carry=self.state[i], out=self.out[:, :, self.query_heads[i]] if final else None,
             )  # fmt: skip
 
     def finish(self, step: Call) -> None:
-        """Merge the sink, round, and keep what rounding took, unless the hops have written all rows."""
+        """Merge the sink, round, and keep what rounding took."""
         residue = [torch.empty_like(self.out)] if self.keeps_residue else []
-        self.lse = [state.lse for state in self.state]  # type: ignore[union-attr]
-        if self.into[0] is None:
-            for heads, state in zip(self.query_heads, self.state, strict=True):
-                assert state is not None
-                if self.sink is not None:
-                    merge_sink(state, self.sink[heads])
+        for heads, state in zip(self.query_heads, self.state, strict=True):
+            assert state is not None
+            if self.sink is not None:
+                merge_sink(state, self.sink[heads])
+            if self.sink is not None or self.keeps_residue:
                 self.out[:, :, heads] = state.out
-                for x in residue:
-                    x[:, :, heads] = state.out.sub_(self.out[:, :, heads])
-        else:
-            self.state.clear()  # the running results make room
-        self.results = self.out, together(self.lse, dim=1), *residue
+            for x in residue:
+                x[:, :, heads] = state.out.sub_(self.out[:, :, heads])
+        self.results = self.out, together([state.lse for state in self.state], dim=1), *residue  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True, eq=False)

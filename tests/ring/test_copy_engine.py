@@ -69,9 +69,8 @@ class Noting:
 
 
 def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
-    if out is not None:
-        out.zero_()
-    return Partial.identity(q) if carry is None else carry
+    state = Partial.identity(q) if carry is None else carry
+    return state if out is None else Partial(out.zero_(), state.lse)
 
 
 def noted(mask, layout, rank, kv_heads, batch) -> Noting:

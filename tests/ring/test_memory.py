@@ -80,9 +80,8 @@ class Alone:
 
 
 def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
-    if out is not None:
-        out.zero_()
-    return Partial.identity(q) if carry is None else carry
+    state = Partial.identity(q) if carry is None else carry
+    return state if out is None else Partial(out, state.lse)
 
 
 def backward(*tensors, **options) -> None:
