@@ -3,6 +3,8 @@
     python benchmarks/training.py --tokens 256 --vocabulary 384 model=tiny-llama        # anywhere, in seconds
     python benchmarks/training.py                                                       # 131072 tokens, 3 minutes
     python benchmarks/training.py --masks packed --batches 10                           # ten fixed packed batches
+    python benchmarks/training.py --tokens 32768 --variant ringflash: --variant transformers \\
+        model=qwen3-30b-a3b model.architecture.num_hidden_layers=4                      # four layers of experts
     python benchmarks/training.py --variant plain:fused=never --variant fused: --variant transformers
 
 Settings after the options are those of train.py, for every variant; experiment=qwen3-0.5b-128k is underneath. A
