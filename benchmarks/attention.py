@@ -219,6 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
         return sweep.main(options.sweep or list(sweep.TARGETS), dtype, device, options.out, facts)
     entrants = contenders.contenders(device, options.against and contenders.imported(options.against))
     unwanted = [c.name for c in entrants if options.only and not any(part in c.name for part in options.only)]
+    if len(unwanted) == len(entrants):
+        sys.exit(f"--only {' '.join(options.only)} is part of none of: {', '.join(c.name for c in entrants)}")
     absent = dict.fromkeys(unwanted, "not asked for (--only)")
     file = options.out / f"attention-{report.slug(device)}.json"
     rows: list[Row] = []

@@ -385,7 +385,9 @@ def main(arguments: list[str] | None = None) -> int:
     facts |= {"copy": f"{copied / 1e9:.0f} GB/s", "inputs": str(options.dtype)}
     print("; ".join(f"{name} {value}" for name, value in facts.items()), HEADER, sep="\n", flush=True)
     entrants = tunings() if options.sweep else decode_contenders.contenders(device)
-    entrants = [x for x in entrants if not options.only or any(part in x.name for part in options.only)]
+    asked = [x for x in entrants if not options.only or any(part in x.name for part in options.only)]
+    if not asked:
+        sys.exit(f"--only {' '.join(options.only)} is part of none of: {', '.join(x.name for x in entrants)}")
     file = options.out / f"decode-{'sweep-' if options.sweep else ''}{report.slug(device)}.json"
     title = f"decoding, {options.dtype}, {facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
     rows: list[Row] = []
@@ -393,9 +395,9 @@ def main(arguments: list[str] | None = None) -> int:
     undrawn = None
     for case in options.cases:
         try:
-            found = measure(case, entrants, options.dtype, device, options.seconds, copied, prepared)
+            found = measure(case, asked, options.dtype, device, options.seconds, copied, prepared)
         except Exception as error:  # such as a GPU's, which no contender can be named for
-            found = [Row(str(case), entrant.name, "failed", _first_line(error)) for entrant in entrants]
+            found = [Row(str(case), entrant.name, "failed", _first_line(error)) for entrant in asked]
         if options.sweep:
             found.sort(key=lambda row: row.timing.ms if row.timing else float("inf"))
         print(table(found), flush=True)
@@ -403,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.write_json(file, {"benchmark": "decode", "card": facts, "rows": [asdict(row) for row in rows]})
         undrawn = "a sweep has none" if options.sweep else plot(file.with_suffix(".png"), rows, title)
     print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
-    ours = [entrant.name for entrant in entrants if entrant.ours]
+    ours = [entrant.name for entrant in asked if entrant.ours]
     wrong = [row for row in rows if row.status == "WRONG" or (row.status == "failed" and row.kernel in ours)]
     print(json.dumps({"benchmark": "decode", "device": facts["device"], "percent_of_copy": summary(rows)}))
     return int(bool(wrong))

@@ -110,7 +110,10 @@ class Dialogues:
         tools = self._tools(where, record.get(TOOLS))
         learnt = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         if not learnt:
-            raise RecordError(f"{where} has no message of the role assistant, so there is nothing to learn")
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages[first:]))
+            raise RecordError(
+                f"{where} has no message of the role assistant, but of {roles}: there is nothing to learn"
+            )
         if self._is_marked(tools):
             return [self._marked(where, messages, tools, first)]
         documents = self._by_beginnings(where, messages, tools, learnt)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks import attention, checks, contenders, timing
+from benchmarks import attention, checks, contenders, decode, timing
 from benchmarks.cases import CPU_QUICK, GPU_CASES, Case
 from ringflash import kernels
 
@@ -35,6 +35,12 @@ def test_another_checkout_is_timed_beside_this_one(tmp_path):
     assert code == 0
     for name in ("ringflash blocked", "other blocked"):
         assert row_of(contents, name, "backward")["status"] == "timed"
+
+
+@pytest.mark.parametrize("program", [attention, decode])
+def test_a_contender_that_is_not_there_is_refused_with_those_that_are(program, tmp_path):
+    with pytest.raises(SystemExit, match=r"^--only flsh is part of none of: ringflash"):
+        program.main(["--device", "cpu", "--seconds", "0.01", "--out", str(tmp_path), "--only", "flsh"])
 
 
 def test_a_quick_run_ends_with_a_table_a_plot_and_json(tmp_path, capsys):

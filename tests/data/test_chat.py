@@ -274,7 +274,7 @@ REFUSED = {
     ),
     "no answer": (
         {"messages": chat("hi")},
-        "line 2 has no message of the role assistant, so there is nothing to learn",
+        "line 2 has no message of the role assistant, but of user: there is nothing to learn",
     ),
     "no question": ({"messages": chat("hi", "hello")[1:]}, "line 2 begins with a message of the role assistant, which"),
     "a special token": (
