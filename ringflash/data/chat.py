@@ -98,8 +98,9 @@ class Dialogues:
 
     def parse(self, where: str, record: Record) -> list[Rendered]:
         """The texts of a record, each with the spans to learn."""
-        if record.get(self.field) is not None:
-            messages, first = self._messages(where, self.field, record[self.field]), 0
+        asks = record.get(PROMPT) is not None or record.get(COMPLETION) is not None
+        if record.get(self.field) is not None or not asks:
+            messages, first = self._messages(where, self.field, record.get(self.field)), 0
         elif isinstance(record.get(PROMPT), str) and isinstance(record.get(COMPLETION), str):
             return [self._pair(where, record[PROMPT], record[COMPLETION])]
         else:
@@ -156,7 +157,8 @@ class Dialogues:
             message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
             content = message.get("content")
             if content is None and "tool_calls" not in message:
-                raise RecordError(f"{place} has no content; it has {', '.join(map(str, message))}")
+                empty = "holds content=null, and no tool_calls" if "content" in message else "has no content"
+                raise RecordError(f"{place} {empty}; it has {', '.join(map(str, message))}")
             parts = content if isinstance(content, list) else []
             if kinds := [
                 part.get("type") for part in parts if not isinstance(part, dict) or part.get("type") != "text"

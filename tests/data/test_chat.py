@@ -262,6 +262,11 @@ REFUSED = {
         "a.jsonl line 2 has neither messages nor prompt and completion; it has text",
     ),
     "text": ({"messages": "hi"}, "line 2: messages holds 'hi', not a list of messages with role and content"),
+    "null": ({"messages": None}, "line 2: messages holds None, not a list of messages"),
+    "null content": (
+        {"messages": [{"role": "user", "content": None}]},
+        "line 2: message 1 of messages holds content=null, and no tool_calls; it has role, content",
+    ),
     "nothing": ({"messages": []}, "line 2: messages holds [], not a list of messages"),
     "ShareGPT": (
         {"messages": [{"from": "human", "value": "hi"}]},
