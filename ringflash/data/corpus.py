@@ -82,6 +82,11 @@ def entropy(frequencies: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
+def _predicts(labels: np.ndarray) -> bool:
+    """Whether any token is predicted; reads up to the first."""
+    return any(bool((labels[i : i + BLOCK] != IGNORE).any()) for i in range(0, len(labels), BLOCK))
+
+
 def load_corpus(config: DataConfig, *, verify: bool = True, quiet: bool = False) -> tuple[TokenCorpus, TokenCorpus]:
     """The training and the held-out documents of `config`, tokenised first if they are not in the cache.
 
@@ -90,6 +95,8 @@ def load_corpus(config: DataConfig, *, verify: bool = True, quiet: bool = False)
     ConfigError for input that cannot be used, or for too few records to hold one out.
     """
     found = tokenised(config, verify=verify, quiet=quiet)
+    if found.labels is not None and not _predicts(found.labels):
+        raise ConfigError(f"data.path={config.path} has labels that are all {IGNORE}: there is nothing to learn")
     documents = len(found.offsets) - 1
     starts = np.arange(documents) if found.starts is None else found.starts
     count = len(starts)

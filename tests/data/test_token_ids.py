@@ -103,6 +103,12 @@ def test_labels_of_their_own_are_kept_and_the_other_documents_predict_their_toke
     assert found.tokens.tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
+def test_labels_that_predict_nothing_are_refused(tmp_path):
+    records = [{"input_ids": [3, 4, 5], "labels": [-100] * 3}] * 3
+    with pytest.raises(ConfigError, match=r"a.jsonl has labels that are all -100: there is nothing to learn"):
+        load_corpus(config(tmp_path, write(tmp_path, "a.jsonl", records), field="input_ids"))
+
+
 def test_without_labels_of_their_own_no_labels_are_stored(tmp_path):
     settings = config(tmp_path, write(tmp_path, "a.jsonl", FULL), field="input_ids")
     assert tokenised(settings).labels is None
