@@ -108,7 +108,8 @@ def fastest(
     best = next(label for label, took in seconds.items() if min(seconds.values()) >= took * (1 - WORTH))
     times = ", ".join(f"{label}: {1e3 * took:.4g} ms" for label, took in seconds.items())
     name = best.split()[0]
-    return name, candidates[best], f"{name}, by the predicted time of all layers' attention ({times})"
+    why = f"{name}, the coarsest within {WORTH:.0%} of the least predicted time of all layers' attention ({times})"
+    return name, candidates[best], why
 
 
 def _all_layers(layers: Sequence[tuple[IntervalMask, int]], layout: Layout, heads: Heads, machine: Machine) -> float:
