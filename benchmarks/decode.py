@@ -1,7 +1,7 @@
 """Decoding on one device: a new token's attention over its KV cache, beside other libraries', in one run.
 
     python benchmarks/decode.py --device cpu                       # any machine, seconds: does it work here
-    python benchmarks/decode.py                                    # a GPU, all cases, under 3 minutes
+    python benchmarks/decode.py                                    # a GPU, all cases
     python benchmarks/decode.py --cases 1,32,8,64k,128 --only ringflash SDPA
     python benchmarks/decode.py --cases 1,28,4,64k,128 --sweep     # tiles and splits of the Triton kernel, best first
 
@@ -11,9 +11,9 @@ table with the reason, as is a case that does not fit in memory. A peer that has
 out of later cases, so that a run ends.
 
 The cache is read once, so time is compared with a copy of 2 GiB, measured in the same run: `% copy` is bytes of keys
-and values per second over bytes read and written per second by the copy. Layers of a model find nothing of their cache
-in L2. So on a GPU a run attends to as many caches as make 256 MiB, one after another, and its time is divided by their
-number. Each run is a CUDA graph, so that the host's launches are not measured.
+and values per second over bytes read and written per second by the copy. In a model, other layers' caches have pushed
+a layer's own out of L2. So on a GPU a run goes through several caches, 256 MiB in all, and the figure is the time per
+cache. Each run is a CUDA graph, so that the host's launches are not measured.
 
 Results are checked before they are timed, against float64, all heads at full size. The error may be at most twice that
 of plain torch attention in the same dtype. A kernel that is wrong is not timed, and the exit code is 1, as it is if

@@ -1,7 +1,7 @@
 """Standard attention against flash attention: memory and time from 1k to 1M tokens, forward and backward.
 
     python benchmarks/standard.py --device cpu      # any machine: 256 to 8k tokens, in seconds
-    python benchmarks/standard.py                   # a GPU: 1k to 1M tokens, under 1 minute
+    python benchmarks/standard.py                   # a GPU: 1k to 1M tokens
     python benchmarks/standard.py --tokens 4k 64k --heads 4 --dim 64
 
 Standard attention is what a textbook says, in four lines of torch: it writes the N x N matrix of scores to memory, then
@@ -12,9 +12,10 @@ Memory is the peak beyond q, k, v and the incoming gradient: of a forward that k
 and of forward and backward together (`both`). On a GPU torch's allocator reports it. On a CPU it is the sum of all
 tensors that torch operations have made and that still live, so what one operation uses inside is not counted.
 
-Standard attention stops where three matrices of its backward, scores' gradient, weights and their gradient, do not fit;
-the table says what they take. Times are medians, in turns (benchmarks/timing.py). The folder --out (benchmarks/results)
-gets standard-DEVICE.json and .png, after every length. The last line printed is the table as JSON.
+The backward of standard attention holds three matrices at once: weights, their gradient and the scores' gradient.
+Lengths at which they do not fit are left out, and the table gives their size. Variants take turns
+(benchmarks/timing.py); a figure is the median. The folder --out (benchmarks/results) gets standard-DEVICE.json and
+.png, after every length. The last line printed is the table as JSON.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tokenising a corpus, beside the tokenizer alone on the same cores: seconds, and memory of all processes.
 
     python benchmarks/tokenising.py --bytes 2e6       # seconds
-    python benchmarks/tokenising.py                   # 1 GB of JSONL: 3 minutes on 16 idle cores
+    python benchmarks/tokenising.py                   # 1 GB of JSONL
 
 The text is files of Python's standard library, cut at random places; a BPE tokenizer of 32000 tokens is trained on
 some of them. `alone` is encode_batch_fast of the texts, 16 MB at once, which uses every core. `build` is what

@@ -63,7 +63,7 @@ def dq_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
         if head_dim <= 256:  # dq takes 128 registers per thread; 192 KB
             return Tuning(128, 32, warps=8, stages=2, tma=tma)
         return Tuning(64, 16, warps=warps_of_64_rows(arch), stages=2, tma=tma)  # 208 KB
-    # The largest tiles that do not spill in a loop, within 99 KB, and with as many warps as compute nothing twice.
+    # The largest tiles within 99 KB that spill in no loop. More warps than this would compute some products twice.
     if head_dim <= 64:
         return Tuning(64, 64, warps=4, stages=3, tma=tma)
     if head_dim <= 128:
