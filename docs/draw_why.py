@@ -1,27 +1,22 @@
-"""Draw the pictures of docs/why.md: traffic, tiles, the online softmax, split keys, and measured memory.
+"""Draw the pictures of docs/why.md that explain: traffic, tiles, the online softmax, split keys.
 
 python docs/draw_why.py
 """
 
-import json
 import math
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 FOLDER = Path(__file__).parent
 BLUE, RED, GREEN, YELLOW, GREY, PALE = "#4477aa", "#ee6677", "#228833", "#ccbb44", "#bbbbbb", "#f2f2f2"
-MEASURED = "standard-cpu.json"
 SCORES, VALUES = ((1.0, 2.0), (4.0, 3.0)), ((10.0, 20.0), (30.0, 40.0))  # those of the page's example
 
 
 def main() -> None:
     """Draw all."""
-    for name, draw in (
-        ("traffic", traffic), ("tiles", tiles), ("softmax", softmax), ("decode", decode), ("memory", memory),
-    ):  # fmt: skip
+    for name, draw in (("traffic", traffic), ("tiles", tiles), ("softmax", softmax), ("decode", decode)):
         draw().savefig(FOLDER / f"why-{name}.png", dpi=80)
 
 
@@ -148,29 +143,6 @@ def decode() -> Figure:
     axes.text(13.0, 0.5, "combine: a weighted mean", va="center", fontsize=9)
     axes.text(6.4, 0.1, "out", ha="center", va="center", fontsize=9)
     axes.text(6.4, 5.95, "keys and values of the cache", ha="center", va="center", fontsize=8, color="#555555")
-    return figure
-
-
-def memory() -> Figure:
-    """Peaks of memory, as benchmarks/standard.py measured them."""
-    contents = json.loads((FOLDER / "measured" / MEASURED).read_text())
-    rows = [row for row in contents["rows"] if row["both_bytes"]]
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    tokens = sorted({row["tokens"] for row in contents["rows"]})
-    matrix = {row["tokens"]: row["matrix"] for row in contents["rows"]}
-    axes.plot(tokens, [matrix[n] for n in tokens], ":", color="grey", label="one N x N matrix, counted")
-    for kind, colour in (("standard", RED), ("flash", BLUE)):
-        found = [(row["tokens"], row["both_bytes"]) for row in rows if row["kind"] == kind]
-        axes.plot(*zip(*found, strict=True), "o-", color=colour, label=f"{kind} attention", markersize=4)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak of forward and backward")
-    axes.set_xticks(tokens, [f"{n // 1024}k" if n >= 1024 else str(n) for n in tokens])
-    powers = np.arange(18, 33, 4)
-    axes.set_yticks(2.0**powers, [f"{2 ** (n % 10)} {'KMG'[n // 10 - 1]}iB" for n in powers.tolist()])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(f"{contents['card']['inputs']}, {contents['card']['device']}", fontsize=9)
     return figure
 
 
