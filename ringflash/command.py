@@ -161,10 +161,13 @@ def start(main: Callable[[list[str]], None]) -> None:
 
 
 def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
-    """The model, for generating. Raises ConfigError, in the settings' names, where it cannot be."""
+    """The model, for generating, with fused layers on a GPU, as in training.
+
+    Raises ConfigError, in the settings' names, where it cannot be.
+    """
     from transformers.utils.logging import disable_progress_bar
 
-    from ringflash.models import AttentionConfig, ModelConfig, build_model, check_kernel
+    from ringflash.models import AttentionConfig, FusedConfig, ModelConfig, build_model, check_kernel, fuse_layers
 
     disable_progress_bar()
     if not os.path.isdir(config.model):  # pathlib raises for a name that is too long
@@ -177,6 +180,7 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
     except ConfigError as error:
         told = str(error).replace("model.path=", "model=").replace("attention.kernel=", "kernel=")
         raise ConfigError(told.replace("model.dtype=", "dtype=").replace("model.untested", "untested")) from error
+    fuse_layers(model, FusedConfig(), device)
     return model
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TextStreamer
 
     from ringflash.data.tokenizer import Encoder
+    from ringflash.models import RingCache
     from ringflash.training.world import World
+
+
+GRAPH = ("auto", "true", "false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +63,9 @@ class GenerateConfig(ReadConfig):
     prompt_tokens: int = 1024
     """With prompt=-: the longest prompt that the cache has room for."""
 
-    graph: bool = False
-    """Replay a new token's forward as a CUDA graph, on one GPU, for models that allow it. Not yet run on a GPU."""
+    graph: str = "auto"
+    """Replay a new token's forward as a CUDA graph. auto: on one GPU, for models that allow it; true: or be refused;
+    false: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +74,8 @@ class GenerateConfig(ReadConfig):
         if STDIN in self.prompt and (len(self.prompt) > 1 or self.document == STDIN):
             raise ConfigError("prompt=- reads standard input to its end: it is the only prompt, and document a file")
         self.at_least(new_tokens=1, prompt_tokens=1)
+        if self.graph not in GRAPH:
+            raise ConfigError(f"graph={self.graph} is not one of {', '.join(GRAPH)}")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
         if not 0 < self.top_p <= 1:
@@ -79,7 +86,7 @@ def run(config: GenerateConfig, world: World) -> None:
     """Everything after the ranks are connected. Raises ConfigError, on every rank, for what cannot work."""
     import torch
 
-    from ringflash.models import prefill, step_graph
+    from ringflash.models import prefill
 
     reads = world.is_first and config.document is not None
     text = world.broadcast(text_of("document", str(config.document)) if reads else None)
@@ -99,15 +106,15 @@ def run(config: GenerateConfig, world: World) -> None:
     cache = make_cache(config, model, tokens, world, what)
 
     ids = torch.tensor([document], dtype=torch.int64, device=world.device)
-    begin = now(world.device)
-    prefill(model, ids[:, :-1], cache)  # generate reads the last one with the prompt
-    seconds = now(world.device) - begin
-    ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
-    read = f"document: {len(document)} tokens read in {seconds:.2f} s ({len(document) / seconds:.0f} tokens/s); "
-    room = f"cache: {cache.nbytes / 2**20:.1f} MiB{ranks}, for {cache.capacity} tokens"
-    report(world, (read if text else "") + room)
-    state = cache.snapshot()
-    with step_graph(model, cache) if config.graph else nullcontext():
+    with _graph(config, model, cache, world):
+        begin = now(world.device)
+        prefill(model, ids[:, :-1], cache)  # generate reads the last one with the prompt
+        seconds = now(world.device) - begin
+        ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
+        read = f"document: {len(document)} tokens read in {seconds:.2f} s ({len(document) / seconds:.0f} tokens/s); "
+        room = f"cache: {cache.nbytes / 2**20:.1f} MiB{ranks}, for {cache.capacity} tokens"
+        report(world, (read if text else "") + room)
+        state = cache.snapshot()
         for prompt in prompts or _lines(turn, between, world):
             if len(prompt) > longest:
                 raise ConfigError(
@@ -119,8 +126,27 @@ def run(config: GenerateConfig, world: World) -> None:
             cache.restore(state)
 
 
+def _graph(
+    config: GenerateConfig, model: PreTrainedModel, cache: RingCache, world: World
+) -> AbstractContextManager[None]:
+    """While entered, new tokens are replays of a CUDA graph where config.graph has it, and where they can be.
+
+    Raises ConfigError where graph=true and they cannot be: on entry, or at the first token of a model that waits.
+    """
+    from ringflash.models import step_graph
+
+    def refused(reason: str) -> None:
+        if config.graph == "true":
+            raise ConfigError(f"graph=true {reason}; graph=auto decodes without one")
+        report(world, f"decoding without a CUDA graph, which {reason}")
+
+    if config.graph == "false" or (config.graph == "auto" and world.device.type != "cuda"):
+        return nullcontext()
+    return step_graph(model, cache, refused=refused)
+
+
 def _answer(
-    config: GenerateConfig, model: PreTrainedModel, tokenizer: Any, cache: Any, ids: Tensor, world: World
+    config: GenerateConfig, model: PreTrainedModel, tokenizer: Any, cache: RingCache, ids: Tensor, world: World
 ) -> None:
     """Print what the model continues `ids` [1, N] with, token by token, and then its speed."""
     import torch

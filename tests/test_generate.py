@@ -134,6 +134,7 @@ BAD = {
     "temperature": (["model=m", "prompt=x", "temperature=-1"], "temperature=-1.0 must be 0"),
     "a seed": (["model=m", "prompt=x", f"seed={2**64}"], "seed=18446744073709551616 must be below 2"),
     "top_p": (["model=m", "prompt=x", "top_p=0"], "top_p=0.0 must be above 0"),
+    "graph": (["model=m", "prompt=x", "graph=yes"], "graph=yes is not one of auto, true, false"),
     "standard input twice": (["model=m", "prompt=-", "document=-"], "prompt=- reads standard input to its end"),
 }
 
@@ -181,6 +182,7 @@ def test_bad_input_is_named_in_one_line(given, tmp_path):
         ),
         ({"kernel": "fast"}, "^kernel=fast is not one of auto, hopper"),
         ({"chunk": 2, "ring": Loopback(2)}, "^chunk must be 4 or more"),
+        ({"graph": "true"}, "^graph=true needs a GPU, got device cpu; graph=auto decodes without one$"),
         ({"new_tokens": 1400}, "a document of 640 tokens, a prompt of 1 .* are 2041 positions, more than the 2000"),
         ({"new_tokens": 10**12, "extrapolate_positions": "true"}, r"need a cache of .* GiB on each rank, .* take more"),
     ):
@@ -197,3 +199,31 @@ def test_a_line_of_standard_input_that_is_too_long_is_refused_with_its_memory(gi
     monkeypatch.setattr("sys.stdin", io.StringIO("a longer line\n"))
     with pytest.raises(ConfigError, match=r"a prompt of 13 tokens is longer than the 5 .* prompt_tokens=13, .* MiB"):
         answers(arguments(given, "prompt=-", "prompt_tokens=5"))
+
+
+def test_several_gpus_decode_without_a_graph_and_say_why(capsys):
+    gpu = torch.device("cuda", 0)
+    world, cache = SimpleNamespace(device=gpu, is_first=True), SimpleNamespace(ring=SimpleNamespace(device=gpu, size=4))
+    with generate._graph(GenerateConfig.parse(["model=m", "prompt=x"]), None, cache, world):
+        pass
+    why = "which needs one rank, got 4: the exchange of a layer is not part of a graph"
+    assert capsys.readouterr().err == f"ringflash: decoding without a CUDA graph, {why}\n"
+    with generate._graph(GenerateConfig.parse(["model=m", "prompt=x", "graph=false"]), None, cache, world):
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_one_gpu_answers_by_a_graph_unless_the_model_waits_for_it(given, tmp_path):
+    gpu = SimpleNamespace(**vars(ALONE) | {"device": torch.device("cuda", 0), "ring": Loopback(1, "cuda:0")})
+    asked = arguments(given, "prompt=Who?", "prompt=When?")
+    _, report = answers(asked, gpu)  # heads of 8 are plain torch's, which waits
+    assert report.count("decoding without a CUDA graph, which needs a model that never waits") == 1
+    with pytest.raises(ConfigError, match="graph=true needs a model that never waits for the GPU"):
+        answers([*asked, "graph=true"], gpu)
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=384, pad_token_id=0, **sizes)).save_pretrained(tmp_path)
+    asked = [f"model={tmp_path}", *asked[1:]]
+    found = [answers([*asked, f"graph={graph}"], gpu) for graph in ("auto", "false")]
+    assert found[0][0] == found[1][0]
+    assert "without a CUDA graph" not in found[0][1]

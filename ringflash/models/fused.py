@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError
 from ringflash.models.attention import ring_attention_forward
+from ringflash.models.cache import RingCache
 from ringflash.models.mlp import GATED, form_of, replace_forward
 from ringflash.models.sources import digest, globals_of
 
@@ -196,10 +197,11 @@ def _rotary_norm(module: Any, heads: Tensor, cos: Tensor | None = None, sin: Ten
 def _attention(
     module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args: Any, **keywords: Any
 ) -> tuple[Tensor, None]:
-    """An attention layer on the ring; off it, or with a cache, the layer's own forward."""
+    """An attention layer on the ring, alone or with a RingCache; else the layer's own forward."""
     from ringflash.fused.rotary import rotary
 
-    if module.config._attn_implementation != "ring" or keywords.get("past_key_values") is not None or args:
+    cache = keywords.get("past_key_values")
+    if module.config._attn_implementation != "ring" or not isinstance(cache, RingCache | None) or args:
         return type(module).forward(module, hidden_states, position_embeddings, *args, **keywords)
     keywords.pop("past_key_values", None)
     shape = hidden_states.shape[:-1]
@@ -210,8 +212,11 @@ def _attention(
         q, k = q_norm(q, cos, sin), module.k_norm(k, cos, sin)
     else:
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if cache is not None:
+        k, v = cache.update(k, v, module.layer_idx)
     out, _ = ring_attention_forward(
-        module, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), keywords.pop("attention_mask", None),
+        module, q, k, v, keywords.pop("attention_mask", None),
         dropout=module.attention_dropout if module.training else 0.0, scaling=module.scaling,
         **_ATTENTIONS[_code(module)](module), **keywords,
     )  # fmt: skip

@@ -11,11 +11,12 @@ position, and for each window where its key goes and what it sees (`ring.decode.
     device                            the step before, still running       embedding, layers, logits
 
 A graph holds no decision of the host. Before it is recorded, the step runs once while torch refuses whatever waits for
-the GPU (experts chosen on the host, RoPE that follows the length). Such a model gets a warning, and its forwards stay
-as they are. The first replay with another token than the recorded one is compared with the forward itself.
+the GPU (experts chosen on the host, RoPE that follows the length). The first replay with another token than the
+recorded one is compared with the forward itself.
 
-Nothing changes on a CPU, on a ring of several ranks (the exchange of a layer is not part of a graph), and for forwards
-of several tokens, of another cache, or with keywords that are not `_TAKEN`.
+A model whose forward waits is refused, with a warning by default, and its forwards stay as they are. So is a CPU, and a
+ring of several ranks: the exchange of a layer is not part of a graph. Forwards of several tokens, of another cache, or
+with keywords that are not `_TAKEN` stay as they are, too.
 """
 
 from __future__ import annotations
@@ -33,22 +34,30 @@ from transformers import PreTrainedModel
 from ringflash.models.cache import RingCache, take_note
 
 CLOSE = 1e-2  # of logits' norm, between a replay and the forward: the same kernels, perhaps other sums of products
+_WITHOUT = "generate without step_graph (graph=false of ringflash.generate)"
 _TAKEN = {
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep",
 }  # fmt: skip
 
 
+def _warn(reason: str) -> None:
+    warnings.warn(f"decoding without a CUDA graph, which {reason}", stacklevel=2)
+
+
 @contextmanager
-def step_graph(model: PreTrainedModel, cache: RingCache) -> Iterator[None]:
+def step_graph(model: PreTrainedModel, cache: RingCache, *, refused: Callable[[str], object] = _warn) -> Iterator[None]:
     """While entered, forwards of one new token with this cache are replays of a CUDA graph, where they can be.
 
-    Raises RuntimeError if a replay gives other logits than the forward.
+    refused: called once, by default as a warning, with the reason where they cannot be ("needs ..."): on entry, or in
+    the first such forward, of a model that waits for the GPU. Raises RuntimeError if recording fails, or a replay gives
+    other logits than the forward.
     """
-    if not _can_record(model, cache):
+    if reason := _refusal(model, cache):
+        refused(reason)
         yield
         return
     own = model.__dict__.get("forward")  # such as that of a hook
-    steps = _Steps(model.forward, cache)
+    steps = _Steps(model.forward, cache, refused)
 
     @functools.wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -63,16 +72,23 @@ def step_graph(model: PreTrainedModel, cache: RingCache) -> Iterator[None]:
             model.forward = own
 
 
-def _can_record(model: PreTrainedModel, cache: RingCache) -> bool:
+def _refusal(model: PreTrainedModel, cache: RingCache) -> str | None:
+    """None, or why no step can be recorded, as far as it is known before one runs: "needs ..."."""
     device = cache.ring.device
-    return device.type == "cuda" and cache.ring.size == 1 and all(x.device == device for x in model.parameters())
+    if device.type != "cuda":
+        return f"needs a GPU, got device {device}"
+    if cache.ring.size > 1:
+        return f"needs one rank, got {cache.ring.size}: the exchange of a layer is not part of a graph"
+    if others := {str(x.device) for x in model.parameters()} - {str(device)}:
+        return f"needs all weights on {device}, got some on {', '.join(sorted(others))}"
+    return None
 
 
 class _Steps:
     """Forwards of a model: those of one new token by a graph, which the first of them records."""
 
-    def __init__(self, eager: Callable[..., Any], cache: RingCache) -> None:
-        self.eager, self.cache = eager, cache
+    def __init__(self, eager: Callable[..., Any], cache: RingCache, refused: Callable[[str], object]) -> None:
+        self.eager, self.cache, self.on_refusal = eager, cache, refused
         self.on_device = cache.device_steps()
         self.inputs: dict[str, Tensor] = {}  # input_ids and position_ids int64 [B, 1]
         self.out: Any = None  # the graph's, overwritten by each replay
@@ -150,14 +166,24 @@ class _Steps:
                     raise
                 take_note()
                 self.refused = True
-                warnings.warn(f"decoding without a CUDA graph: the model waits for the GPU ({error})", stacklevel=2)
+                self.on_refusal(f"needs a model that never waits for the GPU, and this one does ({error})")
             else:
-                graph = torch.cuda.CUDAGraph()
-                # Other threads may go on using the GPU: those that watch a process group do.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self.out = self._run()
-                self.replay = graph.replay
+                self.replay = self._recorded(stream)
         torch.cuda.current_stream(device).wait_stream(stream)
+
+    def _recorded(self, stream: torch.cuda.Stream) -> Callable[[], object]:
+        """What replays the step that has begun."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may go on using the GPU: those that watch a process group do.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.out = self._run()
+        except RuntimeError as error:  # it may leave torch's generators unusable, so this is no refusal
+            reason = str(error).splitlines()[0]
+            raise RuntimeError(
+                f"a CUDA graph of this model's step cannot be recorded ({reason}): {_WITHOUT}"
+            ) from error
+        return graph.replay
 
     def _check(self, logits: Tensor) -> None:
         expected = self._run().logits.double()
@@ -165,7 +191,7 @@ class _Steps:
         if not error <= CLOSE:
             raise RuntimeError(
                 f"a CUDA graph of this model's step gives other logits than its forward (relative error {error:.1e}): "
-                f"generate without step_graph"
+                f"{_WITHOUT}"
             )
 
 

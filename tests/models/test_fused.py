@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -83,20 +84,23 @@ def distance(model_type: str, recompute: bool) -> tuple[list[str], float]:
     return found, max(errors + [float((fused_loss - loss).abs() / loss)])
 
 
-def cached_distance(model_type: str) -> float:
-    """The worst relative error of logits behind what a cache holds, fused against plain, fp32."""
+def cached_distance(model_type: str) -> tuple[float, int]:
+    """The relative error of logits behind what a cache holds, fused against plain, fp32, and how often heads turned."""
+    from ringflash.fused import rotary
     from ringflash.models import RingCache, prefill
 
-    ids, logits = torch.randint(1, 97, (1, 6), generator=torch.Generator().manual_seed(0)), []
-    for config in (None, FusedConfig()):
-        model = tiny(model_type).eval()
-        if config is not None:
-            fuse_layers(model, config, CPU)
-        cache = RingCache(model, 6, kernel="blocked")
-        prefill(model, ids[:, :4], cache)
-        with torch.no_grad():
-            logits.append(model(ids[:, 4:], past_key_values=cache, use_cache=True).logits)
-    return float((logits[1] - logits[0]).norm() / logits[0].norm())
+    ids, logits = torch.randint(1, 97, (1, 9), generator=torch.Generator().manual_seed(0)), []
+    with patch.object(rotary, "rotary", wraps=rotary.rotary) as turned:
+        for config in (None, FusedConfig()):
+            model = tiny(model_type).eval()
+            if config is not None:
+                fuse_layers(model, config, CPU)
+            cache = RingCache(model, 9, kernel="blocked")
+            prefill(model, ids[:, :6], cache)
+            with torch.no_grad():
+                steps = (ids[:, 6:8], ids[:, 8:])
+                logits.append(torch.cat([model(x, past_key_values=cache, use_cache=True).logits for x in steps], dim=1))
+    return float((logits[1] - logits[0]).norm() / logits[0].norm()), turned.call_count
 
 
 def passes(families: list[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
@@ -126,8 +130,11 @@ def test_a_fused_model_trains_as_the_plain_one_when_layers_are_recomputed(interp
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_a_fused_model_reads_with_a_cache_as_the_plain_one(interpreter):
-    assert interpreter("cached_distance", "qwen3") < 1e-5
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma2"])
+def test_a_fused_model_reads_with_a_cache_as_the_plain_one(interpreter, model_type):
+    error, turned = interpreter("cached_distance", model_type)
+    assert error < 1e-5
+    assert turned == 2 * 2 * 3  # queries and keys, layers, forwards: none of them transformers' own
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

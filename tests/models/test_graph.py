@@ -6,10 +6,11 @@ what the host does around a replay: which numbers change, and which rows move.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from ringflash import Loopback
 from ringflash.models import RingCache, graph, prefill, step_graph
 from ringflash.ring import decode
 from tests.models.cases import tiny
@@ -48,11 +49,11 @@ def stand_in(recorded, monkeypatch):
         steps.replay = replay
 
     monkeypatch.setattr(graph._Steps, "_record", record)
-    monkeypatch.setattr(graph, "_can_record", lambda model, cache: True)
+    monkeypatch.setattr(graph, "_refusal", lambda model, cache: None)
     return recorded
 
 
-def answers(model, tokens, prompts=((11, 0), (5, 3), (11, 0)), graphed=True, **options):
+def answers(model, tokens, prompts=((11, 0), (5, 3), (11, 0)), graphed=True, **graph_options):
     """New tokens after prompts on one document: each some of its own tokens again."""
     cache = RingCache(model, 100, chunk=2)
     prefill(model, tokens[:, :READ], cache)
@@ -61,11 +62,11 @@ def answers(model, tokens, prompts=((11, 0), (5, 3), (11, 0)), graphed=True, **o
     def all_prompts():
         for count, first in prompts:
             prompt = torch.cat([tokens[:, :READ], tokens[:, first : first + count]], dim=1)
-            found.append(generate(model, prompt, cache, max_new_tokens=NEW, **options).cpu())
+            found.append(generate(model, prompt, cache, max_new_tokens=NEW).cpu())
             cache.restore(state)
 
     if graphed:
-        with step_graph(model, cache):
+        with step_graph(model, cache, **graph_options):
             all_prompts()
         assert "forward" not in model.__dict__
     else:
@@ -123,11 +124,22 @@ def test_a_full_cache_refuses_a_step_with_the_memory_for_it(stand_in):
         generate(model, TOKENS, cache)
 
 
-def test_on_a_cpu_and_over_ranks_nothing_changes():
+def test_a_cpu_and_several_ranks_are_refused_by_name_and_nothing_changes():
     model = tiny("llama").eval()
-    for ring in (None, Loopback(2)):
-        with step_graph(model, RingCache(model, 60, ring=ring)):
+    with (
+        pytest.warns(UserWarning, match="without a CUDA graph, which needs a GPU, got device cpu"),
+        step_graph(model, RingCache(model, 60)),
+    ):
+        assert "forward" not in model.__dict__
+    gpu, reasons = torch.device("cuda", 0), []
+    for size in (1, 4):
+        cache = SimpleNamespace(ring=SimpleNamespace(device=gpu, size=size))
+        with step_graph(model, cache, refused=reasons.append):
             assert "forward" not in model.__dict__
+    assert reasons == [
+        "needs all weights on cuda:0, got some on cpu",
+        "needs one rank, got 4: the exchange of a layer is not part of a graph",
+    ]
 
 
 # -- on a GPU
@@ -147,7 +159,10 @@ def test_a_recorded_graph_gives_the_tokens_of_forwards(recorded, recwarn, model_
 @pytest.mark.parametrize("dim", [pytest.param(8, marks=on_gpu)])
 def test_a_model_that_waits_for_the_gpu_is_no_graph(recorded, dim):
     model, tokens = tiny("llama", head_dim=dim).eval().cuda(), TOKENS.cuda()  # heads of 8 are plain torch's
-    with pytest.warns(UserWarning, match="without a CUDA graph: the model waits for the GPU"):
-        found = answers(model, tokens)
+    reasons = []
+    found = answers(model, tokens, refused=reasons.append)
     assert torch.equal(found, answers(model, tokens, graphed=False))
+    assert [reason.split(" (")[0] for reason in reasons] == [
+        "needs a model that never waits for the GPU, and this one does"
+    ]
     assert recorded[0].replays == 0
