@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from ringflash import Loopback, ProcessRing
-from ringflash.models import RingCache, attention, prefill, ring_inputs
+from ringflash.models import FusedConfig, RingCache, attention, fuse_layers, prefill, ring_inputs
 from tests.models.cases import tiny
 
 # What a family asks of attention: grouped heads, windows and a softcap, sinks, windows everywhere, MLA, experts.
@@ -66,6 +66,7 @@ def test_logits_in_16_bits_are_within_the_rule(model_type, device):
     fields = {name: value for name, value in fields.items() if model_type == "gemma2" or name != "sliding_window"}
     models = [make(model_type, **fields).eval().to(device) for make in (eager, eager, tiny)]
     exact, plain, ours = models[0].double(), models[1].bfloat16(), models[2].bfloat16()
+    fuse_layers(ours, FusedConfig(), ours.device)  # on a GPU, as commands do
     with torch.no_grad():
         truth, direct = (model(tokens).logits.double()[:, 500:] for model in (exact, plain))
         for ring in (Loopback(1, device), Loopback(2, device)):

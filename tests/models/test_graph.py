@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ringflash.models import RingCache, graph, prefill, step_graph
+from ringflash.models import FusedConfig, RingCache, fuse_layers, graph, prefill, step_graph
 from ringflash.ring import decode
 from tests.models.cases import tiny
 from tests.models.test_cache import TOKENS, generate
@@ -149,8 +149,11 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 
 @pytest.mark.parametrize("dtype", [pytest.param(x, marks=on_gpu) for x in (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "mistral"])
-def test_a_recorded_graph_gives_the_tokens_of_forwards(recorded, recwarn, model_type, dtype):
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_recorded_graph_gives_the_tokens_of_forwards(recorded, recwarn, fused, model_type, dtype):
     model, tokens = tiny(model_type, head_dim=32).eval().to("cuda", dtype), TOKENS.cuda()
+    if fused:
+        fuse_layers(model, FusedConfig(), model.device)
     expected = answers(model, tokens, graphed=False)
     assert torch.equal(answers(model, tokens), expected)
     assert recorded[0].replays == 3 * (NEW - 1), [str(x.message) for x in recwarn]
