@@ -6,7 +6,9 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import os
+import re
 import signal
 import sys
 import time
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, shown
 from ringflash.reading import check_positions, check_room
 from ringflash.training import failure
 
@@ -66,13 +68,13 @@ class ReadConfig:
         for name, lowest in least.items():
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=lowest) < lowest:
-                raise ConfigError(f"{name}={_shown(value)} must be {lowest} or more")
+                raise ConfigError(f"{name}={shown(value)} must be {lowest} or more")
 
     @classmethod
     def parse(cls, arguments: list[str]) -> Self:
         """Settings of key=value. Raises ConfigError naming one that cannot be.
 
-        A tuple of text is given by repeating its name, one of numbers with commas between them.
+        A tuple of text is given by repeating its name, one of numbers as the trainer's lists: [1,2].
         """
         kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
         given: dict[str, Any] = {}
@@ -107,8 +109,8 @@ class ReadConfig:
                     and isinstance(text, ast.Expr)
                     and isinstance(field.target, ast.Name)
                 ):
-                    default = "" if field.value is None else "=" + _shown(ast.literal_eval(field.value))
-                    default = default.replace("\n", "\\n")
+                    value = None if field.value is None else ast.literal_eval(field.value)
+                    default = "" if field.value is None or value == () else "=" + shown(value).replace("\n", "\\n")
                     meaning = " ".join(str(ast.literal_eval(text.value)).split())
                     lines.append(f"  {field.target.id + default:<28} {meaning}")
         return "\n".join(lines)
@@ -117,23 +119,28 @@ class ReadConfig:
 Config = TypeVar("Config", bound=ReadConfig)
 
 
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def _typed(name: str, value: str, kind: str) -> Any:
     """A setting's value of its type. Raises ConfigError naming what it must be."""
     try:
         if kind == "bool":
             return {"true": True, "false": False}[value.lower()]
         if kind == "tuple[int, ...]":
-            return tuple(int(x) for x in value.split(","))
+            return _whole_numbers(value)
         return {"int": int, "float": float}.get(kind, str)(value)
     except (ValueError, KeyError):
+        example = f"'{name}=[{','.join(re.findall('[0-9]+', value)) or 4096}]'"
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(
-            kind, "whole numbers, as 1,2"
+            kind, f"a list of whole numbers, such as {example}"
         )
         raise ConfigError(f"{name}={value} must be {wanted}") from None
+
+
+def _whole_numbers(value: str) -> tuple[int, ...]:
+    """One or more, as [1,2]. Raises ValueError for any other value."""
+    found = json.loads(value)
+    if not (isinstance(found, list) and found and all(type(x) is int for x in found)):
+        raise ValueError(value)
+    return tuple(found)
 
 
 def command(kind: type[Config], about: str, run: Callable[[Config, World], object], arguments: list[str]) -> None:

@@ -33,3 +33,8 @@ def reason(error: BaseException) -> str:
     """The first line of an error's message, with the next where it announces that, or the error's kind."""
     first, *others = (line.strip() for line in str(error).strip().splitlines() or [type(error).__name__])
     return f"{first} {others[0]}" if others and first.endswith(":") else first
+
+
+def shown(value: object) -> str:
+    """A setting's value as a command line takes it: a list of numbers is [1,2]."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

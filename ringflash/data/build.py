@@ -70,7 +70,7 @@ class Progress:
         """Replace the progress of a folder."""
         new = folder / f"{PROGRESS}.new"
         with open(new, "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self), file)
+            json.dump(vars(self) | {"written": vars(self.written)}, file)  # asdict takes a Counter apart
             file.flush()
             os.fsync(file.fileno())
         new.replace(folder / PROGRESS)

@@ -115,6 +115,7 @@ class Dialogues:
             raise RecordError(
                 f"{where} has no message of the role assistant, but of {roles}: there is nothing to learn"
             )
+        self.counts["beside"] += asks and not first
         if self._is_marked(tools):
             return [self._marked(where, messages, tools, first)]
         documents = self._by_beginnings(where, messages, tools, learnt)
@@ -126,6 +127,11 @@ class Dialogues:
     def remarks(self, counts: Counter[str]) -> list[str]:
         """What the template did to the conversations that were parsed, where it is not what one would expect."""
         found = []
+        if counts["beside"]:
+            found.append(
+                f"{counts['beside']:,} records have {self.field}, which are learnt, and a {PROMPT} or {COMPLETION} "
+                f"beside them, which is not read"
+            )
         if counts["documents"] > counts["conversations"]:
             found.append(
                 f"{counts['conversations']:,} conversations became {counts['documents']:,} documents: the chat "

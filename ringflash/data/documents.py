@@ -30,7 +30,7 @@ from ringflash.data.files import Matches, search, suffixes
 from ringflash.data.formats import format_of
 from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
 from ringflash.data.scratch import delete_abandoned, others, scratch_folder
-from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
+from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_digest, tokenizer_size
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
@@ -174,12 +174,8 @@ def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTraine
     for file, form in sources:
         stat = file.stat()
         stats.append((str(file.resolve()), form, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    field, kind = config.field or FIELD, type(tokenizer).__name__
     made_of = [
-        *(cache.FORMAT, stats, config.format is None, config.malformed, field),
-        *(kind, rules, tokenizer.eos_token, vocabulary),
-        *([tokenizer.chat_template, tokenizer.special_tokens_map, config.chat_template_kwargs] if config.chat else []),
+        *(cache.FORMAT, stats, config.format is None, config.malformed, config.field or FIELD),
+        *(tokenizer_digest(tokenizer, config.chat), config.chat_template_kwargs),
     ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

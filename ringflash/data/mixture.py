@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ringflash.data.config import DataConfig
 from ringflash.data.corpus import TokenCorpus, entropy, load_corpus
 from ringflash.data.documents import find_files, reading
-from ringflash.data.packing import Packed, pack, sequences_per_epoch, summary
+from ringflash.data.packing import Packed, check_labels, pack, sequences_per_epoch, summary
 from ringflash.data.shards import Shards
 from ringflash.errors import ConfigError
 
@@ -68,6 +68,7 @@ def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Ev
         with _named("data.evaluation"):
             held_out = replace(load_corpus(own, verify=verify)[0], split="evaluation")
             sequences_per_epoch(held_out, config.sequence_length)
+            check_labels(held_out, config.sequence_length)
         return training, held_out
     return training, _mixed(config, {name: splits[1] for name, splits in loaded.items()}) if config.held_out else None
 
@@ -88,6 +89,7 @@ def _mixed(config: DataConfig, corpora: dict[str, TokenCorpus]) -> Evaluated:
     for name, corpus in corpora.items():
         with _named(f"data.sources.{name}" if name else ""):
             sizes.append(float(sequences_per_epoch(corpus, config.sequence_length)))
+            check_labels(corpus, config.sequence_length)
     if not config.sources:
         return corpora[""]
     weights = [source.weight for source in config.sources.values() if source.weight is not None]

@@ -80,6 +80,30 @@ def sequences_per_epoch(corpus: TokenCorpus, length: int) -> int:
     return count
 
 
+def check_labels(corpus: TokenCorpus, length: int) -> None:
+    """Raise ConfigError if no document of the split predicts a token in sequences of `length`."""
+    kept = range(len(corpus)) if corpus.packing == "cut" else _plan(corpus, length).kept
+    if corpus.labels is not None and not any(_learnt(corpus, i, length).any() for i in kept):
+        raise ConfigError(
+            f"data.path={corpus.source} has no label among the tokens for {corpus.split} that "
+            f"data.packing={corpus.packing} keeps at data.sequence_length={length}: there is nothing to learn; give a "
+            f"longer sequence"
+        )
+
+
+def cut_off(corpus: TokenCorpus, length: int) -> int:
+    """How many documents predict tokens, but none of those that data.packing=truncate keeps."""
+    if corpus.packing != "truncate" or corpus.labels is None:
+        return 0
+    longer = np.flatnonzero(corpus.lengths > length)
+    return sum(bool(_learnt(corpus, i).any() and not _learnt(corpus, i, length).any()) for i in longer)
+
+
+def _learnt(corpus: TokenCorpus, i: int, length: int | None = None) -> np.ndarray:
+    """Whether each token of a document's first `length` is predicted, but for its first, which nothing predicts."""
+    return corpus.targets(i)[1:length] != IGNORE
+
+
 def pack(corpus: TokenCorpus, seed: int, index: int, length: int) -> Packed:
     """The index-th sequence of `length` tokens, counted over all epochs. Raises ConfigError if an epoch has none."""
     epoch, number = divmod(index, sequences_per_epoch(corpus, length))
@@ -165,6 +189,7 @@ def summary(corpus: TokenCorpus, length: int, name: str = "") -> list[str]:
     kept = sequences * length if corpus.packing == "cut" else int(_plan(corpus, length).lengths.sum())
     fate = {"cut": "are cut", "whole": "are dropped", "truncate": f"keep their first {length:,}"}[corpus.packing]
     lost = f"; {longer:,} longer than {length:,} tokens {fate}" if longer else ""
+    lost += f", which hold no label of {cut:,}" if (cut := cut_off(corpus, length)) else ""
     bounds = 2 ** np.arange(6, 25)
     at_most = np.searchsorted(np.sort(corpus.lengths), bounds, side="right")
     first = max(0, int(np.searchsorted(at_most, documents // 100, side="right")) - 1)

@@ -39,7 +39,7 @@ class UncutError(Exception):
 
 
 def pieces(blocks: Iterable[str], ids: Ids) -> Iterator[Piece]:
-    """A text that comes in blocks, in pieces; none for an empty text. Raises UncutError."""
+    """A text that comes in blocks, in pieces; an empty text is one piece. Raises UncutError."""
     text, context, skipped, first = "", "", 0, True
     for block in blocks:
         text += block
@@ -48,8 +48,7 @@ def pieces(blocks: Iterable[str], ids: Ids) -> Iterator[Piece]:
             yield Piece(context + text[:cut], skipped, first, last=False)
             context, skipped, first = text[cut - CONTEXT : cut], after, False
             text = text[cut:]
-    if text:
-        yield Piece(context + text, skipped, first)
+    yield Piece(context + text, skipped, first)
 
 
 def _cut(text: str, ids: Ids) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from ringflash.errors import ConfigError
 
 IGNORE = -100  # the label of a token that is not predicted; torch's cross entropy skips it
 FIELD = "text"  # read where data.field=null and the format has fields
+EMPTY = "empty"  # the count of documents without text or tokens
 IDS = "input_ids"  # the field of token ids
 TOKENISED = (IDS, "labels", "attention_mask", "position_ids", "cu_seqlens")  # what tokenised records hold
 
@@ -77,10 +78,9 @@ class Texts:
             blocks: Iterable[str] = (text[begin : begin + PIECE] for begin in range(0, len(text), PIECE))
         elif isinstance(text, Iterator):
             blocks = text
-        elif text is None:
-            return
         else:
-            raise RecordError(f"{where}: data.field={self.field} holds {type(text).__name__}, not text")
+            held = "null" if text is None else type(text).__name__
+            raise RecordError(f"{where}: data.field={self.field} holds {held}, not text")
         try:
             yield from pieces(blocks, self._encoder.ids)
         except UncutError as error:
@@ -90,8 +90,9 @@ class Texts:
             ) from error
 
     def parse(self, where: str, part: Piece) -> list[Piece]:
-        """The piece."""
-        return [part]
+        """The piece; nothing, if the text is empty."""
+        self.counts[EMPTY] += not part.text
+        return [part] if part.text else []
 
     def encode(self, parsed: Sequence[Piece]) -> Iterator[Document]:
         """A document per piece."""
@@ -99,8 +100,8 @@ class Texts:
             yield Document(tokens, None, piece.first, piece.last)
 
     def remarks(self, counts: Counter[str]) -> list[str]:
-        """Nothing."""
-        return []
+        """How many documents are empty."""
+        return _of_empty(counts)
 
 
 class TokenIds:
@@ -122,7 +123,7 @@ class TokenIds:
 
     def parse(self, where: str, record: Record) -> list[Document]:
         """The documents of a record."""
-        ids = self._ids(where, IDS, record.get(IDS) or [], least=0)
+        ids = self._ids(where, IDS, record.get(IDS), least=0)
         if not all(record.get("attention_mask") or []):
             raise RecordError(f"{where} has an attention_mask that hides tokens: remove the padding from its {IDS}")
         labels = None
@@ -130,6 +131,7 @@ class TokenIds:
             labels = self._ids(where, "labels", record["labels"], least=IGNORE)
             if len(labels) != len(ids):
                 raise RecordError(f"{where}: labels holds {len(labels)} labels, for {len(ids)} {IDS}")
+        self.counts[EMPTY] += not len(ids)
         starts = _starts(where, record, len(ids))
         ends = [*starts[1:], len(ids)]
         return [
@@ -143,8 +145,8 @@ class TokenIds:
         return parsed
 
     def remarks(self, counts: Counter[str]) -> list[str]:
-        """Nothing."""
-        return []
+        """How many documents are empty."""
+        return _of_empty(counts)
 
     def _ids(self, where: str, name: str, value: Any, least: int) -> np.ndarray:
         """Ids or labels as int64. Labels may be IGNORE."""
@@ -153,6 +155,10 @@ class TokenIds:
         if len(wrong):
             raise RecordError(f"{where}: {_named(name)} holds {wrong[0]}, and data.tokenizer has {self.size} tokens")
         return ids
+
+
+def _of_empty(counts: Counter[str]) -> list[str]:
+    return [f"{counts[EMPTY]:,} empty documents are left out"] if counts[EMPTY] else []
 
 
 def _starts(where: str, record: Record, count: int) -> list[int]:

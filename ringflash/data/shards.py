@@ -25,7 +25,7 @@ from pathlib import Path
 from ringflash.data.config import DataConfig, SourceConfig
 from ringflash.data.corpus import TokenCorpus, load_corpus
 from ringflash.data.documents import cache_folder, find_files
-from ringflash.data.packing import Packed, epoch_generator, pack, sequences_per_epoch
+from ringflash.data.packing import Packed, check_labels, cut_off, epoch_generator, pack, sequences_per_epoch
 from ringflash.data.tokenizer import load_tokenizer
 from ringflash.errors import ConfigError
 
@@ -71,7 +71,7 @@ class Shards:
             if before == 0:
                 raise ConfigError(
                     f"data.path={self.config.path}: none of its {len(self.files)} files fills a sequence of "
-                    f"data.sequence_length={self.config.sequence_length} tokens"
+                    f"data.sequence_length={self.config.sequence_length} tokens with something to learn"
                 )
             epoch, place = epoch + 1, 0
 
@@ -97,9 +97,11 @@ class Shards:
         """The documents of a file. One process of a machine tokenises it, and the others wait."""
         with self._locked(str(shard)):
             corpus, _ = load_corpus(self._part(shard), quiet=True)
+        length = self.config.sequence_length
         try:
-            count = sequences_per_epoch(corpus, self.config.sequence_length)
-        except ConfigError:  # less than a sequence
+            count = sequences_per_epoch(corpus, length)
+            check_labels(corpus, length)
+        except ConfigError:  # less than a sequence, or nothing to learn
             count = 0
         with self._locked(LEDGER):
             known = self._ledger()
@@ -107,6 +109,10 @@ class Shards:
                 raise ConfigError(
                     f"{self.files[shard]} has {count} sequences, and had {known[str(shard)]} when it was read before: "
                     f"the files of data.stream=true must not change; delete {self._folder} to begin again with them"
+                )
+            if str(shard) not in known and (cut := cut_off(corpus, length)):
+                print(
+                    f"{self.files[shard]}: the first {length:,} tokens of {cut:,} documents hold no label", flush=True
                 )
             self._counts = known | {str(shard): count}
             new = self._folder / f"{LEDGER}.new"

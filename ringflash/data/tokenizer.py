@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -78,6 +79,14 @@ def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The highest token id that a tokenizer may give, plus 1."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
+    """A digest of all that decides which tokens a text has, or a conversation."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    made_of = [type(tokenizer).__name__, rules, tokenizer.eos_token, sorted(tokenizer.get_vocab().items())]
+    made_of += [tokenizer.chat_template, tokenizer.special_tokens_map] if chat else []
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 def check_vocabulary(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

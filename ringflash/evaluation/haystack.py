@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ringflash.data import python_stdlib
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, shown
 from ringflash.models import RingCache, prefill
 from ringflash.reading import ids_of, text_of
 
@@ -59,13 +59,13 @@ class HaystackConfig:
     def __post_init__(self) -> None:
         for name, least in (("lengths", 1), ("depths", 0)):
             values = getattr(self, name)
-            shown = f"{self.group}{name}={','.join(map(str, values))}"
+            given = f"{self.group}{name}={shown(values)}"
             if min(values, default=least) < least:
-                raise ConfigError(f"{shown} must be {least} or more")
+                raise ConfigError(f"{given} must be {least} or more")
             if len(set(values)) < len(values):
-                raise ConfigError(f"{shown} has a number more than once")
+                raise ConfigError(f"{given} has a number more than once")
         if max(self.depths, default=0) > 100:
-            raise ConfigError(f"{self.group}depths={','.join(map(str, self.depths))} must be at most 100 percent")
+            raise ConfigError(f"{self.group}depths={shown(self.depths)} must be at most 100 percent")
         if self.needle.count("{number}") != 1:
             raise ConfigError(f"{self.group}needle={self.needle!r} must have {{number}} once, where the answer stands")
 

@@ -1,7 +1,7 @@
 """Needle in a haystack: does a model find a sentence in a long text, wherever it stands?
 
-    python -m ringflash.evaluation.needle model=FOLDER lengths=4096,32768,131072
-    torchrun --nproc-per-node 4 -m ringflash.evaluation.needle model=FOLDER text=book.txt depths=0,50,100
+    python -m ringflash.evaluation.needle model=FOLDER 'lengths=[4096,32768,131072]'
+    torchrun --nproc-per-node 4 -m ringflash.evaluation.needle model=FOLDER text=book.txt 'depths=[0,50,100]'
 
 A sentence with a number (the needle) is put into a text, at each depth (0: its beginning, 100: its end) of each length.
 The model is then asked for the number. `ringflash.evaluation.haystack` says what counts as found. Results are a table,

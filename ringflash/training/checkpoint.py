@@ -46,9 +46,11 @@ FREE = (
 # Settings that it may change too, which is reported: `train_step` sets the learning rate of each step. The optimizer's
 # others, clip and weight_decay among them, are restored from the checkpoint.
 SCHEDULE = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay")
+TOKENIZER = "tokenizer.digest"  # says why other tokens are; one that gives the same tokens is not refused
 BY_DIGEST = {
     "data.digest": "the tokens of data.path or data.sources, by their digest",
     "model.digest": "the model of model.path, by its digest",
+    TOKENIZER: "data.tokenizer, by its digest",
 }
 
 
@@ -191,8 +193,10 @@ def _grid(world: World) -> dict[str, int]:
 
 def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
     changes = []
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted((before.keys() | now.keys()) - {TOKENIZER}):
         if before.get(key) != now.get(key):
+            if key == "data.digest" and before.get(TOKENIZER) not in (None, now.get(TOKENIZER)):
+                key = TOKENIZER
             if key in SCHEDULE and key in before:
                 changes.append(f"{key}={now.get(key)} replaces {before[key]}")
                 continue

@@ -17,6 +17,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from ringflash.data import Corpus, Evaluated, description, epoch_length, load_corpora, stream
+from ringflash.data.tokenizer import tokenizer_digest
 from ringflash.evaluation.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
@@ -71,7 +72,7 @@ def fit(config: Config, resolved: str) -> None:
     job = _with_steps(job, training, world)
     config = job.config
     meter = Meter(model, config.optim.batch * config.data.sequence_length, world)
-    run = _open(job, world, model, _settings(config, resolved, training, world), resolved)
+    run = _open(job, world, model, _settings(job, resolved, training, world), resolved)
 
     layout_for = layout_chooser(
         config.parallel, job.model_config, config.data.sequence_length, world.ring.size,
@@ -200,10 +201,11 @@ def _with_steps(job: Job, training: Corpus, world: World) -> Job:
     return job._replace(config=dataclasses.replace(config, optim=optim))
 
 
-def _settings(config: Config, resolved: str, training: Corpus, world: World) -> dict[str, Any]:
-    """The settings with digests of text and model: a run is not resumed on others of the same name."""
-    settings = yaml.safe_load(resolved)
+def _settings(job: Job, resolved: str, training: Corpus, world: World) -> dict[str, Any]:
+    """The settings with digests of text, tokenizer and model: a run is not resumed on others of the same name."""
+    config, settings = job.config, yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest
+    settings["tokenizer"] = {"digest": tokenizer_digest(job.tokenizer, config.data.chat)}
     if config.model.path:
         with world.without_timeout(f"reading {_source(config)} for its digest"):
             found = model_digest(Path(config.model.path)) if world.is_first else None

@@ -253,6 +253,17 @@ def test_documents_that_a_template_makes_of_a_conversation_and_missing_ends_are_
     assert "conversations" not in capsys.readouterr().out
 
 
+def test_a_prompt_beside_messages_is_not_read_which_is_reported(tmp_path, capsys):
+    messages = {"messages": chat("hi", "hello")}
+    beside = [messages | more for more in ({"prompt": "hi"}, {"prompt": "hi", "completion": "no"}, {"prompt": None})]
+    found = tokenised(settings(tmp_path, write(tmp_path, "a.jsonl", beside)))
+    line = "2 records have messages, which are learnt, and a prompt or completion beside them, which is not read"
+    assert line in capsys.readouterr().out
+    alone = tokenised(settings(tmp_path, write(tmp_path, "b.jsonl", [messages] * 3)))
+    assert "beside" not in capsys.readouterr().out
+    assert np.array_equal(found.tokens, alone.tokens)
+
+
 # -- what is refused
 
 

@@ -49,15 +49,27 @@ def test_bytes_are_byt5s_with_an_eos_at_each_end_and_text_is_never_a_special_tok
             assert ids == tokenizer(text)["input_ids"]
 
 
-def test_empty_documents_and_nulls_are_dropped(tmp_path):
+def test_empty_documents_are_left_out_and_counted(tmp_path, capsys):
     expected = stored(config(tmp_path, write_texts(tmp_path / "full", ["a", "b"])))
-    holes = ["", "a", None, "b", ""]
+    holes = ["", "a", "b", ""]
+    assert "empty" not in capsys.readouterr().out
     for path in (
-        write_texts(tmp_path / "holes", [text or "" for text in holes]),
+        write_texts(tmp_path / "holes", holes),
         write_jsonl(tmp_path / "holes.jsonl", holes),
         write_parquet(tmp_path / "holes.parquet", holes),
     ):
         assert all(np.array_equal(a, b) for a, b in zip(expected, stored(config(tmp_path, path)), strict=True)), path
+        assert f"data.path={path}: 2 empty documents are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_a_null_is_refused_with_its_place_or_left_out_and_counted(tmp_path, capsys, write):
+    path = write(tmp_path / "a", ["a", None, "b"])
+    form = write.__name__.removeprefix("write_")
+    with pytest.raises(ConfigError, match=r"a (line|row) 2: data\.field=text holds null, not text"):
+        stored(config(tmp_path, path, format=form))
+    assert texts_of(config(tmp_path, path, format=form, malformed="skip")) == ["a", "b"]
+    assert "data.malformed=skip left out 1 records, the first: " in capsys.readouterr().out
 
 
 def test_a_folder_may_mix_formats_compression_and_odd_file_names(tmp_path):

@@ -1,6 +1,7 @@
 """A stream of files is the sequences of each file in turn, resumable anywhere, with few files' tokens on the disk."""
 
 import itertools
+import json
 import threading
 
 import pytest
@@ -117,6 +118,18 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_line_when_it_is_reached(
     with pytest.raises(ConfigError, match=r"0\.jsonl line 1: data\.field=text holds int, not text"):
         batch(stream, seed=0, step=0, batch_size=20, length=LENGTH)
     settled()
+
+
+def test_a_file_whose_answers_are_all_cut_off_is_reported_and_has_no_sequences(tmp_path, capsys):
+    for name, learnt in (("a", 3), ("b", 20)):
+        record = {"input_ids": [5] * 30, "labels": [7 if i == learnt else -100 for i in range(30)]}
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
+    asked = {"path": str(tmp_path), "cache": str(tmp_path / "cache"), "sequence_length": 16, "stream": True}
+    packing = {"field": "input_ids", "packing": "truncate", "held_out": 0.0}
+    stream = Shards(DataConfig(**asked, **packing))
+    assert {(stream.packed(0, i, 16).labels == 7).sum().item() for i in range(6)} == {1}
+    settled()
+    assert capsys.readouterr().out == f"{tmp_path}/b.jsonl: the first 16 tokens of 2 documents hold no label\n"
 
 
 def test_a_file_that_has_changed_is_refused(config, tmp_path):

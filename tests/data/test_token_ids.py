@@ -13,7 +13,7 @@ from ringflash.data import load_corpus, tokenised
 from ringflash.errors import ConfigError
 from tests.data.cases import config, stored, write_jsonl
 
-DOCUMENTS = [[3, 4, 5], [], None, [383], list(range(3, 200))]
+DOCUMENTS = [[3, 4, 5], [], [383], list(range(3, 200))]
 FULL = [{"input_ids": ids, "labels": ids, "attention_mask": ids and [1] * len(ids)} for ids in DOCUMENTS]
 PLAIN = [{"input_ids": ids, "text": "not read"} for ids in DOCUMENTS]
 
@@ -36,10 +36,11 @@ def write(folder, name, records):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
 @pytest.mark.parametrize("records", [PLAIN, FULL], ids=["alone", "with labels and masks"])
-def test_the_ids_of_each_record_are_a_document_and_nothing_is_added(tmp_path, name, records):
+def test_the_ids_of_each_record_are_a_document_and_nothing_is_added(tmp_path, capsys, name, records):
     tokens, offsets = stored(config(tmp_path, write(tmp_path, name, records), field="input_ids"))
     found = [tokens[begin:end].tolist() for begin, end in itertools.pairwise(offsets)]
     assert found == [ids for ids in DOCUMENTS if ids]
+    assert "1 empty documents are left out" in capsys.readouterr().out
     assert tokens.dtype == np.uint16
 
 
@@ -56,6 +57,7 @@ REFUSED = {
     ),
     "negative": ({"input_ids": [-100]}, "holds -100, and data.tokenizer has 384 tokens"),
     "a text": ({"input_ids": "3 4"}, "record 1: data.field=input_ids holds '3 4', not a list of token ids"),
+    "null": ({"input_ids": None}, "record 1: data.field=input_ids holds None, not a list of token ids"),
     "fractions": ({"input_ids": [3.5]}, "holds [3.5], not a list of token ids"),
     "booleans": ({"input_ids": [True]}, "holds [True], not a list of token ids"),
     "rows": ({"input_ids": [[3]]}, "holds [[3]], not a list of token ids"),

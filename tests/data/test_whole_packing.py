@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ringflash.data import IGNORE, batch, pack
 from ringflash.data.best_fit import best_fit
-from ringflash.data.packing import sequences_per_epoch, summary
+from ringflash.data.packing import check_labels, cut_off, sequences_per_epoch, summary
 from ringflash.errors import ConfigError
 from tests.data.cases import corpus, lengths
 
@@ -149,3 +149,28 @@ def test_the_summary_counts_documents_by_length_and_says_how_full_sequences_are(
     assert second.split(": ", 1)[1] == "64: 2, 128: 3, 256: 4, 512: 5"
     assert "keep their first 200" in summary(whole([100, 300], "truncate"), 200)[0]
     assert "1 longer than 200 tokens are cut" in summary(whole([100, 300], "cut"), 200)[0]
+
+
+def learning(counts, learnt, packing="truncate"):
+    """Documents of these lengths, of each of which this token alone is predicted."""
+    labels = [np.where(np.arange(n) == i, 7, IGNORE) for n, i in zip(counts, learnt, strict=True)]
+    return dataclasses.replace(whole(counts, packing), labels=np.concatenate(labels).astype(np.int32))
+
+
+def test_documents_whose_labels_are_all_cut_off_are_counted():
+    texts = learning([30, 30, 8, 30], [10, 9, 3, 29])  # the first token of 10 predicts the second, and so on
+    assert cut_off(texts, 10) == 2
+    assert "3 longer than 10 tokens keep their first 10, which hold no label of 2" in summary(texts, 10)[0]
+    assert "label" not in summary(texts, 30)[0]
+    check_labels(texts, 10)
+
+
+@pytest.mark.parametrize(
+    ("counts", "learnt", "packing"),
+    [([30, 30], [10, 0], "truncate"), ([30, 8], [3, 0], "whole"), ([8, 8], [0, 0], "cut")],
+    ids=["truncate", "whole", "cut"],
+)
+def test_a_split_without_a_label_that_is_kept_is_refused(counts, learnt, packing):
+    message = rf"no label among the tokens for training that data\.packing={packing} keeps at .*_length=10: .* longer"
+    with pytest.raises(ConfigError, match=message):
+        check_labels(learning(counts, learnt, packing), 10)

@@ -275,7 +275,11 @@ def test_a_new_checkpoint_outlives_unsound_ones_of_later_steps(ranks, tmp_path):
     [
         ({"optim": {"lr": 1.0, "clip": 2.0, "steps": 9}}, "optim.clip=2.0 differs from 1.0"),
         (
-            {"optim": {"lr": 1.0, "clip": 1.0}, "data": {"digest": "b"}},
+            {"optim": {"lr": 1.0, "clip": 1.0}, "data": {"digest": "b"}, "tokenizer": {"digest": "b"}},
+            "data.tokenizer, by its digest=b differs from a",
+        ),
+        (
+            {"optim": {"lr": 1.0, "clip": 1.0}, "data": {"digest": "b"}, "tokenizer": {"digest": "a"}},
             "the tokens of data.path or data.sources, .*=b differs from None",
         ),
         (
@@ -287,12 +291,14 @@ def test_a_new_checkpoint_outlives_unsound_ones_of_later_steps(ranks, tmp_path):
 )
 def test_a_changed_setting_is_refused_and_more_steps_are_not(ranks, tmp_path, now, message):
     before = {"optim": {"lr": 1.0, "clip": 1.0, "steps": 4}, "data": {"path": "here"}, "model": {"path": "here"}}
+    before["tokenizer"] = {"digest": "a"}
     ranks.run(write_with, 1, tmp_path, before)
     same = {
         "optim": {"lr": 1.0, "clip": 1.0, "steps": 9},
         "parallel": {"ring": 1},  # what null comes to on one rank
         "data": {"path": "elsewhere/", "files": ["*.md"], "tokenizer": "moved"},
         "model": {"path": "moved"},
+        "tokenizer": {"digest": "of one that gives the same tokens"},
     }
     assert ranks.run(resume_and_step, 1, tmp_path, 1, same)[0][0] == 1
     with pytest.raises(AssertionError, match=message):

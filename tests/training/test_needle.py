@@ -46,7 +46,13 @@ def test_searches_change_no_bit_of_a_run_and_find_what_its_model_finds(ranks, te
     assert [r["step"] for r, cells in zip(searching, found, strict=True) if cells] == [0, 2, 3]
     assert len({cells["needle_loss"] for cells in found if cells}) == 3  # of other weights
     assert (runs[1] / "needle.png").read_bytes().startswith(b"\x89PNG")
-    asked = [f"model={runs[1] / 'model'}", "tokenizer=bytes", "lengths=120,300", "depths=100,30", f"out={text.parent}"]
+    asked = [
+        f"model={runs[1] / 'model'}",
+        "tokenizer=bytes",
+        "lengths=[120,300]",
+        "depths=[100,30]",
+        f"out={text.parent}",
+    ]
     cells = run(NeedleConfig.parse(asked), ALONE)
     assert found[3] == pytest.approx({
         "needle_found": sum(x.found for x in cells) / 4, "needle_loss": sum(x.loss for x in cells) / 4,
@@ -57,14 +63,14 @@ def test_searches_change_no_bit_of_a_run_and_find_what_its_model_finds(ranks, te
 
 REFUSED = {
     "every": ("every=-1", "every=-1 must be 0 or more"),
-    "lengths": ("lengths=[200,0]", "lengths=200,0 must be 1 or more"),
+    "lengths": ("lengths=[200,0]", r"lengths=\[200,0\] must be 1 or more"),
     "not a list": (
         "lengths=200,300",
         r"lengths=200,300 must be a list of whole numbers, such as .*=\[200,300\]",
     ),
     "not numbers": ("lengths=[1k]", r"lengths=\[1k\] must be a list of whole numbers, such as .*lengths=\[1\]"),
     "no depth": ("depths=[]", r"depths=\[\] must have one depth or more"),
-    "depth": ("depths=[0,101]", "depths=0,101 must be at most 100 percent"),
+    "depth": ("depths=[0,101]", r"depths=\[0,101\] must be at most 100 percent"),
     "no number": ("needle=hidden", r"needle='hidden' must have \{number\} once"),
     "positions": (
         "lengths=[9000]",
