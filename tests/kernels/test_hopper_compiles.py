@@ -260,8 +260,21 @@ def test_warps_trade_registers_and_tiles_fit_shared_memory(compiled):
 
 @pytest.mark.parametrize(
     ("group", "longest", "pairs", "programs"),
-    [(4, 2 / 256, 8, 1), (4, 92 / 3184, 4, 2), (3, 1.0, 1, 1), (6, 1.0, 1, 2), (16, 1.0, 1, 16)],
-    ids=["32k causal", "a long document and short ones", "3 heads", "6 heads", "one tile"],
+    [
+        (4, 2 / 256, 8, 1),
+        (4, 92 / 3184, 4, 2),
+        (3, 1.0, 1, 1),
+        (6, 1.0, 1, 2),
+        (16, 1.0, 1, 16),
+        (5, 2 / 256, 8, 1),
+        (7, 2 / 256, 4, 7),
+        (8, 2 / 256, 8, 2),
+        (12, 2 / 256, 2, 3),
+    ],
+    ids=[
+        "32k causal", "a long document and short ones", "3 heads", "6 heads", "one tile", "5 heads", "7 heads", "8 heads",
+        "12 heads",
+    ],
 )
 def test_a_groups_heads_are_divided_where_a_tile_would_outlast_the_others(group, longest, pairs, programs):
     from ringflash.kernels.hopper_backward import programs_a_group
