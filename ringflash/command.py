@@ -46,7 +46,7 @@ class ReadConfig:
     kernel: str = "auto"
     """Attention kernel of long text: auto, hopper, portable or blocked."""
 
-    chunk: int = 16384
+    chunk: int = 32768
     """Tokens that a forward reads at once, all ranks together."""
 
     seed: int = 0

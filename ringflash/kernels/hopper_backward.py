@@ -101,9 +101,9 @@ TUNINGS = {
     # `hopper_backward_256`: stages of q; dout has one.
     256: Tuning(block_q=64, stages=2),
 }
-# Query heads of a program. With more, programs drift apart, and their q, dout and dq no longer lie in L2 together: 64
-# query and 8 KV heads, 64k tokens: 8 heads 563 TFLOP/s, 4 589. Of 40 and 8 heads, 16k tokens: 5 heads 603, 1 570.
-HEADS = 5
+# Query heads of a program. With 8, programs drift apart, and their q, dout and dq no longer lie in L2 together: 64
+# query and 8 KV heads, 64k tokens: 8 heads 554 TFLOP/s, 4 576. With 7 the mask decides: 1 gains 5 percent or loses 2.
+HEADS = 7
 
 
 @aggregate
@@ -461,8 +461,8 @@ def backward(
 def programs_a_group(group: int, longest: float, pairs: int, processors: int) -> int:
     """Among how many programs the query heads of a KV tile are divided.
 
-    So many that a program has no more than HEADS of them, and more where tiles would end unevenly. longest: what a
-    head's longest tile is of all its tiles; pairs: batch rows x KV heads. Dividing costs each program the copies of
+    A program has HEADS of them at most, and fewer where tiles would end unevenly. longest: what a head's longest
+    tile is of all its tiles; pairs: batch rows x KV heads. Dividing costs each program the copies of
     k, v, dk and dv: some 3 steps.
     """
     split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= HEADS)

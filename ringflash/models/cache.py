@@ -81,7 +81,7 @@ class RingCache(Cache):
         capacity: int,
         *,
         ring: Ring | None = None,
-        chunk: int = 16384,
+        chunk: int = 32768,
         kernel: str = "auto",
     ) -> None:
         self.config: Any = _checked(model)
