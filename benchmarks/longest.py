@@ -111,7 +111,7 @@ def run(args: argparse.Namespace, config: Config, world: World) -> dict[str, Any
     torch.manual_seed(config.seed)
     with world.device:
         model = build_model(config.model)
-    weights, settings = matmul_parameters(model), model.config
+    weights = matmul_parameters(model)
     engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
     engine.module.reserve_host_memory(args.tokens, lambda line: print(line, flush=True))
     progress, first = Progress(model, world.device), FirstLoss(model.lm_head, args.first)
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, config: Config, world: World) -> dict[str, Any
         result = step(whole)
         loss = result.loss.item()
     seconds, peak = time.perf_counter() - begun, peak_flops(world.device)
-    flops = step_flops(settings, weights, args.tokens, result.pairs.item())
+    flops = step_flops(weights, args.tokens, result.attention_flops.item())
     return {
         "tokens": args.tokens, "seconds": seconds, "tokens_per_second": args.tokens / seconds,
         "mfu": None if peak is None else flops / seconds / peak, "memory_gib": memory_gib(world.device),

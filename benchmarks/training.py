@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,12 +44,11 @@ from benchmarks import training_peers
 from benchmarks.report import RESULTS, card, write_json
 from ringflash.data import Batch, made_ahead
 from ringflash.errors import ConfigError
-from ringflash.mask import IntervalMask
-from ringflash.models import build_model
+from ringflash.models import build_model, layer_masks
 from ringflash.ring.cost import peak_flops
 from ringflash.training.config import Config, compose
 from ringflash.training.engine import build_engine
-from ringflash.training.flops import matmul_parameters, step_flops
+from ringflash.training.flops import attention_flops, matmul_parameters, step_flops
 from ringflash.training.meter import memory_gib
 from ringflash.training.parallel import layout_chooser
 from ringflash.training.step import MicroBatch, prepare, train_step
@@ -157,7 +155,7 @@ def measure(
     step(plan(batch("causal", args.warm, vocabulary, 99)))
     for mask in masks:
         batches = [batch(mask, args.tokens, vocabulary, seed) for seed in range(args.batches)]
-        flops = [step_flops(model.config, weights, args.tokens, pairs(model, data)) for data in batches]
+        flops = [step_flops(weights, args.tokens, attention(model, data)) for data in batches]
         seconds, losses = [], []
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -179,11 +177,10 @@ def measure(
         )  # fmt: skip
 
 
-def pairs(model: PreTrainedModel, data: Batch) -> int:
-    """(query, key) pairs that a model without windows sees, over all layers."""
-    mask: IntervalMask = data.mask()
-    visible: Tensor = (mask.hi - mask.lo).sum()
-    return int(visible) * model.config.num_hidden_layers
+def attention(model: PreTrainedModel, data: Batch) -> float:
+    """Operations of attention on the pairs that a model's layers see."""
+    layers = layer_masks(model.config, data.mask())
+    return sum(count * attention_flops(mask.area(), heads) for mask, heads, count in layers)
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:

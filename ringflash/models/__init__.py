@@ -22,22 +22,18 @@ from ringflash.models.checkpointing import Keep, checkpoint_layers, host_store
 from ringflash.models.configuration import (
     AttentionConfig,
     ModelConfig,
-    calls_per_layer,
     check_kernel,
     check_length,
     experts_of,
     field_refusal,
-    head_dims,
-    heads_of,
-    layer_masks,
     logit_scale,
     read_config,
-    windows_of_layers,
 )
 from ringflash.models.families import ARCHITECTURES, vouch_for
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.graph import step_graph
 from ringflash.models.inputs import ring_inputs
+from ringflash.models.layers import LayerKind, calls_per_layer, kinds_of_layers, layer_kinds, layer_masks
 from ringflash.models.mlp import tile_mlps, tiles_of, whole_mlps
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope import pin_rope
@@ -48,6 +44,7 @@ __all__ = [
     "AttentionConfig",
     "FusedConfig",
     "Keep",
+    "LayerKind",
     "ModelConfig",
     "RingCache",
     "RingMask",
@@ -59,9 +56,9 @@ __all__ = [
     "experts_of",
     "field_refusal",
     "fuse_layers",
-    "head_dims",
-    "heads_of",
     "host_store",
+    "kinds_of_layers",
+    "layer_kinds",
     "layer_masks",
     "logit_scale",
     "pin_rope",
@@ -75,5 +72,4 @@ __all__ = [
     "tiles_of",
     "vouch_for",
     "whole_mlps",
-    "windows_of_layers",
 ]

@@ -18,8 +18,8 @@ from ringflash.errors import in_one_line
 LARGEST = 2**31 - 1
 _COUNTS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "num_local_experts",
-    "num_experts_per_tok",
+    "num_global_key_value_heads", "head_dim", "global_head_dim", "max_position_embeddings",
+    "original_max_position_embeddings", "sliding_window", "num_local_experts", "num_experts_per_tok",
 }  # fmt: skip
 _ABOVE_0 = {"rope_theta", "factor", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
 # transformers makes a Python list of layers, long before there is a weight; a window may be longer than any sequence

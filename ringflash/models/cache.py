@@ -32,8 +32,9 @@ from ringflash.kernels import FASTEST_FIRST
 from ringflash.kernels.checks import OUT_DTYPES
 from ringflash.layout import Layout
 from ringflash.mask import check_tokens
-from ringflash.models.configuration import head_dims, kv_heads_of, refusal, windows_of_layers
+from ringflash.models.configuration import refusal
 from ringflash.models.inputs import agree, checksum
+from ringflash.models.layers import calls_per_layer, layer_kinds
 from ringflash.models.rope import length_refusal
 from ringflash.ring.decode import (
     Attention,
@@ -100,9 +101,8 @@ class RingCache(Cache):
         self._stored: dict[int, LayerCache] = {}  # by layer
         self._left: dict[int, int | None] = {}  # the layer's window
         self._snapshots: WeakSet[Snapshot] = WeakSet()  # whose tokens it still holds
-        self._windows = {
-            None if window is None else window - 1: layers for window, layers in windows_of_layers(self.config)
-        }
+        self._kinds = [(_left(kind.window), kind.heads, count) for kind, count in layer_kinds(self.config).items()]
+        self._windows = {left for left, _, _ in self._kinds}
         self.plan = self._new_plan()
         super().__init__(layers=[_Layer(self) for _ in range(self.config.num_hidden_layers)])
 
@@ -116,11 +116,11 @@ class RingCache(Cache):
 
     def bytes_for(self, capacity: int) -> int:
         """`nbytes` of a cache of another capacity."""
-        rows = sum(
-            rows_for(capacity, self.chunk, self.ring.size, left) * layers for left, layers in self._windows.items()
+        elements = sum(
+            count * rows_for(capacity, self.chunk, self.ring.size, left) * heads.key_width
+            for left, heads, count in self._kinds
         )
-        per_row = kv_heads_of(self.config) * sum(head_dims(self.config)) * self.dtype.itemsize
-        return rows * per_row * len(self.ring.local)
+        return elements * self.dtype.itemsize * len(self.ring.local)
 
     # -- what transformers calls
 
@@ -160,7 +160,7 @@ class RingCache(Cache):
         """
         if torch.is_grad_enabled() and q.requires_grad:
             raise RuntimeError("a RingCache is for generating, without gradients: call the model under torch.no_grad()")
-        left = None if window is None else window - 1
+        left = _left(window)
         if left not in self._windows:
             known = [None if left is None else left + 1 for left in self._windows]
             raise ValueError(f"layer {layer_idx} has sliding_window={window}, and its configuration {known}")
@@ -315,9 +315,24 @@ def _checked(model: Any) -> Any:
         )
     if (reason := refusal(model.config)) is not None:
         raise ValueError(f"config.{reason}")
+    if shared := getattr(model.config, "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"config.num_kv_shared_layers={shared} is not supported by a RingCache: it keeps each layer's own keys, "
+            f"and the last {shared} layers have none"
+        )
+    if calls_per_layer(model.config) > 1:
+        raise ValueError(
+            f"config.model_type={model.config.model_type} is not supported by a RingCache: it keeps the keys of one "
+            f"call of attention per layer"
+        )
     if model.dtype not in OUT_DTYPES:
         raise ValueError(f"a RingCache takes a model of float16, bfloat16 or float32, got {model.dtype}")
     return model.config
+
+
+def _left(window: int | None) -> int | None:
+    """Tokens before its own that a query sees in a window of `window` tokens."""
+    return None if window is None else window - 1
 
 
 def _size(count: float) -> str:

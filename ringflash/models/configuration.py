@@ -1,6 +1,6 @@
 """Which model is trained: its settings, its transformers configuration, and what of it the ring cannot train.
 
-What depends on a configuration alone is read off here too: heads, windows of layers, positions.
+What depends on a configuration alone is read off here too: experts, logits, positions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from ringflash import kernels
 from ringflash.errors import ConfigError
 from ringflash.kernels import FASTEST_FIRST
-from ringflash.mask import IntervalMask
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
-from ringflash.models.families import Windows, family_refusal, vouch_for, windows_of
+from ringflash.models.families import family_refusal, vouch_for
+from ringflash.models.layers import layer_kinds
 from ringflash.models.rope import extended, length_refusal, rope_kinds, rope_refusal, supported_positions
-from ringflash.ring.cost import Heads
 
 DTYPES = {
     "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
@@ -37,8 +36,9 @@ BIDIRECTIONAL = (
 )
 # What transformers' configurations call the number of experts, and how many of them a token meets.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_UNDECLARED = {"qwen3_moe": ("head_dim",)}  # fields that layers read, although the configuration's class has none
-_ACTIVE = ("moe_topk", "num_experts_per_tok", "moe_k")
+# Fields that layers, or the configuration's own making, read, although its class has none.
+_UNDECLARED = {"qwen3_moe": ("head_dim",), "gemma4_text": ("global_head_dim", "num_global_key_value_heads")}
+_ACTIVE = ("moe_topk", "num_experts_per_tok", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ def _with_rope(config: ModelConfig, hf_config: PreTrainedConfig) -> PreTrainedCo
 def field_refusal(model_type: str, name: str) -> str | None:
     """None, or why model.architecture.NAME cannot be set, with the nearest field that can."""
     known = AutoConfig.for_model(model_type)
-    if hasattr(known, name) or name in _UNDECLARED.get(model_type, ()):
+    by_layer = getattr(known, "per_layer_attributes", None) or ()  # which such a configuration refuses to be asked for
+    if name in (*by_layer, *_UNDECLARED.get(model_type, ())) or hasattr(known, name):
         return None
     # What all of transformers' configurations have is bookkeeping, and nothing that a typing error was meant for.
     own = {f.name for f in fields(known)} - {f.name for f in fields(PreTrainedConfig)}
@@ -205,18 +206,22 @@ def check_supported(config: PreTrainedConfig) -> None:
     """Raise ConfigError, naming the field and its value, for what would train wrongly on the ring."""
     if (reason := refusal(config)) is not None:
         raise ConfigError(f"model.architecture.{reason}")
-    heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
-    if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        raise ConfigError(
-            f"model.architecture.num_attention_heads={heads} is not divisible by num_key_value_heads={kv_heads}"
-        )
-    (dim, _), derived = head_dims(config), config.hidden_size // heads
-    if dim < 2 or dim % 2:
-        raise ConfigError(
-            f"model.architecture.head_dim={dim}"
-            + (f" (hidden_size={config.hidden_size} / num_attention_heads={heads})" if dim == derived else "")
-            + " must be even and 2 or more: rotary positions turn pairs of a head's dimensions"
-        )
+    kinds = layer_kinds(config)
+    for kind in kinds:
+        heads = kind.heads
+        which = f" of layers with sliding_window={kind.window}" if len(kinds) > 1 else ""
+        if heads.query % heads.key:
+            raise ConfigError(
+                f"model.architecture.num_attention_heads={heads.query} is not divisible by "
+                f"num_key_value_heads={heads.key}{which}"
+            )
+        if heads.dim < 2 or heads.dim % 2:
+            derived = f" (hidden_size={config.hidden_size} / num_attention_heads={heads.query})"
+            raise ConfigError(
+                f"model.architecture.head_dim={heads.dim}{which}"
+                + (derived if heads.dim == config.hidden_size // heads.query else "")
+                + " must be even and 2 or more: rotary positions turn pairs of a head's dimensions"
+            )
     if getattr(config, "attention_dropout", 0.0):
         raise ConfigError(
             f"model.architecture.attention_dropout={config.attention_dropout} is not supported; set it to 0"
@@ -264,43 +269,16 @@ def check_kernel(
 
     The kernel is asked as a layer asks it, of one token: before there is a model.
     """
-    dim, value_dim = head_dims(hf_config)
-    q, k = (
-        torch.empty(1, 1, heads, dim, dtype=DTYPES[config.dtype], device=device)
-        for heads in (hf_config.num_attention_heads, kv_heads_of(hf_config))
-    )
     softcap = getattr(hf_config, "attn_logit_softcapping", None) or None
-    try:
-        kernels.select(q, k, softcap, attention.kernel, attention.deterministic, value_dim)
-    except ValueError as error:
-        raise ConfigError(str(error).replace("kernel=", "attention.kernel=")) from error
-
-
-def head_dims(config: PreTrainedConfig) -> tuple[int, int]:
-    """The sizes of a head of queries and keys, and of one of values and results; some architectures leave them to be
-    derived."""
-    if hasattr(config, "qk_nope_head_dim"):
-        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    given = getattr(config, "head_dim", None)
-    dim = config.hidden_size // config.num_attention_heads if given is None else given
-    return dim, dim
-
-
-def kv_heads_of(config: PreTrainedConfig) -> int:
-    """KV heads that attention is given: as many as query heads with MLA, or where the configuration has no number."""
-    if hasattr(config, "qk_nope_head_dim"):
-        return config.num_attention_heads
-    given = getattr(config, "num_key_value_heads", None)
-    return config.num_attention_heads if given is None else given
-
-
-def heads_of(config: PreTrainedConfig, ulysses: int = 1) -> Heads:
-    """The heads that one of `ulysses` ranks computes attention for; their size is the mean of keys' and values'.
-
-    Half of attention's products, and of what travels, has the size of keys, the other half that of values.
-    """
-    kv_heads = max(1, kv_heads_of(config) // ulysses)
-    return Heads(config.num_attention_heads // ulysses, kv_heads, sum(head_dims(config)) // 2)
+    for heads in {kind.heads for kind in layer_kinds(hf_config)}:
+        q, k = (
+            torch.empty(1, 1, count, heads.dim, dtype=DTYPES[config.dtype], device=device)
+            for count in (heads.query, heads.key)
+        )
+        try:
+            kernels.select(q, k, softcap, attention.kernel, attention.deterministic, heads.value_dim)
+        except ValueError as error:
+            raise ConfigError(str(error).replace("kernel=", "attention.kernel=")) from error
 
 
 def experts_of(config: PreTrainedConfig) -> tuple[int, int]:
@@ -319,30 +297,3 @@ def logit_scale(config: PreTrainedConfig) -> float:
         return config.logits_scaling
     given = getattr(config, "logit_scale", None)
     return 1.0 if given is None else given
-
-
-def windows_of_layers(config: PreTrainedConfig) -> list[tuple[int | None, int]]:
-    """The sliding windows that layers have (None: they have none), and how many layers have each.
-
-    A layer that calls attention twice counts twice.
-    """
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    which = windows_of(config.model_type, kinds is not None)
-    windowed = kinds.count("sliding_attention") if which is Windows.SOME and kinds else 0
-    if which is Windows.ALL and window:
-        windowed = config.num_hidden_layers
-    found = [(None, config.num_hidden_layers - windowed), (window if windowed else None, windowed)]
-    return [(window, layers * calls_per_layer(config)) for window, layers in found if layers]
-
-
-def calls_per_layer(config: PreTrainedConfig) -> int:
-    """How often a layer calls attention, each time with all of its heads."""
-    return 2 if config.model_type == "diffllama" else 1
-
-
-def layer_masks(config: PreTrainedConfig, mask: IntervalMask) -> list[tuple[IntervalMask, int]]:
-    """What layers see of a sequence with this mask, and how many layers see it."""
-    return [
-        (mask if window is None else mask & IntervalMask.window(mask.queries, window - 1), layers)
-        for window, layers in windows_of_layers(config)
-    ]

@@ -53,6 +53,7 @@ FAMILIES = {
     "gemma2": Family(_SOME, "softcaps of scores and logits"),
     "gemma3_text": Family(_SOME, "softcap of logits"),
     "gemma3n_text": Family(_SOME, "keys shared by layers, softcap of logits"),
+    "gemma4_text": Family(_SOME, "heads by layer, keys shared by layers, experts, softcap of logits"),
     "glm": Family(),
     "glm4": Family(),
     "glm4_moe": Family(needs=_EXPERTS),
@@ -73,6 +74,7 @@ FAMILIES = {
     "laguna": Family(_SOME, _EXPERTS),
     "llama": Family(),
     "mellum": Family(_SOME, _EXPERTS),
+    "mimo_v2_flash": Family(_SOME, f"heads by layer, values smaller than keys, {_EXPERTS}, sinks"),
     "minicpm3": Family(needs=_LATENT),
     "minimax_m2": Family(needs=_EXPERTS),
     "ministral": Family(_SOME),
@@ -117,9 +119,7 @@ REFUSED = {
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mllama"), _IMAGES),
     **dict.fromkeys(("nemotron", "stablelm"), _NO_PLAN),
     **dict.fromkeys(("bloom", "doge", "falcon", "gpt2", "hy_v4", "mpt"), _OWN_MASK),
-    "gemma4_text": "its layers have heads of different sizes, and layouts, memory and FLOPs are counted with one",
     "llama4_text": "its attention is limited to chunks of tokens, which the plans of models do not have",
-    "mimo_v2_flash": "its layers have different numbers of KV heads, and layouts and memory are counted with one",
 }  # fmt: skip
 
 _vouched: set[str] = set()

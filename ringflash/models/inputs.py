@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 
 from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask, document_rows
-from ringflash.models.configuration import heads_of, layer_masks, refusal
+from ringflash.models.configuration import refusal
+from ringflash.models.layers import layer_masks
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, fastest
 from ringflash.ring.plan import AttentionPlan
@@ -139,7 +140,7 @@ def _layout(
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ring.size * ulysses))
     within = isinstance(ring, Loopback) or here % (ring.size * ulysses) == 0
     machine = Machine.of(ring.device, INTRA_NODE_GB if within else INTER_NODE_GB)
-    return fastest(layer_masks(config, mask), ring.size, heads_of(config, ulysses), machine, ulysses)[1]
+    return fastest(layer_masks(config, mask), ring.size, machine, ulysses)[1]
 
 
 def _checked_tokens(input_ids: Any, name: str, labels: Any) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,7 @@ _STRETCHED = ("factor", "original_max_position_embeddings")
 KINDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "proportional": ("factor",),
     "yarn": (*_STRETCHED, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
 }

@@ -8,23 +8,24 @@ Balanced layouts balance documents and send more. Document-local ones balance lo
 they are. Which is fastest depends on documents, windows, heads and links.
 
     >>> machine = Machine(flops=500e12, bytes_per_second=400e9)
-    >>> heads = Heads(query=32, key=8, dim=128)
+    >>> heads = Heads(query=32, key=8, dim=128, value_dim=128)
     >>> window = IntervalMask.window(131072, left=1023)
-    >>> fastest([(window, 32)], ranks=8, heads=heads, machine=machine)[0]
+    >>> fastest([Layers(window, heads, 32)], ranks=8, machine=machine)[0]
     'contiguous'
-    >>> fastest([(IntervalMask.causal(131072), 32)], ranks=8, heads=heads, machine=machine)[0]
+    >>> fastest([Layers(IntervalMask.causal(131072), heads, 32)], ranks=8, machine=machine)[0]
     'zigzag'
     >>> packed = IntervalMask.causal(131072) & IntervalMask.documents([29696, *[10000] * 10, 1376])
-    >>> fastest([(packed, 32)], ranks=8, heads=heads, machine=machine)[0]
+    >>> fastest([Layers(packed, heads, 32)], ranks=8, machine=machine)[0]
     'balanced'
-    >>> fastest([(packed, 32)], ranks=8, heads=heads, machine=Machine(flops=500e12, bytes_per_second=50e9))[0]
+    >>> fastest([Layers(packed, heads, 32)], ranks=8, machine=Machine(flops=500e12, bytes_per_second=50e9))[0]
     'document_local'
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -35,8 +36,8 @@ from ringflash.ring.plan import routes
 from ringflash.ring.schedule import backward_steps, forward_steps, head_sections
 from ringflash.ring.simulation import Rates, simulate
 
-# Forward 4 operations a pair, head and dimension; backward 2.5 times that.
-FLOPS_PER_PAIR = 4 * 3.5
+# Operations per pair, query head, and dimension of keys and of values: 2 forward; backward 2.5 times that.
+FLOPS_PER_PAIR = 2 * 3.5
 # A predicted gain below this is not worth a finer layout.
 WORTH = 0.02
 # Of a rank's tokens, what short documents of a document_local layout have at most: two that are tried.
@@ -77,24 +78,46 @@ class Machine:
 
 @dataclass(frozen=True)
 class Heads:
-    """Query and KV heads of one rank, and their size."""
+    """Query and KV heads of attention, the size of a head of queries and keys, and of one of values and results."""
 
     query: int
     key: int
     dim: int
+    value_dim: int
+
+    @property
+    def products(self) -> int:
+        """Dimensions over which a (query, key) pair is multiplied, by q k^T and by p v, in all query heads."""
+        return self.query * (self.dim + self.value_dim)
+
+    @property
+    def key_width(self) -> int:
+        """Elements of a token's keys and values."""
+        return self.key * (self.dim + self.value_dim)
+
+    def share(self, ulysses: int) -> Heads:
+        """What one of `ulysses` ranks computes attention for; with fewer KV heads, each goes to several ranks."""
+        return replace(self, query=self.query // ulysses, key=max(1, self.key // ulysses))
 
 
-def fastest(
-    layers: Sequence[tuple[IntervalMask, int]], ranks: int, heads: Heads, machine: Machine, ulysses: int = 1
-) -> tuple[str, Layout, str]:
+class Layers(NamedTuple):
+    """Layers of one kind: what they see of a sequence, their heads, and how many they are."""
+
+    mask: IntervalMask
+    heads: Heads
+    number: int
+
+
+def fastest(layers: Sequence[Layers], ranks: int, machine: Machine, ulysses: int = 1) -> tuple[str, Layout, str]:
     """Name and layout of the least predicted time, or a coarser one that takes little more, and why, in a sentence.
 
-    layers: a model's masks and how many layers have each; all layers share one layout.
+    layers: a model's, kind by kind; all layers share one layout.
 
     Not striped: pairs and bytes do not tell that each of its hops touches every tile of queries, which costs a quarter
     of the speed with packed documents (benchmarks/ring.py).
     """
-    mask = max(layers, key=lambda layer: layer[0].area() * layer[1])[0]  # it has most of the work to balance
+    # It has most of the work to balance.
+    mask = max(layers, key=lambda kind: kind.mask.area() * kind.heads.products * kind.number).mask
     contiguous = Layout.contiguous(mask.queries, ranks, ulysses)
     if ranks == 1:
         return "contiguous", contiguous, "contiguous: one rank holds all tokens"
@@ -104,7 +127,7 @@ def fastest(
         "balanced": Layout.balanced(mask, ranks, ulysses),
         **{f"document_local {longest:g}": Layout.document_local(mask, ranks, ulysses, longest) for longest in LONGEST},
     }
-    seconds = {label: _all_layers(layers, layout, heads, machine) for label, layout in candidates.items()}
+    seconds = {label: _all_layers(layers, layout, machine, ulysses) for label, layout in candidates.items()}
     best = next(label for label, took in seconds.items() if min(seconds.values()) >= took * (1 - WORTH))
     times = ", ".join(f"{label}: {1e3 * took:.4g} ms" for label, took in seconds.items())
     name = best.split()[0]
@@ -112,42 +135,43 @@ def fastest(
     return name, candidates[best], why
 
 
-def _all_layers(layers: Sequence[tuple[IntervalMask, int]], layout: Layout, heads: Heads, machine: Machine) -> float:
-    return sum(count * predict(mask, layout, heads, machine) for mask, count in layers)
+def _all_layers(layers: Sequence[Layers], layout: Layout, machine: Machine, ulysses: int) -> float:
+    return sum(count * predict(mask, layout, heads.share(ulysses), machine) for mask, heads, count in layers)
 
 
 def best_ulysses(
-    length: int, ranks: int, ranks_per_node: int, heads: Heads, in_node: Machine, across: float
+    layers: Sequence[Layers], ranks: int, ranks_per_node: int, in_node: Machine, across: float
 ) -> tuple[int, str]:
     """How many neighbouring ranks should exchange heads, the rest forming the ring, and why, in a sentence.
 
-    length: of a causal sequence; across: bytes per second between nodes. Ulysses stays inside a node and never
-    replicates KV heads; its exchanges hide behind nothing, a ring's hide behind the attention of a hop.
+    layers: a model's, of a causal sequence; across: bytes per second between nodes. Ulysses stays inside a node and
+    never replicates KV heads; its exchanges hide behind nothing, a ring's hide behind the attention of a hop.
     """
+    length = layers[0].mask.queries
+    # q and dq, out and dout, k and v in 2 bytes, dk and dv in 4.
+    of_token = sum(count * (2 * 2 * heads.products + (2 + 4) * heads.key_width) for _, heads, count in layers)
     seconds: dict[int, float] = {}
     for ulysses in range(1, ranks_per_node + 1):
-        if ranks_per_node % ulysses or ranks % ulysses or heads.query % ulysses or heads.key % ulysses:
+        divides = all(heads.query % ulysses == heads.key % ulysses == 0 for _, heads, _ in layers)
+        if ranks_per_node % ulysses or ranks % ulysses or not divides:
             continue
-        ring = ranks // ulysses
         link = in_node.bytes_per_second if ranks <= ranks_per_node else across
-        share = Heads(heads.query // ulysses, heads.key // ulysses, heads.dim)
-        layout = Layout.zigzag(length, ring, ulysses=ulysses)
-        hops = predict(IntervalMask.causal(length), layout, share, Machine(in_node.flops, link))
-        # A rank keeps 1 / ulysses of what it has: q, out, dout, dq and k, v in 2 bytes, dk and dv in 4.
-        moved = (4 * 2 * heads.query + 2 * (2 + 4) * heads.key) * heads.dim * length / ranks * (1 - 1 / ulysses)
+        layout = Layout.zigzag(length, ranks // ulysses, ulysses=ulysses)
+        hops = _all_layers(layers, layout, Machine(in_node.flops, link), ulysses)
+        moved = of_token * length / ranks * (1 - 1 / ulysses)  # a rank keeps 1 / ulysses of what it has
         seconds[ulysses] = hops + moved / in_node.bytes_per_second
     best = min(seconds, key=seconds.__getitem__)
     times = ", ".join(f"{u} x {ranks // u}: {1e3 * t:.4g} ms" for u, t in seconds.items())
-    return best, f"ulysses={best} x ring={ranks // best}, the least predicted time of a layer's attention ({times})"
+    return best, f"ulysses={best} x ring={ranks // best}, the least predicted time of all layers' attention ({times})"
 
 
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
     """Seconds of one layer's attention, forward and backward, without what a kernel launch costs."""
     ways, pairs = routes((mask,), layout), by_hop(layout.pairs(mask)).T.tolist()
     sections = head_sections(ways, layout.shard_length, 2)  # gradients travel in halves, of the heads or of the keys
-    per_pair = FLOPS_PER_PAIR * heads.query * heads.dim / machine.flops / len(sections)
-    of_keys = 2 * 2 * heads.key * heads.dim  # k and v, 2 bytes; dk and dv, 4 bytes
-    of_gradients = 2 * 4 * heads.key * heads.dim / len(sections)
+    per_pair = FLOPS_PER_PAIR * heads.products / machine.flops / len(sections)
+    of_keys = 2 * heads.key_width  # k and v, 2 bytes; dk and dv, 4 bytes
+    of_gradients = 4 * heads.key_width / len(sections)
 
     def rates(share: float) -> Rates:
         return Rates(

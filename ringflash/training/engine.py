@@ -24,8 +24,8 @@ from ringflash.models import (
     checkpoint_layers,
     experts_of,
     fuse_layers,
-    head_dims,
     host_store,
+    kinds_of_layers,
     logit_scale,
     router_loss,
     tile_mlps,
@@ -131,13 +131,14 @@ class TrainedModel(nn.Module):
         store, config = host_store(self.model), self.model.config
         if store is None:
             return
-        heads = config.num_attention_heads
         width = self.model.dtype.itemsize
         of_input = [tokens * config.hidden_size * width]
-        of_result = [tokens * heads * head_dims(config)[1] * width, tokens * heads * 4] * calls_per_layer(config)
         sizes: list[int] = []
-        for keep in map(self.memory.keep.at, range(config.num_hidden_layers)):
-            sizes += of_input * (keep.inputs == "host") + of_result * (keep.attention == "host")
+        for layer, kind in enumerate(kinds_of_layers(config)):
+            keep, heads = self.memory.keep.at(layer), kind.heads
+            of_result = [tokens * heads.query * heads.value_dim * width, tokens * heads.query * 4]
+            sizes += of_input * (keep.inputs == "host")
+            sizes += of_result * calls_per_layer(config) * (keep.attention == "host")
         total, shown = sum(sizes) / 2**30, 0.0
         log(f"host       {total:.1f} GiB of memory to be pinned for what layers keep")
 

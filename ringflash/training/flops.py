@@ -12,13 +12,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ringflash.models import experts_of, heads_of
+from ringflash.models import experts_of
+from ringflash.ring.cost import Heads
 
 
 def matmul_parameters(model: PreTrainedModel) -> int:
-    """Weights that every token is multiplied with: all matrices except an embedding that is only looked up.
+    """Weights that every token is multiplied with: all matrices except embeddings that are only looked up.
 
     Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to.
     """
@@ -26,9 +27,9 @@ def matmul_parameters(model: PreTrainedModel) -> int:
     shapes = [shape_of(p) for p in model.parameters()]
     total = sum(shape.numel() for shape in shapes if len(shape) == 2)
     total += sum(shape.numel() * active // experts for shape in shapes if len(shape) == 3)
-    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
-    tied = cast(nn.Linear, model.get_output_embeddings()).weight is embedding
-    return total if tied else total - shape_of(embedding).numel()
+    head = cast(nn.Linear, model.get_output_embeddings()).weight  # which may be tied to an embedding
+    looked_up = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    return total - sum(shape_of(weight).numel() for weight in looked_up if weight is not head)
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
@@ -36,6 +37,11 @@ def shape_of(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def step_flops(config: PreTrainedConfig, weights: int, tokens: int, pairs: float) -> float:
-    """Operations of a step: `weights` as matmul_parameters counts them; visible pairs, summed over layers."""
-    return 6.0 * weights * tokens + 12.0 * pairs * config.num_attention_heads * heads_of(config).dim
+def attention_flops(pairs: float, heads: Heads) -> float:
+    """Operations of a step's attention on visible pairs, in one layer with these heads."""
+    return 6.0 * pairs * heads.products
+
+
+def step_flops(weights: int, tokens: int, attention: float) -> float:
+    """Operations of a step: `weights` as matmul_parameters counts them; attention's, of all layers."""
+    return 6.0 * weights * tokens + attention

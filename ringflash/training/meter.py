@@ -19,7 +19,7 @@ class Meter:
 
     def __init__(self, model, tokens: int, world: World) -> None:
         """model: the transformers model."""
-        self.model_config, self.weights = model.config, flops.matmul_parameters(model)
+        self.weights = flops.matmul_parameters(model)
         self.tokens, self.world = tokens, world
         self.peak = peak_flops(world.device)
         self._begun = time.perf_counter()
@@ -30,7 +30,7 @@ class Meter:
 
     def record(self, result: StepResult) -> dict[str, float]:
         """The step's figures, by their names in metrics.jsonl. Reading the loss waits until the step is computed."""
-        loss, pairs = result.loss.item(), result.pairs.item()
+        loss, pairs, attention = result.loss.item(), result.pairs.item(), result.attention_flops.item()
         seconds = time.perf_counter() - self._begun
         record = {
             "loss": loss,
@@ -42,7 +42,7 @@ class Meter:
             "memory_gib": memory_gib(self.world.device),
         }
         if self.peak is not None:
-            done = flops.step_flops(self.model_config, self.weights, self.tokens, pairs)
+            done = flops.step_flops(self.weights, self.tokens, attention)
             record["mfu"] = done / seconds / (self.peak * self.world.size)
         record |= {BY_POSITION + name: x for name, x in positions.means(result.by_position).items()}
         return record | _traffic(self.world, result.imbalance)

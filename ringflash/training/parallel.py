@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from ringflash.errors import ConfigError
 from ringflash.layout import FITTED, LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask
-from ringflash.models import heads_of, layer_masks
+from ringflash.models import layer_kinds, layer_masks
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, best_ulysses, fastest
 from ringflash.ring.transport import TRANSPORTS
 from ringflash.ring.ulysses import heads_refusal
@@ -100,14 +100,13 @@ def resolve_parallel(
     """
     if config.ulysses is None:
         ulysses, why = best_ulysses(
-            length, ranks, ranks_per_node, heads_of(model), _machine(config, across=False),
+            layer_masks(model, IntervalMask.causal(length)), ranks, ranks_per_node, _machine(config, across=False),
             config.inter_node_bandwidth_gb * 1e9,
         )  # fmt: skip
         return dataclasses.replace(config, ulysses=ulysses), f"parallel: {why}"
-    heads = heads_of(model)
-    reason = heads_refusal(config.ulysses, heads.query, heads.key)
-    if reason is not None:
-        raise ConfigError(f"parallel.ulysses={config.ulysses}: {reason}")
+    for kind in layer_kinds(model):
+        if (reason := heads_refusal(config.ulysses, kind.heads.query, kind.heads.key)) is not None:
+            raise ConfigError(f"parallel.ulysses={config.ulysses}: {reason}")
     if ranks_per_node % config.ulysses:
         raise ConfigError(
             f"parallel.ulysses={config.ulysses} does not divide the {ranks_per_node} ranks of this machine: heads are "
@@ -132,11 +131,11 @@ def layout_chooser(
     if config.layout in FITTED:
         return lambda mask: FITTED[config.layout](mask, ring, ulysses)
     if config.layout == "auto":
-        heads, machine = heads_of(model, ulysses), _machine(config, across=ranks_per_node % (ring * ulysses) != 0)
+        machine = _machine(config, across=ranks_per_node % (ring * ulysses) != 0)
         known: set[str] = set()
 
         def chosen(mask: IntervalMask) -> Layout:
-            name, layout, why = fastest(layer_masks(model, mask), ring, heads, machine, ulysses)
+            name, layout, why = fastest(layer_masks(model, mask), ring, machine, ulysses)
             if name not in known:
                 known.add(name)
                 log(f"parallel: a step's layout is {why}")

@@ -23,8 +23,9 @@ from ringflash.data.batches import Batch
 from ringflash.data.records import IGNORE
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
-from ringflash.models import ring_inputs, windows_of_layers
+from ringflash.models import layer_kinds, ring_inputs
 from ringflash.ring.plan import AttentionPlan
+from ringflash.training.flops import attention_flops
 from ringflash.training.positions import ByPosition, no_totals
 from ringflash.training.world import World
 
@@ -34,25 +35,31 @@ Layouts = Callable[[IntervalMask], Layout]
 class StepResult(NamedTuple):
     """The results of a step.
 
-    loss, pairs: float64 scalars, the same on all ranks: the mean loss per predicted token, and the (query, key) pairs
-    that attention computed, over all sequences and layers. gradient_norm: of all weights, before clipping; not finite
-    where the update was skipped. learning_rate: of this step. imbalance: pairs of the busiest rank of this ring over
-    the mean of its ranks, minus 1, in the worst micro-batch. by_position: as `ByPosition` has totals, of all ranks.
+    loss, pairs, attention_flops: float64 scalars, the same on all ranks: the mean loss per predicted token, the
+    (query, key) pairs that attention computed, over all sequences and layers, and the operations that these need,
+    backward too. gradient_norm: of all weights, before clipping; not finite where the update was skipped.
+    learning_rate: of this step. imbalance: attention's operations of the busiest rank of this ring over the mean of its
+    ranks, minus 1, in the worst micro-batch. by_position: as `ByPosition` has totals, of all ranks.
     """
 
     loss: Tensor
     gradient_norm: Tensor | float
     learning_rate: float
     pairs: Tensor
+    attention_flops: Tensor
     imbalance: float
     by_position: Tensor
 
 
 class MicroBatch(NamedTuple):
-    """This rank's shard of a micro-batch: the model's inputs, and the (query, key) pairs computed in all layers."""
+    """This rank's shard of a micro-batch: the model's inputs.
+
+    pairs, attention_flops: of (query, key), computed in all layers, and the operations that they need.
+    """
 
     inputs: dict[str, Any]
     pairs: int
+    attention_flops: float
 
 
 def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: Layouts) -> list[MicroBatch]:
@@ -65,7 +72,7 @@ def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layou
         torch.cuda.set_device(world.device)  # in this thread; else memory would be pinned through the first GPU
     micro_batches = batch.split(engine.train_micro_batch_size_per_gpu())
     shards = [shard(rows, world, layout_for) for rows in micro_batches]
-    return [MicroBatch(inputs, _pairs(engine.module.model.config, inputs["plan"])) for inputs in shards]
+    return [MicroBatch(inputs, *_work(engine.module.model.config, inputs["plan"])) for inputs in shards]
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], world: World) -> StepResult:
@@ -73,36 +80,41 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
 
     All ranks skip the update if the gradient norm, or a micro-batch's loss on any rank, is not finite.
     """
-    valid = world.sum(sum((inputs["shift_labels"] != IGNORE).sum() for inputs, _ in micro_batches)).clamp(min=1)
+    valid = world.sum(sum((inputs["shift_labels"] != IGNORE).sum() for inputs, *_ in micro_batches)).clamp(min=1)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     learning_rate = engine.learning_rate(engine.global_steps + 1)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     router_weight = valid / (len(micro_batches) * world.replicas)  # the mean over micro-batches, times `valid`
     by_position = no_totals(world.device)
-    for inputs, _ in micro_batches:
+    for inputs, *_ in micro_batches:
         loss = engine(**inputs, router_weight=router_weight, by_position=ByPosition.of(inputs, by_position))
         # 0 * loss makes all gradients NaN where the loss is not finite, without a host synchronisation.
         engine.backward(loss * (world.size / valid + 0 * loss.detach()), scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
-    mine = torch.tensor([pairs for _, pairs in micro_batches], dtype=torch.float64, device=world.device)
+    pairs, operations = torch.tensor([work for _, *work in micro_batches], dtype=torch.float64, device=world.device).T
     neighbours = 1 if world.ulysses is None else world.ulysses.size  # these compute the same pairs for other heads
-    loss, computed = world.sum(torch.stack([total / valid, mine.sum() / neighbours]))
-    norm, imbalance = engine.get_global_grad_norm(), _imbalance(mine, world)
-    return StepResult(loss, norm, learning_rate, computed, imbalance, world.sum(by_position))
+    sums = world.sum(torch.stack([total / valid, pairs.sum() / neighbours, operations.sum() / neighbours]))
+    norm, imbalance = engine.get_global_grad_norm(), _imbalance(operations, world)
+    loss, computed, needed = sums
+    return StepResult(loss, norm, learning_rate, computed, needed, imbalance, world.sum(by_position))
 
 
-def _pairs(config: PreTrainedConfig, plan: AttentionPlan) -> int:
-    """(query, key) pairs that this rank computes, over batch rows and layers."""
-    windows = windows_of_layers(config)
-    plans = [(plan if window is None else plan.window(window - 1), layers) for window, layers in windows]
-    return sum(layers * hop.pairs for seen, layers in plans for hops in seen.hops for hop in hops)
+def _work(config: PreTrainedConfig, plan: AttentionPlan) -> tuple[int, float]:
+    """(query, key) pairs that this rank computes, over batch rows and layers, and the operations that they need."""
+    pairs, operations = 0, 0.0
+    for kind, layers in layer_kinds(config).items():
+        seen = plan if kind.window is None else plan.window(kind.window - 1)
+        found = layers * sum(hop.pairs for hops in seen.hops for hop in hops)
+        pairs += found
+        operations += attention_flops(found, kind.heads)
+    return pairs, operations
 
 
-def _imbalance(pairs: Tensor, world: World) -> float:
-    """Pairs [micro-batches] of the busiest rank of this ring over the mean, minus 1, in the worst micro-batch."""
-    most, of_all = pairs.clone(), pairs.clone()
+def _imbalance(work: Tensor, world: World) -> float:
+    """Work [micro-batches] of the busiest rank of this ring over the mean, minus 1, in the worst micro-batch."""
+    most, of_all = work.clone(), work.clone()
     dist.all_reduce(most, dist.ReduceOp.MAX, group=world.ring.group)
     dist.all_reduce(of_all, group=world.ring.group)
     return float((most * world.ring.size / of_all.clamp(min=1)).max()) - 1

@@ -38,6 +38,10 @@ SPECIFIC = {
                      "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [64] * 4,
                      "activation_sparsity_pattern": [0.5, 0.0] * 2, "laurel_rank": 4, "vocab_size_per_layer_input": 97,
                      "final_logit_softcapping": 4.0},
+    "gemma4_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                    "num_kv_shared_layers": 2, "global_head_dim": 16, "use_double_wide_mlp": True,
+                    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97,
+                    "final_logit_softcapping": 4.0},
     "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN,
                 "max_position_embeddings": 64},
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
@@ -58,6 +62,14 @@ SPECIFIC = {
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 7},
     "smollm3": {"eos_token_id": 1, "bos_token_id": 2, "no_rope_layer_interval": 2},
     "vaultgemma": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8},
+}  # fmt: skip
+
+
+# Gemma 4's models with experts share no keys, and their full layers have other KV heads, whose keys are values too.
+GEMMA4_EXPERTS = {
+    "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+    "num_global_key_value_heads": 1, "attention_k_eq_v": True, "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2,
 }  # fmt: skip
 
 

@@ -7,14 +7,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ringflash import IntervalMask, Loopback
-from ringflash.models import AttentionConfig, attention, checkpoint_layers, heads_of, layer_masks, ring_inputs
+from ringflash.models import AttentionConfig, attention, checkpoint_layers, layer_masks, ring_inputs
+from ringflash.ring.cost import Heads
 from ringflash.training.engine import MemoryConfig, TrainedModel
-from tests.models.cases import tiny
+from tests.models.cases import GEMMA4_EXPERTS, tiny
 
 PLAIN, PACKED = (45,), (13, 1, 31)  # tokens of documents; one of a single token predicts nothing
 LOSS, GRADIENT = 2e-6, 2e-5  # relative norms that fp32's rounding stays below
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 HARDER = {"qwen3": WINDOWS}  # than what other tests use
+ALSO = {"gemma4_text": [GEMMA4_EXPERTS]}  # further models of a family whose models differ in kind
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Error:
 
 class Prover:
     """A tiny model of a family, with weights at which attention matters, and what its eager attention gives."""
+
+    @classmethod
+    def all_of(cls, model_type):
+        """Of each model that stands for the family."""
+        return [cls(model_type, **fields) for fields in ({}, *ALSO.get(model_type, ()))]
 
     def __init__(self, model_type, **fields):
         self.model = tiny(model_type, **HARDER.get(model_type, {}) | fields).train()
@@ -94,11 +101,11 @@ class Prover:
         return Error(float((loss - expected).abs() / expected), errors[worst], worst)
 
     def attention(self, documents):
-        """(visible pairs, query heads, KV heads, head size) of each call of ring_attention, counted."""
+        """(visible pairs, Heads) of each call of ring_attention, counted."""
         calls, original = [], attention.ring_attention
 
         def spied(q, k, v, plan, **others):
-            calls.append((plan.masks[0].area(), q.shape[2], k.shape[2], (q.shape[3] + v.shape[3]) / 2))
+            calls.append((plan.masks[0].area(), Heads(q.shape[2], k.shape[2], q.shape[3], v.shape[3])))
             return original(q, k, v, plan, **others)
 
         attention.ring_attention = spied
@@ -110,9 +117,9 @@ class Prover:
 
     def attention_of_configuration(self, documents):
         """The same as the configuration says, from which layouts and FLOPs are predicted."""
-        length, heads = sum(documents), heads_of(self.model.config)
+        length = sum(documents)
         mask = IntervalMask.causal(length) & IntervalMask.documents([list(documents)], length)
         counted = Counter()
-        for seen, layers in layer_masks(self.model.config, mask):
-            counted[seen.area(), heads.query, heads.key, heads.dim] += layers
+        for seen, heads, count in layer_masks(self.model.config, mask):
+            counted[seen.area(), heads] += count
         return counted

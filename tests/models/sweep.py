@@ -23,8 +23,9 @@ row: loss and every gradient of a tiny model against its own eager attention, do
 
 - Sequences of one document and of several; 1 to 4 ranks; with and without recomputation of layers.
 - The model's own loss, and the trainer's, which never makes all logits.
-- What the configuration says of heads and windows, from which layouts and FLOPs are predicted, against what attention
-  was called with.
+- What the configuration says of each layer's heads and window, from which layouts and FLOPs are predicted, against
+  what attention was called with.
+- Gemma 4's models differ in kind: its row is of one with keys shared by layers, and of one with experts.
 
 The errors are the largest relative ones: of a loss (PASS: {loss:g} at most), and of a parameter's gradient
 ({gradient:g} at most). transformers {version}.
@@ -77,10 +78,12 @@ WINDOWS = {Windows.NONE: "", Windows.SOME: "some", Windows.ALL: "all"}
 
 def prove(model_type):
     """The errors of all cases of a family. Raises AssertionError where its configuration is misread."""
-    prover = Prover(model_type)
-    assert prover.attention(PACKED) == prover.attention_of_configuration(PACKED)
-    cases = product((PLAIN, PACKED), (1, 2, 3, 4), (False, True), (False, True))
-    return [prover.error(documents, ranks, recompute, trainer) for documents, ranks, recompute, trainer in cases]
+    errors = []
+    for prover in Prover.all_of(model_type):
+        assert prover.attention(PACKED) == prover.attention_of_configuration(PACKED)
+        cases = product((PLAIN, PACKED), (1, 2, 3, 4), (False, True), (False, True))
+        errors += [prover.error(documents, ranks, recompute, trainer) for documents, ranks, recompute, trainer in cases]
+    return errors
 
 
 def row(model_type):

@@ -10,8 +10,8 @@ from ringflash import Loopback, ProcessRing
 from ringflash.models import FusedConfig, RingCache, attention, fuse_layers, prefill, ring_inputs
 from tests.models.cases import tiny
 
-# What a family asks of attention: grouped heads, windows and a softcap, sinks, windows everywhere, MLA, experts.
-FAMILIES = ("llama", "gemma2", "gpt_oss", "mistral", "deepseek_v3", "qwen3_moe")
+# What a family asks: grouped heads, windows and a softcap, sinks, windows everywhere, MLA, experts, KV heads by layer.
+FAMILIES = ("llama", "gemma2", "gpt_oss", "mistral", "deepseek_v3", "qwen3_moe", "mimo_v2_flash")
 TOKENS = torch.randint(3, 97, (2, 41), generator=torch.Generator().manual_seed(1))
 NEW = 9
 
@@ -180,6 +180,9 @@ def test_a_cache_states_its_memory():
     assert held == 2 * cache.nbytes  # batch rows
     assert cache.nbytes == 2 * (6 + 256) * 2 * (8 + 8) * 4
     assert RingCache(tiny("llama"), 1000).nbytes == 2 * 1000 * 2 * (8 + 8) * 4
+    # a layer with a window of 7 and 4 KV heads, and one without and 2, of 8 and 10 dimensions
+    mimo = RingCache(tiny("mimo_v2_flash"), 1000, chunk=100)
+    assert mimo.nbytes == ((6 + 256) * 4 + 1000 * 2) * (8 + 10) * 4
 
 
 # -- what is refused
@@ -215,6 +218,10 @@ def test_what_does_not_fit_a_cache_is_refused_by_name():
     }, original_max_position_embeddings=32)  # fmt: skip
     with pytest.raises(ValueError, match=r"capacity=40: config.rope_parameters.rope_type=longrope turns by a"):
         RingCache(longrope, 40)
+    with pytest.raises(ValueError, match=r"config.num_kv_shared_layers=2 is not supported by a RingCache"):
+        RingCache(tiny("gemma4_text"), 40)
+    with pytest.raises(ValueError, match=r"config.model_type=diffllama is not supported by a RingCache"):
+        RingCache(tiny("diffllama"), 40)
 
 
 def test_calls_that_would_come_out_wrong_are_refused():

@@ -16,7 +16,7 @@ from ringflash.models import (
     read_config,
     ring_inputs,
 )
-from ringflash.ring.cost import Heads, Machine, fastest
+from ringflash.ring.cost import Heads, Layers, Machine, fastest
 from tests.models.cases import TINY, loss_and_gradients, tiny
 
 
@@ -76,8 +76,9 @@ def test_an_auto_layout_is_the_fastest_for_the_models_heads_and_windows():
     inputs = [ring_inputs(tokens, tokens, ring=Loopback(4), layout=name, **options) for name in ("auto", "contiguous")]
     machine = Machine.of(torch.device("cpu"), 300.0)
     mask = IntervalMask.causal(96) & IntervalMask.documents([90, 6])
-    layers = [(mask, 1), (mask & IntervalMask.window(96, left=4), 1)]
-    expected = fastest(layers, 4, Heads(4, 2, 8), machine)[1]
+    heads = Heads(query=4, key=2, dim=8, value_dim=8)
+    layers = [Layers(mask, heads, 1), Layers(mask & IntervalMask.window(96, left=4), heads, 1)]
+    expected = fastest(layers, 4, machine)[1]
     assert torch.equal(inputs[0]["plan"].layout.chunks, expected.chunks)
     losses = [loss_and_gradients(model, x)[0] for x in inputs]
     torch.testing.assert_close(*losses)
@@ -188,8 +189,8 @@ def test_a_model_that_plain_transformers_built_is_refused_where_shards_would_cha
         ({"model_type": "gpt_oss", "head_dim": 0}, r"^model\.architecture\.head_dim=0 must be 1 or more"),
         ({"model_type": "llama", "hidden_size": 60}, r"head_dim=15 \(hidden_size=60 / num_attention_heads=4\) must"),
         ({"model_type": "llama", "attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported"),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
-         "rope_type=proportional is not supported"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+         "rope_type=spiral is not supported"),
         ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 6}, "hidden_size=64 is not a multiple of"),
     ],
 )  # fmt: skip

@@ -13,11 +13,11 @@ from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash import layout as layout_module
 from ringflash.layout import LAYOUTS
 from ringflash.ring import cost
-from ringflash.ring.cost import Heads, Machine, best_ulysses, fastest, predict
+from ringflash.ring.cost import Heads, Layers, Machine, best_ulysses, fastest, predict
 from ringflash.ring.plan import routes
 from tests.strategies import masks
 
-LLAMA_8B = Heads(query=32, key=8, dim=128)
+LLAMA_8B = Heads(query=32, key=8, dim=128, value_dim=128)
 NVLINK = Machine(flops=500e12, bytes_per_second=400e9)
 
 
@@ -128,7 +128,7 @@ def test_a_balanced_layout_is_no_slower_over_nvlink_than_one_that_is_made_withou
 @pytest.mark.parametrize("of", [262, 4096, 20000])
 def test_the_fastest_layout_is_at_most_2_percent_slower_than_any_other(of, speed):
     mask, machine = equal_documents(131072, of), Machine(500e12, speed)
-    seconds = predict(mask, fastest([(mask, 32)], 8, LLAMA_8B, machine)[1], LLAMA_8B, machine)
+    seconds = predict(mask, fastest([Layers(mask, LLAMA_8B, 32)], 8, machine)[1], LLAMA_8B, machine)
     for name in ("contiguous", "zigzag", "balanced", "document_local"):
         assert seconds <= predict(mask, Layout.of(name, mask, 8), LLAMA_8B, machine) / (1 - cost.WORTH)
 
@@ -137,7 +137,7 @@ def test_layers_with_a_window_and_without_are_timed_together():
     """Windows are fastest in contiguous runs and whole sequences in zigzag: most layers decide."""
     causal, window = IntervalMask.causal(65536), IntervalMask.window(65536, left=1023)
     names = [
-        fastest([(causal, whole), (window, 64 - whole)], 8, LLAMA_8B, Machine(500e12, 10e9))[0]
+        fastest([Layers(causal, LLAMA_8B, whole), Layers(window, LLAMA_8B, 64 - whole)], 8, Machine(500e12, 10e9))[0]
         for whole in (0, 1, 63, 64)
     ]
     assert names == ["contiguous", "contiguous", "zigzag", "zigzag"]
@@ -167,7 +167,7 @@ SHORT_AND_LONG = IntervalMask.causal(131072) & IntervalMask.documents([29696, *[
 
 def test_slow_links_favour_layouts_that_send_less():
     speeds = (400e9, 50e9, 1e9)
-    picked = [fastest([(SHORT_AND_LONG, 1)], 8, LLAMA_8B, Machine(500e12, speed))[0] for speed in speeds]
+    picked = [fastest([Layers(SHORT_AND_LONG, LLAMA_8B, 1)], 8, Machine(500e12, speed))[0] for speed in speeds]
     assert picked == ["balanced", "document_local", "contiguous"]
 
 
@@ -206,7 +206,7 @@ def test_documents_kept_together_save_time_between_machines(seed):
     mask = IntervalMask.causal(131072) & IntervalMask.documents(lengths)
     slow = Machine(500e12, 50e9)
     others = [Layout.zigzag(131072, 8), Layout.contiguous(131072, 8), Layout.balanced(mask, 8)]
-    seconds = predict(mask, fastest([(mask, 1)], 8, LLAMA_8B, slow)[1], LLAMA_8B, slow)
+    seconds = predict(mask, fastest([Layers(mask, LLAMA_8B, 1)], 8, slow)[1], LLAMA_8B, slow)
     assert seconds <= min(predict(mask, layout, LLAMA_8B, slow) for layout in others) / (1 - cost.WORTH)
 
 
@@ -215,13 +215,38 @@ def test_a_gain_below_2_percent_is_not_worth_a_finer_layout(monkeypatch, more, p
     mask = IntervalMask.causal(1024)
     contiguous = Layout.contiguous(1024, 4).chunks
     monkeypatch.setattr(cost, "predict", lambda mask, layout, *_: 1 + more * torch.equal(layout.chunks, contiguous))
-    assert fastest([(mask, 1)], 4, LLAMA_8B, NVLINK)[0] == picked
+    assert fastest([Layers(mask, LLAMA_8B, 1)], 4, NVLINK)[0] == picked
 
 
 def test_a_ring_of_one_costs_its_pairs_alone():
     mask = IntervalMask.causal(1000)
     seconds = predict(mask, Layout.contiguous(1000, 1), LLAMA_8B, NVLINK)
     assert seconds == pytest.approx(mask.area() * 14 * 32 * 128 / 500e12)
+
+
+def test_keys_and_values_count_with_their_own_sizes():
+    mask, layout = IntervalMask.causal(1000), Layout.contiguous(1000, 1)
+    seconds = predict(mask, layout, Heads(query=32, key=8, dim=192, value_dim=128), NVLINK)
+    assert seconds == pytest.approx(mask.area() * 7 * 32 * (192 + 128) / 500e12)
+
+
+def test_layers_of_other_heads_count_with_their_own_work():
+    """Of as many layers with a window and without, those with the larger heads decide."""
+    causal, window = IntervalMask.causal(65536), IntervalMask.window(65536, left=1023)
+    small, large = Heads(4, 1, 16, 16), Heads(64, 16, 128, 128)
+    names = [
+        fastest([Layers(causal, whole, 1), Layers(window, windowed, 1)], 8, Machine(500e12, 10e9))[0]
+        for whole, windowed in ((large, small), (small, large))
+    ]
+    assert names == ["zigzag", "contiguous"]
+
+
+def test_ulysses_divides_the_kv_heads_of_every_layer():
+    mask = IntervalMask.causal(4096)
+    layers = [Layers(mask, Heads(64, key, 192, 128), 1) for key in (8, 4)]
+    assert best_ulysses(layers, 8, 8, NVLINK, 50e9)[0] <= 4
+    assert "8 x 1" not in best_ulysses(layers, 8, 8, NVLINK, 50e9)[1]
+    assert "8 x 1" in best_ulysses(layers[:1], 8, 8, NVLINK, 50e9)[1]
 
 
 def test_more_bytes_a_second_never_cost_time():
@@ -231,7 +256,10 @@ def test_more_bytes_a_second_never_cost_time():
 
 
 def test_short_sequences_exchange_heads_and_long_ones_go_round_the_ring():
-    chosen = {length: best_ulysses(length, 8, 8, LLAMA_8B, NVLINK, 50e9)[0] for length in (4096, 1048576)}
+    chosen = {
+        length: best_ulysses([Layers(IntervalMask.causal(length), LLAMA_8B, 1)], 8, 8, NVLINK, 50e9)[0]
+        for length in (4096, 1048576)
+    }
     assert chosen[4096] > 1
     assert chosen[1048576] == 1
 
@@ -244,10 +272,11 @@ def test_what_a_step_sends_is_counted_to_the_byte():
 
 
 def test_exchanges_of_heads_are_counted_to_the_byte_and_kv_heads_are_not_replicated():
-    heads, length = Heads(query=8, key=2, dim=64), 4096
-    best, why = best_ulysses(length, 4, 4, heads, Machine(flops=1e30, bytes_per_second=1e9), 1e9)
+    length, mask = 4096, IntervalMask.causal(4096)
+    layers = [Layers(mask, Heads(query=8, key=2, dim=64, value_dim=64), 1)]
+    best, why = best_ulysses(layers, 4, 4, Machine(flops=1e30, bytes_per_second=1e9), 1e9)
     assert "4 x 1" not in why
-    ring = predict(IntervalMask.causal(length), Layout.zigzag(length, 2), Heads(4, 1, 64), Machine(1e30, 1e9))
+    ring = predict(mask, Layout.zigzag(length, 2), Heads(4, 1, 64, 64), Machine(1e30, 1e9))
     rows = (4 * 8 * 2 + 2 * 2 * 2 + 2 * 2 * 4) * 64  # q, out and their gradients; k and v; theirs in fp32
     milliseconds = 1e3 * (ring + length / 4 * rows / 2 / 1e9)
     assert f"2 x 2: {milliseconds:.4g} ms" in why
@@ -261,6 +290,6 @@ def test_an_assigned_layout_that_balances_worse_than_zigzag_is_not_taken(monkeyp
 
 
 def test_across_nodes_heads_are_exchanged_inside_them():
-    ulysses, why = best_ulysses(65536, 32, 8, LLAMA_8B, NVLINK, 25e9)
+    ulysses, why = best_ulysses([Layers(IntervalMask.causal(65536), LLAMA_8B, 1)], 32, 8, NVLINK, 25e9)
     assert ulysses == 8
     assert "ulysses=8 x ring=4" in why

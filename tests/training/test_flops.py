@@ -1,21 +1,13 @@
-"""Counted FLOPs are those of the formula, with each layer's own window."""
+"""Counted FLOPs are those of the formula, with each layer's own heads."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringflash.models import windows_of_layers
-from ringflash.ring.cost import peak_flops
-from ringflash.training.flops import matmul_parameters, step_flops
+from ringflash.ring.cost import Heads, peak_flops
+from ringflash.training.flops import attention_flops, matmul_parameters, step_flops
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
-
-
-def test_layers_with_a_window_are_counted_apart():
-    sizes = SIZES | {"sliding_window": 10}
-    assert windows_of_layers(AutoConfig.for_model("llama", **SIZES)) == [(None, 4)]
-    assert windows_of_layers(AutoConfig.for_model("mistral", **sizes)) == [(10, 4)]
-    assert windows_of_layers(AutoConfig.for_model("gemma2", **sizes)) == [(None, 2), (10, 2)]
 
 
 def test_weights_that_are_looked_up_only_do_not_count():
@@ -23,6 +15,17 @@ def test_weights_that_are_looked_up_only_do_not_count():
         config = AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=tied)
         layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32
         assert matmul_parameters(AutoModelForCausalLM.from_config(config)) == 4 * layer + 50 * 16
+
+
+def test_a_second_embedding_of_the_tokens_does_not_count():
+    sizes = SIZES | {"hidden_size_per_layer_input": 6, "laurel_rank": 4, "num_hidden_layers": 2,
+                     "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2,
+                     "activation_sparsity_pattern": [0.0] * 2}  # fmt: skip
+    counts = []
+    for rows in (50, 60):
+        config = AutoConfig.for_model("gemma3n_text", **sizes, vocab_size_per_layer_input=rows)
+        counts.append(matmul_parameters(AutoModelForCausalLM.from_config(config)))
+    assert counts[0] == counts[1]
 
 
 def test_of_the_experts_those_that_a_token_meets_count():
@@ -36,9 +39,10 @@ def test_of_the_experts_those_that_a_token_meets_count():
     assert counts[1] - counts[0] == 3 * 16 * 32  # gate, up and down of one expert
 
 
-def test_a_step_is_six_operations_a_weight_and_token_and_twelve_a_pair_head_and_dimension():
-    config = AutoConfig.for_model("llama", **SIZES)
-    assert step_flops(config, weights=1000, tokens=7, pairs=11) == 6 * 1000 * 7 + 12 * 11 * 2 * 8
+def test_a_step_is_six_operations_a_weight_and_token_and_six_a_pair_head_and_dimension_of_keys_and_of_values():
+    attention = attention_flops(11, Heads(query=2, key=1, dim=8, value_dim=6))
+    assert attention == 6 * 11 * 2 * (8 + 6)
+    assert step_flops(weights=1000, tokens=7, attention=attention) == 6 * 1000 * 7 + attention
 
 
 def test_the_cpu_has_no_known_peak():

@@ -289,7 +289,7 @@ def test_a_grid_and_a_layout_that_are_chosen_are_logged_with_their_reasons(ranks
     (error, stdout), _ = ranks.run(fitted, 2, settings(text, "parallel=auto", "optim.steps=2", "name=chosen"))
     assert error is None
     assert "parallel: ulysses=" in stdout
-    assert "the least predicted time of a layer's attention (1 x 2: " in stdout
+    assert "the least predicted time of all layers' attention (1 x 2: " in stdout
     assert "parallel: a step's layout is " in stdout
 
 

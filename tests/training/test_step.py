@@ -91,7 +91,7 @@ def test_loss_and_every_gradient_equal_one_rank(
 
 
 def telemetry_on_ranks(model_type, ring, ulysses, accumulation):
-    """Pairs and imbalance of a step."""
+    """Pairs, their operations and imbalance of a step."""
     world = joined(ring, ulysses)
     micro_batch = SEQUENCES // accumulation // world.replicas
     optim = OptimConfig(batch=SEQUENCES, micro_batch=micro_batch)
@@ -99,7 +99,7 @@ def telemetry_on_ranks(model_type, ring, ulysses, accumulation):
     mine = sequences("full").split(SEQUENCES // world.replicas)[world.replica]
     layout = Layout.contiguous(LENGTH, world.ring.size, ulysses=ulysses)
     result = train_step(engine, prepare(engine, mine, world, lambda mask: layout), world)
-    return result.pairs.item(), result.imbalance
+    return result.pairs.item(), result.attention_flops.item(), result.imbalance
 
 
 @pytest.mark.ranks
@@ -114,9 +114,10 @@ def test_pairs_are_those_of_all_sequences_and_each_layers_window(ranks, model_ty
         places = torch.cat([torch.arange(n) for n in lengths]) + 1
         seen[row] = sum(places.clamp(max=window) if window else places for window in windows)
     results = ranks.run(telemetry_on_ranks, size, model_type, ring, ulysses, accumulation)
-    assert {pairs for pairs, _ in results} == {float(seen.sum())}
+    pairs = float(seen.sum())
+    assert {found[:2] for found in results} == {(pairs, 6 * pairs * 4 * (8 + 8))}
     replicas = size // ring // ulysses
-    for rank, (_, imbalance) in enumerate(results):
+    for rank, (_, _, imbalance) in enumerate(results):
         rows = seen.chunk(replicas)[rank // (ring * ulysses)].chunk(accumulation)
         work = [micro.unflatten(1, (ring, -1)).sum((0, 2)).double() for micro in rows]
         assert imbalance == pytest.approx(max(float(w.max() / w.mean()) for w in work) - 1)

@@ -1,0 +1,71 @@
+"""What attention is given in each layer of a model, read off its configuration: heads, their sizes, windows.
+
+Layers of one model may differ. Gemma 4's full layers have larger and fewer KV heads than those with a window, and
+MiMo-V2-Flash's have half as many KV heads. Layouts, FLOPs, memory and caches are counted kind by kind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from ringflash.mask import IntervalMask
+from ringflash.models.families import Windows, windows_of
+from ringflash.ring.cost import Heads, Layers
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Attention of layers that are alike. window: how many tokens a query sees; None: all of its document's before."""
+
+    window: int | None
+    heads: Heads
+
+    def mask(self, mask: IntervalMask) -> IntervalMask:
+        """What these layers see of a sequence with this mask."""
+        return mask if self.window is None else mask & IntervalMask.window(mask.queries, self.window - 1)
+
+
+def kinds_of_layers(config: PreTrainedConfig) -> list[LayerKind]:
+    """The kind of each layer, in order."""
+    return [_kind(config, layer) for layer in range(config.num_hidden_layers)]
+
+
+def layer_kinds(config: PreTrainedConfig) -> dict[LayerKind, int]:
+    """The kinds of layers, and how often a forward calls attention in each."""
+    counts = Counter(kinds_of_layers(config))
+    return {kind: layers * calls_per_layer(config) for kind, layers in counts.items()}
+
+
+def layer_masks(config: PreTrainedConfig, mask: IntervalMask) -> list[Layers]:
+    """What layers see of a sequence with this mask, their heads, and how many layers there are of each kind."""
+    return [Layers(kind.mask(mask), kind.heads, count) for kind, count in layer_kinds(config).items()]
+
+
+def calls_per_layer(config: PreTrainedConfig) -> int:
+    """How often a layer calls attention, each time with all of its heads."""
+    return 2 if config.model_type == "diffllama" else 1
+
+
+def _kind(config: PreTrainedConfig, layer: int) -> LayerKind:
+    own = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+    kinds = getattr(config, "layer_types", None)
+    which = windows_of(config.model_type, kinds is not None)
+    windowed = which is Windows.ALL or (which is Windows.SOME and kinds and kinds[layer] == "sliding_attention")
+    window = getattr(own, "sliding_window", None) if windowed else None
+    return LayerKind(window or None, _heads(own, bool(windowed)))
+
+
+def _heads(config: PreTrainedConfig, windowed: bool) -> Heads:
+    """The heads of a layer with this configuration; some architectures leave numbers and sizes to be derived."""
+    query = config.num_attention_heads
+    if hasattr(config, "qk_nope_head_dim"):  # MLA
+        return Heads(query, query, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+    kv_heads, dim = (getattr(config, name, None) for name in ("num_key_value_heads", "head_dim"))
+    key = query if kv_heads is None else kv_heads
+    if config.model_type == "mimo_v2_flash" and windowed:
+        key *= 2
+    size = config.hidden_size // query if dim is None else dim
+    return Heads(query, key, size, getattr(config, "v_head_dim", None) or size)
