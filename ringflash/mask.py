@@ -233,7 +233,9 @@ class IntervalMask:
     def intervals(self, device: torch.device | str = "cpu") -> Intervals:
         """The mask and its transpose as a kernel reads them, on `device`, copied there without waiting."""
         back = self.transpose()
-        start, end, query_start, query_end = (_to_device(x, device) for x in (self.lo, self.hi, back.lo, back.hi))
+        start, end, query_start, query_end = (
+            to_device(x.to(torch.int32).contiguous(), device) for x in (self.lo, self.hi, back.lo, back.hi)
+        )
         orders = ({rows: mask._order(rows, device) for rows in ORDERED_TILES} for mask in (self, back))
         return Intervals(start, end, query_start, query_end, *orders)
 
@@ -255,8 +257,8 @@ class IntervalMask:
         for key in (-walked, document, -longest, walked == 0):  # the last decides, then the one before it
             tiles = tiles.gather(1, key.gather(1, tiles).argsort(dim=1, stable=True))
         return Order(
-            _to_device(tiles, device), nonempty=int((walked > 0).sum(1).max()), longest=int(walked.max()),
-            total=float(walked.sum()) / self.batch,
+            to_device(tiles.to(torch.int32), device),
+            nonempty=int((walked > 0).sum(1).max()), longest=int(walked.max()), total=float(walked.sum()) / self.batch,
         )  # fmt: skip
 
     def dense(self) -> Tensor:
@@ -315,8 +317,11 @@ def _document_bounds(lengths: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
-def _to_device(bound: Tensor, device: torch.device | str) -> Tensor:
-    bound = bound.to(torch.int32).contiguous()
-    if torch.device(device).type == "cpu":
-        return bound
-    return bound.pin_memory().to(device, non_blocking=True)
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on a device, copied to a GPU without waiting.
+
+    From pinned memory, which torch does not give to others before the copy is done. Of other memory CUDA does not
+    promise that it has been read when the call returns.
+    """
+    from_host = x.device.type == "cpu" and torch.device(device).type == "cuda"
+    return (x.pin_memory() if from_host else x).to(device, non_blocking=True)

@@ -35,7 +35,7 @@ from ringflash import kernels
 from ringflash.kernels import decode
 from ringflash.kernels.checks import like_out
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask, Intervals, check_tokens
+from ringflash.mask import IntervalMask, Intervals, check_tokens, to_device
 from ringflash.partial import Partial, merge_sink
 from ringflash.ring.transport import Message, Ring, Transfer
 from ringflash.ring.watchdog import Label
@@ -235,7 +235,7 @@ class _Rows:
         start, stop = torch.searchsorted(keys, bounds).unsqueeze(1)
         if len(queries) > FEW:
             return IntervalMask(start, stop, len(keys)).intervals(self.ring.device)
-        start, stop = (x.to(torch.int32).to(self.ring.device, non_blocking=True) for x in (start, stop))
+        start, stop = (to_device(x.to(torch.int32), self.ring.device) for x in (start, stop))
         return Intervals(start, stop, start, stop, {}, {})
 
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask, Intervals, check_tokens
+from ringflash.mask import IntervalMask, Intervals, check_tokens, to_device
 from ringflash.ring.ranges import Range, Ranges
 from ringflash.ring.schedule import Schedule, Shape, compile_passes
 
@@ -221,7 +221,7 @@ class AttentionPlan:
         if x.dim() < 2 or self.batch not in (1, len(x)):
             raise ValueError(f"a plan of {self.batch} batch rows and {self.layout.length} tokens got {[*x.shape]}")
         shards = [self.token_layout.shard(x, rank, padding=padding) for rank in self.local_holders]
-        return torch.cat(shards).to(self.ring.device, non_blocking=True)
+        return to_device(torch.cat(shards), self.ring.device)
 
     def position_ids(self, batch: int | None = None) -> Tensor:
         """Position in its document of each token held here, int64 [local ranks * batch, n], on the ring's device.
@@ -248,7 +248,7 @@ class AttentionPlan:
         in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_holders])
         in_sequence = in_sequence.repeat_interleave(self.batch, dim=0)
         in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_holders])
-        return torch.stack([in_sequence, in_document]).to(self.ring.device, non_blocking=True)
+        return to_device(torch.stack([in_sequence, in_document]), self.ring.device)
 
     def __str__(self) -> str:
         cells = [[self._summary(s, hop) for hop in hops] for s, hops in enumerate(self.hops)]
