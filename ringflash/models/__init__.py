@@ -36,7 +36,7 @@ from ringflash.models.inputs import ring_inputs
 from ringflash.models.layers import LayerKind, calls_per_layer, kinds_of_layers, layer_kinds, layer_masks
 from ringflash.models.mlp import tile_mlps, tiles_of, whole_mlps
 from ringflash.models.ring_mask import RingMask
-from ringflash.models.rope import pin_rope
+from ringflash.models.rope_length import pin_rope, rope_by_document
 from ringflash.models.router_loss import router_loss
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "read_config",
     "ring_attention_forward",
     "ring_inputs",
+    "rope_by_document",
     "router_loss",
     "step_graph",
     "tile_mlps",

@@ -17,7 +17,8 @@ from ringflash.models.cache import RingCache, take_note
 from ringflash.models.checks import check_call
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
 from ringflash.models.ring_mask import RingMask
-from ringflash.models.rope import length_refusal, scales_by_position
+from ringflash.models.rope import scales_by_position
+from ringflash.models.rope_length import length_refusal
 from ringflash.models.router_loss import share_router_loss
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
@@ -71,13 +72,15 @@ def ring_attention_forward(
             f"ringflash.models.ring_inputs returns; to generate, give past_key_values=RingCache(model, capacity=N) and "
             f'no plan; to use it without a ring, call model.set_attn_implementation("sdpa")'
         )
-    if getattr(module, "layer_idx", 0) == 0:
+    recomputed = torch._C._current_graph_task_id() != -1  # in a backward; the layer was checked when it first ran
+    if getattr(module, "layer_idx", 0) == 0 and not recomputed:
         share_router_loss(module)
         mask = attention_mask if isinstance(attention_mask, RingMask) else None
         call = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
         position_ids = unknown.get("position_ids", call.arguments.get("position_ids") if call else None)
         config: Any = getattr(module, "config", None)
-        reason = config and length_refusal(config, plan.layout.length, call.owner if call else None)
+        owner = call.owner if call else None
+        reason = config and length_refusal(config, plan.layout.length, owner, by_document=owner is not None)
         if reason:
             raise ValueError(f"config.{reason}")
         if position_ids is not None:

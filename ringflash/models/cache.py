@@ -35,7 +35,7 @@ from ringflash.mask import check_tokens
 from ringflash.models.configuration import refusal
 from ringflash.models.inputs import agree, checksum
 from ringflash.models.layers import calls_per_layer, layer_kinds
-from ringflash.models.rope import length_refusal
+from ringflash.models.rope_length import length_refusal
 from ringflash.ring.decode import (
     Attention,
     CachePlan,

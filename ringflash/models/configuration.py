@@ -22,7 +22,8 @@ from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.families import family_refusal, vouch_for
 from ringflash.models.layers import layer_kinds
-from ringflash.models.rope import extended, length_refusal, rope_kinds, rope_refusal, supported_positions
+from ringflash.models.rope import extended, rope_kinds, rope_refusal, supported_positions
+from ringflash.models.rope_length import length_refusal
 
 DTYPES = {
     "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
@@ -56,8 +57,8 @@ class ModelConfig:
     extend its context; one dictionary per kind of layer where the model has such. The exported model has them."""
 
     rope_length: int | None = None
-    """Give all documents the rotary frequencies of a document of this many tokens: for longrope and dynamic RoPE, which
-    go by length; null: sequences no longer than the model's original positions."""
+    """Give all documents the rotary frequencies of a document of this many tokens, for RoPE that goes by length. null:
+    longrope goes by each document's own length, and dynamic RoPE takes sequences within the original positions."""
 
     dtype: str = "auto"
     """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
@@ -244,7 +245,7 @@ def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) 
 
     Positions count within each document, but a document may fill its sequence.
     """
-    if config.rope_length is None and (reason := length_refusal(hf_config, length)) is not None:
+    if config.rope_length is None and (reason := length_refusal(hf_config, length, by_document=True)) is not None:
         raise ConfigError(f"data.sequence_length={length}: {reason}")
     known = supported_positions(hf_config)
     if known is None or length <= known or config.extrapolate_positions:

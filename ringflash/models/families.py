@@ -88,7 +88,7 @@ FAMILIES = {
     "olmoe": Family(needs=_EXPERTS),
     "persimmon": Family(),
     "phi": Family(needs="bias of logits"),
-    "phi3": Family(_ALL),
+    "phi3": Family(_ALL, "longrope"),
     "phimoe": Family(_ALL, f"{_EXPERTS}, bias of logits"),
     "qwen2": Family(_SOME),
     "qwen2_moe": Family(_SOME, _EXPERTS),
@@ -119,7 +119,7 @@ REFUSED = {
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mllama"), _IMAGES),
     **dict.fromkeys(("nemotron", "stablelm"), _NO_PLAN),
     **dict.fromkeys(("bloom", "doge", "falcon", "gpt2", "hy_v4", "mpt"), _OWN_MASK),
-    "llama4_text": "its attention is limited to chunks of tokens, which the plans of models do not have",
+    "llama4_text": "its chunks and its queries' scales count from a call's first token instead of by position_ids",
 }  # fmt: skip
 
 _vouched: set[str] = set()

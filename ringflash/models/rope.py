@@ -13,9 +13,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _SHARED = ("rope_type", "rope_theta", "partial_rotary_factor")
 _STRETCHED = ("factor", "original_max_position_embeddings")
@@ -49,57 +47,13 @@ def rope_refusal(config: PreTrainedConfig) -> str | None:
     """None, or which kind of RoPE is not known to be the same on every shard."""
     for rope in rope_parameters(config):
         if (kind := rope.get("rope_type", "default")) not in (known := (*KINDS, *BY_LENGTH)):
-            return f"rope_parameters.rope_type={kind} is not supported; {_listed(known)} are supported"
+            return f"rope_parameters.rope_type={kind} is not supported; {listed(known)} are supported"
     return None
 
 
 def scales_by_position(config: PreTrainedConfig) -> bool:
     """Whether a model scales its queries by their positions, which then must count within each document."""
     return any(rope.get("llama_4_scaling_beta") for rope in rope_parameters(config))
-
-
-def length_refusal(config: PreTrainedConfig, length: int, model: nn.Module | None = None) -> str | None:
-    """None, or which RoPE of sequences of `length` tokens would be another on each shard, unless `model` is pinned."""
-    for rope in rope_parameters(config):
-        kind = rope.get("rope_type", "default")
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        pinned = model is not None and _kinds(model) == {"pinned"}
-        if kind in BY_LENGTH and length > original and not pinned:
-            return (
-                f"rope_parameters.rope_type={kind} turns by a document's length where that is more than {original}, "
-                f"and a sequence has {length} tokens: pin it to the frequencies of documents of N tokens, by "
-                f"model.rope_length=N or ringflash.models.pin_rope(model, N)"
-            )
-    return None
-
-
-def pin_rope(model: nn.Module, tokens: int) -> None:
-    """Give all documents the rotary frequencies that transformers gives a document of `tokens` tokens.
-
-    For longrope and dynamic RoPE, which go by the longest position of a call: on the ring, of a shard. A pinned model
-    equals transformers' own for documents of that length; with longrope for all on the same side of the original
-    length. Its configuration stays as it is. Raises ValueError for a model without such a RoPE.
-    """
-    if not (kinds := _kinds(model)) or not kinds <= {*BY_LENGTH, "pinned"}:
-        raise ValueError(
-            f"the model's RoPE is {_listed(kinds) if kinds else 'none'}: {_listed(BY_LENGTH)} go by length"
-        )
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
-    for module in modules:
-        if module.config.model_type == "phimoe":
-            raise ValueError("phimoe scales its positions by their length too, which cannot be pinned")
-        kind = module.config.rope_parameters["rope_type"]  # also of a module that is pinned again
-        frequencies, module.attention_scaling = ROPE_INIT_FUNCTIONS[kind](
-            module.config, module.inv_freq.device, seq_len=tokens
-        )
-        module.register_buffer("inv_freq", frequencies, persistent=False)
-        module.rope_type = "pinned"
-
-
-def _kinds(model: nn.Module) -> set[str]:
-    """The kinds of a model's rotary modules; "by layer" for one that has several."""
-    found = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
-    return {kind if isinstance(kind, str) else "by layer" for kind in found}
 
 
 def supported_positions(config: PreTrainedConfig) -> int | None:
@@ -130,7 +84,7 @@ def extended(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrained
         for name, value in changes.items():
             if name not in layers or not isinstance(value, Mapping):
                 raise ValueError(
-                    f".{name}={value}: this model has rotary positions for {_listed(layers)}, so give a dictionary for "
+                    f".{name}={value}: this model has rotary positions for {listed(layers)}, so give a dictionary for "
                     f"one or both: model.rope_parameters={{{next(iter(layers))}: {{rope_type: yarn, factor: 4.0}}}}"
                 )
         merged: dict[str, Any] = {
@@ -151,18 +105,18 @@ def extended(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrained
 def _merged(own: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = changes.get("rope_type", own.get("rope_type", "default"))
     if kind not in KINDS:
-        raise ValueError(f"{where}.rope_type={kind} is not one of {_listed(KINDS)}")
+        raise ValueError(f"{where}.rope_type={kind} is not one of {listed(KINDS)}")
     for name in changes:
         if name not in (keys := (*_SHARED, *KINDS[kind])):
             close = difflib.get_close_matches(name, keys, n=1)
             raise ValueError(
                 f"{where}.{name} is not a value of rope_type={kind}"
-                + (f"; did you mean {close[0]}?" if close else f": these are {_listed(keys)}")
+                + (f"; did you mean {close[0]}?" if close else f": these are {listed(keys)}")
             )
     kept = own if kind == own.get("rope_type", "default") else {k: v for k, v in own.items() if k in _SHARED}
     return {"rope_type": kind, **kept, **changes}
 
 
-def _listed(names: Any) -> str:
+def listed(names: Any) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last

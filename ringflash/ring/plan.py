@@ -243,12 +243,28 @@ class AttentionPlan:
         A document begins where no pair of the masks lies across. int64 [2, local ranks * batch, n], on the ring's
         device.
         """
-        divides = functools.reduce(torch.logical_and, (mask.divides().expand(self.batch, -1) for mask in self.masks))
-        begins = torch.where(divides, torch.arange(self.layout.length), 0).cummax(1).values
+        begins = torch.where(self._divides(), torch.arange(self.layout.length), 0).cummax(1).values
         in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_holders])
         in_sequence = in_sequence.repeat_interleave(self.batch, dim=0)
         in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_holders])
         return to_device(torch.stack([in_sequence, in_document]), self.ring.device)
+
+    def document_lengths(self, batch: int) -> Tensor:
+        """Tokens of the document of each token held, int64 [local ranks * batch, n], as `position_ids`."""
+        return self._document_lengths.repeat_interleave(batch // self.batch, dim=0)
+
+    @functools.cached_property
+    def _document_lengths(self) -> Tensor:
+        with torch.device("cpu"):  # as in window
+            document = self._divides().cumsum(1)
+            counts = torch.zeros(self.batch, self.layout.length + 1, dtype=torch.int64)
+            lengths = counts.scatter_add_(1, document, torch.ones_like(document)).gather(1, document)
+            held = torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_holders])
+        return held.to(self.ring.device, non_blocking=True)
+
+    def _divides(self) -> Tensor:
+        """Where documents begin, bool [batch, length]."""
+        return functools.reduce(torch.logical_and, (mask.divides().expand(self.batch, -1) for mask in self.masks))
 
     def __str__(self) -> str:
         cells = [[self._summary(s, hop) for hop in hops] for s, hops in enumerate(self.hops)]

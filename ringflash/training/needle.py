@@ -17,7 +17,7 @@ from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
 from ringflash.evaluation.haystack import Found, HaystackConfig, Row, read_text, rows_of, search
 from ringflash.models import ModelConfig, RingCache
-from ringflash.models.rope import length_refusal
+from ringflash.models.rope_length import length_refusal
 from ringflash.reading import check_positions, check_room
 from ringflash.ring.transport import ProcessRing
 from ringflash.training.world import World, replica_ring

@@ -65,6 +65,10 @@ SPECIFIC = {
 }  # fmt: skip
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 20,
+}  # fmt: skip
 # Gemma 4's models with experts share no keys, and their full layers have other KV heads, whose keys are values too.
 GEMMA4_EXPERTS = {
     "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,

@@ -10,13 +10,14 @@ from ringflash import IntervalMask, Loopback
 from ringflash.models import AttentionConfig, attention, checkpoint_layers, layer_masks, ring_inputs
 from ringflash.ring.cost import Heads
 from ringflash.training.engine import MemoryConfig, TrainedModel
-from tests.models.cases import GEMMA4_EXPERTS, tiny
+from tests.models.cases import GEMMA4_EXPERTS, LONGROPE, tiny
 
 PLAIN, PACKED = (45,), (13, 1, 31)  # tokens of documents; one of a single token predicts nothing
 LOSS, GRADIENT = 2e-6, 2e-5  # relative norms that fp32's rounding stays below
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 HARDER = {"qwen3": WINDOWS}  # than what other tests use
-ALSO = {"gemma4_text": [GEMMA4_EXPERTS]}  # further models of a family whose models differ in kind
+PHI4 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20, "sliding_window": None}
+ALSO = {"gemma4_text": [GEMMA4_EXPERTS], "phi3": [PHI4]}  # further models of a family whose models differ in kind
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 
 from ringflash import Loopback
 from ringflash.errors import ConfigError
-from ringflash.models import ModelConfig, build_model, check_length, pin_rope, read_config, ring_inputs
+from ringflash.models import ModelConfig, build_model, check_length, read_config, ring_inputs
 from ringflash.training.config import compose
-from tests.models.cases import architecture, loss_and_gradients, tiny
+from tests.models.cases import tiny
 
 TOKENS = torch.randint(1, 97, (1, 48), generator=torch.Generator().manual_seed(0))
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -110,61 +110,6 @@ def test_the_command_line_takes_it_whole_or_value_by_value(overrides):
     config, text = compose(["model=pretrained", "model.path=somewhere", *overrides])
     assert config.model.rope_parameters == YARN
     assert "rope_type: yarn" in text
-
-
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 20}  # fmt: skip
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-BY_LENGTH = {
-    "longrope": ({"rope_parameters": LONG, "max_position_embeddings": 80}, [48], 21),
-    "longrope, documents of the long side": ({"rope_parameters": LONG, "max_position_embeddings": 80}, [25, 23], 48),
-    "longrope, of the short side": ({"rope_parameters": LONG, "max_position_embeddings": 80}, [20, 18, 10], 20),
-    "dynamic": ({"rope_parameters": DYNAMIC, "max_position_embeddings": 20}, [48], 48),
-    "dynamic, documents of one length": ({"rope_parameters": DYNAMIC, "max_position_embeddings": 20}, [24, 24], 24),
-}
-
-
-@pytest.mark.parametrize(("fields", "documents", "tokens"), BY_LENGTH.values(), ids=BY_LENGTH)
-def test_a_pinned_rope_is_the_one_that_transformers_gives_each_document(fields, documents, tokens):
-    plain = tiny("llama", **fields)
-    plain.set_attn_implementation("eager")
-    plain.zero_grad()
-    pieces = TOKENS.split(documents, dim=1)
-    expected = sum(plain(input_ids=x, labels=x, use_cache=False).loss * (x.shape[1] - 1) for x in pieces)
-    expected = expected / (48 - len(documents))
-    expected.backward()
-    model = tiny("llama", **fields)
-    inputs = ring_inputs(TOKENS, TOKENS, ring=Loopback(3), documents=documents)
-    with pytest.raises(ValueError, match=r"turns by a document's length where that is more than 20, .* pin it"):
-        model(**inputs)
-    pin_rope(model, tokens)
-    loss, gradients = loss_and_gradients(model, inputs)
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
-    for name, p in plain.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=2e-6, msg=name)
-
-
-@pytest.mark.parametrize("rope", [LONG, DYNAMIC], ids=["longrope", "dynamic"])
-def test_sequences_within_the_original_positions_need_no_pin(rope):
-    model, tokens = tiny("llama", rope_parameters=rope, max_position_embeddings=20), TOKENS[:, :20]
-    loss = model(**ring_inputs(tokens, tokens, ring=Loopback(3))).loss
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(loss, model(input_ids=tokens, labels=tokens).loss, rtol=1e-5, atol=1e-6)
-
-
-def test_the_trainer_pins_by_a_setting_and_names_it_where_it_is_missing():
-    settings = architecture("llama", rope_parameters=LONG, max_position_embeddings=80)
-    unset, pinned = ModelConfig(architecture=settings), ModelConfig(architecture=settings, rope_length=48, dtype="fp32")
-    check_length(unset, read_config(unset), 20)
-    with pytest.raises(ConfigError, match=r"^data\.sequence_length=48: .*rope_type=longrope .* model\.rope_length=N"):
-        check_length(unset, read_config(unset), 48)
-    check_length(pinned, read_config(pinned), 48)
-    loss = build_model(pinned)(**ring_inputs(TOKENS, ring=Loopback(2))).logits
-    assert loss.isfinite().all()
-    with pytest.raises(ConfigError, match=r"^model\.rope_length=48: the model's RoPE is llama3: dynamic and"):
-        build_model(ModelConfig(architecture=architecture("llama"), rope_length=48))
-    with pytest.raises(ConfigError, match=r"^model\.rope_length=0 must be 1 or more, or null"):
-        ModelConfig(architecture=settings, rope_length=0)
 
 
 def test_a_model_that_scales_queries_by_position_takes_those_within_documents_alone():

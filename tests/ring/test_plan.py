@@ -204,6 +204,14 @@ def test_position_ids_count_from_the_beginning_of_each_document():
     assert one.position_ids(batch=2).tolist() == [[0, 1, 3, 4]] * 2 + [[2, 0, 1, 2]] * 2
 
 
+def test_each_token_knows_the_length_of_its_document():
+    mask = IntervalMask.causal(8) & IntervalMask.documents([[3, 5], [8]])
+    plan = AttentionPlan(mask, Layout.zigzag(8, 2), Loopback(2))
+    assert plan.document_lengths(2).tolist() == [[3, 3, 5, 5], [8] * 4, [3, 5, 5, 5], [8] * 4]
+    one = AttentionPlan(IntervalMask.causal(8) & IntervalMask.documents([3, 5]), Layout.zigzag(8, 2), Loopback(2))
+    assert one.document_lengths(batch=2).tolist() == [[3, 3, 5, 5]] * 2 + [[3, 5, 5, 5]] * 2
+
+
 def test_a_window_in_the_mask_does_not_shorten_positions():
     mask = IntervalMask.causal(8) & IntervalMask.documents([3, 5]) & IntervalMask.window(8, left=1)
     plan = AttentionPlan(mask, Layout.contiguous(8, 1), Loopback(1))
