@@ -1,5 +1,6 @@
 """Fixtures and settings that all tests share."""
 
+import gc
 import os
 
 import hypothesis
@@ -44,6 +45,11 @@ def pytest_collection_modifyitems(items):
     """Modules with slow tests come first: one that began last would leave the other workers nothing to do."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What was imported stays: collections of garbage look at what comes later."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,8 @@ def checked(p: Problem, *tiles: Any) -> list[str]:
 
 
 def violations_of_mask(name: str, dtype: torch.dtype, tma: bool) -> list[str]:
-    return checked(problem(MASKS[name](TOKENS), head_dim=32, dtype=dtype), tma)
+    mask = MASKS[name](50)
+    return checked(problem(mask, batch=len(mask.lo), head_dim=32, dtype=dtype), tma)
 
 
 def violations_of_shape(heads: tuple[int, int], head_dim: int, softcap: float | None, dtype: torch.dtype) -> list[str]:
@@ -75,8 +76,8 @@ def violations_of_values(heads: tuple[int, int], head_dim: int, value_dim: int, 
 
 
 def violations_in_passes(name: str, dims: tuple[int, int], columns: int, dtype: torch.dtype, tma: bool) -> list[str]:
-    p = problem(MASKS[name](50), heads=(2, 1), head_dim=dims[0], value_dim=dims[1], dtype=dtype, softcap=20.0)
-    return checked(p, tma, columns, True)
+    sizes = {"batch": 1, "heads": (2, 1), "head_dim": dims[0], "value_dim": dims[1]}
+    return checked(problem(MASKS[name](50), **sizes, dtype=dtype, softcap=20.0), tma, columns, True)
 
 
 def chain_with_values_of_their_own(columns: int) -> float:
@@ -132,7 +133,7 @@ def rows_touched_by_a_hop_that_few_rows_see() -> list[int]:
 def strided_against_contiguous() -> dict[str, float]:
     """Inputs as transformers and head-parallel callers hold them, gradients into slices; 0 where equal bit for bit."""
     forward, backward = kernels()
-    p = problem(MASKS["window"](TOKENS), heads=(4, 2), head_dim=32)
+    p = problem(MASKS["window"](40), heads=(4, 2), head_dim=32)
     intervals = p.mask.intervals()
     results = []
     for view in (torch.clone, strided):
@@ -148,7 +149,7 @@ def strided_against_contiguous() -> dict[str, float]:
 
 
 def what_differs_between_two_runs() -> list[str]:
-    p = problem(MASKS["causal"](TOKENS), heads=(4, 2), head_dim=32, dtype=torch.float16)
+    p = problem(MASKS["causal"](40), heads=(4, 2), head_dim=32, dtype=torch.float16)
     runs = []
     for _ in range(2):
         torch.manual_seed(1)  # the noise that by_kernel adds gradients to
@@ -252,8 +253,8 @@ def test_values_may_have_a_head_size_of_their_own(interpreter, heads, head_dim, 
 @pytest.mark.parametrize(
     ("name", "dims", "columns", "dtype", "tma"),
     [
-        ("packed", (512, 512), 256, torch.float32, True),
-        ("packed", (512, 512), 256, torch.float16, False),
+        ("packed, window", (512, 512), 256, torch.float32, True),
+        ("packed, window", (512, 512), 256, torch.float16, False),
         ("window", (80, 40), 32, torch.float32, False),
         ("rows that see nothing among others", (96, 96), 32, torch.float16, True),
         ("full", (32, 128), 32, torch.float16, True),
@@ -414,8 +415,8 @@ def test_keys_are_centered_as_far_as_tiles_reach_beyond_those_that_are_seen(inte
 def violations_of_centered_keys(tma: bool) -> list[str]:
     from ringflash.kernels import portable_compensation
 
-    mask = IntervalMask.causal(2 * TOKENS).restrict(torch.arange(TOKENS, 2 * TOKENS), torch.arange(2 * TOKENS))
-    p = problem(mask, heads=(4, 2), dtype=torch.float16, means=(2.0, 0.5))
+    mask = IntervalMask.causal(100).restrict(torch.arange(50, 100), torch.arange(100))
+    p = problem(mask, batch=1, heads=(4, 2), dtype=torch.float16, means=(2.0, 0.5))
     forward, backward = kernels(tma)
 
     def centered(dout, q, k, v, lse, delta, intervals, **options) -> None:

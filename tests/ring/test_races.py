@@ -7,6 +7,7 @@ predecessor on another stream is not ordered before it, however the GPU may time
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -26,6 +27,12 @@ from ringflash.ring.watchdog import Label
 STREAM_0, STREAM_1, COMMUNICATOR, OTHERS = range(4)
 VIEWS = ("alias", "as_strided", "chunk", "detach", "empty", "expand", "permute", "reshape", "select", "slice", "split",
          "transpose", "unbind", "unsqueeze", "view")  # fmt: skip
+
+
+@functools.cache
+def places(count: int, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> np.ndarray:
+    """Which of a storage's elements a view holds."""
+    return torch.arange(count).as_strided(shape, stride, offset).flatten().numpy()
 
 
 class Clocks:
@@ -54,7 +61,7 @@ class Clocks:
             self.touched[storage._cdata] = (storage, np.zeros((4, count), int), np.zeros((4, count), int))
             self.made[storage._cdata] = stream
         _, reads, written = self.touched[storage._cdata]
-        at = torch.arange(count).as_strided(x.shape, x.stride(), x.storage_offset()).flatten().numpy()
+        at = places(count, tuple(x.shape), x.stride(), x.storage_offset())
         before = np.maximum(reads[:, at], written[:, at]) if writes else written[:, at]
         if (before > self.known[stream][:, None]).any():
             self.races.append(f"{what} {'writes' if writes else 'reads'} on stream {stream} too early")
