@@ -272,12 +272,13 @@ def test_labels_are_shifted_before_sharding():
 def test_positions_that_are_left_out_are_refused():
     """Without position_ids transformers counts a shard's tokens from 0, so RoPE is wrong on all ranks but the first."""
     for model_type in ARCHITECTURES:
+        model = tiny(model_type)
         for batch in (1, 3):
             inputs = ring_inputs(torch.randint(1, 97, (batch, 16)), ring=Loopback(2))
-            tiny(model_type)(**inputs)
+            model(**inputs)
             del inputs["position_ids"]
             with pytest.raises(ValueError, match="position_ids"):
-                tiny(model_type)(**inputs)
+                model(**inputs)
     for documents in ([4, 12], [4, 4, 8], [8, 8]):
         inputs = ring_inputs(torch.randint(1, 97, (1, 16)), ring=Loopback(2), documents=documents)
         del inputs["position_ids"]

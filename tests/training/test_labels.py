@@ -51,20 +51,20 @@ def loss_packed(model, sequences):
 
 
 def write_tokens(folder):
-    """Forty documents of token ids, of which a third to all is predicted. Returns the settings, tokens and labels."""
+    """Sixteen documents of token ids, of which a third to all is predicted. Returns the settings, tokens and labels."""
     generator, documents = np.random.default_rng(0), []
-    for i in range(40):
+    for i in range(16):
         ids = generator.integers(3, 259, generator.integers(2, LENGTH))
-        documents.append((ids.tolist(), np.where(generator.random(len(ids)) < 0.3 + 0.02 * i, ids, -100).tolist()))
+        documents.append((ids.tolist(), np.where(generator.random(len(ids)) < 0.3 + 0.05 * i, ids, -100).tolist()))
     lines = [json.dumps({"input_ids": ids, "labels": labels}) for ids, labels in documents]
     (folder / "a.jsonl").write_text("\n".join(lines))
     return ["data=jsonl", "data.field=input_ids"], documents
 
 
 def write_chats(folder):
-    """Forty conversations. Returns the settings, and tokens and labels by transformers' own template and mask."""
+    """Sixteen conversations. Returns the settings, and tokens and labels by transformers' own template and mask."""
     generator = np.random.default_rng(0)
-    words = [["he" * generator.integers(1, 8) for _ in range(2 * generator.integers(1, 3))] for _ in range(40)]
+    words = [["he" * generator.integers(1, 8) for _ in range(2 * generator.integers(1, 3))] for _ in range(16)]
     chats = [chat(*(f"{i} {word}" for word in contents)) for i, contents in enumerate(words)]
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in chats))
     tokenizer = chat_tokenizer(MARKED)

@@ -10,7 +10,7 @@ from ringflash.training.metrics import read
 from tests.test_generate import ALONE
 from tests.training.runs import fitted, settings
 
-SEARCHES = ["evaluation.needle.every=2", "evaluation.needle.lengths=[120,300]", "evaluation.needle.depths=[100,30]"]
+SEARCHES = ["evaluation.needle.every=2", "evaluation.needle.lengths=[120,180]", "evaluation.needle.depths=[100,30]"]
 TIMED = ("seconds", "tokens_per_second", "memory_gib", "ring_wait_seconds", "ulysses_wait_seconds")
 GRIDS = {
     "one rank": (1, []),
@@ -49,7 +49,7 @@ def test_searches_change_no_bit_of_a_run_and_find_what_its_model_finds(ranks, te
     asked = [
         f"model={runs[1] / 'model'}",
         "tokenizer=bytes",
-        "lengths=[120,300]",
+        "lengths=[120,180]",
         "depths=[100,30]",
         f"out={text.parent}",
     ]

@@ -163,7 +163,7 @@ CASES = [
     # ranks, ring, zero, micro_batch
     *((1, 1, zero, 4 >> zero // 2) for zero in (0, 3)),
     *((2, 1, zero, 1 + zero % 2) for zero in (0, 1, 2, 3)),
-    *((4, 2, zero, 1) for zero in (0, 1, 2, 3)),
+    *((4, 2, zero, 1) for zero in (1, 3)),
     (4, 4, 0, 2),
     (4, 1, 3, 1),
 ]
