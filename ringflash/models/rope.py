@@ -118,5 +118,6 @@ def _merged(own: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> d
 
 
 def listed(names: Any) -> str:
+    """One name or more: a, b and c."""
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
