@@ -1,14 +1,14 @@
-"""Attention backward for Hopper at head_dim 256, in Gluon: the mathematics of `hopper_backward`, divided another way.
+"""Warps of `hopper_backward` at head_dim 256, in Gluon: the two consumers divide the gradients.
 
 A program holds 64 keys of one KV head. Their dk and dv, [64, 256] in fp32, take 128 registers per thread of a warpgroup
-each. So the two consumers divide the products by gradient instead of by keys:
+each. So the two consumers divide the products by gradient, not by keys as in `hopper_backward_128`:
 
     consumer 0    s = k q^T        p = 2^(c s)           dv += p^T dout    columns   0..127 of dq
     consumer 1    dp = v dout^T    ds = p (dp - delta)   dk += ds^T q      columns 128..255 of dq
 
-p goes from consumer 0 to consumer 1 through shared memory, in 16 bits; ds goes to both. dq = ds k is one step late, as
-in `hopper_backward`. A consumer computes it 64 columns at a time (dqa, dqb): with both in registers, ptxas serialises
-every product.
+p goes from consumer 0 to consumer 1 through shared memory, in 16 bits; ds goes to both. dq = ds k is one step late
+as well. A consumer computes it 64 columns at a time (dqa, dqb): with both in registers, ptxas serialises every
+product.
 
 What waits for what, in step 2; ds1 is of the step before:
 
@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
-from ringflash.kernels.hopper_backward_parts import Call, stage_dq
+from ringflash.kernels.hopper_backward_parts import add_tile, make_full, make_rows, stage_dq, weights
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
     NEG_INF,
@@ -38,16 +38,18 @@ from ringflash.kernels.hopper_parts import (
     Pipe,
     arrive,
     make_pipe,
-    mask_scores,
-    softcap,
+    make_tiles,
+    product_layout,
     sync,
 )
 
-WEIGHTS = gl.constexpr(FIRST_BARRIER)  # p is in shared memory
-PUBLISHED = gl.constexpr(FIRST_BARRIER + 1)  # ds is
+# Named apart from the barriers of `hopper_backward_128`: Triton's cache key lists globals by name and, of one name, by
+# address, which differs from process to process.
+P_FULL = gl.constexpr(FIRST_BARRIER)  # p is in shared memory
+DS_FULL = gl.constexpr(FIRST_BARRIER + 1)
 Q_EMPTY = gl.constexpr(FIRST_BARRIER + 2)  # 2, one per stage
 DOUT_EMPTY = gl.constexpr(FIRST_BARRIER + 4)
-DONE = gl.constexpr(FIRST_BARRIER + 5)
+INPUTS_READ = gl.constexpr(FIRST_BARRIER + 5)  # k, v and q, by both consumers
 PIECE = gl.constexpr(64)  # columns of dq that leave at a time
 
 
@@ -65,7 +67,7 @@ class Shared:
     delta: gl.shared_memory_descriptor  # -delta
     q_full: gl.shared_memory_descriptor
     dout_full: gl.shared_memory_descriptor
-    p: gl.shared_memory_descriptor  # [keys, queries], times the softcap's slope
+    p: gl.shared_memory_descriptor  # one tile, [keys, queries], times the softcap's slope
     ds: gl.shared_memory_descriptor  # of even steps and of odd ones, [keys, queries]
     dq: gl.shared_memory_descriptor  # a piece per consumer
     DEPTH: gl.constexpr
@@ -79,6 +81,26 @@ class Shared:
     def wait_dout(self, number, pred=True):
         """Wait for a tile of dout and its delta."""
         mbarrier.wait(self.dout_full.index(0), number & 1, pred=pred)
+
+
+@gluon.jit
+def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory of a program, its barriers initialised."""
+    q_full = make_full(STAGES)
+    dout_full = make_full(1)
+    return Shared(
+        make_pipe(dtype, 2, ROWS, D),
+        make_tiles(dtype, STAGES, BLOCK_Q, D),
+        make_tiles(dtype, 1, BLOCK_Q, D),
+        make_rows(STAGES, BLOCK_Q),
+        make_rows(1, BLOCK_Q),
+        q_full,
+        dout_full,
+        make_tiles(dtype, 1, ROWS, BLOCK_Q),
+        make_tiles(dtype, 2, ROWS, BLOCK_Q),
+        make_tiles(gl.float32, 2, BLOCK_Q, PIECE),
+        STAGES,
+    )
 
 
 # -- the producer: one warp
@@ -129,7 +151,7 @@ def produce(call, shared, descriptors):
 @gluon.jit
 def begin_dq(shared, number, call, column):
     """64 columns of dq of the step before, ds of slot `number`: a product in flight."""
-    Q: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 16])
+    Q: gl.constexpr = product_layout(PIECE)
     zeros = gl.zeros([call.BLOCK_Q, PIECE], gl.float32, Q)
     k_piece = shared.kv.tile(0).slice(column, PIECE, 1)
     ds = shared.ds.index(number % 2).permute((1, 0))
@@ -146,21 +168,6 @@ def add_dq(piece, shared, dq, batch, head, row, column, call, WHO: gl.constexpr)
 
 
 @gluon.jit
-def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
-    """p of a tile of scores, and p times the softcap's slope."""
-    slope = 1.0
-    if call.CAPPED:
-        s = softcap(s, call.cap_scale)
-        slope = 1.0 - s * s
-        p = gl.exp2(s * call.c + lse)
-    else:
-        p = gl.exp2(s * call.c)
-    if EDGE:
-        p = mask_scores(p, key_start, key_end, row, "0f00000000")
-    return p, p * slope
-
-
-@gluon.jit
 def step(
     acc, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
@@ -169,9 +176,7 @@ def step(
 
     more: whether another tile follows.
     """
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
-    )
+    S: gl.constexpr = product_layout(call.BLOCK_Q)
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     COLUMN: gl.constexpr = WHO * (call.D // 2)
     slot = number % shared.DEPTH
@@ -182,14 +187,15 @@ def step(
         lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
         begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
         scores = warpgroup_mma(shared.kv.tile(0), q_tile.permute((1, 0)), begin, is_async=True)
-        sync(PUBLISHED, 256, 4)  # ds of the step before
+        sync(DS_FULL, 256, 4)  # ds of the step before
         dq_piece = begin_dq(shared, number, call, COLUMN)
         s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
         arrive(Q_EMPTY + slot, 288)
-        p, weighted = weights(s, lse, call, row, key_start, key_end, EDGE)
+        p, slope = weights(s, lse, call, row, key_start, key_end, EDGE)
+        weighted = p * slope
         left = gl.convert_layout(p.to(q_tile.dtype), LEFT)
-        shared.p.store(weighted.to(q_tile.dtype))
-        arrive(WEIGHTS, 256)
+        shared.p.index(0).store(weighted.to(q_tile.dtype))
+        arrive(P_FULL, 256)
         dq_piece = warpgroup_mma_wait(0, deps=(dq_piece,))
         shared.wait_dout(number)  # the copy engine and the producer
         right = dout_tile
@@ -200,11 +206,11 @@ def step(
         dp = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
         dp = dp + delta
         arrive(DOUT_EMPTY, 288)
-        sync(WEIGHTS, 256, 4)  # the other consumer
-        ds = (shared.p.load(S).to(gl.float32) * dp).to(q_tile.dtype)
+        sync(P_FULL, 256, 4)  # the other consumer
+        ds = (shared.p.index(0).load(S).to(gl.float32) * dp).to(q_tile.dtype)
         shared.ds.index((number + 1) % 2).store(ds)
         fence_async_shared()  # what threads wrote, made visible to the tensor cores
-        arrive(PUBLISHED, 256)
+        arrive(DS_FULL, 256)
         left = gl.convert_layout(ds, LEFT)
         dq_piece = warpgroup_mma_wait(0, deps=(dq_piece,))
         shared.wait_q(number)
@@ -230,18 +236,12 @@ def step(
 def consume(call, shared, descriptors, WHO: gl.constexpr):
     """dv (WHO 0) or dk of this program's keys, and half of dq's columns."""
     dq, dk, dv = descriptors[4], descriptors[5], descriptors[6]
-    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D, 16])
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_Q, 16]
-    )
+    A: gl.constexpr = product_layout(call.D)
+    S: gl.constexpr = product_layout(call.BLOCK_Q)
     COLUMN: gl.constexpr = WHO * (call.D // 2)
     job = call.job()
     if job.tiles > 0:
-        start = call.start + job.batch.to(gl.int64) * call.interval_stride_b
-        end = call.end + job.batch.to(gl.int64) * call.interval_stride_b
-        keys = job.first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-        key_start = gl.load(start + keys, keys < call.keys, 0)
-        key_end = gl.load(end + keys, keys < call.keys, 0)
+        key_start, key_end = call.seen_by(job, job.first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S)))
         acc = gl.zeros([ROWS, call.D], gl.float32, A)
         full = job.tiles - job.edges
         last = job.tiles * call.heads() - 1
@@ -250,7 +250,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
             # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
             shared.ds.index(0).store(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S))
             fence_async_shared()
-            arrive(PUBLISHED, 256)
+            arrive(DS_FULL, 256)
         dq_head = job.head
         dq_row = call.queries
         shared.kv.wait_full(0)  # the copy engine; dq takes k
@@ -279,89 +279,18 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
 
         # 3. dq of the last query tile.
         if WHO == 0:
-            sync(PUBLISHED, 256, 4)
+            sync(DS_FULL, 256, 4)
         for piece in gl.static_range(2):
             dq_piece = warpgroup_mma_wait(0, deps=(begin_dq(shared, number, call, COLUMN + piece * PIECE),))
             add_dq(dq_piece, shared, dq, job.batch, dq_head, dq_row, COLUMN + piece * PIECE, call, WHO)
 
         # 4. k and v, and q, make room for dv and dk in fp32, once neither consumer reads them.
-        sync(DONE, 256, 4)  # the other consumer
+        sync(INPUTS_READ, 256, 4)  # the other consumer
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
         if WHO == 0:
             staged = reinterpret(shared.kv.tiles, gl.float32, [ROWS, call.D], layout)
-            staged.store(acc)
-            fence_async_shared()
-            add_out(dv, [job.batch, job.head_kv, job.first_row, 0], staged)
+            add_tile(acc, staged, dv, [job.batch, job.head_kv, job.first_row, 0])
         else:
             staged = reinterpret(shared.q, gl.float32, [ROWS, call.D], layout)
-            staged.store(acc * call.scale)
-            fence_async_shared()
-            add_out(dk, [job.batch, job.head_kv, job.first_row, 0], staged)
+            add_tile(acc * call.scale, staged, dk, [job.batch, job.head_kv, job.first_row, 0])
         tma.store_wait(0)  # the copy engine, reading
-
-
-@gluon.jit
-def consume_0(call, shared, descriptors):
-    """The first consumer."""
-    consume(call, shared, descriptors, 0)
-
-
-@gluon.jit
-def consume_1(call, shared, descriptors):
-    """The second consumer."""
-    consume(call, shared, descriptors, 1)
-
-
-@gluon.jit(do_not_specialize=[
-    "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b", "order_stride_b",
-    "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs", "heads_in_l2", "scale", "c", "cap_scale",
-    "lse_factor",
-])  # fmt: skip
-def backward_kernel(
-    q, k, v, dout, dq, dk, dv,
-    lse, lse_stride_b, lse_stride_h,
-    delta, delta_stride_b, delta_stride_h,
-    start, end, interval_stride_b, order, order_stride_b, tiles,
-    queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale, lse_factor,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
-):  # fmt: skip
-    """Shared memory, barriers, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
-    call = Call(
-        lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale,
-        lse_factor, D, BLOCK_Q, ROWS, CAPPED,
-    )  # fmt: skip
-    rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q.dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, PIECE], gl.float32)
-    barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
-    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_Q, D], q.dtype)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
-    dout_full = gl.allocate_shared_memory(gl.int64, [1, 1], barrier_layout)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(slot), count=2)
-    mbarrier.init(dout_full.index(0), count=2)
-    shared = Shared(
-        make_pipe(q.dtype, 2, ROWS, D),
-        gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_Q, D], tile_layout),
-        gl.allocate_shared_memory(q.dtype, [1, BLOCK_Q, D], tile_layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], rows_layout),
-        gl.allocate_shared_memory(gl.float32, [1, BLOCK_Q], rows_layout),
-        q_full,
-        dout_full,
-        gl.allocate_shared_memory(q.dtype, [ROWS, BLOCK_Q], ds_layout),
-        gl.allocate_shared_memory(q.dtype, [2, ROWS, BLOCK_Q], ds_layout),
-        gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, PIECE], dq_layout),
-        STAGES,
-    )
-    descriptors = (q, k, v, dout, dq, dk, dv)
-    gl.warp_specialize(
-        [
-            (consume_0, (call, shared, descriptors)),
-            (consume_1, (call, shared, descriptors)),
-            (produce, (call, shared, descriptors)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )

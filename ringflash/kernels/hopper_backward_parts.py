@@ -3,9 +3,10 @@
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ringflash.kernels.gluon_names import aggregate, reinterpret
-from ringflash.kernels.hopper_parts import ROWS, Job, tile_run
+from ringflash.kernels.gluon_names import add_out, aggregate, reinterpret
+from ringflash.kernels.hopper_parts import ROWS, Job, mask_scores, softcap, tile_run
 
 
 @aggregate
@@ -82,11 +83,48 @@ class Call:
         return Job(batch, head_kv * self.group + head, head_kv, first, lo, count, count - full, full_from)
 
     @gluon.jit
+    def seen_by(self, job, keys):
+        """query_start and query_end of keys, as `mask_scores` takes them; of those past the last, 0 and 0."""
+        start = self.start + job.batch.to(gl.int64) * self.interval_stride_b
+        end = self.end + job.batch.to(gl.int64) * self.interval_stride_b
+        return gl.load(start + keys, keys < self.keys, 0), gl.load(end + keys, keys < self.keys, 0)
+
+    @gluon.jit
     def row(self, job, step):
         """The first query of the tile walked as number `step`: the full ones from the last, then the edges."""
         full = job.tiles - job.edges
         edge = gl.where(step - full < job.full_from, step - full, step)
         return job.lo + gl.where(step < full, job.full_from + full - 1 - step, edge) * self.BLOCK_Q
+
+
+@gluon.jit
+def make_full(SLOTS: gl.constexpr):
+    """Barriers of tiles that are full when the copy engine has filled them and the producer has written their rows."""
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=2)
+    return full
+
+
+@gluon.jit
+def make_rows(SLOTS: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """Shared memory for lse or delta of SLOTS query tiles."""
+    return gl.allocate_shared_memory(gl.float32, [SLOTS, BLOCK_Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
+    """p of a tile of scores, and the softcap's slope, by which ds is multiplied."""
+    slope = 1.0
+    if call.CAPPED:
+        s = softcap(s, call.cap_scale)
+        slope = 1.0 - s * s
+        p = gl.exp2(s * call.c + lse)
+    else:
+        p = gl.exp2(s * call.c)
+    if EDGE:
+        p = mask_scores(p, key_start, key_end, row, "0f00000000")
+    return p, slope
 
 
 @gluon.constexpr_function
@@ -123,3 +161,11 @@ def stage_dq(dq_tile, staged, scale):
     layout: gl.constexpr = swapped(ROWS_, COLUMNS)
     tile = reinterpret(staged, gl.float32, [ROWS_, COLUMNS], layout)
     tile.store(both.reshape([ROWS_, COLUMNS]))
+
+
+@gluon.jit
+def add_tile(tile, staged, gradient, place):
+    """Add a tile of dk or dv to memory, through shared memory `staged`. The copy engine clips rows past the end."""
+    staged.store(tile)
+    fence_async_shared()  # what threads wrote, made visible to the copy engine
+    add_out(gradient, place, staged)

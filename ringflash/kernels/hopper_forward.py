@@ -70,6 +70,7 @@ from ringflash.kernels.hopper_parts import (
     mask_scores,
     next_tile,
     processors,
+    product_layout,
     receive_job,
     softcap,
     supports,
@@ -326,9 +327,7 @@ def operand(p, acc, dtype: gl.constexpr):
 @gluon.jit
 def begin_scores(q_tile, k_pipe, number, call, WHO: gl.constexpr):
     """Start the scores of KV tile `number`, when it is this consumer's turn: a product in flight."""
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_K, 16]
-    )
+    S: gl.constexpr = product_layout(call.BLOCK_K)
     zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
     sync(TURN + WHO, 256, 4)  # the consumer before this one
     scores = warpgroup_mma(q_tile, k_pipe.tile(number).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -373,10 +372,8 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
     """Rows WHO x 64 and on of every query tile of this program."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
     q, out = descriptors[0], descriptors[4]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.BLOCK_K, 16]
-    )
-    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, call.D, 16])
+    S: gl.constexpr = product_layout(call.BLOCK_K)
+    A: gl.constexpr = product_layout(call.D)
     if WHO == call.CONSUMERS - 1:
         arrive(TURN, 256)
     q_number = 0 * call.queries + WHO
@@ -502,24 +499,6 @@ def store_output(acc, place, staged, out):
     copy_out(out, place, staged)
 
 
-@gluon.jit
-def consume_0(call, pipes, jobs, descriptors):
-    """The first consumer."""
-    consume(call, pipes, jobs, descriptors, 0)
-
-
-@gluon.jit
-def consume_1(call, pipes, jobs, descriptors):
-    """The second consumer."""
-    consume(call, pipes, jobs, descriptors, 1)
-
-
-@gluon.jit
-def consume_2(call, pipes, jobs, descriptors):
-    """The third consumer, where there is one."""
-    consume(call, pipes, jobs, descriptors, 2)
-
-
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "carry_stride_b", "carry_stride_s", "carry_stride_h", "out_stride_b",
     "out_stride_s", "out_stride_h", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
@@ -552,8 +531,8 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume_0, (call, pipes, jobs, descriptors)),
-                (consume_1, (call, pipes, jobs, descriptors)),
+                (consume, (call, pipes, jobs, descriptors, 0)),
+                (consume, (call, pipes, jobs, descriptors, 1)),
                 (produce, (call, pipes, jobs, descriptors)),
             ],
             [4, 1],
@@ -562,9 +541,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume_0, (call, pipes, jobs, descriptors)),
-                (consume_1, (call, pipes, jobs, descriptors)),
-                (consume_2, (call, pipes, jobs, descriptors)),
+                (consume, (call, pipes, jobs, descriptors, 0)),
+                (consume, (call, pipes, jobs, descriptors, 1)),
+                (consume, (call, pipes, jobs, descriptors, 2)),
                 (produce, (call, pipes, jobs, descriptors)),
             ],
             [4, 4, 1],

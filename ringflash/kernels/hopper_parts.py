@@ -74,6 +74,12 @@ def arrive(barrier, THREADS: gl.constexpr):
     gl.inline_asm_elementwise(asm, "=r,r", [thread * 0 + barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.constexpr_function
+def product_layout(columns):
+    """Who holds what of a wgmma's result, [64, columns]: registers of a warpgroup."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
 # -- shared memory on its way from one warp to another
 
 
@@ -134,6 +140,13 @@ class Pipe:
 
 
 @gluon.jit
+def make_tiles(dtype: gl.constexpr, COUNT: gl.constexpr, BLOCK: gl.constexpr, COLUMNS: gl.constexpr):
+    """Shared memory for COUNT tiles [BLOCK, COLUMNS], as wgmma and the copy engine lay them out."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, COLUMNS], dtype)
+    return gl.allocate_shared_memory(dtype, [COUNT, BLOCK, COLUMNS], layout)
+
+
+@gluon.jit
 def make_pipe(
     dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
     READERS: gl.constexpr = 1, EMPTY: gl.constexpr = 0, WRITERS: gl.constexpr = 1,
@@ -142,9 +155,8 @@ def make_pipe(
 
     WRITERS: 2 where a tile is full when its producer has arrived as well at full[slot], beside the copy engine.
     """
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
-    tiles = gl.allocate_shared_memory(dtype, [DEPTH, BLOCK, D], layout)
+    tiles = make_tiles(dtype, DEPTH, BLOCK, D)
     full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     for slot in gl.static_range(DEPTH):

@@ -86,8 +86,6 @@ def compile_case(name: str):
     case = {"dtype": torch.bfloat16, "carry": False, "capped": False} | CASES[name]
     module = hopper_forward if name.startswith("forward") else hopper_backward
     kernel = module.forward_kernel if name.startswith("forward") else module.backward_kernel
-    if name.startswith("backward-D256"):
-        kernel = module.backward_kernel_256
     head_dim, dtype, tuning = case["head_dim"], case["dtype"], module.TUNINGS[case["head_dim"]]
     out = case.get("out", dtype)
     rows = hopper_parts.ROWS.value
@@ -321,6 +319,21 @@ def test_the_fields_of_an_aggregate_enter_tritons_cache_key():
     pair = {"a": gl.tensor, "b": gl.tensor}
     assert key(pair) == key(dict(pair))
     assert len({key(pair), key({"a": gl.tensor, "c": gl.tensor}), key(pair | {"b": gl.constexpr})}) == 3
+
+
+def test_globals_of_one_name_have_one_value_in_all_of_a_kernels_files():
+    # Triton's cache key lists them in the order of their modules' addresses: two keys, and two compilations, for one
+    # kernel.
+    from ringflash.kernels.hopper_backward import backward_kernel
+    from ringflash.kernels.hopper_forward import forward_kernel
+
+    for kernel in (forward_kernel, backward_kernel):
+        assert kernel.cache_key
+        values: dict[str, set] = {}
+        for (name, _), (value, _) in kernel.used_global_vals.items():
+            values.setdefault(name, set()).add(getattr(value, "value", value))
+        assert values["ROWS"] == {64}
+        assert {name: of_name for name, of_name in values.items() if len(of_name) > 1} == {}
 
 
 if __name__ == "__main__":
