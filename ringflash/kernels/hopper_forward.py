@@ -525,7 +525,7 @@ def forward_kernel(
     k_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, K_EMPTY)
     v_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, V_EMPTY)
     # Where not DIRECT, out leaves through it as well.
-    carry_pipe = q_pipe if DIRECT else make_pipe(carry.dtype, CONSUMERS, ROWS, D)
+    carry_pipe = q_pipe if DIRECT else make_pipe(carry.dtype, CONSUMERS, ROWS, D, READERS=1 if CARRY else 0)
     pipes = (q_pipe, k_pipe, v_pipe, carry_pipe)
     descriptors = (q, k, v, carry, out)
     if CONSUMERS == 2:

@@ -151,17 +151,24 @@ def make_pipe(
     dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
     READERS: gl.constexpr = 1, EMPTY: gl.constexpr = 0, WRITERS: gl.constexpr = 1,
 ):  # fmt: skip
-    """A Pipe of [BLOCK, D] tiles. EMPTY: for several readers, the first of DEPTH barriers.
+    """A Pipe of [BLOCK, D] tiles. EMPTY: for several readers, the first of DEPTH barriers. READERS: 0 for memory alone.
 
     WRITERS: 2 where a tile is full when its producer has arrived as well at full[slot], beside the copy engine.
+    An mbarrier is made only where warps wait at it. Triton lays the next tiles over one that is initialised and no
+    more, and PTX leaves undefined what its memory then holds.
     """
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = make_tiles(dtype, DEPTH, BLOCK, D)
-    full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
-    empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
+    full, empty = tiles, tiles  # what is not there is not read
+    if READERS > 0:
+        full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
+    if READERS == 1:
+        empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     for slot in gl.static_range(DEPTH):
-        mbarrier.init(full.index(slot), count=WRITERS)
-        mbarrier.init(empty.index(slot), count=1)
+        if READERS > 0:
+            mbarrier.init(full.index(slot), count=WRITERS)
+        if READERS == 1:
+            mbarrier.init(empty.index(slot), count=1)
     return Pipe(tiles, full, empty, DEPTH, READERS, EMPTY)
 
 

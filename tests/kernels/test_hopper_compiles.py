@@ -11,6 +11,7 @@ compared here, for the Triton that it finds:
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -153,7 +154,21 @@ def report(name: str) -> dict[str, Any]:
         "exp2_under_wgmma": exp2_between_waits(steady),
         "registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
         "loads": count(r"\bUTMALDG\b"), "stores": count(r"\bUTMASTG\b"), "reductions": count(r"\bUTMAREDG\b"),
+        "barriers": barriers(ptx), "tiles": tile_bytes(compiled.asm["ttgir"]),
     }  # fmt: skip
+
+
+def barriers(ptx: str) -> list[int]:
+    """Where in shared memory mbarriers are initialised."""
+    at = dict.fromkeys(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx), 0)
+    at |= {name: int(offset) for name, offset in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
+    return sorted(at[name] for name in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx))
+
+
+def tile_bytes(ttgir: str) -> int:
+    """Bytes of the tiles in shared memory, which lie before all else."""
+    tiles = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(\d+)x(\d+)x[bf]+(\d+),", ttgir)
+    return sum(math.prod(map(int, sizes)) // 8 for sizes in tiles)
 
 
 def exp2_between_waits(loop: str) -> int:
@@ -254,6 +269,15 @@ def test_warps_trade_registers_and_tiles_fit_shared_memory(compiled):
     wanted = {2: {24, 240}, 3: {32, 160}}
     assert breaking(compiled, registers=lambda r: wanted[consumers(r)] <= set(r["registers"])) == []
     assert breaking(compiled, shared=lambda r: r["shared"] <= SHARED_LIMIT) == []
+
+
+@pytest.mark.slow
+def test_no_tile_lies_over_a_barrier(compiled):
+    rules = {
+        "apart": lambda r: r["barriers"][0] >= r["tiles"] > 0,
+        "once": lambda r: len({*r["barriers"]}) == len(r["barriers"]),
+    }
+    assert breaking(compiled, **rules) == []
 
 
 @pytest.mark.parametrize(
