@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ringflash.data import DataConfig, python_stdlib
-from ringflash.errors import ConfigError, in_one_line
+from ringflash.errors import ConfigError, in_one_line, shown
 from ringflash.models import ARCHITECTURES, AttentionConfig, FusedConfig, ModelConfig, field_refusal
 from ringflash.models.architecture import LARGEST
 from ringflash.training.checkpoint import CheckpointConfig
@@ -158,9 +158,11 @@ def built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
     for name in settings:
         if name not in kinds:
             raise ConfigError(unknown(prefix + name, Config))
-        for value in settings[name] if get_origin(kinds[name]) is tuple else [settings[name]]:
+        several = get_origin(kinds[name]) is tuple
+        given = tuple(settings[name]) if several else settings[name]
+        for value in given if several else [given]:
             if isinstance(value, int) and name != "seed" and abs(value) > LARGEST:  # kernels hold counts in 32 bits
-                raise ConfigError(f"{prefix}{name}={value} must be {LARGEST} at most")
+                raise ConfigError(f"{prefix}{name}={shown(given)} must be {LARGEST} at most")
     return part(**{name: _built_value(kinds[name], value, f"{prefix}{name}.") for name, value in settings.items()})
 
 
