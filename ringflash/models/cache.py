@@ -199,7 +199,7 @@ class RingCache(Cache):
                 held.copy_(held.index_select(0, beam_idx.to(held.device)))
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Refused: layers with windows have let go of what would be seen again."""
+        """Refused: layers with windows no longer have the keys that would be seen again."""
         raise NotImplementedError(
             "a RingCache cannot be cropped, as assisted decoding does: take a snapshot() and restore() it"
         )
@@ -249,7 +249,7 @@ class _Layer(CacheLayerMixin):
         """Nothing: memory is reserved where attention knows the layer's window."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Not called: RingCache.update does not come here."""
+        """Never called: transformers asks every layer to have it, and `RingCache.update` does the work."""
         raise NotImplementedError("a layer of a RingCache is updated by the cache")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -260,7 +260,7 @@ class AttentionPlan:
             counts = torch.zeros(self.batch, self.layout.length + 1, dtype=torch.int64)
             lengths = counts.scatter_add_(1, document, torch.ones_like(document)).gather(1, document)
             held = torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_holders])
-        return held.to(self.ring.device, non_blocking=True)
+        return to_device(held, self.ring.device)
 
     def _divides(self) -> Tensor:
         """Where documents begin, bool [batch, length]."""
