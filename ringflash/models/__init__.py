@@ -17,7 +17,7 @@ them all.
 
 from ringflash.models.attention import ring_attention_forward
 from ringflash.models.building import build_model
-from ringflash.models.cache import RingCache, prefill
+from ringflash.models.cache import RingCache, cache_refusal, prefill
 from ringflash.models.checkpointing import Keep, checkpoint_layers, host_store
 from ringflash.models.configuration import (
     AttentionConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "RingCache",
     "RingMask",
     "build_model",
+    "cache_refusal",
     "calls_per_layer",
     "check_kernel",
     "check_length",

@@ -25,7 +25,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ringflash.kernels import FASTEST_FIRST
@@ -305,6 +305,21 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
             cache.layout = None
 
 
+def cache_refusal(config: PreTrainedConfig) -> str | None:
+    """None, or what of a model's configuration keeps it from generating with a RingCache: "FIELD=VALUE is not ..."."""
+    if shared := getattr(config, "num_kv_shared_layers", 0):
+        return (
+            f"num_kv_shared_layers={shared} is not supported by a RingCache: it keeps each layer's own keys, and the "
+            f"last {shared} layers have none"
+        )
+    if calls_per_layer(config) > 1:
+        return (
+            f"model_type={config.model_type} is not supported by a RingCache: it keeps the keys of one call of "
+            f"attention per layer"
+        )
+    return refusal(config)
+
+
 def _checked(model: Any) -> Any:
     """The configuration of a model that can generate on the ring. Raises ValueError with the reason for another one."""
     if not isinstance(model, PreTrainedModel):
@@ -313,18 +328,8 @@ def _checked(model: Any) -> Any:
         raise ValueError(
             f'a RingCache needs a model on the ring, got attn_implementation="{name}": load it with "ring"'
         )
-    if (reason := refusal(model.config)) is not None:
+    if (reason := cache_refusal(model.config)) is not None:
         raise ValueError(f"config.{reason}")
-    if shared := getattr(model.config, "num_kv_shared_layers", 0):
-        raise ValueError(
-            f"config.num_kv_shared_layers={shared} is not supported by a RingCache: it keeps each layer's own keys, "
-            f"and the last {shared} layers have none"
-        )
-    if calls_per_layer(model.config) > 1:
-        raise ValueError(
-            f"config.model_type={model.config.model_type} is not supported by a RingCache: it keeps the keys of one "
-            f"call of attention per layer"
-        )
     if model.dtype not in OUT_DTYPES:
         raise ValueError(f"a RingCache takes a model of float16, bfloat16 or float32, got {model.dtype}")
     return model.config

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
 from ringflash.evaluation.haystack import Found, HaystackConfig, Row, read_text, rows_of, search
-from ringflash.models import ModelConfig, RingCache
+from ringflash.models import ModelConfig, RingCache, cache_refusal
 from ringflash.models.rope_length import length_refusal
 from ringflash.reading import check_positions, check_room
 from ringflash.ring.transport import ProcessRing
@@ -51,9 +51,13 @@ class NeedleConfig(HaystackConfig):
         """With lengths where there are none."""
         return self if self.lengths else replace(self, lengths=(sequence_length,))
 
-    def check_positions(self, sequence_length: int, model: ModelConfig, hf_config: PreTrainedConfig) -> None:
-        """Raise ConfigError for lengths beyond the model's positions, where there are searches."""
-        for length in self.of_length(sequence_length).lengths if self.every else ():
+    def check(self, sequence_length: int, model: ModelConfig, hf_config: PreTrainedConfig) -> None:
+        """Raise ConfigError for a model that cannot be searched, and for lengths beyond its positions."""
+        if not self.every:
+            return
+        if (reason := cache_refusal(hf_config)) is not None:
+            raise ConfigError(f"evaluation.needle.every={self.every}: {reason}; set evaluation.needle.every=0")
+        for length in self.of_length(sequence_length).lengths:
             name = f"evaluation.needle.lengths={length}"
             if model.rope_length is None and (reason := length_refusal(hf_config, length)) is not None:
                 raise ConfigError(f"{name}: {reason}")

@@ -60,7 +60,7 @@ def check_inputs(
         check_kernel(config.model, config.attention, model_config, device)
         for name in (f.name for f in dataclasses.fields(config.fused)):
             config.fused.wanted(name, device)
-    config.evaluation.needle.check_positions(config.data.sequence_length, config.model, model_config)
+    config.evaluation.needle.check(config.data.sequence_length, config.model, model_config)
     layers, memory = model_config.num_hidden_layers, config.memory
     if memory.keep.layers > layers:
         raise ConfigError(

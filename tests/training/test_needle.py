@@ -5,8 +5,12 @@ import re
 import pytest
 import torch
 
+from ringflash.errors import ConfigError
 from ringflash.evaluation.needle import NeedleConfig, run
+from ringflash.models import ModelConfig, read_config
 from ringflash.training.metrics import read
+from ringflash.training.needle import NeedleConfig as TrainingConfig
+from tests.models.cases import GEMMA4_EXPERTS, architecture
 from tests.test_generate import ALONE
 from tests.training.runs import fitted, settings
 
@@ -98,3 +102,18 @@ def test_what_cannot_be_searched_is_refused_in_one_line_before_the_run(ranks, te
     for error, (_, message) in zip(found, REFUSED.values(), strict=True):
         assert re.match(rf"evaluation\.needle\.{message}", error), error
     assert not (text.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"), [("gemma4_text", "num_kv_shared_layers=2"), ("diffllama", "model_type=diffllama")]
+)
+def test_a_model_that_no_cache_takes_is_refused_by_the_setting_that_asks_for_searches(model_type, field):
+    model = ModelConfig(architecture=architecture(model_type))
+    with pytest.raises(ConfigError, match=rf"^evaluation\.needle\.every=3: {field} is not supported by a RingCache"):
+        TrainingConfig(every=3).check(64, model, read_config(model))
+    TrainingConfig(every=0).check(64, model, read_config(model))
+
+
+def test_a_family_is_searched_where_its_layers_share_no_keys():
+    model = ModelConfig(architecture=architecture("gemma4_text", **GEMMA4_EXPERTS))
+    TrainingConfig(every=3).check(64, model, read_config(model))
