@@ -42,6 +42,8 @@ from ringflash.mask import IntervalMask
 
 # Rows of a kernel's tile of queries: shorter chunks would cut tiles.
 _TILE = 128
+# Imbalances up to which a coarser layout is good enough: of a rank's work in all, and of ranks on each hop.
+_IMBALANCE, _PER_HOP_IMBALANCE = 0.03, 0.12
 # (chunks per rank, least tokens of a chunk), in the order in which they are tried.
 _GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
 # Chunks of a rank where short documents stay together: they begin and end inside some.
@@ -97,33 +99,30 @@ class Layout:
         return cls(length, 1, torch.arange(held * ranks).view(-1, ranks).T.contiguous())
 
     @classmethod
-    def balanced(
-        cls, mask: IntervalMask, ranks: int, ulysses: int = 1, tolerance: float = 0.03, waiting: float = 0.12
-    ) -> Layout:
+    def balanced(cls, mask: IntervalMask, ranks: int, ulysses: int = 1) -> Layout:
         """Chunks assigned so that all ranks have the same number of tokens and nearly the same work on every hop.
 
-        Zigzag, where no rank has more than `tolerance` above the mean of (query, key) pairs under it and its
-        `per_hop_imbalance` is at most `waiting`; else 16 chunks per rank, or 32 where 16 do not reach that. Finer ones
-        balance better, but send more keys, and each hop touches more tiles of queries. Chunks have at least 256 tokens;
-        128, 64 or 32 where shards are so short that `tolerance` needs it.
+        Zigzag, where its `imbalance` is at most 0.03 and its `per_hop_imbalance` at most 0.12; else 16 chunks per
+        rank, or 32 where 16 do not reach that. Finer ones balance better, but send more keys, and each hop touches more
+        tiles of queries. Chunks have at least 128 tokens; 64 or 32 where shards are so short that balance needs it.
 
         Contiguous, where sending keys over NVLink would take longer than balance saves: documents far shorter than a
         shard. Slower links need ring_inputs' or the trainer's layout=auto.
         """
 
         def rating(layout: Layout) -> tuple[float, float]:
-            return max(layout.imbalance(mask), tolerance), max(layout.per_hop_imbalance(mask), waiting)
+            return max(layout.imbalance(mask), _IMBALANCE), max(layout.per_hop_imbalance(mask), _PER_HOP_IMBALANCE)
 
         best = cls.zigzag(mask.queries, ranks, ulysses)
         for per_rank, least in _GRAINS:
             uneven, waits = rating(best)
-            if uneven <= tolerance and (waits <= waiting or best.chunk < 4 * _TILE or least < _TILE):
+            if uneven <= _IMBALANCE and (waits <= _PER_HOP_IMBALANCE or best.chunk < 4 * _TILE or least < _TILE):
                 break
             count = _count(mask, ranks, ulysses, per_rank, least)
             if count != best.chunks.shape[1]:
                 best = min(best, _assigned(mask, ranks, ulysses, count, assign), key=rating)
         contiguous = cls.contiguous(mask.queries, ranks, ulysses)
-        return contiguous if contiguous._duration(mask) <= best._duration(mask) * (1 + tolerance) else best
+        return contiguous if contiguous._duration(mask) <= best._duration(mask) * (1 + _IMBALANCE) else best
 
     @classmethod
     def document_local(cls, mask: IntervalMask, ranks: int, ulysses: int = 1, longest: float = 0.5) -> Layout:
@@ -203,12 +202,12 @@ class Layout:
         return torch.zeros(ranks, ranks, dtype=torch.int64).index_add_(1, owner, by_chunk)
 
     def imbalance(self, mask: IntervalMask) -> float:
-        """How much more (query, key) pairs the busiest rank has than the mean: 0.03 for 3 percent."""
+        """(query, key) pairs of the busiest rank over the mean of ranks, minus 1: 0.03 for 3 percent."""
         work = self.pairs(mask).sum(1).double()
         return float(work.max() / work.mean().clamp(min=1e-9)) - 1
 
     def per_hop_imbalance(self, mask: IntervalMask) -> float:
-        """How much more pairs the busiest rank of each hop has, summed over hops, than a mean rank in all.
+        """Pairs of each hop's busiest rank, summed over hops, over the mean of all ranks' pairs, minus 1.
 
         0.12: ranks that wait for each other on every hop take 12 percent longer than perfectly balanced ones.
         """

@@ -1,8 +1,8 @@
 """IntervalMask: every query sees one interval of keys.
 
 Causal, full, sliding-window, packed-document, prefix and chunked attention, and every intersection of them, share one
-property: query i sees exactly the keys ``lo[i] <= j < hi[i]``, and both vectors are non-decreasing. Whatever has this
-property is closed under the three things that distributed attention does to a mask:
+property: query i sees exactly the keys ``lo[i] <= j < hi[i]``, and both vectors are non-decreasing. Masks with this
+property are closed under the three things that distributed attention does to a mask:
 
 - intersection (`&`): a window inside packed documents;
 - restriction to some queries and some keys, each in ascending order: what a shard sees of another shard;
@@ -38,12 +38,13 @@ ORDERED_TILES = (128, 192)
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Tiles of queries, or of keys, that walk the most keys, or queries, first, a document's one after the other.
+    """Launch order of a kernel's tiles of queries, or of keys: longest first, tiles of one document adjacent.
 
-    Long tiles that come last keep a GPU waiting; tiles of one document read the same, and find it in L2.
-    A tile walks all that lie between what its first row and what its last row sees; nothing where no row sees anything.
-    Fields: tiles int32 [B|1, ceil(rows / rows of a tile)], on the kernel's device. On the host: nonempty, how many of
-    them walk anything, at most in a batch row; longest, how much the longest walks; total, how much all of them do, on
+    A long tile that begins last keeps the GPU waiting; tiles of one document read the same keys, and find them in L2.
+    A tile's length is the number of keys (for tiles of keys: queries) from the first that its first row sees to the
+    last that its last row sees, or 0 where no row sees any.
+    Fields: tiles int32 [B|1, ceil(rows / rows of a tile)], on the kernel's device. On the host: nonempty, the most
+    tiles of a batch row that have a length above 0; longest, the largest length; total, the sum of all lengths, on
     average over batch rows.
     """
 
@@ -240,9 +241,9 @@ class IntervalMask:
         return Intervals(start, end, query_start, query_end, *orders)
 
     def _order(self, rows: int, device: torch.device | str) -> Order:
-        """Tiles of `rows` queries: those of the documents with the longest tile first, and each one's longest first.
+        """Tiles of `rows` queries: documents with the longest tile first, and in each document its longest tile first.
 
-        A document is here a run of tiles whose last queries begin, or whose last queries end, at the same key.
+        A document is here a run of tiles whose last queries have the same first key, or the same end.
         """
         if not self.queries:
             return Order(torch.zeros(self.batch, 0, dtype=torch.int32, device=device), 0, 0, 0.0)
@@ -250,8 +251,8 @@ class IntervalMask:
         last = (first + rows).clamp(max=self.queries) - 1
         pairs = torch.nn.functional.pad((self.hi - self.lo).cumsum(1), (1, 0))
         walked = (self.hi[:, last] - self.lo[:, first]) * (pairs[:, last + 1] > pairs[:, first])
-        goes_on = (self.lo[:, last].diff(dim=1) == 0) | (self.hi[:, last].diff(dim=1) == 0)
-        document = torch.nn.functional.pad((~goes_on).cumsum(1), (1, 0))
+        same = (self.lo[:, last].diff(dim=1) == 0) | (self.hi[:, last].diff(dim=1) == 0)
+        document = torch.nn.functional.pad((~same).cumsum(1), (1, 0))
         longest = torch.zeros_like(walked).scatter_reduce(1, document, walked, "amax").gather(1, document)
         tiles = torch.arange(len(first)).expand(self.batch, -1)
         for key in (-walked, document, -longest, walked == 0):  # the last decides, then the one before it
@@ -320,7 +321,7 @@ def _document_bounds(lengths: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     """x on a device, copied to a GPU without waiting.
 
-    From pinned memory, which torch does not give to others before the copy is done. Of other memory CUDA does not
+    The copy is from pinned memory, which torch does not reuse before the copy is done. Of other memory CUDA does not
     promise that it has been read when the call returns.
     """
     from_host = x.device.type == "cpu" and torch.device(device).type == "cuda"

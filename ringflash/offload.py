@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -216,7 +216,7 @@ class HostStore:
         if self._stream is not None and group.copied is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(group.copied)
 
-    def _behind(self):
+    def _behind(self) -> AbstractContextManager[object]:
         """The copy stream, behind what the compute stream was given so far."""
         if self._stream is None:
             return nullcontext()

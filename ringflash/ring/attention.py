@@ -22,7 +22,7 @@ Only what later ranks see is sent (`plan.routes`). Extra memory, whatever the ri
 - a third shard of gradients where a rank's own return while it still forwards those of others, as with documents, wide
   windows or contiguous layouts.
 
-On a ring of one, the backward goes by groups of heads, so that fp32 gradients are never of all of them at once.
+On a ring of one, the backward goes by groups of heads, so that the fp32 gradients of one group exist at a time.
 With one KV head there are no halves of the heads: the backward has two sections, a quarter of the keys and the rest.
 """
 

@@ -66,7 +66,7 @@ class CopyEngine:
         self._flags = self._map(2 * self.size * 4)
         self._flags.memory.zero_()
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # nobody writes a flag before it is 0
+        dist.barrier(group)  # no rank writes a flag before it is 0
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -344,4 +344,4 @@ def _wait(stream: torch.cuda.Stream, address: int, count: int) -> None:
 
 def _done(result: tuple[Any, ...]) -> None:
     if (error := result[0]) != _driver().CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the CUDA driver says {error.name}")
+        raise RuntimeError(f"the CUDA driver reports {error.name}")

@@ -40,7 +40,7 @@ from ringflash.ring.simulation import Rates, simulate
 FLOPS_PER_PAIR = 2 * 3.5
 # A predicted gain below this is not worth a finer layout.
 WORTH = 0.02
-# Of a rank's tokens, what short documents of a document_local layout have at most: two that are tried.
+# The most tokens of a short document, as a part of a rank's: two document_local layouts are tried.
 LONGEST = (0.25, 1.0)
 # Gigabytes per second that a GPU sends to another GPU of its machine, and of another one, where nothing else is known.
 INTRA_NODE_GB, INTER_NODE_GB = 300.0, 40.0

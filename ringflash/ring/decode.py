@@ -37,7 +37,7 @@ from ringflash.kernels.checks import like_out
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, Intervals, check_tokens, to_device
 from ringflash.partial import Partial, merge_sink
-from ringflash.ring.transport import Message, Ring, Transfer
+from ringflash.ring.transport import Allocate, Message, Ring, Transfer
 from ringflash.ring.watchdog import Label
 
 FEW = 64  # new tokens up to which splits of the cache pay; more fill a GPU with tiles of queries
@@ -85,7 +85,7 @@ class CachePlan:
     TypeError for numbers that are none.
     """
 
-    def __init__(self, ring: Ring, capacity: int, chunk: int = 16384, windows: Sequence[int | None] = (None,)) -> None:
+    def __init__(self, ring: Ring, capacity: int, chunk: int, windows: Sequence[int | None] = (None,)) -> None:
         self.ring = ring
         self.capacity = check_tokens("capacity", capacity, least=1)
         self.chunk = check_tokens("chunk", chunk, least=1)
@@ -435,7 +435,7 @@ class _Parts(_Buffer):
         return Partial(self.all.out[rank], self.all.lse[rank])
 
 
-def _parts(allocate, ranks: int, like: Tensor) -> _Parts:
+def _parts(allocate: Allocate, ranks: int, like: Tensor) -> _Parts:
     batch, tokens, heads, dim = like.shape
     return _Parts(allocate((ranks, batch * tokens * heads * (dim + 1)), torch.float32), like)
 

@@ -18,7 +18,7 @@ class Memory(dict[str, list[Tensor]]):
 
     @classmethod
     def of(cls, schedule: Schedule, allocate: Allocate) -> Memory:
-        """All of a schedule's, of memory in which messages may arrive."""
+        """All buffers of a schedule, in memory in which messages may arrive."""
         return cls((name, [allocate(*x) for x in buffer]) for name, buffer in schedule.buffers.items())
 
     def rows(self, rows: Rows) -> list[Tensor]:

@@ -323,7 +323,7 @@ def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[lis
 def _keys_seen(mask: IntervalMask, layout: Layout, gap: int) -> list[Tensor]:
     """First key and end of those that runs of queries see, in any batch row: int64 [2, runs] for each rank.
 
-    A run is divided where bounds jump over keys that nobody sees, as those of a document's first tokens do.
+    A run is divided where bounds jump over keys that no query sees, as those of a document's first tokens do.
     """
     lo, hi = mask.lo.min(0).values, mask.hi.max(0).values
     jumps = (lo[1:] > hi[:-1] + gap).nonzero().flatten() + 1

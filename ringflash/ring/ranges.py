@@ -1,4 +1,4 @@
-"""Ranges: tokens of a shard that travel, as few runs of neighbours, each of which is one message.
+"""Ranges: the tokens of a shard that travel, as few runs of consecutive tokens. Each run is one message.
 
 >>> needed = Ranges([Range(0, 4), Range(900, 1000)])
 >>> needed.union(Ranges([Range(4, 10)]))
@@ -27,7 +27,7 @@ class Ranges(tuple[Range, ...]):
 
     @classmethod
     def covering(cls, ranges: Iterable[Range], gap: int = 1) -> Ranges:
-        """Those of any ranges, in any order, and the gaps between that are shorter than `gap`."""
+        """The union of ranges in any order, with the gaps between them that are shorter than `gap`."""
         found: list[Range] = []
         for begin, end in sorted(ranges):
             if found and begin - found[-1].end < gap:
@@ -41,7 +41,7 @@ class Ranges(tuple[Range, ...]):
         return sum(end - begin for begin, end in self)
 
     def union(self, other: Ranges, gap: int = 1) -> Ranges:
-        """What either holds, and the gaps between that are shorter than `gap`."""
+        """What either holds, with the gaps between ranges that are shorter than `gap`."""
         return Ranges.covering([*self, *other], gap)
 
     def without(self, other: Ranges) -> Ranges:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ringflash.ring.schedule import Attend, Fork, Join, Post, Step, Wait
+from ringflash.ring.schedule import Attend, Fork, Join, Post, Rows, Step, Wait
 
 COMPUTE, KEYS, GRADIENTS = "compute", "keys", "gradients"
 WAITS = ("wait for the link", "wait for a rank")
@@ -133,5 +133,5 @@ def _exchange(ranks: list[_Rank], posts: tuple[Post, ...], rates: Rates, pass_: 
             rank.link = end
 
 
-def _bytes(rows, rates: Rates) -> float:
+def _bytes(rows: Rows, rates: Rates) -> float:
     return (rows.end - rows.begin) * rates.row(rows.buffer)

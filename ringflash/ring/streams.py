@@ -1,8 +1,8 @@
 """Streams: the two streams on which the halves of a layer's heads are computed.
 
-When a kernel's last programs run, some multiprocessors have nothing left to do: a hop of 31.03 tiles a processor takes
-the time of 32. The halves of the heads are independent, so each has a stream of its own, and one's next kernel begins
-where the other's ends:
+When a kernel's last programs run, some multiprocessors have nothing left to do: a hop of 31.03 tiles per multiprocessor
+takes the time of 32. The halves of the heads are independent, so each has a stream of its own, and one's next kernel
+begins where the other's ends:
 
     stream 0     | hop 0, half 0 ........ | hop 1, half 0 ........ | hop 2, half 0
     stream 1          | hop 0, half 1 ........ | hop 1, half 1 ........ | hop 2, half 1

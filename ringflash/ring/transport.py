@@ -124,15 +124,15 @@ class Loopback:
 
 
 class ProcessRing:
-    """One rank a process, over a torch.distributed group (default: the whole world).
+    """One rank per process, over a torch.distributed group (default: the whole world).
 
     On GPUs an exchange runs on a stream of its own: it waits for what the current stream has queued before `exchange`,
     and makes the current stream (not the host) wait at `wait`. So a kernel launched between the two runs beside the
     transfer. transport: with "auto", GPUs of one machine that reach one another's memory copy into it; all others go
-    through the group, and with "nccl" these, too. Then give the ring a group of its own, or its transfers queue behind
-    other collectives, and one whose stream has high priority (`pg_options`), or they queue behind kernels that fill the
-    GPU. The watchdog, where given, records every wait. Copy engines would wait for ever, so without one they
-    have their own, with the group's timeout. `carrier` names what carries messages, and why.
+    through the group, and with "nccl" these, too. For that, give the ring a group of its own with a stream of high
+    priority (`pg_options`): otherwise transfers queue behind other collectives, and behind kernels that fill the GPU.
+    The watchdog, where given, records every wait. Copy engines would wait for ever, so without one they have their own,
+    with the group's timeout. `carrier` names what carries messages, and why.
 
     On GPUs all ranks of the group make it together, and rings on several groups in the same order.
     """
@@ -247,5 +247,5 @@ class _InFlight:
             work.wait()
 
     def pending(self) -> Pending:
-        """Whom this waits for: works are waited for one after another."""
+        """The ranks that this waits for: works are waited for one after another."""
         return next((concerned for work, concerned in self.works if not work.is_completed()), self.works[-1][1])

@@ -23,7 +23,7 @@ from ringflash.ring.watchdog import Label, Pending, Watchdog
 
 
 class Ulysses:
-    """The ranks that share a ring shard; one process a rank, over a torch.distributed group.
+    """The ranks that share a ring shard; one process per rank, over a torch.distributed group.
 
     The watchdog, where given, records every exchange. label: layer, pass and what is exchanged.
     """
@@ -38,8 +38,8 @@ class Ulysses:
     def queries(self, x: Tensor, label: Label) -> Tensor:
         """[B, s, H, ...] of this rank's tokens to [B, size * s, H / size, ...] of the ring shard's."""
         batch, tokens, heads, *rest = x.shape
-        document_local = self._exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), label)
-        return document_local.movedim(0, 1).reshape(batch, self.size * tokens, heads // self.size, *rest)
+        received = self._exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), label)
+        return received.movedim(0, 1).reshape(batch, self.size * tokens, heads // self.size, *rest)
 
     def tokens(self, x: Tensor, label: Label) -> Tensor:
         """The inverse of `queries`."""
@@ -54,7 +54,7 @@ class Ulysses:
         return self.tokens(x, label).unflatten(2, (heads, -1)).sum(3)
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's part of something that has an entry a query head, [Hq]."""
+        """This rank's part of x [Hq], which has one entry per query head."""
         return x.unflatten(0, (self.size, -1))[self.rank]
 
     def _exchange(self, x: Tensor, label: Label) -> Tensor:

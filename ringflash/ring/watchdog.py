@@ -44,7 +44,7 @@ Kind = Literal["ring", "ulysses"]
 
 
 class Label(NamedTuple):
-    """A layer, its forward or backward, and a step of that; made into a text when somebody reads it."""
+    """A layer, its forward or backward, and a step of that; it becomes text only when it is shown."""
 
     layer: str
     direction: str
@@ -162,7 +162,7 @@ class Watchdog:
     ) -> None:  # fmt: skip
         """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes.
 
-        pending: whom they wait for, asked from another thread.
+        pending: the ranks that they wait for; called from another thread.
         """
         on_gpu = None
         if device.type == "cuda":
@@ -269,7 +269,7 @@ class Watchdog:
                 return
 
     def _is_late(self) -> bool:
-        """Whether the oldest wait has not ended for too long, or a GPU in error does not say."""
+        """Whether the oldest wait is longer than the limit, or cannot be read since the GPU is in an error state."""
         with self._lock:
             try:
                 self._advance()
@@ -319,7 +319,7 @@ class Watchdog:
             print(f"\nringflash: {words}", file=sys.stderr, flush=True)
 
     def _end_without_store(self) -> None:
-        """The launcher, or the rank that held the store, has ended: nobody would end this rank."""
+        """The launcher, or the rank that held the store, has ended: nothing else would end this rank."""
         if self._closed.wait(LAST_WORDS):  # it left at the end of a complete run
             return
         words = "the run's store is gone: its launcher, or the rank that held it, has ended"

@@ -182,4 +182,4 @@ def test_what_a_cache_cannot_hold_is_refused_with_its_capacity():
     with pytest.raises(ValueError, match="layout of 8 tokens on 1 ranks does not fit 8 new tokens on a ring of 2"):
         plan.begin(8, Layout.contiguous(8, 1))
     with pytest.raises(ValueError, match="capacity must be 1 or more"):
-        CachePlan(Loopback(2), 0)
+        CachePlan(Loopback(2), 0, 16)
