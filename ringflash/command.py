@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
 import json
 import os
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from ringflash.docstrings import field_docstrings
 from ringflash.errors import ConfigError, shown
 from ringflash.reading import check_positions, check_room
 from ringflash.training import failure
@@ -98,21 +98,13 @@ class ReadConfig:
 
     @classmethod
     def settings_help(cls) -> str:
-        """Every setting with its default and its meaning, which is the text below it in its class."""
+        """Every setting with its default, if it has one, and its meaning."""
         lines = []
-        for kind in (x for x in cls.__mro__ if dataclasses.is_dataclass(x)):
-            tree = ast.parse(inspect.getsource(kind)).body[0]
-            assert isinstance(tree, ast.ClassDef)
-            for field, text in zip(tree.body, tree.body[1:], strict=False):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(field.target, ast.Name)
-                ):
-                    value = None if field.value is None else ast.literal_eval(field.value)
-                    default = "" if field.value is None or value == () else "=" + shown(value).replace("\n", "\\n")
-                    meaning = " ".join(str(ast.literal_eval(text.value)).split())
-                    lines.append(f"  {field.target.id + default:<28} {meaning}")
+        for name, meaning in field_docstrings(cls).items():  # type: ignore[arg-type]  # a class is hashable
+            value = cls.__dataclass_fields__[name].default
+            default = "" if value in (dataclasses.MISSING, None, ()) else f"={shown(value)}"
+            head = f"  {name + default:<28}"
+            lines.append(textwrap.fill(f"{head} {meaning}", 120, subsequent_indent=" " * 31, break_on_hyphens=False))
         return "\n".join(lines)
 
 

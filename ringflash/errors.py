@@ -36,5 +36,8 @@ def reason(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """A setting's value as a command line takes it: a list of numbers is [1,2]."""
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+    """A setting's value as a command line takes it: true, null, a list of numbers as [1,2], a line break as \\n."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    text = str(value).lower() if isinstance(value, bool) else str(value).replace("\n", "\\n")
+    return "null" if value is None else text

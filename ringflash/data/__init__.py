@@ -3,7 +3,7 @@
 text, JSON, CSV, parquet  --documents.py-->  tokens.npy, labels.npy  --corpus.py-->  train and held-out TokenCorpus
                                                                         several: mixture.py, one by one: shards.py
                                                                                         |  packing.py
-a rank's Shard  <--Batch.shard(layout, rank)--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
+a rank's inputs  <--training/step.py--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
 """
 
 from ringflash.data.batches import Batch, batch, made_ahead, stream

@@ -121,6 +121,13 @@ class DataConfig:
     longer ones are dropped and counted. truncate: as whole, but longer ones keep their first sequence_length tokens."""
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self._check_combinations()
+        self._check_sources()
+        self.parts()  # whose values are checked as these are
+        self.evaluated()
+
+    def _check_values(self) -> None:
         patterns = not isinstance(self.files, str) and len(self.files) > 0 and all(map(is_below, self.files))
         for key, valid, expected in (
             ("path", self.path != "", "a file or folder"),
@@ -137,6 +144,8 @@ class DataConfig:
         ):
             if not valid:
                 raise ConfigError(f"data.{key}={getattr(self, key)} must be {expected}")
+
+    def _check_combinations(self) -> None:
         if self.chat and self.packing == "cut":
             raise ConfigError("data.packing=cut would cut conversations, and data.chat=true: use whole or truncate")
         if self.chat and self.field == IDS:
@@ -161,6 +170,8 @@ class DataConfig:
             )
         if not self.evaluation.path and any(vars(self.evaluation).values()):
             raise ConfigError("data.evaluation has no path; add data.evaluation.path=... to the command line")
+
+    def _check_sources(self) -> None:
         weights = {name: source.weight for name, source in self.sources.items()}
         if None in weights.values() and any(weights.values()):
             lacks = next(name for name, weight in weights.items() if weight is None)
@@ -170,8 +181,6 @@ class DataConfig:
                 raise ConfigError(f"data.sources.{name} has no path")
             if source.weight is not None and not 0 < source.weight < math.inf:
                 raise ConfigError(f"data.sources.{name}.weight={source.weight} must be more than 0 and finite")
-        self.parts()
-        self.evaluated()
 
     def parts(self) -> dict[str, DataConfig]:
         """The settings of each source, by its name; of data.path, if that is the only one."""

@@ -4,7 +4,7 @@
 
 The fingerprint covers all that decides the tokens: files, sizes, times of change, formats, fields, tokenizer and chat
 template. The folder is written in a scratch folder (build.py) and renamed when complete, so a killed build leaves
-nothing that looks finished, and the next one goes on where it stopped. Builders that run at the same time do not
+nothing that looks finished, and the next one continues where it stopped. Builders that run at the same time do not
 disturb each other: the first to finish wins. Run one rank ahead of the others to save the work. A damaged folder is
 replaced.
 """
@@ -77,7 +77,7 @@ def tokenised(config: DataConfig, *, verify: bool = True, quiet: bool = False) -
         if left_out:
             print(f"data.path={config.path} has files that data.files leaves out: {suffixes(left_out)}", flush=True)
         if done := build.read_progress(built).written.tokens:
-            print(f"data.path={config.path}: a stopped run left {done:,} tokens; tokenising goes on there", flush=True)
+            print(f"data.path={config.path}: a stopped run left {done:,} tokens, which this continues", flush=True)
         _build(built, config, sources, tokenizer, quiet)
         made = cache.read(built, verify=False)  # before the rename: a mapped file outlives its folder
         try:

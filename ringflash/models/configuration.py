@@ -35,11 +35,11 @@ BIDIRECTIONAL = (
     "is_causal=False is not supported on the ring: ring_inputs makes causal plans, and tokens would not see those "
     "after them; load a causal model, or train this one without a ring"
 )
-# What transformers' configurations call the number of experts, and how many of them a token meets.
+# What transformers' configurations call the number of experts, and the number that a token is routed to.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ACTIVE = ("moe_topk", "num_experts_per_tok", "moe_k", "top_k_experts")
 # Fields that layers, or the configuration's own making, read, although its class has none.
 _UNDECLARED = {"qwen3_moe": ("head_dim",), "gemma4_text": ("global_head_dim", "num_global_key_value_heads")}
-_ACTIVE = ("moe_topk", "num_experts_per_tok", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def check_kernel(
 
 
 def experts_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """Routed experts of a layer, and how many of them a token meets; (1, 1) where there are none."""
+    """Experts of a layer, and the number that a token is routed to; (1, 1) where there are none."""
     experts, active = (
         next((x for name in names if (x := getattr(config, name, None))), 1) for names in (_EXPERTS, _ACTIVE)
     )

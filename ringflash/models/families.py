@@ -28,7 +28,7 @@ class Family(NamedTuple):
 
 
 _EXPERTS, _LATENT = "experts", "latent heads (MLA): keys larger than values"
-_NONE, _SOME, _ALL = Windows.NONE, Windows.SOME, Windows.ALL
+_SOME, _ALL = Windows.SOME, Windows.ALL
 
 FAMILIES = {
     "afmoe": Family(_SOME, _EXPERTS),
@@ -155,7 +155,7 @@ def family_refusal(model_type: object) -> str | None:
 
 
 def _final_refusal(model_type: object) -> str | None:
-    """None, or why nobody can vouch for a model_type."""
+    """None, or why vouch_for does not accept a model_type."""
     if model_type in REFUSED:
         return f"model_type={model_type} is not supported on the ring: {REFUSED[str(model_type)]}"
     if model_type in CONFIG_MAPPING_NAMES:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import ProcessRing
+from ringflash.ring.ulysses import Ulysses
 
 _NAME, _PARAMETERS = "load_balancing_loss_func", ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
@@ -105,5 +106,5 @@ def _held(plan: AttentionPlan, rows: int) -> Tensor:
 
 def _sum_over_ranks(x: Tensor, plan: AttentionPlan) -> None:
     for group in (plan.ring, plan.ulysses):
-        if group is not None and (isinstance(group, ProcessRing) or group is plan.ulysses):
+        if isinstance(group, ProcessRing | Ulysses):
             dist.all_reduce(x, group=group.group)

@@ -43,10 +43,7 @@ def one_line(parent: int) -> Iterator[None]:
     """
     if "WORLD_SIZE" not in os.environ:
         report_signals()
-    elif {
-        "TORCHELASTIC_RUN_ID",
-        "CROSS_SIZE",
-    } & os.environ.keys():  # torchrun's and deepspeed's
+    elif {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & os.environ.keys():  # torchrun's and deepspeed's
         threading.Thread(target=_end_with_launcher, args=(parent,), name="launcher-watch", daemon=True).start()
     try:
         yield

@@ -6,8 +6,6 @@ arguments, so neither is written twice.
 
 from __future__ import annotations
 
-import ast
-import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -15,6 +13,8 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ringflash.docstrings import field_docstrings
+from ringflash.errors import shown
 from ringflash.training.config import CONFIGS, Config, compose
 from ringflash.training.overrides import LISTS
 
@@ -25,7 +25,7 @@ _NAMES = {int: "int", float: "float", bool: "bool", str: "text", type(None): "nu
 def settings_help() -> str:
     """All settings, group by group, as they are listed below the usage."""
     config, _ = compose()
-    own = [key for key in sentences(Config) if not is_dataclass(get_type_hints(Config)[key])]
+    own = [key for key in field_docstrings(Config) if not is_dataclass(get_type_hints(Config)[key])]
     blocks = ["settings of the run", *(_entry(key, Config, key, getattr(config, key)) for key in own)]
     for name, kind in get_type_hints(Config).items():
         if is_dataclass(kind):
@@ -35,25 +35,9 @@ def settings_help() -> str:
     return "\n".join(blocks)
 
 
-@functools.cache
-def sentences(part: Any) -> dict[str, str]:
-    """The docstring of each field of a dataclass; empty where there is none."""
-    body = []
-    for kind in reversed(part.__mro__):
-        if is_dataclass(kind):
-            source = textwrap.dedent(inspect.getsource(kind))  # type: ignore[arg-type]
-            body += ast.parse(source).body[0].body  # type: ignore[attr-defined]
-    found = {}
-    for statement, after in zip(body, [*body[1:], None], strict=True):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            found[statement.target.id] = " ".join(str(text).split())
-    return found
-
-
 def _entries(prefix: str, kind: Any, part: Any) -> Iterator[str]:
     """The settings of a dataclass, and those of dataclasses in it, with the values of `part`."""
-    for key in sentences(kind):
+    for key in field_docstrings(kind):
         inner = get_type_hints(kind)[key]
         if is_dataclass(inner):
             yield from _entries(f"{prefix}{key}.", inner, getattr(part, key))
@@ -64,7 +48,8 @@ def _entries(prefix: str, kind: Any, part: Any) -> Iterator[str]:
 def _entry(key: str, part: Any, name: str, default: Any) -> str:
     kind = type_name(get_type_hints(part)[name])
     head = f"  {key}={_value(default)}  ({kind})"
-    return f"{head}\n{textwrap.fill(sentences(part)[name], WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
+    meaning = field_docstrings(part)[name]
+    return f"{head}\n{textwrap.fill(meaning, WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
 
 
 def type_name(kind: Any) -> str:
@@ -80,8 +65,7 @@ def _value(default: Any) -> str:
     """A default as it is typed; a long list or many fields are left to --print."""
     if isinstance(default, list | tuple | dict):
         return "..." if default else "{}" if isinstance(default, dict) else "[]"
-    shown = str(default).lower() if isinstance(default, bool) else str(default)
-    return "null" if default is None else shown.replace("\n", "\\n")
+    return shown(default)
 
 
 def _first_line(part: Any) -> str:

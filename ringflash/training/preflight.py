@@ -161,7 +161,7 @@ def _mlp_tiles(memory: MemoryConfig, model: PreTrainedModel) -> str:
 
 
 def _text(data: DataConfig) -> str:
-    """The paths, with a note on text that nobody would choose for a real model."""
+    """The paths, with a note on the demo's text."""
     note = " (source text of Python's standard library; data=... trains on other text)"
     paths = [part.path for part in data.parts().values()]
     return ", ".join(f"{path}{note * (path == python_stdlib())}" for path in paths)

@@ -86,8 +86,8 @@ class _Meeting:
             named = list(itertools.islice(missing, NAMED + 1))
             more = " and others" if len(named) > NAMED else ""
             return f"waits for {' and '.join(f'rank {rank}' for rank in named[:NAMED])}{more}" if named else None
-        nobody = self.place == 0 and self.rank == 0 and not self.store.check([f"{self.key}/arrived"])
-        return "is at work" if nobody else None
+        none_arrived = self.place == 0 and not self.store.check([f"{self.key}/arrived"])
+        return "is at work" if none_arrived and self.rank == 0 else None
 
 
 @contextlib.contextmanager
