@@ -37,7 +37,7 @@ def main() -> None:
         from ringflash.errors import ConfigError
 
         if unknown := [option for option in options if option not in OPTIONS]:
-            raise ConfigError(f"{unknown[0]} is not an option of train.py: settings are key=value, see --help")
+            raise ConfigError(f"{unknown[0]} is not an option: settings are key=value, see --help")
         import torch
 
         from ringflash.training.config import compose

@@ -337,12 +337,13 @@ def _spans(events: Iterable[Any], rank: int) -> list[Span]:
         begin = event.start_ns() - start
         if begin < 0:
             continue
-        kind, lane = "passes", -1
+        kind, stream = "passes", -1
         if "nccl" in event.name() or "PtoP" in event.name():
             kind = "transfer"
         elif event.device_resource_id() in streams:
-            kind, lane = "compute" if _attention(event.name()) else "passes", streams.index(event.device_resource_id())
-        spans.append(Span(rank, kind, begin / 1e9, (begin + event.duration_ns()) / 1e9, lane))
+            kind = "compute" if _attention(event.name()) else "passes"
+            stream = streams.index(event.device_resource_id())
+        spans.append(Span(rank, kind, begin / 1e9, (begin + event.duration_ns()) / 1e9, stream))
     return spans
 
 
@@ -412,12 +413,12 @@ def draw(path: Path, ran: dict[str, list[Span]], title: str) -> None:
     panels = figure.subplots(1, 2, sharey=True, width_ratios=widths)
     for axes, width, (direction, spans) in zip(panels, widths, ran.items(), strict=True):
         for kind, colour in COLOURS.items():
-            for lane, place in ((0, 0.08), (1, 0.37), (-1, 0.66)):
+            for stream, place in ((0, 0.08), (1, 0.37), (-1, 0.66)):
                 for rank in range(gpus):
                     bars = [
                         (1e3 * s.begin, 1e3 * (s.end - s.begin))
                         for s in spans
-                        if (s.rank, s.kind, s.hop) == (rank, kind, lane)
+                        if (s.rank, s.kind, s.hop) == (rank, kind, stream)
                     ]
                     axes.broken_barh(bars, (rank + place, 0.27), facecolor=colour, edgecolor="white", linewidth=0.3)
         axes.set(title=direction, xlabel="ms", xlim=(0, 1e3 * width), ylim=(gpus, 0))

@@ -245,8 +245,8 @@ def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 # -- what is printed and drawn
 
 
-def copy_engine_of(case: RingCase) -> dict[str, tuple[float | None, ...]]:
-    """Others' figures for the same lengths, ranks, heads and mask, under zigzag as theirs are."""
+def peer_figures(case: RingCase) -> dict[str, tuple[float | None, ...]]:
+    """Peers' figures, of other runs, for a case's length, ranks, heads and mask; all are of zigzag."""
     if (case.heads, case.kv_heads, case.head_dim, case.layout) != (32, 8, 128, "zigzag"):
         return {}
     return PEERS.get((case.length, case.ranks, case.kind), {})
@@ -267,7 +267,7 @@ def table(case: RingCase, share: Share, header: bool) -> str:
             cells = [f"{share.efficiency(column)[which]:.3f}" for column in COLUMNS]
             rank = f"{which} of {','.join(map(str, share.ranks))}"
             lines.append(_line(share.case, ours, rank, [*cells, f"{share.busiest:.3f}", ms]))
-    for name, figures in copy_engine_of(case).items():
+    for name, figures in peer_figures(case).items():
         lines.append(
             _line(share.case, name, "not of this run", [*("-" if x is None else f"{x:.3f}" for x in figures), "", ""])
         )
@@ -290,7 +290,7 @@ def draw(path: Path, cases: list[RingCase], shares: list[Share], title: str) -> 
         for x, (case, share) in enumerate(timed):
             for which, value in share.efficiency(column).items():
                 bars.setdefault(f"ringflash, {which} rank", {})[x] = value
-            for name, figures in copy_engine_of(case).items():
+            for name, figures in peer_figures(case).items():
                 if (figure_ := figures[i]) is not None:
                     bars.setdefault(name, {})[x] = figure_
         width = 0.85 / max(1, len(bars))

@@ -177,8 +177,8 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
         model = build_model(settings).eval().to(device)  # type: ignore[arg-type]
         check_kernel(settings, attention, model.config, device)
     except ConfigError as error:
-        told = str(error).replace("model.path=", "model=").replace("attention.kernel=", "kernel=")
-        raise ConfigError(told.replace("model.dtype=", "dtype=").replace("model.untested", "untested")) from error
+        message = str(error).replace("model.path=", "model=").replace("attention.kernel=", "kernel=")
+        raise ConfigError(message.replace("model.dtype=", "dtype=").replace("model.untested", "untested")) from error
     fuse_layers(model, FusedConfig(), device)
     return model
 
@@ -192,8 +192,8 @@ def load_encoder(config: ReadConfig, model: PreTrainedModel) -> tuple[Encoder, A
         tokenizer = load_tokenizer(SimpleNamespace(tokenizer=name))  # type: ignore[arg-type]
         found = encoder(tokenizer, name)
     except ConfigError as error:
-        told = str(error).replace("data.tokenizer=", "tokenizer=" if config.tokenizer else "model=")
-        raise ConfigError(told + ("" if config.tokenizer else "; tokenizer=FOLDER names another")) from error
+        message = str(error).replace("data.tokenizer=", "tokenizer=" if config.tokenizer else "model=")
+        raise ConfigError(message + ("" if config.tokenizer else "; tokenizer=FOLDER names another")) from error
     if (size := tokenizer_size(tokenizer)) > model.config.vocab_size:
         raise ConfigError(
             f"tokenizer={name} does not fit model={config.model}: it has {size} tokens, and the model "

@@ -20,7 +20,7 @@ def test_any_combination_of_masks_shows_what_its_ingredients_show(case):
 
 
 @given(st.data(), lengths, st.integers(0, 12), st.integers(0, 5))
-def test_windows_and_first_tokens_share_no_pair_and_show_what_they_say(data, length, left, first):
+def test_windows_and_leading_tokens_share_no_pair_and_show_their_own(data, length, left, first):
     mask, dense = data.draw(masks(length))
     i, j = torch.arange(length)[:, None], torch.arange(length)
     earliest = torch.where(dense.any(2), dense.int().argmax(2), length)[..., None]

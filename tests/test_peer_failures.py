@@ -18,7 +18,7 @@ wrong numbers
 dk and dv are wrong over processes                              -> ring/test_attention.py::test_processes_compute_what_float64_does
 the check of gradients prints a tick whatever they are          -> test_the_oracle_refuses_wrong_gradients
 precision falls with the ring: state or blocks in 16 bits       -> benchmarks/test_ring.py::test_our_error_is_flat_and_that_of_sixteen_bits_grows
-gradients travel in 16 bits                                     -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once
+gradients travel in 16 bits                                     -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_per_pass_and_gradients_once
 the merge of lse overflows                                      -> test_a_large_lse_does_not_overflow_in_the_merge
 rows that see nothing have lse 0                                -> test_rows_that_see_nothing_have_an_lse_of_minus_infinity
 gradients are bf16 whatever the inputs                          -> test_gradients_have_the_dtype_of_their_inputs
@@ -42,11 +42,11 @@ padding is counted, or needed                                   -> models/test_f
 a fused loss ignores the scale of what comes back to it         -> training/test_loss.py::test_any_tile_gives_the_loss_and_gradients_of_whole_logits
 a tiled loss sums the head's gradient in bf16                   -> training/test_loss.py::test_the_weights_gradient_is_summed_over_tiles_in_fp32
 micro-batches are summed in bf16                                -> training/test_config.py::test_what_does_not_fit_the_ranks_is_refused
-a resumed run sees other data                                   -> data/test_batches.py::test_a_stream_resumed_from_its_state_equals_one_that_ran_on
+a resumed run sees other data                                   -> data/test_batches.py::test_a_stream_resumed_from_its_state_equals_an_uninterrupted_one
 a resumed run at another degree sees other data                 -> data/test_batches.py::test_rows_are_the_same_however_many_ranks_share_them
 
 slow, large, or hanging
-query-sized gradients travel under GQA                          -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once
+query-sized gradients travel under GQA                          -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_per_pass_and_gradients_once
 masked keys travel                                              -> ring/test_attention.py::test_with_a_window_one_neighbour_hop_moves_in_both_passes
 masked blocks are computed                                      -> ring/test_attention.py::test_hops_that_see_nothing_launch_no_kernel
 the ring runs again under recomputation                         -> ring/test_recompute.py::test_one_forward_and_one_backward_ring_a_layer_a_step

@@ -104,7 +104,7 @@ class OptimConfig:
         if self.steps is not None and self.warmup > self.steps:
             raise ConfigError(
                 f"optim.warmup={self.warmup} is more than optim.steps={self.steps}: the learning rate would never "
-                f"reach optim.lr={self.lr}"
+                f"reach optim.lr={self.lr}; set optim.warmup={self.steps} or less"
             )
         falls = self._decay() if self.schedule == "warmup_stable_decay" else 0
         if self.steps is not None and self.warmup + falls > self.steps:

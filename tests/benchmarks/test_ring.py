@@ -121,9 +121,9 @@ def test_a_quick_run_ends_with_a_table_a_plot_and_json(tmp_path, capsys):
     assert {"device", "torch", "triton", "date", "commit"} <= contents["card"].keys()
 
 
-def test_others_figures_stand_beside_a_case_of_theirs_only():
-    assert all(ring_share.copy_engine_of(case) for case in ring.GPU_CASES if case.layout == "zigzag")
-    assert ring_share.copy_engine_of(RingCase.of("128k", 8, heads=(16, 16))) == {}
+def test_peers_figures_stand_beside_their_own_cases_only():
+    assert all(ring_share.peer_figures(case) for case in ring.GPU_CASES if case.layout == "zigzag")
+    assert ring_share.peer_figures(RingCase.of("128k", 8, heads=(16, 16))) == {}
 
 
 def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, mon
     assert "WRONG: 512/4 causal, zigzag: out " in capsys.readouterr().out
 
 
-def test_a_backward_that_adds_to_memory_nobody_cleared_is_named(tmp_path, monkeypatch):
+def test_a_backward_that_adds_to_memory_that_was_not_cleared_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "Clear", type("Nothing", (), {}))
     code, contents = run(tmp_path)
     assert code == 1
@@ -197,18 +197,18 @@ def test_a_timeline_sends_the_plans_bytes(case):
 
 @pytest.mark.parametrize("link", [1e7, 1e9, float("inf")], ids=["slow", "fast", "infinite"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_nothing_is_computed_before_its_keys_arrive_and_lanes_do_not_overlap(case, link):
+def test_nothing_is_computed_before_its_keys_arrive_and_no_span_overlaps_another(case, link):
     timeline = ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), ring_timeline.schedules(case))
     for name, played in timeline.passes.items():
         seconds_a_pair = getattr(SPEED, name)
         plan = case.plan(Loopback(case.ranks))
         for rank in range(case.ranks):
             own = [span for span in played.spans if span.rank == rank]
-            lane = sorted((s for s in own if s.kind not in ("keys", "gradients")), key=lambda span: span.begin)
-            assert all(a.end <= b.begin + 1e-15 for a, b in itertools.pairwise(lane))
+            computing = sorted((s for s in own if s.kind not in ("keys", "gradients")), key=lambda span: span.begin)
+            assert all(a.end <= b.begin + 1e-15 for a, b in itertools.pairwise(computing))
             arrivals = sorted(span.end for span in own if span.kind == "keys")
             received = [s for s in range(1, case.ranks) if plan.routes[(rank - s) % case.ranks].keys[s].tokens]
-            for span in lane:
+            for span in computing:
                 if span.kind == "compute" and span.hop > 0 and link < float("inf"):
                     assert span.begin >= arrivals[received.index(span.hop)]
             pairs = sum(hops[rank].pairs for hops in plan.hops) * case.heads

@@ -39,7 +39,7 @@ def test_rows_are_the_same_however_many_ranks_share_them(parts, step):
     assert all(same(a, b) for a, b in zip(whole.split(4 // parts), shared, strict=True))
 
 
-def test_steps_go_on_where_the_last_one_ended_at_any_batch_size():
+def test_steps_continue_where_the_last_one_ended_at_any_batch_size():
     small = [batch(TEXTS, seed=1, step=step, batch_size=2, length=12).tokens for step in range(6)]
     large = [batch(TEXTS, seed=1, step=step, batch_size=4, length=12).tokens for step in range(3)]
     assert torch.equal(torch.cat(small), torch.cat(large))
@@ -56,7 +56,7 @@ def test_the_mask_shows_each_token_its_own_documents_past(counts, rows, length):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5])
-def test_a_stream_resumed_from_its_state_equals_one_that_ran_on(stop):
+def test_a_stream_resumed_from_its_state_equals_an_uninterrupted_one(stop):
     whole = list(islice(stream(TEXTS, **SETTINGS), 9))
     state = json.loads(json.dumps(whole[stop - 1][1])) if stop else {"seed": 1, "step": 0}
     resumed = stream(TEXTS, **SETTINGS | {"seed": state["seed"]}, start_step=state["step"])

@@ -108,7 +108,7 @@ def in_groups(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["texts", "labels"])
 @pytest.mark.parametrize("death", [KeyboardInterrupt(), OSError(28, "No space left")], ids=["killed", "disk full"])
-def test_a_build_that_is_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, in_groups, kind, death):
+def test_a_build_that_is_stopped_continues_where_it_stopped(tmp_path, monkeypatch, capsys, in_groups, kind, death):
     settings = config(tmp_path, write_jsonl(tmp_path / "a.jsonl", ["", *TEXTS[1:], *TEXTS]))
     if kind == "labels":
         rows = [{"input_ids": [5 + i]} | ({"labels": [-100]} if i > 6 else {}) for i in range(12)]

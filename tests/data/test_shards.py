@@ -87,7 +87,7 @@ def test_rows_of_two_replicas_are_those_of_one(config, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["", "ledger lost"])
-def test_a_resumed_stream_goes_on_exactly_and_tokenises_no_file_before_its_place(config, tmp_path, monkeypatch, lost):
+def test_a_resumed_stream_continues_exactly_and_tokenises_no_file_before_its_place(config, tmp_path, monkeypatch, lost):
     exact = expected(config(), tmp_path, seed=1, epochs=2)
     first = Shards(config())
     for i in range(9):

@@ -171,7 +171,7 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_refused_with_its_name(tmp_path
         encoded(tmp_path, folder, ["a b"])
 
 
-def test_a_tokenizer_with_code_of_its_own_is_refused_and_nobody_is_asked(tmp_path, monkeypatch):
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(tmp_path, monkeypatch):
     folder = Path(saved(tmp_path / "tokenizer", byte_bpe()))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     own = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}

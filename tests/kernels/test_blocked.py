@@ -20,7 +20,7 @@ def test_every_mask_is_within_the_bound_of_float64(mask, dtype):
 
 
 @pytest.mark.parametrize("softcap", [0.5, 20.0, 10000.0])
-def test_softcap_and_its_derivative(softcap):
+def test_results_and_gradients_under_a_softcap_are_within_the_bound(softcap):
     p = problem(MASKS["packed"](90), heads=(4, 1), head_dim=40, softcap=softcap)
     assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
 

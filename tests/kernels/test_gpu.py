@@ -129,7 +129,7 @@ def test_long_sequences(name, kernel, head_dim, dtype):
 
 @over(hopper=product([64, 128, 256], HALF), portable=product([64, 128, 256, 512], ALL))
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
-def test_softcap_and_its_derivative(softcap, kernel, head_dim, dtype):
+def test_results_and_gradients_under_a_softcap_are_within_the_bound(softcap, kernel, head_dim, dtype):
     mask = MASKS["causal"](600)
     assert checked(kernel, mask, heads=(2, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
 
@@ -202,7 +202,7 @@ def test_scores_far_below_zero_leave_no_nan(kernel, head_dim, dtype):
 
 @over(hopper=product([64, 128, 256], HALF), portable=product([128], BF16))
 @pytest.mark.parametrize("rise", [-0.2, 0.02, 0.04, 0.06, 0.1, 3.0])
-def test_scores_that_rise_from_key_to_key(rise, kernel, head_dim, dtype):
+def test_scores_that_rise_from_key_to_key_are_within_the_bound(rise, kernel, head_dim, dtype):
     """Hopper takes a row's maximum again when a weight passes 2^8: never, every few tiles of 128 keys, in each tile."""
     p = problem(MASKS["causal"](1500), heads=(2, 1), head_dim=head_dim, dtype=torch.float32, device="cuda")
     p.q[..., 0], p.k[..., 0] = 2.0, rise / (2 * p.scale) * torch.arange(1500, device="cuda")[:, None]

@@ -272,7 +272,7 @@ def test_a_carry_has_the_values_head_size_and_joins_in_each_pass(interpreter, co
 
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_softcap_and_its_derivative(interpreter, softcap, dtype):
+def test_results_and_gradients_under_a_softcap_are_within_the_bound(interpreter, softcap, dtype):
     assert interpreter(violations_of_shape, (2, 1), 32, softcap, dtype) == []
 
 

@@ -83,16 +83,16 @@ for name in ("portable", "hopper"):
 
 
 def test_without_triton_auto_takes_plain_torch_and_a_named_kernel_says_what_is_missing():
-    told = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
-    assert told.stdout.splitlines() == ["True"] + [
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    assert ran.stdout.splitlines() == ["True"] + [
         f"kernel={name} needs Triton 3.6 or newer (No module named 'triton'): pip install triton, or kernel=blocked, "
         "which is plain torch"
         for name in ("portable", "hopper")
-    ], told.stderr
+    ], ran.stderr
 
 
 @pytest.mark.parametrize(
-    ("query", "key", "softcap", "told"),
+    ("query", "key", "softcap", "message"),
     [
         (
             (1, 8, 4, 32),
@@ -109,6 +109,6 @@ def test_without_triton_auto_takes_plain_torch_and_a_named_kernel_says_what_is_m
     ],
 )
 @pytest.mark.parametrize("name", kernels.FASTEST_FIRST)
-def test_every_kernel_refuses_what_none_can_do(name, query, key, softcap, told):
-    with pytest.raises(ValueError, match=f"kernel={name} .*{told}"):
+def test_every_kernel_refuses_what_none_can_do(name, query, key, softcap, message):
+    with pytest.raises(ValueError, match=f"kernel={name} .*{message}"):
         kernels.select(torch.zeros(query), torch.zeros(key), softcap, name)

@@ -73,7 +73,7 @@ def test_vouching_without_the_trainer_takes_the_family_in():
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text", "llama4_text"])
-def test_nobody_can_vouch_for_a_family_that_is_refused_for_a_reason(model_type):
+def test_a_family_that_is_refused_for_a_reason_cannot_be_vouched_for(model_type):
     with pytest.raises(ValueError, match=rf"^model_type={model_type} is not supported on the ring: "):
         vouch_for(model_type)
     for untested in (False, True):

@@ -341,7 +341,7 @@ def test_a_window_of_no_token_is_refused(window):
         tiny("mistral", sliding_window=window)
 
 
-def test_windows_of_layers_show_first_tokens_where_ring_inputs_is_asked_to():
+def test_windows_of_layers_show_leading_tokens_where_ring_inputs_is_asked_to():
     model, tokens = tiny("mistral").eval(), torch.randint(1, 97, (1, 32))
     found = model(**ring_inputs(tokens, ring=Loopback(1), documents=[20, 12], leading_tokens=2)).logits
     i, j = torch.arange(32)[:, None], torch.arange(32)

@@ -71,7 +71,7 @@ def test_values_of_another_number_of_heads_are_refused():
         flash_attention(q, k, v, IntervalMask.causal(8))
 
 
-def test_striped_layouts_of_many_chunks_a_rank_are_exact():
+def test_striped_layouts_of_many_chunks_per_rank_are_exact():
     layout, inputs = Layout.striped(400, 2), whole_inputs(1, 400)
     plan = AttentionPlan(IntervalMask.causal(400), layout, Loopback(2))
     assert_exact(on_ring(inputs, plan), oracle(inputs, plan.mask.dense()), layout)
@@ -156,7 +156,7 @@ def test_with_a_window_one_neighbour_hop_moves_in_both_passes():
     assert ring.messages == {torch.float16: 4 * (ranks - 1), torch.float32: 2 * (ranks - 1)}
 
 
-def test_with_a_window_and_first_tokens_these_go_round_and_nothing_between():
+def test_with_a_window_only_leading_tokens_go_round_the_whole_ring():
     """The first rank's tail goes to its neighbour, its first four tokens to all."""
     length, ranks, left, first = 256, 8, 7, 4
     ring = Counting(ranks)
@@ -168,7 +168,7 @@ def test_with_a_window_and_first_tokens_these_go_round_and_nothing_between():
     assert ring.elements[torch.float32] == (tail + head) * 2 * 2 * 16
 
 
-def test_a_causal_ring_sends_keys_once_a_pass_and_gradients_once():
+def test_a_causal_ring_sends_keys_once_per_pass_and_gradients_once():
     length, ranks = 64, 4
     ring = Counting(ranks)
     plan = AttentionPlan(IntervalMask.full(length), Layout.zigzag(length, ranks), ring)

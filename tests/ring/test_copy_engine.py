@@ -94,7 +94,7 @@ MASKS = {
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", MASKS)
-def test_what_is_sent_lands_where_the_other_rank_has_it_come(monkeypatch, name, ranks):
+def test_what_is_sent_arrives_in_the_other_ranks_receive_buffers(monkeypatch, name, ranks):
     kernel = Kernel(
         "none", forward, lambda out, dout: out.sum(-1).transpose(1, 2).float(), blocked.center,
         lambda *args, **options: None, blocked.round_into, lambda *args: None,
@@ -332,7 +332,7 @@ def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
     assert machine.called == ["allocate", "meet", "map", "barrier"] + 2 * ["allocate", "meet", "map"]
 
 
-def test_a_rank_without_memory_is_named_on_all_ranks_and_nobody_maps(machine, alone, monkeypatch):
+def test_a_rank_without_memory_is_named_on_all_ranks_and_none_maps(machine, alone, monkeypatch):
     given_back = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
     monkeypatch.setattr(machine, "empty", mock.Mock(side_effect=RuntimeError("CUDA out of memory")))
@@ -391,7 +391,7 @@ def fail(alone, label, exchanging):
         raise ArithmeticError
 
 
-def test_after_an_error_passes_go_on_only_if_nothing_was_exchanged(alone):
+def test_after_an_error_passes_run_only_if_nothing_was_exchanged(alone):
     """What was under way arrives at any time, in memory that the next pass may have taken."""
     for label, exchanging in ((Label("layer 1", "forward"), False), (Label("layer 2", "forward"), True)):
         with pytest.raises(ArithmeticError):
@@ -460,7 +460,7 @@ def ask_in_vain(peer, guard):
 
 
 @pytest.mark.ranks
-def test_a_rank_that_never_maps_memory_is_told_of(ranks):
+def test_a_rank_that_never_maps_memory_is_reported(ranks):
     first, second = ranks.run(with_one_rank_that_never_maps_memory, 2)
     assert first.startswith(
         "ringflash: rank 0, step 0, layer 3, backward, memory for messages: waits for rank 1 since "

@@ -172,7 +172,7 @@ def test_slow_links_favour_layouts_that_send_less():
 
 
 @pytest.mark.parametrize(("documents", "most"), [([29696, *[1056] * 96], 0.4), ([14848, 14848, *[2112] * 48], 0.4)])
-def test_a_gathered_layout_balances_long_documents_and_keeps_short_ones_on_neighbours(documents, most):
+def test_a_document_local_layout_balances_long_documents_and_keeps_short_ones_on_neighbours(documents, most):
     mask = IntervalMask.causal(131072) & IntervalMask.documents(documents)
     document_local, balanced = Layout.document_local(mask, 8), Layout.balanced(mask, 8)
     assert document_local.imbalance(mask) <= 0.05
@@ -193,7 +193,7 @@ def test_a_gathered_layout_balances_long_documents_and_keeps_short_ones_on_neigh
     assert sent[0] <= most * sent[1]
 
 
-def test_a_gathered_layout_of_one_causal_document_is_balanced():
+def test_a_document_local_layout_of_one_causal_document_is_balanced():
     assert Layout.document_local(IntervalMask.causal(131072), 8).imbalance(IntervalMask.causal(131072)) <= 0.01
 
 

@@ -96,7 +96,7 @@ def test_a_ring_of_gpus_equals_a_loopback_bit_for_bit(gpus, case):
 
 
 @pytest.mark.parametrize("case", ["causal", "documents"])
-def test_so_does_one_whose_messages_all_go_by_nccl(gpus, case):
+def test_a_ring_of_gpus_by_nccl_equals_a_loopback_bit_for_bit(gpus, case):
     assert gpus.run(differences, GPUS, *CASES[case], False, "nccl") == [[]] * GPUS
 
 
@@ -142,7 +142,7 @@ def test_the_watch_counts_exchanges_bytes_and_waits_of_gpus(gpus):
         assert 0 < seconds < 30
 
 
-def test_gpus_whose_neighbour_never_comes_say_where_they_are_and_for_whom_they_wait():
+def test_gpus_whose_neighbour_hangs_report_where_they_are_and_which_rank_they_wait_for():
     pool = Pool("nccl")
     try:
         said = pool.run(with_one_rank_that_never_comes, 2, 1)

@@ -157,7 +157,7 @@ def test_a_windowed_plan_is_made_once_and_limits_every_query():
     assert torch.equal(narrow.masks[0].dense(), IntervalMask.window(32, 3).dense())
 
 
-def test_windows_show_first_tokens_besides_where_the_plan_says_so():
+def test_windows_also_show_leading_tokens_where_the_plan_has_them():
     mask, layout = IntervalMask.causal(32) & IntervalMask.documents([20, 12]), Layout.zigzag(32, 2)
     narrow = AttentionPlan(mask, layout, Loopback(2), leading_tokens=2).window(3)
     i, j = torch.arange(32)[:, None], torch.arange(32)

@@ -285,7 +285,7 @@ def test_no_stream_reads_or_overwrites_what_another_is_not_done_with(monkeypatch
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_nor_where_a_sink_is_merged_after_both_streams(monkeypatch, rank):
+def test_no_stream_races_where_a_sink_is_merged_after_both(monkeypatch, rank):
     assert races(monkeypatch, FakeNccl, 3, rank, IntervalMask.causal, "zigzag", 2, sink=True) == []
 
 

@@ -138,7 +138,7 @@ def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
     guard.close()
 
 
-def test_a_meeting_is_told_of_and_not_counted():
+def test_a_meeting_is_reported_and_not_counted():
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     with guard.meeting(Label("layer 1", "forward", "memory for messages"), lambda: Pending((1, 2))):
         assert "memory for messages: waits for rank 1 and rank 2 since " in guard.where()
@@ -247,7 +247,7 @@ def test_time_without_a_wait_is_not_counted_as_one(monkeypatch):
     assert [said.split(" since ")[1] for said in begun] == ["0 s", "2 s"]
 
 
-def test_a_rank_that_cannot_tell_where_it_is_ends_all_the_same(monkeypatch, capsys):
+def test_a_rank_that_does_not_know_where_it_hangs_ends_too(monkeypatch, capsys):
     monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
     ended, work = threading.Event(), Never()
     guard = Watchdog(0.3, 7, end=ended.set)
@@ -258,7 +258,7 @@ def test_a_rank_that_cannot_tell_where_it_is_ends_all_the_same(monkeypatch, caps
     work.done.set()
 
 
-def test_a_run_that_is_over_while_last_words_are_said_is_not_ended(monkeypatch):
+def test_a_run_that_ends_during_its_last_report_is_not_killed(monkeypatch):
     monkeypatch.setattr(watchdog, "LAST_WORDS", 1e6)
     reported, ended, work = threading.Event(), threading.Event(), Never()
     monkeypatch.setattr(Watchdog, "_report", lambda self: reported.set())

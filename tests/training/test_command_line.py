@@ -215,7 +215,7 @@ def test_text_that_a_run_could_not_use_is_refused(override):
 def test_an_option_that_train_py_does_not_have_is_named_alone(option):
     arguments = [sys.executable, "train.py", "optim.lr=1", "--print", "name=x", option]
     result = forked.run(arguments)
-    line = f"ringflash: {option} is not an option of train.py: settings are key=value, see --help"
+    line = f"ringflash: {option} is not an option: settings are key=value, see --help"
     assert result.returncode == 1
     assert line in result.stderr.splitlines()
     assert "usage" not in result.stderr

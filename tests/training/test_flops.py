@@ -39,7 +39,7 @@ def test_of_the_experts_those_that_a_token_meets_count():
     assert counts[1] - counts[0] == 3 * 16 * 32  # gate, up and down of one expert
 
 
-def test_a_step_is_six_operations_a_weight_and_token_and_six_a_pair_head_and_dimension_of_keys_and_of_values():
+def test_a_step_is_six_operations_per_weight_and_token_and_six_per_pair_head_and_dimension_of_keys_and_values():
     attention = attention_flops(11, Heads(query=2, key=1, dim=8, value_dim=6))
     assert attention == 6 * 11 * 2 * (8 + 6)
     assert step_flops(weights=1000, tokens=7, attention=attention) == 6 * 1000 * 7 + attention

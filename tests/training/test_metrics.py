@@ -17,7 +17,7 @@ def test_a_wandb_id_is_drawn_once_and_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("contents", [b"", b" \n", b"a/b", b"a" * 200, b"\xff\xfe", b"two\nlines"])
-def test_a_file_that_holds_no_wandb_id_is_named_with_its_mend(tmp_path, contents):
+def test_a_file_that_holds_no_wandb_id_is_named_with_its_remedy(tmp_path, contents):
     (tmp_path / "wandb-id").write_bytes(contents)
     with pytest.raises(ConfigError, match=r"wandb-id holds .*, not the id of a wandb run: delete it to start a new"):
         metrics._wandb_id(tmp_path / "wandb-id")
