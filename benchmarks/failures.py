@@ -1,12 +1,12 @@
 """A rank that dies, and one that hangs: what a run says about it, and after how many seconds.
 
-    python benchmarks/failures.py               # on every GPU, or on two CPU ranks: a minute
+    python benchmarks/failures.py               # on every GPU, or on two CPU ranks: two minutes
     python benchmarks/failures.py --ranks 4
 
-It trains a tiny model on this benchmark's own text, waits for three steps, and sends the last rank SIGKILL; in a second
-run SIGSTOP, so that the others wait for it for 5 s, and then report it. The columns: seconds until it said something,
-seconds until it had ended, and what it said. torchrun gives a stopped process 30 s before it kills it. The exit code is
-1 where a run did not end within --limit seconds.
+It trains a tiny model on this benchmark's own text, waits for three steps, and sends the last rank SIGKILL; in two more
+runs SIGSTOP, so that the others wait for it for 5 s, in a hop of the ring or as replicas, and then report it. The
+columns: seconds until it said something, seconds until it had ended, and what it said. torchrun gives a stopped process
+30 s before it kills it. The exit code is 1 where a run did not end within --limit seconds.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import RESULTS, ROOT, card, write_json
 
-HOP_TIMEOUT = 5
+HOP_TIMEOUT = 5  # seconds
 SETTINGS = (
     "model=tiny-llama", "data=text", f"data.path={ROOT / 'benchmarks'}", 'data.files=["*.py"]', "data.held_out=0.2",
-    "data.sequence_length=4096", "optim=adamw", "optim.steps=1000000", "optim.warmup=1", "optim.batch=1",
+    "data.sequence_length=4096", "optim=adamw", "optim.steps=1000000", "optim.warmup=1",
     "checkpoint.every=0", "evaluation.every=0", "evaluation.sequences=1", "logger.mode=disabled",
     f"parallel.hop_timeout_seconds={HOP_TIMEOUT}",
 )  # fmt: skip
-SIGNALS = {"a rank is killed": signal.SIGKILL, "a rank hangs": signal.SIGSTOP}
+FAILURES = {
+    "a rank is killed": (signal.SIGKILL, "parallel.layout=zigzag"),
+    "a rank hangs": (signal.SIGSTOP, "parallel.layout=zigzag"),
+    "a replica hangs": (signal.SIGSTOP, "parallel.ring=1"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,15 @@ class Found:
 
 def measure(failure: str, ranks: int, limit: float, folder: Path) -> Found:
     """Train in `folder`, send the last rank the failure's signal after three steps, and wait for the end."""
-    name = failure.replace(" ", "-")
-    settings = [*SETTINGS, f"data.cache={folder / 'cache'}", f"output_dir={folder}", f"name={name}"]
+    name, (sent, setting) = failure.replace(" ", "-"), FAILURES[failure]
+    settings = [
+        *SETTINGS,
+        setting,
+        f"optim.batch={ranks}",
+        f"data.cache={folder / 'cache'}",
+        f"output_dir={folder}",
+        f"name={name}",
+    ]
     printed = folder / f"{failure}.txt"
     command = [sys.executable, "launch/local.py", "--ranks", str(ranks), *settings]
     with printed.open("w") as file:
@@ -72,7 +83,7 @@ def measure(failure: str, ranks: int, limit: float, folder: Path) -> Found:
                 raise RuntimeError(f"the run did not come to its third step:\n{printed.read_text()[-2000:]}")
             time.sleep(0.1)
         before = printed.stat().st_size
-        _rank(launcher, ranks - 1).send_signal(SIGNALS[failure])
+        _rank(launcher, ranks - 1).send_signal(sent)
         begun, spoke, ended = time.monotonic(), None, None
         while ended is None and (now := time.monotonic() - begun) < limit:
             ended = now if launcher.poll() is not None else None
@@ -113,7 +124,7 @@ def main() -> int:
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for failure in SIGNALS:
+        for failure in FAILURES:
             found.append(measure(failure, args.ranks, args.limit, Path(folder)))
             print(found[-1], flush=True)
     write_json(args.out, {"card": facts, "rows": [asdict(row) for row in found]})

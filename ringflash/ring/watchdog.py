@@ -8,7 +8,11 @@ other ranks through their store, and every rank reports where it is:
     ringflash: rank 0, step 12, layer 5, backward, hop 3: waits for rank 1 to take what it sent since 300 s
     ringflash: rank 1, step 12: waits for no rank; its last wait was in layer 5, backward, hop 2
 
-then all exit. A layer never blocks for the watchdog: on CUDA two events enclose each wait on the compute stream, and
+then all exit. So they do where a rank's process does not run any more, whatever the others wait for (`heartbeat`):
+
+    ringflash: rank 0, step 12: rank 1 has not answered since 300 s
+
+A layer never blocks for the watchdog: on CUDA two events enclose each wait on the compute stream, and
 the thread asks whether they have passed. Nor does the watchdog block for the store, which may be on the rank that
 hangs: a second thread asks it. If the store is gone, so is the launcher or the rank that held it, and this rank exits.
 
@@ -25,16 +29,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
+from ringflash.ring.heartbeat import Heartbeat
 from ringflash.ring.streams import current_stream
 
 POLL = 0.25  # seconds between two looks
+BEAT = 5.0  # seconds between two beats, at most
 LAST_WORDS = 3.0  # seconds between a rank's report and its exit: launchers end all ranks as soon as one exits
 REPORT = 30.0  # seconds between two reports of work without a limit
 GRACE = 10.0  # seconds that a rank has to end by itself once another has failed
@@ -126,7 +132,7 @@ class Watchdog:
 
     limit: seconds; rank: this process's in the run, as users know it; store: the run's, or None for a process alone;
     end: what ends the process after its report; ends_with_store: whether it is also called when the store is gone,
-    for a caller that closes the watchdog before the store may go.
+    for a caller that closes the watchdog before the store may go; ranks: of the run, 1 where no other is looked after.
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class Watchdog:
         store: dist.Store | None = None,
         end: Callable[[], None] | None = None,
         ends_with_store: bool = False,
+        ranks: int = 1,
     ) -> None:
         self.limit, self.rank, self.step = limit, rank, 0
         self._store, self._end, self._ends_with_store = store, end or (lambda: os._exit(1)), ends_with_store
@@ -151,9 +158,12 @@ class Watchdog:
         self._others_report = threading.Event()
         self._looker = threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True)
         self._looker.start()
+        self._silent = ""  # the next rank, once it has not answered for too long
         self._listener: threading.Thread | None = None
         if store is not None:
-            self._listener = threading.Thread(target=self._listen, args=(store,), name="ring-watch-store", daemon=True)
+            heart = Heartbeat(store, rank, ranks, min(BEAT, limit / 2)) if ranks > 1 else None
+            listen = (store, heart)
+            self._listener = threading.Thread(target=self._listen, args=listen, name="ring-watch-store", daemon=True)
             self._listener.start()
 
     def wait(
@@ -287,13 +297,16 @@ class Watchdog:
         if self._store is not None:
             threading.Thread(target=self._store.set, args=(_KEY, "1"), daemon=True).start()
 
-    def _listen(self, store: dist.Store) -> None:
-        """Look after work without a limit; end if another rank has found a hop that hangs, or the store is gone."""
+    def _listen(self, store: dist.Store, heart: Heartbeat | None) -> None:
+        """Look after work without a limit, and after the next rank; end if a rank hangs or the store is gone."""
         while not self._closed.wait(POLL):
             try:
+                silent = heart.beat() if heart else 0.0
                 if (work := self._work) is not None:
                     self._look_after(work)
-                if store.check([_KEY]):
+                elif heart and silent > self.limit:
+                    self._silent = f"rank {heart.next} has not answered since {silent:.0f} s"
+                if self._silent or store.check([_KEY]):
                     self._others_report.set()
                     return
             except dist.DistNetworkError:
@@ -302,6 +315,9 @@ class Watchdog:
                 return
             except RuntimeError:
                 continue
+        if heart:
+            with suppress(RuntimeError):  # the store may be gone
+                heart.stop()
 
     def _look_after(self, work: _Work) -> None:
         """Report it once that is due. End where a rank has failed and this one is in a collective with it."""
@@ -330,6 +346,7 @@ class Watchdog:
         """Rank, step, and what the rank waits for."""
         with self._lock:
             if not self._waits:
-                return f"rank {self.rank}, step {self.step}: waits for no rank; its last wait was in {self._last}"
+                what = self._silent or f"waits for no rank; its last wait was in {self._last}"
+                return f"rank {self.rank}, step {self.step}: {what}"
             wait, seconds = self._waits[0], time.monotonic() - self._moved
         return f"rank {self.rank}, step {self.step}, {wait.label}: waits for {wait.pending()} since {seconds:.0f} s"

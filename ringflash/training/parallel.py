@@ -51,7 +51,8 @@ class ParallelConfig:
     """Minutes after which a collective that other ranks do not join fails. Tokenising and saving have no limit."""
 
     hop_timeout_seconds: float = 300.0
-    """Seconds after which a hop of the ring that hangs ends the run. Every rank reports which rank it waits for."""
+    """Seconds after which a hop of the ring that hangs, or a rank whose process is stopped, ends the run. Every rank
+    reports which rank it waits for."""
 
     def __post_init__(self) -> None:
         if self.ring is not None and self.ring < 1:
