@@ -25,7 +25,7 @@ ALLOWED = Path(__file__).with_name("prose_allowed.txt")
 LONGEST_SENTENCE = 30  # words, in Markdown
 UNITS = (
     r"(?:tokens?(?:/s)?|[GM]i?B(?:/s)?|(?:giga)?bytes?|TFLOP/s|FLOPs?|memory|seconds?|milliseconds?|microseconds|ms|"
-    r"launches|messages|instructions|processes|programs|rows?|registers?|times?|lines?)"
+    r"launches|messages|instructions|process(?:es)?|ranks?|entr(?:y|ies)|operations|programs|rows?|registers?|times?|lines?)"
 )
 # What is found, and what to write instead.
 RULES = (
@@ -36,7 +36,10 @@ RULES = (
     (r"\bso many\b", "the number, or as many as"),
     (r"\b(?:stands?|stood|standing) still\b", "hangs"),
     (r"\b(?:comes?|came|coming) home\b|\bhomewards?\b", "return, returned"),
-    (rf"\b{UNITS} an? (?:GPU|rank|hop|step|layer|second|node|head|token|pair|launch|program|row|tile|SM)\b", "per"),
+    (
+        rf"\b{UNITS} an? (?:GPU|rank|hop|step|layer|second|node|head|token|pair|launch|program|row|tile|SM|process)\b",
+        "per",
+    ),
     (r"\bfor whom\b|\bsays? no\b|\bin vain\b", "name who waits for what, plainly"),
     (r"\b(?:yardstick|lockstep)\b", "reference, per-hop imbalance"),
     (r"\b(?:dealt|deals?) (?:out|back)\b", "assigned, assigns"),

@@ -18,7 +18,7 @@ from ringflash.ring import execution
 
 CPU = torch.device("cpu")
 TINY = {"heads": (4, 2), "dim": 16}
-# Causal balanced, documents with hops that nobody computes, a window whose gradients turn back early.
+# Causal balanced, documents with hops that no rank computes, a window whose gradients turn back early.
 CASES = [
     RingCase.of(96, 4, **TINY),
     RingCase.of(96, 3, "packed", packed=7, layout="balanced", **TINY),

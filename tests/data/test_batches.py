@@ -95,7 +95,7 @@ def test_batches_are_prepared_ahead_in_the_thread():
 
     plain, running = stream(TEXTS, **SETTINGS), stream(TEXTS, **SETTINGS, prepare=prepare)
     assert next(running)[0] == next(plain)[0].tokens.sum()
-    assert ahead.wait(120)  # for a second batch, that nobody has asked for; close() would cancel it
+    assert ahead.wait(120)  # for a second batch, which was not asked for; close() would cancel it
     running.close()
     plain.close()
     assert all(name.startswith("batches") for name in prepared)

@@ -154,7 +154,7 @@ def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ri
     ranks = sorted({0, 1, size // 2, size - 2, size - 1})
     found = [passes(monkeypatch, *MASKS[mask](size), rank, kv_heads)[:2] for rank in ranks]
     forward_bytes, backward_bytes = (max(most) for most in zip(*found, strict=True))
-    # The second buffer of keys, which nobody needs on hop 2, and that of gradients of those that no other rank sees.
+    # The second buffer of keys, which no rank needs on hop 2, and that of gradients of those that no other rank sees.
     unused = KEYS * kv_heads + (GRADIENTS // 4 if kv_heads == 1 else 0) if mask == "window" else 0
     third = GRADIENTS * kv_heads if mask in THIRD and size > 3 else 0
     assert forward_bytes == in_forward(kv_heads) - (KEYS * kv_heads if mask == "window" else 0)

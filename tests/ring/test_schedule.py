@@ -79,7 +79,7 @@ def test_gradients_of_every_key_that_is_seen_return_to_their_owner(plan, key_hea
             ]
             for peer, target, content in leaving:
                 if target.buffer.startswith(("gradients", "returned")):
-                    assert None not in content, "rows that nobody cleared are sent"
+                    assert None not in content, "rows that were not cleared are sent"
                     rows[peer].update({(target.buffer, target.begin + i): x for i, x in enumerate(content)})
         for r, step in enumerate(steps):
             if isinstance(step, Clear):
