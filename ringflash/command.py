@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from ringflash.docstrings import field_docstrings
 from ringflash.errors import ConfigError, shown
 from ringflash.reading import check_positions, check_room
+from ringflash.ring.decode import CHUNK
 from ringflash.training import failure
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ReadConfig:
     kernel: str = "auto"
     """Attention kernel of long text: auto, hopper, portable or blocked."""
 
-    chunk: int = 32768
+    chunk: int = CHUNK
     """Tokens that a forward reads at once, all ranks together."""
 
     seed: int = 0

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ringflash.models import RingCache, prefill
 from ringflash.models.rope import supported_positions
+from ringflash.ring.decode import CHUNK
 from ringflash.ring.transport import Ring
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class RingLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         ring: Ring | None = None,
-        chunk: int = 16384,
+        chunk: int = CHUNK,
         max_length: int | None = None,
         max_gen_toks: int = 256,
     ) -> None:

@@ -37,6 +37,7 @@ from ringflash.models.inputs import agree, checksum
 from ringflash.models.layers import calls_per_layer, layer_kinds
 from ringflash.models.rope_length import length_refusal
 from ringflash.ring.decode import (
+    CHUNK,
     Attention,
     CachePlan,
     CacheState,
@@ -82,7 +83,7 @@ class RingCache(Cache):
         capacity: int,
         *,
         ring: Ring | None = None,
-        chunk: int = 32768,
+        chunk: int = CHUNK,
         kernel: str = "auto",
     ) -> None:
         self.config: Any = _checked(model)

@@ -40,6 +40,7 @@ from ringflash.partial import Partial, merge_sink
 from ringflash.ring.transport import Allocate, Message, Ring, Transfer
 from ringflash.ring.watchdog import Label
 
+CHUNK = 32768  # tokens that a forward reads at once, all ranks together: 4.19 s for 131072, of 16384 4.88 s (H200)
 FEW = 64  # new tokens up to which splits of the cache pay; more fill a GPU with tiles of queries
 SPARE = 256  # the least rows of a window's layer beyond its window: rows move once in as many tokens
 

@@ -19,13 +19,12 @@ from ringflash.evaluation.haystack import Found, HaystackConfig, Row, read_text,
 from ringflash.models import ModelConfig, RingCache, cache_refusal
 from ringflash.models.rope_length import length_refusal
 from ringflash.reading import check_positions, check_room
+from ringflash.ring.decode import CHUNK
 from ringflash.ring.transport import ProcessRing
 from ringflash.training.world import World, replica_ring
 
 if TYPE_CHECKING:
     from ringflash.training.config import Config
-
-CHUNK = 16384  # tokens that a forward reads at once, all ranks together; fewer where the run's sequences are shorter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,8 @@ class Needles:
             return None
         rows = rows_of(asked, read_text(asked, world), encoder(tokenizer, config.data.tokenizer), config.seed)
         ring = replica_ring(world, config.parallel)
-        return cls(asked.every, rows, ring, max(2 * ring.size, min(CHUNK, length)), config.attention.kernel, world)
+        chunk = max(2 * ring.size, min(CHUNK, length))  # the run has memory for `length` tokens at once
+        return cls(asked.every, rows, ring, chunk, config.attention.kernel, world)
 
     @torch.no_grad()
     def search(self, engine: deepspeed.DeepSpeedEngine, rows: Iterable[Row] | None = None) -> list[Found]:
