@@ -56,6 +56,10 @@ class ReadConfig:
     extrapolate_positions: bool = False
     """Go beyond the model's positions (max_position_embeddings, or what its RoPE scales to)."""
 
+    rope_length: int | None = None
+    """longrope and dynamic RoPE: the frequencies of documents of N tokens, as the trainer's model.rope_length; none:
+    those of what is read, which its answer must leave as they are."""
+
     untested_family: bool = False
     """Load a model_type that docs/models.md does not list, as model.untested_family of the trainer."""
 
@@ -114,6 +118,7 @@ Config = TypeVar("Config", bound=ReadConfig)
 
 def _typed(name: str, value: str, kind: str) -> Any:
     """A setting's value of its type. Raises ConfigError naming what it must be."""
+    kind = kind.removesuffix(" | None")
     try:
         if kind == "bool":
             return {"true": True, "false": False}[value.lower()]
@@ -173,13 +178,20 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
     if not os.path.isdir(config.model):  # pathlib raises for a name that is too long
         raise ConfigError(f"model={config.model} is not a folder that exists: it must be a Hugging Face model folder")
     try:
-        settings = ModelConfig(path=config.model, dtype=config.dtype, untested_family=config.untested_family)
+        settings = ModelConfig(
+            path=config.model,
+            dtype=config.dtype,
+            untested_family=config.untested_family,
+            rope_length=config.rope_length,
+        )
         attention = AttentionConfig(kernel=config.kernel)
         model = build_model(settings).eval().to(device)  # type: ignore[arg-type]
         check_kernel(settings, attention, model.config, device)
     except ConfigError as error:
         message = str(error).replace("model.path=", "model=").replace("attention.kernel=", "kernel=")
-        raise ConfigError(message.replace("model.dtype=", "dtype=").replace("model.untested", "untested")) from error
+        for name in ("dtype", "rope_length", "untested"):
+            message = message.replace(f"model.{name}", name)
+        raise ConfigError(message) from error
     fuse_layers(model, FusedConfig(), device)
     return model
 
@@ -204,14 +216,16 @@ def load_encoder(config: ReadConfig, model: PreTrainedModel) -> tuple[Encoder, A
 
 
 def make_cache(config: ReadConfig, model: PreTrainedModel, capacity: int, world: World, what: str) -> RingCache:
-    """A cache shared by all ranks. what: it is for.
+    """A cache shared by all ranks, of documents whose length `capacity` stands for. what: it is for.
 
     Raises ConfigError for a chunk or a length that it cannot have, and where positions or memory do not suffice.
     """
     from ringflash.models import RingCache
 
     try:
-        cache = RingCache(model, capacity, ring=world.ring, chunk=config.chunk, kernel=config.kernel)
+        cache = RingCache(
+            model, capacity, ring=world.ring, chunk=config.chunk, kernel=config.kernel, rope_length=capacity
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not config.extrapolate_positions:

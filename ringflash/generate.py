@@ -87,6 +87,7 @@ def run(config: GenerateConfig, world: World) -> None:
     import torch
 
     from ringflash.models import prefill
+    from ringflash.models.rope_length import growth_refusal
 
     reads = world.is_first and config.document is not None
     text = world.broadcast(text_of("document", str(config.document)) if reads else None)
@@ -103,6 +104,9 @@ def run(config: GenerateConfig, world: World) -> None:
     what = f"a document of {len(document)} tokens, a prompt of {longest} and new_tokens={config.new_tokens}"
     if not document and [] in prompts:
         raise ConfigError('prompt="" without a document leaves nothing to continue')
+    shortest = len(document) + (min(map(len, prompts)) if prompts else 1)
+    if config.rope_length is None and (reason := growth_refusal(model.config, shortest, tokens)):
+        raise ConfigError(f"{reason}: rope_length=N turns them all as in a document of N tokens")
     cache = make_cache(config, model, tokens, world, what)
 
     ids = torch.tensor([document], dtype=torch.int64, device=world.device)

@@ -116,6 +116,37 @@ def test_a_chat_turn_has_the_templates_tokens_and_spells_no_special_ones():
         generate._turn(config, encode, chat_tokenizer(None))
 
 
+@pytest.fixture
+def longrope(given, tmp_path):
+    """The model with longrope of an original length, and positions that matter."""
+    model = AutoModelForCausalLM.from_pretrained(given / "model")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 100
+
+    def of(original):
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original, **factors}
+        model.config.rope_parameters = rope
+        model.save_pretrained(tmp_path)
+        return arguments(given, f"model={tmp_path}", "prompt=Who?")[1:]
+
+    return of
+
+
+def test_longrope_is_that_of_the_whole_text_and_refused_where_an_answer_passes_the_original_length(longrope):
+    asked = longrope(600)
+    printed = [answers([*asked, *more])[0] for more in ([], ["rope_length=2000"], ["rope_length=600"])]
+    assert printed[0] == printed[1] != printed[2]
+    crossing = r"rope_type=longrope turns .* grows from 644 to 656 tokens while a cache keeps its keys: rope_length=N"
+    with pytest.raises(ConfigError, match=crossing):
+        answers(longrope(650))
+    with pytest.raises(ConfigError, match=r"^rope_length=0 must be 1 or more"):
+        answers([*asked, "rope_length=0"])
+    with pytest.raises(ConfigError, match=r"^rope_length=many must be a whole number"):
+        GenerateConfig.parse(["model=m", "prompt=x", "rope_length=many"])
+
+
 def test_help_names_every_setting(capsys):
     main(["--help"])
     printed = capsys.readouterr().out

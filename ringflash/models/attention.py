@@ -79,9 +79,7 @@ def ring_attention_forward(
         call = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
         position_ids = unknown.get("position_ids", call.arguments.get("position_ids") if call else None)
         config: Any = getattr(module, "config", None)
-        owner = call.owner if call else None
-        reason = config and length_refusal(config, plan.layout.length, owner, by_document=owner is not None)
-        if reason:
+        if reason := config and length_refusal(config, plan.layout.length, call.owner if call else None):
             raise ValueError(f"config.{reason}")
         if position_ids is not None:
             _check_positions(position_ids, plan, config and scales_by_position(config))
@@ -166,7 +164,7 @@ def _check_positions(position_ids: Tensor, plan: AttentionPlan, of_document_alon
     program; the host does not wait.
     """
     message = "position_ids must count from the beginning of each document (plan.position_ids)" + (
-        ", by which this model scales its queries" if of_document_alone else " or of the sequence"
+        ", by which this model scales queries or keys" if of_document_alone else " or of the sequence"
     )
     rows, ranks, positions = len(position_ids), len(plan.ring.local), plan.positions
     fits = rows == 1 or (rows % ranks == 0 and plan.batch in (1, rows // ranks))

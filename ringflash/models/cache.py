@@ -35,7 +35,7 @@ from ringflash.mask import check_tokens
 from ringflash.models.configuration import refusal
 from ringflash.models.inputs import agree, checksum
 from ringflash.models.layers import calls_per_layer, layer_kinds
-from ringflash.models.rope_length import length_refusal
+from ringflash.models.rope_length import goes_by_document, length_refusal
 from ringflash.ring.decode import (
     CHUNK,
     Attention,
@@ -73,7 +73,8 @@ class RingCache(Cache):
     model: a causal language model on the ring's attention. ring: None: one device, the model's. chunk: the most tokens,
     of all ranks together, that attention takes at once, and that `prefill` gives a forward, 2 per rank or more. kernel:
     of long prompts, as in `ring_attention`; few new tokens take flash_decode, which kernel="blocked" keeps in plain
-    torch.
+    torch. rope_length: where RoPE goes by a document's length (`rope_by_document`), the length by which all keys turn,
+    capacity or more; None: capacity, which must not be beyond the model's original length then.
     `nbytes` is its memory on this process, per batch row. Raises ValueError or TypeError for what does not fit.
     """
 
@@ -85,6 +86,7 @@ class RingCache(Cache):
         ring: Ring | None = None,
         chunk: int = CHUNK,
         kernel: str = "auto",
+        rope_length: int | None = None,
     ) -> None:
         self.config: Any = _checked(model)
         self.ring: Ring = Loopback(1, model.device) if ring is None else ring
@@ -94,8 +96,11 @@ class RingCache(Cache):
             raise ValueError(f"kernel={kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
         self.capacity, self.kernel = check_tokens("capacity", capacity, least=1), kernel
         self.chunk = check_tokens("chunk", chunk, least=2 * self.ring.size)
-        if reason := length_refusal(self.config, self.capacity, model):
+        by_document = rope_length is not None and goes_by_document(model)
+        if reason := length_refusal(self.config, self.capacity, model, by_document):
             raise ValueError(f"capacity={capacity}: config.{reason}")
+        self.rope_length = self.capacity if rope_length is None else rope_length
+        check_tokens("rope_length", self.rope_length, least=self.capacity)
         self.dtype = model.dtype
         self.layout: Layout | None = None  # that of a chunk which `prefill` gives the model
         self.on_device: dict[int | None, DeviceStep] | None = None  # by window, while step_graph runs a step of these
@@ -124,6 +129,13 @@ class RingCache(Cache):
         return elements * self.dtype.itemsize * len(self.ring.local)
 
     # -- what transformers calls
+
+    def __bool__(self) -> bool:
+        """False: Phi 3 and phimoe drop a true cache where a document grows past their original length.
+
+        Its keys have the frequencies of `rope_length` already. No other family asks.
+        """
+        return False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Leave a note for the layer's attention, which follows; new keys and values are returned as they are."""
@@ -293,7 +305,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
         chunk = input_ids[:, begin : begin + at_once]
         make = Layout.zigzag if ring.size > 1 else Layout.contiguous
         layout = make(chunk.shape[1], ring.size)
-        positions = torch.stack([layout.positions(rank) for rank in ring.local]) + begin
+        positions = (torch.stack([layout.positions(rank) for rank in ring.local]) + begin).clamp(max=tokens - 1)
         cache.layout = layout
         try:
             model.base_model(

@@ -57,8 +57,8 @@ class ModelConfig:
     extend its context; one dictionary per kind of layer where the model has such. The exported model has them."""
 
     rope_length: int | None = None
-    """Give all documents the rotary frequencies of a document of this many tokens, for RoPE that goes by length. null:
-    longrope goes by each document's own length, and dynamic RoPE takes sequences within the original positions."""
+    """Give all documents the rotary frequencies of a document of this many tokens, for longrope and dynamic RoPE. null:
+    each document has those of its own length."""
 
     dtype: str = "auto"
     """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""

@@ -52,8 +52,8 @@ def rope_refusal(config: PreTrainedConfig) -> str | None:
 
 
 def scales_by_position(config: PreTrainedConfig) -> bool:
-    """Whether a model scales its queries by their positions, which then must count within each document."""
-    return any(rope.get("llama_4_scaling_beta") for rope in rope_parameters(config))
+    """Whether a model scales queries or keys by their positions, which then must count within each document."""
+    return any(rope.get("llama_4_scaling_beta") or rope.get("long_mscale") for rope in rope_parameters(config))
 
 
 def supported_positions(config: PreTrainedConfig) -> int | None:

@@ -1,24 +1,29 @@
 """RoPE that goes by a document's length: longrope and dynamic RoPE, beyond a model's original positions.
 
-transformers takes the length from the longest position of a call. Of a packed row that is the longest document's, and
-on a ring it is a shard's. Two ways give each document what it would get by itself, or by a length of one's choice:
+transformers takes the length from the longest position of a call. Of a packed row that is the longest document's, on a
+ring it is a shard's, and with a cache it grows while keys of a smaller one are kept. Two ways say what the length is:
 
-- longrope has two sets of frequencies, for documents up to the original length and for longer ones. After
-  `rope_by_document`, each token turns by the set of its own document.
-- `pin_rope` gives all documents the frequencies of a document of one length.
+- `rope_by_document`: each token turns by the frequencies that transformers gives its document alone. A plan has the
+  lengths of documents; a cache holds one, and is told its length (`RingCache(rope_length=N)`).
+- `pin_rope`: all documents have the frequencies of a document of one length.
+
+Up to the original length both RoPEs have the frequencies that a rotary module is made with. Beyond it, longrope has
+another set for all lengths, and dynamic RoPE one for each.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ringflash.models.rope import BY_LENGTH, listed, rope_parameters
+from ringflash.mask import check_tokens, to_device
+from ringflash.models.rope import BY_LENGTH, listed, rope_parameters, scales_by_position
 from ringflash.ring.plan import AttentionPlan
 
 
@@ -27,123 +32,166 @@ def length_refusal(
 ) -> str | None:
     """None, or which RoPE of sequences of `length` tokens would be another on each shard.
 
-    model: may be pinned. by_document: whether each document of a plan may have its own, as it has in a model that
-    `rope_by_document` was given.
+    model: may be pinned, and knows in a call what a document is. by_document: whether a model of this configuration is
+    told in each call, after `rope_by_document`.
     """
-    if by_document and (can_go_by_document(config) if model is None else _has_plan(model)):
+    can = can_go_by_document(config)
+    if (by_document and can) or any(module.length for module in _replaced(model)):
         return None
-    for rope in rope_parameters(config):
-        kind = rope.get("rope_type", "default")
-        if kind in BY_LENGTH and length > _original(config, rope) and (model is None or _kinds(model) != {"pinned"}):
-            return (
-                f"rope_parameters.rope_type={kind} turns by a document's length where that is more than "
-                f"{_original(config, rope)}, and a sequence has {length} tokens: pin it to the frequencies of "
-                f"documents of N tokens, by model.rope_length=N or ringflash.models.pin_rope(model, N)"
-                + (", or call ringflash.models.rope_by_document(model)" * (by_document and can_go_by_document(config)))
-            )
+    remedy = (
+        "pin it to the frequencies of documents of N tokens, by model.rope_length=N or "
+        "ringflash.models.pin_rope(model, N), or call ringflash.models.rope_by_document(model), and give a cache "
+        "rope_length=N"
+    )
+    for kind, original in _original_lengths(config):
+        if length > original:
+            reason = f"{_beyond(kind, original)}, and a sequence has {length} tokens"
+            return f"{reason}: {remedy if can else 'not supported in layers that differ in their RoPE'}"
+    return None
+
+
+def growth_refusal(config: PreTrainedConfig, begin: int, end: int) -> str | None:
+    """None, or which RoPE has other frequencies for a document of `begin` tokens than once it has grown to `end`.
+
+    The keys that a cache holds were turned by the former.
+    """
+    for kind, original in _original_lengths(config):
+        if end > max(begin, original) and (kind != "longrope" or begin <= original):
+            return f"{_beyond(kind, original)}, and it grows from {begin} to {end} tokens while a cache keeps its keys"
     return None
 
 
 def pin_rope(model: nn.Module, tokens: int) -> None:
     """Give all documents the rotary frequencies that transformers gives a document of `tokens` tokens.
 
-    For longrope and dynamic RoPE, which go by the longest position of a call: on the ring, of a shard. A pinned model
-    equals transformers' own for documents of that length; with longrope for all on the same side of the original
-    length. Its configuration stays as it is. Raises ValueError for a model without such a RoPE.
+    A pinned model equals transformers' own for documents of that length; with longrope for all on the same side of the
+    original length. Its configuration stays as it is. Raises ValueError for a model without such a RoPE.
     """
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, ByDocument):
-            model.set_submodule(name, module.own)
-    if not (kinds := _kinds(model)) or not kinds <= {*BY_LENGTH, "pinned"}:
-        raise ValueError(f"the model's RoPE is {listed(kinds) if kinds else 'none'}: {listed(BY_LENGTH)} go by length")
-    for module in _rotary(model):
-        _pin(module, tokens)
+    check_tokens("tokens", tokens, least=1)
+    for module in _by_length(model):
+        if tokens <= module.original and scales_by_position(module.own.config):
+            raise ValueError(f"a model that scales by position too can be pinned beyond {module.original} tokens alone")
+        module.pinned = tokens
 
 
-def rope_by_document(model: PreTrainedModel) -> None:
-    """Have longrope turn each token by the frequencies that transformers gives its document alone.
+def rope_by_document(model: nn.Module) -> None:
+    """Have longrope and dynamic RoPE turn each token by the frequencies that transformers gives its document alone.
 
-    On the ring, where a plan says which tokens are a document; without one, transformers' own rule stays. Raises
-    ValueError for a model with another RoPE.
+    On the ring, where a plan or a RingCache has the length of documents; elsewhere transformers' own rule stays. Raises
+    ValueError for a model without such a RoPE.
     """
-    if not can_go_by_document(model.config):
-        kinds = listed(rope.get("rope_type", "default") for rope in rope_parameters(model.config) or [{}])
-        raise ValueError(f"model_type={model.config.model_type} with {kinds} RoPE cannot go by document: longrope can")
-    for name, module in [*model.named_modules()]:
-        if getattr(module, "rope_type", None) == "longrope":
-            model.set_submodule(name, ByDocument(module))
-    model.base_model.register_forward_pre_hook(_take_plan, with_kwargs=True)
-    model.base_model.register_forward_hook(_leave_plan, always_call=True)
+    for module in _by_length(model):
+        module.pinned = None
 
 
 def can_go_by_document(config: PreTrainedConfig) -> bool:
-    """Whether `rope_by_document` takes models of this configuration; phimoe's scale depends on a call's length too."""
-    one = getattr(config, "rope_parameters", None) or {}
-    return one.get("rope_type") == "longrope" and config.model_type != "phimoe"
+    """Whether all layers of a model have the same RoPE, which goes by length."""
+    return _goes_by_length(getattr(config, "rope_parameters", None) or {})
 
 
-class ByDocument(nn.Module):
-    """Stands for a rotary module with longrope, `own`, while a plan says which tokens are a document."""
+def goes_by_document(model: nn.Module) -> bool:
+    """Whether `rope_by_document` or `pin_rope` was given the model."""
+    return bool(_replaced(model))
+
+
+class ByLength(nn.Module):
+    """Stands for a rotary module, `own`, where the length of documents is known.
+
+    pinned: of all. document: what a call's tokens are of, a plan or the length of one document.
+    """
 
     def __init__(self, own: Any) -> None:
         super().__init__()
+        self.own, self.turned = own, copy.deepcopy(own)
+        self.turned.rope_type = "default"  # whose frequencies no call changes
         self.original = _original(own.config, own.config.rope_parameters)
-        self.own = own
-        self.short, self.long = copy.deepcopy(own), copy.deepcopy(own)
-        for module, tokens in ((self.short, self.original), (self.long, self.original + 1)):
-            _pin(module, tokens)
-        self.plan: AttentionPlan | None = None
+        self.longest = self.original + 1 if own.rope_type == "longrope" else None  # stands for all longer ones
+        self.turned_for = self.original
+        self.short = own.original_inv_freq.detach().cpu()
+        self.pinned: int | None = None
+        self.document: AttentionPlan | int | None = None
+
+    @property
+    def length(self) -> AttentionPlan | int | None:
+        """What says how long documents are; None: nothing does."""
+        return self.pinned or self.document
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """(cos, sin), each [rows, n, D], or what else the family's module makes of [rows, n] positions."""
-        if self.plan is None or self.plan.layout.length <= self.original:
+        if self.length is None:
             return self.own(x, position_ids)
-        is_long = self.plan.document_lengths(len(position_ids) // len(self.plan.ring.local))[..., None] > self.original
-        short, long = self.short(x, position_ids), self.long(x, position_ids)
-        if isinstance(short, Tensor):
-            return torch.where(is_long, long, short)
-        return tuple(torch.where(is_long, b, a) for a, b in zip(short, long, strict=True))
+        (rows, n), positions = position_ids.shape, position_ids.flatten()
+        parts = [self._turned(x, *run) for run in zip(*self._runs(positions, rows), strict=True)]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts, dim=1).view(rows, n, -1)
+        return tuple(torch.cat(some, dim=1).view(rows, n, -1) for some in zip(*parts, strict=True))
+
+    def _runs(self, positions: Tensor, rows: int) -> tuple[Sequence[Tensor], list[int]]:
+        """Positions [n] of tokens that follow one another with the same frequencies, and a length that has these."""
+        if isinstance(self.length, AttentionPlan):
+            lengths = self.length.document_lengths(rows // len(self.length.ring.local))
+        else:
+            lengths = torch.tensor([self.length], device="cpu")
+        of_runs, counts = lengths.clamp(self.original, self.longest).unique_consecutive(return_counts=True)
+        return (positions.split(counts.tolist()) if len(counts) > 1 else [positions]), of_runs.tolist()
+
+    def _turned(self, x: Tensor, positions: Tensor, length: int) -> Any:
+        """What the family's module makes of positions [n] in documents of this length, in one row."""
+        if length != self.turned_for:
+            self.turned.inv_freq, self.turned_for = to_device(self._frequencies(length), x.device), length
+        last = positions.new_full((1,), length - 1)  # phimoe scales by a call's longest position
+        out = self.turned(x, torch.cat([positions, last])[None])
+        return out[:, :-1] if isinstance(out, Tensor) else tuple(part[:, :-1] for part in out)
+
+    def _frequencies(self, length: int) -> Tensor:
+        """[D / 2], as transformers computes them for a document alone, in a module that has seen no other."""
+        if length <= self.original:
+            return self.short
+        kind, tokens = self.own.rope_type, torch.tensor(length, device="cpu")
+        return ROPE_INIT_FUNCTIONS[kind](self.own.config, torch.device("cpu"), seq_len=tokens)[0]
 
 
-def _take_plan(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    _set_plan(model, kwargs.get("plan"))
+def _by_length(model: Any) -> list[ByLength]:
+    """The rotary modules of a model, replaced where they were not yet. Raises ValueError where none goes by length."""
+    if not can_go_by_document(model.config):
+        kinds = [rope.get("rope_type", "default") for rope in rope_parameters(model.config)]
+        raise ValueError(f"the model's RoPE is {listed(kinds or ['none'])}: {listed(BY_LENGTH)} go by length")
+    if not goes_by_document(model):
+        for name, module in [*model.named_modules()]:
+            if getattr(module, "rope_type", None) in BY_LENGTH:
+                model.set_submodule(name, ByLength(module))
+        model.base_model.register_forward_pre_hook(_begin_call, with_kwargs=True)
+        model.base_model.register_forward_hook(_end_call, always_call=True)
+    return _replaced(model)
 
 
-def _leave_plan(model: nn.Module, args: Any, out: Any) -> None:
-    _set_plan(model, None)
+def _replaced(model: nn.Module | None) -> list[ByLength]:
+    return [module for module in model.modules() if isinstance(module, ByLength)] if model is not None else []
 
 
-def _has_plan(model: nn.Module) -> bool:
-    """Whether a model, in a call, turns tokens by the documents of its plan."""
-    return any(isinstance(module, ByDocument) and module.plan is not None for module in model.modules())
+def _begin_call(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    for module in _replaced(model):
+        module.document = kwargs.get("plan") or getattr(kwargs.get("past_key_values"), "rope_length", None)
 
 
-def _set_plan(model: nn.Module, plan: AttentionPlan | None) -> None:
-    for module in model.modules():
-        if isinstance(module, ByDocument):
-            module.plan = plan
+def _end_call(model: nn.Module, args: Any, out: Any) -> None:
+    for module in _replaced(model):
+        module.document = None
 
 
-def _pin(module: Any, tokens: int) -> None:
-    if module.config.model_type == "phimoe":
-        raise ValueError("phimoe scales its positions by their length too, which cannot be pinned")
-    kind = module.config.rope_parameters["rope_type"]  # also of a module that is pinned again
-    frequencies, module.attention_scaling = ROPE_INIT_FUNCTIONS[kind](
-        module.config, module.inv_freq.device, seq_len=tokens
-    )
-    module.register_buffer("inv_freq", frequencies, persistent=False)
-    module.rope_type = "pinned"
+def _original_lengths(config: PreTrainedConfig) -> list[tuple[str, int]]:
+    """The RoPEs that go by length, and the most tokens of a document that has their original frequencies."""
+    return [(rope["rope_type"], _original(config, rope)) for rope in rope_parameters(config) if _goes_by_length(rope)]
+
+
+def _goes_by_length(rope: dict[str, Any]) -> bool:
+    return rope.get("rope_type") in BY_LENGTH
 
 
 def _original(config: PreTrainedConfig, rope: dict[str, Any]) -> int:
-    """The most tokens of a document whose RoPE does not go by length."""
-    return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    own = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
+    return own or config.max_position_embeddings
 
 
-def _rotary(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "rope_type")]
-
-
-def _kinds(model: nn.Module) -> set[str]:
-    """The kinds of a model's rotary modules; "by layer" for one that has several."""
-    return {x.rope_type if isinstance(x.rope_type, str) else "by layer" for x in _rotary(model)}
+def _beyond(kind: str, original: int) -> str:
+    return f"rope_parameters.rope_type={kind} turns by a document's length where that is more than {original}"

@@ -227,9 +227,9 @@ class AttentionPlan:
         """Position in its document of each token held here, int64 [local ranks * batch, n], on the ring's device.
 
         RoPE sees differences of positions only, and in fp32 loses digits where they are large: so they begin again with
-        each document. Tokens past the sequence's end have its positions. batch: rows of the inputs, by default those
-        that the masks tell apart. Called where a step's inputs are made, so that no layer waits for what is sent to
-        the device. Raises ValueError for another batch than the masks'.
+        each document. Past the sequence's end they are 0, so that the longest is a token's. batch: rows of the inputs,
+        by default those that the masks tell apart. Called where a step's inputs are made, so that no layer waits for
+        what is sent to the device. Raises ValueError for another batch than the masks'.
         """
         rows = self.batch if batch is None else batch
         if rows < 1 or self.batch not in (1, rows):
@@ -247,10 +247,11 @@ class AttentionPlan:
         in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_holders])
         in_sequence = in_sequence.repeat_interleave(self.batch, dim=0)
         in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_holders])
+        in_document[in_sequence >= self.layout.length] = 0
         return to_device(torch.stack([in_sequence, in_document]), self.ring.device)
 
     def document_lengths(self, batch: int) -> Tensor:
-        """Tokens of the document of each token held, int64 [local ranks * batch, n], as `position_ids`."""
+        """Tokens of the document of each token held, int64 [local ranks * batch, n], on the CPU."""
         return self._document_lengths.repeat_interleave(batch // self.batch, dim=0)
 
     @functools.cached_property
@@ -259,8 +260,7 @@ class AttentionPlan:
             document = self._divides().cumsum(1)
             counts = torch.zeros(self.batch, self.layout.length + 1, dtype=torch.int64)
             lengths = counts.scatter_add_(1, document, torch.ones_like(document)).gather(1, document)
-            held = torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_holders])
-        return to_device(held, self.ring.device)
+            return torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_holders])
 
     def _divides(self) -> Tensor:
         """Where documents begin, bool [batch, length]."""

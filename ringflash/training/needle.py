@@ -58,7 +58,10 @@ class NeedleConfig(HaystackConfig):
             raise ConfigError(f"evaluation.needle.every={self.every}: {reason}; set evaluation.needle.every=0")
         for length in self.of_length(sequence_length).lengths:
             name = f"evaluation.needle.lengths={length}"
-            if model.rope_length is None and (reason := length_refusal(hf_config, length)) is not None:
+            if (
+                model.rope_length is None
+                and (reason := length_refusal(hf_config, length, by_document=True)) is not None
+            ):
                 raise ConfigError(f"{name}: {reason}")
             if not model.extrapolate_positions:
                 check_positions(f"{name} tokens", length, hf_config, "model.extrapolate_positions")
@@ -99,7 +102,9 @@ class Needles:
         model, cells = engine.module.model, []
         engine.eval()
         for row in self.rows if rows is None else rows:
-            cache = RingCache(model, row.length, ring=self.ring, chunk=self.chunk, kernel=self.kernel)
+            cache = RingCache(
+                model, row.length, ring=self.ring, chunk=self.chunk, kernel=self.kernel, rope_length=row.length
+            )
             check_room(f"evaluation.needle.lengths={row.length} tokens", cache, self.world)
             cells += search(model, row, cache)
         engine.train()

@@ -1,7 +1,9 @@
 """Tiny models of every family, and their loss and gradients on a ring."""
 
+import copy
+
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash.models import ModelConfig, build_model, field_refusal
 from ringflash.models.families import FAMILIES, Windows
@@ -69,6 +71,8 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 20,
 }  # fmt: skip
+PHIMOE_ROPE = LONGROPE | {"short_mscale": 1.2, "long_mscale": 1.5}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 # Gemma 4's models with experts share no keys, and their full layers have other KV heads, whose keys are values too.
 GEMMA4_EXPERTS = {
     "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
@@ -101,3 +105,20 @@ def loss_and_gradients(model, inputs):
     loss = model(**inputs).loss
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def with_weights(model, weights=None):
+    """The model with weights at which rotary positions matter, or with others' weights."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in () if weights else model.parameters():
+            p.add_(torch.randn(p.shape, generator=random) * 0.3)
+    if weights:
+        model.load_state_dict(weights)
+    return model
+
+
+def plain_of(model, attention="eager"):
+    """transformers' own model with the same weights, whose rotary module nothing has replaced."""
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation=attention)
+    return with_weights(plain, model.state_dict())

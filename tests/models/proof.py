@@ -10,14 +10,20 @@ from ringflash import IntervalMask, Loopback
 from ringflash.models import AttentionConfig, attention, checkpoint_layers, layer_masks, ring_inputs
 from ringflash.ring.cost import Heads
 from ringflash.training.engine import MemoryConfig, TrainedModel
-from tests.models.cases import GEMMA4_EXPERTS, LONGROPE, tiny
+from tests.models.cases import DYNAMIC, GEMMA4_EXPERTS, LONGROPE, PHIMOE_ROPE, tiny
 
 PLAIN, PACKED = (45,), (13, 1, 31)  # tokens of documents; one of a single token predicts nothing
 LOSS, GRADIENT = 2e-6, 2e-5  # relative norms that fp32's rounding stays below
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 HARDER = {"qwen3": WINDOWS}  # than what other tests use
 PHI4 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20, "sliding_window": None}
-ALSO = {"gemma4_text": [GEMMA4_EXPERTS], "phi3": [PHI4]}  # further models of a family whose models differ in kind
+# Models that their configuration says have 20 positions; after a longer document, 13 tokens reset transformers' module.
+BEYOND = {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}
+ALPHA = {"rope_parameters": DYNAMIC | {"alpha": 3.0}, "max_position_embeddings": 20}
+ALSO = {  # further models of a family whose models differ in kind
+    "gemma4_text": [GEMMA4_EXPERTS], "hunyuan_v1_dense": [ALPHA], "llama": [BEYOND], "phi3": [PHI4],
+    "phimoe": [{"rope_parameters": PHIMOE_ROPE}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

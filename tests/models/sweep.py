@@ -25,8 +25,8 @@ row: loss and every gradient of a tiny model against its own eager attention, do
 - The model's own loss, and the trainer's, which never makes all logits.
 - What the configuration says of each layer's heads and window, from which layouts and FLOPs are predicted, against
   what attention was called with.
-- Two models where those of a family differ in kind: Gemma 4 with keys shared by layers and with experts, Phi 3 with a
-  window and with longrope on documents of both sides of the original length.
+- Two models where those of a family differ in kind. Gemma 4: keys shared by layers, and experts. Phi 3 and phimoe: a
+  window, and longrope. Llama and Hunyuan: dynamic RoPE. Documents are on both sides of the original length.
 
 The errors are the largest relative ones: of a loss (PASS: {loss:g} at most), and of a parameter's gradient
 ({gradient:g} at most). transformers {version}.
@@ -48,10 +48,15 @@ Positions count within each document. default, linear, yarn and llama3 RoPE are 
 queries that are scaled by their position (`llama_4_scaling_beta`). longrope and dynamic RoPE go by a document's length:
 
 - Where sequences are no longer than the model's original positions, nothing depends on the length.
-- Beyond, the trainer gives each document the longrope frequencies that it has by itself. Without the trainer,
+- Beyond, the trainer gives each document the frequencies that transformers gives it alone. Without the trainer,
   `ringflash.models.rope_by_document(model)` does. transformers gives those of a packed row's longest document to all.
 - `model.rope_length=N` (or `ringflash.models.pin_rope(model, N)`) gives all documents the frequencies of a document of
-  N tokens. Dynamic RoPE, and phimoe's longrope within the original positions, need that or are refused.
+  N tokens.
+- A cache keeps keys, and so is told the length that its document will have (`RingCache(rope_length=N)`). Needle
+  searches know it. `ringflash.generate` refuses answers that change the frequencies of what was read: those that pass
+  longrope's original length, and all beyond that of dynamic RoPE. `rope_length=N` allows them. transformers' own
+  caches hold keys of other frequencies there.
+- Refused beyond the original length: models whose layers differ in such a RoPE.
 
 `model.rope_parameters` extends the model of `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`. The exported
 configuration has it.

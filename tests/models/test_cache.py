@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from ringflash import Loopback, ProcessRing
 from ringflash.models import FusedConfig, RingCache, attention, fuse_layers, prefill, ring_inputs
-from tests.models.cases import tiny
+from tests.models.cases import DYNAMIC, LONGROPE, plain_of, tiny, with_weights
 
 # What a family asks: grouped heads, windows and a softcap, sinks, windows everywhere, MLA, experts, KV heads by layer.
 FAMILIES = ("llama", "gemma2", "gpt_oss", "mistral", "deepseek_v3", "qwen3_moe", "mimo_v2_flash")
@@ -86,6 +86,51 @@ def test_generate_gives_eager_attentions_tokens(model_type):
     for options in ({}, {"prefill_chunk_size": 7}):
         model = tiny(model_type).eval()
         assert torch.equal(generate(model, TOKENS, RingCache(model, 50), **options), expected)
+
+
+LONG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20, "sliding_window": None}
+BY_LENGTH = {
+    "longrope": ("phi3", LONG),
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}),
+}
+
+
+@pytest.mark.parametrize(("model_type", "fields"), BY_LENGTH.values(), ids=BY_LENGTH)
+@pytest.mark.parametrize("read", [12, 30])
+def test_logits_have_the_rope_of_a_document_of_the_length_that_the_cache_is_told(model_type, fields, read):
+    """Also those of its first 20 tokens, up to which the model's frequencies are others."""
+    model = with_weights(tiny(model_type, **fields)).eval()
+    cache = RingCache(model, 41, ring=Loopback(2), chunk=8, rope_length=41)
+    with torch.no_grad():
+        expected = plain_of(model).eval()(TOKENS).logits[:, read:]
+        prefill(model, TOKENS[:, :read], cache)
+        steps = [TOKENS[:, read:35], *TOKENS[:, 35:].split(1, dim=1)]
+        found = torch.cat([model(x, past_key_values=cache, use_cache=True).logits for x in steps], dim=1)
+    error = (found - expected).norm() / expected.norm()
+    assert error < 1e-5, f"relative error {error:.1e}"
+
+
+def test_longrope_generates_what_whole_forwards_do_also_where_the_prompt_passes_the_original_length():
+    model = with_weights(tiny("phi3", **LONG)).eval()
+    plain, expected = plain_of(model).eval(), TOKENS[:, :25]
+    with torch.no_grad():
+        for _ in range(NEW):
+            expected = torch.cat([expected, plain(expected).logits[:, -1:].argmax(-1)], dim=1)
+    cache = RingCache(model, 34, rope_length=34)
+    prefill(model, TOKENS[:, :12], cache)
+    assert torch.equal(generate(model, TOKENS[:, :25], cache), expected[:, 25:])
+
+
+def test_a_padded_chunk_has_no_position_beyond_the_document():
+    """Six ranks read 20 tokens as 24, and transformers' own rule goes by the longest position."""
+    plain = plain_of(tiny("llama", rope_parameters=LONGROPE)).eval()
+    with torch.no_grad():
+        expected = with_weights(plain)(TOKENS[:, :20]).logits[:, 18:]
+        plain.set_attn_implementation("ring")
+        cache = RingCache(plain, 20, ring=Loopback(6))
+        prefill(plain, TOKENS[:, :18], cache)
+        found = plain(TOKENS[:, 18:20], past_key_values=cache, use_cache=True).logits
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -213,11 +258,12 @@ def test_what_does_not_fit_a_cache_is_refused_by_name():
         RingCache(model, 40, ring=2)
     with pytest.raises(ValueError, match=r"input_ids must be int64 \[B, N\], got \[41\]"):
         prefill(model, TOKENS[0], RingCache(model, 50))
-    longrope = tiny("phi3", rope_parameters={
-        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-    }, original_max_position_embeddings=32)  # fmt: skip
     with pytest.raises(ValueError, match=r"capacity=40: config.rope_parameters.rope_type=longrope turns by a"):
-        RingCache(longrope, 40)
+        RingCache(tiny("phi3", **LONG), 40)
+    with pytest.raises(ValueError, match="rope_length must be 40 or more"):
+        RingCache(tiny("phi3", **LONG), 40, rope_length=30)
+    with pytest.raises(ValueError, match=r"capacity=40: .* or call ringflash\.models\.rope_by_document\(model\), and"):
+        RingCache(plain_of(tiny("phi3", **LONG), "ring"), 40, rope_length=40)
     with pytest.raises(ValueError, match=r"config.num_kv_shared_layers=2 is not supported by a RingCache"):
         RingCache(tiny("gemma4_text"), 40)
     with pytest.raises(ValueError, match=r"config.model_type=diffllama is not supported by a RingCache"):

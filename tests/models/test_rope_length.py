@@ -1,7 +1,5 @@
 """RoPE that goes by length gives each document what transformers gives it alone, or what it is pinned to."""
 
-import copy
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,11 +16,19 @@ from ringflash.models import (
     ring_inputs,
     rope_by_document,
 )
-from tests.models.cases import LONGROPE, architecture, loss_and_gradients, tiny
+from tests.models.cases import (
+    DYNAMIC,
+    LONGROPE,
+    PHIMOE_ROPE,
+    architecture,
+    loss_and_gradients,
+    plain_of,
+    tiny,
+    with_weights,
+)
 
 TOKENS = torch.randint(1, 97, (1, 48), generator=torch.Generator().manual_seed(0))
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 LONG = {"rope_parameters": LONGROPE, "max_position_embeddings": 80}
 SHORT = {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}
 BY_LENGTH = {
@@ -32,23 +38,6 @@ BY_LENGTH = {
     "dynamic": (SHORT, [48], 48),
     "dynamic, documents of one length": (SHORT, [24, 24], 24),
 }
-
-
-def with_weights(model, weights=None):
-    """The model with weights at which rotary positions matter, or with others' weights."""
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in () if weights else model.parameters():
-            p.add_(torch.randn(p.shape, generator=random) * 0.3)
-    if weights:
-        model.load_state_dict(weights)
-    return model
-
-
-def plain_of(model):
-    """transformers' own model with the same weights, whose rotary module nothing has replaced."""
-    plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
-    return with_weights(plain, model.state_dict())
 
 
 def document_by_document(model, tokens, documents):
@@ -83,29 +72,37 @@ def test_a_pinned_rope_is_the_one_that_transformers_gives_each_document(fields, 
     assert_equal(loss_and_gradients(model, inputs), expected)
 
 
-def test_longrope_is_the_one_that_transformers_gives_each_document_alone():
+MODELS = {
+    "longrope": ("llama", LONG),
+    "dynamic": ("llama", SHORT),
+    "dynamic, in complex numbers": ("deepseek_v2", SHORT),
+}
+
+
+@pytest.mark.parametrize(("model_type", "fields"), MODELS.values(), ids=MODELS)
+def test_each_document_has_the_rope_that_transformers_gives_it_alone(model_type, fields):
     """Documents on both sides of the original length of 20, in one row and in another."""
-    model = with_weights(tiny("llama", **LONG))
+    model = with_weights(tiny(model_type, **fields))
     tokens, documents = torch.cat([TOKENS, TOKENS.flip(1)]), [[21, 20, 7], [48]]
     expected = document_by_document(model, tokens, documents)
     inputs = ring_inputs(tokens, tokens, ring=Loopback(3), documents=documents)
-    found = loss_and_gradients(model, inputs)
-    assert_equal(found, expected)
+    assert_equal(loss_and_gradients(model, inputs), expected)
     pin_rope(model, 48)
     with pytest.raises(AssertionError):  # one set of frequencies for all is not enough
         assert_equal(loss_and_gradients(model, inputs), expected)
 
 
-def test_without_a_plan_longrope_is_transformers_own():
-    model = with_weights(tiny("llama", **LONG))
+@pytest.mark.parametrize("fields", [LONG, SHORT], ids=["longrope", "dynamic"])
+def test_without_a_plan_the_rope_is_transformers_own(fields):
+    model = with_weights(tiny("llama", **fields))
     plain = plain_of(model)
     model.set_attn_implementation("eager")
-    for n in (20, 48):
+    for n in (20, 48, 40):
         assert torch.equal(model(TOKENS[:, :n]).logits, plain(TOKENS[:, :n]).logits)
 
 
 def test_rope_that_goes_by_length_is_refused_where_it_is_neither_pinned_nor_by_document():
-    config = tiny("llama", **LONG).config
+    config = tiny("llama", **SHORT).config
     inputs = ring_inputs(TOKENS, TOKENS, ring=Loopback(3))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="ring")
     with pytest.raises(ValueError, match=r"more than 20, .* pin it .* or call ringflash\.models\.rope_by_document"):
@@ -114,32 +111,40 @@ def test_rope_that_goes_by_length_is_refused_where_it_is_neither_pinned_nor_by_d
     model(**inputs)
     with pytest.raises(ValueError, match=r"more than 20, .* or call ringflash\.models\.rope_by_document"):
         model.model.forward(**inputs | {"labels": None, "shift_labels": None})  # which runs no hook
-    dynamic = tiny("llama", **SHORT)
-    with pytest.raises(ValueError, match=r"rope_type=dynamic turns by a document's length .*pin_rope\(model, N\)$"):
-        dynamic(**inputs)
-    with pytest.raises(ValueError, match=r"^model_type=llama with dynamic RoPE cannot go by document"):
-        rope_by_document(dynamic)
+    pin_rope(model, 48)
+    model(**inputs)
+    with pytest.raises(ValueError, match=r"^the model's RoPE is llama3: dynamic and longrope go by length"):
+        rope_by_document(tiny("llama"))
+    with pytest.raises(ValueError, match=r"^a model that scales by position too can be pinned beyond 20 tokens alone"):
+        pin_rope(tiny("phimoe", rope_parameters=PHIMOE_ROPE), 20)
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
-def test_sequences_within_the_original_positions_need_no_pin(rope):
-    model, tokens = tiny("llama", rope_parameters=rope, max_position_embeddings=20), TOKENS[:, :20]
-    loss = model(**ring_inputs(tokens, tokens, ring=Loopback(3))).loss
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(loss, model(input_ids=tokens, labels=tokens).loss, rtol=1e-5, atol=1e-6)
+def test_sequences_within_the_original_positions_are_exact_in_a_model_as_transformers_makes_it(rope):
+    """20 tokens of 3 ranks are padded to 24, which no position may show."""
+    tokens, plain = TOKENS[:, :20], plain_of(tiny("llama", rope_parameters=rope, max_position_embeddings=20))
+    expected = loss_and_gradients(with_weights(plain), {"input_ids": tokens, "labels": tokens})
+    plain.set_attn_implementation("ring")
+    assert_equal(loss_and_gradients(plain, ring_inputs(tokens, tokens, ring=Loopback(3))), expected)
 
 
-def test_the_trainer_pins_by_a_setting_and_names_it_where_it_is_missing():
-    settings = architecture("llama", **SHORT)
-    unset = ModelConfig(architecture=settings)
-    pinned = ModelConfig(architecture=settings, rope_length=48, dtype="fp32", extrapolate_positions=True)
-    check_length(unset, read_config(unset), 20)
-    with pytest.raises(ConfigError, match=r"^data\.sequence_length=48: .*rope_type=dynamic .* model\.rope_length=N"):
-        check_length(unset, read_config(unset), 48)
-    check_length(pinned, read_config(pinned), 48)
-    loss = build_model(pinned)(**ring_inputs(TOKENS, ring=Loopback(2))).logits
-    assert loss.isfinite().all()
+def test_the_trainer_pins_by_a_setting_and_names_it_where_it_cannot():
+    pinned = ModelConfig(architecture=architecture("llama", **SHORT), rope_length=32, dtype="fp32")
+    by_pin_rope = tiny("llama", **SHORT)
+    pin_rope(by_pin_rope, 32)
+    inputs = ring_inputs(TOKENS, ring=Loopback(2))
+    torch.manual_seed(0)
+    assert torch.equal(build_model(pinned)(**inputs).logits, by_pin_rope(**inputs).logits)
     with pytest.raises(ConfigError, match=r"^model\.rope_length=48: the model's RoPE is llama3: dynamic and"):
         build_model(ModelConfig(architecture=architecture("llama"), rope_length=48))
     with pytest.raises(ConfigError, match=r"^model\.rope_length=0 must be 1 or more, or null"):
-        ModelConfig(architecture=settings, rope_length=0)
+        ModelConfig(architecture=architecture("llama"), rope_length=0)
+
+
+def test_layers_that_differ_in_a_rope_that_goes_by_length_are_refused_beyond_it():
+    rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": DYNAMIC}
+    fields = {"rope_parameters": rope, "max_position_embeddings": 20}
+    model = ModelConfig(architecture=architecture("gemma3_text", **fields), extrapolate_positions=True)
+    check_length(model, read_config(model), 20)
+    with pytest.raises(ConfigError, match=r"^data\.sequence_length=48: .*rope_type=dynamic .* not supported in layers"):
+        check_length(model, read_config(model), 48)

@@ -10,7 +10,7 @@ from ringflash.evaluation.needle import NeedleConfig, run
 from ringflash.models import ModelConfig, read_config
 from ringflash.training.metrics import read
 from ringflash.training.needle import NeedleConfig as TrainingConfig
-from tests.models.cases import GEMMA4_EXPERTS, architecture
+from tests.models.cases import DYNAMIC, GEMMA4_EXPERTS, architecture
 from tests.test_generate import ALONE
 from tests.training.runs import fitted, settings
 
@@ -80,10 +80,6 @@ REFUSED = {
         "lengths=[9000]",
         "lengths=9000 tokens are 9000 positions, more than the 8192 .* by model.extrap",
     ),
-    "dynamic RoPE": (
-        "lengths=[9000] +model.architecture.rope_parameters={rope_type:dynamic,factor:4.0,rope_theta:1e4}",
-        "lengths=9000: rope_parameters.rope_type=dynamic turns by a document's length .* model.rope_length=N",
-    ),
     "short": ("lengths=[60]", r"lengths=60 is too short: needle, question and answer are \d+ tokens"),
     "text": ("text=/nowhere", "text=/nowhere cannot be read: No such file or directory"),
 }
@@ -117,3 +113,15 @@ def test_a_model_that_no_cache_takes_is_refused_by_the_setting_that_asks_for_sea
 def test_a_family_is_searched_where_its_layers_share_no_keys():
     model = ModelConfig(architecture=architecture("gemma4_text", **GEMMA4_EXPERTS))
     TrainingConfig(every=3).check(64, model, read_config(model))
+
+
+def test_lengths_beyond_the_original_positions_are_searched_where_all_layers_have_the_same_rope():
+    fields = {"max_position_embeddings": 20, "rope_parameters": DYNAMIC}
+    model = ModelConfig(architecture=architecture("llama", **fields))
+    TrainingConfig(every=3, lengths=(48,)).check(20, model, read_config(model))
+    by_layer = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": DYNAMIC}
+    model = ModelConfig(architecture=architecture("gemma3_text", **fields | {"rope_parameters": by_layer}))
+    with pytest.raises(
+        ConfigError, match=r"^evaluation\.needle\.lengths=48: .*rope_type=dynamic turns by a document's"
+    ):
+        TrainingConfig(every=3, lengths=(48,)).check(20, model, read_config(model))
