@@ -33,7 +33,7 @@ from ringflash.models.families import ARCHITECTURES, vouch_for
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.graph import step_graph
 from ringflash.models.inputs import ring_inputs
-from ringflash.models.layers import LayerKind, calls_per_layer, kinds_of_layers, layer_kinds, layer_masks
+from ringflash.models.layers import LayerKind, calls_per_layer, input_widths, kinds_of_layers, layer_kinds, layer_masks
 from ringflash.models.mlp import tile_mlps, tiles_of, whole_mlps
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope_length import pin_rope, rope_by_document
@@ -58,6 +58,7 @@ __all__ = [
     "field_refusal",
     "fuse_layers",
     "host_store",
+    "input_widths",
     "kinds_of_layers",
     "layer_kinds",
     "layer_masks",

@@ -49,6 +49,15 @@ def calls_per_layer(config: PreTrainedConfig) -> int:
     return 2 if config.model_type == "diffllama" else 1
 
 
+def input_widths(config: PreTrainedConfig) -> list[int]:
+    """How many numbers per token each input of a layer has, which a checkpointed layer keeps.
+
+    Gemma 3n's hidden states are several, and its layers and Gemma 4's take a second, smaller input of their own.
+    """
+    own = getattr(config, "hidden_size_per_layer_input", None)
+    return [config.hidden_size * getattr(config, "altup_num_inputs", 1), *([own] if own else [])]
+
+
 def _kind(config: PreTrainedConfig, layer: int) -> LayerKind:
     own = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
     kinds = getattr(config, "layer_types", None)

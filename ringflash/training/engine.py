@@ -25,6 +25,7 @@ from ringflash.models import (
     experts_of,
     fuse_layers,
     host_store,
+    input_widths,
     kinds_of_layers,
     logit_scale,
     router_loss,
@@ -132,7 +133,7 @@ class TrainedModel(nn.Module):
         if store is None:
             return
         width = self.model.dtype.itemsize
-        of_input = [tokens * config.hidden_size * width]
+        of_input = [tokens * x * width for x in input_widths(config)]
         sizes: list[int] = []
         for layer, kind in enumerate(kinds_of_layers(config)):
             keep, heads = self.memory.keep.at(layer), kind.heads

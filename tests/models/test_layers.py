@@ -51,13 +51,15 @@ def test_heads_that_do_not_fit_are_refused_with_the_layers_that_have_them(fields
         read_config(ModelConfig(architecture=architecture("mimo_v2_flash", **fields)))
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "mimo_v2_flash"])
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text", "mimo_v2_flash"])
 def test_host_memory_is_reserved_for_what_each_layer_keeps(model_type):
-    """Attention's results, of other sizes in other layers, find their blocks in the pool."""
-    memory = MemoryConfig(recompute=True, attention_results="host")
+    """Attention's results, of other sizes in other layers, and one input or two, of other sizes in other families."""
+    memory = MemoryConfig(recompute=True, attention_results="host", layer_inputs="host")
     model = TrainedModel(tiny(model_type), memory, AttentionConfig())
     model.reserve_host_memory(tokens=32)
     pool = model.model.host_store.pool
     reserved = pool.bytes
-    model(**inputs_of()).backward()
+    loss = model(**inputs_of())
     assert pool.bytes == reserved > 0
+    assert not any(pool._free.values())  # all that was reserved is used
+    loss.backward()
