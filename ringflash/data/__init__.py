@@ -8,9 +8,9 @@ a rank's inputs  <--training/step.py--  Batch [B, S]  <--batches.py--  packed se
 
 from ringflash.data.batches import Batch, batch, made_ahead, stream
 from ringflash.data.config import DataConfig
-from ringflash.data.corpus import TokenCorpus, load_corpus
+from ringflash.data.corpus import Corpus, Evaluated, TokenCorpus, load_corpus
 from ringflash.data.documents import python_stdlib, tokenised
-from ringflash.data.mixture import Corpus, Evaluated, Mixture, description, epoch_length, load_corpora
+from ringflash.data.mixture import Mixture, load_corpora
 from ringflash.data.packing import Packed, pack
 from ringflash.data.records import IGNORE
 from ringflash.data.tokenizer import check_vocabulary, load_tokenizer
@@ -26,8 +26,6 @@ __all__ = [
     "TokenCorpus",
     "batch",
     "check_vocabulary",
-    "description",
-    "epoch_length",
     "load_corpora",
     "load_corpus",
     "load_tokenizer",

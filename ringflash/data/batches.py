@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ringflash.data.mixture import Corpus, packed
+from ringflash.data.corpus import Corpus
 from ringflash.mask import IntervalMask
 
 AHEAD = 2  # batches made before they are asked for
@@ -51,7 +51,7 @@ def batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, length: int,
     Raises ConfigError if the corpus has fewer tokens than `length`.
     """
     rows = range(batch_size) if rows is None else rows
-    sequences = [packed(corpus, seed, step * batch_size + row, length) for row in rows]
+    sequences = [corpus.packed(seed, step * batch_size + row, length) for row in rows]
     return Batch(
         tokens=torch.stack([sequence.tokens for sequence in sequences]),
         labels=torch.stack([sequence.labels for sequence in sequences]),

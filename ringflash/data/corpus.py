@@ -1,19 +1,45 @@
-"""TokenCorpus: the documents of one split, as a view of memory-mapped tokens."""
+"""Corpus: what a run trains or evaluates on. TokenCorpus: one, the documents of a split in memory-mapped tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from ringflash.data.config import DataConfig
 from ringflash.data.documents import tokenised
+from ringflash.data.packing import Packed, pack, sequences_per_epoch, summary
 from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
 
 BLOCK = 1 << 22  # tokens counted at once
+
+
+class Corpus(Protocol):
+    """An endless stream of packed sequences: of one corpus, of several (`mixture`), or of files in turn (`shards`)."""
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides the sequences, apart from seed and length."""
+
+    def packed(self, seed: int, index: int, length: int) -> Packed:
+        """The index-th sequence of `length` tokens, over all epochs. Raises ConfigError if an epoch has none."""
+
+    def epoch_length(self, length: int) -> int:
+        """How many sequences of `length` tokens an epoch has. Raises ConfigError where none, or not known."""
+
+    def description(self, length: int) -> list[str]:
+        """Lines for the log: documents, tokens, and how full sequences of `length` tokens are."""
+
+
+class Evaluated(Corpus, Protocol):
+    """A corpus to evaluate on."""
+
+    def unigram_entropy(self) -> float:
+        """Nats per predicted token under those tokens' own frequencies: the loss without any context."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +87,20 @@ class TokenCorpus:
         number = self.selection[i]
         return slice(self.offsets[number], self.offsets[number + 1])
 
+    def packed(self, seed: int, index: int, length: int) -> Packed:
+        """See `Corpus`."""
+        return pack(self, seed, index, length)
+
+    def epoch_length(self, length: int) -> int:
+        """See `Corpus`."""
+        return sequences_per_epoch(self, length)
+
+    def description(self, length: int) -> list[str]:
+        """Two lines."""
+        return summary(self, length)
+
     def unigram_entropy(self) -> float:
-        """Nats per predicted token of the split under those tokens' own frequencies: the loss without any context."""
+        """See `Evaluated`."""
         return entropy(self.unigram())
 
     def unigram(self) -> np.ndarray:

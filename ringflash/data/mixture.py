@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ringflash.data.config import DataConfig
-from ringflash.data.corpus import TokenCorpus, entropy, load_corpus
+from ringflash.data.corpus import Corpus, Evaluated, TokenCorpus, entropy, load_corpus
 from ringflash.data.documents import find_files, reading
 from ringflash.data.packing import Packed, check_labels, pack, sequences_per_epoch, summary
 from ringflash.data.shards import Shards
@@ -41,17 +41,31 @@ class Mixture:
         made_of = repr([[(corpus.digest, corpus.packing) for corpus in self.corpora.values()], self.shares])
         return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
+    def packed(self, seed: int, index: int, length: int) -> Packed:
+        """See `Corpus`."""
+        source, number = drawn(self.shares, index)
+        return pack([*self.corpora.values()][source], seed, number, length)
+
+    def epoch_length(self, length: int) -> int:
+        """As many sequences as all sources have. Where shares are other than sizes, some begin again in an epoch."""
+        return sum(sequences_per_epoch(corpus, length) for corpus in self.corpora.values())
+
+    def description(self, length: int) -> list[str]:
+        """Two lines on each source."""
+        total = sum(self.shares)
+        return [
+            line
+            for (name, corpus), share in zip(self.corpora.items(), self.shares, strict=True)
+            for line in summary(corpus, length, f"{name}, {share / total:.1%} of the sequences: ")
+        ]
+
     def unigram_entropy(self) -> float:
-        """Nats per predicted token of the sequences under those tokens' own frequencies."""
+        """See `Evaluated`."""
         frequencies = np.zeros(max(corpus.vocabulary for corpus in self.corpora.values()))
         for corpus, share in zip(self.corpora.values(), self.shares, strict=True):
             counts = corpus.unigram()
             frequencies[: len(counts)] += share * counts / max(counts.sum(), 1)
         return entropy(frequencies)
-
-
-Evaluated = TokenCorpus | Mixture
-Corpus = Evaluated | Shards
 
 
 def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Evaluated | None]:
@@ -103,40 +117,6 @@ def _named(source: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}" if source else str(error)) from error
-
-
-def packed(corpus: Corpus, seed: int, index: int, length: int) -> Packed:
-    """The index-th sequence of `length` tokens, counted over all epochs."""
-    if isinstance(corpus, Shards):
-        return corpus.packed(seed, index, length)
-    if isinstance(corpus, TokenCorpus):
-        return pack(corpus, seed, index, length)
-    source, number = drawn(corpus.shares, index)
-    return pack([*corpus.corpora.values()][source], seed, number, length)
-
-
-def epoch_length(corpus: Corpus, length: int) -> int:
-    """Sequences in an epoch: as many as all sources have. Where shares are other than sizes, some begin again in it."""
-    if isinstance(corpus, Shards):
-        raise ConfigError(
-            "optim.epochs needs a number of sequences, which data.stream=true does not know: set optim.steps"
-        )
-    if isinstance(corpus, TokenCorpus):
-        return sequences_per_epoch(corpus, length)
-    return sum(sequences_per_epoch(one, length) for one in corpus.corpora.values())
-
-
-def description(corpus: Corpus, length: int) -> list[str]:
-    """Two lines on each source: see `summary`."""
-    if isinstance(corpus, Shards):
-        files, size = len(corpus.files), corpus.bytes
-        return [f"{corpus.split:<10} {files:,} files of {size:,} bytes, each tokenised ahead of its use"]
-    if isinstance(corpus, TokenCorpus):
-        return summary(corpus, length)
-    lines = []
-    for (name, one), share in zip(corpus.corpora.items(), corpus.shares, strict=True):
-        lines += summary(one, length, f"{name}, {share / sum(corpus.shares):.1%} of the sequences: ")
-    return lines
 
 
 def drawn(shares: tuple[float, ...], index: int) -> tuple[int, int]:

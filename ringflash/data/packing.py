@@ -22,16 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ringflash.data.best_fit import best_fit
-from ringflash.data.corpus import TokenCorpus
 from ringflash.data.records import IGNORE
 from ringflash.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ringflash.data.corpus import TokenCorpus
 
 PADDING = 0  # the token of padding, which no other token sees and which predicts nothing
 PIECE = 128  # tokens of a document of padding: one long document would cost attention of its own

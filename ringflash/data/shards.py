@@ -35,8 +35,6 @@ LEDGER = "ledger.json"
 class Shards:
     """The files of `config`, each a corpus. digest: of their names and sizes, the tokenizer and how they are read."""
 
-    split = "training"
-
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.files = [file for file, _ in find_files(config)[0]]
@@ -48,6 +46,16 @@ class Shards:
         self._loaded: dict[int, TokenCorpus] = {}
         self._ahead: int | None = None  # the file that a thread tokenises, or has tokenised
         self._reached = (0, 0, 0)  # epoch, place in its order, and the sequences before
+
+    def epoch_length(self, length: int) -> int:
+        """Raises ConfigError: it is known once all files are tokenised."""
+        raise ConfigError(
+            "optim.epochs needs a number of sequences, which data.stream=true does not know: set optim.steps"
+        )
+
+    def description(self, length: int) -> list[str]:
+        """One line: files and bytes."""
+        return [f"{'training':<10} {len(self.files):,} files of {self.bytes:,} bytes, each tokenised ahead of its use"]
 
     def packed(self, seed: int, index: int, length: int) -> Packed:
         """The index-th sequence of the stream. Raises ConfigError for a file that cannot be used."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 from transformers import PreTrainedModel
 
-from ringflash.data import Corpus, Evaluated, description, epoch_length, load_corpora, stream
+from ringflash.data import Corpus, Evaluated, load_corpora, stream
 from ringflash.data.tokenizer import tokenizer_digest
 from ringflash.evaluation.haystack import heat_map
 from ringflash.layout import Layout
@@ -185,7 +185,7 @@ def _load_corpora(config: Config, world: World) -> tuple[Corpus, Evaluated | Non
         training, held_out = load_corpora(config.data, verify=False)
     if world.is_first:
         corpora = (training,) if held_out is None else (training, held_out)
-        lines = [line for corpus in corpora for line in description(corpus, config.data.sequence_length)]
+        lines = [line for corpus in corpora for line in corpus.description(config.data.sequence_length)]
         print(*lines, sep="\n", flush=True)
     return training, held_out
 
@@ -195,7 +195,7 @@ def _with_steps(job: Job, training: Corpus, world: World) -> Job:
     config = job.config
     if config.optim.epochs is None:
         return job
-    optim = config.optim.of_epoch(epoch_length(training, config.data.sequence_length))
+    optim = config.optim.of_epoch(training.epoch_length(config.data.sequence_length))
     if world.is_first:
         print(f"steps      {optim.total_steps:,}, which are {config.optim.epochs:g} epochs", flush=True)
     return job._replace(config=dataclasses.replace(config, optim=optim))

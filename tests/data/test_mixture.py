@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ringflash.data import batch, epoch_length, load_corpora, stream
+from ringflash.data import batch, load_corpora, stream
 from ringflash.data.config import DataConfig, SourceConfig, WeightedSource
-from ringflash.data.mixture import description, drawn, packed
+from ringflash.data.mixture import drawn
 from ringflash.errors import ConfigError
 from tests.data.cases import write_jsonl, write_parquet, write_texts
 
@@ -35,7 +35,7 @@ def config(tmp_path):
 
 def letters(corpus, numbers):
     """The source of each sequence, by its letter: ByT5's ids are bytes + 3."""
-    return "".join(chr(packed(corpus, 0, i, 32).tokens[0] - 3) for i in numbers)
+    return "".join(chr(corpus.packed(0, i, 32).tokens[0] - 3) for i in numbers)
 
 
 @pytest.mark.parametrize("shares", [(2, 1, 1), (0.7, 0.2, 0.1), (5, 3), (1,), (100, 1, 1e-3), (3.3,) * 7], ids=str)
@@ -54,12 +54,12 @@ def test_weights_are_shares_of_the_sequences(config):
     found = letters(training, range(40))
     assert held_out is None
     assert [found.count(letter) for letter in "abc"] == [20, 10, 10]
-    assert description(training, 32)[0].startswith("training   a, 50.0% of the sequences: 12 documents of 384 tokens")
+    assert training.description(32)[0].startswith("training   a, 50.0% of the sequences: 12 documents of 384 tokens")
 
 
 def test_without_weights_an_epoch_has_each_document_once(config):
     training, _ = load_corpora(config())
-    assert epoch_length(training, 32) == 40
+    assert training.epoch_length(32) == 40
     for epoch in range(2):
         found = letters(training, range(epoch * 40, epoch * 40 + 40))
         assert [found.count(letter) for letter in "abc"] == [12, 24, 4]

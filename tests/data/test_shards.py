@@ -9,7 +9,6 @@ import torch
 
 from ringflash.data import batch, load_corpora, load_corpus
 from ringflash.data.config import DataConfig, SourceConfig
-from ringflash.data.mixture import description, epoch_length
 from ringflash.data.packing import epoch_generator, pack, sequences_per_epoch
 from ringflash.data.shards import Shards
 from ringflash.errors import ConfigError
@@ -73,7 +72,7 @@ def test_the_stream_is_the_sequences_of_each_file_in_an_order_drawn_per_epoch(co
         settled()
         assert len(list((tmp_path / "cache").glob("*/corpus.json"))) <= 4
     assert torch.equal(stream.packed(3, 1, LENGTH).tokens, exact[1])  # whose tokens are deleted
-    assert description(stream, LENGTH)[0].startswith("training   5 files of ")
+    assert stream.description(LENGTH)[0].startswith("training   5 files of ")
 
 
 def test_rows_of_two_replicas_are_those_of_one(config, tmp_path):
@@ -158,4 +157,4 @@ def test_what_cannot_be_streamed_is_refused(config, settings, message):
 
 def test_epochs_are_refused(config):
     with pytest.raises(ConfigError, match=r"optim\.epochs needs a number of sequences, which data\.stream=true"):
-        epoch_length(Shards(config()), LENGTH)
+        Shards(config()).epoch_length(LENGTH)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ringflash.data import batch, epoch_length, load_corpus
+from ringflash.data import batch, load_corpus
 from ringflash.models import build_model
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
@@ -88,7 +88,7 @@ def test_loss_and_held_out_loss_are_those_of_a_plain_loop(ranks, tmp_path, write
     paths = [f"data.path={tmp_path}/data", f"data.cache={tmp_path}/cache", f"output_dir={tmp_path}/runs"]
     config, _ = compose([*given, *RUN, *paths])
     corpora = load_corpus(config.data)
-    counts = [epoch_length(corpus, LENGTH) for corpus in corpora]
+    counts = [corpus.epoch_length(LENGTH) for corpus in corpora]
     chosen = [*given, *RUN, *paths, f"optim.batch={counts[0]}", f"evaluation.sequences={counts[1]}"]
     assert ranks.run(fitted, size, chosen)[0][0] is None
 
