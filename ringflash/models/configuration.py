@@ -252,7 +252,7 @@ def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) 
         return
     where = "model.architecture." if config.path is None else f"{config.path}/config.json: "
     if config.path is None:
-        remedy = "raise max_position_embeddings, scale rope_parameters there (linear, yarn or llama3)"
+        remedy = "raise max_position_embeddings, scale rope_parameters there (linear, dynamic, yarn or llama3)"
     else:
         factor = math.ceil(length / hf_config.max_position_embeddings)
         remedy = f"scale them, as by model.rope_parameters={{rope_type: yarn, factor: {factor}}}"

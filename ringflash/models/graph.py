@@ -11,8 +11,8 @@ position, and for each window where its key goes and what it sees (`ring.decode.
     device                            the step before, still running       embedding, layers, logits
 
 A graph holds no decision of the host. Before it is recorded, the step runs once while torch refuses whatever waits for
-the GPU (experts chosen on the host, RoPE that follows the length). The first replay with another token than the
-recorded one is compared with the forward itself.
+the GPU (experts chosen on the host, RoPE whose length transformers looks up). The first replay with another token than
+the recorded one is compared with the forward itself.
 
 A model whose forward waits is refused, with a warning by default, and its forwards stay as they are. So is a CPU, and a
 ring of several ranks: the exchange of a layer is not part of a graph. Forwards of several tokens, of another cache, or

@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "proportional": ("factor",),
     "yarn": (*_STRETCHED, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
+    "dynamic": ("factor",),
 }
 
 BY_LENGTH = ("dynamic", "longrope")
@@ -46,7 +47,7 @@ def rope_kinds(config: PreTrainedConfig) -> str:
 def rope_refusal(config: PreTrainedConfig) -> str | None:
     """None, or which kind of RoPE is not known to be the same on every shard."""
     for rope in rope_parameters(config):
-        if (kind := rope.get("rope_type", "default")) not in (known := (*KINDS, *BY_LENGTH)):
+        if (kind := rope.get("rope_type", "default")) not in (known := (*KINDS, "longrope")):
             return f"rope_parameters.rope_type={kind} is not supported; {listed(known)} are supported"
     return None
 

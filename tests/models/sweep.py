@@ -59,7 +59,7 @@ queries that are scaled by their position (`llama_4_scaling_beta`). longrope and
 - Refused beyond the original length: models whose layers differ in such a RoPE.
 
 `model.rope_parameters` extends the model of `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`. The exported
-configuration has it.
+configuration has it. `rope_type: dynamic` leaves documents within the model's own positions as they are.
 
 ## Families that are refused
 

@@ -13,10 +13,11 @@ import torch
 
 from ringflash.models import FusedConfig, RingCache, fuse_layers, graph, prefill, step_graph
 from ringflash.ring import decode
-from tests.models.cases import tiny
+from tests.models.cases import DYNAMIC, tiny
 from tests.models.test_cache import TOKENS, generate
 
 FAMILIES = ("llama", "gemma2", "mistral", "gpt_oss", "deepseek_v3")
+BEYOND = {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}
 NEW = 20
 READ = 30
 
@@ -55,7 +56,7 @@ def stand_in(recorded, monkeypatch):
 
 def answers(model, tokens, prompts=((11, 0), (5, 3), (11, 0)), graphed=True, **graph_options):
     """New tokens after prompts on one document: each some of its own tokens again."""
-    cache = RingCache(model, 100, chunk=2)
+    cache = RingCache(model, 100, chunk=2, rope_length=100)
     prefill(model, tokens[:, :READ], cache)
     state, found = cache.snapshot(), []
 
@@ -148,10 +149,13 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(x, marks=on_gpu) for x in (torch.float32, torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize(
+    ("model_type", "fields"), [("llama", {}), ("llama", BEYOND), ("gemma2", {}), ("mistral", {})],
+    ids=["llama", "dynamic RoPE", "gemma2", "mistral"],
+)  # fmt: skip
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_a_recorded_graph_gives_the_tokens_of_forwards(recorded, recwarn, fused, model_type, dtype):
-    model, tokens = tiny(model_type, head_dim=32).eval().to("cuda", dtype), TOKENS.cuda()
+def test_a_recorded_graph_gives_the_tokens_of_forwards(recorded, recwarn, fused, model_type, fields, dtype):
+    model, tokens = tiny(model_type, head_dim=32, **fields).eval().to("cuda", dtype), TOKENS.cuda()
     if fused:
         fuse_layers(model, FusedConfig(), model.device)
     expected = answers(model, tokens, graphed=False)

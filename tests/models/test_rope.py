@@ -9,7 +9,7 @@ from ringflash import Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, build_model, check_length, read_config, ring_inputs
 from ringflash.training.config import compose
-from tests.models.cases import tiny
+from tests.models.cases import tiny, with_weights
 
 TOKENS = torch.randint(1, 97, (1, 48), generator=torch.Generator().manual_seed(0))
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -47,6 +47,17 @@ def test_an_extended_model_is_that_of_an_edited_file_and_is_exported_as_such(fol
     assert torch.equal(loss, expected(**inputs).loss)
     assert (loss - unchanged).abs() > 1e-4
     assert torch.equal(loss, build_model(ModelConfig(path=str(exported), dtype="fp32"))(**inputs).loss)
+
+
+def test_dynamic_rope_extends_a_model_and_leaves_documents_within_its_own_positions_as_they_are(folder):
+    changes = {"rope_type": "dynamic", "factor": 4.0}
+    config = ModelConfig(path=str(folder), rope_parameters=changes, dtype="fp32")
+    check_length(config, read_config(config), 64)
+    for documents, same in (([16, 16, 16], True), ([15, 17, 16], False)):
+        inputs = ring_inputs(TOKENS, TOKENS, ring=Loopback(2), documents=documents)
+        of_file = with_weights(build_model(ModelConfig(path=str(folder), dtype="fp32")))
+        losses = [model(**inputs).loss for model in (of_file, with_weights(build_model(config)))]
+        assert torch.equal(*losses) == same
 
 
 def test_the_length_is_checked_against_the_extended_positions_and_the_error_names_the_setting(folder):
