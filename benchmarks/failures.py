@@ -1,12 +1,12 @@
-"""A rank that dies, and one that hangs: what a run says about it, and after how many seconds.
+"""A rank that dies, and one that hangs: what a run reports, and after how many seconds.
 
     python benchmarks/failures.py               # on every GPU, or on two CPU ranks: two minutes
     python benchmarks/failures.py --ranks 4
 
 It trains a tiny model on this benchmark's own text, waits for three steps, and sends the last rank SIGKILL; in two more
 runs SIGSTOP, so that the others wait for it for 5 s, in a hop of the ring or as replicas, and then report it. The
-columns: seconds until it said something, seconds until it had ended, and what it said. torchrun gives a stopped process
-30 s before it kills it. The exit code is 1 where a run did not end within --limit seconds.
+columns: seconds until it printed a line, seconds until it had ended, and what it printed. torchrun gives a stopped
+process 30 s before it kills it. The exit code is 1 where a run did not end within --limit seconds.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ FAILURES = {
 
 @dataclass(frozen=True)
 class Found:
-    """Seconds from the signal to the first words and to the end, None where there were none; the words."""
+    """Seconds from the signal to the first line and to the end, None where there was none; the lines."""
 
     failure: str
     ranks: int
-    spoke: float | None
+    reported: float | None
     ended: float | None
-    said: list[str]
+    lines: list[str]
 
     def __str__(self) -> str:
-        times = " ".join(f"{'never' if x is None else f'{x:.1f} s':>8}" for x in (self.spoke, self.ended))
-        first, *rest = self.said or ["nothing"]
+        times = " ".join(f"{'never' if x is None else f'{x:.1f} s':>8}" for x in (self.reported, self.ended))
+        first, *rest = self.lines or ["nothing"]
         return "\n".join([f"{self.failure:<18} {times}  {first}", *(f"{'':<36}  {line}" for line in rest)])
 
 
@@ -84,13 +84,13 @@ def measure(failure: str, ranks: int, limit: float, folder: Path) -> Found:
             time.sleep(0.1)
         before = printed.stat().st_size
         _rank(launcher, ranks - 1).send_signal(sent)
-        begun, spoke, ended = time.monotonic(), None, None
+        begun, reported, ended = time.monotonic(), None, None
         while ended is None and (now := time.monotonic() - begun) < limit:
             ended = now if launcher.poll() is not None else None
-            if spoke is None and _lines(printed.read_bytes()[before:]):
-                spoke = now
+            if reported is None and _lines(printed.read_bytes()[before:]):
+                reported = now
             time.sleep(0.1)
-        return Found(failure, ranks, spoke, ended, _lines(printed.read_bytes()[before:]))
+        return Found(failure, ranks, reported, ended, _lines(printed.read_bytes()[before:]))
     finally:
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)

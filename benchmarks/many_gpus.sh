@@ -5,7 +5,7 @@
 #   benchmarks/many_gpus.sh correct        rings, Ulysses, both together and replicas against one GPU        2 minutes
 #   benchmarks/many_gpus.sh efficiency     8k, 16k and 64k tokens per GPU, and a published benchmark's shape, beside peers      3 minutes
 #   benchmarks/many_gpus.sh training       steps of a 0.6B and an 8B shape, by length                        3 minutes
-#   benchmarks/many_gpus.sh failures       one rank killed, one rank stopped: what is said, and when         1 minute
+#   benchmarks/many_gpus.sh failures       one rank killed, one rank stopped: what is printed, and when       1 minute
 #
 # GPUS=N takes the first N GPUs. LENGTHS="131072 262144" are the lengths of `training`; 524288 and 1048576 take longer than 9 minutes.
 set -uo pipefail

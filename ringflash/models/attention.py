@@ -74,15 +74,7 @@ def ring_attention_forward(
         )
     recomputed = torch._C._current_graph_task_id() != -1  # in a backward; the layer was checked when it first ran
     if getattr(module, "layer_idx", 0) == 0 and not recomputed:
-        share_router_loss(module)
-        mask = attention_mask if isinstance(attention_mask, RingMask) else None
-        call = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
-        position_ids = unknown.get("position_ids", call.arguments.get("position_ids") if call else None)
-        config: Any = getattr(module, "config", None)
-        if reason := config and length_refusal(config, plan.layout.length, call.owner if call else None):
-            raise ValueError(f"config.{reason}")
-        if position_ids is not None:
-            _check_positions(position_ids, plan, config and scales_by_position(config))
+        _check_forward(module, attention_mask, plan, unknown)
     if (window := _window(attention_mask, sliding_window)) is not None:
         plan = plan.window(check_tokens("sliding_window", window, least=1) - 1)
     q, k, v = _by_token(query, key, value)
@@ -143,6 +135,21 @@ def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dr
         raise ValueError(f"{name}={shown} is not supported by ring attention: it may change the mask")
     if unknown.get("output_attentions"):
         raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
+
+
+def _check_forward(
+    module: nn.Module, attention_mask: Tensor | RingMask | None, plan: AttentionPlan, unknown: dict[str, Any]
+) -> None:
+    """What the first layer of a forward checks for all: the call of its model, the plan's length, and positions."""
+    share_router_loss(module)
+    mask = attention_mask if isinstance(attention_mask, RingMask) else None
+    call = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
+    position_ids = unknown.get("position_ids", call.arguments.get("position_ids") if call else None)
+    config: Any = getattr(module, "config", None)
+    if reason := config and length_refusal(config, plan.layout.length, call.owner if call else None):
+        raise ValueError(f"config.{reason}")
+    if position_ids is not None:
+        _check_positions(position_ids, plan, config and scales_by_position(config))
 
 
 def _window(mask: Tensor | RingMask | None, asked: int | None) -> int | None:

@@ -1,4 +1,4 @@
-"""benchmarks/failures.py: which process it hits, and what counts as said."""
+"""benchmarks/failures.py: which process it hits, and what counts as printed."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ SLEEPER = (
 )
 
 
-def test_progress_bars_are_not_words():
+def test_progress_bars_are_not_printed_lines():
     printed = b"step  3/9 [00:01, 2.1it/s]\rringflash: rank 0 waits\n\nstep 4/9 [00:01, 1.5s/it]\n"
     assert failures._lines(printed) == ["ringflash: rank 0 waits"]
 
