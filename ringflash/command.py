@@ -172,7 +172,7 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from ringflash.models import AttentionConfig, FusedConfig, ModelConfig, build_model, check_kernel, fuse_layers
+    from ringflash.models import AttentionConfig, FusedConfig, ModelConfig, attention_kernels, build_model, fuse_layers
 
     disable_progress_bar()
     if not os.path.isdir(config.model):  # pathlib raises for a name that is too long
@@ -186,7 +186,7 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
         )
         attention = AttentionConfig(kernel=config.kernel)
         model = build_model(settings).eval().to(device)  # type: ignore[arg-type]
-        check_kernel(settings, attention, model.config, device)
+        attention_kernels(settings, attention, model.config, device)
     except ConfigError as error:
         message = str(error).replace("model.path=", "model=").replace("attention.kernel=", "kernel=")
         for name in ("dtype", "rope_length", "untested"):

@@ -263,23 +263,27 @@ def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) 
     )
 
 
-def check_kernel(
+def attention_kernels(
     config: ModelConfig, attention: AttentionConfig, hf_config: PreTrainedConfig, device: torch.device
-) -> None:
-    """Raise ConfigError with the reason where attention.kernel cannot run this model's attention on `device`.
+) -> list[str]:
+    """The kernels that attention.kernel gives this model's layers on `device`, by name, each once.
 
-    The kernel is asked as a layer asks it, of one token: before there is a model.
+    They are chosen as a layer chooses, of one token: before there is a model. Raises ConfigError with the reason where
+    attention.kernel cannot run this model's attention.
     """
     softcap = getattr(hf_config, "attn_logit_softcapping", None) or None
+    names = set()
     for heads in {kind.heads for kind in layer_kinds(hf_config)}:
         q, k = (
             torch.empty(1, 1, count, heads.dim, dtype=DTYPES[config.dtype], device=device)
             for count in (heads.query, heads.key)
         )
         try:
-            kernels.select(q, k, softcap, attention.kernel, attention.deterministic, heads.value_dim)
+            kernel = kernels.select(q, k, softcap, attention.kernel, attention.deterministic, heads.value_dim)
         except ValueError as error:
             raise ConfigError(str(error).replace("kernel=", "attention.kernel=")) from error
+        names.add(kernel.name)
+    return sorted(names)
 
 
 def experts_of(config: PreTrainedConfig) -> tuple[int, int]:

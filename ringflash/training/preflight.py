@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ringflash.data import DataConfig, check_vocabulary, load_tokenizer, python_stdlib
 from ringflash.data.mixture import check_sources
 from ringflash.errors import ConfigError
-from ringflash.models import check_kernel, check_length, read_config, tiles_of
+from ringflash.models import attention_kernels, check_length, read_config, tiles_of
 from ringflash.models.configuration import DTYPES
 from ringflash.training.agreement import disagreements
 from ringflash.training.config import Config
@@ -57,7 +57,7 @@ def check_inputs(
     model_config = read_config(config.model)
     check_length(config.model, model_config, config.data.sequence_length)
     if device is not None:
-        check_kernel(config.model, config.attention, model_config, device)
+        attention_kernels(config.model, config.attention, model_config, device)
         for name in (f.name for f in dataclasses.fields(config.fused)):
             config.fused.wanted(name, device)
     config.evaluation.needle.check(config.data.sequence_length, config.model, model_config)
@@ -118,7 +118,7 @@ def _without_memory(model_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device: torch.device) -> list[str]:
-    """Model, ranks, step and memory."""
+    """Model, data, ranks, step and memory."""
     model = _without_memory(model_config)
     parameters = sum(p.numel() for p in model.parameters())
     optim, memory, parallel = config.optim, config.memory, config.parallel
@@ -128,13 +128,14 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     replicas = ranks // (ring * ulysses)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
+    kernels = " and ".join(attention_kernels(config.model, config.attention, model_config, device))
     kinds = {"fp32": "", "bf16": ", bf16 optimizer states", "host": ", fp32 optimizer states on the host"}
     states = kinds[memory.optimizer_states]
     return [
         f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}",
         f"data       {_text(config.data)}, tokenizer {config.data.tokenizer}",
         f"ranks      {ranks} x {where}: replicas {replicas} x ring {ring} x ulysses {ulysses}, "
-        f"layout {parallel.layout}",
+        f"layout {parallel.layout}; attention kernel {kernels}",
         f"step       {optim.batch} x {config.data.sequence_length:,} = "
         f"{optim.batch * config.data.sequence_length:,} tokens in {optim.accumulation(replicas)} x {optim.micro_batch} "
         f"sequences per replica; {length}",

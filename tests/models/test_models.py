@@ -10,8 +10,8 @@ from ringflash.errors import ConfigError
 from ringflash.models import (
     AttentionConfig,
     ModelConfig,
+    attention_kernels,
     build_model,
-    check_kernel,
     check_length,
     read_config,
     ring_inputs,
@@ -247,13 +247,13 @@ def test_under_autocast_attention_takes_what_sdpa_takes(model_type):
 def test_a_kernel_that_cannot_run_on_the_device_is_refused_with_its_reason(kernel):
     config = ModelConfig(architecture={"model_type": "llama", **TINY}, dtype="bf16")
     with pytest.raises(ConfigError, match=rf"^attention\.kernel={kernel} .*(got device cpu|Triton's interpreter)"):
-        check_kernel(config, AttentionConfig(kernel), read_config(config), torch.device("cpu"))
+        attention_kernels(config, AttentionConfig(kernel), read_config(config), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "blocked"])
-def test_a_kernel_for_every_device_is_not_refused(kernel):
+def test_plain_torch_is_the_kernel_of_a_cpu(kernel):
     config = ModelConfig(architecture={"model_type": "gemma2", **TINY})
-    check_kernel(config, AttentionConfig(kernel), read_config(config), torch.device("cpu"))
+    assert attention_kernels(config, AttentionConfig(kernel), read_config(config), torch.device("cpu")) == ["blocked"]
 
 
 def test_labels_that_are_shifted_already_give_what_labels_give():

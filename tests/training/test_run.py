@@ -50,7 +50,7 @@ def test_a_run_leaves_its_configuration_metrics_plot_checkpoints_wandb_run_and_m
     pictures = [path.read_bytes() for path in folder.glob("wandb/offline-run-*/files/media/images/needle_*.png")]
     assert len(pictures) == 3  # of steps 0, 5 and 6
     assert (folder / "needle.png").read_bytes() in pictures
-    ranks = "ranks      2 x CPU: replicas 1 x ring 2"
+    ranks = "ranks      2 x CPU: replicas 1 x ring 2 x ulysses 1, layout auto; attention kernel blocked"
     written = (folder / name for name in ("model", "loss.png", "needle.png"))
     for line in (ranks, "held-out loss", "unigram entropy", *map(str, written)):
         assert line in stdout
