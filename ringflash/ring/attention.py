@@ -155,16 +155,19 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     q, k, v, sink, out, lse, *residue = ctx.saved_tensors
     layer, label = ctx.layer, Label(ctx.layer.name, "backward")
     ring, ulysses = layer.plan.ring, layer.plan.ulysses
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    delta = layer.kernel.delta(out, dout)
+    del out  # of a recomputed layer, only this function has it: its memory is free before the gradients need theirs
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
     dq, dk, dv = (torch.empty(x.shape, dtype=exact, device=x.device) for x in (q, k, v))
     dsink = None if sink is None else torch.zeros_like(sink)
     groups = _head_groups(q, k, v) if ring.size == 1 and ulysses is None else [(slice(None), slice(None))]
     for of_q, of_k in groups:
-        by_query, by_key = (q, out, dout, *residue, dq), (k, v, dk, dv)
-        q_, out_, dout_, *residue_, dq_ = (x[:, :, of_q] for x in by_query)
+        by_query, by_key = (q, dout, *residue, dq), (k, v, dk, dv)
+        q_, dout_, *residue_, dq_ = (x[:, :, of_q] for x in by_query)
         k_, v_, dk_, dv_ = (x[:, :, of_k] for x in by_key)
         _, schedule = layer.schedules(q_, k_, v_)
-        saved = _by_rank(q_, k_, v_, out_, lse[:, of_q], dout_, *residue_, ranks=len(ring.local))
+        saved = _by_rank(q_, k_, v_, lse[:, of_q], delta[:, of_q], dout_, *residue_, ranks=len(ring.local))
         results = _by_rank(dq_, dk_, dv_, ranks=len(ring.local))
         with ring.receive_buffers(label) as allocate:
             workers = [
@@ -175,6 +178,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
         if sink is not None and dsink is not None:
             of_queries = together([x.sink_gradient(layer.own_sink(sink)[of_q]) for x in workers])
             layer.own_sink(dsink)[of_q].copy_(-of_queries.sum((0, 2)))
+        del workers  # and their fp32 gradients, before those of the next group
     if ulysses is not None:
         dq = ulysses.tokens(dq.to(q.dtype), label.at("exchange of queries' gradients"))
         dk = ulysses.key_gradients(dk, ctx.kv_heads, label.at("exchange of keys' gradients"))

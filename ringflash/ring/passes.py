@@ -126,14 +126,15 @@ class Forward(_Pass):
 class Saved:
     """What a rank's forward leaves to its backward, and out's gradient.
 
-    q, k, v, lse and residue: of whole sequences and some heads, under Ulysses; out and dout: of the model's tokens.
+    q, k, v, lse and residue: of whole sequences and some heads, under Ulysses; delta and dout: of the model's tokens.
+    dout has a contiguous last dimension.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    out: Tensor
     lse: Tensor
+    delta: Tensor
     dout: Tensor
     residue: Tensor | None = None
 
@@ -154,10 +155,9 @@ class Backward(_Pass):
         self.results = results
 
     def prepare(self, step: Call) -> None:
-        """delta, centered keys, dq = 0, and the views of every section."""
+        """delta of all that is kept, centered keys, dq = 0, and the views of every section."""
         saved, layer, ulysses = self.saved, self.layer, self.layer.plan.ulysses
-        dout = saved.dout if saved.dout.stride(-1) == 1 else saved.dout.contiguous()
-        delta = layer.kernel.delta(saved.out, dout)
+        dout, delta = saved.dout, saved.delta
         if ulysses is not None:
             dout = ulysses.queries(dout, self.label.at("exchange of results' gradients"))
             delta = (
