@@ -12,21 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
-ELEMENTS = 2**30  # of one launch, so that an element's number fits 32 bits
+ELEMENTS = 2**30  # with one seed, so that an element's number fits 32 bits
 
 
 def adamw_(
     weight: Tensor, low: Tensor, mean: Tensor, square: Tensor, gradient: Tensor,
-    *, lr: float, beta1: float, beta2: float, eps: float, decay: float, step: int, seed: int,
+    *, lr: float, beta1: float, beta2: float, eps: float, decay: float, step: int, seed: int, begin: int = 0,
 ) -> None:  # fmt: skip
-    """One step, in place. All tensors bf16, flat and contiguous; low holds int16 bits. step counts from 1."""
-    for part, begin in enumerate(range(0, weight.numel(), ELEMENTS)):
-        w, b, m, v, g = (x[begin : begin + ELEMENTS] for x in (weight, low, mean, square, gradient))
-        _kernel[(triton.cdiv(w.numel(), BLOCK),)](
-            w.view(torch.int16), b.view(torch.int16), m.view(torch.int16), v.view(torch.int16), g, w.numel(),
-            lr, beta1, beta2, eps, lr * decay, 1.0 - beta1**step, 1.0 - beta2**step, seed + part,
-            BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+    """One step, in place. All tensors bf16, flat and contiguous; low holds int16 bits. step counts from 1.
+
+    begin: the first element's number in the whole parameter, which its random bits depend on. Elements from `begin` on
+    must have one multiple of ELEMENTS below them.
+    """
+    _kernel[(triton.cdiv(weight.numel(), BLOCK),)](
+        *(x.view(torch.int16) for x in (weight, low, mean, square)), gradient, weight.numel(), begin % ELEMENTS,
+        lr, beta1, beta2, eps, lr * decay, 1.0 - beta1**step, 1.0 - beta2**step, seed + begin // ELEMENTS,
+        BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _rounded(x, noise):
 
 @triton.jit
 def _kernel(
-    high, low, mean, square, gradient, count, lr, beta1, beta2, eps, decay, correct1, correct2, seed,
+    high, low, mean, square, gradient, count, begin, lr, beta1, beta2, eps, decay, correct1, correct2, seed,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of elements."""
@@ -57,7 +59,7 @@ def _kernel(
     w -= decay * w + lr * (m / correct1) / (tl.sqrt(v / correct2) + eps)
     bits = w.to(tl.int32, bitcast=True)
     nearest = (bits + 0x8000) >> 16
-    noise = tl.randint(seed, at)
+    noise = tl.randint(seed, begin + at)
     tl.store(high + at, nearest.to(tl.int16), inside)
     tl.store(low + at, (bits - (nearest << 16)).to(tl.int16), inside)
     tl.store(mean + at, _rounded(m, noise), inside)

@@ -33,6 +33,7 @@ from ringflash.models import (
     whole_mlps,
 )
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES, place_refusal
+from ringflash.training import one_rank
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.positions import ByPosition
@@ -61,9 +62,9 @@ class MemoryConfig:
     """With recompute, where the layers' inputs wait for the backward: gpu, host or host:N."""
 
     optimizer_states: str = "fp32"
-    """With bf16 weights: fp32 (master weights, moments and gradients, 20 bytes per parameter); bf16 (moments and
+    """With bf16 weights: fp32 (master weights, moments and gradients, 18 bytes per parameter); bf16 (moments and
     gradients, and of the master the 16 bits that the weight lacks, so that it is exact: 10 bytes on one GPU, else 12);
-    or host (fp32 master weights and moments in pinned host memory, 12 bytes; 4 to 6 on the GPU)."""
+    or host (fp32 master weights and moments in pinned host memory, 12 bytes; 4 on the GPU, on several 4 to 6)."""
 
     mlp_tile: int | None = None
     """With recompute, tokens that pass through an MLP at once; null: as many as give 2^27 activations, 256 MiB in
@@ -201,24 +202,31 @@ def build_engine(
     fp32_zero0, no_fp32 = zero0 and not bf16, states != "fp32"  # no_fp32: DeepSpeed has nothing in fp32
     if no_fp32 and not bf16:
         raise ConfigError(f"memory.optimizer_states={states} needs bf16 weights (model.dtype=bf16), and these are fp32")
-    settings = {
+    alone = no_fp32 and memory.zero < 3 and world.size == 1
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": optim.micro_batch,
         "gradient_accumulation_steps": optim.accumulation(world.replicas),
         "gradient_clipping": 0.0 if fp32_zero0 or states == "host" else optim.clip,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "bf16" if no_fp32 or (bf16 and zero0) else "fp32"},
-        "bf16": {"enabled": bf16, "bf16_master_weights_and_grads": no_fp32, "bf16_optimizer_states": no_fp32},
+        "bf16": {
+            "enabled": bf16, "bf16_master_weights_and_grads": no_fp32, "bf16_optimizer_states": no_fp32,
+            "immediate_grad_update": True,  # each bf16 gradient is freed once it is added to the fp32 one
+        },
         "zero_optimization": {"stage": memory.zero, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-    }
+    }  # fmt: skip
+    if alone:
+        settings |= one_rank.SETTINGS
+        settings["zero_optimization"] |= one_rank.ZERO_SETTINGS
     engine, *_ = deepspeed.initialize(
         model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0, fused_optimizer, states), config=settings
     )
     if bf16 and zero0:
         start_moments(engine)
-    if no_fp32 and memory.zero < 3 and world.size == 1:
-        _share_weights(engine)
+    if alone:
+        one_rank.update_in_place(engine)
     if states == "host":
         host_adamw, masters = engine.basic_optimizer, _masters(engine)
         host_adamw.norm = lambda: engine.optimizer._global_grad_norm
@@ -233,14 +241,3 @@ def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     zero = engine.optimizer
     below_3 = engine.zero_optimization_stage() < 3
     return zero.single_partition_of_fp32_groups if below_3 else zero.fp32_partitioned_groups_flat
-
-
-def _share_weights(engine: deepspeed.DeepSpeedEngine) -> None:
-    """On one rank, let the optimizer update the bf16 weights themselves.
-
-    ZeRO 1 and 2 would keep a flat copy of them as a master, 2 bytes per parameter, also where it has their dtype.
-    """
-    zero = engine.optimizer
-    for master, partitions in zip(_masters(engine), zero.parallel_partitioned_bit16_groups, strict=True):
-        master.data = partitions[0].detach()
-    zero._link_all_hp_params()

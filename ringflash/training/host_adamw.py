@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ringflash.offload import PinnedPool
+from ringflash.training.one_rank import gradients_of, in_chunks
 
 CHUNK = 2**24  # elements that are on the GPU at once: 192 MiB of states
 IN_FLIGHT = 3  # chunks on the GPU: one comes, one is updated, one leaves
@@ -38,6 +39,7 @@ class HostAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], fused: bool, clip: float, **settings: Any) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0} | settings)
         self.fused, self.clip = fused, clip
+        self.gradients: dict[Tensor, list[Tensor]] = {}  # of weights whose gradients are in parts (`one_rank`)
         self.norm: Callable[[], Any] = lambda: 0.0
         self.pool = PinnedPool(
             torch.cuda.is_available(), "memory.optimizer_states=bf16 has them on the GPU, in 6 bytes per parameter"
@@ -68,15 +70,14 @@ class HostAdamW(torch.optim.Optimizer):
             scale = 1.0 / torch.clamp((torch.as_tensor(self.norm()) + 1e-6) / self.clip, min=1.0)
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is not None:
+                if (gradients := gradients_of(self, weight)) is not None:
                     self.state[weight]["step"] += 1
-                    self._update(weight, group, scale)
+                    self._update(weight, gradients, group, scale)
 
-    def _update(self, weight: Tensor, group: dict[str, Any], scale: Tensor | None) -> None:
-        assert weight.grad is not None
+    def _update(self, weight: Tensor, gradients: list[Tensor], group: dict[str, Any], scale: Tensor | None) -> None:
         chunks, done = self.state[weight][CHUNKS], self.state[weight]["step"] - 1
-        gradients, weights = (x.view(-1).split(CHUNK) for x in (weight.grad, weight))
-        for states, gradient, part in zip(_passing(chunks, weight.device), gradients, weights, strict=True):
+        parts, flat = in_chunks(gradients, CHUNK), weight.view(-1).split(CHUNK)
+        for states, gradient, part in zip(_passing(chunks, weight.device), parts, flat, strict=True):
             g = gradient.float()
             if scale is not None:
                 g *= scale.to(g.device)

@@ -9,8 +9,8 @@ The weight is the master rounded to nearest, and low is what the rounding took. 
 so that they are right on average: with beta2 = .999 the nearest bf16 would never move. The random bits depend on the
 step and the element alone, so a resumed run continues bit for bit.
 
-Bytes per parameter, with a bf16 gradient: 10 on one rank; 12 on several, for a flat copy of the weights, all divided
-among the ranks but the weights. With fp32 states: 20.
+Bytes per parameter, with a bf16 gradient: 10 on one rank (`one_rank`); 12 on several, for a flat copy of the weights,
+all divided among the ranks but the weights and the backward's gradients. With fp32 states: 18.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**24  # elements whose fp32 copies exist at once where there is no kernel
+from ringflash.training.one_rank import gradients_of, in_chunks
+
+CHUNK = 2**24  # elements that are updated at once: of these, gradients are joined, and fp32 copies exist
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,13 +57,15 @@ class SplitAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], fused: bool, **settings: Any) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0} | settings)
         self.fused = fused
+        self.gradients: dict[Tensor, list[Tensor]] = {}  # of weights whose gradients are in parts (`one_rank`)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is evaluated
         """Update the weights that have a gradient. Raises TypeError for weights that are not bf16."""
         for group in self.param_groups:
             for number, weight in enumerate(group["params"]):
-                if weight.grad is None:
+                gradients = gradients_of(self, weight)
+                if gradients is None:
                     continue
                 if weight.dtype != torch.bfloat16:
                     raise TypeError(f"SplitAdamW is for bf16 weights, got {weight.dtype}")
@@ -70,25 +74,27 @@ class SplitAdamW(torch.optim.Optimizer):
                     state["step"] = 0
                     state |= {name: torch.zeros_like(weight) for name in ("low", "exp_avg", "exp_avg_sq")}
                 state["step"] += 1
-                self._update(weight, state, group, number)
+                self._update(weight, gradients, state, group, number)
 
-    def _update(self, weight: Tensor, state: dict[str, Any], group: dict[str, Any], number: int) -> None:
-        """One step of one parameter."""
+    def _update(
+        self, weight: Tensor, gradients: list[Tensor], state: dict[str, Any], group: dict[str, Any], number: int
+    ) -> None:
+        """One step of one parameter. gradients: of its parts; emptied."""
         beta1, beta2 = group["betas"]
         step = int(state["step"])
         settings = {
             "lr": float(group["lr"]), "beta1": beta1, "beta2": beta2, "eps": group["eps"],
             "decay": group["weight_decay"], "step": step, "seed": (step * 8191 + number * 64) % 2**31,
         }  # fmt: skip
-        tensors = [weight, state["low"], state["exp_avg"], state["exp_avg_sq"], weight.grad]
-        flat = [x.view(-1) for x in tensors]
+        flat = [x.view(-1).split(CHUNK) for x in (weight, state["low"], state["exp_avg"], state["exp_avg_sq"])]
         if self.fused:
             from ringflash.fused.adamw import adamw_
 
-            adamw_(*flat, **settings)
+            for i, chunk in enumerate(zip(*flat, in_chunks(gradients, CHUNK), strict=True)):
+                adamw_(*chunk, **settings, begin=i * CHUNK)
             return
         generator = torch.Generator(weight.device).manual_seed(settings.pop("seed"))
-        for w, low, mean, square, gradient in zip(*(x.split(CHUNK) for x in flat), strict=True):
+        for w, low, mean, square, gradient in zip(*flat, in_chunks(gradients, CHUNK), strict=True):
             _plain_step(w, low, mean, square, gradient, generator, **settings)
 
 

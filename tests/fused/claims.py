@@ -145,6 +145,20 @@ def adamw_distances(device: str = "cpu") -> dict[str, float]:
     }
 
 
+def adamw_in_parts_is_equal(device: str = "cpu") -> bool:
+    """A parameter that is updated in two parts gets the bits that it gets whole."""
+    from ringflash.fused.adamw import adamw_
+
+    torch.manual_seed(0)
+    tensors = [torch.rand(3000, device=device).bfloat16() for _ in range(5)]
+    settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1, "step": 3, "seed": 7}
+    whole, parts = ([x.clone() for x in tensors] for _ in range(2))
+    adamw_(*whole, **settings)
+    for begin, end in ((0, 1024), (1024, 3000)):
+        adamw_(*(x[begin:end] for x in parts), **settings, begin=begin)
+    return all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(whole, parts, strict=True))
+
+
 def ignored_rows_are_zero(device: str = "cpu") -> bool:
     """A token without a label has no loss and no gradient, whatever its logits are."""
     logits = torch.full((2, 9000), float("nan"), device=device)

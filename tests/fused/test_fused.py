@@ -61,3 +61,7 @@ def test_a_fused_step_of_split_weights_is_the_plain_one(claim):
     found = claim("adamw_distances")
     assert found["moved"] < 1e-5
     assert max(found["mean"], found["square"]) < 2**-7  # each rounded at random, to one of two neighbours
+
+
+def test_a_step_in_parts_has_the_bits_of_the_whole(claim):
+    assert claim("adamw_in_parts_is_equal")

@@ -48,6 +48,10 @@ def test_a_second_backward_through_overwritten_inputs_is_refused():
     assert "a second backward through a fused MLP" in claims.second_backward_error("cuda")
 
 
+def test_a_step_in_parts_has_the_bits_of_the_whole():
+    assert claims.adamw_in_parts_is_equal("cuda")
+
+
 def test_a_fused_step_of_split_weights_is_the_plain_one():
     found = claims.adamw_distances("cuda")
     assert found["moved"] < 1e-5
