@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 -m ringflash.evaluation.needle model=FOLDER text=book.txt 'depths=[0,50,100]'
 
 A sentence with a number (the needle) is put into a text, at each depth (0: its beginning, 100: its end) of each length.
-The model is then asked for the number. `ringflash.evaluation.haystack` says what counts as found. Results are a table,
+The model is then asked for the number. `ringflash.haystack` says what counts as found. Results are a table,
 needle.json and needle.png, a heat map, in the folder `out`.
 
 Settings are key=value:
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ringflash.command import ReadConfig, command, load_encoder, load_model, make_cache, now, report, start
 from ringflash.errors import ConfigError
-from ringflash.evaluation.haystack import Found, HaystackConfig, heat_map, read_text, rows_of, search
+from ringflash.haystack import Found, HaystackConfig, heat_map, read_text, rows_of, search
 from ringflash.reading import check_positions
 from ringflash.training.files import write_figure, write_whole
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ringflash.data import Corpus, Evaluated, load_corpora, stream
 from ringflash.data.tokenizer import tokenizer_digest
-from ringflash.evaluation.haystack import heat_map
+from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
-from ringflash.evaluation.haystack import Found, HaystackConfig, Row, read_text, rows_of, search
+from ringflash.haystack import Found, HaystackConfig, Row, read_text, rows_of, search
 from ringflash.models import ModelConfig, RingCache, cache_refusal
 from ringflash.models.rope_length import length_refusal
 from ringflash.reading import check_positions, check_room

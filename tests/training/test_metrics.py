@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ringflash.errors import ConfigError, DiskError
-from ringflash.evaluation.haystack import Found, heat_map
+from ringflash.haystack import Found, heat_map
 from ringflash.training import metrics
 
 
