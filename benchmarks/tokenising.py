@@ -1,4 +1,4 @@
-"""Tokenising a corpus, beside the tokenizer alone on the same cores: seconds, and memory of all processes.
+"""Tokenising a corpus, beside the tokenizer alone on the same cores: seconds, CPU seconds, and memory of all processes.
 
     python benchmarks/tokenising.py --bytes 2e6       # seconds
     python benchmarks/tokenising.py                   # 1 GB of JSONL
@@ -12,17 +12,18 @@ peak of proportional set sizes over all its processes: pages that several share 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import resource
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from benchmarks.report import RESULTS, card, write_json
 VOCABULARY = 32000
 TRAINED_ON = 800  # files
 AT_ONCE = 1 << 24  # characters that the tokenizer alone gets
+EVERY = 1.0  # seconds between two looks at the memory, of which each takes 7 ms of CPU per process
 
 
 def write_corpus(folder: Path, size: float) -> None:
@@ -62,17 +64,18 @@ def write_corpus(folder: Path, size: float) -> None:
             written += file.write(json.dumps({"text": part}) + "\n") if part.strip() else 0
 
 
-def alone(folder: Path) -> float:
-    """Seconds that the tokenizer takes, without reading or keeping anything."""
+def alone(folder: Path) -> dict[str, float]:
+    """Seconds and CPU seconds that the tokenizer takes, without reading or keeping anything."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    seconds = 0.0
+    seconds = cpu = 0.0
     for texts in _texts(folder / "corpus.jsonl"):
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), _cpu_seconds()
         tokenizer.encode_batch_fast(texts)
         seconds += time.perf_counter() - begun
-    return seconds
+        cpu += _cpu_seconds() - cpu_begun
+    return {"alone": seconds, "alone_cpu": cpu}
 
 
 def _texts(file: Path) -> Iterator[list[str]]:
@@ -88,39 +91,43 @@ def _texts(file: Path) -> Iterator[list[str]]:
     yield texts
 
 
-def build(folder: Path) -> dict[str, Any]:
-    """Seconds, tokens and peak memory of a build."""
+def build(folder: Path) -> dict[str, float]:
+    """Seconds, CPU seconds and tokens of a build."""
     from ringflash.data import DataConfig, load_tokenizer, tokenised
 
     config = DataConfig(
         path=str(folder / "corpus.jsonl"), tokenizer=str(folder / "tokenizer"), cache=str(folder / "cache")
     )
     load_tokenizer(config)  # imports transformers
-    peak = [0]
-    threading.Thread(target=_watch, args=(peak,), daemon=True).start()
-    begun = time.perf_counter()
+    begun, cpu_begun = time.perf_counter(), _cpu_seconds()
     found = tokenised(config)
-    return {"build": time.perf_counter() - begun, "tokens": len(found.tokens), "build_gib": peak[0] / 2**30}
+    seconds, cpu = time.perf_counter() - begun, _cpu_seconds() - cpu_begun
+    return {"build": seconds, "build_cpu": cpu, "tokens": len(found.tokens)}
 
 
-def _watch(peak: list[int]) -> None:
-    """Keep the peak of this process's and its children's memory."""
-    me = psutil.Process()
-    while True:
-        total = 0
-        for process in [me, *me.children(recursive=True)]:
-            try:
-                total += process.memory_full_info().pss
-            except psutil.Error:  # it has ended
-                continue
-        peak[0] = max(peak[0], total)
-        time.sleep(0.2)
+def _cpu_seconds() -> float:
+    """CPU seconds, user and system, of this process and of its children that have ended."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(x.ru_utime + x.ru_stime for x in used)
 
 
-def _apart(work: Callable[..., Any], *args: Any) -> Any:
-    """work(*args), in a process of its own."""
+def _apart(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """work(*args), in a process of its own, and the peak of the GiB that it and its children held."""
+    peak = 0.0
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *args).result()
+        running = pool.submit(work, *args)
+        while not wait([running], EVERY).done:
+            peak = max(peak, _memory())
+        return running.result(), peak
+
+
+def _memory() -> float:
+    """GiB of all processes that this one has started."""
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            total += process.memory_full_info().pss
+    return total / 2**30
 
 
 def main() -> None:
@@ -132,9 +139,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _apart(write_corpus, folder, args.bytes)
-        found = {"bytes": args.bytes, "cores": len(os.sched_getaffinity(0)), "alone": _apart(alone, folder)}
-        found |= _apart(build, folder)
-    found["ratio"] = found["build"] / found["alone"]
+        (by_itself, _), (built, gib) = _apart(alone, folder), _apart(build, folder)
+    found = {"bytes": args.bytes, "cores": len(os.sched_getaffinity(0)), **by_itself, **built, "build_gib": gib}
+    found |= {"ratio": built["build"] / by_itself["alone"], "ratio_cpu": built["build_cpu"] / by_itself["alone_cpu"]}
     facts = card(torch.device("cpu"), {}, None)
     write_json(args.out, {"card": facts, "run": found})
     print(*(f"{name}: {value}" for name, value in {**facts, **found}.items()), sep="\n")

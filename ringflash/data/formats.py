@@ -259,7 +259,7 @@ def _json(file: Path, fields: Fields) -> Found:
 
 def _parsed(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         place = f" at line {error.lineno}" if error.lineno > 1 and expected == IN_ARRAY else ""
         raise RecordError(f"{where} is not JSON: {error.msg}{place}; {expected}") from error
@@ -279,6 +279,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = _Repeating(value)
         value.key = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one per line
 
 
 def _repeated_key(record: dict[str, Any]) -> str | None:

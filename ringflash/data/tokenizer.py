@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -128,7 +129,7 @@ def _fast(backend: Tokenizer, tokenizer: Any, name: str, texts: list[str]) -> li
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # tokenizers raises a bare Exception, such as for an unknown word without an unk_token
         raise ConfigError(f"data.tokenizer={name} cannot encode the text of data.path: {reason(error)}") from error
-    found = [np.array(encoding.ids, np.int64) for encoding in encodings]
+    found = [np.frombuffer(array("I", encoding.ids), np.uintc) for encoding in encodings]  # faster than np.array
     if any((ids == tokenizer.eos_token_id).any() for ids in found):
         raise ConfigError(
             f"data.tokenizer={name} makes its eos_token={tokenizer.eos_token} of ordinary text, so a document "

@@ -13,7 +13,7 @@ def test_a_build_is_measured_beside_the_tokenizer_alone(tmp_path, monkeypatch):
     assert 50_000 <= sum(len(line) + 1 for line in lines) < 200_000
     assert all(json.loads(line)["text"].strip() for line in lines)
     assert sum(map(len, tokenising._texts(tmp_path / "corpus.jsonl")), start=0) == len(lines)
-    assert tokenising.alone(tmp_path) > 0
+    assert min(tokenising.alone(tmp_path).values()) > 0
     found = tokenising.build(tmp_path)
     assert found["tokens"] > 10_000
-    assert found["build"] > 0
+    assert min(found.values()) > 0
