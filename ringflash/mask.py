@@ -192,6 +192,19 @@ class IntervalMask:
         end = torch.minimum(torch.minimum(self.lo + leading_tokens, before), self.hi)
         return near, IntervalMask(self.lo, torch.maximum(self.lo, end), self.keys)
 
+    def in_chunks(self, size: int) -> IntervalMask:
+        """What each query sees of its chunk of `size` tokens; chunks are counted from the beginning of each document.
+
+        >>> mask = IntervalMask.causal(8) & IntervalMask.documents([3, 5])
+        >>> mask.in_chunks(2).lo.tolist()
+        [[0, 0, 2, 3, 3, 5, 5, 7]]
+        """
+        size = min(check_tokens("size", size, least=1), max(self.queries, 1))
+        i = torch.arange(self.queries)
+        begins = torch.where(self.divides(), i, 0).cummax(1).values
+        chunk = begins + (i - begins) // size * size
+        return self & IntervalMask(chunk, torch.full_like(chunk, self.keys), self.keys)
+
     def restrict(self, queries: Tensor, keys: Tensor) -> IntervalMask:
         """The mask among some queries and keys, renumbered: what one shard sees of another.
 

@@ -62,6 +62,20 @@ def test_intervals_hold_the_mask_and_its_transpose_as_int32(case):
     assert torch.equal(by_key, dense.transpose(1, 2))
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 12))
+def test_chunks_count_within_each_document(lengths, size):
+    length = sum(lengths) + 2  # padding, which sees nothing
+    mask = (IntervalMask.causal(length) & IntervalMask.documents([lengths, [length]])).in_chunks(size)
+    for row, documents in enumerate((lengths, [length])):
+        seen, begin = [], 0
+        for n in documents:
+            seen += [(begin + i // size * size, begin + i + 1) for i in range(n)]
+            begin += n
+        assert [
+            (lo, hi) for lo, hi in zip(mask.lo[row].tolist(), mask.hi[row].tolist(), strict=True) if lo < hi
+        ] == seen
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -77,6 +91,7 @@ def test_intervals_hold_the_mask_and_its_transpose_as_int32(case):
         (lambda: IntervalMask.window(8, left=-1), "left=-1"),
         (lambda: IntervalMask.prefix(8, 9), "got 9"),
         (lambda: IntervalMask.chunked(8, 0), "chunk must be 1 or more tokens, got chunk=0"),
+        (lambda: IntervalMask.causal(8).in_chunks(0), "size must be 1 or more tokens, got size=0"),
         (lambda: IntervalMask.prefix(8, -1), "prefix must be 0 or more tokens, got prefix=-1"),
         (lambda: IntervalMask.causal(-8), "length must be 0 or more tokens, got length=-8"),
         (lambda: IntervalMask.documents(np.array([5, -1])), "must not be negative"),

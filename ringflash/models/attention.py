@@ -15,6 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 from ringflash.mask import check_tokens
 from ringflash.models.cache import RingCache, take_note
 from ringflash.models.checks import check_call
+from ringflash.models.chunks import of_layer, scaled_in_document
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope import scales_by_position
@@ -75,6 +76,7 @@ def ring_attention_forward(
     recomputed = torch._C._current_graph_task_id() != -1  # in a backward; the layer was checked when it first ran
     if getattr(module, "layer_idx", 0) == 0 and not recomputed:
         _check_forward(module, attention_mask, plan, unknown)
+    query, plan = scaled_in_document(module, query, plan), of_layer(plan, module)
     if (window := _window(attention_mask, sliding_window)) is not None:
         plan = plan.window(check_tokens("sliding_window", window, least=1) - 1)
     q, k, v = _by_token(query, key, value)

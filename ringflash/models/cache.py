@@ -33,6 +33,7 @@ from ringflash.kernels.checks import OUT_DTYPES
 from ringflash.layout import Layout
 from ringflash.mask import check_tokens
 from ringflash.models.configuration import refusal
+from ringflash.models.families import has_chunks
 from ringflash.models.inputs import agree, checksum
 from ringflash.models.layers import calls_per_layer, layer_kinds
 from ringflash.models.rope_length import goes_by_document, length_refusal
@@ -330,6 +331,8 @@ def cache_refusal(config: PreTrainedConfig) -> str | None:
             f"model_type={config.model_type} is not supported by a RingCache: it keeps the keys of one call of "
             f"attention per layer"
         )
+    if has_chunks(config.model_type):
+        return f"model_type={config.model_type} is not supported by a RingCache: it keeps windows, but no chunks"
     return refusal(config)
 
 

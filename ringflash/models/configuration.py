@@ -20,7 +20,7 @@ from ringflash import kernels
 from ringflash.errors import ConfigError
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
-from ringflash.models.families import family_refusal, vouch_for
+from ringflash.models.families import family_refusal, has_chunks, vouch_for
 from ringflash.models.layers import layer_kinds
 from ringflash.models.rope import extended, rope_kinds, rope_refusal, supported_positions
 from ringflash.models.rope_length import length_refusal
@@ -237,6 +237,8 @@ def refusal(config: PreTrainedConfig) -> str | None:
         return BIDIRECTIONAL
     if (seen := getattr(config, "use_bidirectional_attention", None)) in (True, "all"):
         return BIDIRECTIONAL.replace("is_causal=False", f"use_bidirectional_attention={seen}")
+    if has_chunks(config.model_type) and not config.attention_chunk_size:
+        return f"attention_chunk_size={config.attention_chunk_size} is not supported: it must be 1 or more tokens"
     return rope_refusal(config)
 
 

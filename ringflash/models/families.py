@@ -25,6 +25,7 @@ class Family(NamedTuple):
 
     windows: Windows = Windows.NONE
     needs: str = ""  # further needs, for docs/models.md
+    chunks: bool = False  # whether the layers that layer_types names chunked_attention are limited to chunks
 
 
 _EXPERTS, _LATENT = "experts", "latent heads (MLA): keys larger than values"
@@ -73,6 +74,7 @@ FAMILIES = {
     "jais2": Family(),
     "laguna": Family(_SOME, _EXPERTS),
     "llama": Family(needs="dynamic RoPE"),
+    "llama4_text": Family(needs=f"chunks, queries scaled by position, {_EXPERTS}", chunks=True),
     "mellum": Family(_SOME, _EXPERTS),
     "mimo_v2_flash": Family(_SOME, f"heads by layer, values smaller than keys, {_EXPERTS}, sinks"),
     "minicpm3": Family(needs=_LATENT),
@@ -119,7 +121,6 @@ REFUSED = {
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mllama"), _IMAGES),
     **dict.fromkeys(("nemotron", "stablelm"), _NO_PLAN),
     **dict.fromkeys(("bloom", "doge", "falcon", "gpt2", "hy_v4", "mpt"), _OWN_MASK),
-    "llama4_text": "its chunks and its queries' scales count from a call's first token instead of by position_ids",
 }  # fmt: skip
 
 _vouched: set[str] = set()
@@ -164,6 +165,11 @@ def _final_refusal(model_type: object) -> str | None:
     return f"model_type={model_type} is not one of transformers' configurations" + (
         f"; did you mean {close[0]}?" if close else ""
     )
+
+
+def has_chunks(model_type: str) -> bool:
+    """Whether a family has layers of chunked attention; others with such layers are refused by their masks."""
+    return model_type in FAMILIES and FAMILIES[model_type].chunks
 
 
 def windows_of(model_type: str, by_layer: bool) -> Windows:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask, document_rows
+from ringflash.models.chunks import by_layer_type
 from ringflash.models.configuration import refusal
 from ringflash.models.layers import layer_masks
 from ringflash.models.ring_mask import RingMask
@@ -48,7 +49,8 @@ def ring_inputs(
     leading_tokens: number of tokens at each document's start that layers with a sliding window also see.
     layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", the one with the least predicted
     time for these documents and the layers of `config`; or a function that gives a mask its layout.
-    config: model.config. Given, a model that cannot be on the ring is refused here, also one that reads no mask.
+    config: model.config. Given, a model that cannot be on the ring is refused here, also one that reads no mask. Layers
+    of chunked attention need it.
     shift_labels: int64 [B, S], instead of labels where these are shifted already.
     compare_ranks: raise an error where ranks were given different sequences, which is a collective. Without it, this
     may run in a thread while the ring is used.
@@ -88,10 +90,11 @@ def ring_inputs(
             targets = _shifted(targets, document)
         keywords, count = ({}, None) if targets is None else _shard_labels(targets, plan)
         ids = plan.shard(input_ids)
+        stand_in = RingMask(ids.shape, count, ring.device, plan=plan)
         return keywords | {
             "input_ids": ids,
             "position_ids": plan.position_ids(rows),
-            "attention_mask": RingMask(ids.shape, count, ring.device, plan=plan),
+            "attention_mask": stand_in if config is None else by_layer_type(stand_in, config),
             "plan": plan,
             "use_cache": False,
         }

@@ -12,20 +12,31 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from ringflash.mask import IntervalMask
-from ringflash.models.families import Windows, windows_of
+from ringflash.models.families import Windows, has_chunks, windows_of
 from ringflash.ring.cost import Heads, Layers
+from ringflash.ring.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Attention of layers that are alike. window: how many tokens a query sees; None: all of its document's before."""
+    """Attention of layers that are alike. window: how many tokens a query sees; None: all of its document's before.
+
+    chunk: tokens of a document that see no others; None: not limited by chunks.
+    """
 
     window: int | None
     heads: Heads
+    chunk: int | None = None
 
     def mask(self, mask: IntervalMask) -> IntervalMask:
         """What these layers see of a sequence with this mask."""
-        return mask if self.window is None else mask & IntervalMask.window(mask.queries, self.window - 1)
+        mask = mask if self.window is None else mask & IntervalMask.window(mask.queries, self.window - 1)
+        return mask if self.chunk is None else mask.in_chunks(self.chunk)
+
+    def plan(self, plan: AttentionPlan) -> AttentionPlan:
+        """The plan of these layers in a step with this one."""
+        plan = plan if self.window is None else plan.window(self.window - 1)
+        return plan if self.chunk is None else plan.in_chunks(self.chunk)
 
 
 def kinds_of_layers(config: PreTrainedConfig) -> list[LayerKind]:
@@ -58,13 +69,20 @@ def input_widths(config: PreTrainedConfig) -> list[int]:
     return [config.hidden_size * getattr(config, "altup_num_inputs", 1), *([own] if own else [])]
 
 
+def chunk_size(config: PreTrainedConfig, layer: int) -> int | None:
+    """Tokens of the chunks that a layer is limited to; None: it is not."""
+    if has_chunks(config.model_type) and config.layer_types[layer] == "chunked_attention":
+        return config.attention_chunk_size
+    return None
+
+
 def _kind(config: PreTrainedConfig, layer: int) -> LayerKind:
     own = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
     kinds = getattr(config, "layer_types", None)
     which = windows_of(config.model_type, kinds is not None)
     windowed = which is Windows.ALL or (which is Windows.SOME and kinds and kinds[layer] == "sliding_attention")
     window = getattr(own, "sliding_window", None) if windowed else None
-    return LayerKind(window or None, _heads(own, bool(windowed)))
+    return LayerKind(window or None, _heads(own, bool(windowed)), chunk_size(config, layer))
 
 
 def _heads(config: PreTrainedConfig, windowed: bool) -> Heads:

@@ -9,7 +9,8 @@ Every attention implementation but the ring's reads attention_mask, so this one 
     >>> mask[:, None, None, :]
     Traceback (most recent call last):
     ValueError: inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by \
-Tensor.__getitem__): load the model with attn_implementation="ring"
+Tensor.__getitem__): load the model with attn_implementation="ring"; chunked attention also needs \
+ring_inputs(config=model.config)
 
 Models that read no attention_mask refuse nothing: those without attention (RWKV, xLSTM), CPM-Ant, and attention that
 was registered with transformers' AttentionInterface alone, without a function for its masks. ring_inputs(config=...)
@@ -107,7 +108,8 @@ def _refuse(name: str) -> NoReturn:
         )
     raise ValueError(
         f"inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by "
-        f'Tensor.{name}): load the model with attn_implementation="ring"'
+        f'Tensor.{name}): load the model with attn_implementation="ring"; chunked attention also needs '
+        f"ring_inputs(config=model.config)"
     )
 
 

@@ -32,6 +32,7 @@ without a host synchronisation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -120,7 +121,7 @@ class AttentionPlan:
     masks: tuple[IntervalMask, ...] = field(init=False)
     hops: tuple[tuple[Hop, ...], ...] = field(init=False)
     routes: tuple[Route, ...] = field(init=False)
-    _windows: dict[int, AttentionPlan] = field(init=False, default_factory=dict)
+    _narrower: dict[str, AttentionPlan] = field(init=False, default_factory=dict)
     _hops_of: dict[Range, tuple[tuple[Hop, ...], ...]] = field(init=False, default_factory=dict)
     _schedules: dict[Shape, tuple[Schedule, Schedule]] = field(init=False, default_factory=dict)
 
@@ -180,17 +181,28 @@ class AttentionPlan:
 
         Raises ValueError for a plan of several masks, of which a window would hide what they were given to show.
         """
+        left = min(check_tokens("left", left), self.layout.length)
+        return self._limited(f"windows of {left + 1}", lambda mask: mask.windowed(left, self.leading_tokens))
+
+    def in_chunks(self, size: int) -> AttentionPlan:
+        """The same plan with each query limited to its chunk of `size` tokens of its document; made once.
+
+        Raises ValueError for a plan of several masks.
+        """
+        return self._limited(f"chunks of {size}", lambda mask: mask.in_chunks(size))
+
+    def _limited(
+        self, name: str, limit: Callable[[IntervalMask], IntervalMask | tuple[IntervalMask, ...]]
+    ) -> AttentionPlan:
         if len(self.masks) > 1:
             raise ValueError(
-                f"a plan of {len(self.masks)} masks cannot be limited to windows of {left + 1}: for layers with "
-                f"windows that also show leading tokens, give one mask and leading_tokens=N"
+                f"a plan of {len(self.masks)} masks cannot be limited to {name}: for layers with windows that also "
+                f"show leading tokens, give one mask and leading_tokens=N"
             )
-        left = min(check_tokens("left", left), self.layout.length)
-        if left not in self._windows:
+        if name not in self._narrower:
             with torch.device("cpu"):  # a layer asks, maybe under another default device
-                masks = self.masks[0].windowed(left, self.leading_tokens)
-                self._windows[left] = AttentionPlan(masks, self.layout, self.ring, self.ulysses)
-        return self._windows[left]
+                self._narrower[name] = AttentionPlan(limit(self.masks[0]), self.layout, self.ring, self.ulysses)
+        return self._narrower[name]
 
     def hops_of(self, rows: Range) -> tuple[tuple[Hop, ...], ...]:
         """`hops` with these rows of every shard's keys alone, which intervals count from the first of; made once."""

@@ -168,9 +168,13 @@ class TrainedModel(nn.Module):
         that of the tokens alone.
         """
         config, inputs = self.model.config, inputs | self.attention
+        own: Any = self.model.base_model
+        body = (
+            self.model.model if own is self.model else own
+        )  # Llama 4's class names a base model that it does not have
         if router_weight is None or not getattr(config, "output_router_logits", False):
-            return self.model.lm_head(self.model.base_model(**inputs).last_hidden_state, shift_labels, by_position)
-        outputs = self.model.base_model(**inputs, output_router_logits=True)
+            return self.model.lm_head(body(**inputs).last_hidden_state, shift_labels, by_position)
+        outputs = body(**inputs, output_router_logits=True)
         share = router_loss(outputs.router_logits, experts_of(config)[1], inputs["plan"])
         added = config.router_aux_loss_coef * router_weight * share
         return self.model.lm_head(outputs.last_hidden_state, shift_labels, by_position) + (added - added.detach())

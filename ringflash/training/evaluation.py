@@ -80,7 +80,7 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world:
     engine.eval()
     totals = no_totals(world.device)
     for sequences in batches:
-        inputs = shard(sequences, world, layout_for)
+        inputs = shard(sequences, world, layout_for, engine.module.model.config)
         engine(**inputs, by_position=ByPosition.of(inputs, totals))
     engine.train()
     loss, count = world.sum(totals).sum(1).tolist()

@@ -71,8 +71,9 @@ def prepare(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layou
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # in this thread; else memory would be pinned through the first GPU
     micro_batches = batch.split(engine.train_micro_batch_size_per_gpu())
-    shards = [shard(rows, world, layout_for) for rows in micro_batches]
-    return [MicroBatch(inputs, *_work(engine.module.model.config, inputs["plan"])) for inputs in shards]
+    config = engine.module.model.config
+    shards = [shard(rows, world, layout_for, config) for rows in micro_batches]
+    return [MicroBatch(inputs, *_work(config, inputs["plan"])) for inputs in shards]
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], world: World) -> StepResult:
@@ -105,8 +106,7 @@ def _work(config: PreTrainedConfig, plan: AttentionPlan) -> tuple[int, float]:
     """(query, key) pairs that this rank computes, over batch rows and layers, and the operations that they need."""
     pairs, operations = 0, 0.0
     for kind, layers in layer_kinds(config).items():
-        seen = plan if kind.window is None else plan.window(kind.window - 1)
-        found = layers * sum(hop.pairs for hops in seen.hops for hop in hops)
+        found = layers * sum(hop.pairs for hops in kind.plan(plan).hops for hop in hops)
         pairs += found
         operations += attention_flops(found, kind.heads)
     return pairs, operations
@@ -120,10 +120,10 @@ def _imbalance(work: Tensor, world: World) -> float:
     return float((most * world.ring.size / of_all.clamp(min=1)).max()) - 1
 
 
-def shard(batch: Batch, world: World, layout_for: Layouts) -> dict[str, Any]:
+def shard(batch: Batch, world: World, layout_for: Layouts, config: PreTrainedConfig) -> dict[str, Any]:
     """The inputs of this rank's model for a batch; layout_for: gives a mask its layout."""
     # Ranks made the same batch from the same seed, and the ring may be in use by the step before.
     return ring_inputs(
         batch.tokens, shift_labels=batch.labels, documents=batch.documents, ring=world.ring, ulysses=world.ulysses,
-        layout=layout_for, compare_ranks=False,
+        layout=layout_for, config=config, compare_ranks=False,
     )  # fmt: skip

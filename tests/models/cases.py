@@ -53,6 +53,8 @@ SPECIFIC = {
     "granitemoeshared": {"logits_scaling": 3.0},
     "hyperclovax": {"logits_scaling": 0.3},
     "llama": {"rope_parameters": LLAMA3},
+    "llama4_text": {"intermediate_size_mlp": 64, "attention_chunk_size": 7, "no_rope_layer_interval": 2,
+                    "floor_scale": 4, "attn_scale": 0.5, "interleave_moe_layer_step": 2, "num_experts_per_tok": 1},
     "minicpm3": {"dim_model_base": 8},
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}, "max_position_embeddings": 64},
     "mistral": {"sliding_window": 7},

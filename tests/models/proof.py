@@ -86,7 +86,9 @@ class Prover:
         else:
             self.model.gradient_checkpointing_disable()
         self.model.zero_grad()
-        inputs = ring_inputs(self.tokens, self.labels, ring=Loopback(ranks), documents=list(documents))
+        inputs = ring_inputs(
+            self.tokens, self.labels, ring=Loopback(ranks), documents=list(documents), config=self.model.config
+        )
         if trainer:
             head = self.model.lm_head
             loss = TrainedModel(self.model, MemoryConfig(loss_tile=16), AttentionConfig())(**inputs)
@@ -117,7 +119,8 @@ class Prover:
 
         attention.ring_attention = spied
         try:
-            self.model(**ring_inputs(self.tokens, ring=Loopback(1), documents=list(documents)))
+            config = self.model.config
+            self.model(**ring_inputs(self.tokens, ring=Loopback(1), documents=list(documents), config=config))
         finally:
             attention.ring_attention = original
         return Counter(calls)

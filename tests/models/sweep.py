@@ -61,6 +61,12 @@ queries that are scaled by their position (`llama_4_scaling_beta`). longrope and
 `model.rope_parameters` extends the model of `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`. The exported
 configuration has it. `rope_type: dynamic` leaves documents within the model's own positions as they are.
 
+## Chunks
+
+`llama4_text` is exact against each document alone: chunks, and the scales of its queries, count within documents.
+transformers counts them from a call's first token. Without the trainer, give `ring_inputs` the model's `config`. No
+cache takes the family. Published checkpoints are of `llama4`, with images, which is refused.
+
 ## Families that are refused
 
 | model_type | why |

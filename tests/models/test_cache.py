@@ -268,6 +268,10 @@ def test_what_does_not_fit_a_cache_is_refused_by_name():
         RingCache(tiny("gemma4_text"), 40)
     with pytest.raises(ValueError, match=r"config.model_type=diffllama is not supported by a RingCache"):
         RingCache(tiny("diffllama"), 40)
+    with pytest.raises(
+        ValueError, match=r"config.model_type=llama4_text is not supported by a RingCache: .* no chunks"
+    ):
+        RingCache(tiny("llama4_text"), 40)
 
 
 def test_calls_that_would_come_out_wrong_are_refused():

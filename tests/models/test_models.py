@@ -155,7 +155,10 @@ def test_attention_dropout_is_refused_while_training():
 
 
 WRONG_ON_SHARDS = {
-    "chunked attention": ("llama4_text", {"attention_chunk_size": 8}, r"^config\.model_type=llama4_text is not"),
+    "chunked attention": (
+        "llama4_text", {"intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 8},
+        r"chunked attention also needs ring_inputs\(config=model\.config\)$",
+    ),
     "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"^config\.model_type=lfm2 is not"),
     "positions of the longest": (
         "llama",
@@ -177,6 +180,7 @@ def test_a_model_that_plain_transformers_built_is_refused_where_shards_would_cha
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"model_type": "llama4_text", "attention_chunk_size": None}, "attention_chunk_size=None is not supported"),
         ({"model_type": "gpt2"}, "model_type=gpt2 is not supported on the ring: its"),
         ({"model_type": "llama", "hiden_size": 8}, r"hiden_size is .* mean model\.architecture\.hidden_size\?$"),
         ({"model_type": "llama", "typo": 8}, r"^model\.architecture\.typo is not a field of a llama configuration$"),

@@ -189,6 +189,8 @@ def test_a_plan_of_several_masks_is_not_limited_to_windows():
     plan = AttentionPlan(IntervalMask.causal(32).windowed(9, leading_tokens=4), Layout.zigzag(32, 2), Loopback(2))
     with pytest.raises(ValueError, match=r"a plan of 2 masks cannot be limited to windows of 4: .* leading_tokens=N"):
         plan.window(3)
+    with pytest.raises(ValueError, match=r"a plan of 2 masks cannot be limited to chunks of 4"):
+        plan.in_chunks(4)
 
 
 def test_position_ids_are_global_and_in_shard_order():
