@@ -116,9 +116,18 @@ class ByLength(nn.Module):
         """What says how long documents are; None: nothing does."""
         return self.pinned or self.document
 
+    @torch.compiler.disable  # the host divides tokens by the lengths of documents, which differ from step to step
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
-        """(cos, sin), each [rows, n, D], or what else the family's module makes of [rows, n] positions."""
+        """(cos, sin), each [rows, n, D], or what else the family's module makes of [rows, n] positions.
+
+        Raises RuntimeError in a layer that runs again in the backward, where nothing says what a document is.
+        """
         if self.length is None:
+            if torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    "RoPE that goes by a document's length is computed in a layer that runs again in the backward: "
+                    "pin it by ringflash.models.pin_rope(model, N), or do not recompute layers"
+                )
             return self.own(x, position_ids)
         (rows, n), positions = position_ids.shape, position_ids.flatten()
         parts = [self._turned(x, *run) for run in zip(*self._runs(positions, rows), strict=True)]

@@ -9,7 +9,7 @@ from ringflash import Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, build_model, check_length, read_config, ring_inputs
 from ringflash.training.config import compose
-from tests.models.cases import tiny, with_weights
+from tests.models.cases import PHIMOE_ROPE, tiny, with_weights
 
 TOKENS = torch.randint(1, 97, (1, 48), generator=torch.Generator().manual_seed(0))
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -123,10 +123,11 @@ def test_the_command_line_takes_it_whole_or_value_by_value(overrides):
     assert "rope_type: yarn" in text
 
 
-def test_a_model_that_scales_queries_by_position_takes_those_within_documents_alone():
+@pytest.mark.parametrize(("model_type", "fields"), [("ministral3", {}), ("phimoe", {"rope_parameters": PHIMOE_ROPE})])
+def test_a_model_that_scales_by_position_takes_those_within_documents_alone(model_type, fields):
     inputs = ring_inputs(TOKENS, TOKENS, ring=Loopback(2), documents=[20, 28])
     through = inputs | {"position_ids": inputs["plan"].shard(torch.arange(48)[None])}
-    tiny("ministral3")(**inputs)
+    tiny(model_type, **fields)(**inputs)
     tiny("mistral")(**through)
     with pytest.raises(ValueError, match=r"beginning of each document \(plan.position_ids\), by which this model"):
-        tiny("ministral3")(**through)
+        tiny(model_type, **fields)(**through)

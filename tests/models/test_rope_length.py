@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from ringflash import Loopback
@@ -99,6 +100,25 @@ def test_without_a_plan_the_rope_is_transformers_own(fields):
     model.set_attn_implementation("eager")
     for n in (20, 48, 40):
         assert torch.equal(model(TOKENS[:, :n]).logits, plain(TOKENS[:, :n]).logits)
+
+
+def test_a_rotary_module_in_a_layer_that_runs_again_is_refused_unless_it_is_pinned():
+    """As a family that is vouched for might have it: in the backward the plan is gone."""
+    model, inputs = tiny("llama", **SHORT), ring_inputs(TOKENS, ring=Loopback(1))
+    rotary, x = model.model.rotary_emb, torch.ones(1, 48, 8, requires_grad=True)
+
+    def backward():
+        rotary.document = inputs["plan"]
+        turned = checkpoint(lambda x: x * rotary(x, inputs["position_ids"])[0], x, use_reentrant=False)
+        rotary.document = None  # as after the model's forward
+        turned.sum().backward()
+
+    with pytest.raises(
+        RuntimeError, match=r"a layer that runs again in the backward: pin it by ringflash\.models\.pin"
+    ):
+        backward()
+    pin_rope(model, 48)
+    backward()
 
 
 def test_rope_that_goes_by_length_is_refused_where_it_is_neither_pinned_nor_by_document():
