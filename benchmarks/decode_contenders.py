@@ -10,7 +10,7 @@ while it is timed. What a peer prepares once per step, for all layers, is made b
 | SDPA cuDNN | torch's SDPA, CUDNN_ATTENTION, enable_gqa |
 | SDPA efficient | torch's SDPA, EFFICIENT_ATTENTION, enable_gqa |
 | SDPA math | torch's SDPA, MATH, enable_gqa: plain products, on the CPU alone |
-| FlexAttention | torch.compile, static shapes; its decoding kernel if Hq / Hkv is a power of 2 |
+| FlexAttention | torch.compile, static shapes, a block mask; its decoding kernel if Hq / Hkv is a power of 2 |
 | FA4-CuTe | flash_attn.cute, from the package flash-attn-4; on sm_90 it does not split the keys |
 | FlashInfer | BatchDecodeWithPagedKVCacheWrapper on tensor cores, pages of 16 tokens in order; never run yet |
 """
@@ -105,14 +105,16 @@ def _refusal(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> str | None
 
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> Decode:
     from torch import _dynamo
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    # Of blocks of 128 keys: without a mask all keys are one block, and one program may read them all.
+    everything = create_block_mask(lambda b, h, i, j: j >= 0, None, None, 1, k.shape[1], q.device.type)
     _dynamo.reset()  # every case is compiled for its shape; the limit on recompilations counts them together
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = _by_head(q, k, v)
-        return compiled(q, k, v, enable_gqa=True).transpose(1, 2)
+        return compiled(q, k, v, block_mask=everything, enable_gqa=True).transpose(1, 2)
 
     return decode
 

@@ -23,6 +23,7 @@ from ringflash import AttentionPlan, Layout, kernels, ring_attention
 from ringflash.kernels import Kernel
 from ringflash.ring.transport import Ring
 
+USUAL = (32, 8, 128)  # query heads, KV heads and head_dim of a case whose name does not say them
 Passes = tuple[Callable[[], Any], Callable[[], Any]]  # forward, backward
 
 
@@ -65,7 +66,9 @@ class RingCase(Case):
     def __str__(self) -> str:
         length = f"{self.length // 1024}k" if self.length % 1024 == 0 else str(self.length)
         window = f" {self.window}" if self.window else ""
-        return f"{length}/{self.ranks} {self.kind}{window}, {self.layout}"
+        shape = (self.heads, self.kv_heads, self.head_dim)
+        heads = "" if shape == USUAL else ", {}/{} heads of {}".format(*shape)
+        return f"{length}/{self.ranks} {self.kind}{window}, {self.layout}{heads}"
 
 
 def lognormal_lengths(count: int, total: int) -> list[int]:

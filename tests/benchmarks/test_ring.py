@@ -138,7 +138,7 @@ def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, mon
     assert code == 1
     assert [row["status"] for row in contents["rows"]] == ["WRONG", "WRONG"]
     assert contents["rows"][0]["ranks"] == {}
-    assert "WRONG: 512/4 causal, zigzag: out " in capsys.readouterr().out
+    assert "WRONG: 512/4 causal, zigzag, 4/2 heads of 64: out " in capsys.readouterr().out
 
 
 def test_a_backward_that_adds_to_memory_that_was_not_cleared_is_named(tmp_path, monkeypatch):
