@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from ringflash import IntervalMask, Layout, Loopback, ring_attention
+from ringflash import IntervalMask, Layout, Loopback, flash_attention, ring_attention
 from ringflash.kernels import blocked
 from ringflash.ring import attention
 from ringflash.ring.plan import AttentionPlan
@@ -54,3 +55,24 @@ def test_sinks_and_what_rounding_took_go_by_groups_too(monkeypatch, options):
     found, heads = gradients(monkeypatch, 1, torch.bfloat16, **options)
     assert heads == [1] * KEYS
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+
+
+def test_a_groups_fp32_gradients_are_freed_before_the_next_ones_are_made(monkeypatch):
+    made, alive = [], []
+
+    class Followed(attention.Memory):
+        @classmethod
+        def of(cls, schedule, allocate):
+            alive.append(sum(not storage.expired() for storage in made))
+            memory = super().of(schedule, allocate)
+            made.extend(StorageWeakRef(x.untyped_storage()) for buffer in memory.values() for x in buffer)
+            return memory
+
+    monkeypatch.setattr(attention, "Memory", Followed)
+    q, k, v = (torch.randn(1, TOKENS, n, DIM, requires_grad=True) for n in (QUERIES, KEYS, KEYS))
+    out = flash_attention(q, k, v, IntervalMask.causal(TOKENS))
+    monkeypatch.setattr(attention, "GROUP_BYTES", 1)
+    made.clear(), alive.clear()
+    out.sum().backward()
+    assert made
+    assert alive == [0] * KEYS
