@@ -55,6 +55,7 @@ from ringflash.training.step import MicroBatch, prepare, train_step
 from ringflash.training.world import World, join
 
 EXPERIMENT = ("experiment=qwen3-0.5b-128k", "parallel.ulysses=1")
+LEFT = 2**28  # bytes that earlier variants may leave: cuBLAS's workspace, 32 MiB, stays
 CPU_TOKENS = 16384  # a longer sequence, of the models underneath, takes hours without a GPU
 HEADER = f"{'variant':<24} {'mask':<7} {'tokens':>8} {'seconds':>8} {'tok/s':>8} {'MFU':>6} {'GiB':>6}  loss of steps"
 
@@ -84,11 +85,15 @@ class Row:
 
 
 class Variant(NamedTuple):
-    """A model, what a thread makes of a batch before its step, and the step. It reads the loss back, hence is over."""
+    """A model, what a thread makes of a batch before its step, and the step. It reads the loss back, hence is over.
+
+    free: called once it is measured, lets its memory go; what is still there would be counted for the next variant.
+    """
 
     model: PreTrainedModel
     plan: Callable[[Batch], Any]
     step: Callable[[Any], float]
+    free: Callable[[], None] = lambda: None
 
 
 # -- batches
@@ -132,7 +137,14 @@ def ringflash(config: Config, world: World, tokens: int) -> Variant:
         length = data.tokens.shape[1]
         return prepare(engine, data, world, layout_chooser(config.parallel, model.config, length, world.ring.size, 1))
 
-    return Variant(model, plan, lambda planned: train_step(engine, planned, world).loss.item())
+    def free() -> None:
+        # Through hooks on weights, DeepSpeed's engine refers to itself in ways that Python's collector cannot see.
+        engine.destroy()
+        for weight in model.parameters():
+            weight.grad = None
+            vars(weight).clear()
+
+    return Variant(model, plan, lambda planned: train_step(engine, planned, world).loss.item(), free)
 
 
 # -- measuring
@@ -141,7 +153,13 @@ def ringflash(config: Config, world: World, tokens: int) -> Variant:
 def measure(
     name: str, settings: Sequence[str], masks: Sequence[str], args: argparse.Namespace, world: World, keep: Callable
 ) -> None:
-    """Rows of one variant, one per mask, each passed to `keep`."""
+    """Rows of one variant, one per mask, each passed to `keep`.
+
+    Raises RuntimeError where the variants before it left GPU memory allocated, which its peak would include.
+    """
+    left = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0
+    if left > LEFT:
+        raise RuntimeError(f"{left / 2**30:.2f} GiB of the variants before it are still allocated: measure it alone")
     config, _ = compose([*EXPERIMENT, *args.settings, *settings])
     if name in training_peers.PEERS:
         if world.size > 1:
@@ -150,7 +168,17 @@ def measure(
         variant = Variant(model, lambda data: data, step)
     else:
         variant = ringflash(config, world, args.tokens)
-    model, plan, step = variant
+    try:
+        _rows(name, settings, masks, args, world, keep, variant)
+    finally:
+        variant.free()
+
+
+def _rows(
+    name: str, settings: Sequence[str], masks: Sequence[str], args: argparse.Namespace, world: World, keep: Callable,
+    variant: Variant,
+) -> None:  # fmt: skip
+    model, plan, step, _ = variant
     vocabulary, weights = model.config.vocab_size, matmul_parameters(model)
     step(plan(batch("causal", args.warm, vocabulary, 99)))
     for mask in masks:

@@ -1,7 +1,9 @@
 """benchmarks/training.py: batches, rows and where a run continues."""
 
+import gc
 import json
 import sys
+import weakref
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -11,6 +13,7 @@ import torch
 from benchmarks import training, training_peers
 from ringflash.training.config import compose
 from tests import forked
+from tests.training.engines import joined
 
 TINY = ["--tokens", "256", "--vocabulary", "384", "--warm", "64", "--batches", "2", "model=tiny-llama"]
 
@@ -41,6 +44,25 @@ def test_every_variant_has_a_row_per_mask_and_sees_the_same_weights_and_tokens(t
     assert rows[1]["losses"] == rows[3]["losses"]
     assert all(row["tokens_per_second"] == pytest.approx(512 / sum(row["all_seconds"])) for row in rows)
     assert "bad                      failed: ConfigError: memory.zero=7 is not one of 0, 1, 2, 3" in ran.stdout
+
+
+def left_over(*settings):
+    """How many of a variant's optimizer and weights are still there after it was freed."""
+    config, _ = compose([*training.EXPERIMENT, "model=tiny-llama", "model.dtype=bf16", "data.path=text", *settings])
+    variant = training.ringflash(config, joined(None), 64)
+    variant.step(variant.plan(training.batch("causal", 64, 97, 0)))
+    engine = variant.step.__closure__[0].cell_contents
+    watched = [weakref.ref(engine.optimizer), *(weakref.ref(weight) for weight in variant.model.parameters())]
+    variant.free()
+    del engine, variant
+    gc.collect()
+    return sum(reference() is not None for reference in watched)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("settings", [[], ["memory.zero=2"], ["memory.optimizer_states=bf16"]], ids=str)
+def test_a_variant_leaves_no_memory_to_the_next(ranks, settings):
+    assert ranks.run(left_over, 1, *settings) == [0]
 
 
 def test_a_run_measures_only_what_has_no_row_yet(monkeypatch, tmp_path):
