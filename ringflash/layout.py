@@ -271,6 +271,9 @@ class Layout:
         order = positions.argsort()[: self.length].to(shards[0].device)
         return torch.cat(tuple(shards), dim).index_select(dim, order)
 
+    def __repr__(self) -> str:
+        return f"Layout({self.length} tokens, {self.ranks} ranks, chunks of {self.chunk})"
+
     def __str__(self) -> str:
         rows = []
         for rank in range(self.ranks):

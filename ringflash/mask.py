@@ -171,7 +171,8 @@ class IntervalMask:
             )
         if (self.queries, self.keys) != (other.queries, other.keys):
             raise ValueError(
-                f"masks of {self.queries} x {self.keys} and {other.queries} x {other.keys} do not intersect"
+                f"masks of {self.queries} x {self.keys} and {other.queries} x {other.keys} do not intersect: they must "
+                f"be of one length, as in IntervalMask.documents(lengths, length)"
             )
         lo = torch.maximum(self.lo, other.lo)
         return IntervalMask(lo, torch.maximum(lo, torch.minimum(self.hi, other.hi)), self.keys)
@@ -279,6 +280,9 @@ class IntervalMask:
         """The mask as booleans [B|1, Sq, Skv]; for tests and pictures."""
         j = torch.arange(self.keys)
         return (self.lo[..., None] <= j) & (j < self.hi[..., None])
+
+    def __repr__(self) -> str:
+        return f"IntervalMask({self.queries} queries, {self.keys} keys, {self.batch} batch rows)"
 
     def __str__(self) -> str:
         rows = ["".join("#" if seen else "." for seen in row) for row in self.dense()[0].tolist()]

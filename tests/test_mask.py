@@ -177,6 +177,11 @@ def test_bounds_that_are_no_integers_on_the_cpu_are_refused(bound, message):
         IntervalMask(bound, bound, 2)
 
 
+def test_masks_of_two_lengths_do_not_intersect():
+    with pytest.raises(ValueError, match=r"masks of 8 x 8 and 7 x 7 do not intersect: .*documents\(lengths, length\)"):
+        IntervalMask.causal(8) & IntervalMask.documents([3, 4])
+
+
 def test_a_mask_and_something_else_do_not_intersect():
     with pytest.raises(TypeError, match="intersects with another one, got Tensor"):
         IntervalMask.causal(3) & torch.ones(3, 3)

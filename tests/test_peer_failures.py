@@ -274,7 +274,7 @@ def test_positions_that_are_left_out_are_refused():
     for model_type in ARCHITECTURES:
         model = tiny(model_type)
         for batch in (1, 3):
-            inputs = ring_inputs(torch.randint(1, 97, (batch, 16)), ring=Loopback(2))
+            inputs = ring_inputs(torch.randint(1, 97, (batch, 16)), ring=Loopback(2), config=model.config)
             model(**inputs)
             del inputs["position_ids"]
             with pytest.raises(ValueError, match="position_ids"):

@@ -64,7 +64,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         raise ValueError(reason)
     ranks = len(plan.ring.local)
     if len(q) % ranks or plan.batch not in (1, len(q) // ranks):
-        raise ValueError(f"a mask of {plan.batch} batch rows and {ranks} local ranks do not fit {shapes}")
+        rows = plan.batch if plan.batch > 1 else "B"
+        raise ValueError(f"the batch must be {ranks} local ranks x {rows} rows, ranks outermost, got {shapes}")
 
 
 def _check_sink(sink: Tensor, q: Tensor) -> None:

@@ -278,6 +278,9 @@ class AttentionPlan:
         """Where documents begin, bool [batch, length]."""
         return functools.reduce(torch.logical_and, (mask.divides().expand(self.batch, -1) for mask in self.masks))
 
+    def __repr__(self) -> str:
+        return f"AttentionPlan({self.mask!r}, {self.layout!r}, ring of {self.ring.size})"
+
     def __str__(self) -> str:
         cells = [[self._summary(s, hop) for hop in hops] for s, hops in enumerate(self.hops)]
         width = max(10, 2 + max(len(cell) for column in cells for cell in column))

@@ -34,7 +34,7 @@ PASSES = {
     (("norm",), False): "apertus flex_olmo glm4 gpt_oss granitemoe_swa phi3",
     (("rotary",), False): "jais2 phimoe",
     (("mlp",), False): "cohere cohere2 gemma4_text olmo",
-    ((), False): "cohere2_moe gemma3n_text gpt_neox nanochat persimmon phi starcoder2",
+    ((), False): "cohere2_moe gemma3n_text gpt_neox llama4_text nanochat persimmon phi starcoder2",
 }
 # One family of each kind of norm, attention, layer and activation.
 PROVEN = (
