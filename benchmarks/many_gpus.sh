@@ -2,12 +2,13 @@
 # What to run first on a host with several GPUs: 9 minutes in all. Tables are printed; results go to OUT (default benchmarks/results).
 #
 #   benchmarks/many_gpus.sh                all four parts, one after the other; or one of them:
-#   benchmarks/many_gpus.sh correct        rings, Ulysses, both together and replicas against one GPU        2 minutes
-#   benchmarks/many_gpus.sh efficiency     8k, 16k and 64k tokens per GPU, and a published benchmark's shape, beside peers      3 minutes
-#   benchmarks/many_gpus.sh training       steps of a 0.6B and an 8B shape, by length                        3 minutes
-#   benchmarks/many_gpus.sh failures       one rank killed, one rank stopped: what is printed, and when       1 minute
+#   benchmarks/many_gpus.sh correct        rings, Ulysses, both together and replicas against one GPU        3 minutes
+#   benchmarks/many_gpus.sh efficiency     8k, 16k and 64k tokens per GPU, and a published benchmark's shape, beside peers      2 minutes
+#   benchmarks/many_gpus.sh training       steps of a 0.6B and an 8B shape, by length                        2 minutes
+#   benchmarks/many_gpus.sh failures       one rank killed, one rank stopped: what is printed, and when       2 minutes
 #
-# GPUS=N takes the first N GPUs. LENGTHS="131072 262144" are the lengths of `training`; 524288 and 1048576 take longer than 9 minutes.
+# GPUS=N takes the first N GPUs. LENGTHS="131072 262144" are lengths for `training` (131072 by default); longer ones take longer.
+# The minutes of `correct` and `efficiency` are those of two H200; the others are estimates.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-$PWD/benchmarks/results}
@@ -22,13 +23,14 @@ for part in "$@"; do
     echo "== $part, $gpus GPUs"
     case $part in
     correct)
-        timeout 200 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short tests/ring/test_gpus.py tests/training/test_gpus.py
+        tests=(tests/ring/test_gpus.py tests/training/test_gpus.py)
+        timeout 300 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short -k "not that_hangs" "${tests[@]}"
         ;;
     efficiency)
         timeout 240 "${ranks[@]}" benchmarks/ring.py --between --many --seconds 0.3 --out "$OUT"
         ;;
     training)
-        for tokens in ${LENGTHS:-131072 262144}; do
+        for tokens in ${LENGTHS:-131072}; do
             timeout 200 "${ranks[@]}" benchmarks/training.py --out "$OUT/training-$gpus.json" \
                 --tokens "$tokens" --warm 32768 --batches 1 "parallel.ring=$gpus" --variant qwen3-0.6b: --variant \
                 "llama3-8b:experiment=llama3-8b-128k memory=long model.architecture.max_position_embeddings=$tokens"
@@ -38,7 +40,7 @@ for part in "$@"; do
         timeout 200 python3 benchmarks/failures.py --ranks "$gpus" --out "$OUT/failures.json"
         ;;
     *)
-        sed -n '2,10p' "$0"
+        sed -n '2,11p' "$0"
         exit 2
         ;;
     esac || failed=1

@@ -27,7 +27,7 @@ class Heartbeat:
     def beat(self) -> float:
         """Count if that is due. Returns for how many seconds the next rank has not.
 
-        A count of 0 is that of a rank which has not begun, or is done: it is missed by nobody.
+        A count of 0 is that of a rank which has not begun, or is done: it is not missed.
         """
         now = time.monotonic()
         if now >= self._due:

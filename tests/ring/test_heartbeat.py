@@ -1,4 +1,4 @@
-"""A rank whose count stays is missed by the rank before it, and by nobody before it has begun or once it is done."""
+"""A rank whose count stays is missed by the rank before it, and not before it has begun or once it is done."""
 
 import threading
 
