@@ -25,6 +25,7 @@ Templates that keep earlier turns as they were (Llama 3, Gemma 3, ChatML) give o
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -35,7 +36,7 @@ import numpy as np
 
 from ringflash.data.formats import Fields, Record, RecordError
 from ringflash.data.records import IGNORE, Document, clean
-from ringflash.data.tokenizer import text_only
+from ringflash.data.tokenizer import text_only, unsigned
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
@@ -297,9 +298,8 @@ def _labelled(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> tuple[np.
 
     A token of spaces may have the empty offsets (end, end), which lies in the span that it ends in.
     """
-    tokens = np.array(encoding.ids, np.int64)
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    begins, ends = offsets[:, 0], offsets[:, 1]
+    tokens = unsigned(encoding.ids).astype(np.int64)
+    begins, ends = unsigned([*itertools.chain.from_iterable(encoding.offsets)]).reshape(-1, 2).T
     learnt = np.zeros(len(tokens), bool)
     for begin, end in spans:
         learnt |= (ends > begin) & ((begins < end) | ((begins == ends) & (ends == end)))
