@@ -43,7 +43,7 @@ from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import Loopback
 from ringflash.ring.watchdog import Label
 
-GROUP_BYTES = 2**31  # of fp32 gradients at once on a ring of one: 32768 tiles of 128 rows of 128, which fill any GPU
+GROUP_BYTES = 2**30  # of fp32 gradients at once on a ring of one: 16384 tiles of 128 rows of 128, which fill any GPU
 
 
 def ring_attention(
