@@ -8,8 +8,9 @@ c = scale log2(e) and the softmax state (m, z, acc):
 
 at the end out = acc / z, lse = ln(2) (m + log2 z); a carried Partial is such a state and joins there. Any m' near the
 maximum does, so m stays until a weight would pass 2^8; then it becomes the maximum. So a is 1 in almost every step, and
-a warp whose rows have all a = 1 skips a acc, at head_dim 128 an eighth of its instructions. See `portable_forward` for
-the softcap.
+a warp whose rows have all a = 1 skips a acc, at head_dim 128 an eighth of its instructions. `hopper_softmax` has the
+two ways to find out: by the tile's maximum, or, in full tiles at head_dim 64 and 256 (GUESS), by the weights
+themselves. See `portable_forward` for the softcap.
 
 `start` and `end` never decrease, so a tile's bounds say which KV tiles its rows see whole (full) and which only in part
 (edges):
@@ -33,8 +34,9 @@ of the next. The tensor cores run one's products under the other's exponentials:
 At head_dim 64 a step has half the products for the same exponentials. There are three consumers, each of which does one
 thing after the other: p1 v1 and q k2, wait for both, p2 = 2^(..).
 
-At head_dim 256 there are two consumers, as at 128, with 64 keys per step. Shared memory has no room left for the carry
-and out, which go between registers and memory (DIRECT).
+At head_dim 256 there are two such consumers, with 64 keys per step. Half of q's columns stay in registers, so that the
+scores read a quarter less of shared memory. That has no room left for the carry and out, which go between registers and
+memory (DIRECT).
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -67,17 +69,16 @@ from ringflash.kernels.hopper_parts import (
     check_rows,
     counter,
     make_pipe,
-    mask_scores,
     next_tile,
     processors,
     product_layout,
     receive_job,
-    softcap,
     supports,
     sync,
     tile_run,
     tiles,
 )
+from ringflash.kernels.hopper_softmax import guess_step, packed, scale_rows, softmax_step, to_rows, to_threads, unpacked
 from ringflash.kernels.portable_parts import LOG2_E, interval_stride, result_without_keys, score_scales
 from ringflash.mask import Intervals
 from ringflash.partial import Partial
@@ -86,7 +87,7 @@ __all__ = ["forward", "supports"]
 
 LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
-SLACK = gl.constexpr(8.0)  # how far log2 of a weight may grow before the row's maximum is taken again; fp16 ends at 16
+HELD = gl.constexpr(128)  # columns of q in registers at head_dim 256: 32 registers per thread
 STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
 # Of the barriers by number, TURN has one per consumer, which it shares with the one before it.
 TURN = gl.constexpr(FIRST_BARRIER)
@@ -149,6 +150,7 @@ class Call:
     CONSUMERS: gl.constexpr
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
+    GUESS: gl.constexpr  # weights of full tiles by `guess_step`, p in `packed` form, one thing after the other
     DIRECT: gl.constexpr  # carry and out go between registers and memory, with no shared memory between
 
     @gluon.jit
@@ -250,94 +252,43 @@ def produce(call, pipes, jobs, descriptors):
 
 
 @gluon.jit
-def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
-    """Fold a tile of scores into a row's m and z: the weights p, the new m and z, and what acc is scaled by."""
-    if call.CAPPED:
-        s = softcap(s, call.cap_scale)
-    if EDGE:
-        s = mask_scores(s, row_start, row_end, key, "0fFF800000")
-    best = gl.max(s, 1) * call.c
-    m_new = gl.where(best > m + SLACK, best, m)
-    shift = m_new
-    if EDGE:
-        shift = gl.where(m_new == NEG_INF, 0.0, m_new)  # a row that has seen nothing: -inf - -inf would be NaN
-    p = gl.exp2(s * call.c - gl.expand_dims(shift, 1))
-    alpha = gl.exp2(m - shift)
-    return p, m_new, z * alpha + gl.sum(p, 1), alpha
-
-
-@gluon.constexpr_function
-def scale_asm(count):
-    """PTX: scale `count` registers $0.. in place by $2count.. unless all of a warp's factors are 1.
-
-    A thread has two rows, whose factors alternate in pairs.
-    """
-    scale = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
-    return f"""{{
-        .reg .pred some, other;
-        setp.neu.f32 some, ${2 * count}, 0f3F800000;
-        setp.neu.f32 other, ${2 * count + 2}, 0f3F800000;
-        or.pred some, some, other;
-        vote.sync.any.pred some, some, 0xffffffff;
-        @!some bra DONE;
-        {scale}
-        DONE:
-    }}"""
-
-
-@gluon.constexpr_function
-def scale_operands(count):
-    """`count` results, which begin as the first `count` operands, and as many factors."""
-    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+def score_operands(q_tile, call):
+    """The left operands of the scores: a consumer's queries in shared memory, at head_dim 256 half in registers."""
+    Q: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product_layout(call.BLOCK_K), k_width=2)
+    return (q_tile.slice(0, HELD, 1).load(Q), q_tile.slice(HELD, HELD, 1)) if call.D == 256 else (q_tile,)
 
 
 @gluon.jit
-def scale_rows(acc, alpha):
-    """acc, each row times its alpha. A branch of every warp for itself: Triton's `if` takes the same way in all."""
-    A: gl.constexpr = acc.type.layout
-    factors = gl.broadcast(gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1), acc)[0]
-    COUNT: gl.constexpr = acc.shape[1] // 2  # registers of a thread: 64 rows over 128 threads
-    return gl.inline_asm_elementwise(
-        scale_asm(COUNT), scale_operands(COUNT), [acc, factors], dtype=gl.float32, is_pure=True, pack=COUNT
-    )
-
-
-@gluon.jit
-def begin_output(acc, weights, alpha, v_pipe, number):
-    """Start acc = a acc + p v for KV tile `number`, p in registers as an operand: a product in flight."""
-    acc = scale_rows(acc, alpha)
-    v_pipe.wait_full(number)  # the copy engine
-    return warpgroup_mma(weights, v_pipe.tile(number), acc, is_async=True)
-
-
-@gluon.jit
-def operand(p, acc, dtype: gl.constexpr):
-    """p in 16 bits as the left operand of p v. Volatile, so that it is not put off until two tiles are in registers."""
-    if dtype == gl.bfloat16:
-        p = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [p], dtype=gl.bfloat16, is_pure=False, pack=2
-        )
-    else:
-        p = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [p], dtype=gl.float16, is_pure=False, pack=2
-        )
-    return gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2))
-
-
-@gluon.jit
-def begin_scores(q_tile, k_pipe, number, call, WHO: gl.constexpr):
-    """Start the scores of KV tile `number`, when it is this consumer's turn: a product in flight."""
+def begin_scores(q, k_pipe, number, call, WHO: gl.constexpr):
+    """Start the scores of KV tile `number`, when it is this consumer's turn: products in flight."""
     S: gl.constexpr = product_layout(call.BLOCK_K)
     zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
     sync(TURN + WHO, 256, 4)  # the consumer before this one
-    scores = warpgroup_mma(q_tile, k_pipe.tile(number).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    k = k_pipe.tile(number).permute((1, 0))
+    if call.D == 256:
+        scores = warpgroup_mma(q[0], k.slice(0, HELD, 0), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma(q[1], k.slice(HELD, HELD, 0), scores, is_async=True)
+    else:
+        scores = warpgroup_mma(q[0], k, zeros, use_acc=False, is_async=True)
     arrive(TURN + (WHO + 1) % call.CONSUMERS, 256)
     return scores
 
 
 @gluon.jit
+def begin_output(acc, p, alpha, v_pipe, number, call):
+    """Start acc = a acc + p v for KV tile `number`, p in registers as an operand: a product in flight."""
+    dtype: gl.constexpr = v_pipe.tiles.dtype
+    weights = unpacked(p, dtype) if call.GUESS else p.to(dtype)
+    acc = scale_rows(acc, alpha)
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+    weights = gl.convert_layout(weights, A)
+    v_pipe.wait_full(number)  # the copy engine
+    return warpgroup_mma(weights, v_pipe.tile(number), acc, is_async=True)
+
+
+@gluon.jit
 def step(
-    acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number, more, key, row_start, row_end, call,
+    acc, p, m, z, alpha, q, k_pipe, v_pipe, number, more, key, row_start, row_end, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of KV tile `number`, and acc = a acc + p v of the one before it.
@@ -345,25 +296,31 @@ def step(
     more: whether another tile follows. Waiting for its keys right after the softmax is what keeps ptxas from moving the
     softmax further down, where nothing would run under it: it does not move code over a loop.
     """
-    if call.CONSUMERS == 2:
+    if call.GUESS:
+        dtype: gl.constexpr = v_pipe.tiles.dtype
+        output = begin_output(acc, p, alpha, v_pipe, number - 1, call)
+        scores = begin_scores(q, k_pipe, number, call, WHO)
+        acc = warpgroup_mma_wait(1, deps=(output,))  # the tensor cores, for the older of two products
+        v_pipe.release(number - 1)
+        s = warpgroup_mma_wait(0, deps=(scores,))  # the tensor cores
+        k_pipe.release(number)
+        if EDGE:
+            p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
+            k_pipe.wait_full(number + 1, more)  # the copy engine
+            p = packed(p, dtype)
+        else:
+            p, m, z, alpha = guess_step(s, m, z, call, dtype)
+            k_pipe.wait_full(number + 1, more)  # the copy engine
+    else:
         # Scaling acc and rounding p wait until the scores are on their way, and run under them.
-        scores = begin_scores(q_tile, k_pipe, number, call, WHO)
-        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
-        output = begin_output(acc, gl.convert_layout(p.to(q_tile.dtype), A), alpha, v_pipe, number - 1)
+        scores = begin_scores(q, k_pipe, number, call, WHO)
+        output = begin_output(acc, p, alpha, v_pipe, number - 1, call)
         s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
         k_pipe.release(number)
         p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
         k_pipe.wait_full(number + 1, more)  # the copy engine
         acc = warpgroup_mma_wait(0, deps=(output,))  # the tensor cores
         v_pipe.release(number - 1)
-    else:
-        output = begin_output(acc, operand(p, acc, q_tile.dtype), alpha, v_pipe, number - 1)
-        scores = begin_scores(q_tile, k_pipe, number, call, WHO)
-        acc, s = warpgroup_mma_wait(0, deps=(output, scores))  # the tensor cores
-        v_pipe.release(number - 1)
-        k_pipe.release(number)
-        p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
-        k_pipe.wait_full(number + 1, more)  # the copy engine
     return acc, p, m, z, alpha
 
 
@@ -371,7 +328,7 @@ def step(
 def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
     """Rows WHO x 64 and on of every query tile of this program."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
-    q, out = descriptors[0], descriptors[4]
+    out = descriptors[4]
     S: gl.constexpr = product_layout(call.BLOCK_K)
     A: gl.constexpr = product_layout(call.D)
     if WHO == call.CONSUMERS - 1:
@@ -393,7 +350,8 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
         # 1. The first tile: scores only. Under them, the result of the tile before leaves.
         q_tile = q_pipe.tile(q_number)
         k_pipe.wait_full(number)  # the copy engine
-        scores = begin_scores(q_tile, k_pipe, number, call, WHO)
+        q = score_operands(q_tile, call)
+        scores = begin_scores(q, k_pipe, number, call, WHO)
         if not call.DIRECT:
             tma.store_wait(0)  # the copy engine, reading that result
             if call.CARRY:
@@ -403,25 +361,31 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
         key = call.key(job, 0)
         p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE=True)
         k_pipe.wait_full(number + 1, job.tiles > 1)
+        if call.GUESS:
+            p = packed(p, v_pipe.tiles.dtype)
 
         # 2. The other tiles that only some rows see.
         for i in range(1, job.edges):
             acc, p, m, z, alpha = step(
-                acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
+                acc, p, m, z, alpha, q, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
                 call.key(job, i), row_start, row_end, call, WHO, EDGE=True,
             )  # fmt: skip
 
         # 3. Tiles that every row sees whole: no mask.
+        if call.GUESS:
+            m, z, alpha = to_threads(m, z, alpha, call.BLOCK_K)
         for i in range(job.edges, job.tiles):
             acc, p, m, z, alpha = step(
-                acc, p, m, z, alpha, q_tile, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
+                acc, p, m, z, alpha, q, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
                 0, 0, 0, call, WHO, EDGE=False,
             )  # fmt: skip
+        if call.GUESS:
+            m, z = to_rows(m, z, call.BLOCK_K)
 
         # 4. The last tile's values. Under them, the carried lse arrives.
         q_pipe.release(q_number)
         number += job.tiles
-        output = begin_output(acc, operand(p, acc, q.dtype), alpha, v_pipe, number - 1)
+        output = begin_output(acc, p, alpha, v_pipe, number - 1, call)
         valid = rows < call.queries
         lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b + job.head.to(gl.int64) * call.lse_stride_h
         m_carry = m
@@ -518,7 +482,7 @@ def forward_kernel(
     call = Call(
         lse, lse_stride_b, lse_stride_h, carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s,
         out_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles, queries, heads_kv, group,
-        pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, DIRECT,
+        pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, DIRECT,
     )  # fmt: skip
     q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, WRITERS=2)
     jobs = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
