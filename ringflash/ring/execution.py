@@ -26,10 +26,9 @@ class Memory(dict[str, list[Tensor]]):
         return [x[rows.begin : rows.end] for x in self[rows.buffer]]
 
     def zero(self, several: Sequence[Rows]) -> None:
-        """Zero them."""
-        for rows in several:
-            for x in self[rows.buffer]:
-                x[rows.begin : rows.end].zero_()
+        """Zero them: on a GPU in one launch, where one per range would take longer than to write the zeros."""
+        if views := [x for rows in several for x in self.rows(rows)]:
+            torch._foreach_zero_(views)
 
 
 class Worker(Protocol):
