@@ -9,11 +9,11 @@ for each query head of the group, or for some of them (`programs_a_group`). dq h
 they add by the copy engine's fp32 reduction in L2, whose order differs from run to run. `deterministic=True` calls
 `portable_backward`, with one writer for each and seven products instead of five.
 
-Two consumers, a warpgroup each, divide the products: by keys at head_dim 64 and 128 (`hopper_backward_128`), by
-gradients at 256 (`hopper_backward_256`). The producer, one warp, brings q, dout and the rows of lse and delta. s, dp, p
-and ds are computed transposed, [keys, queries]. Scores begin as -lse / scale, so that their power of two is p: the
-product adds for nothing what would cost each consumer 16 registers and an addition. Rows that see nothing (lse = -inf)
-count as lse = inf: p is 0.
+Two consumers, a warpgroup each, divide the products: by keys at head_dim 64 and 128 (`hopper_backward_64`,
+`hopper_backward_128`), by gradients at 256 (`hopper_backward_256`). The producer, one warp, brings q, dout and the rows
+of lse and delta. s, dp, p and ds are computed transposed, [keys, queries]. Scores begin as -lse / scale, so that their
+power of two is p: the product adds for nothing what would cost each consumer 16 registers and an addition. Rows that
+see nothing (lse = -inf) count as lse = inf: p is 0.
 
 Queries are walked from the last tile back. Under a causal mask all programs then begin at the sequence's end, so that
 they read the same tiles at a time, from L2.
@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ringflash.kernels import hopper_backward_128, hopper_backward_256, portable_backward
+from ringflash.kernels import hopper_backward_64, hopper_backward_128, hopper_backward_256, portable_backward
 from ringflash.kernels.checks import check_center
 from ringflash.kernels.hopper_backward_parts import Call
 from ringflash.kernels.hopper_parts import L2_BYTES, REGISTERS, ROWS, check_inputs, check_rows, processors, tiles
@@ -66,36 +66,63 @@ TUNINGS = {
 HEADS = 7
 
 
+@gluon.jit
+def consume(call, shared, descriptors, WHO: gl.constexpr):
+    """A warpgroup that multiplies."""
+    if call.D == 64:
+        hopper_backward_64.consume(call, shared, descriptors, WHO)
+    elif call.D == 128:
+        hopper_backward_128.consume(call, shared, descriptors, WHO)
+    else:
+        hopper_backward_256.consume(call, shared, descriptors, WHO)
+
+
+@gluon.jit
+def produce(call, shared, descriptors):
+    """The warp that brings what the consumers read."""
+    if call.D == 64:
+        hopper_backward_64.produce(call, shared, descriptors)
+    elif call.D == 128:
+        hopper_backward_128.produce(call, shared, descriptors)
+    else:
+        hopper_backward_256.produce(call, shared, descriptors)
+
+
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b", "order_stride_b",
-    "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs", "heads_in_l2", "scale", "c", "cap_scale",
-    "lse_factor",
+    "center_stride_b", "center_stride_h", "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs",
+    "heads_in_l2", "scale", "c", "cap_scale", "lse_factor",
 ])  # fmt: skip
 def backward_kernel(
     q, k, v, dout, dq, dk, dv,
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
-    start, end, interval_stride_b, order, order_stride_b, tiles,
+    start, end, interval_stride_b, order, order_stride_b, center, center_stride_b, center_stride_h, tiles,
     queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale, lse_factor,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr, CENTERED: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
+    if D == 64:  # keys come centered, and these are None
+        center, center_stride_b, center_stride_h = lse, lse_stride_b, lse_stride_h
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
-        order, order_stride_b, tiles, queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale,
-        lse_factor, D, BLOCK_Q, 2 * ROWS if D <= 128 else ROWS, CAPPED,
+        order, order_stride_b, center, center_stride_b, center_stride_h, tiles, queries, keys, heads_kv, group, split,
+        pairs, heads_in_l2, scale, c, cap_scale, lse_factor, D, BLOCK_Q, 2 * ROWS if D <= 128 else ROWS, CAPPED,
+        CENTERED,
     )  # fmt: skip
     descriptors = (q, k, v, dout, dq, dk, dv)
-    if D <= 128:
+    if D == 64:
+        shared = hopper_backward_64.make_shared(q.dtype, D, BLOCK_Q, STAGES)
+    elif D == 128:
         shared = hopper_backward_128.make_shared(q.dtype, D, BLOCK_Q, STAGES)
     else:
         shared = hopper_backward_256.make_shared(q.dtype, D, BLOCK_Q, STAGES)
     gl.warp_specialize(
         [
-            (hopper_backward_128.consume if D <= 128 else hopper_backward_256.consume, (call, shared, descriptors, 0)),
-            (hopper_backward_128.consume if D <= 128 else hopper_backward_256.consume, (call, shared, descriptors, 1)),
-            (hopper_backward_128.produce if D <= 128 else hopper_backward_256.produce, (call, shared, descriptors)),
+            (consume, (call, shared, descriptors, 0)),
+            (consume, (call, shared, descriptors, 1)),
+            (produce, (call, shared, descriptors)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -141,8 +168,6 @@ def backward(
     check_center("hopper", k, center)
     if 0 in q.shape or 0 in k.shape:
         return
-    if center is not None:
-        k = subtract(k, center, intervals)
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
     rows = ROWS.value
@@ -151,21 +176,29 @@ def backward(
     if not order.nonempty:
         return
     parts = 1 if D <= 128 else 2
+    keys = 2 * rows if D == 128 else rows  # of a tile in shared memory
     split = programs_a_group(Hq // Hkv, order.longest / order.total / parts, B * Hkv, processors(q.device))
     lse_factor = -1 / scale if softcap is None else -LOG2_E
+    of_center: tuple = (k, 0, 0)  # not read without a center
+    if D == 64:  # keys are centered before the launch, as for the portable kernels: by this one it was never timed
+        k = k if center is None else subtract(k, center, intervals)
+        center, of_center = None, (None, None, None)
+    elif center is not None:
+        of_center = (center, center.stride(0), center.stride(2))
     with torch.cuda.device_of(q):
         backward_kernel[(parts * B * Hkv * split * order.nonempty,)](
-            *(tiles(q, t.block_q), tiles(k, rows), tiles(v, rows), tiles(dout, t.block_q)),
+            *(tiles(q, t.block_q), tiles(k, keys), tiles(v, keys), tiles(dout, t.block_q)),
             *(tiles(dq, t.block_q, min(64, D // 2)), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
-            *(order.tiles, interval_stride(order.tiles), order.nonempty),
+            *(order.tiles, interval_stride(order.tiles), *of_center, order.nonempty),
             *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, min(heads_in_l2(q, k), B * Hkv), scale),
             *(*score_scales(scale, softcap), lse_factor),
             D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
-            CAPPED=softcap is not None, num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
+            CAPPED=softcap is not None, CENTERED=center is not None,
+            num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Warps of `hopper_backward` at head_dim 64 and 128, in Gluon: the two consumers divide the keys.
+"""Warps of `hopper_backward` at head_dim 128, in Gluon: the two consumers divide the keys.
 
 A program holds 128 keys of one KV head. A consumer owns 64 of them, and their dk and dv. dq is a sum over all keys:
 each consumer publishes its ds in shared memory and computes half of dq's columns over both. It does so a step late, in
@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
-from ringflash.kernels.hopper_backward_parts import add_tile, make_full, make_rows, stage_dq, weights
+from ringflash.kernels.hopper_backward_parts import add_tile, center_keys, make_full, make_rows, stage_dq, weights
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
     NEG_INF,
@@ -33,6 +33,7 @@ from ringflash.kernels.hopper_parts import (
     arrive,
     make_pipe,
     make_tiles,
+    opaque_zero,
     product_layout,
     sync,
 )
@@ -44,7 +45,7 @@ DONE = gl.constexpr(FIRST_BARRIER + 7)
 
 @aggregate
 class Shared:
-    """Everything in shared memory. k and v: tiles 0, 1 and 2, 3 of kv, filled once.
+    """Everything in shared memory. k and v of both consumers, filled once: tiles 0 and 1 of kv.
 
     A stage is a query tile, its dout and their rows of lse and delta; number n lies in slot n % DEPTH. It is full when
     the copy engine's bytes have landed and the producer's rows are written, empty when both consumers have said so.
@@ -56,7 +57,7 @@ class Shared:
     lse: gl.shared_memory_descriptor  # lse_factor lse, -inf where a row sees nothing
     delta: gl.shared_memory_descriptor  # -delta
     full: gl.shared_memory_descriptor
-    ds: gl.shared_memory_descriptor  # two steps of one tile per consumer, [keys, queries]
+    ds: gl.shared_memory_descriptor  # two steps of both consumers' keys, [keys, queries]
     dq: gl.shared_memory_descriptor  # one tile per consumer: half of the columns
     DEPTH: gl.constexpr
 
@@ -71,13 +72,13 @@ def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STA
     """Shared memory of a program, its barriers initialised."""
     full = make_full(STAGES)
     return Shared(
-        make_pipe(dtype, 4, ROWS, D),
+        make_pipe(dtype, 2, 2 * ROWS, D),
         make_tiles(dtype, STAGES, BLOCK_Q, D),
         make_tiles(dtype, STAGES, BLOCK_Q, D),
         make_rows(STAGES, BLOCK_Q),
         make_rows(STAGES, BLOCK_Q),
         full,
-        make_tiles(dtype, 4, ROWS, BLOCK_Q),
+        make_tiles(dtype, 2, 2 * ROWS, BLOCK_Q),
         make_tiles(gl.float32, 2, BLOCK_Q, D // 2),
         STAGES,
     )
@@ -95,10 +96,8 @@ def produce(call, shared, descriptors):
     delta = call.delta + job.batch.to(gl.int64) * call.delta_stride_b
     index = gl.arange(0, call.BLOCK_Q, layout=gl.BlockedLayout([call.BLOCK_Q // 32], [32], [1], [0]))
     if job.tiles > 0:
-        for who in gl.static_range(2):
-            shared.kv.load(who, k, job.batch, job.head_kv, job.first_row + who * ROWS)
-        for who in gl.static_range(2):
-            shared.kv.load(2 + who, v, job.batch, job.head_kv, job.first_row + who * ROWS)
+        shared.kv.load(0, k, job.batch, job.head_kv, job.first_row)
+        shared.kv.load(1, v, job.batch, job.head_kv, job.first_row)
     number = 0
     for member in range(call.heads()):
         head = job.head + member
@@ -126,17 +125,22 @@ def produce(call, shared, descriptors):
 
 
 @gluon.jit
+def load_lse(shared, number, call):
+    """lse of a stage's queries, which are the scores' columns."""
+    layout: gl.constexpr = gl.SliceLayout(0, product_layout(call.BLOCK_Q))
+    return shared.lse.index(number % shared.DEPTH).load(layout)
+
+
+@gluon.jit
 def begin_dq(shared, number, call, WHO: gl.constexpr):
-    """This consumer's half of dq's columns of the step before, over both consumers' keys: two products in flight."""
+    """This consumer's half of dq's columns of the step before, over both consumers' keys: a product in flight."""
     HALF: gl.constexpr = call.D // 2
     Q: gl.constexpr = product_layout(HALF)
     slot = number % 2
     zeros = gl.zeros([call.BLOCK_Q, HALF], gl.float32, Q)
     sync(PUBLISHED + 2 * (1 - WHO) + slot, 256, 4)  # the other consumer
-    k_0 = shared.kv.tile(0).slice(WHO * HALF, HALF, 1)
-    k_1 = shared.kv.tile(1).slice(WHO * HALF, HALF, 1)
-    half = warpgroup_mma(shared.ds.index(2 * slot).permute((1, 0)), k_0, zeros, use_acc=False, is_async=True)
-    return warpgroup_mma(shared.ds.index(2 * slot + 1).permute((1, 0)), k_1, half, is_async=True)
+    keys = shared.kv.tiles.index(opaque_zero(number)).slice(WHO * HALF, HALF, 1)
+    return warpgroup_mma(shared.ds.index(slot).permute((1, 0)), keys, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -146,7 +150,7 @@ def publish(ds, shared, number, WHO: gl.constexpr):
     The slot is empty: its last reader was the other's dq of two steps before, which was done before the other
     published what this consumer has waited for since.
     """
-    shared.ds.index(2 * (number % 2) + WHO).store(ds)
+    shared.ds.index(number % 2).slice(WHO * ROWS, ROWS, 0).store(ds)
 
 
 @gluon.jit
@@ -157,13 +161,14 @@ def announce(number, WHO: gl.constexpr):
 
 @gluon.jit
 def step(
-    dk, dv, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
+    dk, dv, dq_head, dq_row, lse, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it.
 
     dv begins before the wait for dp: a product that needs p is what keeps ptxas from moving the exponentials below that
-    wait, where nothing would run under them. more: whether another tile follows.
+    wait, where nothing would run under them. lse: of this tile, loaded in the step before, under dk. more: whether
+    another tile follows.
     """
     S: gl.constexpr = product_layout(call.BLOCK_Q)
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
@@ -172,12 +177,17 @@ def step(
     dout_tile = shared.dout.index(slot)
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S)
 
-    lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
-    begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
-    scores = warpgroup_mma(shared.kv.tile(WHO), q_tile.permute((1, 0)), begin, is_async=True)
-    dscores = warpgroup_mma(shared.kv.tile(2 + WHO), dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    keys = shared.kv.tiles.index(opaque_zero(number)).slice(WHO * ROWS, ROWS, 0)
+    values = shared.kv.tiles.index(1 + opaque_zero(number)).slice(WHO * ROWS, ROWS, 0)
+    # A volatile move. Without it ptxas loads lse into the accumulators that scores begin as, while products of the step
+    # before are in flight, and waits for those products.
+    lse = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [lse], dtype=gl.float32, is_pure=False, pack=1)
+    lse_row = gl.expand_dims(lse, 0)
+    begin = zeros if call.CAPPED else gl.broadcast(lse_row, zeros)[0]
+    scores = warpgroup_mma(keys, q_tile.permute((1, 0)), begin, is_async=True)
+    dscores = warpgroup_mma(values, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
-    p, slope = weights(s, lse, call, row, key_start, key_end, EDGE)
+    p, slope = weights(s, lse_row, call, row, key_start, key_end, EDGE)
     dv_next = warpgroup_mma(gl.convert_layout(p.to(q_tile.dtype), LEFT), dout_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dscores,))  # the tensor cores, for all but dv
     delta = gl.expand_dims(shared.delta.index(slot).load(gl.SliceLayout(0, S)), 0)
@@ -192,9 +202,10 @@ def step(
     announce(number + 1, WHO)
     add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
     shared.wait_full(number + 1, more)  # the copy engine and the producer
+    lse = load_lse(shared, number + 1, call)
     dk, dv = warpgroup_mma_wait(0, deps=(dk_next, dv_next))  # the tensor cores
     arrive(EMPTY + slot, 288)
-    return dk, dv, head, row
+    return dk, dv, head, row, lse
 
 
 @gluon.jit
@@ -212,30 +223,33 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         full = job.tiles - job.edges
         last = job.tiles * call.heads() - 1
         number = 0
-        # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
+        shared.kv.wait_full(0)  # the copy engine
+        if call.CENTERED:
+            center_keys(shared.kv.tile(0).slice(WHO * ROWS, ROWS, 0), job, call)
+        # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it. The
+        # fence and the announcement serve centered keys, too, which the other consumer reads for its dq.
         publish(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S), shared, 0, WHO)
         fence_async_shared()
         announce(0, WHO)
         dq_head = job.head
         dq_row = call.queries
-        shared.kv.wait_full(0)  # the copy engine; dq takes both halves of k
-        shared.kv.wait_full(1)
-        shared.kv.wait_full(2 + WHO)
+        shared.kv.wait_full(1)  # the copy engine
         shared.wait_full(0)
+        lse = load_lse(shared, 0, call)
         for member in range(call.heads()):
             head = job.head + member
 
             # 1. Query tiles that see every key: no mask.
             for i in range(full):
-                dk_acc, dv_acc, dq_head, dq_row = step(
-                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head,
+                dk_acc, dv_acc, dq_head, dq_row, lse = step(
+                    dk_acc, dv_acc, dq_head, dq_row, lse, shared, number + i, number + i < last, job.batch, head,
                     call.row(job, i), 0, 0, dq, call, WHO, EDGE=False,
                 )  # fmt: skip
 
             # 2. Query tiles that see only some of the keys.
             for i in range(full, job.tiles):
-                dk_acc, dv_acc, dq_head, dq_row = step(
-                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head,
+                dk_acc, dv_acc, dq_head, dq_row, lse = step(
+                    dk_acc, dv_acc, dq_head, dq_row, lse, shared, number + i, number + i < last, job.batch, head,
                     call.row(job, i), key_start, key_end, dq, call, WHO, EDGE=True,
                 )  # fmt: skip
             number += job.tiles

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
-from ringflash.kernels.hopper_backward_parts import add_tile, make_full, make_rows, stage_dq, weights
+from ringflash.kernels.hopper_backward_parts import add_tile, center_keys, make_full, make_rows, stage_dq, weights
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
     NEG_INF,
@@ -39,6 +39,7 @@ from ringflash.kernels.hopper_parts import (
     arrive,
     make_pipe,
     make_tiles,
+    opaque_zero,
     product_layout,
     sync,
 )
@@ -153,7 +154,7 @@ def begin_dq(shared, number, call, column):
     """64 columns of dq of the step before, ds of slot `number`: a product in flight."""
     Q: gl.constexpr = product_layout(PIECE)
     zeros = gl.zeros([call.BLOCK_Q, PIECE], gl.float32, Q)
-    k_piece = shared.kv.tile(0).slice(column, PIECE, 1)
+    k_piece = shared.kv.tiles.index(opaque_zero(number)).slice(column, PIECE, 1)
     ds = shared.ds.index(number % 2).permute((1, 0))
     return warpgroup_mma(ds, k_piece, zeros, use_acc=False, is_async=True)
 
@@ -186,7 +187,8 @@ def step(
     if WHO == 0:
         lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
         begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
-        scores = warpgroup_mma(shared.kv.tile(0), q_tile.permute((1, 0)), begin, is_async=True)
+        keys = shared.kv.tiles.index(opaque_zero(number))
+        scores = warpgroup_mma(keys, q_tile.permute((1, 0)), begin, is_async=True)
         sync(DS_FULL, 256, 4)  # ds of the step before
         dq_piece = begin_dq(shared, number, call, COLUMN)
         s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
@@ -200,7 +202,8 @@ def step(
         shared.wait_dout(number)  # the copy engine and the producer
         right = dout_tile
     else:
-        scores = warpgroup_mma(shared.kv.tile(1), dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        values = shared.kv.tiles.index(1 + opaque_zero(number))
+        scores = warpgroup_mma(values, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dq_piece = begin_dq(shared, number, call, COLUMN)
         delta = gl.expand_dims(shared.delta.index(0).load(gl.SliceLayout(0, S)), 0)
         dp = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
@@ -254,6 +257,13 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         dq_head = job.head
         dq_row = call.queries
         shared.kv.wait_full(0)  # the copy engine; dq takes k
+        if call.CENTERED:  # by the first consumer, for both; nobody else comes to this barrier before the end
+            if WHO == 0:
+                center_keys(shared.kv.tile(0), job, call)
+                fence_async_shared()  # what threads wrote, made visible to the tensor cores
+                arrive(INPUTS_READ, 256)
+            else:
+                sync(INPUTS_READ, 256, 4)
         shared.kv.wait_full(1)
         if WHO == 0:
             shared.wait_q(0)

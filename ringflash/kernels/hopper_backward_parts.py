@@ -24,6 +24,9 @@ class Call:
     interval_stride_b: gl.tensor
     order: gl.tensor
     order_stride_b: gl.tensor
+    center: gl.tensor  # where CENTERED
+    center_stride_b: gl.tensor
+    center_stride_h: gl.tensor
     tiles: gl.tensor  # KV tiles of a head that are looked at
     queries: gl.tensor
     keys: gl.tensor
@@ -40,6 +43,7 @@ class Call:
     BLOCK_Q: gl.constexpr
     KEYS: gl.constexpr  # of a program: 128, or half of them
     CAPPED: gl.constexpr
+    CENTERED: gl.constexpr  # keys are k - center
 
     @gluon.jit
     def heads(self):
@@ -142,6 +146,19 @@ def swapped(rows, columns):
     if columns == 64:
         bases.append([0, 32])
     return gl.SharedLinearLayout(bases, alignment=1024)
+
+
+@gluon.jit
+def center_keys(keys, job, call):
+    """Subtract the center from a tile of keys in shared memory, as `portable_compensation.subtract` does in memory."""
+    ACROSS: gl.constexpr = keys.shape[1] // 8  # threads that share a row, 16 bytes each
+    DOWN: gl.constexpr = 32 // ACROSS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [DOWN, ACROSS], [4, 1], [1, 0])
+    columns = gl.arange(0, keys.shape[1], layout=gl.SliceLayout(0, layout))
+    place = job.batch.to(gl.int64) * call.center_stride_b + job.head_kv * call.center_stride_h
+    center = gl.load(call.center + place + columns).to(gl.float32)
+    tile = keys.load(layout).to(gl.float32) - gl.expand_dims(center, 0)
+    keys.store(tile.to(keys.dtype))
 
 
 @gluon.jit

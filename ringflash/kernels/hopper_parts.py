@@ -83,6 +83,16 @@ def product_layout(columns):
 # -- shared memory on its way from one warp to another
 
 
+@gluon.jit
+def opaque_zero(number):
+    """0 of a step's number, which is below 2^30; the compiler does not know that it is always 0.
+
+    An address to which it is added is computed in every step: two or three instructions. Without it, the compiler keeps
+    the constant addresses of all operands in registers over the loop, where there are too few, and spills them.
+    """
+    return number >> 30
+
+
 @aggregate
 class Pipe:
     """DEPTH tiles of shared memory. Tiles are numbered from 0 as they come; number n lies in slot n % DEPTH.

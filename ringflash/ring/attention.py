@@ -18,7 +18,8 @@ kernel adds to the other's:
 Only what later ranks see is sent (`plan.routes`). Extra memory, whatever the ring's size:
 
 - two shards of keys and values, and in the forward the running result in fp32;
-- in the backward also two shards of gradients, and the kernel's centered keys (`kernels.compensation`);
+- in the backward also two shards of gradients, and a hop's centered keys, where the kernel does not center them itself
+  (`kernels.compensation`);
 - a third shard of gradients where a rank's own return while it still forwards those of others, as with documents, wide
   windows or contiguous layouts.
 

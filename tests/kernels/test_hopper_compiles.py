@@ -41,21 +41,24 @@ CASES: dict[str, dict[str, Any]] = {
     "backward-D64": {"head_dim": 64},
     "backward-D128": {"head_dim": 128},
     "backward-D128-capped": {"head_dim": 128, "capped": True},
+    "backward-D128-centered": {"head_dim": 128, "centered": True},
     "backward-D256": {"head_dim": 256},
     "backward-D256-capped": {"head_dim": 256, "capped": True},
+    "backward-D256-centered": {"head_dim": 256, "centered": True},
 }
 
 # Loads and stores of the stack in the loop over unmasked tiles, and why they are accepted.
 SPILLS_IN_LOOP = {
-    # dk and dv fill 128 of 240 registers, s and dp 64. What spills are constant addresses of wgmma operands: 2 with
-    # triton 3.6.0, 5 with 3.7.1, 26 with 3.9.0.
-    "backward-D128": 26,
-    "backward-D128-capped": 107,  # and tanh: 90 with 3.7.1, 107 with 3.9.0
+    # dk and dv fill 128 of 240 registers, s and dp 64. What spills, with 3.9.0 only, are constant addresses of wgmma
+    # operands.
+    "backward-D128": 5,
+    "backward-D128-centered": 5,
+    "backward-D128-capped": 102,  # and tanh: 69 with 3.7.1, 102 with 3.9.0
     "forward-D256-carry-fp16-capped": 8,  # with 3.9.0 alone
-    # dk or dv fills 128, two pieces of dq 64: 19 with 3.6.0, 20 with 3.7.1 and 3.9.0. The consumers' loops differ; this
-    # is the shorter one, with the exponentials.
-    "backward-D256": 20,
-    "backward-D256-capped": 31,
+    # dk or dv fills 128, two pieces of dq 64. The consumers' loops differ; this is the shorter one, with the
+    # exponentials.
+    "backward-D256-centered": 1,  # with 3.9.0 alone
+    "backward-D256-capped": 1,
 }
 
 # Selects in that loop: the forward's keep a row's maximum at head_dim 128, two rows per thread; the backward's swap
@@ -69,7 +72,9 @@ SELECTS_IN_LOOP = {
     "forward-D256-in-place": 0,
     "backward-D64": 16,
     "backward-D128": 32,
+    "backward-D128-centered": 32,
     "backward-D256": 64,
+    "backward-D256-centered": 64,
 }
 
 
@@ -84,7 +89,7 @@ def compile_case(name: str):
     from ringflash.kernels import hopper_backward, hopper_forward, hopper_parts
     from tests.kernels.offline import TYPE_NAMES
 
-    case = {"dtype": torch.bfloat16, "carry": False, "capped": False} | CASES[name]
+    case = {"dtype": torch.bfloat16, "carry": False, "capped": False, "centered": False} | CASES[name]
     module = hopper_forward if name.startswith("forward") else hopper_backward
     kernel = module.forward_kernel if name.startswith("forward") else module.backward_kernel
     head_dim, dtype, tuning = case["head_dim"], case["dtype"], module.TUNINGS[case["head_dim"]]
@@ -93,9 +98,12 @@ def compile_case(name: str):
     registers = hopper_parts.REGISTERS[getattr(tuning, "consumers", 2)]
     constants = {
         "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"], "DIRECT": head_dim > 128,
+        "CENTERED": case["centered"],
         "CONSUMER_REGISTERS": registers.consumer, "PRODUCER_REGISTERS": registers.producer,
     }  # fmt: skip
     constants |= {name.upper(): value for name, value in asdict(tuning).items()}
+    if head_dim == 64:  # whose keys are centered before the launch
+        constants |= dict.fromkeys(("center", "center_stride_b", "center_stride_h"))
 
     def descriptor(*block: int, dtype: torch.dtype) -> str:
         layout = hopper_parts.tile_layout((1, 1, *block), dtype)
@@ -104,7 +112,7 @@ def compile_case(name: str):
     def tile_of(rows: int, dtype: torch.dtype) -> str:
         return f"*{TYPE_NAMES[dtype]}" if head_dim > 128 else descriptor(rows, head_dim, dtype=dtype)
 
-    keys_tile = getattr(tuning, "block_k", rows)
+    keys_tile = getattr(tuning, "block_k", 2 * rows if head_dim == 128 else rows)
     queries_tile = getattr(tuning, "block_q", rows)
     types = {
         "q": descriptor(queries_tile, head_dim, dtype=dtype), "dout": descriptor(queries_tile, head_dim, dtype=dtype),
@@ -113,8 +121,9 @@ def compile_case(name: str):
         "out": tile_of(rows, dtype=out),
         "dq": descriptor(queries_tile, min(64, head_dim // 2), dtype=torch.float32),
         "dk": descriptor(rows, head_dim, dtype=torch.float32), "dv": descriptor(rows, head_dim, dtype=torch.float32),
-        "lse": "*fp32", "delta": "*fp32", "start": "*i32", "end": "*i32", "order": "*i32", "scale": "fp32",
-        "counter": "*i32", "c": "fp32", "cap_scale": "fp32", "lse_factor": "fp32",
+        "lse": "*fp32", "delta": "*fp32", "start": "*i32", "end": "*i32", "order": "*i32",
+        "center": f"*{TYPE_NAMES[dtype]}", "scale": "fp32", "counter": "*i32", "c": "fp32", "cap_scale": "fp32",
+        "lse_factor": "fp32",
     }  # fmt: skip
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     source = GluonASTSource(
