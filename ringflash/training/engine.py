@@ -168,10 +168,9 @@ class TrainedModel(nn.Module):
         that of the tokens alone.
         """
         config, inputs = self.model.config, inputs | self.attention
-        own: Any = self.model.base_model
-        body = (
-            self.model.model if own is self.model else own
-        )  # Llama 4's class names a base model that it does not have
+        body: Any = self.model.base_model
+        if body is self.model:  # Llama 4's class names a base model that it does not have
+            body = self.model.model
         if router_weight is None or not getattr(config, "output_router_logits", False):
             return self.model.lm_head(body(**inputs).last_hidden_state, shift_labels, by_position)
         outputs = body(**inputs, output_router_logits=True)
