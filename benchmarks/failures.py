@@ -4,8 +4,8 @@
     python benchmarks/failures.py --ranks 4
 
 It trains a tiny model on this benchmark's own text, waits for three steps, and sends the last rank SIGKILL; in two more
-runs SIGSTOP, so that the others wait for it for 5 s, in a hop of the ring or as replicas, and then report it. The
-columns: seconds until it printed a line, seconds until it had ended, and what it printed. torchrun gives a stopped
+runs SIGSTOP, so that the others wait for it and then report it: in a hop of the ring after 5 s, as replicas after 30 s.
+The columns: seconds until it printed a line, seconds until it had ended, and what it printed. torchrun gives a stopped
 process 30 s before it kills it. The exit code is 1 where a run did not end within --limit seconds.
 """
 

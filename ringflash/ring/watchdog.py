@@ -40,7 +40,8 @@ from ringflash.ring.heartbeat import Heartbeat
 from ringflash.ring.streams import current_stream
 
 POLL = 0.25  # seconds between two looks
-BEAT = 5.0  # seconds between two beats, at most
+BEAT = 5.0  # seconds between two beats
+SILENCE = 30.0  # seconds that a rank may not answer, at least: its threads wait while it imports or compiles
 LAST_WORDS = 3.0  # seconds between a rank's report and its exit: launchers end all ranks as soon as one exits
 REPORT = 30.0  # seconds between two reports of work without a limit
 GRACE = 10.0  # seconds that a rank has to end by itself once another has failed
@@ -161,7 +162,7 @@ class Watchdog:
         self._silent = ""  # the next rank, once it has not answered for too long
         self._listener: threading.Thread | None = None
         if store is not None:
-            heart = Heartbeat(store, rank, ranks, min(BEAT, limit / 2)) if ranks > 1 else None
+            heart = Heartbeat(store, rank, ranks, BEAT) if ranks > 1 else None
             listen = (store, heart)
             self._listener = threading.Thread(target=self._listen, args=listen, name="ring-watch-store", daemon=True)
             self._listener.start()
@@ -304,7 +305,7 @@ class Watchdog:
                 silent = heart.beat() if heart else 0.0
                 if (work := self._work) is not None:
                     self._look_after(work)
-                elif heart and silent > self.limit:
+                elif heart and silent > max(self.limit, SILENCE):
                     self._silent = f"rank {heart.next} has not answered since {silent:.0f} s"
                 if self._silent or store.check([_KEY]):
                     self._others_report.set()

@@ -65,12 +65,12 @@ def test_a_rank_that_has_not_begun_or_is_done_is_not_missed(clock):
 
 
 def test_a_rank_that_is_silent_ends_the_others_with_a_line(capfd, monkeypatch):
-    monkeypatch.setattr(watchdog, "POLL", 0.02)
-    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
+    for name, seconds in (("POLL", 0.02), ("LAST_WORDS", 0.1), ("BEAT", 0.1), ("SILENCE", 0.4)):
+        monkeypatch.setattr(watchdog, name, seconds)
     store, ended = dist.HashStore(), [threading.Event() for _ in range(2)]
     third = Heartbeat(store, 2, 3, interval=0.0)
     third.beat()  # once, and never again
-    guards = [Watchdog(0.4, rank, store, end=ended[rank].set, ranks=3) for rank in range(2)]
+    guards = [Watchdog(0.2, rank, store, end=ended[rank].set, ranks=3) for rank in range(2)]
     for guard in guards:
         guard.step = 7
     assert all(event.wait(10) for event in ended)
@@ -89,7 +89,8 @@ def test_work_without_a_limit_ends_no_rank_that_waits_for_another(monkeypatch):
         def failed(self):
             return False
 
-    monkeypatch.setattr(watchdog, "POLL", 0.02)
+    for name, seconds in (("POLL", 0.02), ("BEAT", 0.05), ("SILENCE", 0.1)):
+        monkeypatch.setattr(watchdog, name, seconds)
     store = dist.HashStore()
     Heartbeat(store, 1, 2, interval=0.0).beat()
     guard = Watchdog(0.1, 0, store, end=lambda: pytest.fail("ended"), ranks=2)
