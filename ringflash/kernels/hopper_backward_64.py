@@ -10,16 +10,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ringflash.kernels.gluon_names import add_out, copy_in, reinterpret
-from ringflash.kernels.hopper_backward_128 import DONE, EMPTY, PUBLISHED, Shared, announce
-from ringflash.kernels.hopper_backward_parts import add_tile, make_full, make_rows, stage_dq, weights
-from ringflash.kernels.hopper_parts import NEG_INF, ROWS, arrive, make_pipe, make_tiles, product_layout, sync
+from ringflash.kernels.gluon_names import add_out
+from ringflash.kernels.hopper_backward_128 import (
+    EMPTY,
+    PUBLISHED,
+    Shared,
+    add_gradients,
+    announce,
+    bring_queries,
+)
+from ringflash.kernels.hopper_backward_parts import make_full, make_rows, stage_dq, weights
+from ringflash.kernels.hopper_parts import ROWS, arrive, make_pipe, make_tiles, product_layout, sync
 
 
 @gluon.jit
@@ -55,27 +61,7 @@ def produce(call, shared, descriptors):
             shared.kv.load(who, k, job.batch, job.head_kv, job.first_row + who * ROWS)
         for who in gl.static_range(2):
             shared.kv.load(2 + who, v, job.batch, job.head_kv, job.first_row + who * ROWS)
-    number = 0
-    for member in range(call.heads()):
-        head = job.head + member
-        head_lse = lse + head.to(gl.int64) * call.lse_stride_h
-        head_delta = delta + head.to(gl.int64) * call.delta_stride_h
-        for step in range(job.tiles):
-            row = call.row(job, step)
-            rows = row + index
-            row_lse = gl.load(head_lse + rows, rows < call.queries, NEG_INF)
-            row_delta = gl.load(head_delta + rows, rows < call.queries, 0.0)
-            slot = number % shared.DEPTH
-            if number >= shared.DEPTH:
-                sync(EMPTY + slot, 288, 1)  # both consumers
-            full = shared.full.index(slot)
-            mbarrier.expect(full, q.block_type.nbytes + dout.block_type.nbytes)
-            copy_in(q, [job.batch, head, row, 0], full, shared.q.index(slot))
-            copy_in(dout, [job.batch, head, row, 0], full, shared.dout.index(slot))
-            shared.lse.index(slot).store(gl.where(row_lse == NEG_INF, NEG_INF, row_lse * call.lse_factor))
-            shared.delta.index(slot).store(-row_delta)
-            mbarrier.arrive(full, count=1)
-            number += 1
+    bring_queries(call, shared, job, lse, delta, index, q, dout)
 
 
 # -- the consumers: a warpgroup each
@@ -150,7 +136,7 @@ def step(
 @gluon.jit
 def consume(call, shared, descriptors, WHO: gl.constexpr):
     """Keys WHO x 64 and on of this program's KV tile."""
-    dq, dk, dv = descriptors[4], descriptors[5], descriptors[6]
+    dq = descriptors[4]
     A: gl.constexpr = product_layout(call.D)
     S: gl.constexpr = product_layout(call.BLOCK_Q)
     job = call.job()
@@ -190,19 +176,6 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
                 )  # fmt: skip
             number += job.tiles
 
-        # 3. dq of the last query tile.
+        # 3. dq of the last query tile, then dk and dv.
         dq_next = begin_dq(shared, number, call, WHO)
-        tma.store_wait(0)
-        dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
-        stage_dq(dq_half, shared.dq.index(WHO), call.scale)
-        fence_async_shared()
-        add_out(dq, [job.batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
-
-        # 4. k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
-        sync(DONE, 256, 4)  # the other consumer
-        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
-        staged = reinterpret(shared.kv.tiles, gl.float32, [2, ROWS, call.D], layout).index(WHO)
-        add_tile(dk_acc * call.scale, staged, dk, [job.batch, job.head_kv, row, 0])
-        tma.store_wait(0)  # the copy engine, reading
-        add_tile(dv_acc, staged, dv, [job.batch, job.head_kv, row, 0])
-        tma.store_wait(0)
+        add_gradients(dq_next, dk_acc, dv_acc, dq_head, dq_row, row, job, shared, descriptors, call, WHO)

@@ -4,7 +4,7 @@ transformers takes the length from the longest position of a call. Of a packed r
 ring it is a shard's, and with a cache it grows while keys of a smaller one are kept. Two ways say what the length is:
 
 - `rope_by_document`: each token turns by the frequencies that transformers gives its document alone. A plan has the
-  lengths of documents; a cache holds one, and is told its length (`RingCache(rope_length=N)`).
+  lengths of documents; a cache holds one, whose length it takes as `RingCache(rope_length=N)`.
 - `pin_rope`: all documents have the frequencies of a document of one length.
 
 Up to the original length both RoPEs have the frequencies that a rotary module is made with. Beyond it, longrope has

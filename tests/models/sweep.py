@@ -52,8 +52,8 @@ queries that are scaled by their position (`llama_4_scaling_beta`). longrope and
   `ringflash.models.rope_by_document(model)` does. transformers gives those of a packed row's longest document to all.
 - `model.rope_length=N` (or `ringflash.models.pin_rope(model, N)`) gives all documents the frequencies of a document of
   N tokens.
-- A cache keeps keys, and so is told the length that its document will have (`RingCache(rope_length=N)`). Needle
-  searches know it. `ringflash.generate` refuses answers that change the frequencies of what was read: those that pass
+- Keys in a cache stay as they are, so a cache needs the document's final length (`RingCache(rope_length=N)`). Needle
+  searches set it. `ringflash.generate` refuses answers that change the frequencies of what was read: those that pass
   longrope's original length, and all beyond that of dynamic RoPE. `rope_length=N` allows them. transformers' own
   caches hold keys of other frequencies there.
 - Refused beyond the original length: models whose layers differ in such a RoPE.
