@@ -29,7 +29,9 @@ IN_FLIGHT = 2  # groups on their way out
 
 
 class PinnedPool:
-    """Blocks of host memory of exact sizes, touched and pinned once, and used again.
+    """Blocks of host memory, touched and pinned once, and used again by tensors of their size or smaller.
+
+    So shorter batches need no memory beside what the longest one was given.
 
     pinned: false without a GPU, where nothing can be. remedy: what needs less of it, for the error where there is too
     little.
@@ -59,8 +61,9 @@ class PinnedPool:
             progress(made)
 
     def take(self, size: int) -> Tensor:
-        """A block of `size` bytes, uint8."""
-        return self._free[size].pop() if self._free[size] else self._made(size)
+        """A block of at least `size` bytes, uint8: the smallest that is free, or a new one of this size."""
+        fitting = [free for free, blocks in self._free.items() if free >= size and blocks]
+        return self._free[min(fitting)].pop() if fitting else self._made(size)
 
     def give(self, block: Tensor) -> None:
         """Take a block back."""
@@ -229,6 +232,7 @@ class HostStore:
 
 
 def _view(parked: Parked) -> Tensor:
-    """A parked tensor's block, in its shape and dtype."""
+    """The beginning of a parked tensor's block, in its shape and dtype."""
     assert parked.block is not None
-    return parked.block.view(parked.dtype).view(parked.shape)
+    size = parked.shape.numel() * parked.dtype.itemsize
+    return parked.block[:size].view(parked.dtype).view(parked.shape)

@@ -94,6 +94,16 @@ def test_reserved_blocks_are_made_before_they_are_taken():
     assert pool.bytes == 256
 
 
+def test_a_shorter_batch_needs_no_other_blocks():
+    pool = PinnedPool(pinned=False, remedy="less")
+    pool.reserve([64, 4096])
+    short, long = pool.take(16), pool.take(1024)
+    assert (short.numel(), long.numel()) == (64, 4096)
+    pool.give(long)
+    assert pool.take(4096) is long
+    assert pool.bytes == 4160
+
+
 def test_too_little_host_memory_is_refused_with_what_to_set():
     pool = HostStore().pool
     pool.reserve([2**20])
