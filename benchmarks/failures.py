@@ -107,7 +107,7 @@ def _rank(launcher: psutil.Process, rank: int) -> psutil.Process:
 def _lines(printed: bytes) -> list[str]:
     """Lines without progress bars, which overwrite themselves."""
     lines = (line.rpartition("\r")[2].strip() for line in printed.decode(errors="replace").split("\n"))
-    return [line for line in lines if line and "it/s" not in line and "s/it" not in line]
+    return [line for line in lines if line and "%|" not in line]
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ SLEEPER = (
 
 
 def test_progress_bars_are_not_printed_lines():
-    printed = b"step  3/9 [00:01, 2.1it/s]\rringflash: rank 0 waits\n\nstep 4/9 [00:01, 1.5s/it]\n"
+    printed = b"0%|  | 3/9 [00:01, 2.1it/s]\rringflash: rank 0 waits\n\n 0%|  | 4/9 [00:01, 2.9step/s]\n"
     assert failures._lines(printed) == ["ringflash: rank 0 waits"]
 
 
