@@ -134,13 +134,6 @@ def produce(call, shared, descriptors):
 
 
 @gluon.jit
-def load_lse(shared, number, call):
-    """lse of a stage's queries, which are the scores' columns."""
-    layout: gl.constexpr = gl.SliceLayout(0, product_layout(call.BLOCK_Q))
-    return shared.lse.index(number % shared.DEPTH).load(layout)
-
-
-@gluon.jit
 def begin_dq(shared, number, call, WHO: gl.constexpr):
     """This consumer's half of dq's columns of the step before, over both consumers' keys: a product in flight."""
     HALF: gl.constexpr = call.D // 2
@@ -170,14 +163,13 @@ def announce(number, WHO: gl.constexpr):
 
 @gluon.jit
 def step(
-    dk, dv, dq_head, dq_row, lse, shared, number, more, batch, head, row, key_start, key_end, dq, call,
+    dk, dv, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it.
 
     dv begins before the wait for dp: a product that needs p is what keeps ptxas from moving the exponentials below that
-    wait, where nothing would run under them. lse: of this tile, loaded in the step before, under dk. more: whether
-    another tile follows.
+    wait, where nothing would run under them. more: whether another tile follows.
     """
     S: gl.constexpr = product_layout(call.BLOCK_Q)
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
@@ -188,15 +180,12 @@ def step(
 
     keys = shared.kv.tiles.index(opaque_zero(number)).slice(WHO * ROWS, ROWS, 0)
     values = shared.kv.tiles.index(1 + opaque_zero(number)).slice(WHO * ROWS, ROWS, 0)
-    # A volatile move. Without it ptxas loads lse into the accumulators that scores begin as, while products of the step
-    # before are in flight, and waits for those products.
-    lse = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [lse], dtype=gl.float32, is_pure=False, pack=1)
-    lse_row = gl.expand_dims(lse, 0)
-    begin = zeros if call.CAPPED else gl.broadcast(lse_row, zeros)[0]
+    lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
+    begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
     scores = warpgroup_mma(keys, q_tile.permute((1, 0)), begin, is_async=True)
     dscores = warpgroup_mma(values, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
-    p, slope = weights(s, lse_row, call, row, key_start, key_end, EDGE)
+    p, slope = weights(s, lse, call, row, key_start, key_end, EDGE)
     dv_next = warpgroup_mma(gl.convert_layout(p.to(q_tile.dtype), LEFT), dout_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dscores,))  # the tensor cores, for all but dv
     delta = gl.expand_dims(shared.delta.index(slot).load(gl.SliceLayout(0, S)), 0)
@@ -211,10 +200,9 @@ def step(
     announce(number + 1, WHO)
     add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
     shared.wait_full(number + 1, more)  # the copy engine and the producer
-    lse = load_lse(shared, number + 1, call)
     dk, dv = warpgroup_mma_wait(0, deps=(dk_next, dv_next))  # the tensor cores
     arrive(EMPTY + slot, 288)
-    return dk, dv, head, row, lse
+    return dk, dv, head, row
 
 
 @gluon.jit
@@ -265,21 +253,20 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         dq_row = call.queries
         shared.kv.wait_full(1)  # the copy engine
         shared.wait_full(0)
-        lse = load_lse(shared, 0, call)
         for member in range(call.heads()):
             head = job.head + member
 
             # 1. Query tiles that see every key: no mask.
             for i in range(full):
-                dk_acc, dv_acc, dq_head, dq_row, lse = step(
-                    dk_acc, dv_acc, dq_head, dq_row, lse, shared, number + i, number + i < last, job.batch, head,
+                dk_acc, dv_acc, dq_head, dq_row = step(
+                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head,
                     call.row(job, i), 0, 0, dq, call, WHO, EDGE=False,
                 )  # fmt: skip
 
             # 2. Query tiles that see only some of the keys.
             for i in range(full, job.tiles):
-                dk_acc, dv_acc, dq_head, dq_row, lse = step(
-                    dk_acc, dv_acc, dq_head, dq_row, lse, shared, number + i, number + i < last, job.batch, head,
+                dk_acc, dv_acc, dq_head, dq_row = step(
+                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head,
                     call.row(job, i), key_start, key_end, dq, call, WHO, EDGE=True,
                 )  # fmt: skip
             number += job.tiles
