@@ -47,6 +47,7 @@ def main() -> None:
 
             print(f"{__doc__}\n{settings_help()}")
             return
+        from ringflash.training import stop
         from ringflash.training.agreement import disagreements
         from ringflash.training.loop import fit
         from ringflash.training.preflight import check_inputs
@@ -58,6 +59,7 @@ def main() -> None:
             for line in disagreements(config, *inputs):
                 print(line, file=sys.stderr)
             return
+        stop.listen()
         fit(config, resolved)
 
 

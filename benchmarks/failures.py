@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,9 +106,9 @@ def _rank(launcher: psutil.Process, rank: int) -> psutil.Process:
 
 
 def _lines(printed: bytes) -> list[str]:
-    """Lines without progress bars, which overwrite themselves."""
-    lines = (line.rpartition("\r")[2].strip() for line in printed.decode(errors="replace").split("\n"))
-    return [line for line in lines if line and "%|" not in line]
+    """Lines other than those of the run's progress."""
+    lines = (line.strip() for line in printed.decode(errors="replace").splitlines())
+    return [line for line in lines if line and not re.match(r"step \d+ of \d+: ", line)]
 
 
 def main() -> int:

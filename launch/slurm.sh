@@ -4,15 +4,22 @@
 #   sbatch launch/slurm.sh experiment=qwen3-0.5b-128k
 #   sbatch --nodes 4 launch/slurm.sh experiment=... resume=auto
 #
-# A rank that fails ends the job. With resume=auto, the same command continues from the newest checkpoint, also when
-# Slurm requeues the job.
+# Ten minutes before the time limit, and when the job is preempted, the run writes a checkpoint and ends, and the job is
+# queued again. A job that Slurm restarts continues from the newest checkpoint. A rank that fails ends the job.
+#
+#   sbatch --signal=USR1@1800 ...           more time, where a step and a checkpoint take longer
+#   LOGS=logs sbatch ...                    a log per rank in logs/NODE, beside slurm-JOB.out
+#   SRUN="--container-image=IMAGE --container-mounts=$PWD:$PWD" sbatch ...    options for srun, here those of Pyxis
 #SBATCH --job-name=ringflash
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
 if [[ -z ${SLURM_JOB_NODELIST:-} || ${1:-} =~ ^(-h|--help)$ ]]; then
@@ -20,9 +27,21 @@ if [[ -z ${SLURM_JOB_NODELIST:-} || ${1:-} =~ ^(-h|--help)$ ]]; then
     [[ ${1:-} =~ ^(-h|--help)$ ]] && exit 0 || exit 2
 fi
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
-export PATH="$PWD/.venv/bin:$PATH"
+[ -x launch/torchrun.sh ] || { echo "launch/slurm.sh: $PWD is no checkout of ringflash: submit the job from one" >&2; exit 2; }
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts%%$'\n'*}  # with a pipe to head(1), scontrol may end by SIGPIPE
-port=$((20000 + SLURM_JOB_ID % 20000))
-exec srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
-    --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID" train.py "$@"
+export NNODES=$SLURM_NNODES HEAD=$head:$((20000 + SLURM_JOB_ID % 20000)) RDZV_ID=$SLURM_JOB_ID
+export STOPPED=$PWD/.slurm-$SLURM_JOB_ID.stopped
+rm -f "$STOPPED"
+trap 'rm -f "$STOPPED"; exit 143' TERM  # of scancel: the job is not to be queued again
+resume=()
+[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || resume=(resume=auto)
+# srun does not inherit --cpus-per-task from sbatch. SRUN is split into words.
+# shellcheck disable=SC2086
+srun --kill-on-bad-exit=1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" ${SRUN:-} \
+    "$PWD/launch/torchrun.sh" "${SLURM_GPUS_ON_NODE:-1}" "$@" "${resume[@]}"
+if [ -e "$STOPPED" ]; then
+    rm -f "$STOPPED"
+    echo "launch/slurm.sh: job $SLURM_JOB_ID is queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi

@@ -1,8 +1,13 @@
 """Every launcher starts train.py with the ranks and settings it was given."""
 
 import os
+import shutil
+import signal
+import socket
 import stat
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +17,26 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.sh"))
 SETTINGS = ["name=launched", "data.sequence_length=32", "optim.steps=1"]
-# Stand-ins for Slurm: scontrol names two machines, srun writes its command to a file.
-FAKES = {"scontrol": "echo first; echo second", "srun": 'printf "%s\\n" "$@" > "$COMMAND"'}
+# Stand-ins for Slurm: scontrol names two machines or writes its command, srun writes its own, and runs a test's script.
+FAKES = {
+    "scontrol": '[ "$1" = show ] && echo first && echo second || echo "$@" > "$FOLDER/scontrol.txt"',
+    "srun": 'printf "%s\\n" "$@" > "$FOLDER/srun.txt"; $SCRIPT',
+}
 SLURM = {
     "SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_ID": "4711", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
-    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_CPUS_PER_TASK": "32", "SLURM_SUBMIT_DIR": str(ROOT),
 }  # fmt: skip
+# Stands in for torchrun: starts train.py as its child, and ends as it does.
+TORCHRUN = """printf "%s\\n" "$@" > torchrun.txt
+python train.py "${@: -1}" & wait $!
+"""
+# Stands in for train.py: ends by SIGUSR1 as a run that was asked to stop, or as one that a signal killed.
+RANK = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(int(sys.argv[1])))
+pathlib.Path("started").write_text(f"{os.getpid()}")
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -49,19 +68,56 @@ def test_a_launcher_trains_with_its_ranks_and_settings(corpus):
     assert (folder / "model" / "model.safetensors").exists()
 
 
-def test_slurm_runs_one_torchrun_per_machine_that_meet_at_the_first(tmp_path):
-    for name, body in FAKES.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(stat.S_IRWXU)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    result = launch("slurm.sh", *SETTINGS, **SLURM, PATH=path, COMMAND=str(tmp_path / "command"))
+def fakes(folder, programs):
+    """An environment in which programs are shell scripts of these bodies."""
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(stat.S_IRWXU)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "FOLDER": str(folder)}
+
+
+def test_slurm_starts_a_launcher_per_machine_with_all_its_cores(tmp_path):
+    result = launch("slurm.sh", *SETTINGS, **SLURM, **fakes(tmp_path, FAKES), SRUN="--container-image=x", SCRIPT="env")
     assert result.returncode == 0, result.stderr
-    options, program, *command = (tmp_path / "command").read_text().splitlines()
-    assert (options, program) == ("--kill-on-bad-exit=1", "torchrun")
-    parsed = torch.distributed.run.get_args_parser().parse_args(command)
+    assert (tmp_path / "srun.txt").read_text().splitlines() == [
+        "--kill-on-bad-exit=1", "--cpus-per-task", "32", "--container-image=x", f"{ROOT}/launch/torchrun.sh", "8",
+        *SETTINGS,
+    ]  # fmt: skip
+    assert {"NNODES=2", "HEAD=first:24711", "RDZV_ID=4711"} <= {*result.stdout.splitlines()}
+    assert not (tmp_path / "scontrol.txt").exists()
+
+
+def test_slurm_queues_a_stopped_job_again_and_resumes_it(tmp_path):
+    environment = {**SLURM, **fakes(tmp_path, FAKES), "SLURM_RESTART_COUNT": "1"}
+    result = launch("slurm.sh", *SETTINGS, **environment, SCRIPT='eval touch "$STOPPED"')
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "srun.txt").read_text().splitlines()[-1] == "resume=auto"
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 4711\n"
+    failed = launch("slurm.sh", *SETTINGS, **environment | {"SLURM_JOB_ID": "4712"}, SCRIPT="false")
+    assert failed.returncode == 1
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 4711\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("code", [0, 3], ids=["stopped", "failed"])
+def test_a_signal_to_the_launcher_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path, number, code):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "train.py").write_text(RANK)
+    script = Path(shutil.copy(ROOT / "launch" / "torchrun.sh", tmp_path / "launch"))
+    environment = {**os.environ, **fakes(tmp_path, {"torchrun": TORCHRUN}), "NNODES": "2", "HEAD": "first:1"}
+    environment |= {"STOPPED": str(tmp_path / "stopped"), "LOGS": "logs"}
+    environment["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with subprocess.Popen([script, "8", f"{code}"], env=environment) as process:
+        until = time.monotonic() + 60
+        while not (tmp_path / "started").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    assert (tmp_path / "stopped").exists()
+    parsed = torch.distributed.run.get_args_parser().parse_args((tmp_path / "torchrun.txt").read_text().splitlines())
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_backend) == ("2", "8", "c10d")
-    assert (parsed.rdzv_endpoint, parsed.rdzv_id) == ("first:24711", "4711")
-    assert [parsed.training_script, *parsed.training_script_args] == ["train.py", *SETTINGS]
+    assert (parsed.rdzv_endpoint, parsed.log_dir, parsed.tee) == ("first:1", f"logs/{socket.gethostname()}", "3")
+    assert [parsed.training_script, *parsed.training_script_args] == ["train.py", f"{code}"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -3,7 +3,7 @@
 config, overrides, help     the settings: typed, read from a command line, listed
 preflight                   what is refused before anything is allocated, and the log of what will run
 world, without_timeout      ring, Ulysses and replicas; work without a timeout
-failure                     how a run fails
+failure, stop               how a run fails, and how it ends early with a checkpoint
 engine, loss, optimizer     the model under DeepSpeed
 step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
 positions                   the loss by position in a document

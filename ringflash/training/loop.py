@@ -21,7 +21,7 @@ from ringflash.data.tokenizer import tokenizer_digest
 from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
-from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded
+from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded, stop
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
 from ringflash.training.engine import build_engine
@@ -108,8 +108,12 @@ def fit(config: Config, resolved: str) -> None:
             if run.metrics is not None:
                 run.metrics.log(step, record)
                 run.metrics.show(step, record)
-            if divergence.finite(step, record) and _due(step, config.checkpoint.every):
+            stopping = stop.asked(world) and step < config.optim.total_steps
+            if divergence.finite(step, record) and (stopping or _due(step, config.checkpoint.every)):
                 run.save(step)
+                if stopping:
+                    _stop(run, step)
+                    return
     _finish(run, evaluation, divergence)
 
 
@@ -252,6 +256,21 @@ def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> 
             entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
             run.metrics.conclude(steps, {} if held_out is None else held_out.record(), entropy)
             _print_outcome(run.folder, exported, held_out, entropy, config.evaluation.needle.every > 0)
+    _leave(world)
+
+
+def _stop(run: Run, step: int) -> None:
+    """What a run leaves that was asked to stop after `step`, whose checkpoint is written."""
+    with run.world.without_timeout("finishing wandb's run"):
+        if run.metrics is not None:
+            run.metrics.close(exit_code=1, preempted=True)
+            done = f"step {step} of {run.job.config.optim.total_steps}"
+            print(f"stopped by {stop.SIGNAL.name} after {done}; resume=auto continues there", flush=True)
+    _leave(run.world)
+
+
+def _leave(world: World) -> None:
+    """Part from the other ranks."""
     world.watchdog.close()  # before any rank, and the store with it, is gone
     dist.barrier()
     dist.destroy_process_group()

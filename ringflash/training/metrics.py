@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +22,7 @@ from ringflash.training.files import write_figure, write_whole, writing
 
 FILE = "metrics.jsonl"
 BY_POSITION, HELD_OUT_BY_POSITION = "loss/", "held_out_loss/"  # and a range of positions, in names of values
+LINE_INTERVAL = 10.0  # seconds between two lines of progress in a log
 RECENT = 20  # steps whose mean losses by position are drawn
 MODES = ("offline", "online", "disabled")
 
@@ -61,7 +63,9 @@ class Metrics:
         self._file = self.path.open("a", buffering=1)
         self._wandb = None if config.mode == "disabled" else _wandb_run(config, folder, settings)
         self._events = _events(folder, start) if config.tensorboard else None
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        self._steps, self._line_due = steps, 0.0
+        # disable=None: no bar where stderr is no terminal
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=None)
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Write the record of `step`.
@@ -90,13 +94,18 @@ class Metrics:
             self._events.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
 
     def show(self, step: int, record: dict[str, float]) -> None:
-        """Move the progress bar to `step`."""
+        """Move the progress bar to `step`; where there is none, as in a job's log, print a line at intervals."""
         parts = [f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tok/s"]
         if "mfu" in record:
             parts.append(f"MFU {record['mfu']:.1%}")
         parts.append(f"{record['memory_gib']:.1f} GiB")
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
-        self._bar.update(step - self._bar.n)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step == self._steps or time.monotonic() >= self._line_due:
+            self._line_due = time.monotonic() + LINE_INTERVAL
+            parts.insert(1, f"gradient norm {record['gradient_norm']:.3g}")
+            print(f"step {step} of {self._steps}: {', '.join(parts)}", flush=True)
 
     def write_line(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -112,13 +121,18 @@ class Metrics:
             self.log(step, held_out | {"unigram_entropy": unigram_entropy})
         self.close()
 
-    def close(self, exit_code: int = 0) -> None:
-        """Close the file, the bar and the wandb run; wandb shows a run with another exit code than 0 as failed."""
+    def close(self, exit_code: int = 0, preempted: bool = False) -> None:
+        """Close the file, the bar and the wandb run.
+
+        wandb shows a run with another exit code than 0 as failed, or as preempted.
+        """
         self._bar.close()
         self._file.close()
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:
+            if preempted:
+                self._wandb.mark_preempting()
             self._wandb.finish(exit_code=exit_code)
 
 

@@ -14,9 +14,9 @@ SLEEPER = (
 )
 
 
-def test_progress_bars_are_not_printed_lines():
-    printed = b"0%|  | 3/9 [00:01, 2.1it/s]\rringflash: rank 0 waits\n\n 0%|  | 4/9 [00:01, 2.9step/s]\n"
-    assert failures._lines(printed) == ["ringflash: rank 0 waits"]
+def test_lines_of_progress_are_no_report():
+    printed = b"step 3 of 9: loss 2.1, 2 tok/s\n\nringflash: rank 0, step 3: waits\nstep 4 of 9: loss 2.1, 2 tok/s\n"
+    assert failures._lines(printed) == ["ringflash: rank 0, step 3: waits"]
 
 
 def test_the_rank_that_is_named_is_found():

@@ -65,3 +65,14 @@ def test_a_plot_is_replaced(tmp_path):
     (tmp_path / "loss.png").write_bytes(b"of an earlier run")
     metrics.check_plot(tmp_path)
     assert metrics.plot(tmp_path, None).stat().st_size > 1000
+
+
+def test_a_job_log_gets_lines_at_intervals_instead_of_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics.time, "monotonic", iter([100.0, 100.0, 109.0, 111.0, 111.0, 112.0]).__next__)
+    written = metrics.Metrics(metrics.LoggerConfig(mode="disabled"), tmp_path, {}, start=0, steps=4)
+    for step in (1, 2, 3, 4):
+        written.show(step, {"loss": 2.5, "gradient_norm": 0.123, "tokens_per_second": 1e4, "memory_gib": 1.0})
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == ["step 1 of 4", "step 3 of 4", "step 4 of 4"]
+    assert "loss 2.500, gradient norm 0.123, 10,000 tok/s" in out
+    assert err == ""
