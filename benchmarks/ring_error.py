@@ -35,10 +35,12 @@ GROWTH = 1.3  # what the error may grow by from 1 rank to any other number and s
 def blocks_rounded(kernel: Kernel) -> Kernel:
     """The kernel with each block's output in the inputs' dtype, merged in fp32 outside it."""
 
-    def forward(q: Tensor, *args, carry: Partial | None, out: Tensor | None, **options) -> Partial:
+    def forward(q: Tensor, *args, carry: Partial | None, out: Tensor | None, seen: Tensor | None, **options) -> Partial:
         block = kernel.forward(q, *args, carry=None, out=torch.empty_like(q), **options)
         merged = block if carry is None else merge(carry, block)
-        return Partial(merged.out.float() if out is None else out.copy_(merged.out), merged.lse)
+        if out is not None:
+            out.copy_(merged.out)  # the last call for a row leaves its result
+        return Partial(merged.out.float(), merged.lse)
 
     return dataclasses.replace(kernel, forward=forward)
 

@@ -2,7 +2,7 @@
 
 Every kernel has the same five functions and knows nothing of rings, layouts, documents or windows:
 
-    forward(q, k, v, intervals, *, scale, softcap, carry, out) -> Partial
+    forward(q, k, v, intervals, *, scale, softcap, carry, out, seen) -> Partial
     delta(out, dout) -> Tensor
     center(q, k, lse, *, scale) -> (Tensor, Tensor)
     backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv, center) -> None
@@ -16,6 +16,9 @@ values that no query sees must be finite all the same: tiles reach over an inter
 forward: `carry`, where given, is the Partial of keys seen before; it is updated in place and returned. `out`, where
 given, [B, Sq, Hq, Dv] of q's dtype or fp32 and any strides with a contiguous last dimension, is written instead of
 carry.out, all of it; lse is updated in place all the same. Without a carry the Partial is new, in fp32 but for `out`.
+`seen`, where given beside `out`, is that of `mask.rows_seen` for this call, one of several over which an fp32 Partial
+is carried. The last call that sees a tile of rows writes it to `out`, and not to the Partial; calls before that write
+it to the Partial alone. After the last call `out` is complete. All of them are calls of one kernel.
 
 backward: lse and delta, fp32 [B, Hq, Sq], are those of the whole softmax, over all shards: delta = rowsum(dout * out).
 Gradients are *added* into dq, dk and dv, of the shapes of q, k and v, all fp32, with a contiguous last dimension.

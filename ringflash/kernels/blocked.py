@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ringflash.kernels.checks import like_out, request_refusal
+from ringflash.kernels.checks import check_seen, like_out, request_refusal
 from ringflash.kernels.compensation import center
 from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge
@@ -45,8 +45,10 @@ def forward(
     softcap: float | None = None,
     carry: Partial | None = None,
     out: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract."""
+    check_seen("blocked", q, seen)
     state = Partial.identity(like_out(q, v)) if carry is None else carry
     for rows, keys, visible in _tiles(intervals):
         scores, _ = _scores(_fold(q[:, rows], k), _keys(k, keys), scale, softcap)
@@ -57,7 +59,13 @@ def forward(
         merged = merge(Partial(state.out[:, rows], state.lse[:, :, rows]), block)
         state.out[:, rows] = merged.out
         state.lse[:, :, rows] = merged.lse
-    return state if out is None else Partial(out.copy_(state.out), state.lse)
+    if out is None:
+        return state
+    if seen is None:
+        return Partial(out.copy_(state.out), state.lse)
+    complete = (seen[1].diff(dim=1) == 0)[..., None, None]
+    out.copy_(torch.where(complete, state.out, out))
+    return state
 
 
 def delta(out: Tensor, dout: Tensor) -> Tensor:

@@ -133,6 +133,18 @@ def check_out(kernel: str, q: Tensor, out: Tensor) -> None:
         )
 
 
+def check_seen(kernel: str, q: Tensor, seen: Tensor | None) -> None:
+    """Raise ValueError unless seen is None or contiguous, int32 [2, 1 or B, Sq + 1]."""
+    if seen is None:
+        return
+    B, S = q.shape[:2]
+    if seen.dtype != torch.int32 or seen.shape not in ((2, 1, S + 1), (2, B, S + 1)) or not seen.is_contiguous():
+        raise ValueError(
+            f"kernel={kernel} takes seen as [2, 1 or {B}, {S + 1}], torch.int32, contiguous, "
+            f"got {[*seen.shape]}, {seen.dtype}, strides {seen.stride()}"
+        )
+
+
 def check_intervals(kernel: str, q: Tensor, k: Tensor, intervals: Intervals) -> None:
     """Raise ValueError unless every query and key has its bounds, as contiguous rows of int32."""
     for x, bounds in ((q, ("start", "end")), (k, ("query_start", "query_end"))):

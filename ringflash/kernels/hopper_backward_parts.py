@@ -84,7 +84,7 @@ class Call:
         full = gl.where(first + self.KEYS > self.keys, 0, full)
         if PARTS > 1:
             count = gl.where(first < self.keys, count, 0)
-        return Job(batch, head_kv * self.group + head, head_kv, first, lo, count, count - full, full_from)
+        return Job(batch, head_kv * self.group + head, head_kv, first, lo, count, count - full, full_from, 0 * first)
 
     @gluon.jit
     def seen_by(self, job, keys):

@@ -54,7 +54,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ringflash.kernels.checks import check_out
+from ringflash.kernels.checks import check_out, check_seen
 from ringflash.kernels.gluon_names import aggregate, copy_out, reinterpret
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
@@ -79,7 +79,14 @@ from ringflash.kernels.hopper_parts import (
     tiles,
 )
 from ringflash.kernels.hopper_softmax import guess_step, packed, scale_rows, softmax_step, to_rows, to_threads, unpacked
-from ringflash.kernels.portable_parts import LOG2_E, interval_stride, result_without_keys, score_scales
+from ringflash.kernels.portable_parts import (
+    LOG2_E,
+    interval_stride,
+    outputs,
+    result_without_keys,
+    score_scales,
+    seen_argument,
+)
 from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
@@ -89,6 +96,8 @@ LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
 HELD = gl.constexpr(128)  # columns of q in registers at head_dim 256: 32 registers per thread
 STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
+# Where the result of a tile goes. NOWHERE: it is complete since an earlier call, and what is carried was not written.
+OUT, FINAL, NOWHERE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 # Of the barriers by number, TURN has one per consumer, which it shares with the one before it.
 TURN = gl.constexpr(FIRST_BARRIER)
 K_EMPTY = gl.constexpr(FIRST_BARRIER + 3)
@@ -125,12 +134,18 @@ class Call:
     lse: gl.tensor
     lse_stride_b: gl.tensor
     lse_stride_h: gl.tensor
-    carry_stride_b: gl.tensor  # these six where DIRECT
+    carry_stride_b: gl.tensor  # these nine where DIRECT
     carry_stride_s: gl.tensor
     carry_stride_h: gl.tensor
     out_stride_b: gl.tensor
     out_stride_s: gl.tensor
     out_stride_h: gl.tensor
+    final_stride_b: gl.tensor
+    final_stride_s: gl.tensor
+    final_stride_h: gl.tensor
+    seen: gl.tensor  # where FINISHES
+    seen_stride_b: gl.tensor
+    seen_later: gl.tensor  # from the counts of this call to those of later ones
     start: gl.tensor
     end: gl.tensor
     interval_stride_b: gl.tensor
@@ -152,12 +167,26 @@ class Call:
     CARRY: gl.constexpr
     GUESS: gl.constexpr  # weights of full tiles by `guess_step`, p in `packed` form, one thing after the other
     DIRECT: gl.constexpr  # carry and out go between registers and memory, with no shared memory between
+    FINISHES: gl.constexpr  # tiles that no later call sees go to `final`, the others to out
 
     @gluon.jit
     def key(self, job, step):
         """The first key of the tile walked as number `step`: the edges, then the full ones."""
         edge = gl.where(step < job.full_from, step, step + job.tiles - job.edges)
         return job.lo + gl.where(step < job.edges, edge, job.full_from + step - job.edges) * self.BLOCK_K
+
+    @gluon.jit
+    def into(self, batch, first, last):
+        """Where the result of rows first..last goes: to `final` after the last call that sees any of them."""
+        into = 0 * first + OUT
+        if self.FINISHES:
+            seen = self.seen + batch.to(gl.int64) * self.seen_stride_b
+            later = seen + self.seen_later
+            into = gl.where(gl.load(later + last + 1) > gl.load(later + first), OUT, FINAL)
+            if self.CARRY:  # else this is the first call, which writes every tile
+                sees = gl.load(seen + last + 1) > gl.load(seen + first)
+                into = gl.where((into == OUT) | sees, into, NOWHERE)
+        return into
 
     @gluon.jit
     def total(self):
@@ -197,7 +226,8 @@ class Call:
         full_from = gl.where(full == tiles, 1, full_from)
         full = gl.minimum(full, tiles - 1)
         tiles = gl.where(taken, tiles, 0)
-        return Job(batch, head, head_kv, first, lo, tiles, tiles - full, full_from)
+        into = self.into(batch, first, last)
+        return Job(batch, head, head_kv, first, lo, tiles, tiles - full, full_from, into)
 
 
 # -- the producer: one warp
@@ -328,7 +358,7 @@ def step(
 def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
     """Rows WHO x 64 and on of every query tile of this program."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
-    out = descriptors[4]
+    out, final = descriptors[4], descriptors[5]
     S: gl.constexpr = product_layout(call.BLOCK_K)
     A: gl.constexpr = product_layout(call.D)
     if WHO == call.CONSUMERS - 1:
@@ -383,8 +413,9 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
             m, z = to_rows(m, z, call.BLOCK_K)
 
         # 4. The last tile's values. Under them, the carried lse arrives.
-        q_pipe.release(q_number)
         number += job.tiles
+        job = receive_job(jobs.index(WHO))  # again, so that the loops need not keep it
+        q_pipe.release(q_number)
         output = begin_output(acc, p, alpha, v_pipe, number - 1, call)
         valid = rows < call.queries
         lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b + job.head.to(gl.int64) * call.lse_stride_h
@@ -396,11 +427,16 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
         first_row = job.first_row + WHO * ROWS
         acc, total = result(acc, m, z, m_carry, carry_pipe, q_number, descriptors[3], job, first_row, call)
         gl.store(lse + rows, total, valid)
-        if call.DIRECT:
-            at = elements(out, call.out_stride_b, call.out_stride_s, call.out_stride_h, job, first_row, acc)
-            gl.store(at, acc.to(out.dtype.element_ty), inside(first_row, acc, call))
+        if call.FINISHES:
+            if job.into == OUT:
+                write(acc, out, call.out_stride_b, call.out_stride_s, call.out_stride_h, carry_pipe, q_number, job,
+                      first_row, call)  # fmt: skip
+            elif job.into == FINAL:
+                write(acc, final, call.final_stride_b, call.final_stride_s, call.final_stride_h, carry_pipe, q_number,
+                      job, first_row, call)  # fmt: skip
         else:
-            store_output(acc, [job.batch, job.head, first_row, 0], carry_pipe.tile(q_number), out)
+            write(acc, out, call.out_stride_b, call.out_stride_s, call.out_stride_h, carry_pipe, q_number, job,
+                  first_row, call)  # fmt: skip
 
         q_number += call.CONSUMERS
         q_pipe.wait_full(q_number)  # the copy engine and the producer
@@ -453,6 +489,16 @@ def result(acc, m, z, m_carry, carry_pipe, number, carry, job, first_row, call):
 
 
 @gluon.jit
+def write(acc, out, stride_b, stride_s, stride_h, carry_pipe, number, job, first_row, call):
+    """Rows of the result from `first_row` on to `out`: a pointer with strides where DIRECT, else a descriptor."""
+    if call.DIRECT:
+        at = elements(out, stride_b, stride_s, stride_h, job, first_row, acc)
+        gl.store(at, acc.to(out.dtype.element_ty), inside(first_row, acc, call))
+    else:
+        store_output(acc, [job.batch, job.head, first_row, 0], carry_pipe.tile(number), out)
+
+
+@gluon.jit
 def store_output(acc, place, staged, out):
     """Send rows of out on their way, through shared memory. The copy engine clips rows past the end."""
     if staged.dtype != out.dtype:
@@ -465,24 +511,27 @@ def store_output(acc, place, staged, out):
 
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "carry_stride_b", "carry_stride_s", "carry_stride_h", "out_stride_b",
-    "out_stride_s", "out_stride_h", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
+    "out_stride_s", "out_stride_h", "final_stride_b", "final_stride_s", "final_stride_h", "seen_stride_b",
+    "seen_later", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
     "pairs", "heads_in_l2", "c", "cap_scale",
 ])  # fmt: skip
 def forward_kernel(
-    q, k, v, carry, out,
+    q, k, v, carry, out, final,
     carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s, out_stride_h,
+    final_stride_b, final_stride_s, final_stride_h, seen, seen_stride_b, seen_later,
     lse, lse_stride_b, lse_stride_h,
     start, end, interval_stride_b, counter, order, order_stride_b, tiles,
     queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    CAPPED: gl.constexpr, CARRY: gl.constexpr, DIRECT: gl.constexpr,
+    CAPPED: gl.constexpr, CARRY: gl.constexpr, DIRECT: gl.constexpr, FINISHES: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers, and a function for each group of warps. q, k, v, carry, out are [B, H, S, D] for TMA."""
+    """Shared memory, barriers, and a function for each group of warps. All but lse are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s,
-        out_stride_h, start, end, interval_stride_b, counter, order, order_stride_b, tiles, queries, heads_kv, group,
-        pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, DIRECT,
+        out_stride_h, final_stride_b, final_stride_s, final_stride_h, seen, seen_stride_b, seen_later,
+        start, end, interval_stride_b, counter, order, order_stride_b, tiles, queries, heads_kv, group,
+        pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, DIRECT, FINISHES,
     )  # fmt: skip
     q_pipe = make_pipe(q.dtype, CONSUMERS, ROWS, D, WRITERS=2)
     jobs = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -491,7 +540,7 @@ def forward_kernel(
     # Where not DIRECT, out leaves through it as well.
     carry_pipe = q_pipe if DIRECT else make_pipe(carry.dtype, CONSUMERS, ROWS, D, READERS=1 if CARRY else 0)
     pipes = (q_pipe, k_pipe, v_pipe, carry_pipe)
-    descriptors = (q, k, v, carry, out)
+    descriptors = (q, k, v, carry, out, final)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -528,6 +577,7 @@ def forward(
     softcap: float | None = None,
     carry: Partial | None = None,
     out: Tensor | None = None,
+    seen: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract.
@@ -541,39 +591,41 @@ def forward(
     if out is not None:
         check_out("hopper", q, out)
         check_addresses(out=out)
+    check_seen("hopper", q, seen)
     if 0 in q.shape or 0 in k.shape:
-        return result_without_keys(q, carry, out)
+        return result_without_keys(q, carry, out, seen)
 
     B, Sq, Hq, D = q.shape
     Hkv = k.shape[2]
-    in_place = carry is not None and out is None
-    if out is None:
-        out = torch.empty(q.shape, dtype=torch.float32, device=q.device) if carry is None else carry.out
-    lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device) if carry is None else carry.lse
+    state, final = outputs(q, carry, out, seen)
+    out, lse, carried = state.out, state.lse, (state if carry is None else carry).out
     t = tuning or TUNINGS[D]
     registers = REGISTERS[t.consumers]
     order = intervals.query_order[t.consumers * ROWS.value]
-    q_tiles = order.nonempty if in_place else order.tiles.shape[1]  # in place, what sees nothing has its result
+    in_place = carry is not None and carried is out  # then what sees nothing has its result
+    q_tiles = order.nonempty if in_place else order.tiles.shape[1]
     if not q_tiles:
-        return Partial(out, lse)
+        return state
     direct = D > 128
-    carry_out = out if carry is None else carry.out
     out_tiles = out if direct else tiles(out, ROWS.value)
-    carry_tiles = carry_out if direct else out_tiles if carry_out is out else tiles(carry_out, ROWS.value)
+    carry_tiles, final_tiles = (
+        out_tiles if x is out else x if direct else tiles(x, ROWS.value) for x in (carried, final)
+    )
     with torch.cuda.device_of(q):
         forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
-            *(carry_tiles, out_tiles, *carry_out.stride()[:3], *out.stride()[:3]),
+            *(carry_tiles, out_tiles, final_tiles, *carried.stride()[:3], *out.stride()[:3], *final.stride()[:3]),
+            *seen_argument(seen, lse),
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(counter(q.device), order.tiles, interval_stride(order.tiles), q_tiles),
             *(Sq, Hkv, Hq // Hkv, B * Hkv, min(heads_in_l2(q, k), B * Hkv), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
-            CAPPED=softcap is not None, CARRY=carry is not None, DIRECT=direct,
+            CAPPED=softcap is not None, CARRY=carry is not None, DIRECT=direct, FINISHES=final is not out,
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
-    return Partial(out, lse)
+    return state
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:

@@ -200,12 +200,13 @@ class Job:
     tiles: gl.tensor
     edges: gl.tensor
     full_from: gl.tensor
+    into: gl.tensor  # in the forward, where the tile's result goes: OUT, FINAL or NOWHERE
 
     @gluon.jit
     def fields(self):
-        """The job as a vector of 8, for `receive_job`."""
+        """The job as a vector of 8, for `receive_job`: all but the KV head, of which consumers know nothing."""
         i = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [1], [0]))
-        heads = gl.where(i == 1, self.head, gl.where(i == 2, self.head_kv, self.first_row))
+        heads = gl.where(i == 1, self.head, gl.where(i == 2, self.into, self.first_row))
         where = gl.where(i == 0, self.batch, heads)
         what = gl.where(i == 4, self.lo, gl.where(i == 5, self.tiles, gl.where(i == 6, self.edges, self.full_from)))
         return gl.where(i < 4, where, what)
@@ -217,10 +218,11 @@ def receive_job(fields):
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # each thread reads them all
     i = gl.arange(0, 8, layout=layout)
     x = fields.load(layout)
+    head = gl.sum(gl.where(i == 1, x, 0), 0)
     return Job(
-        gl.sum(gl.where(i == 0, x, 0), 0), gl.sum(gl.where(i == 1, x, 0), 0), gl.sum(gl.where(i == 2, x, 0), 0),
-        gl.sum(gl.where(i == 3, x, 0), 0), gl.sum(gl.where(i == 4, x, 0), 0), gl.sum(gl.where(i == 5, x, 0), 0),
-        gl.sum(gl.where(i == 6, x, 0), 0), gl.sum(gl.where(i == 7, x, 0), 0),
+        gl.sum(gl.where(i == 0, x, 0), 0), head, head, gl.sum(gl.where(i == 3, x, 0), 0),
+        gl.sum(gl.where(i == 4, x, 0), 0), gl.sum(gl.where(i == 5, x, 0), 0), gl.sum(gl.where(i == 6, x, 0), 0),
+        gl.sum(gl.where(i == 7, x, 0), 0), gl.sum(gl.where(i == 2, x, 0), 0),
     )  # fmt: skip
 
 

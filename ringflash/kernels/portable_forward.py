@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringflash.kernels.checks import check_out, check_rows, like_out
+from ringflash.kernels.checks import check_out, check_rows, check_seen, like_out
 from ringflash.kernels.portable_parts import (
     LARGE_SHARED,
     LN_2,
@@ -41,8 +41,10 @@ from ringflash.kernels.portable_parts import (
     exact_tuning,
     interval_stride,
     load_tile,
+    outputs,
     result_without_keys,
     score_scales,
+    seen_argument,
     softcap,
     supports,
     tile_argument,
@@ -102,19 +104,20 @@ def softmax_end(m, z):
     return tl.where(seen, (m + tl.math.log2(z)) * LN_2, NEG_INF), z
 
 
-@triton.jit(do_not_specialize=["carried"])
+@triton.jit(do_not_specialize=["carried", "seen_stride_b", "seen_later"])
 def forward_kernel(
     q, q_stride_b, q_stride_s, q_stride_h,
     k, k_stride_b, k_stride_s, k_stride_h,
     v, v_stride_b, v_stride_s, v_stride_h,
     out, out_stride_b, out_stride_s, out_stride_h,
+    final, final_stride_b, final_stride_s, final_stride_h, seen, seen_stride_b, seen_later,
     carry, carry_stride_b, carry_stride_s, carry_stride_h,
     lse, lse_stride_b, lse_stride_h,
     start, end, interval_stride_b,
     queries, keys, heads_kv, carried, c, cap_scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    IN_PLACE: tl.constexpr, FINISHES: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head. Launched heads of a group first, then tiles from the last, then KV heads and batch.
 
@@ -209,6 +212,16 @@ def forward_kernel(
         if column + BLOCK_DV >= DV:
             tl.store(lse_head + rows, row_lse, valid)
         acc = acc / z[:, None]
+        if FINISHES:
+            seen_rows = seen + batch.to(tl.int64) * seen_stride_b
+            now = tl.load(seen_rows + last + 1) - tl.load(seen_rows + first)
+            later = tl.load(seen_rows + seen_later + last + 1) - tl.load(seen_rows + seen_later + first)
+            # A tile that no call sees any more is complete: now, or since an earlier call, if this is not the first.
+            complete = (later == 0) & ((now > 0) | (carried == 0))
+            final_head = final + batch.to(tl.int64) * final_stride_b + head.to(tl.int64) * final_stride_h
+            final_rows = final_head + rows.to(tl.int64)[:, None] * final_stride_s + columns[None, :]
+            tl.store(final_rows, acc.to(final.dtype.element_ty), inside & complete)
+            inside &= later > 0
         out_head = out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
         out_rows = out_head + rows.to(tl.int64)[:, None] * out_stride_s + columns[None, :]
         tl.store(out_rows, acc.to(out.dtype.element_ty), inside)
@@ -227,6 +240,7 @@ def forward(
     softcap: float | None = None,
     carry: Partial | None = None,
     out: Tensor | None = None,
+    seen: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract.
@@ -239,20 +253,14 @@ def forward(
         check_rows("portable", like_out(q, v), **{"carry.out": carry.out, "carry.lse": carry.lse})
     if out is not None:
         check_out("portable", like_out(q, v), out)
+    check_seen("portable", q, seen)
     if 0 in q.shape or 0 in k.shape:
-        return result_without_keys(like_out(q, v), carry, out)
+        return result_without_keys(like_out(q, v), carry, out, seen)
 
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, DV = v.shape
-    if carry is None:
-        lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
-        carried = (lse, 0, 0, 0)  # some pointer, not read
-    else:
-        lse = carry.lse
-        carried = (carry.out, carry.out.stride(0), carry.out.stride(1), carry.out.stride(2))
-    in_place = carry is not None and out is None
-    if out is None:
-        out = torch.empty(B, Sq, Hq, DV, dtype=torch.float32, device=q.device) if carry is None else carry.out
+    state, final = outputs(like_out(q, v), carry, out, seen)
+    out, lse, carried = state.out, state.lse, (state if carry is None else carry).out
     t = tuning or tuning_for(max(D, DV), q.dtype, arch(q))
     width, chunk = triton.next_power_of_2(D), t.chunk(DV)
     with torch.cuda.device_of(q):
@@ -261,12 +269,15 @@ def forward(
             *tile_argument("k", k, t.block_k, width, t.tma),
             *tile_argument("v", v, t.block_k, chunk, t.tma),
             *(out, *out.stride()[:3]),
-            *carried,
+            *(final, *final.stride()[:3]),
+            *seen_argument(seen, lse),
+            *(carried, *carried.stride()[:3]),
             *(lse, *lse.stride()[:2]),
             *(intervals.start, intervals.end, interval_stride(intervals.start)),
             *(Sq, Skv, Hkv, int(carry is not None), *score_scales(scale, softcap)),
             GROUP=Hq // Hkv, D=D, BLOCK_D=width, DV=DV, BLOCK_DV=chunk,
             BLOCK_Q=t.block_q, BLOCK_K=t.block_k, STAGES=t.stages, TMA=t.tma, CAPPED=softcap is not None,
-            IN_PLACE=in_place, num_warps=t.warps, num_stages=t.stages,
+            IN_PLACE=carry is not None and carried is out, FINISHES=final is not out,
+            num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
-    return Partial(out, lse)
+    return state

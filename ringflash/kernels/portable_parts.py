@@ -180,10 +180,35 @@ def tile_argument(
     return descriptor, 0, 0, 0
 
 
-def result_without_keys(q: Tensor, carry: Partial | None, out: Tensor | None) -> Partial:
+def result_without_keys(q: Tensor, carry: Partial | None, out: Tensor | None, seen: Tensor | None) -> Partial:
     """The result where there are no queries or no keys: the carry, or the Partial of no keys."""
+    if carry is not None and seen is not None:  # a later call of several, which sees nothing
+        return carry
     state = Partial.identity(q) if carry is None else carry
-    return state if out is None else Partial(out.copy_(state.out), state.lse)
+    if out is None:
+        return state
+    out.copy_(state.out)
+    return Partial(out, state.lse) if seen is None else state
+
+
+def outputs(like: Tensor, carry: Partial | None, out: Tensor | None, seen: Tensor | None) -> tuple[Partial, Tensor]:
+    """The Partial that a call writes and returns, and where tiles go that no later call sees.
+
+    These are `out` and the Partial where seen tells them apart, else the same tensor. like: of the result's shape.
+    """
+    B, S, H, _ = like.shape
+    lse = torch.empty(B, H, S, dtype=torch.float32, device=like.device) if carry is None else carry.lse
+    if out is not None and seen is None:
+        return Partial(out, lse), out
+    into = torch.empty(like.shape, dtype=torch.float32, device=like.device) if carry is None else carry.out
+    return Partial(into, lse), into if out is None else out
+
+
+def seen_argument(seen: Tensor | None, otherwise: Tensor) -> tuple[Tensor, int, int]:
+    """`seen` as a kernel takes it: a pointer, and how far batch rows and the counts of later calls lie apart in it."""
+    if seen is None:
+        return otherwise, 0, 0  # some pointer, not read
+    return seen, seen.stride(1) if seen.shape[1] > 1 else 0, seen.stride(0)
 
 
 # -- what can be asked for

@@ -95,31 +95,33 @@ class Forward(_Pass):
         self.out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
         self.query_heads = [self.queries_of(i, q.shape[2]) for i in range(len(self.sections))]
         self.q = [q[:, :, heads] for heads in self.query_heads]
-        self.state: list[Partial | None] = [None] * len(self.q)  # hop 0, always computed, fills it
+        self.rounds = sink is not None or keeps_residue  # in `finish`, else in the last hop that sees a tile
+        self.state: dict[int, Partial] = {}  # of sections
         self.results: tuple[Tensor, ...] = ()
 
     def attend(self, step: Attend) -> None:
-        """Merge a hop into a section's state. The last one writes out, unless the sink or the residue is to come."""
-        i, of_hop = step.section, self.hops[step.section][step.hop].intervals
-        for intervals in of_hop:
-            final = step.last and intervals is of_hop[-1] and self.sink is None and not self.keeps_residue
+        """Merge a hop into a section's state. What no later hop sees is written out, unless `finish` is to do so."""
+        i, hop = step.section, self.hops[step.section][step.hop]
+        out = None if self.rounds else self.out[:, :, self.query_heads[i]]
+        for intervals, seen in zip(hop.intervals, hop.seen, strict=True):
             self.state[i] = self.layer.kernel.forward(
                 self.q[i], *self.keys(step), intervals, scale=self.layer.scale, softcap=self.layer.softcap,
-                carry=self.state[i], out=self.out[:, :, self.query_heads[i]] if final else None,
+                carry=self.state.get(i), out=out, seen=seen,
             )  # fmt: skip
 
     def finish(self, step: Call) -> None:
-        """Merge the sink, round, and keep what rounding took."""
-        residue = [torch.empty_like(self.out)] if self.keeps_residue else []
-        for heads, state in zip(self.query_heads, self.state, strict=True):
-            assert state is not None
+        """Merge the sink, round, and keep what rounding took. The running results make room."""
+        residue, lse = [torch.empty_like(self.out)] if self.keeps_residue else [], []
+        for i, heads in enumerate(self.query_heads):
+            state = self.state.pop(i)
             if self.sink is not None:
                 merge_sink(state, self.sink[heads])
-            if self.sink is not None or self.keeps_residue:
+            if self.rounds:
                 self.out[:, :, heads] = state.out
             for x in residue:
                 x[:, :, heads] = state.out.sub_(self.out[:, :, heads])
-        self.results = self.out, together([state.lse for state in self.state], dim=1), *residue  # type: ignore[union-attr]
+            lse.append(state.lse)
+        self.results = self.out, together(lse, dim=1), *residue
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask, Intervals, check_tokens, to_device
+from ringflash.mask import IntervalMask, Intervals, check_tokens, rows_seen, to_device
 from ringflash.ring.ranges import Range, Ranges
 from ringflash.ring.schedule import Schedule, Shape, compile_passes
 
@@ -61,12 +61,14 @@ class Hop:
 
     source: the rank whose keys are here. pairs: visible (query, key) pairs, over the masks' batch rows. intervals: each
     mask between this rank's queries and those keys, on the ring's device, where it shows anything; none on a hop that
-    is not computed (hop 0 always is: it starts the result).
+    is not computed (hop 0 always is: it starts the result). seen: for each of these, which queries it and later ones
+    show anything to (`mask.rows_seen`), or None for the only one.
     """
 
     source: int
     pairs: int
     intervals: tuple[Intervals, ...]
+    seen: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -161,15 +163,24 @@ class AttentionPlan:
                 raise ValueError(f"masks of one plan must share no pair, but two of them share {shared}")
 
     def _hops(self, rows: slice) -> tuple[tuple[Hop, ...], ...]:
-        return tuple(tuple(self._hop(s, rank, rows) for rank in self.ring.local) for s in range(self.ring.size))
+        return tuple(zip(*(self._hops_of_rank(rank, rows) for rank in self.ring.local), strict=True))
 
-    def _hop(self, s: int, rank: int, rows: slice) -> Hop:
-        source = (rank - s) % self.ring.size
-        queries, keys = self.layout.positions(rank), self.layout.positions(source)[rows]
-        blocks = [mask.restrict(queries, keys) for mask in self.masks]
-        computed = [block for block in blocks if block.area()] or (blocks[:1] if s == 0 else [])
-        pairs = sum(block.area() * (self.batch // block.batch) for block in blocks)
-        return Hop(source, pairs, tuple(block.intervals(self.ring.device) for block in computed))
+    def _hops_of_rank(self, rank: int, rows: slice) -> list[Hop]:
+        size, device = self.ring.size, self.ring.device
+        queries, sources = self.layout.positions(rank), [(rank - s) % size for s in range(size)]
+        keys = [self.layout.positions(source)[rows] for source in sources]
+        blocks = [[mask.restrict(queries, some) for mask in self.masks] for some in keys]
+        computed = [[x for x in some if x.area()] or (some[:1] if s == 0 else []) for s, some in enumerate(blocks)]
+        seen = iter(rows_seen([x for some in computed for x in some], device))
+        return [
+            Hop(
+                source,
+                pairs=sum(x.area() * (self.batch // x.batch) for x in some),
+                intervals=tuple(x.intervals(device) for x in some),
+                seen=tuple(next(seen) for _ in some),
+            )
+            for source, some in zip(sources, computed, strict=True)
+        ]
 
     @property
     def batch(self) -> int:

@@ -109,7 +109,7 @@ class Attend:
     """Run the kernel on a section of a hop's keys.
 
     keys: the buffer with the hop's keys and values; gradients: that of their gradients, in the backward. pairs: visible
-    (query, key) pairs over the masks' batch rows. last: no later hop of this rank is computed, so the result is final.
+    (query, key) pairs over the masks' batch rows.
     """
 
     stream: int
@@ -119,7 +119,6 @@ class Attend:
     pairs: int
     keys: str
     gradients: str = ""
-    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +323,6 @@ def forward_steps(
 ) -> Iterator[Step]:
     """While a hop is computed, the keys of the next one travel. pairs: of each hop."""
     hops, last_stream = _hops(routes), sections[-1].stream
-    last = max((s for s in range(hops) if pairs[s]), default=0)
     if hops > 1:
         yield from _lay_out_keys(rank, routes, sections)
     for s in range(hops):
@@ -335,7 +333,7 @@ def forward_steps(
         if s + 1 < hops:  # here both streams are done with hop s - 1, whose buffer this fills
             yield _post_keys(rank, routes, s + 1, last_stream)
         for section in sections:
-            yield Attend(section.stream, f"hop {s}", s, section.index, pairs[s], _keys_of(s), last=s == last)
+            yield Attend(section.stream, f"hop {s}", s, section.index, pairs[s], _keys_of(s))
     if last_stream:
         yield Join()
     yield Call(0, "finish", "finish")

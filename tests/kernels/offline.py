@@ -99,6 +99,7 @@ def compile_case(case: Case, tuning: Tuning | None = None):
         "BLOCK_Q": t.block_q, "BLOCK_K": t.block_k,
         "STAGES": t.stages, "TMA": t.tma, "CAPPED": case.capped, "IN_PLACE": case.carry,
         "BLOCK_C": part, "OF_K": case.kernel != "dv", "OF_V": case.kernel != "dk",
+        "FINISHES": case.carry,
         "LEAST": portable_decode.LEAST_KEYS, "BLOCK_N": portable_decode.PARTS, "SINK": True,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -111,11 +112,11 @@ def compile_case(case: Case, tuning: Tuning | None = None):
         if name in TILED and t.tma and (not name.endswith("_part") or part < padded):
             rows = t.block_k if name in ("k", "v", "k_part") else t.block_q
             return f"tensordesc<{TYPE_NAMES[dtype]}[1, 1, {rows}, {width[name]}]>"
-        if name in TILED or (name == "out" and not case.carry and case.kernel != "decode"):
+        if name in (*TILED, "final") or (name == "out" and not case.carry and case.kernel != "decode"):
             return f"*{TYPE_NAMES[dtype]}"
         if name in ("out", "carry", "lse", "delta", "dq", "dk", "dv", "parts", "lses", "sink"):
             return "*fp32"
-        if name.startswith(("start", "end")):
+        if name.startswith(("start", "end")) or name == "seen":
             return "*i32"
         return "fp32" if name in ("c", "cap_scale", "scale") else "i32"
 

@@ -25,6 +25,10 @@ WRONG = {
     ),
     "carry": ({"carry": Partial(Q, ROWS)}, r"carry.out as \[1, 8, 4, 64\], torch.float32, .*torch.float16"),
     "out": ({"out": Q.double()}, r"out as \[1, 8, 4, 64\], float16, .*torch.float64"),
+    "seen": (
+        {"out": Q, "seen": torch.zeros(2, 1, 8).int()},
+        r"seen as \[2, 1 or 1, 9\], torch.int32, .*got \[2, 1, 8\]",
+    ),
     "dout": ({"dout": Q[:, :, :2]}, r"dout as \[1, 8, 4, 64\], .*got \[1, 8, 2, 64\]"),
     "delta": ({"delta": ROWS[:, :, :7]}, r"delta as \[1, 4, 8\], .*got \[1, 4, 7\]"),
     "center": ({"center": K[:, :1].float()}, r"center as \[1, 1, 2, 64\], torch.float16, .*torch.float32"),

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from ringflash import IntervalMask, flash_attention
+from ringflash.mask import rows_seen
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
 from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, strided, violations
@@ -211,23 +212,25 @@ def test_scores_that_rise_from_key_to_key_are_within_the_bound(rise, kernel, hea
 
 
 @over(hopper=product([64, 128, 256], BF16), portable=product([64, 128], BF16))
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "16 bits"])
+@pytest.mark.parametrize("how", ["in place", "16 bits at the end", "16 bits at once"])
 @pytest.mark.parametrize("ends", [[0, 500, 503, 1111], [1111 * i // 32 for i in range(33)]], ids=["3 hops", "32 hops"])
-def test_a_chain_of_carries_is_within_the_bound_of_float64(ends, in_place, kernel, head_dim, dtype):
+def test_a_chain_of_carries_is_within_the_bound_of_float64(ends, how, kernel, head_dim, dtype):
     forward, _ = kernels(kernel)
     p = problem(MASKS["packed"](1111), heads=(4, 2), head_dim=head_dim, dtype=dtype, device="cuda")
-    state: Partial | None = None
+    state, out = None, torch.full_like(p.q, float("nan"))
+    parts = [p.mask.restrict(torch.arange(1111), torch.arange(*run)) for run in pairwise(ends)]
+    calls = zip(pairwise(ends), parts, rows_seen(parts, "cuda"), strict=True)
     with mock.patch("torch.empty", poisoned):
-        for begin, end in pairwise(ends):
-            seen = p.mask.restrict(torch.arange(1111), torch.arange(begin, end)).intervals("cuda")
+        for (begin, end), part, seen in calls:
+            into = how == "16 bits at once" or (how == "16 bits at the end" and end == 1111)
             state = forward(
-                p.q, p.k[:, begin:end], p.v[:, begin:end], seen, scale=p.scale, carry=state,
-                out=torch.empty_like(p.q) if end == 1111 and not in_place else None,
+                p.q, p.k[:, begin:end], p.v[:, begin:end], part.intervals("cuda"), scale=p.scale, carry=state,
+                out=out if into else None, seen=seen if how == "16 bits at once" else None,
             )  # fmt: skip
-    assert state is not None
+    found = state.out if how == "in place" else out
     exact, plain = dense(p, torch.float64), dense(p, dtype)
     bound = 2 * distance(plain["out"], exact["out"])
-    assert [distance(state.out, exact["out"]) <= bound, distance(state.lse, exact["lse"]) <= 1e-5] == [True, True]
+    assert [distance(found, exact["out"]) <= bound, distance(state.lse, exact["lse"]) <= 1e-5] == [True, True]
 
 
 @over(hopper=product([64], HALF), portable=product([64], ALL))

@@ -31,12 +31,12 @@ ROOT = Path(__file__).parents[2]
 TRITONS = [None, *sorted(ROOT.glob(".venv/triton-*"))]
 CASES: dict[str, dict[str, Any]] = {
     "forward-D64": {"head_dim": 64},
-    "forward-D64-in-place": {"head_dim": 64, "carry": True, "out": torch.float32},
+    "forward-D64-in-ring": {"head_dim": 64, "carry": True, "out": torch.float32, "finishes": True},
     "forward-D128": {"head_dim": 128},
-    "forward-D128-in-place": {"head_dim": 128, "carry": True, "out": torch.float32},
+    "forward-D128-in-ring": {"head_dim": 128, "carry": True, "out": torch.float32, "finishes": True},
     "forward-D128-carry-fp16-capped": {"head_dim": 128, "carry": True, "dtype": torch.float16, "capped": True},
     "forward-D256": {"head_dim": 256},
-    "forward-D256-in-place": {"head_dim": 256, "carry": True, "out": torch.float32},
+    "forward-D256-in-ring": {"head_dim": 256, "carry": True, "out": torch.float32, "finishes": True},
     "forward-D256-carry-fp16-capped": {"head_dim": 256, "carry": True, "dtype": torch.float16, "capped": True},
     "backward-D64": {"head_dim": 64},
     "backward-D128": {"head_dim": 128},
@@ -65,11 +65,11 @@ SPILLS_IN_LOOP = {
 # columns of dq. A mask would take one per score: 64 in a forward step, 32 at head_dim 256 and in a backward step.
 SELECTS_IN_LOOP = {
     "forward-D64": 0,
-    "forward-D64-in-place": 0,
+    "forward-D64-in-ring": 0,
     "forward-D128": 2,
-    "forward-D128-in-place": 2,
+    "forward-D128-in-ring": 2,
     "forward-D256": 0,
-    "forward-D256-in-place": 0,
+    "forward-D256-in-ring": 0,
     "backward-D64": 16,
     "backward-D128": 32,
     "backward-D128-centered": 32,
@@ -89,7 +89,7 @@ def compile_case(name: str):
     from ringflash.kernels import hopper_backward, hopper_forward, hopper_parts
     from tests.kernels.offline import TYPE_NAMES
 
-    case = {"dtype": torch.bfloat16, "carry": False, "capped": False, "centered": False} | CASES[name]
+    case = {"dtype": torch.bfloat16} | dict.fromkeys(("carry", "capped", "finishes", "centered"), False) | CASES[name]
     module = hopper_forward if name.startswith("forward") else hopper_backward
     kernel = module.forward_kernel if name.startswith("forward") else module.backward_kernel
     head_dim, dtype, tuning = case["head_dim"], case["dtype"], module.TUNINGS[case["head_dim"]]
@@ -98,7 +98,7 @@ def compile_case(name: str):
     registers = hopper_parts.REGISTERS[getattr(tuning, "consumers", 2)]
     constants = {
         "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"], "DIRECT": head_dim > 128,
-        "CENTERED": case["centered"],
+        "CENTERED": case["centered"], "FINISHES": case["finishes"],
         "CONSUMER_REGISTERS": registers.consumer, "PRODUCER_REGISTERS": registers.producer,
     }  # fmt: skip
     constants |= {name.upper(): value for name, value in asdict(tuning).items()}
@@ -118,7 +118,7 @@ def compile_case(name: str):
         "q": descriptor(queries_tile, head_dim, dtype=dtype), "dout": descriptor(queries_tile, head_dim, dtype=dtype),
         "k": descriptor(keys_tile, head_dim, dtype=dtype), "v": descriptor(keys_tile, head_dim, dtype=dtype),
         "carry": tile_of(rows, dtype=torch.float32 if case["carry"] else out),
-        "out": tile_of(rows, dtype=out),
+        "out": tile_of(rows, dtype=out), "final": tile_of(rows, dtype=dtype), "seen": "*i32",
         "dq": descriptor(queries_tile, min(64, head_dim // 2), dtype=torch.float32),
         "dk": descriptor(rows, head_dim, dtype=torch.float32), "dv": descriptor(rows, head_dim, dtype=torch.float32),
         "lse": "*fp32", "delta": "*fp32", "start": "*i32", "end": "*i32", "order": "*i32",
@@ -254,10 +254,11 @@ def test_products_run_on_warpgroups_and_copies_on_the_copy_engine(compiled):
     assert breaking(compiled, wgmma=lambda r: r["wgmma"] > 0 == r["mma_sync"], loads=lambda r: r["loads"] >= 6) == []
     forward = [r for r in compiled if r["name"].startswith("forward")]
     backward = [r for r in compiled if r["name"].startswith("backward")]
-    # A consumer stores out once, at head_dim 256 from registers; dq of the loop's two forms and of its last step (at
-    # head_dim 256 in two pieces), dk and dv.
+    # A consumer stores out in one place, in a ring in either of two, at head_dim 256 from registers; dq of the loop's
+    # two forms and of its last step (at head_dim 256 in two pieces), dk and dv.
     wide = "D256"
-    stores = lambda r: r["stores"] == (0 if wide in r["name"] else consumers(r))  # noqa: E731
+    places = lambda r: 0 if wide in r["name"] else 2 if "ring" in r["name"] else 1  # noqa: E731
+    stores = lambda r: r["stores"] == places(r) * consumers(r)  # noqa: E731
     reductions = lambda r: r["reductions"] == (16 if wide in r["name"] else 10)  # noqa: E731
     assert breaking(forward, stores=stores, none=lambda r: r["reductions"] == 0) == []
     assert breaking(backward, none=lambda r: r["stores"] == 0, reductions=reductions) == []

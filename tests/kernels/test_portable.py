@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from ringflash import IntervalMask, flash_attention
+from ringflash.mask import rows_seen
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
 from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, strided, violations
@@ -118,6 +120,26 @@ def chain_against_one_call(out_dtype: torch.dtype | None, rounding: float) -> di
         "lse in place": state.lse is before.lse,
         "dtype": state.out.dtype,
     }
+
+
+def chain_that_writes_each_tile_once(chosen: str) -> list[bool]:
+    """A forward over four runs of keys, of which tiles of queries see from none to three, in two batch rows."""
+    from ringflash.kernels import blocked
+
+    forward = kernels()[0] if chosen == "portable" else blocked.forward
+    p, runs = (
+        problem(MASKS["packed"](TOKENS), heads=(4, 2), head_dim=32),
+        [slice(*x) for x in pairwise((0, 30, 50, 60, TOKENS))],
+    )
+    whole = forward(p.q, p.k, p.v, p.mask.intervals(), scale=p.scale)
+    parts = [p.mask.restrict(torch.arange(TOKENS), torch.arange(run.start, run.stop)) for run in runs]
+    state, out = None, torch.full_like(p.q, torch.nan)
+    with mock.patch("torch.empty", poisoned):
+        for run, part, seen in zip(runs, parts, rows_seen(parts), strict=True):
+            given = p.q, p.k[:, run], p.v[:, run], part.intervals()
+            state = forward(*given, scale=p.scale, carry=state, out=out, seen=seen)
+            assert state.out.dtype == torch.float32
+    return [distance(out, whole.out) < 1e-6, distance(state.lse, whole.lse) < 1e-6]
 
 
 def rows_touched_by_a_hop_that_few_rows_see() -> list[int]:
@@ -295,6 +317,11 @@ def test_a_chain_of_carries_equals_one_call_and_is_updated_in_place(interpreter)
 def test_a_chain_of_carries_can_end_in_another_dtype(interpreter):
     found = interpreter(chain_against_one_call, torch.float16, 2**-11)
     assert found == {"close": True, "out in place": False, "lse in place": True, "dtype": torch.float16}
+
+
+@pytest.mark.parametrize("kernel", ["portable", "blocked"])
+def test_the_last_call_that_sees_a_tile_writes_its_result(interpreter, kernel):
+    assert interpreter(chain_that_writes_each_tile_once, kernel) == [True, True]
 
 
 def test_query_tiles_that_see_nothing_are_not_written(interpreter):

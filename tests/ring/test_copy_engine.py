@@ -69,8 +69,9 @@ class Noting:
 
 
 def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
-    state = Partial.identity(q) if carry is None else carry
-    return state if out is None else Partial(out.zero_(), state.lse)
+    if out is not None:
+        out.zero_()
+    return Partial.identity(q) if carry is None else carry
 
 
 def noted(mask, layout, rank, kv_heads, batch) -> Noting:

@@ -80,8 +80,9 @@ class Alone:
 
 
 def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
-    state = Partial.identity(q) if carry is None else carry
-    return state if out is None else Partial(out, state.lse)
+    if out is not None:
+        out.zero_()
+    return Partial.identity(q) if carry is None else carry
 
 
 def backward(*tensors, **options) -> None:

@@ -100,7 +100,7 @@ class Clocks:
                 self.tick(self.now)
                 state = Partial.identity(q) if carry is None else carry
                 if out is not None:
-                    state = Partial(out.zero_(), state.lse)
+                    self.access(out.zero_(), True, "forward kernel")
                 for x in (q, k, v) if carry is None else (q, k, v, carry.out, carry.lse):
                     self.access(x, False, "forward kernel")
                 for x in (state.out, state.lse):
