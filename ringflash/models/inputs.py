@@ -61,43 +61,63 @@ def ring_inputs(
     TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and where
     another rank's do not fit, so that no rank waits for one that raised. Raises RuntimeError in a DataLoader's worker.
     """
-    if not hasattr(ring, "exchange") or isinstance(ring, type):
-        raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
-    shared = [group for group in (ring, ulysses) if isinstance(group, ProcessRing | Ulysses)]
-    for group in shared:
-        group.process.check()
+    groups = _process_groups(ring, ulysses)
     with torch.device("cpu"):  # plans are made there, whatever device torch.set_default_device names
         try:
-            if labels is not None and shift_labels is not None:
-                raise ValueError("labels and shift_labels were both given: shift_labels are labels, shifted already")
-            name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-            input_ids, targets = _checked_tokens(input_ids, name, targets)
-            rows, length = input_ids.shape
-            document = _documents_mask(documents, rows, length)
-            mask = IntervalMask.causal(length) & document
+            ids, targets = _checked_tokens(input_ids, labels, shift_labels)
+            document = _documents_mask(documents, *ids.shape)
             _check_config(config)
-            chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
-            plan = AttentionPlan(mask, chosen, ring, ulysses, leading_tokens)
+            plan = _plan(document, layout, ring, ulysses, leading_tokens, config)
         except (ValueError, TypeError):
             if compare_ranks:
-                agree(torch.tensor(_REFUSED, device=ring.device), shared)
+                agree(torch.tensor(_REFUSED, device=ring.device), groups)
             raise
-        leading = torch.tensor([min(leading_tokens, length)])
-        given = (input_ids, targets, document.lo, document.hi, chosen.chunks, leading)
         if compare_ranks:
-            agree(checksum(ring.device, *given), shared)
+            leading = torch.tensor([min(leading_tokens, ids.shape[1])])
+            agree(checksum(ring.device, ids, targets, document.lo, document.hi, plan.layout.chunks, leading), groups)
         if targets is not None and shift_labels is None:
             targets = _shifted(targets, document)
-        keywords, count = ({}, None) if targets is None else _shard_labels(targets, plan)
-        ids = plan.shard(input_ids)
-        stand_in = RingMask(ids.shape, count, ring.device, plan=plan)
-        return keywords | {
-            "input_ids": ids,
-            "position_ids": plan.position_ids(rows),
-            "attention_mask": stand_in if config is None else by_layer_type(stand_in, config),
-            "plan": plan,
-            "use_cache": False,
-        }
+        return _model_inputs(ids, targets, plan, config)
+
+
+def _process_groups(ring: Ring, ulysses: Ulysses | None) -> list[ProcessRing | Ulysses]:
+    """The groups that share the sequences. Raises TypeError for a ring that is none, RuntimeError in a worker."""
+    if not hasattr(ring, "exchange") or isinstance(ring, type):
+        raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
+    groups = [group for group in (ring, ulysses) if isinstance(group, ProcessRing | Ulysses)]
+    for group in groups:
+        group.process.check()
+    return groups
+
+
+def _plan(
+    document: IntervalMask,
+    layout: str | Callable[[IntervalMask], Layout],
+    ring: Ring,
+    ulysses: Ulysses | None,
+    leading_tokens: int,
+    config: PreTrainedConfig | None,
+) -> AttentionPlan:
+    """The plan of causal attention within documents. Raises ValueError for a layout that cannot be."""
+    mask = IntervalMask.causal(document.queries) & document
+    chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
+    return AttentionPlan(mask, chosen, ring, ulysses, leading_tokens)
+
+
+def _model_inputs(
+    ids: Tensor, targets: Tensor | None, plan: AttentionPlan, config: PreTrainedConfig | None
+) -> dict[str, Any]:
+    """This rank's keywords of the model's forward, from whole ids and shifted targets, both [B, S]."""
+    keywords, count = ({}, None) if targets is None else _shard_labels(targets, plan)
+    shard = plan.shard(ids)
+    stand_in = RingMask(shard.shape, count, plan.ring.device, plan=plan)
+    return keywords | {
+        "input_ids": shard,
+        "position_ids": plan.position_ids(len(ids)),
+        "attention_mask": stand_in if config is None else by_layer_type(stand_in, config),
+        "plan": plan,
+        "use_cache": False,
+    }
 
 
 def _shifted(labels: Tensor, document: IntervalMask) -> Tensor:
@@ -146,16 +166,21 @@ def _layout(
     return fastest(layer_masks(config, mask), ring.size, machine, ulysses)[1]
 
 
-def _checked_tokens(input_ids: Any, name: str, labels: Any) -> tuple[Tensor, Tensor | None]:
-    """Both as tensors. Refuses what is not [B, S], or not alike, before shards are cut, whose shapes would hide
-    it."""
+def _checked_tokens(input_ids: Any, labels: Any, shift_labels: Any) -> tuple[Tensor, Tensor | None]:
+    """input_ids, and whichever labels were given, as tensors [B, S].
+
+    Raises ValueError or TypeError for what is not [B, S], or of two shapes: shards are padded, which would hide it.
+    """
+    if labels is not None and shift_labels is not None:
+        raise ValueError("labels and shift_labels were both given: shift_labels are labels, shifted already")
     # What torch's embedding and cross entropy take. They would refuse the rest too, but name neither argument.
     ids = _integers("input_ids", input_ids, (torch.int64, torch.int32))
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"input_ids must be [B, S] with a token or more, got {[*ids.shape]}")
-    if labels is None:
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given is None:
         return ids, None
-    targets = _integers(name, labels, (torch.int64,))
+    targets = _integers(name, given, (torch.int64,))
     if targets.shape != ids.shape:
         raise ValueError(f"{name} {[*targets.shape]} must have the shape of input_ids, {[*ids.shape]}")
     return ids, targets
