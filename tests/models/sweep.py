@@ -18,17 +18,18 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 TEXT = """# Models
 
-A model trains on the ring if its `model_type` is in the first table. `make models` writes this page and proves each
-row: loss and every gradient of a tiny model against its own eager attention, document by document, in fp32.
+A model can be trained on the ring if its `model_type` is in the first table. `make models` proves each row and writes
+this page. The proof compares the loss and every gradient of a tiny model with the model's own eager attention, run
+document by document, in fp32. It covers:
 
-- Sequences of one document and of several; 1 to 4 ranks; with and without recomputation of layers.
-- The model's own loss, and the trainer's, which never makes all logits.
-- What the configuration says of each layer's heads and window, from which layouts and FLOPs are predicted, against
-  what attention was called with.
-- Two models where those of a family differ in kind. Gemma 4: keys shared by layers, and experts. Phi 3 and phimoe: a
-  window, and longrope. Llama and Hunyuan: dynamic RoPE. Documents are on both sides of the original length.
+- sequences of one document and of several, 1 to 4 ranks, with and without recomputation of layers;
+- the model's own loss, and the trainer's loss, which never materialises all logits;
+- each layer's heads and window as read from the configuration, from which layouts and FLOPs are predicted, compared
+  with those of the actual call of attention;
+- two models where the models of a family differ in kind: shared keys and experts for Gemma 4, a window and longrope for
+  Phi 3 and phimoe, dynamic RoPE for Llama and Hunyuan. Their documents are shorter and longer than the original length.
 
-The errors are the largest relative ones: of a loss (PASS: {loss:g} at most), and of a parameter's gradient
+The table has the largest relative errors of a loss (PASS: {loss:g} at most), and of a parameter's gradient
 ({gradient:g} at most). transformers {version}.
 
 | model_type | layers with a sliding window | also | loss | gradient | |
@@ -37,35 +38,38 @@ The errors are the largest relative ones: of a loss (PASS: {loss:g} at most), an
 
 ## Experts
 
-With `output_router_logits` a model's loss has the load-balancing loss of its experts, over the tokens of all ranks of
-a ring as if on one rank. The trainer adds its gradient, averaged over micro-batches and replicas; the loss that it
-reports is that of the tokens. tests/models/test_router_loss.py compares with the definition in float64, and with each
-family's own loss. transformers records no router logits of granitemoe's families, so these have none.
+With `output_router_logits`, a model's loss includes the load-balancing loss of its experts. It is computed over the
+tokens of all ranks of a ring, as if they were on one rank. The trainer adds its gradient, averaged over micro-batches
+and replicas, but reports the loss of the tokens alone. tests/models/test_router_loss.py compares it with the definition
+in float64 and with each family's own loss. The granitemoe families have no such loss, because transformers records
+no router logits for them.
 
 ## Rotary positions
 
-Positions count within each document. default, linear, yarn and llama3 RoPE are the same on every shard, and so are
-queries that are scaled by their position (`llama_4_scaling_beta`). longrope and dynamic RoPE go by a document's length:
+Positions are counted within each document. With default, linear, yarn and llama3 RoPE they do not depend on the shard,
+and neither do queries that are scaled by their position (`llama_4_scaling_beta`). longrope and dynamic RoPE depend on
+the document's length:
 
-- Where sequences are no longer than the model's original positions, nothing depends on the length.
-- Beyond, the trainer gives each document the frequencies that transformers gives it alone. Without the trainer,
-  `ringflash.models.rope_by_document(model)` does. transformers gives those of a packed row's longest document to all.
-- `model.rope_length=N` (or `ringflash.models.pin_rope(model, N)`) gives all documents the frequencies of a document of
+- As long as sequences fit the model's original positions, the length does not matter.
+- Beyond that, the trainer gives each document the frequencies that it would have alone in transformers. In your own
+  loop, call `ringflash.models.rope_by_document(model)`. (transformers itself gives every document of a packed row the
+  frequencies of the longest.)
+- `model.rope_length=N`, or `ringflash.models.pin_rope(model, N)`, gives all documents the frequencies of a document of
   N tokens.
-- Keys in a cache stay as they are, so a cache needs the document's final length (`RingCache(rope_length=N)`). Needle
-  searches set it. `ringflash.generate` refuses answers that change the frequencies of what was read: those that pass
-  longrope's original length, and all beyond that of dynamic RoPE. `rope_length=N` allows them. transformers' own
-  caches hold keys of other frequencies there.
-- Refused beyond the original length: models whose layers differ in such a RoPE.
+- Keys in a cache cannot change their frequencies, so a cache must know the document's final length
+  (`RingCache(rope_length=N)`). Needle searches set it. `ringflash.generate` refuses answers that would change the
+  frequencies of the document: with longrope those that cross the original length, and with dynamic RoPE all beyond it.
+  `rope_length=N` allows them. (transformers' own caches then mix keys of different frequencies.)
+- Models whose layers differ in such a RoPE are refused beyond the original length.
 
-`model.rope_parameters` extends the model of `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`. The exported
-configuration has it. `rope_type: dynamic` leaves documents within the model's own positions as they are.
+`model.rope_parameters` extends the context of the model in `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`.
+The exported configuration includes it. `rope_type: dynamic` does not change documents within the model's own positions.
 
 ## Chunks
 
-`llama4_text` is exact against each document alone: chunks, and the scales of its queries, count within documents.
-transformers counts them from a call's first token. Without the trainer, give `ring_inputs` the model's `config`. No
-cache takes the family. Published checkpoints are of `llama4`, with images, which is refused.
+`llama4_text` matches each document run alone: chunks, and the scales of its queries, are counted within documents.
+(transformers counts them from the first token of a call.) In your own loop, pass the model's `config` to `ring_inputs`.
+The family cannot be used with a cache. Published checkpoints are of `llama4`, which takes images and is refused.
 
 ## Families that are refused
 
@@ -75,13 +79,13 @@ cache takes the family. Published checkpoints are of `llama4`, with images, whic
 
 ## Other families
 
-A family that is in neither table can be tried with `model.untested_family=true`, or, without the trainer, after
-`ringflash.models.vouch_for("model_type")`. You then vouch for three things:
+You can try a family that is in neither table with `model.untested_family=true` or, in your own loop, after
+`ringflash.models.vouch_for("model_type")`. You are then responsible for three things:
 
-- Its layers mix tokens in attention alone, called through transformers' `AttentionInterface`, and limited by sliding
-  windows at most. Convolutions, recurrences and linear attention would see a shard instead of the sequence.
-- Positions enter by `position_ids` alone, and nothing else depends on the number of tokens.
-- In the trainer: its logits are those of `lm_head`, times `logit_scale`, capped at `final_logit_softcapping`.
+- Tokens interact only in attention, which is called through transformers' `AttentionInterface` and restricted by
+  nothing but sliding windows. Convolutions, recurrences and linear attention would see only a shard of the sequence.
+- Positions enter only through `position_ids`, and nothing else depends on the number of tokens.
+- In the trainer, the logits are those of `lm_head`, times `logit_scale`, capped at `final_logit_softcapping`.
 
 Compare its loss on one rank with that of `attn_implementation="eager"` before you train it.
 """
