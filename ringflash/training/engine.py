@@ -202,14 +202,36 @@ def build_engine(
     for buffer in model.buffers():  # DeepSpeed moves no buffer of a model whose weights are divided already
         buffer.data = buffer.data.to(world.device)
     bf16, zero0, states = model.dtype == torch.bfloat16, memory.zero == 0, memory.optimizer_states
-    fp32_zero0, no_fp32 = zero0 and not bf16, states != "fp32"  # no_fp32: DeepSpeed has nothing in fp32
-    if no_fp32 and not bf16:
+    if states != "fp32" and not bf16:
         raise ConfigError(f"memory.optimizer_states={states} needs bf16 weights (model.dtype=bf16), and these are fp32")
-    alone = no_fp32 and memory.zero < 3 and world.size == 1
-    settings: dict[str, Any] = {
+    in_place = states != "fp32" and memory.zero < 3 and world.size == 1
+    settings = _deepspeed_settings(optim, memory, world, bf16)
+    if in_place:
+        settings |= one_rank.SETTINGS
+        settings["zero_optimization"] |= one_rank.ZERO_SETTINGS
+    optimizer = build_optimizer(trained, optim, zero0 and not bf16, fused_optimizer, states)
+    engine, *_ = deepspeed.initialize(model=trained, optimizer=optimizer, config=settings)
+    if bf16 and zero0:
+        start_moments(engine)
+    if in_place:
+        one_rank.update_in_place(engine)
+    if states == "host":
+        host_adamw, masters = engine.basic_optimizer, _masters(engine)
+        host_adamw.norm = lambda: engine.optimizer._global_grad_norm
+        trained.host_states = lambda log: host_adamw.reserve(masters, log)
+    engine.learning_rate = optim.learning_rate
+    engine.fused = passes
+    return engine
+
+
+def _deepspeed_settings(optim: OptimConfig, memory: MemoryConfig, world: World, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration. bf16: of the weights' dtype, else they are fp32."""
+    zero0, no_fp32 = memory.zero == 0, memory.optimizer_states != "fp32"  # no_fp32: DeepSpeed keeps nothing in fp32
+    clips_itself = (zero0 and not bf16) or memory.optimizer_states == "host"  # the optimizer, instead of DeepSpeed
+    return {
         "train_micro_batch_size_per_gpu": optim.micro_batch,
         "gradient_accumulation_steps": optim.accumulation(world.replicas),
-        "gradient_clipping": 0.0 if fp32_zero0 or states == "host" else optim.clip,
+        "gradient_clipping": 0.0 if clips_itself else optim.clip,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "bf16" if no_fp32 or (bf16 and zero0) else "fp32"},
         "bf16": {
@@ -220,23 +242,6 @@ def build_engine(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }  # fmt: skip
-    if alone:
-        settings |= one_rank.SETTINGS
-        settings["zero_optimization"] |= one_rank.ZERO_SETTINGS
-    engine, *_ = deepspeed.initialize(
-        model=trained, optimizer=build_optimizer(trained, optim, fp32_zero0, fused_optimizer, states), config=settings
-    )
-    if bf16 and zero0:
-        start_moments(engine)
-    if alone:
-        one_rank.update_in_place(engine)
-    if states == "host":
-        host_adamw, masters = engine.basic_optimizer, _masters(engine)
-        host_adamw.norm = lambda: engine.optimizer._global_grad_norm
-        trained.host_states = lambda log: host_adamw.reserve(masters, log)
-    engine.learning_rate = optim.learning_rate
-    engine.fused = passes
-    return engine
 
 
 def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ringflash.training.needle import record as needle_record
 from ringflash.training.out_of_memory import explained
 from ringflash.training.parallel import layout_chooser
 from ringflash.training.preflight import Job
-from ringflash.training.step import prepare, train_step
+from ringflash.training.step import Layouts, MicroBatch, prepare, train_step
 from ringflash.training.world import World, first_here, join, ranks_here
 
 
@@ -84,17 +84,7 @@ def fit(config: Config, resolved: str) -> None:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
     _evaluate_first(run, evaluation, needles)
     divergence = Divergence(world, run.metrics)
-    share = config.optim.batch // world.replicas
-    batches = stream(
-        training,
-        seed=config.data.seed,
-        batch_size=config.optim.batch,
-        length=config.data.sequence_length,
-        rows=range(world.replica * share, (world.replica + 1) * share),
-        start_step=run.start,
-        prepare=lambda batch: prepare(run.engine, batch, world, layout_for),
-    )
-    with contextlib.closing(batches):
+    with contextlib.closing(_batches(run, training, layout_for)) as batches:
         for step in range(run.start + 1, config.optim.total_steps + 1):
             world.watchdog.step = step
             meter.start()
@@ -115,6 +105,21 @@ def fit(config: Config, resolved: str) -> None:
                     _stop(run, step)
                     return
     _finish(run, evaluation, divergence)
+
+
+def _batches(run: Run, training: Corpus, layout_for: Layouts) -> Generator[tuple[list[MicroBatch], dict[str, Any]]]:
+    """This replica's rows of each step's batch, as micro-batches, from the step that the run begins with."""
+    config, world = run.job.config, run.world
+    share = config.optim.batch // world.replicas
+    return stream(
+        training,
+        seed=config.data.seed,
+        batch_size=config.optim.batch,
+        length=config.data.sequence_length,
+        rows=range(world.replica * share, (world.replica + 1) * share),
+        start_step=run.start,
+        prepare=lambda batch: prepare(run.engine, batch, world, layout_for),
+    )
 
 
 def _evaluate_first(run: Run, evaluation: Evaluation | None, needles: Needles | None) -> None:
