@@ -1,4 +1,4 @@
-"""The commands that read long text: their settings, the model and tokenizer that these name, and how they run."""
+"""What the commands that read long text share: settings, loading of model and tokenizer, and running on ranks."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
-    """Which model reads, and how. Commands add their own settings."""
+    """The model, and how it reads. Commands add their own settings."""
 
     model: str
     """Folder of a Hugging Face model."""
 
     tokenizer: str | None = None
-    """Folder of a tokenizer, or bytes; none: the model's folder."""
+    """Folder of a tokenizer, or bytes; by default the model's folder."""
 
     dtype: str = "auto"
-    """Weights and cache: bf16, fp32, or auto: bf16 on a GPU, fp32 without one."""
+    """dtype of weights and cache: bf16, fp32, or auto: bf16 on a GPU, else fp32."""
 
     kernel: str = "auto"
-    """Attention kernel of long text: auto, hopper, portable or blocked."""
+    """Attention kernel for long text: auto, hopper, portable or blocked."""
 
     chunk: int = CHUNK
-    """Tokens that a forward reads at once, all ranks together."""
+    """Tokens that a forward reads at once, over all ranks."""
 
     seed: int = 0
-    """Of all random numbers."""
+    """Seed of all random numbers."""
 
     extrapolate_positions: bool = False
-    """Go beyond the model's positions (max_position_embeddings, or what its RoPE scales to)."""
+    """Allow more tokens than the model supports (max_position_embeddings, or the length that RoPE scales to)."""
 
     rope_length: int | None = None
-    """longrope and dynamic RoPE: the frequencies of documents of N tokens, as the trainer's model.rope_length; none:
-    those of what is read, which its answer must leave as they are."""
+    """With longrope and dynamic RoPE, the document length whose frequencies to use, like the trainer's
+    model.rope_length; by default that of the document, which the answer must not change."""
 
     untested_family: bool = False
-    """Load a model_type that docs/models.md does not list, as model.untested_family of the trainer."""
+    """Allow a model_type that docs/models.md does not list, like the trainer's model.untested_family."""
 
     def __post_init__(self) -> None:
         self.at_least(chunk=2, seed=0)
@@ -142,7 +142,7 @@ def _whole_numbers(value: str) -> tuple[int, ...]:
 
 
 def command(kind: type[Config], about: str, run: Callable[[Config, World], object], arguments: list[str]) -> None:
-    """Parse a command's settings, connect the ranks, and run it. about: the text of --help, above the settings."""
+    """Parse a command's settings, connect the ranks, and run it. about: text of --help above the settings."""
     if {"--help", "-h"} & {*arguments}:
         print(f"{about}\n{kind.settings_help()}")
         return
@@ -159,16 +159,16 @@ def command(kind: type[Config], about: str, run: Callable[[Config, World], objec
 
 
 def start(main: Callable[[list[str]], None]) -> None:
-    """Run a command's main as a program: what cannot work ends in one line."""
+    """Run a command's main as a program, whose errors are one line each."""
     with failure.one_line(os.getppid()):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to resume
         main(sys.argv[1:])
 
 
 def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
-    """The model, for generating, with fused layers on a GPU, as in training.
+    """The model for generating, with fused layers on a GPU.
 
-    Raises ConfigError, in the settings' names, where it cannot be.
+    Raises ConfigError, naming the command's setting, if it cannot be loaded or cannot run on the ring.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -197,7 +197,7 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
 
 
 def load_encoder(config: ReadConfig, model: PreTrainedModel) -> tuple[Encoder, Any]:
-    """What encodes texts, and the tokenizer, which decodes. Raises ConfigError for one that does not fit the model."""
+    """The encoder of texts, and the tokenizer, which decodes. Raises ConfigError if it does not fit the model."""
     from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
 
     name = config.tokenizer or config.model
@@ -216,9 +216,9 @@ def load_encoder(config: ReadConfig, model: PreTrainedModel) -> tuple[Encoder, A
 
 
 def make_cache(config: ReadConfig, model: PreTrainedModel, capacity: int, world: World, what: str) -> RingCache:
-    """A cache shared by all ranks, of documents whose length `capacity` stands for. what: it is for.
+    """A cache of `capacity` tokens, shared by all ranks. what: its contents, for error messages.
 
-    Raises ConfigError for a chunk or a length that it cannot have, and where positions or memory do not suffice.
+    Raises ConfigError for a chunk or a length that it cannot have, and if positions or memory do not suffice.
     """
     from ringflash.models import RingCache
 

@@ -6,9 +6,9 @@
     cat book.txt | python -m ringflash.generate model=FOLDER document=- prompt="Who?"
     python -m ringflash.generate model=FOLDER document=book.txt prompt=-                            # a prompt per line
 
-The model continues the document's tokens followed by the prompt's, with nothing between them. chat=true asks in a turn
-of the tokenizer's chat template instead. Tokens are printed as they come, on standard output; times and memory, on
-standard error. Over several ranks, the document is read in shares, and its KV cache stays where it was read
+The model continues the document's tokens followed by the prompt's, with nothing in between. With chat=true, both are
+wrapped in a turn of the tokenizer's chat template. Tokens are printed on standard output as they are generated, times
+and memory on standard error. Several ranks share the reading of the document, and each keeps its part of the KV cache
 (`ringflash.models.RingCache`).
 
 Settings are key=value:
@@ -40,32 +40,33 @@ GRAPH = ("auto", "true", "false")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(ReadConfig):
-    """What is read, and how it is continued."""
+    """The document, the prompts, and how to answer them."""
 
     prompt: tuple[str, ...] = ()
-    """What follows the document; several are answered one after another. -: each line of standard input."""
+    """Text that follows the document. May be given several times, each is answered in turn. -: every line of standard
+    input is a prompt."""
 
     document: str | None = None
-    """A text file in UTF-8; -: standard input; none: the prompt stands alone."""
+    """A text file in UTF-8, or - for standard input; by default there is only the prompt."""
 
     new_tokens: int = 256
-    """The most tokens of an answer; an end of text ends it earlier."""
+    """Largest number of tokens in an answer, which may end earlier."""
 
     temperature: float = 0.0
-    """0: the likeliest token (greedy). Above: sampled, more at random the higher it is."""
+    """Sampling temperature; 0: always the likeliest token (greedy)."""
 
     top_p: float = 1.0
-    """Sampled from the likeliest tokens that have this probability together."""
+    """Sample only from the likeliest tokens whose probabilities add up to this."""
 
     chat: bool = False
-    """Ask in a turn of the tokenizer's chat template: document, an empty line, prompt. Otherwise text is continued."""
+    """Wrap document, an empty line and prompt in a turn of the tokenizer's chat template."""
 
     prompt_tokens: int = 1024
-    """With prompt=-: the longest prompt that the cache has room for."""
+    """With prompt=-, the longest prompt that the cache has room for."""
 
     graph: str = "auto"
-    """Replay a new token's forward as a CUDA graph. auto: on one GPU, for models that allow it; true: or be refused;
-    false: never."""
+    """Replay the forward of a new token as a CUDA graph. auto: on one GPU, if the model allows it; true: always, or an
+    error says why not; false: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

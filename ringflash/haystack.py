@@ -37,22 +37,23 @@ CHARACTERS = 32  # of text per token of the longest haystack that are tokenised,
 
 @dataclass(frozen=True, kw_only=True)
 class HaystackConfig:
-    """Which haystacks are searched for which needles."""
+    """The haystacks to search, and the needle in them."""
 
     lengths: tuple[int, ...] = (1024, 4096, 16384)
-    """Tokens of haystack, needle, question and answer together."""
+    """Lengths in tokens, of haystack, needle, question and answer together."""
 
     depths: tuple[int, ...] = (0, 25, 50, 75, 100)
-    """Where the needle stands, in percent of the text: 0 is its beginning."""
+    """Positions of the needle, in percent of the text: 0 is its beginning."""
 
     text: str | None = None
-    """A text file in UTF-8, repeated where it is too short; none: the sources of Python's standard library."""
+    """The haystack: a text file in UTF-8, repeated if it is too short; null: the sources of Python's standard
+    library."""
 
     needle: str = "\nThe secret number of the lighthouse is {number}.\n"
-    """The sentence, with {number} where the answer stands."""
+    """The sentence to find, with {number} in place of the answer."""
 
     question: str = "\nThe secret number of the lighthouse is"
-    """What follows the text; the answer follows it."""
+    """Text that follows the haystack and asks for the answer."""
 
     group = ""  # what the settings' names begin with
 

@@ -1,4 +1,4 @@
-"""Settings of the data: which text, how it is read, how it becomes sequences."""
+"""Settings of the data: where the text is, how it is read, and how documents fill sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKINGS = ("cut", "whole", "truncate")
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """A source of text; null: as in data.*."""
+    """A source of text. A setting that is null is taken from data.*."""
 
     path: str | None = None
     """File or folder with the text."""
@@ -27,11 +27,10 @@ class SourceConfig:
     """Glob patterns below `path`."""
 
     format: str | None = None
-    """How to read each file; suffix: by its suffix, where data.format says otherwise."""
+    """Format of the files; suffix: that of each file's suffix, even if data.format is set."""
 
     field: str | None = None
-    """Name of the field that holds the text, token ids or messages: `text` or `messages` where data.field names
-    another."""
+    """Name of the field with the text, token ids or messages, if data.field does not apply here."""
 
     chat: bool | None = None
     """Whether the records are conversations."""
@@ -40,10 +39,10 @@ class SourceConfig:
     """More variables for the chat template."""
 
     malformed: str | None = None
-    """What becomes of a record that cannot be used."""
+    """What happens to unusable records: refuse or skip."""
 
     packing: str | None = None
-    """How documents fill sequences."""
+    """How documents fill sequences: cut, whole or truncate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +50,23 @@ class WeightedSource(SourceConfig):
     """A source, and its share of the training sequences."""
 
     weight: float | None = None
-    """Its share of the sequences, relative to the other sources' weights. null for all: by their sizes, so that an
-    epoch has each document once."""
+    """Its share of the training sequences, relative to the weights of the other sources. null for all sources: shares
+    by size, so that an epoch has each document once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text to train on, and how it becomes sequences. Raises ConfigError, naming the setting, for a bad value."""
+    """The text to train on, and how documents fill sequences."""
 
     path: str | None = None
     """File or folder with the text."""
 
     sources: dict[str, WeightedSource] = dataclasses.field(default_factory=dict)
-    """Several sources instead of data.path, each with a name: {books: {path: books, weight: 2}, web: {path: web}}. What
-    a source does not set is as data.*. Each sequence is of one source."""
+    """Several named sources instead of data.path: {books: {path: books, weight: 2}, web: {path: web}}. A setting that a
+    source leaves out is taken from data.*. Each sequence comes from a single source."""
 
     evaluation: SourceConfig = dataclasses.field(default_factory=SourceConfig)
-    """A source of its own to evaluate on, instead of documents held out."""
+    """A separate source to evaluate on, instead of held-out documents."""
 
     files: list[str] = dataclasses.field(
         default_factory=lambda: [
@@ -75,19 +74,20 @@ class DataConfig:
             *("**/*.csv", "**/*.tsv", "**/*.parquet", "**/*.arrow"),
         ]
     )
-    """Glob patterns below `path`, if that is a folder. Hidden files match only a pattern that begins with a dot."""
+    """Glob patterns below `path`, if that is a folder. Hidden files match only patterns that begin with a dot."""
 
     format: str | None = None
-    """How to read each file: text (one document), jsonl, json, csv, tsv, parquet, arrow. null: by the file's suffix."""
+    """Format of the files: text (each file is one document), jsonl, json, csv, tsv, parquet or arrow; null: by each
+    file's suffix."""
 
     field: str | None = None
-    """Name of the JSON field or of the column that holds the text; null: "text", where the format has fields.
-    input_ids: a list of the tokenizer's ids per document instead of text; nothing is added to them. Where the record
-    has labels, too, those are predicted: ids, or -100 for none, at the place of their token."""
+    """Name of the JSON field or column with the text; null: "text". input_ids: the field holds a list of token ids,
+    which are used as they are. If such a record also has labels, these are predicted: one id per token, in its place,
+    or -100 for none."""
 
     chat: bool = False
-    """The records are conversations (messages, perhaps tools), or prompts with completions; the loss is on what the
-    assistant says. data.field names the messages; null: "messages"."""
+    """The records are conversations (messages, optionally tools), or prompts with completions. The loss is computed on
+    the assistant's turns. data.field names the field with the messages; null: "messages"."""
 
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """More variables for the tokenizer's chat template, such as {enable_thinking: false}."""
@@ -96,29 +96,29 @@ class DataConfig:
     """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
 
     stream: bool = False
-    """Tokenise the files one after the other, each ahead of its use, instead of all before the first step: for a corpus
-    too large for that, in many files of some 100 MB. Their order is drawn in each epoch, and documents are shuffled
-    within a file."""
+    """Tokenise file by file during training instead of everything before the first step, for corpora of many files of
+    about 100 MB. Each epoch draws a new order of the files, and documents are shuffled within a file."""
 
     malformed: str = "refuse"
-    """What becomes of a record that cannot be used, such as broken JSON or a missing field. refuse: the run ends, and
-    names file and line. skip: such records are left out and counted."""
+    """What happens to unusable records, such as broken JSON or a missing field. refuse: an error gives file and line;
+    skip: they are left out and counted."""
 
     cache: str = "runs/.cache"
-    """Folder for tokenised text, 2 or 4 bytes per token; entries may be deleted at any time between runs."""
+    """Folder for tokenised text, 2 or 4 bytes per token. Its entries may be deleted whenever no run uses them."""
 
     held_out: float = 0.05
-    """Fraction of the documents kept apart for evaluation, at least one document; 0 keeps none."""
+    """Fraction of the documents that are held out for evaluation, at least one document; 0: none."""
 
     seed: int = 0
-    """Decides which documents are held out, and the order of training."""
+    """Seed of the choice of held-out documents and of the training order."""
 
     sequence_length: int = 8192
-    """Tokens in a packed sequence, all ranks together."""
+    """Tokens in a packed sequence, over all ranks that share it."""
 
     packing: str = "cut"
-    """How documents fill sequences. cut: end to end, cut where a sequence ends. whole: never cut, packed by best fit;
-    longer ones are dropped and counted. truncate: as whole, but longer ones keep their first sequence_length tokens."""
+    """How documents fill sequences. cut: end to end, and cut where a sequence ends. whole: never cut, packed by best
+    fit; longer documents are dropped and counted. truncate: as whole, but longer documents keep their first
+    sequence_length tokens."""
 
     def __post_init__(self) -> None:
         self._check_values()

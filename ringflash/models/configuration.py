@@ -1,6 +1,6 @@
-"""Which model is trained: its settings, its transformers configuration, and what of it the ring cannot train.
+"""The model to train: its settings, its transformers configuration, and the reasons why the ring cannot train it.
 
-What depends on a configuration alone is read off here too: experts, logits, positions.
+What depends only on a configuration is also read here: experts, the scale of logits, positions.
 """
 
 from __future__ import annotations
@@ -44,32 +44,32 @@ _UNDECLARED = {"qwen3_moe": ("head_dim",), "gemma4_text": ("global_head_dim", "n
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model is trained. One of `path` and `architecture` is set."""
+    """The model to train, given by either `path` or `architecture`."""
 
     path: str | None = None
-    """Folder of a Hugging Face model to start from; null: start from random weights."""
+    """Folder of a Hugging Face model to start from; null: random weights."""
 
     architecture: dict[str, Any] = field(default_factory=dict)
-    """A transformers configuration: model_type (docs/models.md lists them) and that configuration's own fields."""
+    """A transformers configuration: a model_type of docs/models.md, and fields of its configuration."""
 
     rope_parameters: dict[str, Any] = field(default_factory=dict)
-    """Values to replace in the rotary positions of the model in `path`, such as {rope_type: yarn, factor: 4.0} to
-    extend its context; one dictionary per kind of layer where the model has such. The exported model has them."""
+    """RoPE parameters to replace in the model of `path`, such as {rope_type: yarn, factor: 4.0} to extend its context;
+    one dictionary per kind of layer if the model has several. The exported model includes them."""
 
     rope_length: int | None = None
-    """Give all documents the rotary frequencies of a document of this many tokens, for longrope and dynamic RoPE. null:
-    each document has those of its own length."""
+    """With longrope and dynamic RoPE, the document length, in tokens, whose frequencies all documents get; null: each
+    document gets those of its own length."""
 
     dtype: str = "auto"
-    """Weights and activations: bf16 (fp32 master weights), fp32, or auto: bf16 on a GPU, fp32 without one."""
+    """dtype of weights and activations: bf16 (with fp32 master weights), fp32, or auto: bf16 on a GPU, else fp32."""
 
     extrapolate_positions: bool = False
-    """Train on sequences longer than the model's positions (max_position_embeddings, or what its RoPE scales to)."""
+    """Allow sequences longer than the model supports (max_position_embeddings, or the length that RoPE scales to)."""
 
     untested_family: bool = False
-    """Train a model_type that docs/models.md does not list. You vouch that its layers mix tokens in attention alone,
-    limited by windows at most, that positions enter by position_ids alone, and that its logits are lm_head's, times
-    logit_scale, capped at final_logit_softcapping."""
+    """Allow a model_type that docs/models.md does not list. You vouch that its tokens interact only in attention,
+    restricted by nothing but windows; that positions enter only through position_ids; and that its logits are those of
+    lm_head, times logit_scale, capped at final_logit_softcapping."""
 
     def __post_init__(self) -> None:
         if self.path and self.architecture:
@@ -94,17 +94,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How every layer's attention is computed: the keywords of the same names of `ring_attention_forward`."""
+    """How every layer computes attention."""
 
     kernel: str = "auto"
-    """Attention kernel: auto (the fastest that fits), hopper (Gluon), portable (Triton) or blocked (plain torch)."""
+    """Attention kernel: auto (the fastest one that supports the model), hopper (Gluon), portable (Triton) or blocked
+    (plain torch)."""
 
     deterministic: bool = False
-    """Make attention's gradients bit-equal from run to run, so that a resumed run's are too. This costs speed on
-    Hopper; the other kernels are always deterministic."""
+    """Make gradients bit-equal from run to run, and after a resume. This is slower with the hopper kernel; the others
+    are always deterministic."""
 
     compensated: bool = True
-    """Keep the rounding of 16-bit attention's result out of its gradients. This costs a little speed and memory."""
+    """Compensate in the gradients for the rounding of attention's 16-bit output, at a small cost in speed and
+    memory."""
 
     def __post_init__(self) -> None:
         if self.kernel not in ("auto", *FASTEST_FIRST):

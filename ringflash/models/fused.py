@@ -1,9 +1,9 @@
-"""Fused passes in a transformers model: set on its modules, so that nothing of transformers itself is replaced.
+"""Fused passes in a transformers model. They are set on its modules; transformers itself is not patched.
 
-A layer's matrix products and its attention stay as they are; the passes between them become those of `ringflash.fused`.
-Which code of transformers computes exactly that arithmetic is listed here, by digests of its source (`models.sources`).
-All other classes stay as they are. Weights are only used in the forward of the module that owns them, so that ZeRO 3
-gathers them as usual; MLPs, which are one function (`models.mlp`), must be leaf modules for it.
+A layer's matrix products and its attention stay as they are, and the passes between them are replaced by those of
+`ringflash.fused`. This file lists the code of transformers that computes exactly the same arithmetic, by digests of its
+source (`models.sources`). All other classes stay as they are. Weights are used only in the forward of the module that
+owns them, so ZeRO 3 gathers them as usual. MLPs, which become a single function (`models.mlp`), must be leaf modules.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ _PRE_NORM_LAYERS = {"9ab883af657f", "849e8a6d3ac9"}  # llama, mixtral: norm, att
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """Which passes between matrix products run as one kernel. auto: where GPU and model allow; always: or refuse."""
+    """Passes to fuse into one kernel each: auto (if GPU and model allow it), always (or raise an error) or never."""
 
     norm: str = "auto"
-    """RMSNorms, with the addition to the residual stream before them: auto, always or never."""
+    """RMSNorm, with the addition to the residual stream before it: auto, always or never."""
 
     rotary: str = "auto"
-    """Rotary positions of queries and keys, with the norms of their heads: auto, always or never."""
+    """Rotary positions of queries and keys, with the norm of each head: auto, always or never."""
 
     mlp: str = "auto"
     """The activation of gated MLPs (SwiGLU, GeGLU): auto, always or never."""
 
     loss: str = "auto"
-    """Cross entropy, its gradient in place of a tile's logits: auto, always or never."""
+    """Cross entropy, whose gradient overwrites the logits of a tile: auto, always or never."""
 
     optimizer: str = "auto"
-    """AdamW in one kernel over all weights: auto (on a GPU), always or never."""
+    """AdamW, in one kernel over all weights: auto, always or never."""
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -62,7 +62,7 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end."""
 
     keep: int = 2
-    """Number of checkpoints that are kept, the newest."""
+    """Number of checkpoints to keep. Older ones are deleted."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:

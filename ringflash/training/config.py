@@ -60,34 +60,34 @@ class Config:
     """Folder of all runs."""
 
     resume: str = "never"
-    """never: start in a new folder; auto: continue from the newest sound checkpoint, if there is one."""
+    """never: start in a new folder; auto: continue from the newest intact checkpoint, if there is one."""
 
     seed: int = 0
-    """Seed of random weights; data.seed orders the documents."""
+    """Seed of the random weights; data.seed is that of the data."""
 
     model: ModelConfig
-    """What is trained."""
+    """The model to train."""
 
     data: DataConfig
-    """What it is trained on."""
+    """The text to train on."""
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    """How its attention is computed."""
+    """How attention is computed."""
 
     fused: FusedConfig = field(default_factory=FusedConfig)
-    """Which passes between its matrix products run as one kernel."""
+    """Which passes between matrix products are fused into one kernel."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Context parallelism: how a sequence is spread over ranks."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """What is traded for GPU memory."""
+    """Settings that save GPU memory."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer and schedule."""
+    """Optimizer and learning-rate schedule."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Loss on held-out documents; needles in long texts."""
+    """Loss on held-out documents, and searches for needles in long texts."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written, and how many are kept."""

@@ -1,4 +1,4 @@
-"""Engine: the model and its loss under DeepSpeed, with AdamW.
+"""Engine: the model and its loss under DeepSpeed, with an optimizer.
 
 DeepSpeed sees plain data parallelism over all ranks and averages their gradients; `step` scales the loss to match.
 """
@@ -46,32 +46,32 @@ REDUCE_BUCKET = 10**8  # gradients that ZeRO reduces at once, in a buffer of its
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What is traded for memory, in the order it pays."""
+    """Settings that save GPU memory, most effective first."""
 
     zero: int = 1
-    """DeepSpeed's ZeRO stage. Ranks shard nothing (0), the optimizer (1), also gradients (2), or also weights (3)."""
+    """DeepSpeed's ZeRO stage: 0 shards nothing, 1 the optimizer states, 2 also gradients, 3 also weights."""
 
     recompute: bool = False
-    """Keep only each layer's input and attention's result, and compute the rest again in the backward."""
+    """Keep only each layer's input and its attention result, and recompute the rest in the backward."""
 
     attention_results: str = "gpu"
-    """With recompute, where attention's results wait for the backward: gpu; host, pinned memory; or recomputed.
-    host:N, recomputed:N: those of the first N layers, the others on the GPU."""
+    """With recompute, where attention results are kept for the backward: gpu, host (pinned memory), or recomputed (not
+    at all). host:N and recomputed:N apply to the first N layers, and the others use the GPU."""
 
     layer_inputs: str = "gpu"
-    """With recompute, where the layers' inputs wait for the backward: gpu, host or host:N."""
+    """With recompute, where layer inputs are kept for the backward: gpu, host or host:N."""
 
     optimizer_states: str = "fp32"
-    """With bf16 weights: fp32 (master weights, moments and gradients, 18 bytes per parameter); bf16 (moments and
-    gradients, and of the master the 16 bits that the weight lacks, so that it is exact: 10 bytes on one GPU, else 12);
-    or host (fp32 master weights and moments in pinned host memory, 12 bytes; 4 on the GPU, on several 4 to 6)."""
+    """With bf16 weights: fp32 (master weights, moments and gradients; 18 bytes per parameter); bf16 (moments and
+    gradients, with the low 16 bits of exact fp32 master weights; 10 bytes per parameter on one GPU, 12 on several); or
+    host (fp32 master weights and moments in pinned host memory, 12 bytes; 4 on one GPU, 4 to 6 on several)."""
 
     mlp_tile: int | None = None
-    """With recompute, tokens that pass through an MLP at once; null: as many as give 2^27 activations, 256 MiB in
-    bf16. Experts are not tiled."""
+    """With recompute, tokens that an MLP processes at once; null: as many as give 2^27 activations, 256 MiB in bf16.
+    Experts are not tiled."""
 
     loss_tile: int | None = None
-    """Tokens whose logits exist at once; null: as many as give 2^28 logits, half a GiB in bf16."""
+    """Tokens whose logits are held at once; null: as many as give 2^28 logits, half a GiB in bf16."""
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):

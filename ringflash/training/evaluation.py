@@ -20,7 +20,7 @@ from ringflash.training.world import World
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Loss on documents that are not trained on, and whether needles are found in long texts."""
+    """Loss on held-out documents, and searches for needles in long texts."""
 
     every: int = 20
     """Steps between evaluations; 0: only before the first step and after the last."""
@@ -29,7 +29,7 @@ class EvaluationConfig:
     """Held-out sequences per evaluation."""
 
     needle: NeedleConfig = field(default_factory=NeedleConfig)
-    """Needle in a haystack."""
+    """Needle-in-a-haystack searches."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.sequences < 1:
@@ -40,7 +40,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean losses in nats per predicted token, of all tokens and by position, such as "4k-8k", where any is there."""
+    """Mean losses in nats per predicted token: over all tokens, and by range of positions, such as "4k-8k"."""
 
     loss: float
     by_position: dict[str, float] = field(default_factory=dict)

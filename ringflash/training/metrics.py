@@ -29,16 +29,16 @@ MODES = ("offline", "online", "disabled")
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Where metrics go in addition to metrics.jsonl."""
+    """Where metrics go, in addition to metrics.jsonl."""
 
     mode: str = "offline"
-    """wandb's mode: offline (a folder in the run's, no network), online (needs an API key) or disabled."""
+    """wandb's mode: offline (into the run's folder, without network), online (needs an API key) or disabled."""
 
     project: str = "ringflash"
     """Name of the wandb project."""
 
     tensorboard: bool = False
-    """Also write TensorBoard's events, to the folder tensorboard in the run's; needs the package tensorboard."""
+    """Also write TensorBoard events, to the folder tensorboard in the run's folder; needs the package tensorboard."""
 
     def __post_init__(self) -> None:
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:

@@ -1,4 +1,4 @@
-"""Needle in a haystack during training: on the run's ranks and weights, between two steps, of which it changes no bit.
+"""Needle in a haystack during training: on the run's own ranks and weights, between steps, which it does not change.
 
 All ranks of a replica share the cache of a haystack, whatever their grid; every replica searches the same haystacks.
 """
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleConfig(HaystackConfig):
-    """Needle in a haystack."""
+    """Needle-in-a-haystack searches."""
 
     every: int = 0
-    """Steps between searches, which are also made before the first step and after the last; 0: none."""
+    """Steps between searches. There is also one before the first step and one after the last. 0: no searches."""
 
     lengths: tuple[int, ...] = ()
-    """Tokens of haystack, needle, question and answer together; none: data.sequence_length."""
+    """Lengths in tokens, of haystack, needle, question and answer together; []: data.sequence_length."""
 
     group = "evaluation.needle."
 

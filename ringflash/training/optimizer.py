@@ -29,35 +29,35 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     optimizer: str = "adamw"
-    """adamw; or sgd, with momentum beta1 and a weight decay that is added to the gradient."""
+    """adamw; or sgd, with momentum beta1 and weight decay added to the gradient."""
 
     steps: int | None = 100
-    """Optimizer steps of the run, including those before it was resumed; null: as many as optim.epochs has."""
+    """Optimizer steps of the whole run, including those before a resume; null: set by optim.epochs."""
 
     epochs: float | None = None
-    """Passes over the training sequences, instead of optim.steps; 0.5 is half of one."""
+    """Passes over the training sequences, instead of optim.steps; 0.5 is half a pass."""
 
     batch: int = 1
-    """Sequences per step, over all replicas and micro-batches."""
+    """Sequences per optimizer step, over all replicas and micro-batches."""
 
     micro_batch: int = 1
-    """Sequences that a ring processes at once; gradients of the others of its step are accumulated."""
+    """Sequences that a ring processes at once; gradients are accumulated over the micro-batches of a step."""
 
     lr: float = 3e-4
-    """Peak learning rate, after a linear warm-up."""
+    """Peak learning rate, reached by a linear warm-up."""
 
     schedule: str = "cosine"
-    """What follows the warm-up: cosine or linear, down to final_lr; constant; or warmup_stable_decay, the peak and in
-    the last steps a line down to final_lr."""
+    """Learning rate after the warm-up: cosine or linear, which fall to final_lr; constant; or warmup_stable_decay,
+    which holds the peak and falls linearly to final_lr in the last steps."""
 
     decay: float = 0.2
     """With schedule=warmup_stable_decay, the fraction of all steps in which the learning rate falls."""
 
     warmup: int = 10
-    """Warm-up steps, the last of which has the peak learning rate; 0: the first step has it."""
+    """Warm-up steps, the last of which has the peak learning rate; 0: no warm-up."""
 
     final_lr: float = 0.1
-    """Learning rate of the last step, as a fraction of the peak; not read with schedule=constant."""
+    """Learning rate of the last step, as a fraction of the peak; unused with schedule=constant."""
 
     beta1: float = 0.9
     """AdamW's decay rate of the first moment."""
@@ -66,10 +66,10 @@ class OptimConfig:
     """AdamW's decay rate of the second moment."""
 
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay of matrices; norms and biases do not decay."""
+    """AdamW's decoupled weight decay of matrices. Norms and biases have none."""
 
     clip: float = 1.0
-    """Gradient norm to which larger gradients are scaled down; 0: no clipping."""
+    """Largest gradient norm: larger gradients are scaled down to it; 0: no clipping."""
 
     def __post_init__(self) -> None:
         for name, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):

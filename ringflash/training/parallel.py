@@ -1,4 +1,4 @@
-"""Context parallelism: the settings, and the grid and layouts that are chosen where they leave that open."""
+"""Context parallelism: its settings, and the choice of a grid and of layouts where the settings leave them open."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ YEAR = 365 * 24 * 60  # in minutes
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Context parallelism: how a sequence is spread over ranks."""
+    """Context parallelism: how a sequence is divided among ranks."""
 
     ring: int | None = None
-    """Ranks in a ring; null: all ranks / ulysses. ring x ulysses ranks share a sequence; replicas of such groups are
-    data parallel."""
+    """Ranks in a ring; null: all ranks / ulysses. ring x ulysses ranks share each sequence, and such groups are data
+    parallel replicas."""
 
     ulysses: int | None = 1
     """Neighbouring ranks of one machine that exchange tokens for heads inside attention; null: the number with the
-    least predicted time. The log gives the reason."""
+    least predicted time, whose reason is printed."""
 
     layout: str = "auto"
-    """Which rank holds which tokens: auto (per step the layout with the least predicted time), contiguous, zigzag,
-    striped, or, fitted to each step's documents, balanced or document_local."""
+    """Which rank holds which tokens: contiguous, zigzag, striped; balanced or document_local, which are fitted to each
+    step's documents; or auto, the layout with the least predicted time for each step."""
 
     intra_node_bandwidth_gb: float = INTRA_NODE_GB
-    """Gigabytes per second from a GPU to another of its machine, for the times that auto and null predict."""
+    """Gigabytes per second between GPUs of one machine, for predicted times."""
 
     inter_node_bandwidth_gb: float = INTER_NODE_GB
-    """Gigabytes per second from a GPU to another machine, for the times that auto and null predict."""
+    """Gigabytes per second from a GPU to another machine, for predicted times."""
 
     transport: str = "auto"
-    """What sends a ring's messages: nccl, or auto: copy engines between GPUs of one machine, else NCCL."""
+    """What carries a ring's messages: nccl, or auto: copy engines between GPUs of one machine, else NCCL."""
 
     timeout_minutes: int = 10
-    """Minutes after which a collective that other ranks do not join fails. Tokenising and saving have no limit."""
+    """Minutes that a collective waits for ranks that do not join it. Tokenising and saving have no limit."""
 
     hop_timeout_seconds: float = 300.0
-    """Seconds after which a hop of the ring that hangs, or a rank whose process is stopped, ends the run. Every rank
-    reports which rank it waits for."""
+    """Seconds after which the run ends if a hop of the ring hangs or a rank's process is stopped. Every rank reports
+    which rank it waits for."""
 
     def __post_init__(self) -> None:
         if self.ring is not None and self.ring < 1:
