@@ -1,16 +1,16 @@
-"""Tensors that wait in host memory between forward and backward.
+"""Offloading: tensors are kept in host memory between forward and backward.
 
-A checkpointed layer keeps its input and its attention's result until its backward. `HostStore` copies them to pinned
-host memory behind the layers that follow, and brings them back one layer ahead of the backward:
+A checkpointed layer keeps its input and its attention result until its backward. `HostStore` copies them to pinned host
+memory while the next layers run, and copies them back one layer ahead of the backward:
 
     compute stream   layer 0 | layer 1 | layer 2 | ...  loss  ... | backward 2 | backward 1 | backward 0
     copy stream              | 0 out   | 1 out   | ...        ... | 1 in       | 0 in       |
 
-The tensors of a layer are a `Group`. At most two groups are on their way out and two on their way in, so that much GPU
-memory is needed whatever the number of layers. GPU memory is given back in the compute stream's order: the host runs
-ahead of the GPU, and memory that waits for another stream could not be used again in time.
+The tensors of a layer form a `Group`. At most two groups are being copied out and two are being copied in, so the GPU
+memory needed does not depend on the number of layers. GPU memory is freed in the order of the compute stream: the host
+runs ahead of the GPU, and memory that waited for another stream would not be reused in time.
 
-Host memory comes from a `PinnedPool`. torch's own pinned memory rounds each tensor up to a power of two.
+Host memory comes from a `PinnedPool`, since torch's own pinned memory rounds each tensor up to a power of two.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from ringflash.errors import ConfigError
 
-IN_FLIGHT = 2  # groups on their way out
+IN_FLIGHT = 2  # groups that are being copied out
 
 
 class PinnedPool:
-    """Blocks of host memory, touched and pinned once, and used again by tensors of their size or smaller.
+    """Blocks of host memory, touched and pinned once, and reused by tensors of their size or smaller.
 
-    So shorter batches need no memory beside what the longest one was given.
+    Shorter batches therefore need no more memory than the longest one.
 
-    pinned: false without a GPU, where nothing can be. remedy: what needs less of it, for the error where there is too
+    pinned: whether to pin, which needs a GPU. remedy: settings that need less memory, for the error when there is too
     little.
     """
 
@@ -42,13 +42,13 @@ class PinnedPool:
         self.bytes = 0
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._registered: list[Tensor] = []
-        # Memory that is freed while it is registered could not be registered when it is given out again.
+        # Memory that is freed while registered could not be registered again when malloc returns it the next time.
         weakref.finalize(self, _unregister, self._registered).atexit = False
 
     def reserve(self, sizes: list[int], progress: Callable[[int], None] = lambda done: None) -> None:
-        """Have a free block of each of `sizes`, in bytes; progress: called with the bytes that this has made so far.
+        """Make sure that there is a free block for each of `sizes`, in bytes.
 
-        Raises ConfigError where the machine gives no more.
+        progress: called with the bytes allocated so far. Raises ConfigError if the machine has too little memory.
         """
         made = 0
         spare = {size: len(blocks) for size, blocks in self._free.items()}
@@ -56,25 +56,25 @@ class PinnedPool:
             if spare.get(size, 0):
                 spare[size] -= 1
                 continue
-            self._free[size].append(self._made(size))
+            self._free[size].append(self._new(size))
             made += size
             progress(made)
 
-    def take(self, size: int) -> Tensor:
-        """A block of at least `size` bytes, uint8: the smallest that is free, or a new one of this size."""
+    def allocate(self, size: int) -> Tensor:
+        """A block of at least `size` bytes, uint8: the smallest free one, or else a new one of this size."""
         fitting = [free for free, blocks in self._free.items() if free >= size and blocks]
-        return self._free[min(fitting)].pop() if fitting else self._made(size)
+        return self._free[min(fitting)].pop() if fitting else self._new(size)
 
-    def give(self, block: Tensor) -> None:
-        """Take a block back."""
+    def free(self, block: Tensor) -> None:
+        """Return a block to the pool."""
         self._free[block.numel()].append(block)
 
-    def _made(self, size: int) -> Tensor:
+    def _new(self, size: int) -> Tensor:
         try:
             block = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:
             raise ConfigError(self._too_little(size)) from error
-        block.fill_(0)  # touched: pages that do not exist yet would be made during the first step
+        block.fill_(0)  # otherwise the pages would be allocated during the first step
         if self.pinned:
             status = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)
             if int(status) != 0:
@@ -91,13 +91,13 @@ class PinnedPool:
 
 
 def _unregister(blocks: list[Tensor]) -> None:
-    """Let CUDA forget blocks of a pool that is gone."""
+    """Unregister the blocks of a pool that no longer exists."""
     for block in blocks:
         torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
 
 
 class Parked:
-    """A tensor in a store. `get` gives it back, once."""
+    """A tensor in a store. `get` returns it, once."""
 
     def __init__(self, group: Group, x: Tensor) -> None:
         self.group = group
@@ -106,7 +106,7 @@ class Parked:
         self.block: Tensor | None = None
 
     def get(self) -> Tensor:
-        """The tensor, on the device. Raises RuntimeError if it is not what it was, or is not there any more."""
+        """The tensor, on the device. Raises RuntimeError if it was changed in place, or returned before."""
         self.group.arrive()
         if self.x is None:
             raise RuntimeError("a second backward through a layer whose tensors were parked: each is given back once")
@@ -126,11 +126,11 @@ class Parked:
 
     def __del__(self) -> None:
         if self.block is not None:  # of a graph that was never used
-            self.group.store.pool.give(self.block)
+            self.group.store.pool.free(self.block)
 
 
 class Group:
-    """What one layer parks."""
+    """The tensors that one layer parks."""
 
     def __init__(self, store: HostStore, before: Group | None) -> None:
         self.store, self.before = store, before
@@ -145,7 +145,7 @@ class Group:
         return parked
 
     def leave(self) -> None:
-        """Give the GPU memory of what was copied out back; the compute stream waits for the copies."""
+        """Free the GPU memory of the tensors copied out; the compute stream waits for the copies."""
         self.store.wait(self)
         for parked in self.alive():
             if parked.x is not None:
@@ -157,7 +157,7 @@ class Group:
         return [parked for reference in self._parked if (parked := reference()) is not None]
 
     def arrive(self) -> None:
-        """Have the group on the device, and the one before it on its way."""
+        """Wait until the group is on the device, and begin to copy the one before it."""
         self.store.fetch(self)
         if self.before is not None:
             self.store.fetch(self.before)
@@ -166,7 +166,7 @@ class Group:
 
 
 class HostStore:
-    """Groups of tensors in host memory, copied on a stream of their own. On a CPU, the copies are plain ones."""
+    """Groups of tensors in host memory, copied on a separate stream. Without a GPU, they are copied at once."""
 
     def __init__(self) -> None:
         self.pool = PinnedPool(
@@ -179,7 +179,7 @@ class HostStore:
         self._leaving: list[Group] = []
 
     def group(self, first: bool) -> Group:
-        """The group of the layer that begins. first: of the first layer of a forward, which nothing comes before."""
+        """A group for the layer that begins. first: whether it is the first layer of a forward."""
         if first:
             self._last, self._leaving = None, []
         while len(self._leaving) >= IN_FLIGHT:
@@ -194,7 +194,7 @@ class HostStore:
         if parked.x.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(parked.x.device)
         size = parked.x.numel() * parked.x.element_size()
-        parked.block = self.pool.take(size)
+        parked.block = self.pool.allocate(size)
         with self._behind():
             _view(parked).copy_(parked.x, non_blocking=True)
             self._mark(parked.group)
@@ -209,18 +209,18 @@ class HostStore:
                     parked.x.copy_(_view(parked), non_blocking=True)
                     self._mark(group)
                 parked.version = parked.x._version
-            self.pool.give(parked.block)  # type: ignore[arg-type]  # absent has those with a block
+            self.pool.free(parked.block)  # type: ignore[arg-type]  # absent has those with a block
             parked.block = None  # the copy stream writes into it next, after this copy
         if group in self._leaving:
             self._leaving.remove(group)
 
     def wait(self, group: Group) -> None:
-        """Let the compute stream wait for a group's copies."""
+        """Make the compute stream wait for a group's copies."""
         if self._stream is not None and group.copied is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(group.copied)
 
     def _behind(self) -> AbstractContextManager[object]:
-        """The copy stream, behind what the compute stream was given so far."""
+        """A context on the copy stream, which waits for the work queued on the compute stream so far."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))

@@ -90,17 +90,17 @@ def test_reserved_blocks_are_made_before_they_are_taken():
     pool.reserve([64, 64, 128], made.append)
     pool.reserve([64], made.append)
     assert (pool.bytes, made) == (256, [64, 128, 256])
-    pool.take(64), pool.take(64), pool.take(128)
+    pool.allocate(64), pool.allocate(64), pool.allocate(128)
     assert pool.bytes == 256
 
 
 def test_a_shorter_batch_needs_no_other_blocks():
     pool = PinnedPool(pinned=False, remedy="less")
     pool.reserve([64, 4096])
-    short, long = pool.take(16), pool.take(1024)
+    short, long = pool.allocate(16), pool.allocate(1024)
     assert (short.numel(), long.numel()) == (64, 4096)
-    pool.give(long)
-    assert pool.take(4096) is long
+    pool.free(long)
+    assert pool.allocate(4096) is long
     assert pool.bytes == 4160
 
 
@@ -130,7 +130,7 @@ def test_a_pool_that_is_gone_unregisters_its_blocks():
     with mock.patch.object(torch.cuda, "cudart", return_value=Cuda):
         pool = PinnedPool(pinned=True, remedy="less")
         pool.reserve([64, 4096])
-        pool.give(pool.take(64))
+        pool.free(pool.allocate(64))
         del pool
     registered = [address for what, address in calls if what == "register"]
     assert [address for what, address in calls if what == "unregister"] == registered

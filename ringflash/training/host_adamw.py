@@ -55,7 +55,7 @@ class HostAdamW(torch.optim.Optimizer):
         for weight in weights:
             self.state[weight] = {"step": 0, CHUNKS: []}
             for part in weight.detach().view(-1).split(CHUNK):
-                chunk = self.pool.take(12 * part.numel()).view(torch.float32).view(3, -1)
+                chunk = self.pool.allocate(12 * part.numel()).view(torch.float32).view(3, -1)
                 chunk[0].copy_(part)
                 self.state[weight][CHUNKS].append(chunk)
                 if self.pool.bytes / 2**30 >= shown + 8:
