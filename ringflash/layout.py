@@ -19,11 +19,11 @@ Eight chunks on four ranks, each rank's tokens marked along the sequence:
     2: ..#...#.
     3: ...#...#
 
-Under a causal mask a contiguous layout leaves the last rank most of the work; zigzag (an early chunk and the late one
-that mirrors it) and striped (every ranks-th token) give all ranks the same. Because shards are ascending, an
-`IntervalMask` restricted to any two of them is an IntervalMask again.
+Under a causal mask, a contiguous layout gives the last rank most of the work. Zigzag (an early chunk and the late chunk
+that mirrors it) and striped (every ranks-th token) give all ranks the same work. Because the tokens of a shard are in
+ascending order, an `IntervalMask` restricted to any two shards is an IntervalMask again.
 
-A length that does not divide is padded at the sequence's end, with positions at or past `length`.
+If a length does not divide, the end of the sequence is padded, with positions at or past `length`.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from torch import Tensor
 from ringflash.load_balance import assign, assign_long, by_hop
 from ringflash.mask import IntervalMask
 
-# Rows of a kernel's tile of queries: shorter chunks would cut tiles.
+# Rows of a kernel's query tile: shorter chunks would split tiles.
 _TILE = 128
-# Imbalances up to which a coarser layout is good enough: of a rank's work in all, and of ranks on each hop.
+# Imbalances that are good enough to stop at a coarser layout: of a rank's total work, and of the ranks on each hop.
 _IMBALANCE, _PER_HOP_IMBALANCE = 0.03, 0.12
-# (chunks per rank, least tokens of a chunk), in the order in which they are tried.
+# (chunks per rank, smallest chunk in tokens), in the order in which they are tried.
 _GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
-# Chunks of a rank where short documents stay together: they begin and end inside some.
+# Chunks per rank of a document_local layout, where documents begin and end inside chunks.
 _DOCUMENT_LOCAL = 32
-# The most chunks that are assigned: the time for it grows with their square, to seconds for these.
+# Largest number of chunks to assign: the time grows with its square, to seconds for these.
 _CHUNKS = 4096
 # (query, key) pairs that are computed while one token's keys, values and their gradients are sent: 32 query and 8 KV
 # heads of 128 at 500 TFLOP/s, over a link of 400 GB/s (14 x 32 x 128 operations per pair,
@@ -60,9 +60,9 @@ _PAIRS_PER_TOKEN_SENT = 360
 class Layout:
     """Which chunks of the sequence each rank holds.
 
-    Fields: length, the sequence's tokens without padding; chunk, tokens in a chunk; chunks int64 [ranks, n] on the
-    CPU, the chunks of each rank, ascending. Raises ValueError unless every chunk has exactly one owner and all of
-    `length` is covered.
+    Fields: length, the tokens of the sequence without padding; chunk, the tokens of a chunk; chunks int64 [ranks, n] on
+    the CPU, the chunks of each rank in ascending order. Raises ValueError unless every chunk has exactly one owner and
+    the chunks cover all of `length`.
     """
 
     length: int
@@ -82,7 +82,7 @@ class Layout:
 
     @classmethod
     def contiguous(cls, length: int, ranks: int, ulysses: int = 1) -> Layout:
-        """Rank r holds the r-th of `ranks` runs. ulysses, in all layouts: ranks that share a shard."""
+        """Rank r holds the r-th of `ranks` runs. ulysses, here and below: the ranks that share each shard."""
         return cls(length, _ceil(length, ranks * ulysses) * ulysses, torch.arange(ranks)[:, None])
 
     @classmethod
@@ -102,12 +102,12 @@ class Layout:
     def balanced(cls, mask: IntervalMask, ranks: int, ulysses: int = 1) -> Layout:
         """Chunks assigned so that all ranks have the same number of tokens and nearly the same work on every hop.
 
-        Zigzag, where its `imbalance` is at most 0.03 and its `per_hop_imbalance` at most 0.12; else 16 chunks per
-        rank, or 32 where 16 do not reach that. Finer ones balance better, but send more keys, and each hop touches more
-        tiles of queries. Chunks have at least 128 tokens; 64 or 32 where shards are so short that balance needs it.
+        This is zigzag if its `imbalance` is at most 0.03 and its `per_hop_imbalance` at most 0.12. Otherwise each rank
+        gets 16 chunks, or 32 if 16 do not reach that. More chunks balance better, but they send more keys, and each hop
+        touches more query tiles. Chunks have at least 128 tokens, or 64 or 32 if short shards need that for balance.
 
-        Contiguous, where sending keys over NVLink would take longer than balance saves: documents far shorter than a
-        shard. Slower links need ring_inputs' or the trainer's layout=auto.
+        If documents are far shorter than a shard, so that sending keys over NVLink would take longer than balance
+        saves, the layout is contiguous. For slower links, use layout=auto of ring_inputs or of the trainer.
         """
 
         def rating(layout: Layout) -> tuple[float, float]:
@@ -128,8 +128,8 @@ class Layout:
     def document_local(cls, mask: IntervalMask, ranks: int, ulysses: int = 1, longest: float = 0.5) -> Layout:
         """Chunks of long documents assigned for nearly the same work on all ranks; short documents stay in runs.
 
-        A document is long if it has more than `longest` of the tokens that a rank holds. Less is sent than in a
-        balanced layout and ranks wait more for each other, which pays where links are slow.
+        A document is long if it has more than the fraction `longest` of a rank's tokens. Compared with a balanced
+        layout, less is sent and ranks wait longer for each other, which pays off on slow links.
         """
         count = _count(mask, ranks, ulysses, _DOCUMENT_LOCAL, _TILE)
         # A token of a causal document of n tokens is in n pairs, as query and as key together.
@@ -145,15 +145,15 @@ class Layout:
 
     @classmethod
     def of(cls, name: str, mask: IntervalMask, ranks: int, ulysses: int = 1) -> Layout:
-        """The layout of that name, one of FITTED or `named`, for a mask. Raises ValueError for another name."""
+        """The layout of any name in LAYOUT_NAMES, for a mask. Raises ValueError for another name."""
         if name not in LAYOUT_NAMES:
             raise ValueError(f"layout={name} is not one of {', '.join(LAYOUT_NAMES)}")
         return FITTED[name](mask, ranks, ulysses) if name in FITTED else cls.named(name, mask.queries, ranks, ulysses)
 
     def split(self, ulysses: int) -> Layout:
-        """The layout of ranks * ulysses ranks in which `ulysses` of them divide each shard, in order.
+        """The layout over ranks * ulysses ranks in which `ulysses` consecutive ranks divide each shard in order.
 
-        Raises ValueError where they do not divide.
+        Raises ValueError if they do not divide it evenly.
         """
         if self.shard_length % ulysses:
             raise ValueError(f"{self.shard_length} tokens of a rank do not divide among ulysses={ulysses} ranks")
@@ -176,8 +176,8 @@ class Layout:
     def pairs(self, mask: IntervalMask) -> Tensor:
         """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
 
-        Bounds never decrease, so queries come in runs of one chunk whose bounds also lie in one chunk: few, where
-        chunks are long. Keys below such a bound are all of the chunks before it and a part of the chunk it lies in.
+        Bounds never decrease, so the queries divide into runs that lie in one chunk and whose bounds lie in one chunk.
+        The keys below such a bound are all chunks before that chunk, and a part of it.
         """
         ranks, count, chunk = self.ranks, self.chunks.numel(), self.chunk
         owner = torch.empty(count, dtype=torch.int64)
@@ -202,27 +202,27 @@ class Layout:
         return torch.zeros(ranks, ranks, dtype=torch.int64).index_add_(1, owner, by_chunk)
 
     def imbalance(self, mask: IntervalMask) -> float:
-        """(query, key) pairs of the busiest rank over the mean of ranks, minus 1: 0.03 for 3 percent."""
+        """(query, key) pairs of the busiest rank, relative to the mean over ranks, minus 1: 0.03 for 3 percent."""
         work = self.pairs(mask).sum(1).double()
         return float(work.max() / work.mean().clamp(min=1e-9)) - 1
 
     def per_hop_imbalance(self, mask: IntervalMask) -> float:
-        """Pairs of each hop's busiest rank, summed over hops, over the mean of all ranks' pairs, minus 1.
+        """Pairs of each hop's busiest rank, summed over hops, relative to the mean over ranks, minus 1.
 
-        0.12: ranks that wait for each other on every hop take 12 percent longer than perfectly balanced ones.
+        With 0.12, ranks that wait for each other on every hop take 12 percent longer than perfectly balanced ranks.
         """
         work = by_hop(self.pairs(mask)).double()
         return float(work.amax(1).sum() / work.sum(0).mean().clamp(min=1e-9)) - 1
 
     def received(self, mask: IntervalMask) -> Tensor:
-        """Tokens whose keys each rank receives before each hop, counted in whole tiles: int64 [hops, ranks].
+        """Tokens whose keys each rank receives for each hop, counted in whole tiles: int64 [hops, ranks].
 
-        Keys of rank o pass from rank to rank, up to the last one that sees them.
+        Keys are passed on from rank to rank, up to the last rank that sees them.
         """
         ranks, chunks = self.ranks, self.chunks.numel()
         owner = torch.empty(chunks, dtype=torch.int64)
         owner[self.chunks] = torch.arange(ranks)[:, None].expand_as(self.chunks)
-        # The first chunk at or after each chunk that a rank holds, [ranks, chunks + 1]; chunks: there is none.
+        # The first chunk at or after each chunk that a rank holds, [ranks, chunks + 1]; `chunks` if there is none.
         held = torch.full((ranks, chunks + 1), chunks)
         held[owner, torch.arange(chunks)] = torch.arange(chunks)
         following = held.flip(1).cummin(1).values.flip(1)
@@ -245,7 +245,7 @@ class Layout:
         return travelling[(rank - hop) % ranks, hop]
 
     def _duration(self, mask: IntervalMask) -> int:
-        """Time of all hops, in pairs: each takes as long as its busiest rank, or as what is sent meanwhile."""
+        """Time of all hops, in pairs: each takes as long as its busiest rank or its longest transfer."""
         computing = by_hop(self.pairs(mask)).amax(1)
         sending = self.received(mask).amax(1).roll(-1) * _PAIRS_PER_TOKEN_SENT
         return int(torch.maximum(computing, sending * mask.batch).sum())
@@ -255,7 +255,7 @@ class Layout:
         return (self.chunks[rank][:, None] * self.chunk + torch.arange(self.chunk)).flatten()
 
     def shard(self, x: Tensor, rank: int, dim: int = 1, padding: float = 0) -> Tensor:
-        """A rank's part of x, whose `dim` is the whole sequence; positions past its end hold `padding`."""
+        """A rank's shard of x, whose dimension `dim` is the whole sequence; positions past its end get `padding`."""
         if x.shape[dim] != self.length:
             raise ValueError(f"dimension {dim} must hold the sequence's {self.length} tokens, got {[*x.shape]}")
         positions = self.positions(rank).to(x.device)
@@ -264,7 +264,7 @@ class Layout:
         return shard.masked_fill(past_end, padding)
 
     def unshard(self, shards: Sequence[Tensor], dim: int = 1) -> Tensor:
-        """The whole sequence from all ranks' shards, in rank order, without the padding: the inverse of shard."""
+        """The whole sequence from all ranks' shards in rank order, without padding: the inverse of shard."""
         if len(shards) != self.ranks:
             raise ValueError(f"{self.ranks} ranks have {self.ranks} shards, got {len(shards)}")
         positions = torch.cat([self.positions(rank) for rank in range(self.ranks)])
@@ -303,7 +303,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _count(mask: IntervalMask, ranks: int, ulysses: int, per_rank: int, least: int) -> int:
-    """Chunks of a rank: `per_rank`, or as many as have `least` tokens."""
+    """Chunks per rank: `per_rank`, or fewer so that each has at least `least` tokens."""
     return max(1, min(per_rank, mask.queries // (least * ranks * ulysses), _CHUNKS // ranks))
 
 

@@ -1,15 +1,16 @@
-"""Load balance: chunks of a sequence are assigned to the ranks of a ring so that ranks wait little for each other.
+"""Load balance: assign chunks of a sequence to the ranks of a ring so that ranks wait as little as possible.
 
-On hop s, rank r computes with the keys of rank (r - s) mod ranks, and gradients are forwarded from rank to rank: on
-every hop the ring waits for the rank that has most work on it. In a forward, where only keys travel, ranks may run
-ahead, and the one with most work over all hops ends last. So what is minimised here is, in (query, key) pairs,
+On hop s, rank r computes with the keys of rank (r - s) mod ranks. In the backward, gradients are forwarded from rank to
+rank, so on every hop the ring waits for the rank with the most work. In the forward only keys travel; ranks may run
+ahead, and the rank with the most work over all hops finishes last. The assignment therefore minimises, in (query, key)
+pairs,
 
     sum over hops of max over ranks of pairs(rank, hop)  +  max over ranks of sum over hops of pairs(rank, hop)
 
-Where links are slow, what is sent matters more: `assign_long` assigns long documents only.
+On slow links, what is sent matters more: `assign_long` assigns only the chunks of long documents.
 
-All counts are whole numbers in float64, hence exact: every rank computes the assignment for itself, and all get the
-same one.
+All counts are whole numbers in float64 and therefore exact. Every rank computes the assignment for itself, and all
+ranks get the same one.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Entries of a table [exchanges, hops, ranks] that are tried at once: more take longer than they gain.
+# Entries of a table [exchanges, hops, ranks] that are tried at once; trying more costs more time than it saves.
 _ENTRIES = 2**15
 
 
 def assign(pairs: Tensor, ranks: int) -> Tensor:
-    """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
+    """The rank of each chunk, int64 [chunks]; every rank gets the same number of chunks.
 
-    pairs: visible (query, key) pairs of each chunk's queries with each chunk's keys, [chunks, chunks]. Rounds of
-    neighbouring chunks are assigned one per rank, which spreads a document over all hops; then some are exchanged.
+    pairs: visible (query, key) pairs of each chunk's queries with each chunk's keys, [chunks, chunks]. Neighbouring
+    chunks are assigned in rounds, one per rank, which spreads a document over all hops. Exchanges then improve on that.
     """
     work = pairs.double().sum(1)
     owner = _rounds(work, torch.zeros(ranks, dtype=work.dtype))
@@ -33,11 +34,11 @@ def assign(pairs: Tensor, ranks: int) -> Tensor:
 
 
 def assign_long(pairs: Tensor, ranks: int, most: float) -> Tensor:
-    """The rank that each chunk goes to, int64 [chunks]; every rank gets equally many.
+    """The rank of each chunk, int64 [chunks]; every rank gets the same number of chunks.
 
-    Chunks that are in more than `most` pairs, as queries and as keys, are assigned in rounds, but those with least work
-    of them where they do not fill the last round. The others stay in runs, as in a contiguous layout: a document that
-    is short lies on one rank or two.
+    Chunks that are in more than `most` pairs, as queries and as keys, are assigned in rounds, without those with the
+    least work if they do not fill the last round. All other chunks stay in runs, as in a contiguous layout, so that a
+    short document lies on one rank or two.
     """
     work = pairs.double().sum(1)
     far = work + pairs.double().sum(0) > most
@@ -50,20 +51,20 @@ def assign_long(pairs: Tensor, ranks: int, most: float) -> Tensor:
 
 
 def by_hop(pairs: Tensor) -> Tensor:
-    """[ranks, ranks], of a rank and the rank whose keys it has, to [hops, ranks]."""
+    """Pairs [ranks, ranks], of each rank with the keys of each rank, as [hops, ranks]."""
     rank = torch.arange(len(pairs))
     return pairs[rank, (rank - rank[:, None]) % len(pairs)]
 
 
 def _time(table: Tensor) -> Tensor:
-    """What `assign` minimises, of pairs [..., hops, ranks]."""
+    """The objective that `assign` minimises, [...], of pairs [..., hops, ranks]."""
     return table.amax(-1).sum(-1) + table.sum(-2).amax(-1)
 
 
 def _rounds(work: Tensor, load: Tensor) -> Tensor:
-    """The heaviest chunk of each round to the rank with least so far, heaviest rounds first: int64 [chunks].
+    """Owners [chunks]: in each round, heaviest first, the heaviest chunk goes to the rank with the least work so far.
 
-    load: what each rank has before that, which is added to.
+    load: each rank's work [ranks] before that; it is updated in place.
     """
     rounds = work.view(-1, len(load))
     owner = torch.empty(rounds.shape, dtype=torch.int64)
@@ -75,10 +76,10 @@ def _rounds(work: Tensor, load: Tensor) -> Tensor:
 
 
 def _exchanging(owner: Tensor, pairs: Tensor, ranks: int, some: Tensor) -> Tensor:
-    """Owners [chunks] with less time, after exchanges among some of the chunks, whose ascending numbers are given.
+    """Owners [chunks] after exchanges that reduce the time, among the chunks whose ascending numbers are in `some`.
 
-    Each in turn, those with most work first, is exchanged for the one that helps most of those near it in the sequence
-    and in work.
+    Each of these in turn, heaviest first, is exchanged for the chunk that helps most, out of those near it in the
+    sequence and those of similar work.
     """
     pairs = pairs.double()
     heaviest = some[pairs.sum(1)[some].argsort(descending=True, stable=True)]
@@ -101,14 +102,14 @@ def _exchanging(owner: Tensor, pairs: Tensor, ranks: int, some: Tensor) -> Tenso
 
 
 def _near(place: int, chunks: Tensor, ranks: int) -> Tensor:
-    """A round's worth of chunks around a place in their order [chunks]; fewer where there are many ranks."""
+    """As many chunks as a round has, around a place in their order [chunks]; fewer if there are many ranks."""
     width = min(len(chunks), ranks, max(2, _ENTRIES // ranks**2 // 2))
     start = max(0, min(len(chunks) - width, place - width // 2))
     return chunks[start : start + width]
 
 
 def _exchanged(table: Tensor, owned: Tensor, pairs: Tensor, shared: Tensor, chunk: int, others: Tensor) -> Tensor:
-    """The table [hops, ranks] after `chunk` and each of others [n] have changed owners: [n, hops, ranks].
+    """The table [hops, ranks] after `chunk` and each of others [n] have exchanged owners: [n, hops, ranks].
 
     With e the difference of two chunks' one-hot vectors and d that of their owners', owned becomes owned + e d', and
     owned' pairs owned gains d (e' pairs owned) + (owned' pairs e + d (e' pairs e)) d'.
@@ -122,7 +123,7 @@ def _exchanged(table: Tensor, owned: Tensor, pairs: Tensor, shared: Tensor, chun
 
 
 def _turned(x: Tensor) -> Tensor:
-    """x [n, ranks] of the rank whose keys each rank has on each hop: [n, hops, ranks]."""
+    """For each hop and rank, the entry of x [n, ranks] of the rank whose keys it then has: [n, hops, ranks]."""
     ranks = x.shape[1]
     # Window w of x twice over begins with x[w]; hop s turns x by s places the other way.
     return torch.cat([x, x], 1).unfold(1, ranks, 1)[:, 1:].flip(1)

@@ -18,7 +18,7 @@ property are closed under the three things that distributed attention does to a 
     ....###.
     .....###
 
-Planning happens on the CPU; only the `Intervals` that a kernel reads go to the device.
+Masks live on the CPU; only the `Intervals` that a kernel reads are copied to the device.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows of the tiles that kernels take in the order of an Order.
+# Rows per tile of the kernels that launch tiles by an Order.
 ORDERED_TILES = (128, 192)
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Launch order of a kernel's tiles of queries, or of keys: longest first, tiles of one document adjacent.
+    """Launch order of a kernel's query tiles, or key tiles: longest first, with tiles of one document adjacent.
 
-    A long tile that begins last keeps the GPU waiting; tiles of one document read the same keys, and find them in L2.
-    A tile's length is the number of keys (for tiles of keys: queries) from the first that its first row sees to the
-    last that its last row sees, or 0 where no row sees any.
-    Fields: tiles int32 [B|1, ceil(rows / rows of a tile)], on the kernel's device. On the host: nonempty, the most
-    tiles of a batch row that have a length above 0; longest, the largest length; total, the sum of all lengths, on
-    average over batch rows.
+    A long tile launched last would leave most of the GPU idle. Tiles of one document read the same keys, which then
+    come from L2. A query tile's length is the number of keys from the first that its first row sees to the last that
+    its last row sees, and 0 if no row sees a key; for key tiles, keys and queries change places.
+    Fields: tiles int32 [B|1, ceil(rows / rows per tile)], on the kernel's device. On the host: nonempty, the largest
+    number of tiles of a batch row whose length is above 0; longest, the largest length; total, the sum of all lengths,
+    averaged over batch rows.
     """
 
     tiles: Tensor
@@ -56,19 +56,18 @@ class Order:
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
-    """What a block kernel knows of a mask: the keys that each query sees, and the queries that see each key.
+    """What a kernel knows about a mask: the keys that each query sees, and the queries that see each key.
 
-    Shapes: B is the batch, or 1 where all rows of the batch agree. All int32, on the kernel's device, contiguous.
+    All tensors are int32, contiguous and on the kernel's device; their batch dimension is 1 if all batch rows agree.
     Query i sees keys ``start[i]:end[i]``; key j is seen by queries ``query_start[j]:query_end[j]``. All four vectors
-    are non-decreasing, and ``start <= end``, so a tile's bounds are read at its first and last row. The orders say
-    which rows to begin with, so that the longest tiles do not come last, and which see nothing.
+    are non-decreasing, and ``start <= end``, so a tile's bounds can be read at its first and last row.
     """
 
     start: Tensor  # [B|1, Sq]
     end: Tensor  # [B|1, Sq]
     query_start: Tensor  # [B|1, Skv]
     query_end: Tensor  # [B|1, Skv]
-    query_order: dict[int, Order]  # by the rows of a tile
+    query_order: dict[int, Order]  # by rows per tile
     key_order: dict[int, Order]
 
 
@@ -76,8 +75,8 @@ class Intervals:
 class IntervalMask:
     """Which keys each query sees: ``lo[b, i] <= j < hi[b, i]``, both non-decreasing in i.
 
-    Fields: lo, hi int64 [B|1, Sq] on the CPU (1 where all batch rows agree); keys, the number of keys, Skv.
-    Raises ValueError if a bound leaves ``0..keys``, decreases, or lo exceeds hi; TypeError for other tensors.
+    Fields: lo, hi int64 [B|1, Sq] on the CPU (1 if all batch rows agree); keys, the number of keys, Skv.
+    Raises ValueError if a bound leaves ``0..keys`` or decreases, or if lo exceeds hi; TypeError for other tensors.
     """
 
     lo: Tensor
@@ -126,7 +125,7 @@ class IntervalMask:
 
     @classmethod
     def prefix(cls, length: int, prefix: int) -> IntervalMask:
-        """Causal, but the first `prefix` tokens see each other both ways."""
+        """Causal, except that the first `prefix` tokens all see each other."""
         length = check_tokens("length", length)
         if (prefix := check_tokens("prefix", prefix)) > length:
             raise ValueError(f"prefix must lie in 0..{length}, got {prefix}")
@@ -136,10 +135,10 @@ class IntervalMask:
 
     @classmethod
     def documents(cls, lengths: Any, length: int | None = None) -> IntervalMask:
-        """Each token sees its own document only.
+        """Each token sees only its own document.
 
-        lengths: the documents' token counts, in order, as a list, an array or a tensor of integers; a list of such, or
-        two dimensions, where batch rows differ. length: the sequence's, by default the longest row's sum; tokens past
+        lengths: token counts of the documents in order, as a list, array or tensor of integers; if batch rows differ, a
+        list of these or two dimensions. length: that of the sequence, by default the largest sum of a row; tokens past
         a row's last document see nothing.
         """
         rows, _ = document_rows(lengths)
@@ -152,7 +151,7 @@ class IntervalMask:
 
     @classmethod
     def chunked(cls, length: int, chunk: int) -> IntervalMask:
-        """Each token sees its own chunk of `chunk` tokens (chunked attention is this and causal)."""
+        """Each token sees only its own chunk of `chunk` tokens. Chunked attention is this & causal."""
         length = check_tokens("length", length)
         chunk = min(check_tokens("chunk", chunk, least=1), max(length, 1))
         first = torch.arange(length) // chunk * chunk
@@ -161,7 +160,7 @@ class IntervalMask:
     # -- what is done to masks
 
     def __and__(self, other: IntervalMask) -> IntervalMask:
-        """What both masks show."""
+        """The pairs that both masks show. Raises ValueError if their shapes differ."""
         if not isinstance(other, IntervalMask):
             raise TypeError(f"an IntervalMask intersects with another one, got {type(other).__name__}")
         if self.batch != other.batch and 1 not in (self.batch, other.batch):
@@ -178,10 +177,10 @@ class IntervalMask:
         return IntervalMask(lo, torch.maximum(lo, torch.minimum(self.hi, other.hi)), self.keys)
 
     def windowed(self, left: int, leading_tokens: int = 0) -> tuple[IntervalMask, ...]:
-        """What each query sees of itself and `left` keys before it; and of the first keys that it sees, those before.
+        """This mask limited to a window: of the keys that a query sees, itself and the `left` keys before it.
 
-        The `leading_tokens` of a sequence, or a document, that every window also shows are StreamingLLM's attention
-        sinks (arXiv:2309.17453). The masks share no pair: attention is over their union.
+        With leading_tokens, queries also see the first tokens of their sequence or document, StreamingLLM's attention
+        sinks (arXiv:2309.17453). These are a second mask. The two share no pair: attention is over their union.
         """
         left, leading_tokens = (
             min(check_tokens(name, x), self.queries) for name, x in (("left", left), ("leading_tokens", leading_tokens))
@@ -194,7 +193,7 @@ class IntervalMask:
         return near, IntervalMask(self.lo, torch.maximum(self.lo, end), self.keys)
 
     def in_chunks(self, size: int) -> IntervalMask:
-        """What each query sees of its chunk of `size` tokens; chunks are counted from the beginning of each document.
+        """This mask limited to chunks of `size` tokens, which are counted from the beginning of each document.
 
         >>> mask = IntervalMask.causal(8) & IntervalMask.documents([3, 5])
         >>> mask.in_chunks(2).lo.tolist()
@@ -207,10 +206,10 @@ class IntervalMask:
         return self & IntervalMask(chunk, torch.full_like(chunk, self.keys), self.keys)
 
     def restrict(self, queries: Tensor, keys: Tensor) -> IntervalMask:
-        """The mask among some queries and keys, renumbered: what one shard sees of another.
+        """The mask between some queries and some keys, renumbered from 0: what one shard sees of another.
 
-        queries, keys: ascending global positions, int64 [n]. Positions at or past the mask's end are padding: such a
-        query sees nothing and such a key is seen by none.
+        queries, keys: ascending global positions, int64 [n]. Positions at or past the mask's end are padding: such
+        queries see nothing, and no query sees such keys.
         """
         end = torch.full((len(self.lo), 1), self.keys)
         lo = torch.cat([self.lo, end], dim=1)[:, queries.clamp(max=self.queries)]
@@ -236,17 +235,17 @@ class IntervalMask:
         return self.lo.shape[0]
 
     def divides(self) -> Tensor:
-        """Where a document begins: no pair of the mask lies across that place. Booleans [B|1, S] of a square mask."""
+        """Where a document begins: no pair crosses the place before the token. bool [B|1, S]; the mask is square."""
         i = torch.arange(self.queries)
         before = torch.nn.functional.pad(self.hi[:, :-1], (1, 0))
         return (self.lo >= i) & (before <= i)
 
     def area(self) -> int:
-        """The number of visible (query, key) pairs, summed over the batch rows the mask tells apart."""
+        """The number of visible (query, key) pairs, summed over the mask's batch rows."""
         return int((self.hi - self.lo).sum())
 
     def intervals(self, device: torch.device | str = "cpu") -> Intervals:
-        """The mask and its transpose as a kernel reads them, on `device`, copied there without waiting."""
+        """The mask and its transpose as a kernel reads them, copied to `device` asynchronously."""
         back = self.transpose()
         start, end, query_start, query_end = (
             to_device(x.to(torch.int32).contiguous(), device) for x in (self.lo, self.hi, back.lo, back.hi)
@@ -255,9 +254,9 @@ class IntervalMask:
         return Intervals(start, end, query_start, query_end, *orders)
 
     def _order(self, rows: int, device: torch.device | str) -> Order:
-        """Tiles of `rows` queries: documents with the longest tile first, and in each document its longest tile first.
+        """The order of tiles of `rows` queries: by document, and longest first both among and within documents.
 
-        A document is here a run of tiles whose last queries have the same first key, or the same end.
+        A document here is a run of tiles whose last queries have the same first key, or the same end.
         """
         if not self.queries:
             return Order(torch.zeros(self.batch, 0, dtype=torch.int32, device=device), 0, 0, 0.0)
@@ -313,7 +312,7 @@ def rows_seen(masks: Sequence[IntervalMask], device: torch.device | str = "cpu")
 
 
 def check_tokens(name: str, count: Any, least: int = 0) -> int:
-    """`count` as an int. Raises TypeError or ValueError, in the name of the argument, if it is no number of tokens."""
+    """`count` as an int. Raises TypeError or ValueError, naming the argument, if it is not a number of tokens."""
     if not isinstance(count, Integral) or isinstance(count, bool):
         raise TypeError(f"{name} must be a whole number of tokens, got {name}={count!r:.100}")
     if count < least:
@@ -322,9 +321,9 @@ def check_tokens(name: str, count: Any, least: int = 0) -> int:
 
 
 def document_rows(documents: Any) -> tuple[list[list[int]], bool]:
-    """Token counts of documents as one list per batch row, and whether they were given for all rows at once.
+    """Token counts of documents as one list per batch row, and whether a single list was given for all rows.
 
-    Raises TypeError for what holds anything but integers, ValueError for negative ones.
+    Raises TypeError if they are not all integers, ValueError if one is negative.
     """
     given = _as_list(documents)
     alike = isinstance(given, list) and not any(isinstance(_as_list(x), list) for x in given)
@@ -342,14 +341,14 @@ def document_rows(documents: Any) -> tuple[list[list[int]], bool]:
 
 
 def _as_list(x: Any) -> Any:
-    """Sequences, arrays and tensors as lists, and their scalars as Python's; anything else as it is."""
+    """Sequences, arrays and tensors as lists, and their scalars as Python numbers; anything else unchanged."""
     if isinstance(x, Tensor | np.ndarray | np.generic):
         return x.tolist()
     return list(x) if isinstance(x, Sequence) and not isinstance(x, str) else x
 
 
 def _document_bounds(lengths: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """First token and end of each token's document; tokens past the last document get an empty interval."""
+    """Begin and end of each token's document, int64 [length] each; empty for tokens past the last document."""
     ends = lengths.cumsum(0)
     used = int(lengths.sum())
     lo, hi = torch.full((length,), used), torch.full((length,), used)
@@ -359,9 +358,9 @@ def _document_bounds(lengths: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on a device, copied to a GPU without waiting.
+    """x on a device; copies to a GPU are asynchronous.
 
-    The copy is from pinned memory, which torch does not reuse before the copy is done. Of other memory CUDA does not
+    They read from pinned memory, which torch does not reuse until the copy is done. For pageable memory, CUDA does not
     promise that it has been read when the call returns.
     """
     from_host = x.device.type == "cpu" and torch.device(device).type == "cuda"

@@ -1,14 +1,14 @@
-"""Activation checkpointing that keeps attention's results, so that recomputing a layer does not run the ring again.
+"""Activation checkpointing that keeps attention results, so that recomputing a layer does not run the ring again.
 
     checkpoint(layer, x, use_reentrant=False, context_fn=keep_attention)
     ringflash.models.checkpoint_layers(model)    # the same for the layers of a Hugging Face model on the ring
 
-A checkpointed layer forgets its activations and is run again in the backward. Everything in it is local and cheap to
-repeat but attention, whose ring would travel a third time. `ring_attention` therefore leaves its (out, lse) with the
-checkpoint, [B, S, Hq, D] in the model's dtype and fp32 [B, Hq, S] a layer, and takes it from there when run again.
-With a softcap or a sink, 16-bit results have a residue of out's size that is kept with them (`kernels.compensation`).
-They may wait in host memory (`offload`). A checkpoint that does not keep them is met with an error in the backward,
-where the ring would run again.
+A checkpointed layer drops its activations and runs again in the backward. All of it is local and cheap to repeat except
+attention, whose keys would travel round the ring a third time. `ring_attention` therefore leaves its (out, lse) with
+the checkpoint, [B, S, Hq, D] in the model's dtype and fp32 [B, Hq, S] per layer, and returns it when it runs again.
+With a softcap or a sink, 16-bit results have a residue of the size of out that is kept with them
+(`kernels.compensation`). Kept results may be offloaded to host memory (`offload`). If a checkpoint does not keep them,
+attention raises an error in the backward instead of running the ring again.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _active = threading.local()
 def keep_attention(group: Group | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
     """The context_fn of torch.utils.checkpoint: contexts for the forward and for its recomputation.
 
-    group: where the results wait; None: where they are.
+    group: the group to offload results with; None: they stay on the device.
     """
     kept: list[_Kept] = []
     return _Role(kept, group, replays=False), _Role(kept, group, replays=True)
 
 
 def kept(travels: bool) -> tuple[Tensor, ...] | None:
-    """What attention left with a checkpoint when its layer first ran; None where the layer runs for the first time.
+    """The results that attention left with a checkpoint when its layer first ran; None if this is the first run.
 
-    travels: whether attention sends anything. Raises RuntimeError where it would in a recomputation, or where what was
-    kept has been changed in place.
+    travels: whether attention sends anything. Raises RuntimeError if it would do so in a recomputation, or if a kept
+    result has been changed in place.
     """
     replayed = next((role for role in _roles() if role.replays), None)
     if replayed is not None:
@@ -54,7 +54,7 @@ def kept(travels: bool) -> tuple[Tensor, ...] | None:
 
 
 def keep(*results: Tensor) -> tuple[Tensor, ...]:
-    """The results, which are left with every checkpoint that this layer is inside of and that does not have them."""
+    """Leave results with every checkpoint around this layer that does not have them yet, and return them."""
     for role in _roles():
         if role.replays:
             break
@@ -63,7 +63,7 @@ def keep(*results: Tensor) -> tuple[Tensor, ...]:
 
 
 def _roles() -> Iterator[_Role]:
-    """Those of all checkpoints that are entered, the innermost first."""
+    """The roles of all checkpoints that are entered, innermost first."""
     role = getattr(_active, "role", None)
     while role is not None:
         yield role
@@ -72,7 +72,7 @@ def _roles() -> Iterator[_Role]:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A result's memory, apart from the graph, which it must not hold, since the graph holds it; and out's version."""
+    """Detached results, since the graph holds this object and it must not hold the graph; and the version of out."""
 
     results: tuple[Tensor, ...] | tuple[Parked, ...]  # out, lse, and out's residue where it is kept
     version: int
@@ -83,7 +83,7 @@ class _Kept:
         return cls(kept, results[0]._version)
 
     def again(self) -> tuple[Tensor, ...]:
-        """The result. Raises RuntimeError if it is not what it was."""
+        """The results. Raises RuntimeError if out was changed in place."""
         if isinstance(self.results[0], Parked):
             return tuple(parked.get() for parked in self.results)
         if self.results[0]._version != self.version:
@@ -95,7 +95,7 @@ class _Kept:
 
 
 class _Role:
-    """What calls of attention do while the context is entered: compute and keep, or take what was kept, in order."""
+    """What attention does while this context is entered: compute and keep, or replay what was kept, in order."""
 
     def __init__(self, kept: list[_Kept], group: Group | None, replays: bool) -> None:
         self.kept, self.group, self.replays = kept, group, replays

@@ -1,15 +1,16 @@
-"""Streams: the two streams on which the halves of a layer's heads are computed.
+"""Streams: the two CUDA streams that compute the two halves of a layer's heads.
 
-When a kernel's last programs run, some multiprocessors have nothing left to do: a hop of 31.03 tiles per multiprocessor
-takes the time of 32. The halves of the heads are independent, so each has a stream of its own, and one's next kernel
-begins where the other's ends:
+While a kernel's last programs run, some multiprocessors are already idle: a hop of 31.03 tiles per multiprocessor takes
+the time of 32. The halves of the heads are independent, so each has its own stream, and the next kernel of one half
+starts while the other's last programs finish:
 
     stream 0     | hop 0, half 0 ........ | hop 1, half 0 ........ | hop 2, half 0
     stream 1          | hop 0, half 1 ........ | hop 1, half 1 ........ | hop 2, half 1
 
-Stream 0 is the current stream, so what the caller does before and after needs no care. Stream 1 waits for it at `fork`,
-and it waits for stream 1 at `join`. Memory allocated before the first fork may be used on both until the join. Memory
-allocated on stream 1 goes back to stream 1 when it is freed: a reader on stream 0 forks once more before that.
+Stream 0 is the current stream, so the caller's work before and after needs no synchronisation. At `fork`, stream 1
+waits for stream 0; at `join`, stream 0 waits for stream 1. Memory allocated before the first fork may be used on both
+streams until the join. Memory allocated on stream 1 is reused by stream 1 when it is freed, so a reader on stream 0
+must fork again before that.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 
 class Streams:
-    """One stream or two, on a device, as a context; on the CPU there is one order of things and nothing to wait for."""
+    """One or two streams of a device, as a context manager. On the CPU, all methods do nothing."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._streams: tuple[torch.cuda.Stream, ...] = ()
@@ -31,19 +32,19 @@ class Streams:
             self._queued, self._device = torch.cuda.Event(), torch.cuda.device(index)
 
     def switch(self, stream: int) -> None:
-        """From now on, what is launched is queued on this stream."""
+        """Queue all following launches on this stream."""
         if self._streams and stream != self._now:
             torch.cuda.set_stream(self._streams[stream])
             self._now = stream
 
     def fork(self) -> None:
-        """Have stream 1 wait for what stream 0 has queued."""
+        """Make stream 1 wait for the work queued on stream 0."""
         if self._streams:
             self._queued.record(self._streams[0])
             self._streams[1].wait_event(self._queued)
 
     def join(self) -> None:
-        """Have stream 0 wait for what stream 1 has queued."""
+        """Make stream 0 wait for the work queued on stream 1."""
         if self._streams:
             self._queued.record(self._streams[1])
             self._streams[0].wait_event(self._queued)
@@ -54,7 +55,7 @@ class Streams:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Go back to stream 0; after an error, which may have come before the join, with what stream 1 has queued."""
+        """Return to stream 0. After an error, which may have skipped the join, join stream 1."""
         if self._streams:
             self.switch(0)
             self._device.__exit__(*error)
@@ -63,14 +64,14 @@ class Streams:
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream:
-    """As torch.cuda.current_stream, whose 10 microseconds would be a fifth of a hop's host time."""
+    """torch.cuda.current_stream without its 10 microseconds, which would be a fifth of a hop's host time."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return _stream(index, torch._C._cuda_getCurrentRawStream(index))
 
 
 @functools.cache
 def _stream(device: int, handle: int) -> torch.cuda.Stream:
-    """That of a handle which is the device's current one, as long as it is not known. PyTorch never frees a stream."""
+    """The stream of a handle, which must be the device's current one when first seen. PyTorch never frees a stream."""
     return torch.cuda.current_stream(device)
 
 

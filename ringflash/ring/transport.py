@@ -1,14 +1,14 @@
-"""Transports: the three calls that a ring needs, between processes or inside one.
+"""Transports: the three calls that a ring needs, between processes or within one.
 
     with ring.receive_buffers(label) as allocate:
         x = allocate(shape, dtype)                              # memory in which messages may arrive
         transfer = ring.exchange(outgoing, incoming, label)     # messages between ranks start
         transfer.wait()                                         # incoming has arrived, outgoing may be overwritten
 
-`ProcessRing` has one rank in each process. GPUs of one machine copy into one another's memory (`ring.copy_engine`),
-others use NCCL, processes without a GPU use gloo. `Loopback` has all ranks in one process, for tests and for measuring
-one GPU's share of a ring: its tensors hold the ranks side by side. Code written against `Ring` loops over `ring.local`,
-the ranks that live here, and runs on either.
+`ProcessRing` has one rank per process. GPUs of one machine copy into each other's memory (`ring.copy_engine`), other
+GPUs use NCCL, and processes without a GPU use gloo. `Loopback` has all ranks in one process, for tests and for
+measuring one GPU's share of a ring; its tensors hold the ranks side by side. Code written against `Ring` loops over
+`ring.local`, the ranks of this process, and runs on both.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Allocate = Callable[[Sequence[int], torch.dtype], Tensor]  # makes a tensor
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """A contiguous tensor that one rank of the ring sends to another; on the receiving side, where it is written.
+    """A contiguous tensor that one rank of the ring sends to another; on the receiving side, the tensor to write it to.
 
-    target: on the sending side, the place in this rank's receive buffers that stands for the one in the receiver's. A
-    ring whose receive buffers are ordinary memory does not need it.
+    target: on the sending side, the place in this rank's own receive buffers that corresponds to the receiver's. It is
+    not needed if receive buffers are ordinary memory.
     """
 
     source: int
@@ -52,28 +52,28 @@ class Transfer(Protocol):
     """An exchange that has started."""
 
     def wait(self) -> None:
-        """Return when incoming can be read and outgoing overwritten (on CUDA: by work queued after this call)."""
+        """Return once incoming can be read and outgoing overwritten (on CUDA: by work queued after this call)."""
 
 
 class Ring(Protocol):
-    """Ranks 0..size-1 in a circle; `local` are those of this process, `device` is where their tensors live."""
+    """Ranks 0..size-1 in a circle; `local` are the ranks of this process, and their tensors are on `device`."""
 
     size: int
     local: tuple[int, ...]
     device: torch.device
 
     def receive_buffers(self, label: Label) -> AbstractContextManager[Allocate]:
-        """For one pass, a function that allocates tensors (shape, dtype) in which messages may arrive.
+        """A function for one pass that allocates tensors (shape, dtype) in which messages may arrive.
 
-        All ranks allocate the same sizes in the same order, and use none of them after the pass. label: layer and pass,
-        for reports.
+        All ranks allocate the same sizes in the same order, and do not use the tensors after the pass. label: layer and
+        pass, for reports.
         """
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Transfer:
-        """Start messages from local ranks, and receive those to local ranks.
+        """Start the messages from local ranks and to local ranks.
 
-        Both sides of a message name it in the same exchange, counting exchanges from the start, and several between the
-        same two ranks in the same order. No tensor may be written before the wait. label: layer, pass and step, for
+        Sender and receiver name a message in the same exchange, counted from the first, and list several messages
+        between two ranks in the same order. No tensor may be written before the wait. label: layer, pass and step, for
         reports.
         """
 
@@ -85,7 +85,7 @@ def plain_buffers(device: torch.device) -> AbstractContextManager[Allocate]:
 
 @dataclass(frozen=True)
 class _Anywhere:
-    """Any memory of a device. (torch.compile, which may look in here, follows a method, and not a closure.)"""
+    """Any memory of a device. It is a class because torch.compile can trace a method, but not a closure."""
 
     device: torch.device
 
@@ -106,11 +106,11 @@ class Loopback:
         self.device = torch.device(device)
 
     def receive_buffers(self, label: Label) -> AbstractContextManager[Allocate]:
-        """Memory of torch's allocator."""
+        """Ordinary memory from torch's allocator."""
         return plain_buffers(self.device)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Transfer:
-        """Copy at once, in the order of the current stream; whatever stream waits, waits for that."""
+        """Copy at once, on the current stream; the stream that waits then waits for these copies."""
         sent: dict[tuple[int, int], list[Tensor]] = {}
         for message in outgoing:
             sent.setdefault((message.source, message.destination), []).append(message.tensor)
@@ -126,15 +126,17 @@ class Loopback:
 class ProcessRing:
     """One rank per process, over a torch.distributed group (default: the whole world).
 
-    On GPUs an exchange runs on a stream of its own: it waits for what the current stream has queued before `exchange`,
-    and makes the current stream (not the host) wait at `wait`. So a kernel launched between the two runs beside the
-    transfer. transport: with "auto", GPUs of one machine that reach one another's memory copy into it; all others go
-    through the group, and with "nccl" these, too. For that, give the ring a group of its own with a stream of high
-    priority (`pg_options`): otherwise transfers queue behind other collectives, and behind kernels that fill the GPU.
-    The watchdog, where given, records every wait. Copy engines would wait for ever, so without one they have their own,
-    with the group's timeout. `carrier` names what carries messages, and why.
+    On GPUs, an exchange runs on a separate stream. It starts after the work that the current stream had queued before
+    `exchange`, and `wait` makes the current stream (not the host) wait for it, so a kernel launched between the two
+    calls overlaps with the transfer.
 
-    On GPUs all ranks of the group make it together, and rings on several groups in the same order.
+    transport: "auto" lets GPUs of one machine copy into each other's memory if they can, and uses the group otherwise;
+    "nccl" always uses the group. For transfers through the group, give the ring a group of its own with a high-priority
+    stream (`pg_options`): otherwise they queue behind other collectives, and behind kernels that fill the GPU.
+    watchdog: records every wait. Without one, copy engines use a watchdog of their own with the group's timeout, since
+    they would otherwise wait forever. `carrier` names what carries the messages, and why.
+
+    On GPUs, all ranks of the group must construct the ring together, and rings on several groups in the same order.
     """
 
     def __init__(
@@ -164,21 +166,21 @@ class ProcessRing:
                 self.carrier += f", since {engine}"
 
     def receive_buffers(self, label: Label) -> AbstractContextManager[Allocate]:
-        """Memory that the ring's GPUs map; without copy engines, of torch's allocator."""
+        """Memory that all GPUs of the ring map; without copy engines, ordinary memory from torch's allocator."""
         if self._copy_engine is None:
             return plain_buffers(self.device)
         assert self.watchdog is not None
         return self._copy_engine.receive_buffers(label, self.watchdog)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Transfer:
-        """Sends and receives, in flight until waited for. Raises RuntimeError in a fork of this process."""
+        """Start sends and receives, which are in flight until waited for. Raises RuntimeError in a forked process."""
         self.process.check()
         size = sum(m.tensor.nbytes for m in incoming)
         works = (self._copy_engine.exchange if self._copy_engine else self._through_group)(outgoing, incoming)
         return _InFlight(works, self.watchdog, label, size, self.device) if works else _Done()
 
     def _through_group(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[PendingWork]:
-        """One batch of the group's: a work for each message, or on NCCL one for all."""
+        """One batch of point-to-point operations of the group: one work per message, or on NCCL one for all."""
         operations = [
             *(dist.P2POp(dist.isend, m.tensor, group=self.group, group_peer=m.destination) for m in outgoing),
             *(dist.P2POp(dist.irecv, m.tensor, group=self.group, group_peer=m.source) for m in incoming),
@@ -197,13 +199,13 @@ class ProcessRing:
 
 @dataclass(frozen=True)
 class Process:
-    """The process that joined a group: another one (a fork, a DataLoader's worker) would hang in its collectives."""
+    """The process that joined a group. Any other (a fork, a DataLoader worker) would hang in its collectives."""
 
     id: int
 
     @classmethod
     def this(cls) -> Process:
-        """The one that runs. Raises RuntimeError in a DataLoader's worker."""
+        """The current process. Raises RuntimeError in a DataLoader worker."""
         here = cls(os.getpid())
         here.check()
         return here
@@ -226,7 +228,7 @@ class Process:
 
 class _Done:
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Return at once: there is nothing in flight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +236,7 @@ class _InFlight:
     works: list[PendingWork]
     watchdog: Watchdog | None
     label: Label
-    size: int  # bytes that come
+    size: int  # bytes received
     device: torch.device
 
     def wait(self) -> None:
@@ -247,5 +249,5 @@ class _InFlight:
             work.wait()
 
     def pending(self) -> Pending:
-        """The ranks that this waits for: works are waited for one after another."""
+        """The ranks of the first work that has not completed: works are waited for in order."""
         return next((concerned for work, concerned in self.works if not work.is_completed()), self.works[-1][1])
