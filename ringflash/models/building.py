@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
+from ringflash.models.lora import add_lora
 from ringflash.models.rope_length import can_go_by_document, pin_rope, rope_by_document
 
 # What makes a model of random weights, from (configuration, options), and that of a folder, from (path, and the same).
@@ -36,6 +37,8 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
             raise ConfigError(f"model.rope_length={config.rope_length}: {error}") from error
     elif can_go_by_document(hf_config):
         rope_by_document(model)
+    if config.lora.on:
+        add_lora(model, config.lora)
     return model
 
 

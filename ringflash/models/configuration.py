@@ -22,6 +22,7 @@ from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.families import family_refusal, has_chunks, vouch_for
 from ringflash.models.layers import layer_kinds
+from ringflash.models.lora import LoraConfig
 from ringflash.models.rope import extended, rope_kinds, rope_refusal, supported_positions
 from ringflash.models.rope_length import length_refusal
 
@@ -71,6 +72,9 @@ class ModelConfig:
     restricted by nothing but windows; that positions enter only through position_ids; and that its logits are those of
     lm_head, times logit_scale, capped at final_logit_softcapping."""
 
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters that are trained instead of the model's weights."""
+
     def __post_init__(self) -> None:
         if self.path and self.architecture:
             raise ConfigError(
@@ -85,6 +89,10 @@ class ModelConfig:
             raise ConfigError(
                 f"model.rope_parameters={self.rope_parameters} changes a model of model.path: with random weights set "
                 f"model.architecture.rope_parameters"
+            )
+        if self.lora.on and not self.path:
+            raise ConfigError(
+                "model.lora adapts a model of model.path: random weights would be frozen, and never learn anything"
             )
         if self.rope_length is not None and self.rope_length < 1:
             raise ConfigError(f"model.rope_length={self.rope_length} must be 1 or more, or null")

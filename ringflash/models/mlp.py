@@ -4,6 +4,8 @@
     a   = combine(act, h_i)    act(up), or act(gate) * up
     y   = a D^T + d
 
+A product with an adapter of LoRA has scale (x A^T) B^T added, and its own weight is frozen.
+
 Only x is kept, and the backward computes h and a again, one tile of tokens at a time. A checkpointed layer computes
 them once for its backward in any case. For that, x is kept before y is computed: torch's checkpoint ends its
 recomputation as soon as it has what was kept, so y, the layer's last product, is not computed again. Where layers
@@ -23,10 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from ringflash.models.lora import Parts, parts_of
 from ringflash.models.sources import digest
 
+TENSORS = 4  # of a product's `Parts`: W, bias, A and B; what an MLP lacks is None
 ELEMENTS = 2**27  # of h in a tile, unless it is given: 256 MiB in bf16, and enough for products at full speed
 
 
@@ -65,13 +68,22 @@ FORMS = {
 
 
 def form_of(module: nn.Module) -> Form | None:
-    """The form of an MLP that is known; None for other modules, and where its parts are not plain linear layers."""
+    """The form of an MLP that is known; None for other modules, and where its parts are no linear layers.
+
+    These may have adapters of LoRA, but without dropout.
+    """
     kind: Any = type(module)
     form = FORMS.get(digest(kind.forward)) if kind.__module__.startswith("transformers.models.") else None
-    if form is None or any(type(getattr(module, name)) is not nn.Linear for name in (*form.inputs, form.output)):
+    if form is None or _products(module, form) is None:
         return None
     act = getattr(module, form.act)
     return None if isinstance(act, nn.Module) and any(True for _ in act.parameters()) else form
+
+
+def _products(module: nn.Module, form: Form) -> list[Parts] | None:
+    """The parts of W_1, ..., D; None where one of them has none."""
+    found = [parts_of(getattr(module, name)) for name in (*form.inputs, form.output)]
+    return None if None in found else found  # type: ignore[return-value]  # none is None
 
 
 def tile_for(width: int) -> int:
@@ -104,7 +116,8 @@ def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
     form = form_of(module)
     assert form is not None
     module.fused_activation = kernel
-    mlp = _Mlp(form.combine, getattr(module, form.act), kernel, tile)
+    scales = tuple(parts.scale for parts in _products(module, form) or ())
+    mlp = _Mlp(form.combine, getattr(module, form.act), scales, kernel, tile)
     module.forward = partial(_forward, module, form, mlp)
 
 
@@ -127,8 +140,10 @@ def _width(module: nn.Module, form: Form) -> int:
 
 def _forward(module: nn.Module, form: Form, mlp: _Mlp, x: Tensor) -> Tensor:
     """y [..., H] of x [..., H]."""
-    layers = [getattr(module, name) for name in (*form.inputs, form.output)]
-    weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    products = _products(module, form)
+    if products is None or tuple(parts.scale for parts in products) != mlp.scales:
+        raise RuntimeError("an MLP that is computed as one function had its adapters merged, disabled or changed")
+    weights: list[Any] = [x for parts in products for x in parts[:TENSORS]]
     rows = x.flatten(0, -2)
     if mlp.tile is None:
         y = _Kept.apply(mlp, rows, *weights)
@@ -140,15 +155,22 @@ def _forward(module: nn.Module, form: Form, mlp: _Mlp, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Mlp:
-    """An MLP's arithmetic on tensors [tokens, columns]; weights: W_1, b_1, ..., D, d, a bias may be None.
+    """An MLP's arithmetic on tensors [tokens, columns]; weights: of W_1, ..., D, the tensors of each one's `Parts`.
 
     kernel: the activation that a Triton kernel computes in one pass (`fused.gated`); None: plain torch.
     """
 
     combine: Callable[..., Tensor]
     act: Callable[[Tensor], Tensor]
+    scales: tuple[float, ...]
     kernel: str | None
     tile: int | None
+
+    def parts(self, weights: Sequence[Any]) -> list[Parts]:
+        """Those of W_1, ..., D."""
+        starts = range(0, len(weights), TENSORS)
+        each = zip(starts, self.scales, strict=True)
+        return [Parts(*weights[at : at + TENSORS])._replace(scale=scale) for at, scale in each]
 
     def tiles(self, tokens: int) -> Iterator[slice]:
         """Slices of tokens of about equal length, of `tile` at most."""
@@ -159,7 +181,7 @@ class _Mlp:
 
     def hidden(self, x: Tensor, weights: Sequence[Any]) -> list[Tensor]:
         """h_i."""
-        return [functional.linear(x, w, b) for w, b in zip(weights[:-2:2], weights[1:-2:2], strict=True)]
+        return [_product(x, parts) for parts in self.parts(weights)[:-1]]
 
     def activated(self, hidden: list[Tensor], overwrite: bool) -> Tensor:
         """a; overwrite: h may be lost."""
@@ -196,38 +218,58 @@ class _Mlp:
     def _tile_backward(
         self, x: Tensor, dy: Tensor, hidden: list[Tensor], weights: Sequence[Any], sums: _Sums, dx: Tensor
     ) -> None:
-        a, dhidden = self.activation_backward(hidden, dy @ weights[-2])
-        sums.add(len(weights) - 2, dy, a)
+        *inputs, output = self.parts(weights)
+        a, dhidden = self.activation_backward(hidden, _product_backward(dy, output))
+        sums.add(len(inputs), dy, a, output)
         del a
-        for i, dh in enumerate(dhidden):
-            if i == 0:
-                torch.mm(dh, weights[0], out=dx)
-            else:
-                torch.addmm(dx, dh, weights[2 * i], out=dx)
-            sums.add(2 * i, dh, x)
+        for i, (dh, parts) in enumerate(zip(dhidden, inputs, strict=True)):
+            _product_backward(dh, parts, dx, add=i > 0)
+            sums.add(i, dh, x, parts)
+
+
+def _product(x: Tensor, parts: Parts, out: Tensor | None = None) -> Tensor:
+    """x W^T + bias + scale (x A^T) B^T."""
+    weight, bias, a, b, scale = parts
+    y = torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+    return y if a is None or b is None else y.addmm_(x @ a.T, b.T, alpha=scale)
+
+
+def _product_backward(dy: Tensor, parts: Parts, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """The gradient of x; add: to what `out` has."""
+    dx = torch.addmm(out, dy, parts.weight, out=out) if add and out is not None else torch.mm(dy, parts.weight, out=out)
+    return dx if parts.a is None or parts.b is None else dx.addmm_(dy @ parts.b, parts.a, alpha=parts.scale)
 
 
 class _Sums:
-    """Gradients of weights and biases, over tiles. in_fp32: there are several tiles."""
+    """Gradients of weights, biases and adapters, over tiles. in_fp32: there are several tiles."""
 
     def __init__(self, weights: Sequence[Any], needed: Sequence[bool], in_fp32: bool) -> None:
         self.weights, self.needed, self.in_fp32 = weights, needed, in_fp32
         self.totals: list[Tensor | None] = [None] * len(weights)
 
-    def add(self, at: int, dout: Tensor, x: Tensor) -> None:
-        """Add those of the weight `at`, dout^T x, and of its bias."""
-        if self.needed[at]:
-            if not self.in_fp32:
-                self.totals[at] = dout.T @ x
-            elif (total := self.totals[at]) is not None:
-                add_product(total, dout.T, x)
-            else:
-                self.totals[at] = torch.zeros_like(self.weights[at], dtype=torch.float32)
-                add_product(self.totals[at], dout.T, x)  # type: ignore[arg-type]
-        if self.needed[at + 1]:
+    def add(self, number: int, dout: Tensor, x: Tensor, parts: Parts) -> None:
+        """Add those of the product `number`, of x, with these parts."""
+        weight, bias, a, b = range(number * TENSORS, (number + 1) * TENSORS)
+        self._add(weight, dout, x)
+        if self.needed[bias]:
             of_bias = dout.sum(0, dtype=torch.float32)
-            before = self.totals[at + 1]
-            self.totals[at + 1] = of_bias if before is None else before + of_bias
+            before = self.totals[bias]
+            self.totals[bias] = of_bias if before is None else before + of_bias
+        if parts.a is not None and parts.b is not None:
+            self._add(a, parts.scale * (dout @ parts.b), x)
+            self._add(b, dout, parts.scale * (x @ parts.a.T))
+
+    def _add(self, at: int, dout: Tensor, x: Tensor) -> None:
+        """Add dout^T x to the gradient of weight `at`, if that is needed."""
+        if not self.needed[at]:
+            return
+        if not self.in_fp32:
+            self.totals[at] = dout.T @ x
+        elif (total := self.totals[at]) is not None:
+            add_product(total, dout.T, x)
+        else:
+            self.totals[at] = torch.zeros_like(self.weights[at], dtype=torch.float32)
+            add_product(self.totals[at], dout.T, x)  # type: ignore[arg-type]
 
     def rounded(self) -> list[Tensor | None]:
         """The gradients in their weights' dtypes."""
@@ -241,7 +283,7 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx, mlp: _Mlp, x: Tensor, *weights: Tensor | None) -> Tensor:
         ctx.mlp = mlp
         ctx.save_for_backward(x, *weights)
-        return x.new_empty(()).expand(len(x), len(weights[-2]))  # type: ignore[arg-type]  # it is no bias
+        return x.new_empty(()).expand(len(x), len(weights[-TENSORS]))  # type: ignore[arg-type]  # it is D
 
     @staticmethod
     @once_differentiable
@@ -256,13 +298,10 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mlp: _Mlp, handle: Tensor, x: Tensor, weights: list[Any]) -> Tensor:
         y = torch.empty(handle.shape, dtype=x.dtype, device=x.device)
-        down, bias = weights[-2:]
+        output = mlp.parts(weights)[-1]
         for here in mlp.tiles(len(x)):
             a = mlp.activated(mlp.hidden(x[here], weights), overwrite=True)
-            if bias is None:
-                torch.mm(a, down.T, out=y[here])
-            else:
-                torch.addmm(bias, a, down.T, out=y[here])
+            _product(a, output, out=y[here])
         return y
 
     @staticmethod
@@ -278,7 +317,7 @@ class _Kept(torch.autograd.Function):
         hidden = mlp.hidden(x, weights)
         ctx.mlp, ctx.overwritten = mlp, False
         ctx.save_for_backward(x, *hidden, *weights)
-        return functional.linear(mlp.activated(hidden, overwrite=False), *weights[-2:])  # type: ignore[arg-type]
+        return _product(mlp.activated(hidden, overwrite=False), mlp.parts(weights)[-1])
 
     @staticmethod
     @once_differentiable

@@ -1,6 +1,6 @@
 """Checkpoints that are complete or absent: written aside, listed with their digests, then renamed.
 
-    runs/NAME/checkpoints/step-00000100/state/           DeepSpeed's files: weights, optimizer, schedule, by rank
+    runs/NAME/checkpoints/step-00000100/state/           DeepSpeed's files: weights that are trained, optimizer, by rank
                           step-00000100/manifest.json    the size and SHA-256 of every file, written last
                           step-00000200.partial/         one being written, or left by a killed run
                           step-00000150.unsound/         one whose files differ from what was written, moved aside
@@ -23,6 +23,7 @@ import deepspeed
 import torch.distributed as dist
 
 from ringflash.errors import ConfigError
+from ringflash.models.lora import adapted
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import digest, remove, write_whole, writing
 from ringflash.training.host_adamw import HostAdamW
@@ -41,7 +42,7 @@ FREE = (
     "optim.steps", "optim.epochs", "parallel.",
     # Compared by content, as data.digest and model.digest.
     "data.path", "data.files", "data.field", "data.format", "data.sources", "data.evaluation", "data.tokenizer",
-    "model.path",
+    "model.path", "model.lora.path", "model.lora.merge",
 )  # fmt: skip
 # Settings that it may change too, which is reported: `train_step` sets the learning rate of each step. The optimizer's
 # others, clip and weight_decay among them, are restored from the checkpoint.
@@ -50,6 +51,7 @@ TOKENIZER = "tokenizer.digest"  # says why other tokens are; one that gives the 
 BY_DIGEST = {
     "data.digest": "the tokens of data.path or data.sources, by their digest",
     "model.digest": "the model of model.path, by its digest",
+    "model.lora.digest": "the adapter of model.lora.path, by its digest",
     TOKENIZER: "data.tokenizer, by its digest",
 }
 
@@ -87,7 +89,8 @@ def save(
                     remove(left)
                 aside.mkdir(parents=True)
     with world.without_timeout(f"writing {path}"), writing(aside):
-        engine.save_checkpoint(str(aside), tag=STATE, save_latest=False)
+        frozen = bool(adapted(engine.module))  # the model's own weights, which are those of model.path
+        engine.save_checkpoint(str(aside), tag=STATE, save_latest=False, exclude_frozen_parameters=frozen)
         if isinstance(engine.basic_optimizer, HostAdamW):
             engine.basic_optimizer.save(aside / STATE / HOST_STATES.format(world.rank))
     with world.without_timeout(f"reading {path} for its digests"):
@@ -155,7 +158,7 @@ def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any
 
 def _load(engine: deepspeed.DeepSpeedEngine, path: Path, world: World) -> None:
     try:
-        loaded, _ = engine.load_checkpoint(str(path), tag=STATE)
+        loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not adapted(engine.module))
         if isinstance(engine.basic_optimizer, HostAdamW):
             engine.basic_optimizer.load(path / STATE / HOST_STATES.format(world.rank))
     except Exception as error:

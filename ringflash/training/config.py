@@ -39,6 +39,7 @@ LONGEST_NAME = 200  # bytes; a file system takes 255, and -2 or .partial may fol
 PATHS = (
     "output_dir",
     "model.path",
+    "model.lora.path",
     "data.path",
     "data.evaluation.path",
     "data.tokenizer",

@@ -2,6 +2,7 @@
 
     OUTPUT_DIR/NAME/model/            config.json, weights (safetensors), generation_config.json, tokenizer
     OUTPUT_DIR/NAME/model.partial/    one being written, or left by a killed run
+    OUTPUT_DIR/NAME/adapter/          with model.lora: adapters, as peft writes them; model/ has them merged
 
 generation_config.json is copied byte for byte from the folder that the model came from. transformers refuses to write
 many published ones, such as a temperature without do_sample. `rehearse` writes all except the weights before step 1.
@@ -19,6 +20,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ringflash.errors import ConfigError, DiskError, in_one_line
+from ringflash.models.lora import adapted, write_adapter
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import remove, writing
 from ringflash.training.sharded import write_weights
@@ -42,7 +44,7 @@ def export(
     check_weights(engine, world, folder)
     model, aside = engine.module.model, folder.with_name(folder.name + ".partial")
     with world.without_timeout(f"exporting {folder}"), writing(folder):
-        if engine.zero_optimization_partition_weights():
+        if engine.zero_optimization_partition_weights() or adapted(model):
 
             def begin() -> None:
                 remove(aside)
@@ -53,6 +55,25 @@ def export(
             remove(aside)
             _write(model, aside, tokenizer, generation)
         if world.is_first:
+            remove(folder)
+            os.rename(aside, folder)
+    return folder
+
+
+def export_adapter(engine: deepspeed.DeepSpeedEngine, folder: Path, base: str, world: World) -> Path:
+    """Write a model's adapters to `folder`, as peft does; all ranks call it. base: the folder of the model's weights.
+
+    Raises DivergedError where a weight is not finite.
+    """
+    check_weights(engine, world, folder)
+    model, aside = engine.module.model, folder.with_name(folder.name + ".partial")
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with world.without_timeout(f"exporting {folder}"), writing(folder):
+        with deepspeed.zero.GatheredParameters([*adapters.values()], modifier_rank=None):
+            weights = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
+        if world.is_first:
+            remove(aside)
+            write_adapter(model, weights, aside, os.path.abspath(base))
             remove(folder)
             os.rename(aside, folder)
     return folder

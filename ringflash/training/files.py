@@ -71,9 +71,9 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_digest(folder: Path) -> str:
-    """A digest of a model folder's config.json and of its weight files' names, sizes, beginnings and ends."""
-    found = hashlib.sha256((folder / "config.json").read_bytes())
+def model_digest(folder: Path, config: str = "config.json") -> str:
+    """A digest of a model folder's `config` and of its weight files' names, sizes, beginnings and ends."""
+    found = hashlib.sha256((folder / config).read_bytes())
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())

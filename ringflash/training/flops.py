@@ -1,6 +1,7 @@
 """FLOPs of a training step, counted exactly, for model FLOPs utilisation (MFU).
 
-Matrix products of weights take 2 operations per weight and token forward and 4 backward. Attention takes 4 operations
+Matrix products of weights take 2 operations per weight and token forward and 4 backward, or 2 where the weight is
+frozen, as below LoRA's adapters: its own gradient is not computed. Attention takes 4 operations
 per visible (query, key) pair, query head and head dimension forward (q k^T and p v) and twice that backward. Masked
 pairs are not counted and neither is recomputation, so this is causal MFU: the operations that the model needs, divided
 by the peak of the GPUs.
@@ -18,18 +19,20 @@ from ringflash.models import experts_of
 from ringflash.ring.cost import Heads
 
 
-def matmul_parameters(model: PreTrainedModel) -> int:
+def matmul_parameters(model: PreTrainedModel, frozen: bool = False) -> int:
     """Weights that every token is multiplied with: all matrices except embeddings that are only looked up.
 
-    Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to.
+    Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to. frozen: those that
+    are not trained alone.
     """
     experts, active = experts_of(model.config)
-    shapes = [shape_of(p) for p in model.parameters()]
+    shapes = [shape_of(p) for p in model.parameters() if not (frozen and p.requires_grad)]
     total = sum(shape.numel() for shape in shapes if len(shape) == 2)
     total += sum(shape.numel() * active // experts for shape in shapes if len(shape) == 3)
     head = cast(nn.Linear, model.get_output_embeddings()).weight  # which may be tied to an embedding
     looked_up = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    return total - sum(shape_of(weight).numel() for weight in looked_up if weight is not head)
+    counted = [weight for weight in looked_up if weight is not head and not (frozen and weight.requires_grad)]
+    return total - sum(shape_of(weight).numel() for weight in counted)
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
@@ -42,6 +45,7 @@ def attention_flops(pairs: float, heads: Heads) -> float:
     return 6.0 * pairs * heads.products
 
 
-def step_flops(weights: int, tokens: int, attention: float) -> float:
-    """Operations of a step: `weights` as matmul_parameters counts them; attention's, of all layers."""
-    return 6.0 * weights * tokens + attention
+def step_flops(weights: int, tokens: int, attention: float, frozen: int = 0) -> float:
+    """Operations of a step: weights, and of these those frozen, as matmul_parameters counts them; attention's, of all
+    layers."""
+    return (6.0 * weights - 2.0 * frozen) * tokens + attention

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -21,12 +22,13 @@ from ringflash.data.tokenizer import tokenizer_digest
 from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
+from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
 from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded, stop
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
 from ringflash.training.engine import build_engine
 from ringflash.training.evaluation import Evaluation, HeldOut
-from ringflash.training.export import export, generation_file, rehearse
+from ringflash.training.export import export, export_adapter, generation_file, rehearse
 from ringflash.training.files import model_digest, write_whole
 from ringflash.training.meter import Meter
 from ringflash.training.needle import Needles
@@ -89,6 +91,7 @@ def fit(config: Config, resolved: str) -> None:
             world.watchdog.step = step
             meter.start()
             micro_batches, _ = next(batches)
+            _seed_dropout(config.seed, step, world)
             with explained(config.memory, world.size):
                 record = meter.record(train_step(run.engine, micro_batches, world))
             if evaluation is not None and _due(step, config.evaluation.every):
@@ -146,6 +149,12 @@ def _search(run: Run, needles: Needles, step: int) -> dict[str, float]:
         run.metrics.draw(step, "needle", heat_map(cells))
         run.metrics.write_line(f"needles {sum(cell.found for cell in cells)} of {len(cells)} found at step {step}")
     return needle_record(cells)
+
+
+def _seed_dropout(seed: int, step: int, world: World) -> None:
+    """Give each rank other random numbers in each step, for its own tokens; a resumed run draws the same."""
+    drawn = np.random.SeedSequence([seed, step, world.rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(drawn[0]))
 
 
 def _shard_tokens(config: Config, world: World) -> int:
@@ -219,6 +228,11 @@ def _settings(job: Job, resolved: str, training: Corpus, world: World) -> dict[s
         with world.without_timeout(f"reading {_source(config)} for its digest"):
             found = model_digest(Path(config.model.path)) if world.is_first else None
         settings["model"]["digest"] = world.broadcast(found)
+    if not config.model.lora.on:
+        del settings["model"]["lora"]  # which checkpoints of runs without it do not have
+    elif config.model.lora.path:
+        found = model_digest(Path(config.model.lora.path), ADAPTER_CONFIG) if world.is_first else None
+        settings["model"]["lora"]["digest"] = world.broadcast(found)
     return settings
 
 
@@ -255,7 +269,7 @@ def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> 
     divergence.check_end(steps, None if held_out is None else held_out.loss)
     if run.start < steps and not _due(steps, config.checkpoint.every):
         run.save(steps)
-    exported = export(run.engine, run.folder / "model", run.job.tokenizer, world, generation_file(config.model.path))
+    exported = _export(run)
     with world.without_timeout("finishing the loss plot and wandb's run"):
         if run.metrics is not None:
             entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
@@ -281,8 +295,19 @@ def _leave(world: World) -> None:
     dist.destroy_process_group()
 
 
+def _export(run: Run) -> list[Path]:
+    """The folders of the trained model, and of its adapters where there are any."""
+    path, lora, written = run.job.config.model.path, run.job.config.model.lora, []
+    if lora.on:
+        written.append(export_adapter(run.engine, run.folder / "adapter", path or "", run.world))
+    if lora.merge:
+        model = run.folder / "model"
+        written.append(export(run.engine, model, run.job.tokenizer, run.world, generation_file(path)))
+    return written
+
+
 def _print_outcome(
-    folder: Path, exported: Path, held_out: HeldOut | None, entropy: float | None, searched: bool
+    folder: Path, exported: list[Path], held_out: HeldOut | None, entropy: float | None, searched: bool
 ) -> None:
     """The held-out loss, and where everything is."""
     if held_out is not None:
@@ -290,7 +315,8 @@ def _print_outcome(
         if held_out.by_position:
             print(f"  by position     {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_position.items())}")
         print(f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context")
-    print(f"model             {exported}")
+    for path in exported:
+        print(f"{path.name:<17} {path}")
     print(f"loss plot         {metrics.plot(folder, entropy)}")
     if searched:
         print(f"needles           {folder / 'needle.png'}")

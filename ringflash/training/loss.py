@@ -101,8 +101,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
         differentiate = grad and any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden if differentiate else hidden[:0])
-        dweight = torch.zeros_like(weight if differentiate else weight[:0], dtype=torch.float32)
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        _, trained, trained_bias, *_ = ctx.needs_input_grad
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if grad and trained else None
+        dbias = torch.zeros_like(bias, dtype=torch.float32) if grad and trained_bias and bias is not None else None
         cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
         if fused:
             cross_entropy = partial(_fused_cross_entropy, softcap=softcap)
@@ -123,10 +124,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=torch.float32)
                 torch.mm(dlogits, weight, out=dhidden[here])
-                add_product(dweight, dlogits.T, hidden[here])
+                if dweight is not None:
+                    add_product(dweight, dlogits.T, hidden[here])
             del logits, dlogits  # before the next tile's logits
         if differentiate:
-            ctx.save_for_backward(dhidden, dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype))
+            ctx.save_for_backward(dhidden, *(None if x is None else x.to(weight.dtype) for x in (dweight, dbias)))
         return loss
 
     @staticmethod

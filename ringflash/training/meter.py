@@ -19,7 +19,7 @@ class Meter:
 
     def __init__(self, model, tokens: int, world: World) -> None:
         """model: the transformers model."""
-        self.weights = flops.matmul_parameters(model)
+        self.weights, self.frozen = (flops.matmul_parameters(model, frozen) for frozen in (False, True))
         self.tokens, self.world = tokens, world
         self.peak = peak_flops(world.device)
         self._begun = time.perf_counter()
@@ -42,7 +42,7 @@ class Meter:
             "memory_gib": memory_gib(self.world.device),
         }
         if self.peak is not None:
-            done = flops.step_flops(self.weights, self.tokens, attention)
+            done = flops.step_flops(self.weights, self.tokens, attention, self.frozen)
             record["mfu"] = done / seconds / (self.peak * self.world.size)
         record |= {BY_POSITION + name: x for name, x in positions.means(result.by_position).items()}
         return record | _traffic(self.world, result.imbalance)

@@ -216,7 +216,7 @@ def start_moments(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices, which decay, and norms and biases, which do not.
+    """Two parameter groups: matrices, which decay, and norms and biases, which do not; without any that would be empty.
 
     Biases of experts are two-dimensional, [experts, features], so the name decides as well as the shape.
     """
@@ -224,4 +224,5 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     decays = {name: len(shape_of(p)) > 1 and not name.endswith("bias") for name, p in named}
     decayed = [p for name, p in named if decays[name]]
     others = [p for name, p in named if not decays[name]]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -17,7 +17,8 @@ from ringflash.data import DataConfig, check_vocabulary, load_tokenizer, python_
 from ringflash.data.mixture import check_sources
 from ringflash.errors import ConfigError
 from ringflash.models import attention_kernels, check_length, read_config, tiles_of
-from ringflash.models.configuration import DTYPES
+from ringflash.models.configuration import DTYPES, ModelConfig
+from ringflash.models.lora import add_lora, description
 from ringflash.training.agreement import disagreements
 from ringflash.training.config import Config
 from ringflash.training.engine import MemoryConfig
@@ -67,7 +68,9 @@ def check_inputs(
             f"memory.attention_results={memory.attention_results} memory.layer_inputs={memory.layer_inputs}: the model "
             f"has {layers} layers"
         )
-    if config.memory.mlp_tile is not None and not tiles_of(_without_memory(model_config)):
+    checks_model = config.model.lora.on or config.memory.mlp_tile is not None
+    model = _without_memory(config.model, model_config) if checks_model else None
+    if model is not None and config.memory.mlp_tile is not None and not tiles_of(model):
         raise ConfigError(
             f"memory.mlp_tile={config.memory.mlp_tile}: no MLP of model_type={model_config.model_type} has a form that "
             f"can be tiled, as experts have none; memory.mlp_tile=null leaves them as they are"
@@ -111,16 +114,20 @@ def check_ranks(config: Config, ranks: int) -> None:
         )
 
 
-def _without_memory(model_config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device."""
+def _without_memory(config: ModelConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device. Raises ConfigError for adapters that it cannot have."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config)
+        if config.lora.on:
+            add_lora(model, config.lora)
+    return model
 
 
 def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device: torch.device) -> list[str]:
     """Model, data, ranks, step and memory."""
-    model = _without_memory(model_config)
-    parameters = sum(p.numel() for p in model.parameters())
+    model = _without_memory(config.model, model_config)
+    parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    adapters = [f"adapters   {description(model)}"] if config.model.lora.on else []
     optim, memory, parallel = config.optim, config.memory, config.parallel
     tile = memory.loss_tile or tile_for(model_config.vocab_size)
     length = f"{optim.steps} steps" if optim.epochs is None else f"{optim.epochs:g} epochs"
@@ -133,6 +140,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     states = kinds[memory.optimizer_states]
     return [
         f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}",
+        *adapters,
         f"data       {_text(config.data)}, tokenizer {config.data.tokenizer}",
         f"ranks      {ranks} x {where}: replicas {replicas} x ring {ring} x ulysses {ulysses}, "
         f"layout {parallel.layout}; attention kernel {kernels}",

@@ -31,6 +31,7 @@ from transformers.integrations.deepspeed import _apply_weight_conversions_to_sta
 from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.building import check_loaded
+from ringflash.models.lora import merged
 from ringflash.training.files import remove, write_whole
 from ringflash.training.flops import shape_of
 from ringflash.training.world import World
@@ -80,7 +81,9 @@ def pretrained_model(path: str, hf_config: PreTrainedConfig, options: dict[str, 
 
 
 def write_weights(model: PreTrainedModel, folder: Path, world: World, begin: Callable[[], None]) -> None:
-    """Write a divided model's weights to `folder`; all ranks call it. begin: what rank 0 does before, such as `folder`.
+    """Write a model's weights to `folder`, layer by layer, with adapters merged into them; all ranks call it.
+
+    begin: what rank 0 does before, such as making `folder`.
 
     Rank 0 takes part in every gather, also once its disk is full, and raises its error after the last.
     """
@@ -93,7 +96,8 @@ def write_weights(model: PreTrainedModel, folder: Path, world: World, begin: Cal
                 try:
                     if number == 0:
                         begin()
-                    writer.add({name: (named | buffers)[name].detach().to("cpu", copy=True) for name in names})
+                    layer = {name: (named | buffers)[name].detach().to("cpu", copy=True) for name in names}
+                    writer.add(merged(model, layer))
                 except Exception as raised:
                     error = raised
     if error is not None:
@@ -224,11 +228,12 @@ def _read(names: list[str], files: dict[str, Path]) -> dict[str, Tensor]:
 
 
 def _layers(names: Iterable[str]) -> list[list[str]]:
-    """Names by their layer, the first number in them; those without one are each alone."""
+    """Names by their layer, the first number in them; those without one are each alone, but for their adapters."""
     groups: dict[str, list[str]] = {}
     for name in names:
         number = re.search(r"\.(\d+)\.", name)
-        groups.setdefault(number[1] if number else name, []).append(name)
+        own = re.sub(r"\.(base_layer|lora_[AB]\.default)\.", ".", name)
+        groups.setdefault(number[1] if number else own, []).append(name)
     return [*groups.values()]
 
 

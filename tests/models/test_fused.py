@@ -14,6 +14,7 @@ import torch
 
 from ringflash.errors import ConfigError
 from ringflash.models import ARCHITECTURES, FusedConfig, fuse_layers, fused
+from ringflash.models.lora import LoraConfig
 from tests.models.cases import tiny
 from tests.models.test_mlp import kernel_error  # noqa: F401  # which the interpreting process calls
 
@@ -138,9 +139,11 @@ def test_a_fused_model_reads_with_a_cache_as_the_plain_one(interpreter, model_ty
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("tile", [None, 128], ids=["whole", "tiles"])
-def test_an_mlp_with_its_kernel_is_exact(interpreter, tile):
-    assert interpreter("kernel_error", tile) < 1e-5
+@pytest.mark.parametrize(
+    ("tile", "lora"), [(None, None), (128, None), (None, LoraConfig(rank=3))], ids=["whole", "tiles", "adapters"]
+)
+def test_an_mlp_with_its_kernel_is_exact(interpreter, tile, lora):
+    assert interpreter("kernel_error", tile, lora) < 1e-5
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

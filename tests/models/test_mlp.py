@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ringflash.models import FusedConfig, fuse_layers, mlp, tile_mlps, tiles_of, whole_mlps
+from ringflash.models.lora import LoraConfig, add_lora
 from ringflash.models.mlp import FORMS, form_of
 from tests.models.cases import TINY, tiny
 
@@ -33,9 +34,11 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-def results(model_type, dtype, tile=None, kernel=False, recompute=False, watched=None):
+def results(model_type, dtype, tile=None, kernel=False, recompute=False, watched=None, lora=None):
     """Output and gradients of a layer's MLP, by name; tile: None leaves it as transformers has it."""
     model = tiny(model_type, **FAMILIES.get(model_type, {})).to(dtype)
+    if lora is not None:
+        add_lora(model, lora)
     if kernel:
         fuse_layers(model, FusedConfig(), torch.device("cpu"))
     module = next(m for m in model.modules() if form_of(m) is not None)
@@ -53,7 +56,7 @@ def results(model_type, dtype, tile=None, kernel=False, recompute=False, watched
     with watched or nullcontext():
         y = checkpoint(module, x, **RECOMPUTED) if recompute else module(x)
         y.backward(dy)
-    return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in module.named_parameters()}
+    return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
 
 
 def worst(found, exact):
@@ -62,9 +65,10 @@ def worst(found, exact):
     return max(float((found[name].double() - x.double()).norm() / x.double().norm()) for name, x in exact.items())
 
 
-def kernel_error(tile):
+def kernel_error(tile, lora=None):
     """The worst error with the Triton kernel in fp32, for test_fused.py; tile: None keeps gate and up."""
-    return worst(results("llama", torch.float32, tile, kernel=True), results("llama", torch.float64))
+    exact = results("llama", torch.float64, lora=lora)
+    return worst(results("llama", torch.float32, tile, kernel=True, lora=lora), exact)
 
 
 @pytest.mark.parametrize("tile", [1, 128, 299, 1000])
@@ -73,6 +77,30 @@ def test_any_tile_gives_the_output_and_gradients_of_the_whole(model_type, tile):
     exact = results(model_type, torch.float64)
     assert worst(results(model_type, torch.float32, tile), exact) < 1e-6
     assert worst(results(model_type, torch.float32, tile, recompute=True), exact) < 1e-6
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(rank=3, alpha=5), LoraConfig(rank=3, targets=["down_proj"])], ids=str)
+def test_adapters_in_tiles_have_the_gradients_of_peft_and_frozen_weights_none(lora):
+    exact = results("llama", torch.float64, lora=lora)
+    assert "gate_proj.base_layer.weight" not in exact
+    for tile in (100, 1000):
+        assert worst(results("llama", torch.float32, tile, recompute=True, lora=lora), exact) < 1e-6
+    tiled = Sizes()
+    results("llama", torch.float32, 128, recompute=True, watched=tiled, lora=lora)
+    assert tiled.largest <= max(128 * WIDTH, TOKENS * TINY["hidden_size"])
+
+
+def test_adapters_with_dropout_are_left_alone_and_disabled_ones_refused():
+    model = tiny("llama")
+    add_lora(model, LoraConfig(rank=3, dropout=0.1, targets=["up_proj"]))
+    assert tiles_of(model) == set()
+    model = tiny("llama")
+    add_lora(model, LoraConfig(rank=3))
+    tile_mlps(model, 5)
+    layer = whole_mlps(model)[0]
+    layer.up_proj.enable_adapters(False)
+    with pytest.raises(RuntimeError, match="had its adapters merged, disabled or changed"):
+        layer(torch.zeros(1, 2, TINY["hidden_size"]))
 
 
 def test_gradients_of_16_bit_weights_lose_nothing_over_tiles():

@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ringflash.models.lora import LoraConfig, add_lora
 from ringflash.ring.cost import Heads, peak_flops
 from ringflash.training.flops import attention_flops, matmul_parameters, step_flops
 
@@ -43,6 +44,15 @@ def test_a_step_is_six_operations_per_weight_and_token_and_six_per_pair_head_and
     attention = attention_flops(11, Heads(query=2, key=1, dim=8, value_dim=6))
     assert attention == 6 * 11 * 2 * (8 + 6)
     assert step_flops(weights=1000, tokens=7, attention=attention) == 6 * 1000 * 7 + attention
+
+
+def test_a_frozen_weight_below_adapters_needs_four_operations_per_token():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=True))
+    own = matmul_parameters(model)
+    add_lora(model, LoraConfig(rank=2, targets=["q_proj"]))
+    weights, frozen = matmul_parameters(model), matmul_parameters(model, frozen=True)
+    assert (weights - frozen, frozen) == (4 * 2 * (16 + 16), own)
+    assert step_flops(weights, 7, 0.0, frozen) == 7 * (6 * (weights - frozen) + 4 * frozen)
 
 
 def test_the_cpu_has_no_known_peak():

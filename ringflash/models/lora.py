@@ -1,0 +1,262 @@
+"""LoRA: low-rank adapters of peft on a model's linear layers, trained instead of the model's weights.
+
+    y = W x + scale B (A x)        W is frozen; A [rank, in], B [out, rank]; scale = alpha / rank
+
+peft replaces the linear layers in place, so the model keeps its class, and everything else reads it as before. Names of
+weights are peft's with its adapter's name, "default", in them; in an adapter's folder they have none:
+
+    model.layers.0.self_attn.q_proj.lora_A.default.weight
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ringflash.errors import ConfigError, in_one_line
+
+if TYPE_CHECKING:
+    import peft
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Fields of peft's configuration that an adapter may have set; those of others would change what is computed.
+_KNOWN = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "peft_version", "r", "rank_pattern",
+    "revision", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters that peft trains instead of the model's weights."""
+
+    rank: int | None = None
+    """Rank of the adapters; null: all weights of the model are trained."""
+
+    alpha: float | None = None
+    """The adapters' results are scaled by alpha / rank; null: alpha is twice the rank."""
+
+    dropout: float = 0.0
+    """The fraction of an adapter's inputs that is dropped, in training alone."""
+
+    targets: list[str] = field(default_factory=list)
+    """Names of the linear layers that get an adapter, such as [q_proj,v_proj]; none: all but lm_head."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), for large ranks."""
+
+    path: str | None = None
+    """Folder of an adapter of peft's to train on; rank, alpha, targets and rslora are its own."""
+
+    merge: bool = True
+    """Write the model with its adapters merged at the end of the run, beside the adapters' folder; false: write these
+    alone."""
+
+    def __post_init__(self) -> None:
+        own = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "rslora": self.rslora}
+        given = next((f"model.lora.{name}={x}" for name, x in own.items() if x not in (None, [], False)), None)
+        if self.path is not None and given is not None:
+            raise ConfigError(f"{given}: the adapter of model.lora.path={self.path} has its own; leave it out")
+        if self.rank is not None and not self.rank >= 1:
+            raise ConfigError(f"model.lora.rank={self.rank} must be 1 or more, or null to train all weights")
+        if not self.on and (given is not None or self.dropout):
+            raise ConfigError(f"{given or f'model.lora.dropout={self.dropout}'} has no effect without model.lora.rank")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"model.lora.alpha={self.alpha} must be above 0 and finite")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.lora.dropout={self.dropout} must be 0 or more and below 1")
+        if not self.on and not self.merge:
+            raise ConfigError(
+                "model.lora.merge=false has no effect without model.lora.rank: there is no adapter to write"
+            )
+        if self.on and importlib.util.find_spec("peft") is None:
+            raise ConfigError("model.lora needs the package peft, which is not installed here: pip install peft")
+
+    @property
+    def on(self) -> bool:
+        """Whether adapters are trained."""
+        return self.rank is not None or self.path is not None
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Give a model the adapters that a LoraConfig asks for, and freeze its own weights.
+
+    New ones are drawn from torch's seed alone, on any device. Raises ConfigError for targets that the model does not
+    have, and for an adapter that is not of this model or has what is not supported.
+    """
+    import peft
+
+    asked = _read(config.path, config.dropout) if config.path is not None else _new(model, config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(torch.initial_seed())
+            peft.inject_adapter_in_model(asked, model)
+    except Exception as error:  # of peft, of any kind
+        raise ConfigError(f"{_source(config)}: peft cannot adapt this model: {in_one_line(error)}") from error
+    for name, layer in adapted(model).items():
+        if type(layer) is not peft.tuners.lora.Linear:
+            raise ConfigError(f"{_source(config)}: {name} is no plain linear layer, and cannot have an adapter")
+    if config.path is not None:
+        _load(model, Path(config.path))
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """The layers of a model that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+class Parts(NamedTuple):
+    """A linear layer's tensors, those of an adapter None where there is none: y = W x + bias + scale B (A x)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 0.0
+
+
+def parts_of(layer: Any) -> Parts | None:
+    """The parts of a linear layer; None for a layer of another kind, and for an adapter with dropout or out of use."""
+    if type(layer) is nn.Linear:
+        return Parts(layer.weight, layer.bias)
+    names = getattr(layer, "active_adapters", [])
+    if len(names) != 1 or not hasattr(layer, "lora_A") or type(layer.base_layer) is not nn.Linear:
+        return None
+    a, b, dropout = (part[names[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    if (
+        layer.merged
+        or layer.disable_adapters
+        or layer.lora_variant
+        or b.bias is not None
+        or type(dropout) is nn.Dropout
+    ):
+        return None
+    return Parts(layer.weight, layer.bias, a.weight, b.weight, layer.scaling[names[0]])
+
+
+def description(model: PreTrainedModel) -> str:
+    """What is trained of a model with adapters, in words."""
+    layers, config = adapted(model), _config(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    return (
+        f"LoRA of rank {config.r}, alpha {config.lora_alpha:g} on {len(layers)} layers ({', '.join(kinds)}) trains "
+        f"{trained:,} parameters, and these are frozen"
+    )
+
+
+def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of some layers with their adapters merged, under the names of a model without adapters.
+
+    weights: whole, by name; if an adapted layer's are among them, its adapter's are too.
+    """
+    found = {name.replace(".base_layer.", "."): x for name, x in weights.items() if ".lora_" not in name}
+    for name, layer in adapted(model).items():
+        if f"{name}.base_layer.weight" in weights:
+            a, b = (weights[f"{name}.lora_{part}.default.weight"].float() for part in "AB")
+            weight = found[f"{name}.weight"]
+            found[f"{name}.weight"] = (weight.float() + layer.scaling["default"] * (b @ a)).to(weight.dtype)
+    return found
+
+
+def write_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, base: str) -> None:
+    """Write adapters to a folder, as peft does. weights: of the adapters, whole, by name; base: the model's folder."""
+    folder.mkdir()
+    config = _config(model)
+    targets = config.target_modules
+    dataclasses.replace(
+        config, base_model_name_or_path=base, inference_mode=True, task_type="CAUSAL_LM",
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+    ).save_pretrained(folder)  # fmt: skip
+    save_file({_outside(name): x.contiguous() for name, x in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def _config(model: PreTrainedModel) -> Any:
+    """peft's configuration of the adapters."""
+    return model.peft_config["default"]
+
+
+def _source(config: LoraConfig) -> str:
+    return f"model.lora.rank={config.rank}" if config.path is None else f"model.lora.path={config.path}"
+
+
+def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
+    """peft's configuration of new adapters."""
+    import peft
+
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    for target in config.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise ConfigError(
+                f"model.lora.targets: {target} is not one of this model's linear layers, which are {known}; lm_head, "
+                f"embeddings and experts cannot have an adapter"
+            )
+    if not config.targets and any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in model.parameters()):
+        raise ConfigError(
+            f"model.lora.targets=[]: experts of model_type={model.config.model_type} are no linear layers and cannot "
+            f"have an adapter; name the layers to adapt, of {known}"
+        )
+    assert config.rank is not None
+    return peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=2 * config.rank if config.alpha is None else config.alpha,  # type: ignore[arg-type]  # or a float
+        lora_dropout=config.dropout,
+        target_modules=config.targets or "all-linear",
+        use_rslora=config.rslora,
+    )
+
+
+def _read(path: str, dropout: float) -> peft.LoraConfig:
+    """peft's configuration in an adapter's folder. Raises ConfigError where it is missing or not supported."""
+    import peft
+
+    for name in (CONFIG, WEIGHTS):
+        if not Path(path, name).is_file():
+            raise ConfigError(f"model.lora.path={path} holds no {name}: it must be a folder that peft wrote")
+    try:
+        config: Any = peft.PeftConfig.from_pretrained(path)
+    except Exception as error:  # of peft and json, of any kind
+        raise ConfigError(f"model.lora.path={path}: {CONFIG} cannot be read: {in_one_line(error)}") from error
+    if type(config) is not peft.LoraConfig:
+        raise ConfigError(
+            f"model.lora.path={path}: peft_type={config.peft_type.value} is not supported: it must be LORA"
+        )
+    plain = peft.LoraConfig()
+    for name in sorted({f.name for f in dataclasses.fields(config)} - _KNOWN):
+        if (value := getattr(config, name)) != getattr(plain, name) and value:
+            raise ConfigError(f"model.lora.path={path}: {name}={value} in {CONFIG} is not supported")
+    return dataclasses.replace(config, lora_dropout=dropout, inference_mode=False)
+
+
+def _load(model: nn.Module, folder: Path) -> None:
+    """Fill a model's adapters. Raises ConfigError for weights that are missing, too many or of other shapes."""
+    named = {_outside(name): p for name, p in model.named_parameters() if p.requires_grad}
+    with safe_open(folder / WEIGHTS, "pt") as file, torch.no_grad():
+        for name in sorted(named.keys() ^ set(file.keys())):
+            lacks = "lacks" if name in named else "is not of this model, which has no adapter for"
+            raise ConfigError(f"model.lora.path={folder} {lacks} {name}")
+        for name, parameter in named.items():
+            found = file.get_tensor(name)
+            if found.shape != parameter.shape:
+                raise ConfigError(
+                    f"model.lora.path={folder} has {name} {[*found.shape]}, and this model {[*parameter.shape]}"
+                )
+            parameter.copy_(found)
+
+
+def _outside(name: str) -> str:
+    """A weight's name in an adapter's folder."""
+    return f"base_model.model.{name.replace('.default.', '.')}"

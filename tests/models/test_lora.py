@@ -1,0 +1,158 @@
+"""LoRA's adapters: what can have one, how they are drawn and read back, and what is refused by name."""
+
+import json
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ringflash.errors import ConfigError
+from ringflash.models import ModelConfig
+from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig, adapted, add_lora, merged, write_adapter
+from tests.models.cases import tiny
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+RANK = LoraConfig(rank=3)
+
+
+def with_adapters(config=RANK, model_type="llama"):
+    model = tiny(model_type)
+    add_lora(model, config)
+    return model
+
+
+def adapters(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter with weights that are not 0, in peft's format."""
+    model = with_adapters(LoraConfig(rank=3, alpha=5, rslora=True))
+    with torch.no_grad():
+        for p in adapters(model).values():
+            p.normal_()
+    write_adapter(model, adapters(model), tmp_path / "adapter", "base")
+    return tmp_path / "adapter"
+
+
+def test_all_linear_layers_but_the_head_get_adapters_and_nothing_else_is_trained():
+    model = with_adapters()
+    assert {name.rpartition(".")[2] for name in adapted(model)} == LINEAR
+    assert len(adapters(model)) == 2 * len(LINEAR) * model.config.num_hidden_layers
+    assert all(".lora_" in name for name in adapters(model))
+
+
+def test_adapters_depend_on_the_seed_alone():
+    def drawn(seed, numbers_before):
+        model = tiny("llama")
+        torch.manual_seed(seed)
+        torch.rand(numbers_before)
+        add_lora(model, RANK)
+        return adapters(model)
+
+    first, again, other = drawn(5, 0), drawn(5, 17), drawn(6, 0)
+    assert all(torch.equal(first[name], p) for name, p in again.items())
+    assert not any(torch.equal(first[name], p) for name, p in other.items() if "lora_A" in name)
+
+
+def test_an_adapter_is_read_back_and_merged_as_peft_does(folder):
+    tokens = torch.arange(3, 20)[None]
+    model = with_adapters(LoraConfig(path=str(folder)))
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), folder)
+    for each in (model, theirs):
+        each.set_attn_implementation("eager")
+    assert torch.equal(model(tokens).logits, theirs(tokens).logits)
+    whole = tiny("llama")
+    whole.load_state_dict(merged(model, dict(model.named_parameters())), strict=False)
+    expected = theirs.merge_and_unload()
+    for name, p in whole.named_parameters():
+        assert torch.allclose(p, expected.get_parameter(name), atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "message"),
+    [
+        (
+            "llama",
+            replace(RANK, targets=["q_proj", "query"]),
+            "query is not one of .* down_proj, gate_proj, k_proj, o_",
+        ),
+        ("llama", replace(RANK, targets=["proj"]), "proj is not one of this model's linear layers"),
+        ("llama", replace(RANK, targets=["lm_head"]), "lm_head is not one of this model's linear layers"),
+        ("llama", replace(RANK, targets=["embed_tokens"]), "embed_tokens is not one of this model's linear layers"),
+        (
+            "mixtral",
+            RANK,
+            "experts of model_type=mixtral .* name the layers to adapt, of k_proj, o_proj, q_proj, v_proj",
+        ),
+    ],
+)
+def test_layers_that_cannot_have_an_adapter_are_refused_by_name(model_type, config, message):
+    with pytest.raises(ConfigError, match=rf"^model\.lora\.targets.*{message}"):
+        with_adapters(config, model_type)
+
+
+def test_a_model_with_experts_can_have_adapters_on_its_attention():
+    names = ["q_proj", "v_proj"]
+    assert {name.rpartition(".")[2] for name in adapted(with_adapters(replace(RANK, targets=names), "mixtral"))} == {
+        *names
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank=0 must be 1 or more"),
+        ({"alpha": 4.0}, "alpha=4.0 has no effect without model.lora.rank"),
+        ({"dropout": 0.1}, "dropout=0.1 has no effect without model.lora.rank"),
+        ({"merge": False}, "merge=false has no effect without model.lora.rank"),
+        ({"rank": 2, "alpha": 0.0}, "alpha=0.0 must be above 0"),
+        ({"rank": 2, "dropout": 1.0}, "dropout=1.0 must be 0 or more and below 1"),
+        ({"path": "x", "targets": ["q_proj"]}, r"targets=\['q_proj'\]: the adapter of model.lora.path=x has its own"),
+    ],
+    ids=str,
+)
+def test_settings_without_meaning_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=rf"^model\.lora\.{message}"):
+        LoraConfig(**settings)
+
+
+def test_random_weights_are_not_adapted():
+    with pytest.raises(ConfigError, match=r"^model\.lora adapts a model of model\.path"):
+        ModelConfig(architecture={"model_type": "llama"}, lora=RANK)
+
+
+def edited(folder, **fields):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def reshaped(folder):
+    weights = load_file(folder / WEIGHTS)
+    name = next(name for name in weights if "layers.1.mlp.up_proj.lora_A" in name)
+    save_file(weights | {name: weights[name][:, :-1].contiguous()}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
+        (lambda folder: (folder / CONFIG).write_text("{"), f"{CONFIG} cannot be read"),
+        (lambda folder: (folder / CONFIG).write_text('{"peft_type": "IA3"}'), "peft_type=IA3 is not supported"),
+        (lambda folder: edited(folder, use_dora=True), "use_dora=True in adapter_config.json is not supported"),
+        (lambda folder: edited(folder, init_lora_weights="pissa"), "init_lora_weights=pissa in adapter_config.json"),
+        (lambda folder: edited(folder, modules_to_save=["lm_head"]), "modules_to_save="),
+        (lambda folder: edited(folder, target_modules=["q_proj"]), "which has no adapter for base_model.model."),
+        (lambda folder: edited(folder, target_modules=["nothing"]), "peft cannot adapt this model: "),
+        (lambda folder: edited(folder, r=2), r"has .*lora_A.weight \[3, 32\], and this model \[2, 32\]"),
+        (reshaped, r"has .*layers.1.mlp.up_proj.lora_A.weight \[3, 31\], and this model \[3, 32\]"),
+    ],
+    ids=["no-weights", "damaged", "ia3", "dora", "pissa", "modules-to-save", "too-many", "none", "rank", "shape"],
+)  # fmt: skip
+def test_an_adapter_that_would_be_wrong_is_refused(folder, change, message):
+    change(folder)
+    with pytest.raises(ConfigError, match=rf"^model\.lora\.path={folder}.*{message}"):
+        with_adapters(LoraConfig(path=str(folder)))

@@ -1,0 +1,102 @@
+"""A run with LoRA trains the adapters that plain peft trains on transformers' eager attention, and them alone."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ringflash.data import batch, load_corpus
+from ringflash.training.config import compose
+from ringflash.training.metrics import read
+from tests.models.cases import TINY
+from tests.training.runs import fitted, settings
+
+STEPS, ROWS, LENGTH = 4, 2, 64
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A small published model with tied embeddings."""
+    torch.manual_seed(7)
+    config = AutoConfig.for_model("qwen3", **TINY | {"vocab_size": 384, "tie_word_embeddings": True})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def lora_run(text, base, *others):
+    common = ["model.dtype=fp32", f"optim.steps={STEPS}", f"optim.batch={ROWS}", "optim.lr=3e-3", "model.lora.rank=4"]
+    return settings(text, "name=run", *common, *others, model=["model=pretrained", f"model.path={base}"])
+
+
+def plain(config, base, **lora):
+    """Losses, gradient norms and the model of a loop without ringflash, each document alone."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    torch.manual_seed(config.seed)
+    model = peft.get_peft_model(model, peft.LoraConfig(**lora))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optim, figures = config.optim, []
+    betas = optim.beta1, optim.beta2
+    adamw = torch.optim.AdamW(trained, betas=betas, weight_decay=optim.weight_decay)
+    corpus, _ = load_corpus(config.data)
+    for step in range(STEPS):
+        rows = batch(corpus, seed=config.data.seed, step=step, batch_size=ROWS, length=LENGTH)
+        total = torch.zeros(())
+        for tokens, labels, lengths in zip(rows.tokens, rows.labels, rows.documents, strict=True):
+            for piece, target in zip(tokens.split(lengths), labels.split(lengths), strict=True):
+                logits = model(input_ids=piece[None]).logits[0]
+                total = total + nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
+        loss = total / (rows.labels != -100).sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, optim.clip)
+        adamw.param_groups[0]["lr"] = optim.learning_rate(step + 1)
+        adamw.step()
+        adamw.zero_grad()
+        figures.append((loss.item(), norm.item()))
+    return figures, model
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("size", "others", "lora"),
+    [
+        (1, ["memory.zero=1"], {"target_modules": "all-linear", "lora_alpha": 8}),
+        (
+            2,
+            ["memory.zero=2", "memory.recompute=true", "memory.attention_results=host", "memory.layer_inputs=host",
+             "model.lora.alpha=3", "model.lora.targets=[down_proj,v_proj]", "model.lora.rslora=true"],
+            {"target_modules": ["down_proj", "v_proj"], "lora_alpha": 3, "use_rslora": True},
+        ),
+        (2, ["memory.zero=3"], {"target_modules": "all-linear", "lora_alpha": 8}),
+    ],
+    ids=["one-rank", "recompute-host", "zero-3"],
+)  # fmt: skip
+def test_adapters_are_those_of_plain_peft(ranks, text, base, size, others, lora):
+    run = lora_run(text, base, *others)
+    assert ranks.run(fitted, size, run)[0][0] is None
+    folder = text.parent / "runs" / "run"
+    figures, model = plain(compose(run)[0], base, r=4, **lora)
+
+    records = [record for record in read(folder / "metrics.jsonl") if "gradient_norm" in record]
+    for record, (loss, norm) in zip(records, figures, strict=True):
+        assert (record["loss"], record["gradient_norm"]) == pytest.approx((loss, norm), rel=1e-5)
+    expected, found = peft.get_peft_model_state_dict(model), load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.allclose(found[name], x, rtol=0, atol=1e-5) for name, x in expected.items())
+    assert min(x.abs().max() for name, x in found.items() if "lora_B" in name) > 5e-3
+
+    tokens = torch.arange(3, 40)[None]
+    logits = model(tokens).logits
+    merged = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    loaded = peft.PeftModel.from_pretrained(start, folder / "adapter")
+    for other in (merged, loaded):
+        assert torch.allclose(other(tokens).logits, logits, rtol=0, atol=1e-4)
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
