@@ -170,7 +170,7 @@ def _load(engine: deepspeed.DeepSpeedEngine, path: Path, world: World) -> None:
 
 
 def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> list[str]:
-    """The changes of the schedule, in words. ConfigError for a checkpoint of other ranks, settings or versions."""
+    """The changes of grid and schedule, in words. ConfigError for a checkpoint of other ranks, settings or versions."""
     if "ulysses" not in manifest:
         raise ConfigError(
             f"{path} was written by an earlier version of ringflash: resume=never starts again in a new folder"
@@ -180,13 +180,13 @@ def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: di
             f"{path} counts positions within each {before}, this version of ringflash within each {POSITIONS}: "
             f"resume with the version that wrote it, or start again from its exported weights (model.path)"
         )
-    for name, now in _grid(world).items():
-        if manifest[name] != now:
-            raise ConfigError(
-                f"{path} was written with {name}={manifest[name]}, this run has {name}={now}: resume with "
-                f"{name}={manifest[name]}, or start again from its exported weights (model.path)"
-            )
-    return _check_settings(path, _bound(manifest["settings"]), _bound(settings))
+    if manifest["ranks"] != world.size:
+        raise ConfigError(
+            f"{path} was written by {manifest['ranks']} ranks, over which the optimizer is sharded, and this run has "
+            f"{world.size}: resume on {manifest['ranks']} ranks, or start again from its exported weights (model.path)"
+        )
+    moved = [f"{name}={now} replaces {manifest[name]}" for name, now in _grid(world).items() if manifest[name] != now]
+    return moved + _check_settings(path, _bound(manifest["settings"]), _bound(settings))
 
 
 def _grid(world: World) -> dict[str, int]:

@@ -247,6 +247,9 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
         output_dir = Path(config.output_dir)
         taken = run_folder.take(output_dir, config.name, config.resume) if world.is_first else None
     folder = world.broadcast(taken and taken.path)
+    with world.without_timeout(f"looking for {folder} on every machine"):
+        if first_here():
+            run_folder.check_shared(folder, config.output_dir)
     start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
     opened = None
     with world.without_timeout(f"opening {folder} and wandb's run"):

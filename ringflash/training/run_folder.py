@@ -29,6 +29,7 @@ from ringflash.errors import ConfigError
 from ringflash.training import metrics
 
 LOCK = ".lock"
+SHOWN = 60.0  # seconds until a network disk shows one machine's new folder to another; NFS caches that long by default
 ENDING = 6.0  # seconds that ranks take to exit after their launcher was killed
 
 
@@ -56,6 +57,18 @@ def take(output_dir: Path, name: str, resume: str) -> RunFolder:
         where = Path(error.filename or output_dir / name)  # no file is named where a disk is full
         reason = f"links to {where.readlink()}, which does not exist" if _dangles(where) else error.strerror
         raise ConfigError(f"output_dir={output_dir} cannot be used: {where}: {reason}") from error
+
+
+def check_shared(path: Path, output_dir: str) -> None:
+    """Raise ConfigError where this machine does not see the folder that rank 0 has locked, which may take a while."""
+    until = time.monotonic() + SHOWN
+    while not (path / LOCK).exists():
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"output_dir={output_dir} must be on a disk that all machines share: {socket.gethostname()} does not "
+                f"see {path / LOCK}, which rank 0 wrote"
+            )
+        time.sleep(0.2)
 
 
 def check_start(path: Path, start: int, steps: int) -> None:

@@ -50,5 +50,5 @@ def joined(ring, ulysses=1):
 
 
 def engine_on(world: World, zero: int):
-    optim = OptimConfig(steps=4, batch=SEQUENCES, micro_batch=SEQUENCES, warmup=0)
+    optim = OptimConfig(steps=4, batch=SEQUENCES, micro_batch=SEQUENCES // world.replicas, warmup=0)
     return build_engine(build("llama"), optim, MemoryConfig(zero=zero), world)

@@ -16,7 +16,7 @@ from ringflash.errors import ConfigError, DiskError
 from ringflash.training import checkpoint
 from ringflash.training.step import prepare, train_step
 from ringflash.training.world import World
-from tests.training.engines import LENGTH, engine_on, joined, sequences
+from tests.training.engines import LENGTH, SEQUENCES, engine_on, joined, sequences
 
 
 def write_three(folder, zero, keep):
@@ -33,13 +33,13 @@ def write_three(folder, zero, keep):
     return losses
 
 
-def resume_and_step(folder, zero, settings=None):
+def resume_and_step(folder, zero, settings=None, ring=None):
     """The step resumed from, the loss of the next one, and the lines that were logged."""
-    world, lines = joined(None), []
+    world, lines = joined(ring), []
     engine = engine_on(world, zero)
     step = checkpoint.resume(engine, folder, world, settings, lines.append)
-    layout = Layout.zigzag(LENGTH, world.size)
-    loss = train_step(engine, prepare(engine, sequences("full"), world, lambda mask: layout), world).loss
+    layout, mine = Layout.zigzag(LENGTH, world.ring.size), sequences("full").split(SEQUENCES // world.replicas)
+    loss = train_step(engine, prepare(engine, mine[world.replica], world, lambda mask: layout), world).loss
     return step, loss.item(), lines
 
 
@@ -332,8 +332,18 @@ def test_only_the_newest_are_kept_and_nothing_half_written_stays(ranks, tmp_path
 @pytest.mark.ranks
 def test_a_checkpoint_of_other_ranks_is_refused_with_both_numbers(ranks, tmp_path):
     ranks.run(write_three, 1, tmp_path, 1, 1)
-    with pytest.raises(AssertionError, match="was written with ranks=1, this run has ranks=2"):
+    with pytest.raises(AssertionError, match=r"was written by 1 ranks, .* this run has 2"):
         ranks.run(resume_and_step, 2, tmp_path, 1)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_ring_resumes_as_replicas_with_the_loss_that_it_would_have(ranks, tmp_path, zero):
+    ranks.run(write_three, 2, tmp_path, zero, 1)
+    (_, expected, _), _ = ranks.run(resume_and_step, 2, tmp_path, zero)
+    (step, loss, lines), _ = ranks.run(resume_and_step, 2, tmp_path, zero, None, 1)
+    assert (step, lines) == (3, [f"resumed from {tmp_path}/step-00000003; ring=1 replaces 2"])
+    assert loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.ranks
