@@ -13,8 +13,9 @@ from ringflash.data.batches import Batch
 from ringflash.errors import ConfigError
 from ringflash.training.metrics import HELD_OUT_BY_POSITION
 from ringflash.training.needle import NeedleConfig
+from ringflash.training.parallel import LayoutChooser
 from ringflash.training.positions import ByPosition, means, no_totals
-from ringflash.training.step import Layouts, shard
+from ringflash.training.step import shard
 from ringflash.training.world import World
 
 
@@ -58,7 +59,7 @@ class Evaluation:
     corpus: Evaluated
     length: int
     world: World
-    layout_for: Layouts
+    layout_for: LayoutChooser
 
     def loss(self, engine: deepspeed.DeepSpeedEngine, sequences: int | None = None) -> HeldOut:
         """Losses over `sequences` of them (default: evaluation.sequences).
@@ -75,7 +76,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout_for: Layouts) -> HeldOut:
+def evaluate(
+    engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout_for: LayoutChooser
+) -> HeldOut:
     """Losses over batches; every ring computes each batch in full."""
     engine.eval()
     totals = no_totals(world.device)

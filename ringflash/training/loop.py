@@ -1,4 +1,4 @@
-"""The run, top to bottom: preflight, processes, model, data, steps, and what a complete run leaves."""
+"""The run, top to bottom: preflight, processes, model, data, steps, and the results of a complete run."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from ringflash.training.meter import Meter
 from ringflash.training.needle import Needles
 from ringflash.training.needle import record as needle_record
 from ringflash.training.out_of_memory import explained
-from ringflash.training.parallel import layout_chooser
+from ringflash.training.parallel import LayoutChooser, layout_chooser
 from ringflash.training.preflight import Job
-from ringflash.training.step import Layouts, MicroBatch, prepare, train_step
-from ringflash.training.world import World, first_here, join, ranks_here
+from ringflash.training.step import MicroBatch, prepare, train_step
+from ringflash.training.world import World, is_local_rank_0, join, local_world_size
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the steps and the end of a run share. start: steps done before. taken, metrics: on rank 0 only."""
+    """The state that steps share with the end of a run. start: steps done before. taken, metrics: only on rank 0."""
 
     job: Job
     world: World
@@ -63,7 +63,7 @@ class Run:
 def fit(config: Config, resolved: str) -> None:
     """Train as `config` says; `resolved` is the same as YAML, for the run's folder.
 
-    Raises ConfigError, naming the setting, for what cannot work, and DivergedError where training diverges.
+    Raises ConfigError, naming the setting, for what cannot work, and DivergedError if training diverges.
     """
     job = preflight.check(config)
     world = join(job.config.parallel)
@@ -78,7 +78,7 @@ def fit(config: Config, resolved: str) -> None:
 
     layout_for = layout_chooser(
         config.parallel, job.model_config, config.data.sequence_length, world.ring.size,
-        world.broadcast(ranks_here()),  # all ranks of a ring must choose alike, also where machines differ
+        world.broadcast(local_world_size()),  # all ranks of a ring must choose alike, even if machines differ
         run.metrics.write_line if run.metrics else lambda reason: None,
     )  # fmt: skip
     evaluation = None
@@ -110,8 +110,10 @@ def fit(config: Config, resolved: str) -> None:
     _finish(run, evaluation, divergence)
 
 
-def _batches(run: Run, training: Corpus, layout_for: Layouts) -> Generator[tuple[list[MicroBatch], dict[str, Any]]]:
-    """This replica's rows of each step's batch, as micro-batches, from the step that the run begins with."""
+def _batches(
+    run: Run, training: Corpus, layout_for: LayoutChooser
+) -> Generator[tuple[list[MicroBatch], dict[str, Any]]]:
+    """This replica's micro-batches of every step, beginning with the first step of this run, and the data's state."""
     config, world = run.job.config, run.world
     share = config.optim.batch // world.replicas
     return stream(
@@ -126,7 +128,7 @@ def _batches(run: Run, training: Corpus, layout_for: Layouts) -> Generator[tuple
 
 
 def _evaluate_first(run: Run, evaluation: Evaluation | None, needles: Needles | None) -> None:
-    """The record of the model before the first step. A resumed run tries a part, so that nothing can fail later."""
+    """Evaluate the model before the first step. A resumed run evaluates only a part, to find failures early."""
     record: dict[str, float] = {}
     if evaluation is not None:
         before = evaluation.loss(run.engine, sequences=1 if run.start else None)
@@ -142,7 +144,7 @@ def _evaluate_first(run: Run, evaluation: Evaluation | None, needles: Needles | 
 
 
 def _search(run: Run, needles: Needles, step: int) -> dict[str, float]:
-    """A search's record; its heat map is drawn."""
+    """Search for needles, draw the heat map, and return the record."""
     with explained(run.job.config.memory, run.world.size):
         cells = needles.search(run.engine)
     if run.metrics is not None:
@@ -158,14 +160,14 @@ def _seed_dropout(seed: int, step: int, world: World) -> None:
 
 
 def _shard_tokens(config: Config, world: World) -> int:
-    """Tokens of a micro-batch on this rank."""
+    """Tokens that this rank holds of a micro-batch."""
     ulysses = 1 if world.ulysses is None else world.ulysses.size
     layout = Layout.zigzag(config.data.sequence_length, world.ring.size, ulysses)
     return config.optim.micro_batch * layout.shard_length // ulysses
 
 
 def _log(world: World) -> Callable[[str], None]:
-    """Print a line on the first rank."""
+    """A function that prints a line on the first rank."""
     return functools.partial(print, flush=True) if world.is_first else lambda message: None
 
 
@@ -178,7 +180,7 @@ def _source(config: Config) -> str:
 
 
 def _build_model(job: Job, world: World) -> PreTrainedModel:
-    """The model; rank 0 tries its export. Both come before tokenising, which may take hours."""
+    """Build the model, and rehearse its export on rank 0: before tokenising, which may take hours."""
     config = job.config
     with world.without_timeout(f"building the model of {_source(config)}"):
         makers = (sharded.random_model, sharded.pretrained_model) if config.memory.zero == 3 else None
@@ -190,14 +192,14 @@ def _build_model(job: Job, world: World) -> PreTrainedModel:
 
 
 def _load_corpora(config: Config, world: World) -> tuple[Corpus, Evaluated | None]:
-    """Training and held-out documents. Rank 0 tokenises; then one rank of each other machine checks what it finds."""
+    """Training and held-out documents. Rank 0 tokenises; then one rank of each other machine verifies the cache."""
     source = f"data.path={config.data.path}" if config.data.path else f"data.sources {', '.join(config.data.sources)}"
     with world.without_timeout(f"tokenising {source}"):
         if world.is_first:
             load_corpora(config.data)
     cached = f"the tokens of {source} in data.cache={config.data.cache}"
     with world.without_timeout(f"checking {cached}"):
-        if first_here() and not world.is_first:
+        if is_local_rank_0() and not world.is_first:
             load_corpora(config.data)
     with world.without_timeout(f"reading {cached}"):
         training, held_out = load_corpora(config.data, verify=False)
@@ -209,7 +211,7 @@ def _load_corpora(config: Config, world: World) -> tuple[Corpus, Evaluated | Non
 
 
 def _with_steps(job: Job, training: Corpus, world: World) -> Job:
-    """The job, with optim.epochs as steps."""
+    """The job with optim.epochs converted to steps."""
     config = job.config
     if config.optim.epochs is None:
         return job
@@ -220,7 +222,7 @@ def _with_steps(job: Job, training: Corpus, world: World) -> Job:
 
 
 def _settings(job: Job, resolved: str, training: Corpus, world: World) -> dict[str, Any]:
-    """The settings with digests of text, tokenizer and model: a run is not resumed on others of the same name."""
+    """The settings, with digests of text, tokenizer and model, which must be the same when the run is resumed."""
     config, settings = job.config, yaml.safe_load(resolved)
     settings["data"]["digest"] = training.digest
     settings["tokenizer"] = {"digest": tokenizer_digest(job.tokenizer, config.data.chat)}
@@ -237,7 +239,7 @@ def _settings(job: Job, resolved: str, training: Corpus, world: World) -> dict[s
 
 
 def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, Any], resolved: str) -> Run:
-    """The run in its folder, at its newest checkpoint."""
+    """Open the run's folder, and load its newest checkpoint."""
     config = job.config
     with world.without_timeout("initialising DeepSpeed"), explained(config.memory, world.size):
         engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
@@ -248,7 +250,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
         taken = run_folder.take(output_dir, config.name, config.resume) if world.is_first else None
     folder = world.broadcast(taken and taken.path)
     with world.without_timeout(f"looking for {folder} on every machine"):
-        if first_here():
+        if is_local_rank_0():
             run_folder.check_shared(folder, config.output_dir)
     start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
     opened = None
@@ -265,7 +267,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
 
 
 def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> None:
-    """What a complete run leaves: a last checkpoint, the exported model, the held-out loss and the plot."""
+    """End a complete run: write a last checkpoint, the exported model, the held-out loss and the plot."""
     config, world = run.job.config, run.world
     steps = config.optim.total_steps
     held_out = evaluation.loss(run.engine) if evaluation is not None else None
@@ -282,7 +284,7 @@ def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> 
 
 
 def _stop(run: Run, step: int) -> None:
-    """What a run leaves that was asked to stop after `step`, whose checkpoint is written."""
+    """End a run that was asked to stop after `step`, whose checkpoint is written."""
     with run.world.without_timeout("finishing wandb's run"):
         if run.metrics is not None:
             run.metrics.close(exit_code=1, preempted=True)
@@ -292,7 +294,7 @@ def _stop(run: Run, step: int) -> None:
 
 
 def _leave(world: World) -> None:
-    """Part from the other ranks."""
+    """Disconnect from the other ranks."""
     world.watchdog.close()  # before any rank, and the store with it, is gone
     dist.barrier()
     dist.destroy_process_group()
@@ -312,7 +314,7 @@ def _export(run: Run) -> list[Path]:
 def _print_outcome(
     folder: Path, exported: list[Path], held_out: HeldOut | None, entropy: float | None, searched: bool
 ) -> None:
-    """The held-out loss, and where everything is."""
+    """Print the held-out loss and the paths of all results."""
     if held_out is not None:
         print(f"held-out loss     {held_out.loss:.4f} nats per token")
         if held_out.by_position:

@@ -20,6 +20,7 @@ from ringflash.ring.ulysses import heads_refusal
 from ringflash.ring.watchdog import LAST_WORDS, POLL
 
 YEAR = 365 * 24 * 60  # in minutes
+LayoutChooser = Callable[[IntervalMask], Layout]  # a step's layout over a ring
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ParallelConfig:
             raise ConfigError(f"parallel.ring={self.ring} with parallel.ulysses=null: set both or neither")
 
     def ring_size(self, ranks: int) -> int:
-        """Ranks in a ring, out of `ranks`. Raises ConfigError where they do not divide."""
+        """Ranks in a ring, out of `ranks`. Raises ConfigError if they do not divide."""
         ulysses = self.ulysses or 1
         if ranks % ulysses:
             raise ConfigError(f"parallel.ulysses={ulysses} does not divide the {ranks} ranks of this run")
@@ -95,9 +96,9 @@ class ParallelConfig:
 def resolve_parallel(
     config: ParallelConfig, model: PreTrainedConfig, length: int, ranks: int, ranks_per_node: int
 ) -> tuple[ParallelConfig, str | None]:
-    """The configuration with parallel.ulysses chosen where it is null, and the reason of that choice.
+    """The configuration with parallel.ulysses chosen if it is null, and the reason for that choice.
 
-    Raises ConfigError where heads do not divide among the Ulysses ranks, or these are not of one machine.
+    Raises ConfigError if heads do not divide among the Ulysses ranks, or if these are not on one machine.
     """
     if config.ulysses is None:
         ulysses, why = best_ulysses(
@@ -123,10 +124,10 @@ def layout_chooser(
     ring: int,
     ranks_per_node: int,
     log: Callable[[str], None] = lambda reason: None,
-) -> Callable[[IntervalMask], Layout]:
-    """A function from a step's mask to its layout over `ring` ranks: the same for all steps, or the best per step.
+) -> LayoutChooser:
+    """The function that returns each step's layout over `ring` ranks: the same for all steps, or chosen per step.
 
-    log: called with the reason when `auto` first takes a layout.
+    log: called with the reason when layout=auto first chooses a layout.
     """
     ulysses = config.ulysses or 1
     if config.layout in FITTED:

@@ -24,7 +24,7 @@ from ringflash.training.config import Config
 from ringflash.training.engine import MemoryConfig
 from ringflash.training.loss import tile_for
 from ringflash.training.parallel import resolve_parallel
-from ringflash.training.world import is_rank_0, local_device, ranks_here, world_size
+from ringflash.training.world import is_rank_0, local_device, local_world_size, world_size
 
 
 class Job(NamedTuple):
@@ -39,7 +39,7 @@ def check(config: Config) -> Job:
     """Raise ConfigError, on every rank alike, for what cannot run on these ranks; else rank 0 logs what will run."""
     device, ranks, length = local_device(), world_size(), config.data.sequence_length
     model_config, tokenizer = check_inputs(config, device)
-    parallel, reason = resolve_parallel(config.parallel, model_config, length, ranks, ranks_here())
+    parallel, reason = resolve_parallel(config.parallel, model_config, length, ranks, local_world_size())
     config = dataclasses.replace(config, parallel=parallel)
     check_ranks(config, ranks)
     if is_rank_0():

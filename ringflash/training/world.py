@@ -63,19 +63,19 @@ class World:
         return box[0]
 
     def without_timeout(self, what: str) -> AbstractContextManager[None]:
-        """Let some ranks work without a timeout: all ranks enter it, and leave it once all are done.
+        """Let some ranks work without a timeout: all ranks enter this context, and leave it when all are done.
 
             with world.without_timeout(f"tokenising data.path={path}"):
                 if world.is_first:
                     tokenise()
 
-        parallel.timeout_minutes does not apply inside. Raises OtherRankError where another rank failed.
+        parallel.timeout_minutes does not apply inside. Raises OtherRankError if another rank failed.
         """
         return without_timeout(what, self.rank, self.size, self.watchdog)
 
 
-def ranks_here() -> int:
-    """Ranks on this machine, from torchrun's or deepspeed's environment; else all, but at most one per GPU."""
+def local_world_size() -> int:
+    """Ranks on this machine, from the environment of torchrun or deepspeed; without it all, but at most one per GPU."""
     given = _ranks_by_launcher()
     if given is not None:
         return given
@@ -87,8 +87,8 @@ def _ranks_by_launcher() -> int | None:
     return next((int(size) for size in given if size), None)
 
 
-def first_here() -> bool:
-    """Whether this is the first rank of its machine, from the launcher's environment; true without one."""
+def is_local_rank_0() -> bool:
+    """Whether this is the first rank of its machine, from the launcher's environment; true without a launcher."""
     return _local_rank() == 0
 
 
@@ -97,16 +97,16 @@ def _local_rank() -> int:
 
 
 def world_size() -> int:
-    """Ranks of this run, from the launcher's environment; 1 without one."""
+    """Ranks of this run, from the launcher's environment; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(config: ParallelConfig) -> World:
     """Connect this process with the others, on the grid of a resolved configuration.
 
-    Each rank has a GPU and NCCL, or gloo where the machine has no GPU. The environment is torchrun's or deepspeed's;
-    without one, the world is one process. Raises ConfigError for more ranks on this machine than GPUs, for a grid that
-    does not divide the ranks, and for one that machines chose differently.
+    Each rank uses a GPU and NCCL, or gloo if the machine has no GPU. The environment is that of torchrun or deepspeed;
+    without a launcher, the world is one process. Raises ConfigError if this machine has more ranks than GPUs, if the
+    grid does not divide the ranks, and if machines chose different grids.
     """
     device = local_device()
     _environment_of_one()
@@ -131,7 +131,7 @@ def join(config: ParallelConfig) -> World:
 
 
 def replica_ring(world: World, config: ParallelConfig) -> ProcessRing:
-    """A ring of all ranks of a replica: the run's own, or with Ulysses another. config: that of `join`; all call it."""
+    """A ring of all ranks of a replica: the run's own or, with Ulysses, a new one, which all ranks make together."""
     if world.ulysses is None:
         return world.ring
     members = torch.arange(world.size).view(world.replicas, -1)
@@ -140,7 +140,7 @@ def replica_ring(world: World, config: ParallelConfig) -> ProcessRing:
 
 
 def _check_agreed(neighbours: int, device: torch.device) -> None:
-    """Raise ConfigError, on every rank, where ranks chose different numbers of Ulysses ranks."""
+    """Raise ConfigError, on every rank, if ranks chose different numbers of Ulysses ranks."""
     ends = torch.tensor([neighbours, -neighbours], device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     most, least = int(ends[0]), -int(ends[1])
@@ -154,8 +154,8 @@ def _check_agreed(neighbours: int, device: torch.device) -> None:
 def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
     """The group of `rank`: one of the rows of `members`, each with its own communicator.
 
-    So ring transfers do not queue behind ZeRO's collectives. NCCL sets a communicator up when all its ranks first use
-    it. A ring's exchange may concern only some of them, so a barrier uses it here.
+    Ring transfers therefore do not queue behind ZeRO's collectives. NCCL sets up a communicator when all its ranks
+    first use it together. An exchange of the ring may concern only some ranks, so a barrier does this here.
     """
     groups = {
         tuple(row): dist.new_group(row, timeout=timeout, pg_options=_urgent(timeout) if len(row) > 1 else None)
@@ -169,8 +169,8 @@ def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.Proc
 def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
     """NCCL options of a group whose transfers overlap attention: a stream of high priority; None on gloo.
 
-    NCCL moves data by a kernel, and an attention kernel fills every SM. With high priority NCCL's kernel gets the first
-    SMs that become free; otherwise it would wait until the next attention kernel, too, leaves some.
+    NCCL moves data with a kernel, and attention kernels fill all SMs. With high priority, NCCL's kernel gets the first
+    SMs that become free; otherwise it would also wait for the next attention kernel to leave some.
     """
     if dist.get_backend() != "nccl":
         return None
@@ -180,7 +180,7 @@ def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
 
 
 def is_rank_0() -> bool:
-    """Whether this is the run's first rank, from the launcher's environment; true without one."""
+    """Whether this is the first rank of the run, from the launcher's environment; true without a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -200,7 +200,7 @@ def local_device() -> torch.device:
 
 
 def _environment_of_one() -> None:
-    """Set what a launcher would have set, for a process without one."""
+    """Set the environment that a launcher would have set, for a process without one."""
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -41,7 +41,7 @@ def test_the_ranks_of_a_machine_are_read_from_the_launchers_environment(monkeypa
         monkeypatch.delenv(name, raising=False)
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
-    assert world.ranks_here() == here
+    assert world.local_world_size() == here
 
 
 def grid_chosen_by_each(ulysses):
@@ -71,7 +71,7 @@ def test_a_rank_that_knows_only_its_local_rank_takes_the_gpu_of_that_number(monk
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert world.local_device() == torch.device("cuda", 3)
     assert taken == [3]
-    assert world.ranks_here() == 8
+    assert world.local_world_size() == 8
 
 
 @pytest.mark.gpu
