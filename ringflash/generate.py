@@ -84,51 +84,77 @@ class GenerateConfig(ReadConfig):
 
 
 def run(config: GenerateConfig, world: World) -> None:
-    """Everything after the ranks are connected. Raises ConfigError, on every rank, for what cannot work."""
+    """Read the document and answer the prompts. Raises ConfigError, on every rank, for what cannot work."""
     import torch
 
-    from ringflash.models import prefill
-    from ringflash.models.rope_length import growth_refusal
-
-    reads = world.is_first and config.document is not None
-    text = world.broadcast(text_of("document", str(config.document)) if reads else None)
-    if isinstance(text, ConfigError):
-        raise text
+    text = _document_text(config, world)
     model = load_model(config, world.device)
     encoder, tokenizer = load_encoder(config, model)
     turn = _turn(config, encoder, tokenizer)
-    document = [*turn.before, *ids_of(encoder, text or "")]
+    document = [*turn.before, *ids_of(encoder, text)]
     between = "\n\n" if config.chat and text else ""
     prompts = [] if config.prompt == (STDIN,) else [turn.ids(between + prompt) for prompt in config.prompt]
-    longest = max(map(len, prompts)) if prompts else config.prompt_tokens
-    tokens = len(document) + longest + config.new_tokens
-    what = f"a document of {len(document)} tokens, a prompt of {longest} and new_tokens={config.new_tokens}"
-    if not document and [] in prompts:
-        raise ConfigError('prompt="" without a document leaves nothing to continue')
-    shortest = len(document) + (min(map(len, prompts)) if prompts else 1)
-    if config.rope_length is None and (reason := growth_refusal(model.config, shortest, tokens)):
-        raise ConfigError(f"{reason}: rope_length=N turns them all as in a document of N tokens")
-    cache = make_cache(config, model, tokens, world, what)
+    lengths = [*map(len, prompts)] or [1, config.prompt_tokens]  # the lines of standard input are not known yet
+    cache = _reserve(config, model, len(document), lengths, world)
 
     ids = torch.tensor([document], dtype=torch.int64, device=world.device)
     with _graph(config, model, cache, world):
-        begin = now(world.device)
-        prefill(model, ids[:, :-1], cache)  # generate reads the last one with the prompt
-        seconds = now(world.device) - begin
-        ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
-        read = f"document: {len(document)} tokens read in {seconds:.2f} s ({len(document) / seconds:.0f} tokens/s); "
-        room = f"cache: {cache.nbytes / 2**20:.1f} MiB{ranks}, for {cache.capacity} tokens"
-        report(world, (read if text else "") + room)
+        _read(model, ids, cache, world, has_text=bool(text))
         state = cache.snapshot()
         for prompt in prompts or _lines(turn, between, world):
-            if len(prompt) > longest:
-                raise ConfigError(
-                    f"a prompt of {len(prompt)} tokens is longer than the {longest} that the cache has room for: set "
-                    f"prompt_tokens={len(prompt)}, and the cache takes "
-                    f"{cache.bytes_for(cache.capacity + len(prompt) - longest) / 2**20:.1f} MiB"
-                )
+            _check_prompt(len(prompt), max(lengths), cache)
             _answer(config, model, tokenizer, cache, torch.cat([ids, ids.new_tensor([prompt])], dim=1), world)
             cache.restore(state)
+
+
+def _document_text(config: GenerateConfig, world: World) -> str:
+    """The document's text, which rank 0 reads; empty without a document. Raises ConfigError if it cannot be read."""
+    if config.document is None:
+        return ""
+    text = world.broadcast(text_of("document", config.document) if world.is_first else None)
+    if isinstance(text, ConfigError):
+        raise text
+    return text
+
+
+def _reserve(
+    config: GenerateConfig, model: PreTrainedModel, document: int, prompts: list[int], world: World
+) -> RingCache:
+    """A cache for a document, its longest prompt and an answer. document, prompts: their numbers of tokens.
+
+    Raises ConfigError if there is nothing to continue, or if an answer could change the document's rotary frequencies.
+    """
+    from ringflash.models.rope_length import growth_refusal
+
+    tokens = document + max(prompts) + config.new_tokens
+    if document + min(prompts) == 0:
+        raise ConfigError('prompt="" without a document leaves nothing to continue')
+    if config.rope_length is None and (reason := growth_refusal(model.config, document + min(prompts), tokens)):
+        raise ConfigError(f"{reason}: rope_length=N turns them all as in a document of N tokens")
+    what = f"a document of {document} tokens, a prompt of {max(prompts)} and new_tokens={config.new_tokens}"
+    return make_cache(config, model, tokens, world, what)
+
+
+def _read(model: PreTrainedModel, ids: Tensor, cache: RingCache, world: World, has_text: bool) -> None:
+    """Prefill a document's ids [1, N], and report how long that took and how large the cache is."""
+    from ringflash.models import prefill
+
+    begin = now(world.device)
+    prefill(model, ids[:, :-1], cache)  # generate reads the last token together with the prompt
+    seconds, tokens = now(world.device) - begin, ids.shape[1]
+    ranks = f" on each of {world.size} ranks" if world.size > 1 else ""
+    read = f"document: {tokens} tokens read in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s); " if has_text else ""
+    report(world, f"{read}cache: {cache.nbytes / 2**20:.1f} MiB{ranks}, for {cache.capacity} tokens")
+
+
+def _check_prompt(tokens: int, longest: int, cache: RingCache) -> None:
+    """Raise ConfigError for a line of standard input that is longer than the longest prompt that was planned for."""
+    if tokens > longest:
+        raise ConfigError(
+            f"a prompt of {tokens} tokens is longer than the {longest} that the cache has room for: set "
+            f"prompt_tokens={tokens}, and the cache takes "
+            f"{cache.bytes_for(cache.capacity + tokens - longest) / 2**20:.1f} MiB"
+        )
 
 
 def _graph(
