@@ -7,12 +7,12 @@ keyword `plan`, the step's AttentionPlan, which its attention layers pass to `ri
     checkpoint_layers(model)    # optional: recompute layers in the backward, without running the ring again
     loss = model(**ring_inputs(input_ids, labels, ring=ProcessRing())).loss     # sums over ranks to the mean loss
 
-To generate, it takes a cache instead of a plan, which ranks may share (`RingCache`, `prefill`).
+To generate, the model takes a cache instead of a plan, which ranks may share (`RingCache`, `prefill`).
 
-The plan is the mask. Whatever else transformers could use to change a mask (padding masks, dropout, other caches,
-keywords that attention.py does not know) is refused by name. So is a model that would come out wrong on shards: one of
-another architecture, whose layers may mix tokens by other means than attention, or one whose loss or positions need
-them all.
+The plan is the mask. An error refuses everything else that could change a mask in transformers (padding masks, dropout,
+other caches, keywords that attention.py does not know). An error also refuses models whose results would be wrong on
+shards: other architectures, whose tokens may interact outside attention, and models whose loss or positions need the
+whole sequence.
 """
 
 from ringflash.models.attention import ring_attention_forward

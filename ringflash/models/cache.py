@@ -1,19 +1,20 @@
-"""RingCache: the KV cache with which a model on the ring generates, alone or with the document sharded over ranks.
+"""RingCache: the KV cache of a model on the ring that generates, on one device or with the document sharded over ranks.
 
     cache = RingCache(model, capacity=131_072, ring=ring)   # or without ring: one device
     prefill(model, document, cache)                         # int64 [B, N], the same on every rank; each reads its share
     model.generate(torch.cat([document, prompt], dim=1), past_key_values=cache, max_new_tokens=100)
 
-`generate` computes the tokens that the cache does not hold yet, on every rank the same, and attends to all the others
-where they lie (`ring.decode`). Without `prefill` it reads the prompt itself, whole on every rank; transformers'
-`prefill_chunk_size` bounds the memory of that. Ranks that sample must have the same random numbers (torch.manual_seed).
+`generate` computes the tokens that the cache does not hold yet, the same ones on every rank, and attends to all others
+on the ranks that hold them (`ring.decode`). Without `prefill`, every rank reads the whole prompt in `generate`;
+transformers' `prefill_chunk_size` limits the memory of that. To sample, give all ranks the same random numbers
+(torch.manual_seed).
 
     state = cache.snapshot()        # of the document
     ...                             # generate
     cache.restore(state)            # for another prompt on the same document
 
-A layer with a sliding window keeps its window. transformers passes a cache to no attention function: `update` leaves a
-note for the attention of the same layer, which follows it at once, stores the keys and attends.
+A layer with a sliding window keeps only its window. transformers does not pass the cache to attention functions, so
+`update` leaves a note for the attention of the same layer, which runs next, stores the keys and attends.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _written: ContextVar[tuple[RingCache, int] | None] = ContextVar("written", defau
 
 
 def take_note() -> tuple[RingCache, int] | None:
-    """The cache and the layer that were updated for the attention which asks, or None; the note is gone after that."""
+    """The cache and layer that `update` noted for the attention that runs now, or None. Deletes the note."""
     note = _written.get()
     _written.set(None)
     return note
@@ -62,21 +63,21 @@ def take_note() -> tuple[RingCache, int] | None:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A RingCache's tokens at some time; of layers with windows also keys and values, [layer][k or v][local rank]."""
+    """A RingCache's state at some time; for layers with windows also keys and values, [layer][k or v][local rank]."""
 
     plan: CacheState
     windowed: dict[int, tuple[list[Tensor], list[Tensor]]]
 
 
 class RingCache(Cache):
-    """Keys and values of up to `capacity` tokens for each batch row, reserved at the first forward, shared by `ring`.
+    """Keys and values of up to `capacity` tokens per batch row, reserved at the first forward and shared by `ring`.
 
-    model: a causal language model on the ring's attention. ring: None: one device, the model's. chunk: the most tokens,
-    of all ranks together, that attention takes at once, and that `prefill` gives a forward, 2 per rank or more. kernel:
-    of long prompts, as in `ring_attention`; few new tokens take flash_decode, which kernel="blocked" keeps in plain
-    torch. rope_length: where RoPE goes by a document's length (`rope_by_document`), the length by which all keys turn,
-    capacity or more; None: capacity, which must not be beyond the model's original length then.
-    `nbytes` is its memory on this process, per batch row. Raises ValueError or TypeError for what does not fit.
+    model: a causal language model with attn_implementation="ring". ring: None for the model's device alone. chunk: the
+    largest number of tokens, over all ranks, that attention and a forward of `prefill` take at once; 2 per rank or
+    more. kernel: for long prompts, as in `ring_attention`; few new tokens use flash_decode, or plain torch with
+    kernel="blocked". rope_length: if RoPE depends on a document's length (`rope_by_document`), the length whose
+    frequencies all keys get, capacity or more; None: capacity, which must then not exceed the model's original length.
+    `nbytes` is the memory on this process per batch row. Raises ValueError or TypeError for what does not fit.
     """
 
     def __init__(
@@ -132,14 +133,14 @@ class RingCache(Cache):
     # -- what transformers calls
 
     def __bool__(self) -> bool:
-        """False: Phi 3 and phimoe drop a true cache where a document grows past their original length.
+        """False: Phi 3 and phimoe drop a true cache when a document grows past their original length.
 
-        Its keys have the frequencies of `rope_length` already. No other family asks.
+        The keys here already have the frequencies of `rope_length`. No other family tests the cache's truth.
         """
         return False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Leave a note for the layer's attention, which follows; new keys and values are returned as they are."""
+        """Leave a note for the layer's attention, which runs next, and return new keys and values unchanged."""
         if layer_idx == 0 and self.on_device is None:
             self._begin(key_states.shape[-2] if self.layout is None else self.layout.length)
         _written.set((self, layer_idx))
@@ -155,11 +156,11 @@ class RingCache(Cache):
         self.plan.begin(tokens, self.layout)
 
     def device_steps(self) -> dict[int | None, DeviceStep]:
-        """Of each window that layers have, for `begin_on_device`."""
+        """The device steps of each window that layers have, for `begin_on_device`."""
         return {left: DeviceStep.on(self.ring.device) for left in self._windows}
 
     def begin_on_device(self, steps: dict[int | None, DeviceStep]) -> None:
-        """Begin a forward of one token, of which all that layers need to know is put into `steps`."""
+        """Begin a forward of one token, and write everything that layers need to know about it into `steps`."""
         self._begin(1)
         for left, step in steps.items():
             step.take(self.plan.steps(left)[0])
@@ -194,7 +195,7 @@ class RingCache(Cache):
         return cached_attention(q, k, v, stored, self.plan.steps(left), attention)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that the cache holds, of all ranks."""
+        """Tokens that the cache holds, over all ranks."""
         return self.plan.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -202,7 +203,7 @@ class RingCache(Cache):
         return self.capacity
 
     def reset(self) -> None:
-        """Forget all tokens; the memory stays."""
+        """Forget all tokens, but keep the memory."""
         self.plan = self._new_plan()
         self._snapshots.clear()
 
@@ -213,7 +214,7 @@ class RingCache(Cache):
                 held.copy_(held.index_select(0, beam_idx.to(held.device)))
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Refused: layers with windows no longer have the keys that would be seen again."""
+        """Raises NotImplementedError: layers with windows no longer have the keys that would be visible again."""
         raise NotImplementedError(
             "a RingCache cannot be cropped, as assisted decoding does: take a snapshot() and restore() it"
         )
@@ -221,7 +222,7 @@ class RingCache(Cache):
     # -- several prompts
 
     def snapshot(self) -> Snapshot:
-        """What `restore` returns to. Layers with windows are copied: a window each."""
+        """The state to which `restore` returns. Of layers with windows, it copies the window."""
         windowed = {}
         for i, stored in self._stored.items():
             if (left := self._left[i]) is not None:
@@ -251,7 +252,7 @@ class RingCache(Cache):
 
 
 class _Layer(CacheLayerMixin):
-    """What transformers asks of a layer: all of it is the cache's."""
+    """The interface of a layer that transformers expects; the cache does all the work."""
 
     is_sliding = False  # for masks: ring attention has its own
 
@@ -260,10 +261,10 @@ class _Layer(CacheLayerMixin):
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: memory is reserved where attention knows the layer's window."""
+        """Do nothing: memory is reserved in attention, which knows the layer's window."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Never called: transformers asks every layer to have it, and `RingCache.update` does the work."""
+        """Never called: transformers requires it of every layer, but `RingCache.update` does the work."""
         raise NotImplementedError("a layer of a RingCache is updated by the cache")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -281,12 +282,12 @@ class _Layer(CacheLayerMixin):
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None:
-    """Read a document into a cache: its tokens after those that the cache holds, shared by the ranks of its ring.
+    """Read a document into a cache: all tokens after those that it already holds, shared by the ranks of its ring.
 
-    input_ids: int64 [B, N], from the first token that the cache holds, the same on every rank. Each forward has up to
-    `cache.chunk` tokens of all ranks, in zigzag; logits are not computed. To generate, give `generate` at least one
-    token more. Raises ValueError where the cache cannot hold them, and where ranks were given different tokens, before
-    anything is computed.
+    input_ids: int64 [B, N], the same on every rank, beginning with the first token that the cache holds. Each forward
+    reads up to `cache.chunk` tokens over all ranks, in zigzag, without computing logits. Then give `generate` at least
+    one more token. Before computing anything, raises ValueError if the cache cannot hold the tokens, or if ranks were
+    given different tokens.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         shown = (
@@ -320,7 +321,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
 
 
 def cache_refusal(config: PreTrainedConfig) -> str | None:
-    """None, or what of a model's configuration keeps it from generating with a RingCache: "FIELD=VALUE is not ..."."""
+    """None, or why a model with this configuration cannot generate with a RingCache: "FIELD=VALUE is not ..."."""
     if shared := getattr(config, "num_kv_shared_layers", 0):
         return (
             f"num_kv_shared_layers={shared} is not supported by a RingCache: it keeps each layer's own keys, and the "
@@ -337,7 +338,7 @@ def cache_refusal(config: PreTrainedConfig) -> str | None:
 
 
 def _checked(model: Any) -> Any:
-    """The configuration of a model that can generate on the ring. Raises ValueError with the reason for another one."""
+    """The configuration of a model that can generate on the ring. Raises ValueError with the reason if it cannot."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
     if (name := model.config._attn_implementation) != "ring":
@@ -352,7 +353,7 @@ def _checked(model: Any) -> Any:
 
 
 def _left(window: int | None) -> int | None:
-    """Tokens before its own that a query sees in a window of `window` tokens."""
+    """The number of tokens before its own that a query sees in a window of `window` tokens."""
     return None if window is None else window - 1
 
 

@@ -1,6 +1,6 @@
-"""Activation checkpointing of a model on the ring, set on the model itself: nothing of transformers is replaced.
+"""Activation checkpointing of a model on the ring. It is set on the model itself; transformers is not patched.
 
-Between forward and backward a layer keeps its input and its attention's result, (out, lse). `Keep` says where.
+Between forward and backward, a layer keeps its input and its attention result, (out, lse). `Keep` says where.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ INPUT_PLACES = ("gpu", "host")
 
 @dataclass(frozen=True)
 class Keep:
-    """Where checkpointed layers keep what they need again.
+    """Where checkpointed layers keep their inputs and attention results for the backward.
 
-    attention: its result: "gpu"; "host", pinned memory; or "recomputed", which runs attention's forward again and needs
-    a ring of one. inputs: the layer's input: "gpu" or "host". "host:3" or "recomputed:3": for the first 3 layers, the
-    others on the GPU. Raises ValueError for other values.
+    attention: "gpu"; "host", pinned memory; or "recomputed", which runs attention's forward again and needs a ring of
+    one rank. inputs: "gpu" or "host". "host:3" and "recomputed:3" apply to the first 3 layers, and the others use the
+    GPU. Raises ValueError for other values.
     """
 
     attention: str = "gpu"
@@ -44,7 +44,7 @@ class Keep:
 
     @property
     def uses_host(self) -> bool:
-        """Whether anything waits in host memory."""
+        """Whether anything is kept in host memory."""
         return any(place == "host" and layers != 0 for place, layers in self._places)
 
     @property
@@ -54,16 +54,16 @@ class Keep:
 
     @property
     def layers(self) -> int:
-        """How many layers a model must have for all that are counted here."""
+        """The number of layers that a model must have at least: the largest N given."""
         return max(layers or 0 for _, layers in self._places)
 
     def at(self, layer: int) -> Keep:
-        """Where the layer of this number, from 0, keeps what it needs."""
+        """Where one layer, counted from 0, keeps its tensors."""
         return Keep(*(place if layers is None or layer < layers else "gpu" for place, layers in self._places))
 
     @property
     def _places(self) -> tuple[tuple[str, int | None], ...]:
-        """Place and number of layers, None for all, of attention's result and the layer's input."""
+        """(place, number of layers or None for all) of attention results and of layer inputs."""
         return tuple(
             (place, int(layers) if layers else None)
             for place, _, layers in (x.partition(":") for x in (self.attention, self.inputs))
@@ -71,7 +71,7 @@ class Keep:
 
 
 def place_refusal(value: str, places: Sequence[str]) -> str | None:
-    """Why a value is none of the places, perhaps of a number of layers; None where it is one."""
+    """None, or why a value is not one of the places, optionally followed by :N."""
     place, colon, layers = value.partition(":")
     if place in places and (not colon or (place != "gpu" and layers.isdecimal())):
         return None
@@ -80,11 +80,11 @@ def place_refusal(value: str, places: Sequence[str]) -> str | None:
 
 
 def checkpoint_layers(model: PreTrainedModel, keep: Keep | None = None) -> None:
-    """Checkpoint the layers of a model on the ring; each keeps its attention's result and recomputes the rest.
+    """Checkpoint the layers of a model on the ring: each keeps its attention result and recomputes the rest.
 
-    Without it, recomputing a layer would send keys round the ring again. This model's own
-    `gradient_checkpointing_enable`, which transformers' Trainer calls, does the same from then on. keep: where layers
-    keep what they need again; by default on the GPU. Raises ValueError for a model that is not on the ring.
+    Otherwise, recomputing a layer would send keys round the ring again. From then on, the model's own
+    `gradient_checkpointing_enable`, which transformers' Trainer calls, does the same. keep: where layers keep their
+    tensors, by default on the GPU. Raises ValueError for a model that is not on the ring.
     """
     if (found := model.config._attn_implementation) != "ring":
         raise ValueError(
@@ -102,9 +102,9 @@ def _enable(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """transformers' gradient_checkpointing_enable, with attention's results kept while the model is on the ring.
+    """transformers' gradient_checkpointing_enable, which also keeps attention results while the model is on the ring.
 
-    Raises ValueError for use_reentrant=True and for another context_fn: neither can keep anything.
+    Raises ValueError for use_reentrant=True and for another context_fn, with which nothing can be kept.
     """
     if model.config._attn_implementation == "ring":
         needed = {"use_reentrant": False, "context_fn": keep_attention}
@@ -122,12 +122,12 @@ def _enable(
 
 
 def host_store(model: PreTrainedModel) -> HostStore | None:
-    """The store of what a model's layers keep in host memory, if they keep anything there."""
+    """The store of the tensors that a model's layers keep in host memory, if there are any."""
     return getattr(model, "host_store", None)
 
 
 def _set_places(model: PreTrainedModel, keep: Keep, options: dict[str, Any]) -> None:
-    """Let each layer keep what it needs where `keep` says."""
+    """Set on each layer where it keeps its tensors."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if keep.uses_host:
         model.host_store = HostStore()  # type: ignore[assignment]
@@ -144,7 +144,7 @@ def _checkpointed(
     layer: Callable[..., Any],
     *args: Any,
 ) -> Any:
-    """torch's checkpoint of a layer's call, with what it keeps where `keep` says."""
+    """torch's checkpoint of a layer's call, which keeps tensors where `keep` says."""
     if not torch.is_grad_enabled():
         return layer(*args)
     group = None if store is None or not keep.uses_host else store.group(first)

@@ -1,22 +1,22 @@
-"""step_graph: a model's forward of one new token as a CUDA graph, recorded once and replayed for every later token.
+"""step_graph: record a model's forward of one new token as a CUDA graph, and replay it for every later token.
 
     with step_graph(model, cache):
         model.generate(input_ids, past_key_values=cache, max_new_tokens=100)
 
-A forward launches tens of kernels per layer. For one token, the host takes longer to launch most of them than the GPU
-takes to run them. A graph is one launch. What differs between tokens lies in tensors that stay: the token, its
-position, and for each window where its key goes and what it sees (`ring.decode.DeviceStep`):
+A forward launches dozens of kernels per layer. For a single token, the host needs longer to launch most of them than
+the GPU needs to run them. A graph is one launch. Everything that differs between tokens is in fixed tensors: the token,
+its position and, for each window, where its key goes and what it sees (`ring.decode.DeviceStep`):
 
     host      plan: row, start, end   copy them, the token, its position   replay
     device                            the step before, still running       embedding, layers, logits
 
-A graph holds no decision of the host. Before it is recorded, the step runs once while torch refuses whatever waits for
-the GPU (experts chosen on the host, RoPE whose length transformers looks up). The first replay with another token than
-the recorded one is compared with the forward itself.
+A graph cannot contain decisions of the host. Before recording, the step therefore runs once while torch raises an error
+for everything that waits for the GPU (experts chosen on the host, RoPE whose length transformers looks up). The first
+replay with another token than the recorded one is compared with the forward itself.
 
-A model whose forward waits is refused, with a warning by default, and its forwards stay as they are. So is a CPU, and a
-ring of several ranks: the exchange of a layer is not part of a graph. Forwards of several tokens, of another cache, or
-with keywords that are not `_TAKEN` stay as they are, too.
+There is no graph on a CPU, for a model whose forward waits for the GPU, or on a ring of several ranks, since the
+exchange of a layer cannot be part of a graph. By default a warning then says so, and forwards run as usual. So do
+forwards of several tokens, of another cache, or with keywords that are not in `_TAKEN`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ def _warn(reason: str) -> None:
 
 @contextmanager
 def step_graph(model: PreTrainedModel, cache: RingCache, *, refused: Callable[[str], object] = _warn) -> Iterator[None]:
-    """While entered, forwards of one new token with this cache are replays of a CUDA graph, where they can be.
+    """A context in which forwards of one new token with this cache replay a CUDA graph, if that is possible.
 
-    refused: called once, by default as a warning, with the reason where they cannot be ("needs ..."): on entry, or in
-    the first such forward, of a model that waits for the GPU. Raises RuntimeError if recording fails, or a replay gives
-    other logits than the forward.
+    refused: called once with the reason if it is not ("needs ..."), on entry or in the first such forward; by default
+    it warns. Raises RuntimeError if recording fails, or if a replay's logits differ from those of the forward.
     """
     if reason := _refusal(model, cache):
         refused(reason)
@@ -73,7 +72,7 @@ def step_graph(model: PreTrainedModel, cache: RingCache, *, refused: Callable[[s
 
 
 def _refusal(model: PreTrainedModel, cache: RingCache) -> str | None:
-    """None, or why no step can be recorded, as far as it is known before one runs: "needs ..."."""
+    """None, or why no step can be recorded, as far as that is known before one runs: "needs ..."."""
     device = cache.ring.device
     if device.type != "cuda":
         return f"needs a GPU, got device {device}"
@@ -85,7 +84,7 @@ def _refusal(model: PreTrainedModel, cache: RingCache) -> str | None:
 
 
 class _Steps:
-    """Forwards of a model: those of one new token by a graph, which the first of them records."""
+    """The forwards of a model. The first one of a single new token records a graph, which later ones replay."""
 
     def __init__(self, eager: Callable[..., Any], cache: RingCache, refused: Callable[[str], object]) -> None:
         self.eager, self.cache, self.on_refusal = eager, cache, refused
@@ -112,7 +111,7 @@ class _Steps:
         return type(self.out)(logits=logits, past_key_values=self.cache)
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a forward is of one new token of each batch row, and asks for nothing else."""
+        """Whether a forward is of one new token per batch row, and asks for nothing else."""
         ids, positions, mask = (kwargs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
         return (
             kwargs.get("past_key_values") is self.cache
@@ -144,7 +143,7 @@ class _Steps:
         self.cache.begin_on_device(self.on_device)
 
     def _run(self) -> Any:
-        """The step that has begun, once more: it writes what it has written, and gives what it has given."""
+        """Run the step that has begun. It may run again, and then writes and returns the same values."""
         self.cache.on_device = self.on_device
         try:
             return self.eager(**self.inputs, past_key_values=self.cache, use_cache=True)
@@ -172,10 +171,10 @@ class _Steps:
         torch.cuda.current_stream(device).wait_stream(stream)
 
     def _recorded(self, stream: torch.cuda.Stream) -> Callable[[], object]:
-        """What replays the step that has begun."""
+        """Record the step that has begun; the result replays it."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may go on using the GPU: those that watch a process group do.
+            # Other threads may keep using the GPU: those that watch a process group do.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.out = self._run()
         except RuntimeError as error:  # it may leave torch's generators unusable, so this is no refusal
@@ -197,7 +196,7 @@ class _Steps:
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """While entered, torch raises RuntimeError where the host would wait for the GPU."""
+    """A context in which torch raises RuntimeError if the host would wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode")

@@ -1,4 +1,4 @@
-"""ring_inputs: what a model on the ring takes of whole sequences, the same on every rank of the ring."""
+"""ring_inputs: a rank's model inputs, from whole sequences that are the same on every rank of the ring."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ def ring_inputs(
 ) -> dict[str, Any]:
     """This rank's keyword arguments for a causal language model's forward, from whole sequences.
 
-    input_ids, labels: int64 [B, S], the same on every rank of the ring, labels not yet shifted; S need not divide among
-    the ranks.
-    documents: token counts of packed documents that sum to S, one list or one per row (arrays and tensors of integers
-    too); no token sees or predicts another document's, and positions begin again with each.
-    leading_tokens: number of tokens at each document's start that layers with a sliding window also see.
-    layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", the one with the least predicted
-    time for these documents and the layers of `config`; or a function that gives a mask its layout.
-    config: model.config. Given, a model that cannot be on the ring is refused here, also one that reads no mask. Layers
-    of chunked attention need it.
-    shift_labels: int64 [B, S], instead of labels where these are shifted already.
-    compare_ranks: raise an error where ranks were given different sequences, which is a collective. Without it, this
-    may run in a thread while the ring is used.
+    input_ids, labels: int64 [B, S], the same on every rank of the ring. Labels are not shifted yet. S need not divide
+    among the ranks.
+    documents: token counts of packed documents, which sum to S: one list, or one per row (or arrays or tensors of
+    integers). No token sees or predicts a token of another document, and positions start from 0 in each.
+    leading_tokens: number of tokens at the start of each document that layers with a sliding window also see.
+    layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", which has the least predicted
+    time for these documents and the layers of `config`; or a function that returns a mask's layout.
+    config: model.config. If given, a model that cannot run on the ring is refused here, even if it reads no mask.
+    Layers with chunked attention need it.
+    shift_labels: int64 [B, S], labels that are already shifted, instead of `labels`.
+    compare_ranks: raise an error if ranks were given different sequences. This is a collective; without it, ring_inputs
+    may run in a thread while the ring is in use.
 
-    The returned loss is this rank's share of the mean: summed over the ring it is the loss of the whole batch.
+    The loss of the model is then this rank's share of the mean: summed over the ring, it is the loss of the batch.
 
-    Every rank of the ring calls it, and by default none while another thread uses the ring. Raises ValueError or
-    TypeError naming the argument that does not fit; where all fit on every rank, but are not the same; and where
-    another rank's do not fit, so that no rank waits for one that raised. Raises RuntimeError in a DataLoader's worker.
+    All ranks of the ring call this together, and with compare_ranks not while another thread uses the ring. Raises
+    ValueError or TypeError naming an argument that does not fit, also if it is another rank's or differs between ranks,
+    so that no rank waits for one that raised. Raises RuntimeError in a DataLoader worker.
     """
     groups = _process_groups(ring, ulysses)
     with torch.device("cpu"):  # plans are made there, whatever device torch.set_default_device names
@@ -81,7 +81,7 @@ def ring_inputs(
 
 
 def _process_groups(ring: Ring, ulysses: Ulysses | None) -> list[ProcessRing | Ulysses]:
-    """The groups that share the sequences. Raises TypeError for a ring that is none, RuntimeError in a worker."""
+    """The groups that share the sequences. Raises TypeError if `ring` is not a ring, RuntimeError in a worker."""
     if not hasattr(ring, "exchange") or isinstance(ring, type):
         raise TypeError(f"ring must be a ProcessRing or a Loopback, got {ring!r:.100}")
     groups = [group for group in (ring, ulysses) if isinstance(group, ProcessRing | Ulysses)]
@@ -98,7 +98,7 @@ def _plan(
     leading_tokens: int,
     config: PreTrainedConfig | None,
 ) -> AttentionPlan:
-    """The plan of causal attention within documents. Raises ValueError for a layout that cannot be."""
+    """The plan of causal attention within documents. Raises ValueError for an unknown layout."""
     mask = IntervalMask.causal(document.queries) & document
     chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
     return AttentionPlan(mask, chosen, ring, ulysses, leading_tokens)
@@ -121,20 +121,20 @@ def _model_inputs(
 
 
 def _shifted(labels: Tensor, document: IntervalMask) -> Tensor:
-    """Each token's label, which is that of the next token of its document; the last of a document has none."""
+    """Labels [B, S] shifted within documents: each token gets the next one's; the last of a document gets none."""
     last = document.hi <= torch.arange(1, document.queries + 1)
     return labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
 
 
 def _shard_labels(shifted: Tensor, plan: AttentionPlan) -> tuple[dict[str, Any], int]:
-    """The labels held here, as keywords of a model; and how many there are on all ranks."""
+    """This rank's labels, as keywords of a model, and the number of labels on all ranks."""
     held = plan.shard(shifted, _IGNORE)
     count = int((shifted != _IGNORE).sum())
     return {"labels": held, "shift_labels": held, "num_items_in_batch": max(1, count)}, count  # no label: a loss of 0
 
 
 def _check_config(config: Any) -> None:
-    """Refuse models that cannot be on the ring: some (RWKV, xLSTM, CPM-Ant) read no mask that could refuse them."""
+    """Refuse models that cannot run on the ring. Some (RWKV, xLSTM, CPM-Ant) read no mask that could refuse them."""
     if config is None:
         return
     if not isinstance(config, PreTrainedConfig):
@@ -150,7 +150,7 @@ def _layout(
     ulysses: int,
     config: PreTrainedConfig | None,
 ) -> Layout:
-    """The layout that ring_inputs was asked for; "auto" assumes the machine that torchrun describes."""
+    """The layout of a mask, by name or function. "auto" assumes the machine that torchrun's environment describes."""
     if callable(name):
         return name(mask)
     if name not in (names := ("auto", *LAYOUT_NAMES)):
@@ -212,10 +212,10 @@ def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
 
 
 def agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
-    """Refuse ranks that were given different sequences, as a sampler for data parallelism gives them.
+    """Raise ValueError if ranks were given different sequences, as by a sampler for data parallelism. A collective.
 
-    Each would shard its own, and the ring would train on a mixture of them. checksum: of what this rank was
-    given; _REFUSED where that did not fit, on which the other ranks then raise an error. A collective.
+    Each rank would shard its own sequences, and the ring would train on a mixture. checksum: of this rank's arguments,
+    or _REFUSED if they did not fit; the other ranks then raise an error too.
     """
     extremes = torch.stack([checksum, -checksum])
     for group in shared:
@@ -234,7 +234,7 @@ def agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
 
 
 def checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
-    """An int64 scalar, 0 or more, that other numbers, other places or another shape would almost surely change."""
+    """An int64 scalar, 0 or more, that almost surely differs for other values, another order or another shape."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for x in (x for x in tensors if x is not None):
         positions = torch.arange(1, x.numel() + 1, device=x.device)

@@ -1,7 +1,7 @@
-"""RingMask: the attention_mask of ring_inputs, which nothing but ring attention can read.
+"""RingMask: the attention_mask of ring_inputs, which only ring attention can read.
 
-A model that is not on the ring would attend within its shard, across documents, and nothing would report it.
-Every attention implementation but the ring's reads attention_mask, so this one raises an error when it is read:
+A model that is not on the ring would silently attend within its shard and across documents. Every other attention
+implementation reads attention_mask, so this mask raises an error when it is read:
 
     >>> mask = RingMask(shape=(1, 4), labels=3)
     >>> mask.to("cpu").detach().shape
@@ -12,12 +12,12 @@ Every attention implementation but the ring's reads attention_mask, so this one 
 Tensor.__getitem__): load the model with attn_implementation="ring"; chunked attention also needs \
 ring_inputs(config=model.config)
 
-Models that read no attention_mask refuse nothing: those without attention (RWKV, xLSTM), CPM-Ant, and attention that
-was registered with transformers' AttentionInterface alone, without a function for its masks. ring_inputs(config=...)
-refuses such models by their configuration.
+Models that do not read attention_mask raise no error: those without attention (RWKV, xLSTM), CPM-Ant, and attention
+registered with transformers' AttentionInterface without a function for its masks. ring_inputs(config=...) refuses such
+models by their configuration.
 
-It is not a torch.Tensor, since torch.compile cannot follow a subclass whose functions raise. What code around a model
-does with inputs (move, pin, detach, copy, ask for their shape) gives the same object.
+A RingMask is not a torch.Tensor, since torch.compile cannot trace a subclass whose functions raise. The usual
+operations on inputs (move, pin, detach, copy, read the shape) return the same object.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _READ = (
 class RingMask:
     """Stands for the mask that an AttentionPlan holds.
 
-    shape: of the input_ids beside it. labels: how many labels the whole sequences have, None where none were given.
-    window: how many tokens a query of some layers sees, None for all of its document's before it. plan: the step's.
-    other: transformers' own mask of these layers limits them further, which only a plan could say.
-    Any use but those that leave it as it is raises ValueError.
+    shape: that of the input_ids. labels: the number of labels of the whole sequences, None if none were given. window:
+    the number of tokens that a query of these layers sees, None for no window. plan: the step's AttentionPlan. other:
+    whether transformers' own mask limits these layers further, which only a plan can express.
+    Every use that would read it raises ValueError.
     """
 
     def __init__(
