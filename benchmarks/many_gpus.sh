@@ -11,14 +11,22 @@
 # The minutes of `correct` and `efficiency` are those of two H200; the others are estimates.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export OUT=${OUT:-$PWD/benchmarks/results}
-gpus=${GPUS:-$(python3 -c "import torch; print(torch.cuda.device_count())")}
-if [ "$gpus" -lt 2 ]; then echo "benchmarks/many_gpus.sh needs two GPUs or more, here are $gpus" >&2; exit 2; fi
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}
+export OUT=${OUT:-$PWD/benchmarks/results} PATH="$PWD/.venv/bin:$PATH"
+[ $# -gt 0 ] || set -- correct efficiency training failures
+for part in "$@"; do
+    [[ $part =~ ^(correct|efficiency|training|failures)$ ]] || { sed -n '2,11s/^# \?//p' "$0"; exit 2; }
+done
+here=$(python3 -c "import torch; print(torch.cuda.device_count())") || exit 2
+gpus=${GPUS:-$here}
+if ! [[ $gpus =~ ^[0-9]+$ ]] || [ "$gpus" -lt 2 ] || [ "$gpus" -gt "$here" ]; then
+    echo "benchmarks/many_gpus.sh needs two GPUs or more: GPUS=$gpus, and torch sees $here" >&2
+    exit 2
+fi
+CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$gpus" <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((here - 1)))}")
+export CUDA_VISIBLE_DEVICES
 mkdir -p "$OUT"
 ranks=(torchrun --standalone --nproc-per-node "$gpus")
-failed=0
-[ $# -gt 0 ] || set -- correct efficiency training failures
+failed=()
 for part in "$@"; do
     echo "== $part, $gpus GPUs"
     case $part in
@@ -33,16 +41,13 @@ for part in "$@"; do
         for tokens in ${LENGTHS:-131072}; do
             timeout 200 "${ranks[@]}" benchmarks/training.py --out "$OUT/training-$gpus.json" \
                 --tokens "$tokens" --warm 32768 --batches 1 "parallel.ring=$gpus" --variant qwen3-0.6b: --variant \
-                "llama3-8b:experiment=llama3-8b-128k memory=long model.architecture.max_position_embeddings=$tokens"
+                "llama3-8b:experiment=llama3-8b-128k memory=long model.architecture.max_position_embeddings=$tokens" ||
+                failed+=("training at $tokens tokens")
         done
         ;;
     failures)
         timeout 200 python3 benchmarks/failures.py --ranks "$gpus" --out "$OUT/failures.json"
         ;;
-    *)
-        sed -n '2,11p' "$0"
-        exit 2
-        ;;
-    esac || failed=1
+    esac || failed+=("$part")
 done
-exit "$failed"
+[ ${#failed[@]} -eq 0 ] || { printf '== failed: %s\n' "${failed[@]}" >&2; exit 1; }

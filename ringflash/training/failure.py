@@ -6,6 +6,9 @@ There are two kinds of errors:
 - Any other error may occur on one rank while the others wait for it in the ring. The first rank to fail prints its
   traceback and a line with its rank. The others, whose transfers then break, print nothing.
 
+A rank whose process is killed prints nothing, and the others' transfers break. They leave the report to the launcher,
+which ends them. If it does not, as when a whole machine is gone, they report the lost connection.
+
 A signal ends a rank at once, and its launcher reports the signal; a process without a launcher reports it itself. A
 launcher that is killed does not end its ranks, so each rank watches for that and ends.
 """
@@ -30,6 +33,9 @@ from ringflash.errors import ConfigError, DiskError, DivergedError, GpuMemoryErr
 
 ALIKE = (ConfigError, DivergedError)  # raised by every rank: one line is enough
 PATIENCE = 5.0  # seconds that a silent rank waits for the one that reports
+LOST = (  # in messages of gloo, the store and NCCL
+    "Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "ncclRemoteError",
+)  # fmt: skip
 POLL = 1.0  # seconds between two checks of the launcher
 
 _RANK, _MESSAGE = "ringflash/first-failure", "ringflash/first-failure/message"
@@ -48,6 +54,9 @@ def one_line(parent: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        lost = lost_peer(error)
+        if lost:
+            time.sleep(PATIENCE)
         if not claim(error):
             # The launcher ends all ranks as soon as one exits, so the rank that reports must exit first.
             time.sleep(PATIENCE)
@@ -56,7 +65,7 @@ def one_line(parent: int) -> Iterator[None]:
                 _end(1)
         if not isinstance(error, ConfigError):
             print(file=sys.stderr)  # below a progress bar
-        if not isinstance(error, (*ALIKE, DiskError, GpuMemoryError)):
+        if not lost and not isinstance(error, (*ALIKE, DiskError, GpuMemoryError)):
             traceback.print_exc()
         print(describe(error), file=sys.stderr, flush=True)
         _report_to_torchrun(describe(error))
@@ -104,9 +113,16 @@ def describe(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, ALIKE):
         return f"ringflash: {message}"
+    if lost_peer(error):
+        return f"ringflash: rank {_rank()} lost the connection to a rank whose process has ended: {message}"
     where = traceback.extract_tb(error.__traceback__)[-1:] if not message else []
     message = message or " ".join(f"in {frame.name}, {frame.filename}:{frame.lineno}" for frame in where)
     return f"ringflash: rank {_rank()} failed: {type(error).__name__}: {message}"
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a transfer of gloo or NCCL, or a call of the store, broke since another rank's process has ended."""
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in LOST)
 
 
 def _report_to_torchrun(message: str) -> None:

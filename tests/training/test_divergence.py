@@ -200,15 +200,29 @@ def test_metrics_are_json_for_strict_readers_and_wandb_has_them_too(tmp_path, mo
     assert metrics.plot(tmp_path, 3.0).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("kind", [ConfigError, DivergedError])
-def test_an_error_of_all_ranks_is_one_line_and_exit_code_1(monkeypatch, capsys, kind):
+def printed_for(error, monkeypatch, capsys):
+    """stderr of a process of two ranks that raises an error."""
     codes = []
     monkeypatch.setattr(failure, "_end", codes.append)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():  # as a launcher that this process need not watch
+    monkeypatch.setattr(failure, "PATIENCE", 0.0)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():  # as a launcher that this process need not watch
         monkeypatch.setenv(name, value)
     for name in ("TORCHELASTIC_RUN_ID", "CROSS_SIZE", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
     with failure.one_line(0):
-        raise kind("step 4: loss nan")
+        raise error
     assert codes == [1]
-    assert capsys.readouterr().err.strip() == "ringflash: step 4: loss nan"
+    return capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DivergedError])
+def test_an_error_of_all_ranks_is_one_line_and_exit_code_1(monkeypatch, capsys, kind):
+    assert printed_for(kind("step 4: loss nan"), monkeypatch, capsys) == "ringflash: step 4: loss nan"
+
+
+def test_a_rank_whose_neighbour_was_killed_does_not_report_itself_as_failed(monkeypatch, capsys):
+    line = printed_for(RuntimeError("[pair.cc:553] Connection closed by peer"), monkeypatch, capsys)
+    assert line.startswith("ringflash: rank 0 lost the connection to a rank whose process has ended: ")
+    own = printed_for(RuntimeError("a shape is wrong"), monkeypatch, capsys)
+    assert own.splitlines()[0].startswith("Traceback")
+    assert own.splitlines()[-1] == "ringflash: rank 0 failed: RuntimeError: a shape is wrong"

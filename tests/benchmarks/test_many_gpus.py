@@ -1,0 +1,48 @@
+"""benchmarks/many_gpus.sh runs what it was asked for, or says that it did not."""
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Stands in for python3, which counts four GPUs, and for torchrun, which fails at one length.
+FAKES = {
+    "python3": '[ "$1" = -c ] && echo 4',
+    "torchrun": 'echo "$CUDA_VISIBLE_DEVICES: $*"; [[ "$*" != *"--tokens 64"* ]]',
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    for name, text in {"many_gpus.sh": (ROOT / "benchmarks/many_gpus.sh").read_text(), **FAKES}.items():
+        path = tmp_path / ("benchmarks" if name.endswith(".sh") else "") / name
+        path.write_text(text if text.startswith("#!") else f"#!/bin/bash\n{text}\n")
+        path.chmod(stat.S_IRWXU)
+
+    def ran(*parts, **environment):
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = [tmp_path / "benchmarks/many_gpus.sh", *parts]
+        return subprocess.run(command, env={**os.environ, **path, **environment}, capture_output=True, text=True)
+
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("parts", "gpus"), [(["correct"], "8"), (["correct"], "1"), (["correct", "speed"], "4")], ids=str
+)
+def test_more_gpus_than_there_are_and_unknown_parts_are_refused_before_anything_runs(run, parts, gpus):
+    result = run(*parts, GPUS=gpus)
+    assert result.returncode == 2
+    assert "==" not in result.stdout
+    assert f"GPUS={gpus}, and torch sees 4" in result.stderr or "GPUS=N takes the first N" in result.stdout
+
+
+def test_the_first_gpus_are_taken_and_what_failed_is_listed(run):
+    result = run("training", GPUS="2", CUDA_VISIBLE_DEVICES="3,2,1,0", LENGTHS="64 128")
+    assert result.returncode == 1
+    assert result.stdout.count("3,2: --standalone --nproc-per-node 2 ") == 2
+    assert result.stderr == "== failed: training at 64 tokens\n"
