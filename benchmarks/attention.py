@@ -89,7 +89,7 @@ class Entry:
         except contenders.Absent as reason:
             self.refusals["both"] = ("absent", str(reason))
         except Exception as error:  # a peer may raise anything; the table says what
-            self.refusals["both"] = ("failed", _first_line(error))
+            self.refusals["both"] = ("failed", report.error_line(error))
         if self.refused("backward"):
             return
         try:
@@ -98,7 +98,7 @@ class Entry:
             found = dict(zip(checks.NAMES[1:], gradients, strict=True))
             self._judge("backward", reference.errors(**found), case)
         except Exception as error:
-            self.refusals["backward"] = ("failed", _first_line(error))
+            self.refusals["backward"] = ("failed", report.error_line(error))
 
     def _judge(self, direction: str, errors: checks.Errors, case: Case) -> None:
         self.errors[direction] = max(self.errors.get(direction, 0.0), errors.worst)
@@ -153,7 +153,7 @@ def _rows(
                 ns_per_million_pairs=took.ms * 1e12 / case.head_pairs(), error=entry.errors[direction],
             )  # fmt: skip
         elif took is not None:  # right when it was checked, but then it raised
-            row = Row(str(case), direction, name, "failed", _first_line(took), error=entry.errors[direction])
+            row = Row(str(case), direction, name, "failed", report.error_line(took), error=entry.errors[direction])
         else:
             extent = "both" if "both" in entry.refusals else direction
             row = Row(str(case), extent, name, *entry.refusals[extent], error=entry.errors.get(direction))
@@ -171,11 +171,6 @@ def _peak(device: torch.device) -> tuple[float | None, str]:
         return None, f"unknown ({error})"
     peak = peak_flops(device)
     return peak, f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "unknown (not in ringflash.training.flops.PEAKS)"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -204,7 +204,7 @@ def measure(
         except Absent as absent:
             rows[name] = Row(str(case), name, "absent", str(absent))
         except Exception as error:  # a peer may raise anything; the table says what
-            rows[name] = Row(str(case), name, "failed", _first_line(error))
+            rows[name] = Row(str(case), name, "failed", report.error_line(error))
         prepared[name] = prepared.get(name, 0.0) + time.perf_counter() - begin
     found = timing.interleaved(runs, device, seconds) if runs else {}
     for name, took in found.items():
@@ -234,18 +234,13 @@ def _row(
     error: float,
 ) -> Row:
     if isinstance(took, Exception):  # right when it was checked, but then it raised
-        return Row(str(case), name, "failed", _first_line(took), error=error)
+        return Row(str(case), name, "failed", report.error_line(took), error=error)
     count = case.layers(dtype, device)
     of_layer = Timing(took.ms / count, took.p20 / count, took.p80 / count, took.runs, took.host_ms)
     rate = case.nbytes(dtype) / of_layer.ms * 1e3
     return Row(
         str(case), name, "timed", None, of_layer, 1e3 * case.batch / of_layer.ms, rate / 1e9, 100 * rate / copied, error
     )  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
 def tunings() -> list[Contender]:
@@ -397,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             found = measure(case, asked, options.dtype, device, options.seconds, copied, prepared)
         except Exception as error:  # such as a GPU's, which no contender can be named for
-            found = [Row(str(case), entrant.name, "failed", _first_line(error)) for entrant in asked]
+            found = [Row(str(case), entrant.name, "failed", report.error_line(error)) for entrant in asked]
         if options.sweep:
             found.sort(key=lambda row: row.timing.ms if row.timing else float("inf"))
         print(table(found), flush=True)

@@ -154,6 +154,12 @@ def _line(cells: Sequence[str]) -> str:
     return " ".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
 
 
+def error_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message, for a row's reason."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
 # -- the files
 
 

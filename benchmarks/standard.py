@@ -161,7 +161,7 @@ def measure(
             attention = build(kind, tokens, device)
             outs[kind] = attention(q, k, v)
         except torch.OutOfMemoryError as error:
-            rows[kind] = Row(kind, tokens, matrix, _first_line(error))
+            rows[kind] = Row(kind, tokens, matrix, report.error_line(error))
             kinds.remove(kind)
             continue
         runs["forward"][kind] = functools.partial(attention, q, k, v)
@@ -175,7 +175,7 @@ def measure(
         took = {name: found[kind] for name, found in times.items()}
         wrong = [error for error in took.values() if isinstance(error, Exception)]
         if wrong:
-            rows[kind] = Row(kind, tokens, matrix, _first_line(wrong[0]))
+            rows[kind] = Row(kind, tokens, matrix, report.error_line(wrong[0]))
         else:
             rows[kind] = Row(kind, tokens, matrix, None, *found[kind], **took)  # type: ignore[arg-type]
     return [rows[kind] for kind in ("standard", "flash")]
@@ -187,10 +187,6 @@ def _compare(outs: dict[str, Tensor], backwards: dict[str, Callable[[], Any]], d
         error = float((flash.double() - other.double()).norm() / other.double().norm())
         if not error <= CLOSE[dtype]:
             raise ValueError(f"flash attention's {name} differs from standard attention's by {error:.1e}")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 # -- what is printed and drawn

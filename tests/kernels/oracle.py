@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,11 @@ def violations(p: Problem, actual: dict[str, Tensor]) -> list[str]:
         if not error <= bound:
             found.append(f"{name}: error {error:.2e}, bound {bound:.2e}")
     return found
+
+
+def poisoned(*shape: Any, **options: Any) -> Tensor:
+    """torch.empty filled with NaN, so that results which a kernel does not write are seen."""
+    return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
 
 
 def distance(actual: Tensor, truth: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ringflash import Partial, flash_decode, merge
 from ringflash.kernels import decode
 from tests import reference
-from tests.kernels.oracle import distance, strided
+from tests.kernels.oracle import distance, poisoned, strided
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -77,11 +77,6 @@ def errors(arguments: dict, visible: Tensor) -> list[str]:
     bound = 1e-5 if dtype == torch.float32 else 2 * distance(dense(arguments, visible, dtype), truth) + 1e-4
     found = distance(out, truth)
     return [] if found <= bound and out.dtype == dtype else [f"{out.dtype}: error {found:.2e}, bound {bound:.2e}"]
-
-
-def poisoned(*shape, **options) -> Tensor:
-    """torch.empty, but what is not written over is seen."""
-    return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
 
 
 def errors_of(case: str, options: dict, seed_sink: bool = False) -> list[str]:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise, product
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -24,7 +23,7 @@ from ringflash import IntervalMask, flash_attention
 from ringflash.mask import rows_seen
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
-from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, strided, violations
+from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, poisoned, problem, strided, violations
 
 
 def no_hopper() -> bool:
@@ -84,11 +83,6 @@ def center(*tensors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Te
     from ringflash.kernels import portable_compensation
 
     return portable_compensation.center(*tensors, scale=scale)
-
-
-def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
-    """torch.empty, but what is not written over is seen."""
-    return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
 
 
 def checked(kernel: str, mask: IntervalMask, **options) -> list[str]:

@@ -21,7 +21,7 @@ from ringflash import IntervalMask, flash_attention
 from ringflash.mask import rows_seen
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
-from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, problem, strided, violations
+from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, poisoned, problem, strided, violations
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -50,11 +50,6 @@ def kernels(tma: bool = True, columns: int = 256, apart: bool = False):
         partial(portable_forward.forward, tuning=wide),
         partial(portable_backward.backward, dq_tuning=wide, dkdv_tuning=(tall, tall) if apart else (tall,)),
     )
-
-
-def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
-    """torch.empty, but what is not written over is seen."""
-    return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
 
 
 def checked(p: Problem, *tiles: Any) -> list[str]:
