@@ -1,11 +1,11 @@
-"""What a layout would cost: the predicted time of one attention layer, forward and backward, on a ring.
+"""The cost of a layout: the predicted time of one attention layer, forward and backward, on a ring.
 
-The steps that the ranks would run (`ring.schedule`) are simulated (`ring.simulation`): a kernel takes its pairs times
-the time per pair, and a message its bytes times the time per byte.
+The steps that the ranks would run (`ring.schedule`) are simulated (`ring.simulation`): a kernel takes its number of
+pairs times the time per pair, and a message its bytes times the time per byte. Both follow from mask and layout.
 
-Both follow from mask and layout alone. Contiguous layouts send least and balance worst. Zigzag balances a causal mask.
-Balanced layouts balance documents and send more. Document-local ones balance long documents and leave short ones where
-they are. Which is fastest depends on documents, windows, heads and links.
+Contiguous layouts send least and balance worst. Zigzag balances causal masks. Balanced layouts balance packed documents
+and send more. Document-local layouts balance long documents and do not split short ones. Which of them is fastest
+depends on documents, windows, heads and links.
 
     >>> machine = Machine(flops=500e12, bytes_per_second=400e9)
     >>> heads = Heads(query=32, key=8, dim=128, value_dim=128)
@@ -38,24 +38,24 @@ from ringflash.ring.simulation import Rates, simulate
 
 # Operations per pair, query head, and dimension of keys and of values: 2 forward; backward 2.5 times that.
 FLOPS_PER_PAIR = 2 * 3.5
-# A predicted gain below this is not worth a finer layout.
+# A finer layout must be predicted to save more than this fraction of the time.
 WORTH = 0.02
-# The most tokens of a short document, as a part of a rank's: two document_local layouts are tried.
+# Longest short document, as a fraction of a rank's tokens, of the two document_local layouts that are tried.
 LONGEST = (0.25, 1.0)
-# Gigabytes per second that a GPU sends to another GPU of its machine, and of another one, where nothing else is known.
+# Default gigabytes per second from a GPU to another GPU of its machine, and to another machine.
 INTRA_NODE_GB, INTER_NODE_GB = 300.0, 40.0
-# Dense bf16 tensor-core peak, FLOP/s, by what the device's name contains (vendor datasheets, no sparsity).
+# Dense bf16 tensor-core peak, FLOP/s, by a part of the device's name (vendor data sheets, no sparsity).
 PEAKS = {
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12,
     "B200": 2250e12, "B100": 1750e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
 }  # fmt: skip
-# Fraction of a GPU's peak that attention reaches, and FLOP/s where no peak is known: orders of magnitude, on which a
-# choice between layouts depends little.
+# Fraction of a GPU's peak that attention reaches, and FLOP/s if the peak is not known: orders of magnitude, which
+# hardly affect the choice between layouts.
 UTILISATION, UNKNOWN_FLOPS = 0.55, 5e10
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None where it is not known."""
+    """The device's dense bf16 peak in FLOP/s; None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -78,7 +78,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Heads:
-    """Query and KV heads of attention, the size of a head of queries and keys, and of one of values and results."""
+    """Numbers of query and KV heads, the head size of queries and keys (dim), and that of values and results."""
 
     query: int
     key: int
@@ -87,21 +87,21 @@ class Heads:
 
     @property
     def products(self) -> int:
-        """Dimensions over which a (query, key) pair is multiplied, by q k^T and by p v, in all query heads."""
+        """Multiply-adds per (query, key) pair, for q k^T and p v over all query heads."""
         return self.query * (self.dim + self.value_dim)
 
     @property
     def key_width(self) -> int:
-        """Elements of a token's keys and values."""
+        """Elements of one token's keys and values."""
         return self.key * (self.dim + self.value_dim)
 
     def share(self, ulysses: int) -> Heads:
-        """What one of `ulysses` ranks computes attention for; with fewer KV heads, each goes to several ranks."""
+        """The heads of one of `ulysses` ranks; if there are fewer KV heads than ranks, each goes to several ranks."""
         return replace(self, query=self.query // ulysses, key=max(1, self.key // ulysses))
 
 
 class Layers(NamedTuple):
-    """Layers of one kind: what they see of a sequence, their heads, and how many they are."""
+    """Layers of one kind: their mask, their heads, and how many there are."""
 
     mask: IntervalMask
     heads: Heads
@@ -109,14 +109,14 @@ class Layers(NamedTuple):
 
 
 def fastest(layers: Sequence[Layers], ranks: int, machine: Machine, ulysses: int = 1) -> tuple[str, Layout, str]:
-    """Name and layout of the least predicted time, or a coarser one that takes little more, and why, in a sentence.
+    """(name, layout, reason) of the coarsest layout within WORTH of the least predicted time.
 
-    layers: a model's, kind by kind; all layers share one layout.
+    layers: a model's layers, kind by kind, which all share the layout.
 
-    Not striped: pairs and bytes do not tell that each of its hops touches every tile of queries, which costs a quarter
-    of the speed with packed documents (benchmarks/ring.py).
+    Striped layouts are not considered: each of their hops touches every query tile, which pairs and bytes do not show,
+    but which costs a quarter of the speed with packed documents (benchmarks/ring.py).
     """
-    # It has most of the work to balance.
+    # Balance the mask that has most of the work.
     mask = max(layers, key=lambda kind: kind.mask.area() * kind.heads.products * kind.number).mask
     contiguous = Layout.contiguous(mask.queries, ranks, ulysses)
     if ranks == 1:
@@ -142,10 +142,10 @@ def _all_layers(layers: Sequence[Layers], layout: Layout, machine: Machine, ulys
 def best_ulysses(
     layers: Sequence[Layers], ranks: int, ranks_per_node: int, in_node: Machine, across: float
 ) -> tuple[int, str]:
-    """How many neighbouring ranks should exchange heads, the rest forming the ring, and why, in a sentence.
+    """(number of neighbouring ranks that should exchange heads, reason); the other ranks form the ring.
 
-    layers: a model's, of a causal sequence; across: bytes per second between nodes. Ulysses stays inside a node and
-    never replicates KV heads; its exchanges hide behind nothing, a ring's hide behind the attention of a hop.
+    layers: a model's layers, on a causal sequence. across: bytes per second between nodes. Ulysses stays within a node
+    and never replicates KV heads. Nothing overlaps with its exchanges, while a ring's overlap with a hop's attention.
     """
     length = layers[0].mask.queries
     # q and dq, out and dout, k and v in 2 bytes, dk and dv in 4.
@@ -158,7 +158,7 @@ def best_ulysses(
         link = in_node.bytes_per_second if ranks <= ranks_per_node else across
         layout = Layout.zigzag(length, ranks // ulysses, ulysses=ulysses)
         hops = _all_layers(layers, layout, Machine(in_node.flops, link), ulysses)
-        moved = of_token * length / ranks * (1 - 1 / ulysses)  # a rank keeps 1 / ulysses of what it has
+        moved = of_token * length / ranks * (1 - 1 / ulysses)  # a rank keeps 1 / ulysses of its own data
         seconds[ulysses] = hops + moved / in_node.bytes_per_second
     best = min(seconds, key=seconds.__getitem__)
     times = ", ".join(f"{u} x {ranks // u}: {1e3 * t:.4g} ms" for u, t in seconds.items())
@@ -166,7 +166,7 @@ def best_ulysses(
 
 
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
-    """Seconds of one layer's attention, forward and backward, without what a kernel launch costs."""
+    """Seconds of one layer's attention, forward and backward, without the cost of kernel launches."""
     ways, pairs = routes((mask,), layout), by_hop(layout.pairs(mask)).T.tolist()
     sections = head_sections(ways, layout.shard_length, 2)  # gradients travel in halves, of the heads or of the keys
     per_pair = FLOPS_PER_PAIR * heads.products / machine.flops / len(sections)

@@ -1,16 +1,17 @@
-"""Decoding over a KV cache that the ranks of a ring share: a token's keys and values lie on one rank, and stay there.
+"""Decoding over a KV cache that the ranks of a ring share: each token's keys and values stay on one rank.
 
-A document is read in chunks (prefill), each sharded by a layout as in training. Its queries visit all ranks, which hold
-the keys; the results return to the queries' rank and combine. After that, every rank computes the same new tokens, so
-their queries are everywhere already: each rank attends to the keys that it holds, and one exchange combines.
+A document is read in chunks (prefill), each sharded by a layout as in training. The chunk's queries are sent to all
+ranks, attend to the keys there, and the partial results return to the queries' rank, which combines them. After that,
+every rank computes the same new tokens, so all ranks have their queries already: each attends to its own keys, and one
+exchange combines the results.
 
     prefill   rank r   its tokens' q -> all ranks     attend to own keys     (out, lse) -> the rank of the queries
     decode    rank r   the new token's q              attend to own keys     (out, lse) -> all ranks
 
-The keys of a new token go to the rank with the fewest, so ranks keep the same number. Parts combine as by
-`partial.merge`, in the order of ranks on every rank: all get the same bits. Without a ring, the one rank holds all.
+The keys of a new token go to the rank with the fewest, so all ranks hold about the same number. Partial results combine
+as in `partial.merge`, in rank order on every rank, so all ranks get the same bits. Without a ring, one rank holds all.
 
-Layers with a sliding window keep that alone: where their rows are full, those that no later query sees give way.
+Layers with a sliding window keep only the window: when their rows are full, rows that no later query sees are dropped.
 
     >>> from ringflash.ring.transport import Loopback
     >>> plan = CachePlan(Loopback(2), capacity=10, chunk=8)
@@ -40,18 +41,18 @@ from ringflash.partial import Partial, merge_sink
 from ringflash.ring.transport import Allocate, Message, Ring, Transfer
 from ringflash.ring.watchdog import Label
 
-CHUNK = 32768  # tokens that a forward reads at once, all ranks together: 4.19 s for 131072, of 16384 4.88 s (H200)
-FEW = 64  # new tokens up to which splits of the cache pay; more fill a GPU with tiles of queries
-SPARE = 256  # the least rows of a window's layer beyond its window: rows move once in as many tokens
+CHUNK = 32768  # tokens per forward of prefill, over all ranks: 131072 take 4.19 s, with 16384 4.88 s (H200)
+FEW = 64  # up to this many new tokens, the cache is split among programs; more fill a GPU with query tiles
+SPARE = 256  # fewest rows of a windowed layer beyond its window: rows are moved only once per as many tokens
 
 
 @dataclass(frozen=True, eq=False)
 class RankStep:
     """What one rank does with new tokens, in every layer of a kind.
 
-    Before: the rows `kept` move to the front, where that is not None. Then the new tokens `own`, of those that the rank
-    is given, are written from row `at` on; `rows` are in use. seen: what queries see of these rows; in prefill, those
-    of each rank.
+    First, unless `kept` is None, the rows `kept` move to the front. Then `own`, the rank's part of the new tokens, is
+    written from row `at` on; `rows` are then in use. seen: the rows that queries see; in prefill, for the queries of
+    each rank.
     """
 
     kept: slice | None
@@ -63,7 +64,7 @@ class RankStep:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """New tokens queries begin:end of a forward: steps of the local ranks. sharded: each rank has its own queries."""
+    """The steps of the local ranks for queries begin:end of a forward. sharded: each rank has its own queries."""
 
     begin: int
     end: int
@@ -73,17 +74,17 @@ class Step:
 
 def rows_for(capacity: int, chunk: int, ranks: int, left: int | None) -> int:
     """Rows of a layer on each of `ranks` ranks: its share of the capacity, or its window and a chunk."""
-    # A last chunk that does not divide among ranks gives some two rows more than others.
+    # If the last chunk does not divide among the ranks, some get two rows more than others.
     share = -(-capacity // ranks) + (2 if ranks > 1 else 0)
     return share if left is None else min(share, left + max(chunk, SPARE))
 
 
 class CachePlan:
-    """Which rank holds which tokens of a cache, in which rows, and what new tokens do with it; the same on every rank.
+    """Which rank holds which tokens of a cache in which rows, and what new tokens do. It is the same on every rank.
 
-    capacity: the most tokens of all ranks together. chunk: the most new tokens at once, of all ranks together; a
-    longer prompt is cut up. windows: those that layers have, as keys to the left; None: none. Raises ValueError or
-    TypeError for numbers that are none.
+    capacity: largest number of tokens, over all ranks. chunk: largest number of new tokens at once, over all ranks;
+    longer prompts are divided. windows: the windows of the layers, as keys to the left, or None for no window. Raises
+    ValueError or TypeError for invalid numbers.
     """
 
     def __init__(self, ring: Ring, capacity: int, chunk: int, windows: Sequence[int | None] = (None,)) -> None:
@@ -102,9 +103,9 @@ class CachePlan:
         return self._rows[left].capacity
 
     def begin(self, tokens: int, layout: Layout | None = None) -> None:
-        """Begin a forward of new tokens, which ranks share by `layout`, or which every rank computes (None).
+        """Begin a forward of new tokens, which the ranks share by `layout`, or which every rank computes (None).
 
-        Raises ValueError where the cache cannot hold them.
+        Raises ValueError if the cache cannot hold them.
         """
         if self.length + tokens > self.capacity:
             raise ValueError(
@@ -120,7 +121,7 @@ class CachePlan:
             self._held = [held + len(x) for held, x in zip(self._held, piece.stored, strict=True)]
 
     def steps(self, left: int | None) -> tuple[Step, ...]:
-        """What a layer with this window does in the forward that has begun, step by step."""
+        """The steps of a layer with this window in the forward that has begun."""
         return self._steps[left]
 
     def _shared(self, tokens: int, layout: Layout) -> _Tokens:
@@ -134,7 +135,7 @@ class CachePlan:
         return _Tokens(0, queries, [x[x < end] for x in queries], end, sharded=True)
 
     def _computed_everywhere(self, tokens: int) -> list[_Tokens]:
-        """Pieces of at most `chunk` tokens; of each, every rank stores a run, so that all hold the same number."""
+        """Pieces of at most `chunk` tokens. Every rank stores a run of each, so that all hold about the same number."""
         pieces, held = [], list(self._held)
         for begin in range(0, tokens, self.chunk):
             positions = torch.arange(self.length + begin, self.length + min(tokens, begin + self.chunk))
@@ -151,7 +152,7 @@ class CachePlan:
         return pieces
 
     def snapshot(self) -> CacheState:
-        """What `restore` returns to; tensors are the layers' own to keep."""
+        """The state to which `restore` returns. The layers keep their own tensors."""
         rows = {left: ([*x.count], x.positions.clone() if left is not None else None) for left, x in self._rows.items()}
         return CacheState(self.length, tuple(self._held), rows)
 
@@ -175,7 +176,7 @@ class CachePlan:
 
 @dataclass(frozen=True, eq=False)
 class CacheState:
-    """A CachePlan's tokens at some time: all of them, of each rank, and the rows in use for each window."""
+    """A CachePlan's state: the number of tokens in all, of each rank, and the rows in use for each window."""
 
     length: int
     held: tuple[int, ...]
@@ -184,7 +185,7 @@ class CacheState:
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """New tokens: positions of queries (of each rank, or those that all compute), and of what each rank stores."""
+    """New tokens: positions of the queries (of each rank, or those that all compute), and what each rank stores."""
 
     begin: int  # in the forward
     queries: list[Tensor]
@@ -202,7 +203,7 @@ class _Rows:
 
     @functools.cached_property
     def positions(self) -> Tensor:
-        """Made when the first token comes, so that a cache too large to make can be asked for its size."""
+        """Allocated with the first token, so that even a cache that is too large can report its size."""
         return torch.zeros(len(self.ring.local), self.capacity, dtype=torch.int64)
 
     def step(self, new: _Tokens) -> Step:
