@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from ringflash.docstrings import field_docstrings
 from ringflash.errors import ConfigError, shown
 from ringflash.reading import check_positions, check_room
-from ringflash.ring.decode import CHUNK
+from ringflash.ring.cache_plan import CHUNK
 from ringflash.training import failure
 
 if TYPE_CHECKING:

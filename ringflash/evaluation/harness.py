@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ringflash.models import RingCache, prefill
 from ringflash.models.rope import supported_positions
-from ringflash.ring.decode import CHUNK
+from ringflash.ring.cache_plan import CHUNK
 from ringflash.ring.transport import Ring
 
 if TYPE_CHECKING:

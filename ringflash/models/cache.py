@@ -38,17 +38,8 @@ from ringflash.models.families import has_chunks
 from ringflash.models.inputs import agree, checksum
 from ringflash.models.layers import calls_per_layer, layer_kinds
 from ringflash.models.rope_length import goes_by_document, length_refusal
-from ringflash.ring.decode import (
-    CHUNK,
-    Attention,
-    CachePlan,
-    CacheState,
-    DeviceStep,
-    LayerCache,
-    attention_on_device,
-    cached_attention,
-    rows_for,
-)
+from ringflash.ring.cache_plan import CHUNK, CachePlan, CacheState, rows_for
+from ringflash.ring.decode import Attention, DeviceStep, LayerCache, attention_on_device, cached_attention
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 
 _written: ContextVar[tuple[RingCache, int] | None] = ContextVar("written", default=None)

@@ -19,7 +19,7 @@ from ringflash.haystack import Found, HaystackConfig, Row, read_text, rows_of, s
 from ringflash.models import ModelConfig, RingCache, cache_refusal
 from ringflash.models.rope_length import length_refusal
 from ringflash.reading import check_positions, check_room
-from ringflash.ring.decode import CHUNK
+from ringflash.ring.cache_plan import CHUNK
 from ringflash.ring.transport import ProcessRing
 from ringflash.training.world import World, replica_ring
 

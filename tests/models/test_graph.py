@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ringflash.models import FusedConfig, RingCache, fuse_layers, graph, prefill, step_graph
-from ringflash.ring import decode
+from ringflash.ring import cache_plan
 from tests.models.cases import DYNAMIC, tiny
 from tests.models.test_cache import TOKENS, generate
 
@@ -33,7 +33,7 @@ def recorded(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(graph, "_Steps", Kept)
-    monkeypatch.setattr(decode, "SPARE", 4)
+    monkeypatch.setattr(cache_plan, "SPARE", 4)
     return made
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ringflash import IntervalMask, Layout, Loopback, ProcessRing
 from ringflash.kernels import decode as kernel
-from ringflash.ring import decode
-from ringflash.ring.decode import Attention, CachePlan, LayerCache, cached_attention
+from ringflash.ring import cache_plan, decode
+from ringflash.ring.cache_plan import CachePlan
+from ringflash.ring.decode import Attention, LayerCache, cached_attention
 from tests import reference
 
 TOKENS, DIM = 150, 16
@@ -94,7 +95,7 @@ def test_windows_sinks_and_softcaps(size):
 
 
 def test_windows_keep_their_window_alone(monkeypatch):
-    monkeypatch.setattr(decode, "SPARE", 5)
+    monkeypatch.setattr(cache_plan, "SPARE", 5)
     for size in (1, 2):
         ring = Loopback(size)
         assert CachePlan(ring, TOKENS, 16, (9,)).rows(9) == 9 + 16
@@ -102,7 +103,8 @@ def test_windows_keep_their_window_alone(monkeypatch):
 
 
 def test_many_new_tokens_take_the_block_kernels(monkeypatch):
-    monkeypatch.setattr(decode, "FEW", 8)
+    for module in (cache_plan, decode):
+        monkeypatch.setattr(module, "FEW", 8)
     monkeypatch.setattr(kernel, "RUN", 32)
     assert error_of(Loopback(2), "zigzag", (None, 20), 64, sink=SINK) < 1e-6
     assert error_of(Loopback(1), "zigzag", (None, 20), 64) < 1e-6
