@@ -33,6 +33,7 @@ from ringflash.models import (
     whole_mlps,
 )
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES, place_refusal
+from ringflash.models.lora import adapted
 from ringflash.training import one_rank
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
@@ -122,6 +123,15 @@ class TrainedModel(nn.Module):
             tile_mlps(model, memory.mlp_tile)
         self.memory = memory
         self.host_states: Callable[[Callable[[str], None]], None] | None = None  # makes the optimizer's, if on the host
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What a checkpoint stores: with adapters, no frozen weights, which DeepSpeed alone would store where tied."""
+        found = super().state_dict(*args, **options)
+        if adapted(self):
+            for name, p in self.named_parameters(remove_duplicate=False):
+                if not p.requires_grad:
+                    found.pop(name, None)
+        return found
 
     def reserve_host_memory(self, tokens: int, log: Callable[[str], None] = lambda message: None) -> None:
         """Touch and pin what the optimizer and the layers keep in host memory, for a rank's shard of `tokens` tokens.

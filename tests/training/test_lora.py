@@ -1,6 +1,7 @@
 """A run with LoRA trains the adapters that plain peft trains on transformers' eager attention, and them alone."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash.data import batch, load_corpus
+from ringflash.models.lora import WEIGHTS
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
 from tests.models.cases import TINY
@@ -34,6 +36,10 @@ def base(tmp_path):
 def lora_run(text, base, *others):
     common = ["model.dtype=fp32", f"optim.steps={STEPS}", f"optim.batch={ROWS}", "optim.lr=3e-3", "model.lora.rank=4"]
     return settings(text, "name=run", *common, *others, model=["model=pretrained", f"model.path={base}"])
+
+
+def losses_of(folder):
+    return [record["loss"] for record in read(folder / "metrics.jsonl") if "loss" in record]
 
 
 def plain(config, base, **lora):
@@ -87,7 +93,7 @@ def test_adapters_are_those_of_plain_peft(ranks, text, base, size, others, lora)
     records = [record for record in read(folder / "metrics.jsonl") if "gradient_norm" in record]
     for record, (loss, norm) in zip(records, figures, strict=True):
         assert (record["loss"], record["gradient_norm"]) == pytest.approx((loss, norm), rel=1e-5)
-    expected, found = peft.get_peft_model_state_dict(model), load_file(folder / "adapter" / "adapter_model.safetensors")
+    expected, found = peft.get_peft_model_state_dict(model), load_file(folder / "adapter" / WEIGHTS)
     assert expected.keys() == found.keys()
     assert all(torch.allclose(found[name], x, rtol=0, atol=1e-5) for name, x in expected.items())
     assert min(x.abs().max() for name, x in found.items() if "lora_B" in name) > 5e-3
@@ -100,3 +106,33 @@ def test_adapters_are_those_of_plain_peft(ranks, text, base, size, others, lora)
     for other in (merged, loaded):
         assert torch.allclose(other(tokens).logits, logits, rtol=0, atol=1e-4)
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("size", "others"),
+    [
+        (1, ["memory.zero=1", "model.dtype=bf16", "memory.optimizer_states=bf16", "optim.micro_batch=2"]),
+        (1, ["memory.zero=2", "model.dtype=bf16", "memory.optimizer_states=host", "optim.micro_batch=2"]),
+        (2, ["memory.zero=3", "memory.recompute=true"]),
+    ],
+    ids=["bf16", "host", "zero-3"],
+)
+def test_a_resumed_run_has_the_same_adapters_and_dropout_bit_for_bit(ranks, text, base, size, others):
+    run = lora_run(text, base, *others, "model.lora.dropout=0.2", "model.lora.merge=false", "checkpoint.every=2")
+    assert ranks.run(fitted, size, run)[0][0] is None
+    folder = text.parent / "runs" / "run"
+    expected, losses = load_file(folder / "adapter" / WEIGHTS), losses_of(folder)
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    assert ranks.run(fitted, size, [*run, "resume=auto"])[0][0] is None
+    found = load_file(folder / "adapter" / WEIGHTS)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    assert losses_of(folder) == losses
+    assert not (folder / "model").exists()
+
+    stored = [*(folder / "checkpoints" / "step-00000004" / "state").glob("*model_states.pt")]
+    states = [torch.load(file, weights_only=False) for file in stored]
+    assert all(".lora_" in name for state in states for name in state["module"])
+    assert states
+    assert not any(state["frozen_param_fragments"] for state in states)
