@@ -35,6 +35,7 @@ _KNOWN = {
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "peft_version", "r", "rank_pattern",
     "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
+_UNCALLED = ("correction_coefs",)  # linear layers whose weight alone is read: Gemma 3n's; adapters would do nothing
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
     import peft
 
     head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    names = [name for name in linear if not name.endswith(_UNCALLED)]
     known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
     for target in config.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
@@ -215,6 +217,7 @@ def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
         lora_alpha=2 * config.rank if config.alpha is None else config.alpha,  # type: ignore[arg-type]  # or a float
         lora_dropout=config.dropout,
         target_modules=config.targets or "all-linear",
+        exclude_modules=sorted({*linear} - {*names}) or None,
         use_rslora=config.rslora,
     )
 

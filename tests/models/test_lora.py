@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ringflash import Loopback
 from ringflash.errors import ConfigError
-from ringflash.models import ModelConfig
+from ringflash.models import ModelConfig, checkpoint_layers, ring_inputs
 from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig, adapted, add_lora, merged, write_adapter
 from tests.models.cases import tiny
 
@@ -43,6 +44,27 @@ def test_all_linear_layers_but_the_head_get_adapters_and_nothing_else_is_trained
     assert {name.rpartition(".")[2] for name in adapted(model)} == LINEAR
     assert len(adapters(model)) == 2 * len(LINEAR) * model.config.num_hidden_layers
     assert all(".lora_" in name for name in adapters(model))
+
+
+def test_layers_that_are_not_called_get_none():
+    assert "correction_coefs" not in {name.rpartition(".")[2] for name in adapted(with_adapters(RANK, "gemma3n_text"))}
+    with pytest.raises(ConfigError, match=r"^model\.lora\.targets: correction_coefs is not one of"):
+        with_adapters(replace(RANK, targets=["correction_coefs"]), "gemma3n_text")
+
+
+def test_a_recomputed_layer_drops_what_its_forward_dropped():
+    def gradients(recompute):
+        model = with_adapters(replace(RANK, dropout=0.3)).train()
+        if recompute:
+            checkpoint_layers(model)
+        torch.manual_seed(1)
+        tokens = torch.arange(3, 43)[None]
+        model(**ring_inputs(tokens, tokens, ring=Loopback(1))).loss.backward()
+        return [p.grad for p in adapters(model).values()]
+
+    kept, again = gradients(False), gradients(True)
+    assert all(torch.allclose(x, y, atol=1e-7) for x, y in zip(kept, again, strict=True))
+    assert max(x.abs().max() for x in kept) > 1e-3
 
 
 def test_adapters_depend_on_the_seed_alone():
