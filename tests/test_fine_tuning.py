@@ -54,7 +54,8 @@ def test_every_command_and_program_of_the_page_runs(folder):
     assert [*programs] == ["conversations.py", "ask.py"]
     for name, code in programs.items():
         (folder / name).write_text(code, encoding="utf-8")
-    download, train, *others = [block for block in blocks("") if not block.startswith(("training ", "held-out "))]
+    outputs = ("training ", "held-out ", "adapters ")
+    download, train, lora, *others = [block for block in blocks("") if not block.startswith(outputs)]
     assert download.startswith("hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir smollm2\n")
     assert len(others) == 2
     run("python conversations.py", folder)
@@ -62,5 +63,6 @@ def test_every_command_and_program_of_the_page_runs(folder):
     assert re.search(r"^training +380 documents of [\d,]+ tokens, [\d,]+ of them predicted, in \d+ seq", printed, re.M)
     assert (folder / "runs" / "additions" / "model" / "model.safetensors").exists()
     run("python ask.py", folder)
+    assert "rank: 16" in run(lora, folder)
     for command in others:
         assert "field: input_ids" in run(command, folder)

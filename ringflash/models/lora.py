@@ -152,8 +152,8 @@ def description(model: PreTrainedModel) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kinds = sorted({name.rpartition(".")[2] for name in layers})
     return (
-        f"LoRA of rank {config.r}, alpha {config.lora_alpha:g} on {len(layers)} layers ({', '.join(kinds)}) trains "
-        f"{trained:,} parameters, and these are frozen"
+        f"{trained:,} parameters, which alone are trained: LoRA of rank {config.r}, alpha {config.lora_alpha:g} on "
+        f"{len(layers)} linear layers ({', '.join(kinds)})"
     )
 
 
