@@ -1,7 +1,8 @@
 """Conversations to documents: the tokenizer's own chat template, and loss on the assistant's turns only.
 
 A record holds `messages` (role and content, perhaps tool_calls and the template's own fields) and perhaps `tools`, or a
-`prompt` and its `completion`, both text or both messages. The spans to learn are found in one of two ways.
+`prompt` and its `completion`, both text or both messages. ShareGPT's messages (from and value) are read, too. An
+assistant's message of weight 0 is not learnt. The spans to learn are found in one of two ways.
 
 1. The template marks them: it has {% generation %} blocks.
 2. Else from renderings of the conversation's beginnings. For an assistant's turn i, the model is prompted with P and
@@ -44,6 +45,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MESSAGES, TOOLS, PROMPT, COMPLETION = "messages", "tools", "prompt", "completion"
+WEIGHT = "weight"  # of an assistant's message, as in OpenAI's format: 0 or 1
+SPEAKERS = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+}
 
 
 class Rendered(NamedTuple):
@@ -110,7 +118,10 @@ class Dialogues:
         if messages[0]["role"] == "assistant":
             raise RecordError(f"{where} begins with a message of the role assistant, which no prompt asks for")
         tools = self._tools(where, record.get(TOOLS))
-        learnt = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        learnt = [i for i in answers if messages[i].get(WEIGHT, 1)]
+        if answers and not learnt:
+            raise RecordError(f"{where} has {WEIGHT} 0 in all messages of the assistant: there is nothing to learn")
         if not learnt:
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages[first:]))
             raise RecordError(
@@ -118,7 +129,7 @@ class Dialogues:
             )
         self.counts["beside"] += asks and not first
         if self._is_marked(tools):
-            return [self._marked(where, messages, tools, first)]
+            return [self._marked(where, messages, tools, first, {*answers} - {*learnt})]
         documents = self._by_beginnings(where, messages, tools, learnt)
         self.counts["conversations"] += 1
         self.counts["documents"] += len(documents)
@@ -159,9 +170,12 @@ class Dialogues:
         found = []
         for number, message in enumerate(value, 1):
             place = f"{where}: message {number} of {name}"
+            message = _from_sharegpt(place, message)
             if not isinstance(message.get("role"), str):
                 raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
             message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
+            if (weight := message.get(WEIGHT, 1)) not in (0, 1):
+                raise RecordError(f"{place} has {WEIGHT}={weight!r:.60}; it must be 0 (not learnt) or 1")
             content = message.get("content")
             if content is None and "tool_calls" not in message:
                 empty = "holds content=null, and no tool_calls" if "content" in message else "has no content"
@@ -203,9 +217,22 @@ class Dialogues:
         template = self._tokenizer.get_chat_template(tools=tools)
         return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
-    def _marked(self, where: str, messages: list[Any], tools: list[Any] | None, first: int) -> Rendered:
-        """The whole conversation, with the spans that the template marks; those of a prompt's messages left out."""
+    def _marked(
+        self, where: str, messages: list[Any], tools: list[Any] | None, first: int, left_out: set[int]
+    ) -> Rendered:
+        """The whole conversation, with the spans that the template marks.
+
+        Those of a prompt's messages are left out, and those of the messages `left_out`, of weight 0.
+        """
         text, spans = self._render(where, messages, tools, mark=True)
+        if left_out:
+            said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(spans) != len(said):
+                raise RecordError(
+                    f"{where} has messages of {WEIGHT} 0, which need a generation block per message of the assistant: "
+                    f"the chat template marks {len(spans)} blocks, for {len(said)} messages"
+                )
+            spans = [span for i, span in zip(said, spans, strict=True) if i not in left_out]
         if first:
             prompt, _ = self._render(where, messages[:first], tools, prompted=True)
             if not text.startswith(prompt):
@@ -314,6 +341,17 @@ def _untruncated(backend: Tokenizer) -> Tokenizer:
     copy.no_truncation()
     copy.no_padding()
     return copy
+
+
+def _from_sharegpt(place: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with role and content, where it has ShareGPT's names for them."""
+    if "role" in message or not {"from", "value"} <= {*message}:
+        return message
+    speaker = message["from"]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise RecordError(f"{place} is from {speaker!r:.60}, which is not one of {', '.join(SPEAKERS)}")
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": SPEAKERS[speaker], "content": message["value"], **rest}
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

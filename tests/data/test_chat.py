@@ -155,6 +155,22 @@ def test_arguments_and_tools_that_are_json_text_are_rendered_as_objects(as_text)
     assert json.dumps([TOOL]) in document.text
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_of_weight_0_is_not_learnt(name):
+    messages = chat("hi", "hello", "more?", "yes")
+    [*_, spans] = learnt(TEMPLATES[name], {"messages": messages})
+    messages[1]["weight"] = 0
+    [found] = learnt(TEMPLATES[name], {"messages": messages})
+    assert found == [span for span in spans if "yes" in span]
+
+
+def test_messages_of_sharegpt_are_read():
+    speakers = ("human", "gpt", "human", "gpt")
+    messages = chat("hi", "hello", "more?", "yes")
+    theirs = [{"from": x, "value": message["content"]} for x, message in zip(speakers, messages, strict=True)]
+    assert learnt(SMOLLM2, {"messages": theirs}) == learnt(SMOLLM2, {"messages": messages})
+
+
 def test_variables_reach_the_template():
     found = learnt(QWEN3, {"messages": chat("hi", "hello")}, enable_thinking=False)
     assert found == [["hello<|im_end|>\n"]]
@@ -279,9 +295,21 @@ REFUSED = {
         "line 2: message 1 of messages holds content=null, and no tool_calls; it has role, content",
     ),
     "nothing": ({"messages": []}, "line 2: messages holds [], not a list of messages"),
-    "ShareGPT": (
-        {"messages": [{"from": "human", "value": "hi"}]},
-        "message 1 of messages has no role; it has from",
+    "no role": (
+        {"messages": [{"speaker": "human", "value": "hi"}]},
+        "message 1 of messages has no role; it has speaker, value",
+    ),
+    "an unknown speaker": (
+        {"messages": [{"from": "bing", "value": "hi"}]},
+        "message 1 of messages is from 'bing', which is not one of system, user, assistant, tool, human, gpt, observ",
+    ),
+    "half a weight": (
+        {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0.5}]},
+        "message 2 of messages has weight=0.5; it must be 0 (not learnt) or 1",
+    ),
+    "weights of 0": (
+        {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0}]},
+        "line 2 has weight 0 in all messages of the assistant: there is nothing to learn",
     ),
     "no content": ({"messages": [{"role": "user"}]}, "line 2: message 1 of messages has no content; it has role"),
     "an image": (
