@@ -12,6 +12,7 @@ GROUP, however long a text is. Only a record of JSON, or of a table, is held who
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -124,6 +125,21 @@ def build(folder: Path, job: Job) -> tuple[Progress, dict[str, Any]]:
     return progress, contents
 
 
+def try_first(job: Job) -> None:
+    """Encode the first record, and write nothing. Raises ConfigError if it cannot be used.
+
+    A wrong field or chat template is then found before the model is loaded. Large JSON arrays, which are read whole,
+    are left to `build`.
+    """
+    sources = [(file, form) for file, form in job.sources if form != "json" or file.stat().st_size <= GROUP]
+    parts = itertools.chain.from_iterable(_split(job, file, form) for file, form in sources)
+    with _without_threads():
+        for where, part in itertools.islice(_parsed(job.reading, parts), 1):
+            if isinstance(part, RecordError):
+                raise part
+            deque(job.reading.encode(job.reading.parse(where, part)), maxlen=0)
+
+
 # -- records to groups
 
 
@@ -137,29 +153,29 @@ def _parts(job: Job, progress: Progress) -> Iterator[tuple[tuple[int, int], Part
     with tqdm(desc="tokenising", total=sum(sizes), initial=done, unit="B", unit_scale=True, disable=job.quiet) as bar:
         for number, (file, form) in enumerate(job.sources[begun:], begun):
             passed, left = progress.parts if number == begun else 0, sizes[number]
-            try:
-                for count, part in enumerate(_split(job, file, form), 1):
-                    step = min(left, _size(part[1]))
-                    bar.update(step)
-                    left -= step
-                    if count > passed:
-                        yield (number, count), part
-            except ConfigError:
-                raise
-            except Exception as error:  # pyarrow and the codecs share no base class
-                raise ConfigError(f"{file} cannot be read: {reason(error)}") from error
+            for count, part in enumerate(_split(job, file, form), 1):
+                step = min(left, _size(part[1]))
+                bar.update(step)
+                left -= step
+                if count > passed:
+                    yield (number, count), part
             bar.update(left)
 
 
 def _split(job: Job, file: Path, form: str) -> Iterator[Part]:
     """The parts of a file's records. Lines of JSON are left to the workers, unless one is as long as several groups."""
-    for where, found in records(file, form, job.reading.fields, job.guessed):
-        if isinstance(found, Lines) and max(map(len, found.lines), default=0) <= GROUP:
-            yield where, found
-        elif isinstance(found, Lines):
-            yield from _parts_of(job.reading, found.records(job.reading.fields))
-        else:
-            yield from _parts_of(job.reading, [(where, found)])
+    try:
+        for where, found in records(file, form, job.reading.fields, job.guessed):
+            if isinstance(found, Lines) and max(map(len, found.lines), default=0) <= GROUP:
+                yield where, found
+            elif isinstance(found, Lines):
+                yield from _parts_of(job.reading, found.records(job.reading.fields))
+            else:
+                yield from _parts_of(job.reading, [(where, found)])
+    except ConfigError:
+        raise
+    except Exception as error:  # pyarrow and the codecs share no base class
+        raise ConfigError(f"{file} cannot be read: {reason(error)}") from error
 
 
 def _parts_of(reading: Reading, found: Iterable[tuple[str, Record | RecordError]]) -> Iterator[Part]:
@@ -225,7 +241,7 @@ def _encoded(job: Job, group: Sequence[Part]) -> Encoded:
     return cache.grouped(reading.encode(parsed), job.size), Counter(reading.counts), errors
 
 
-def _parsed(reading: Reading, group: Sequence[Part]) -> Iterator[Part]:
+def _parsed(reading: Reading, group: Iterable[Part]) -> Iterator[Part]:
     """The parts of a group, with those of its lines in their place."""
     for where, part in group:
         if isinstance(part, Lines):

@@ -149,6 +149,13 @@ def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
     return Texts(config.field or FIELD, encoder(tokenizer, config.tokenizer))
 
 
+def check_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError if there are no files, or if this tokenizer cannot encode them or their first record."""
+    sources, meaning = find_files(config)[0], reading(config, tokenizer)
+    if config.malformed == "refuse":
+        build.try_first(Job(sources, meaning, config.format is None, tokenizer_size(tokenizer), config.malformed))
+
+
 def _build(
     folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase, quiet: bool
 ) -> None:

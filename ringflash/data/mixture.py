@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ringflash.data.config import DataConfig
 from ringflash.data.corpus import Corpus, Evaluated, TokenCorpus, entropy, load_corpus
-from ringflash.data.documents import find_files, reading
+from ringflash.data.documents import check_source
 from ringflash.data.packing import Packed, check_labels, pack, sequences_per_epoch, summary
 from ringflash.data.shards import Shards
 from ringflash.errors import ConfigError
@@ -88,13 +88,12 @@ def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Ev
 
 
 def check_sources(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError for a source that has no files, or whose records this tokenizer cannot encode."""
+    """Raise ConfigError for a source that has no files, or whose first record this tokenizer cannot encode."""
     own = config.evaluated()
     named = {f"data.sources.{name}" if name else "": part for name, part in config.parts().items()}
     for name, part in (named | ({} if own is None else {"data.evaluation": own})).items():
         with _named(name):
-            find_files(part)
-            reading(part, tokenizer)
+            check_source(part, tokenizer)
 
 
 def _mixed(config: DataConfig, corpora: dict[str, TokenCorpus]) -> Evaluated:

@@ -3,6 +3,7 @@
 import gzip
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import ByT5Tokenizer
 
-from ringflash.data import DataConfig, build, documents, load_corpus, python_stdlib
+from ringflash.data import DataConfig, build, documents, load_corpus, load_tokenizer, python_stdlib
+from ringflash.data.documents import check_source
 from ringflash.errors import ConfigError
 from tests.data.cases import (
     TEXTS,
@@ -248,6 +250,19 @@ def test_a_malformed_record_is_refused_with_its_line(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(f"{MALFORMED[0]}\n{line}\n{MALFORMED[-1]}\n")
     with pytest.raises(ConfigError, match=r"a\.jsonl line 2"):
         texts_of(config(tmp_path, tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("line", ["", *MALFORMED])
+def test_a_first_record_that_cannot_be_used_is_refused_before_anything_is_built(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{MALFORMED[1]}\n" if line else "")
+    checked = config(tmp_path, tmp_path / "a.jsonl")
+    if line in MALFORMED[1:-1]:
+        with pytest.raises(ConfigError, match=r"a\.jsonl line 1"):
+            check_source(checked, load_tokenizer(checked))
+    else:
+        check_source(checked, load_tokenizer(checked))
+    check_source(replace(checked, malformed="skip"), load_tokenizer(checked))
+    assert not Path(checked.cache).exists()
 
 
 def test_only_malformed_records_are_refused_with_the_first(tmp_path):
