@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ringflash.docstrings import field_docstrings
-from ringflash.errors import ConfigError, shown
+from ringflash.errors import ConfigError, hub_hint, shown
 from ringflash.reading import check_positions, check_room
 from ringflash.ring.cache_plan import CHUNK
 from ringflash.training import failure
@@ -176,7 +176,10 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
 
     disable_progress_bar()
     if not os.path.isdir(config.model):  # pathlib raises for a name that is too long
-        raise ConfigError(f"model={config.model} is not a folder that exists: it must be a Hugging Face model folder")
+        raise ConfigError(
+            f"model={config.model} is not a folder that exists: it must be a Hugging Face model folder"
+            f"{hub_hint(config.model)}"
+        )
     try:
         settings = ModelConfig(
             path=config.model,

@@ -1,5 +1,8 @@
 """What ringflash raises when a setting cannot work, training has diverged, or a disk takes no more."""
 
+import os
+import re
+
 
 class ConfigError(ValueError):
     """A setting, file or folder that cannot work.
@@ -22,6 +25,13 @@ class GpuMemoryError(RuntimeError):
 
 class DiskError(OSError):
     """A file of a run was not written; the message is one line that names it and the space left."""
+
+
+def hub_hint(path: str) -> str:
+    """How to get a model or tokenizer whose name on the Hugging Face hub was given as a folder; else nothing."""
+    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        return ""
+    return f"; nothing is downloaded: `hf download {path[:100]} --local-dir FOLDER` fetches a model of the hub"
 
 
 def in_one_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ringflash.data.pieces import Ids, Piece
-from ringflash.errors import ConfigError, reason
+from ringflash.errors import ConfigError, hub_hint, reason
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,7 +60,7 @@ def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
         return ByT5Tokenizer()
     folder = Path(name).expanduser()
     if not os.path.isdir(folder):  # pathlib raises for a name that is too long
-        raise ConfigError(f"data.tokenizer={name} is neither bytes nor a folder that exists")
+        raise ConfigError(f"data.tokenizer={name} is neither bytes nor a folder that exists{hub_hint(name)}")
     try:
         # trust_remote_code=None would ask at the terminal
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ringflash import kernels
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, hub_hint
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.families import family_refusal, has_chunks, vouch_for
@@ -167,7 +167,10 @@ def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
     """The configuration of a model's folder. Raises ConfigError where it is missing, damaged or of no model."""
     file = Path(path) / "config.json"
     if not os.path.isfile(file):  # pathlib raises for a name that is too long
-        raise ConfigError(f"model.path={path} holds no config.json: it must be a Hugging Face model folder")
+        hint = hub_hint(path)
+        if os.path.isfile(file.with_name("adapter_config.json")):
+            hint = ", and this is an adapter of peft: merge it into its model (merge_and_unload, save_pretrained)"
+        raise ConfigError(f"model.path={path} holds no config.json: it must be a Hugging Face model folder{hint}")
     try:
         settings = json.loads(file.read_text())
     except (OSError, ValueError) as error:
