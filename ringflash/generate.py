@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ringflash.command import ReadConfig, command, load_encoder, load_model, make_cache, now, report, start
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, reason
 from ringflash.reading import STDIN, ids_of, text_of
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ class GenerateConfig(ReadConfig):
     chat: bool = False
     """Wrap document, an empty line and prompt in a turn of the tokenizer's chat template."""
 
+    system: str | None = None
+    """With chat=true, the system message; by default what the template has without one."""
+
     prompt_tokens: int = 1024
     """With prompt=-, the longest prompt that the cache has room for."""
 
@@ -72,6 +75,8 @@ class GenerateConfig(ReadConfig):
         super().__post_init__()
         if not self.prompt:
             raise ConfigError('prompt is not set: prompt="..." is what follows the document, prompt=- standard input')
+        if self.system is not None and not self.chat:
+            raise ConfigError(f"system={self.system:.60} is a message of a conversation: set chat=true, too")
         if STDIN in self.prompt and (len(self.prompt) > 1 or self.document == STDIN):
             raise ConfigError("prompt=- reads standard input to its end: it is the only prompt, and document a file")
         self.at_least(new_tokens=1, prompt_tokens=1)
@@ -266,11 +271,21 @@ def _turn(config: GenerateConfig, encoder: Encoder, tokenizer: Any) -> _Turn:
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"chat=true needs a chat template, and tokenizer={name} has none: leave chat out")
     message = [{"role": "user", "content": mark}]
-    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    if config.system is not None:
+        message.insert(0, {"role": "system", "content": config.system})
+    rendered = _rendered(tokenizer, name, message)
     if rendered.count(mark) != 1:
         raise ConfigError(f"chat=true: the chat template of tokenizer={name} does not show a message once, as it is")
     before, after = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in rendered.split(mark))
     return _Turn(encoder, before, after)
+
+
+def _rendered(tokenizer: Any, name: str, messages: list[dict[str, str]]) -> str:
+    """Messages and the generation prompt in the chat template. Raises ConfigError where the template fails."""
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # jinja2's, and whatever the template's expressions raise
+        raise ConfigError(f"chat=true: the chat template of tokenizer={name} fails: {reason(error)}") from error
 
 
 def main(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,11 @@ def test_a_chat_turn_has_the_templates_tokens_and_spells_no_special_ones():
                 message, add_generation_prompt=True, tokenize=False
             )
             ends = [tokenizer.convert_tokens_to_ids(x) for x in ("<|im_end|>", "<|eot_id|>")]
+            config_with = replace(config, system="Be kind.")
+            begin = tokenizer.decode(generate._turn(config_with, encode, tokenizer).before)
+            assert begin.startswith(
+                tokenizer.apply_chat_template([{"role": "system", "content": "Be kind."}], tokenize=False)
+            )
             system = template is SMOLLM2  # whose template begins with a turn of its own
             assert sum(ids.count(end) for end in ends) == 1 + system
     with pytest.raises(ConfigError, match="chat=true needs a chat template, and tokenizer=m has none"):
@@ -164,6 +170,10 @@ BAD = {
     "no token": (["model=m", "prompt=x", "new_tokens=0"], "new_tokens=0 must be 1 or more"),
     "temperature": (["model=m", "prompt=x", "temperature=-1"], "temperature=-1.0 must be 0"),
     "a seed": (["model=m", "prompt=x", f"seed={2**64}"], "seed=18446744073709551616 must be below 2"),
+    "a system message alone": (
+        ["model=m", "prompt=x", "system=s"],
+        "system=s is a message of a conversation: set chat",
+    ),
     "top_p": (["model=m", "prompt=x", "top_p=0"], "top_p=0.0 must be above 0"),
     "graph": (["model=m", "prompt=x", "graph=yes"], "graph=yes is not one of auto, true, false"),
     "standard input twice": (["model=m", "prompt=-", "document=-"], "prompt=- reads standard input to its end"),
