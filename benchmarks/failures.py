@@ -46,7 +46,7 @@ FAILURES = {
 
 
 @dataclass(frozen=True)
-class Found:
+class Row:
     """Seconds from the signal to the first line and to the end, None where there was none; the lines."""
 
     failure: str
@@ -61,7 +61,7 @@ class Found:
         return "\n".join([f"{self.failure:<18} {times}  {first}", *(f"{'':<36}  {line}" for line in rest)])
 
 
-def measure(failure: str, ranks: int, limit: float, folder: Path) -> Found:
+def measure(failure: str, ranks: int, limit: float, folder: Path) -> Row:
     """Train in `folder`, send the last rank the failure's signal after three steps, and wait for the end."""
     name, (sent, setting) = failure.replace(" ", "-"), FAILURES[failure]
     settings = [
@@ -91,7 +91,7 @@ def measure(failure: str, ranks: int, limit: float, folder: Path) -> Found:
             if reported is None and _lines(printed.read_bytes()[before:]):
                 reported = now
             time.sleep(0.1)
-        return Found(failure, ranks, reported, ended, _lines(printed.read_bytes()[before:]))
+        return Row(failure, ranks, reported, ended, _lines(printed.read_bytes()[before:]))
     finally:
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)

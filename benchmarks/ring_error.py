@@ -82,7 +82,7 @@ RINGS: dict[str, tuple[type[Loopback], Callable[[Kernel], Kernel]]] = {
 
 
 @dataclass(frozen=True)
-class Found:
+class Row:
     """One ring at one size: relative errors against float64, by tensor."""
 
     ring: str
@@ -90,7 +90,7 @@ class Found:
     errors: dict[str, float]
 
 
-def measure(case: RingCase, sizes: Sequence[int], kernel: str, device: torch.device) -> tuple[list[Found], dict]:
+def measure(case: RingCase, sizes: Sequence[int], kernel: str, device: torch.device) -> tuple[list[Row], dict]:
     """Every ring at every size, bf16 inputs; and the bound: twice the error of plain torch attention in bf16."""
     inputs = case.inputs(torch.bfloat16, device)
     reference = checks.whole(case, inputs)
@@ -101,18 +101,18 @@ def measure(case: RingCase, sizes: Sequence[int], kernel: str, device: torch.dev
             plan = dataclasses.replace(case, ranks=ranks).plan(ring(ranks, device))
             with kernels_wrapped(wrap):
                 errors = reference.errors(**whole_ring(inputs, plan, kernel))
-            found.append(Found(name, ranks, errors.found))
+            found.append(Row(name, ranks, errors.found))
             bound = errors.bound
     return found, bound
 
 
-def growth(found: list[Found], ring: str) -> dict[str, float]:
+def growth(found: list[Row], ring: str) -> dict[str, float]:
     """The largest error of each tensor at any size, over that at the smallest."""
     rows = [row for row in found if row.ring == ring]
     return {name: max(row.errors[name] for row in rows) / rows[0].errors[name] for name in checks.NAMES}
 
 
-def wrong(found: list[Found], bound: dict[str, float]) -> list[str]:
+def wrong(found: list[Row], bound: dict[str, float]) -> list[str]:
     """Which errors of ringflash exceed the bound or grow with the ring, in words."""
     over = [
         f"{name} {row.errors[name]:.1e} > {bound[name]:.1e} at {row.ranks} ranks"
@@ -125,7 +125,7 @@ def wrong(found: list[Found], bound: dict[str, float]) -> list[str]:
     return over + [f"{name} grows {x:.2f} times with the ring" for name, x in grown.items() if not x <= GROWTH]
 
 
-def table(found: list[Found], bound: dict[str, float]) -> str:
+def table(found: list[Row], bound: dict[str, float]) -> str:
     """A line per ring and tensor, a column per size."""
     sizes = sorted({row.ranks for row in found})
     lines = [f"{'ring':<18} {'of':<4}" + "".join(f"{f'{n} ranks':>10}" for n in sizes) + f"{'grows':>8}{'bound':>10}"]
@@ -138,7 +138,7 @@ def table(found: list[Found], bound: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, found: list[Found], bound: dict[str, float], title: str) -> None:
+def draw(path: Path, found: list[Row], bound: dict[str, float], title: str) -> None:
     """Error against ring size: a panel per tensor, a line per ring."""
     from matplotlib.figure import Figure
 

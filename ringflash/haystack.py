@@ -1,12 +1,11 @@
-"""Needle in a haystack: a sentence with a number somewhere in a long text, and what a model answers when asked for it.
+"""Needle in a haystack: hide a sentence with a number in a long text, and ask a model for the number.
 
     text ......... needle ............... question answer
     |<-- depth -->|                      |
     |<---------- length, in tokens --------------------->|
 
-The model has found the needle where the likeliest token is the answer's next one, for each of its tokens, which is when
-greedy decoding gives the answer. The loss is the mean over the answer's tokens. Numbers differ from cell to cell and
-follow the seed.
+The model has found the needle if greedy decoding gives the answer, that is, if each token of the answer is the
+likeliest one. The loss is the mean over the answer's tokens. Each cell has another number, drawn from the seed.
 
 `evaluation.needle` searches from the command line, and `training.needle` during a run.
 """
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from ringflash.data.tokenizer import Encoder
     from ringflash.training.world import World
 
-CHARACTERS = 32  # of text per token of the longest haystack that are tokenised, since a text may be far longer
+CHARACTERS = 32  # tokenised per token of the longest haystack, since a text may be far longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class HaystackConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked in one cell, in tokens: the needle, the question and the answer, which the question ends before."""
+    """One cell's token ids: the needle, the question, and the answer that follows the question."""
 
     needle: list[int]
     question: list[int]
@@ -87,7 +86,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """The cells of one length: a task at each depth, in percent, of the text that fills `length` tokens."""
+    """The cells of one length: a task for each depth, in percent, and the text that fills `length` tokens."""
 
     text: list[int]
     length: int
@@ -95,7 +94,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Found:
+class Cell:
     """One cell: whether the answer was found, and the mean loss of its tokens, in nats."""
 
     length: int
@@ -105,7 +104,7 @@ class Found:
 
 
 def read_text(config: HaystackConfig, world: World) -> str:
-    """The haystack's text, which rank 0 reads. Raises ConfigError, on every rank, for a file that is no text."""
+    """The haystack's text, which rank 0 reads. Raises ConfigError, on every rank, if the file is not text."""
     text = world.broadcast(_text(config) if world.is_first else None)
     if isinstance(text, ConfigError):
         raise text
@@ -113,7 +112,7 @@ def read_text(config: HaystackConfig, world: World) -> str:
 
 
 def _text(config: HaystackConfig) -> str | ConfigError:
-    """That of the file, or the sources of Python's standard library in the order of their names."""
+    """The text of the file, or the sources of Python's standard library, sorted by name."""
     if config.text is not None:
         return text_of(f"{config.group}text", config.text)
     sources = sorted(Path(python_stdlib()).glob("*.py"))
@@ -137,7 +136,7 @@ def rows_of(config: HaystackConfig, text: str, encoder: Encoder, seed: int) -> l
 
 
 def task_of(config: HaystackConfig, encoder: Encoder, number: int) -> Task:
-    """The task whose answer is a number. Raises ConfigError where the answer has no token of its own."""
+    """The task whose answer is `number`. Raises ConfigError if the answer has no tokens of its own."""
     question, whole = (ids_of(encoder, text) for text in (config.question, f"{config.question} {number}"))
     shared = next((i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), len(question))
     if not 0 < shared < len(whole):
@@ -149,17 +148,17 @@ def task_of(config: HaystackConfig, encoder: Encoder, number: int) -> Task:
 
 
 @torch.no_grad()
-def search(model: PreTrainedModel, row: Row, cache: RingCache) -> list[Found]:
-    """The cells of a row, by a model without dropout and an empty cache of the row's length.
+def search(model: PreTrainedModel, row: Row, cache: RingCache) -> list[Cell]:
+    """Search all cells of a row with a model in eval mode and an empty cache of the row's length.
 
-    The text in front of a needle is read once for all depths.
+    The text in front of a needle is read only once for all depths.
     """
     cells = {}
     for depth in sorted(row.tasks):
         task = row.tasks[depth]
         text = row.text[: row.length - task.tokens]
         place = round(len(text) * depth / 100)
-        # Of a longer text in front of this needle than of the last one, only what is more is read.
+        # The cache keeps the text in front of the last needle; only the text after that is read.
         if cache.get_seq_length() > place:
             cache.reset()
         prefill(model, _ids(text[:place], cache), cache)
@@ -168,7 +167,7 @@ def search(model: PreTrainedModel, row: Row, cache: RingCache) -> list[Found]:
         prefill(model, _ids(whole[:-1], cache), cache)
         asked = _ids([whole[-1], *task.answer[:-1]], cache)
         logits = model(asked, past_key_values=cache, use_cache=True).logits[0].float()
-        cells[depth] = Found(row.length, depth, *_score(logits, _ids(task.answer, cache)[0]))
+        cells[depth] = Cell(row.length, depth, *_score(logits, _ids(task.answer, cache)[0]))
         cache.restore(state)
     return [cells[depth] for depth in row.tasks]
 
@@ -183,8 +182,8 @@ def _score(logits: Tensor, answer: Tensor) -> tuple[bool, float]:
     return bool((logits.argmax(-1) == answer).all()), float(loss)
 
 
-def heat_map(cells: list[Found]) -> Any:
-    """matplotlib's figure of the loss by depth and length; what was found is marked."""
+def heat_map(cells: list[Cell]) -> Any:
+    """A matplotlib figure of the loss by depth and length, with a mark where the needle was found."""
     from matplotlib.figure import Figure
 
     lengths, depths = (list(dict.fromkeys(getattr(cell, name) for cell in cells)) for name in ("length", "depth"))

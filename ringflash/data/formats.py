@@ -69,7 +69,7 @@ class RecordError(ConfigError):
 
 Record = dict[str, Any]
 Parsed = Iterator[tuple[str, "Record | RecordError"]]  # where in the file, and what is there or why it cannot be read
-Found = Iterator[tuple[str, "Record | RecordError | Lines"]]
+Records = Iterator[tuple[str, "Record | RecordError | Lines"]]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def format_of(file: Path, chosen: str | None, asked: str | None, lists: bool) ->
     return form
 
 
-def records(file: Path, form: str, fields: Fields, guessed: bool) -> Found:
+def records(file: Path, form: str, fields: Fields, guessed: bool) -> Records:
     """The records of a file in order, each with its place; lines of JSON by blocks.
 
     guessed: the format is by the suffix. A text file that begins with JSON records is then refused. Raises ConfigError
@@ -149,7 +149,7 @@ def records(file: Path, form: str, fields: Fields, guessed: bool) -> Found:
     return reader(file, fields)
 
 
-def _text(file: Path, fields: Fields) -> Found:
+def _text(file: Path, fields: Fields) -> Records:
     yield str(file), {fields.names[0]: _blocks(file)}
 
 
@@ -182,7 +182,7 @@ def _unfinished(read: bytes) -> int:
     return 0
 
 
-def _guessed_text(file: Path, fields: Fields) -> Found:
+def _guessed_text(file: Path, fields: Fields) -> Records:
     blocks = _blocks(file)
     begin = next(blocks, "")
     if (form := _json_records(begin)) is not None:
@@ -215,7 +215,7 @@ def _json_records(text: str) -> str | None:
     return "jsonl" if value else None
 
 
-def _json_lines(file: Path, fields: Fields) -> Found:
+def _json_lines(file: Path, fields: Fields) -> Records:
     block = Lines(file, number=1, position=0, lines=[])
     size = 0
     with _opened(file) as stream:
@@ -239,7 +239,7 @@ def _held(stream: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _json(file: Path, fields: Fields) -> Found:
+def _json(file: Path, fields: Fields) -> Records:
     with _opened(file) as stream:
         begin = b""
         while not begin.strip(b"\xef\xbb\xbf \t\r\n") and (line := stream.readline(BLOCK)):
@@ -308,7 +308,7 @@ def _json_record(value: Any, fields: Fields, where: str, expected: str) -> Recor
     return {name: value[name] for name in fields.names if name in value}
 
 
-def _csv(file: Path, fields: Fields, delimiter: str = ",") -> Found:
+def _csv(file: Path, fields: Fields, delimiter: str = ",") -> Records:
     csv.field_size_limit(sys.maxsize)  # by default 131072 characters, less than a long document
     rows = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     try:
@@ -330,11 +330,11 @@ def _csv(file: Path, fields: Fields, delimiter: str = ",") -> Found:
         raise ConfigError(f"{file} line {rows.line_num} is not CSV: {message}") from error
 
 
-def _tsv(file: Path, fields: Fields) -> Found:
+def _tsv(file: Path, fields: Fields) -> Records:
     return _csv(file, fields, delimiter="\t")
 
 
-def _parquet(file: Path, fields: Fields) -> Found:
+def _parquet(file: Path, fields: Fields) -> Records:
     import pyarrow.parquet
 
     with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
@@ -344,7 +344,7 @@ def _parquet(file: Path, fields: Fields) -> Found:
         yield from _rows(file, table.iter_batches(columns=columns, batch_size=ROWS), columns)
 
 
-def _arrow(file: Path, fields: Fields) -> Found:
+def _arrow(file: Path, fields: Fields) -> Records:
     import pyarrow.ipc
 
     with open(file, "rb") as stream:
@@ -357,7 +357,7 @@ def _arrow(file: Path, fields: Fields) -> Found:
         yield from _rows(file, batches, columns)
 
 
-def _rows(file: Path, batches: Iterable[Any], columns: Sequence[str]) -> Found:
+def _rows(file: Path, batches: Iterable[Any], columns: Sequence[str]) -> Records:
     """The rows of a table's record batches."""
     number = 0
     for batch in _located(batches, lambda _: f"{file} after row {number}"):  # noqa: B023 - the rows before an error
@@ -385,7 +385,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-_READERS: dict[str, Callable[[Path, Fields], Found]] = {
+_READERS: dict[str, Callable[[Path, Fields], Records]] = {
     "text": _text,
     "jsonl": _json_lines,
     "json": _json,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ringflash.command import ReadConfig, command, load_encoder, load_model, make_cache, now, report, start
 from ringflash.errors import ConfigError
-from ringflash.haystack import Found, HaystackConfig, heat_map, read_text, rows_of, search
+from ringflash.haystack import Cell, HaystackConfig, heat_map, read_text, rows_of, search
 from ringflash.reading import check_positions
 from ringflash.training.files import write_figure, write_whole
 
@@ -41,7 +41,7 @@ class NeedleConfig(ReadConfig, HaystackConfig):
             raise ConfigError(f"out={self.out} is not a folder that exists")
 
 
-def run(config: NeedleConfig, world: World) -> list[Found]:
+def run(config: NeedleConfig, world: World) -> list[Cell]:
     """All cells of the grid, reported and written. Raises ConfigError, on every rank, for what cannot work."""
     text = read_text(config, world)
     model = load_model(config, world.device)
@@ -50,7 +50,7 @@ def run(config: NeedleConfig, world: World) -> list[Found]:
         check_positions(
             f"lengths={max(config.lengths)} tokens", max(config.lengths), model.config, "extrapolate_positions"
         )
-    cells: list[Found] = []
+    cells: list[Cell] = []
     for row in rows_of(config, text, encoder, config.seed):
         cache = make_cache(config, model, row.length, world, f"lengths={row.length} tokens")
         begin = now(world.device)
@@ -64,7 +64,7 @@ def run(config: NeedleConfig, world: World) -> list[Found]:
     return cells
 
 
-def _write(folder: Path, cells: list[Found]) -> None:
+def _write(folder: Path, cells: list[Cell]) -> None:
     """needle.json and needle.png."""
     lines = ",\n".join(json.dumps(vars(cell)) for cell in cells)
     write_whole(folder / "needle.json", f"[\n{lines}\n]\n")

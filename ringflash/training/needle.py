@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
-from ringflash.haystack import Found, HaystackConfig, Row, read_text, rows_of, search
+from ringflash.haystack import Cell, HaystackConfig, Row, read_text, rows_of, search
 from ringflash.models import ModelConfig, RingCache, cache_refusal
 from ringflash.models.rope_length import length_refusal
 from ringflash.reading import check_positions, check_room
@@ -94,7 +94,7 @@ class Needles:
         return cls(asked.every, rows, ring, chunk, config.attention.kernel, world)
 
     @torch.no_grad()
-    def search(self, engine: deepspeed.DeepSpeedEngine, rows: Iterable[Row] | None = None) -> list[Found]:
+    def search(self, engine: deepspeed.DeepSpeedEngine, rows: Iterable[Row] | None = None) -> list[Cell]:
         """The cells of rows (default: all), by the engine's weights as they are; the engine trains on.
 
         Raises ConfigError, on every rank, where the memory of any does not suffice.
@@ -119,7 +119,7 @@ class Needles:
         return [replace(longest, tasks=dict([*longest.tasks.items()][:1]))]
 
 
-def record(cells: list[Found]) -> dict[str, float]:
+def record(cells: list[Cell]) -> dict[str, float]:
     """For the metrics: needle_found and needle_loss in the mean, and of each cell, as needle_loss/4096-50."""
     found = {"needle_found": [float(x.found) for x in cells], "needle_loss": [x.loss for x in cells]}
     means = {name: sum(values) / len(values) for name, values in found.items()}

@@ -32,6 +32,6 @@ def test_the_rank_that_is_named_is_found():
 
 
 def test_a_row_shows_both_times_and_all_lines():
-    assert str(failures.Found("a rank hangs", 2, 5.0, None, ["one", "two"])).splitlines() == [
+    assert str(failures.Row("a rank hangs", 2, 5.0, None, ["one", "two"])).splitlines() == [
         "a rank hangs          5.0 s    never  one", " " * 38 + "two",
     ]  # fmt: skip

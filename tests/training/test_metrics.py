@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ringflash.errors import ConfigError, DiskError
-from ringflash.haystack import Found, heat_map
+from ringflash.haystack import Cell, heat_map
 from ringflash.training import metrics
 
 
@@ -46,7 +46,7 @@ def test_a_run_is_also_written_to_tensorboard_and_begins_again_where_it_is_resum
             run.log(0, {"held_out_loss": 9.0})
         for step in range(start + 1, 4):
             run.log(step, {"loss": float(10 * start + step)})
-        run.draw(3, "needle", heat_map([Found(100, 50, True, 0.5), Found(200, 50, False, 1.5)]))
+        run.draw(3, "needle", heat_map([Cell(100, 50, True, 0.5), Cell(200, 50, False, 1.5)]))
         run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 23)]
