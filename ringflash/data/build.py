@@ -1,12 +1,12 @@
-"""Building the cache: one process reads records and splits long ones, workers parse and tokenise them, and what they
-give is written in order. What a stopped build has written is kept, and the next one goes on behind it.
+"""Building the token cache: one process reads records and splits long ones, workers parse and tokenise them, and the
+results are written in order. A build that stopped is continued by the next one.
 
     records  --split-->  groups of about GROUP characters  --workers-->  cache.Group  --in order-->  cache.Writer
                                                                                           progress.json
 
-`progress.json` holds how far the files are read and written. It is replaced every few seconds, after all else is on the
-disk; what was written later is cut off. Memory is bounded: of groups that wait, by their number, and of a group by
-GROUP, however long a text is. Only a record of JSON, or of a table, is held whole.
+`progress.json` records how far the files have been read and written. It is replaced every few seconds, once everything
+before it is on disk; a build that continues truncates what was written later. Memory is bounded by the number of
+waiting groups and by their size, GROUP, however long a text is. Only JSON records and table rows are held whole.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from ringflash.data.formats import Lines, Record, RecordError, records
 from ringflash.data.records import Reading
 from ringflash.errors import ConfigError, reason
 
-GROUP = 1 << 20  # characters tokenised at once by a worker
-AHEAD = 3  # groups per worker that wait or are worked on
-SECONDS = 5.0  # between two writings of the progress
+GROUP = 1 << 20  # characters that a worker tokenises at once
+AHEAD = 3  # groups per worker, waiting or in progress
+SECONDS = 5.0  # between two updates of progress.json
 PROGRESS = "progress.json"
 
 Source = tuple[Path, str]  # a file, and the format to read it by
@@ -46,7 +46,7 @@ Part = tuple[str, Any]  # where it is in its file, and a part of a record, or wh
 
 
 class Job(NamedTuple):
-    """What is built. guessed: formats are by suffix. size: of the tokenizer. malformed: refuse or skip."""
+    """A build. guessed: whether formats follow suffixes. size: the tokenizer's. malformed: refuse or skip."""
 
     sources: Sequence[Source]
     reading: Reading
@@ -58,7 +58,7 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a build is: files read, parts read of the next one, what is written, and what was found on the way."""
+    """How far a build has come: files read, parts read of the next file, what is written, and counts of findings."""
 
     files: int = 0
     parts: int = 0
@@ -68,7 +68,7 @@ class Progress:
     first_skipped: str = ""
 
     def save(self, folder: Path) -> None:
-        """Replace the progress of a folder."""
+        """Replace progress.json in a folder."""
         new = folder / f"{PROGRESS}.new"
         with open(new, "w", encoding="utf-8") as file:
             json.dump(vars(self) | {"written": vars(self.written)}, file)  # asdict takes a Counter apart
@@ -78,7 +78,7 @@ class Progress:
 
 
 def read_progress(folder: Path) -> Progress:
-    """The progress in a folder; the beginning, where there is none."""
+    """The progress in a folder; that of a new build if there is none."""
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def read_progress(folder: Path) -> Progress:
 
 
 def take_over(folder: Path, others: Iterable[Path]) -> None:
-    """Copy the furthest of other unfinished folders, if there is one. Its builder may live, and write on."""
+    """Copy the most advanced of other unfinished folders, if there is one. Its builder may still be writing."""
     found = [(read_progress(other), other) for other in others]
     for progress, other in sorted(found, key=lambda x: x[0].written.tokens, reverse=True):
         if not progress.written.tokens:
@@ -102,7 +102,7 @@ def take_over(folder: Path, others: Iterable[Path]) -> None:
 
 
 def build(folder: Path, job: Job) -> tuple[Progress, dict[str, Any]]:
-    """Write the arrays into `folder`, from where its progress ends. Returns what `cache.seal` completes, too.
+    """Write the arrays into `folder`, continuing its progress. Returns the progress, and the contents for `cache.seal`.
 
     Raises ConfigError for input that cannot be used.
     """
@@ -144,9 +144,9 @@ def try_first(job: Job) -> None:
 
 
 def _parts(job: Job, progress: Progress) -> Iterator[tuple[tuple[int, int], Part]]:
-    """The parts of all records from `progress` on, each with the progress behind it; behind a bar of the files' bytes.
+    """The parts of all records from `progress` on, each with the progress after it; a bar shows the bytes read.
 
-    An error is yielded in its record's place.
+    An error is yielded in place of its record.
     """
     sizes = [file.stat().st_size for file, _ in job.sources]
     done, begun = sum(sizes[: progress.files]), progress.files
@@ -163,7 +163,7 @@ def _parts(job: Job, progress: Progress) -> Iterator[tuple[tuple[int, int], Part
 
 
 def _split(job: Job, file: Path, form: str) -> Iterator[Part]:
-    """The parts of a file's records. Lines of JSON are left to the workers, unless one is as long as several groups."""
+    """The parts of a file's records. Workers parse lines of JSON, unless one is longer than a group."""
     try:
         for where, found in records(file, form, job.reading.fields, job.guessed):
             if isinstance(found, Lines) and max(map(len, found.lines), default=0) <= GROUP:
@@ -192,7 +192,7 @@ def _parts_of(reading: Reading, found: Iterable[tuple[str, Record | RecordError]
 
 
 def _groups(parts: Iterable[tuple[tuple[int, int], Part]]) -> Iterator[tuple[tuple[int, int], list[Part]]]:
-    """Parts in groups of about GROUP characters, each with the progress behind it."""
+    """Parts in groups of about GROUP characters, each with the progress after it."""
     group: list[Part] = []
     total, behind = 0, (0, 0)
     for behind, part in parts:
@@ -206,7 +206,7 @@ def _groups(parts: Iterable[tuple[tuple[int, int], Part]]) -> Iterator[tuple[tup
 
 
 def _size(value: Any) -> int:
-    """About how much there is to tokenise: characters, or tokens that are there already."""
+    """Roughly how much there is to tokenise: characters, or tokens if there are ids."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Lines):
@@ -226,7 +226,7 @@ _thread: ThreadPoolExecutor  # a worker's, of one thread
 
 
 def _encoded(job: Job, group: Sequence[Part]) -> Encoded:
-    """The documents of a group, what was counted, and the records that cannot be used."""
+    """The documents of a group, counts of what was found, and errors of the records that cannot be used."""
     reading = job.reading
     parsed: list[Any] = []
     errors: list[RecordError] = []
@@ -242,7 +242,7 @@ def _encoded(job: Job, group: Sequence[Part]) -> Encoded:
 
 
 def _parsed(reading: Reading, group: Iterable[Part]) -> Iterator[Part]:
-    """The parts of a group, with those of its lines in their place."""
+    """The parts of a group, with each block of lines replaced by its parts."""
     for where, part in group:
         if isinstance(part, Lines):
             yield from _parts_of(reading, part.records(reading.fields))
@@ -255,9 +255,9 @@ Groups = Iterable[tuple[tuple[int, int], list[Part]]]
 
 @contextmanager
 def _in_order(job: Job) -> Iterator[Any]:
-    """A function that encodes groups, in order: in a process per core, or in this one where there is little to do.
+    """A function that encodes groups in order: with a process per core, or in this process if there is little to do.
 
-    The processes are forked, as those of torch's DataLoader: so they share the tokenizer's memory.
+    The processes are forked, as in torch's DataLoader, so that they share the tokenizer's memory.
     """
     workers = min(len(os.sched_getaffinity(0)), sum(file.stat().st_size for file, _ in job.sources) // GROUP)
     if workers < 2:
@@ -289,7 +289,7 @@ def _in_order(job: Job) -> Iterator[Any]:
 
 @contextmanager
 def _without_threads() -> Iterator[None]:
-    """Tokenizers without threads of their own: there is a process per core."""
+    """Disable the tokenizers' own threads, since there is a process per core."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -303,7 +303,7 @@ def _without_threads() -> Iterator[None]:
 
 
 def _begin(job: Job, parent: int) -> None:
-    """Begin a worker, which ends with its parent, and leaves signals to it."""
+    """Initialise a worker, which ends with its parent and leaves signals to it."""
     global _job, _thread
     _job, _thread = job, ThreadPoolExecutor(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -318,8 +318,8 @@ def _end_with(parent: int) -> None:
 
 
 def _encoded_here(group: Sequence[Part]) -> Encoded:
-    """A worker's group, in a thread, which has its own arena of memory.
+    """Encode a group in a thread, which has its own malloc arena.
 
-    In the arena of the process, which is its parent's, the tokenizer takes 18 percent longer.
+    In the arena inherited from the parent process, the tokenizer takes 18 percent longer.
     """
     return _thread.submit(_encoded, _job, group).result()

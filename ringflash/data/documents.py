@@ -2,11 +2,11 @@
 
     <data.cache>/<fingerprint>/    tokens.npy, offsets.npy, corpus.json and others: see cache.py
 
-The fingerprint covers all that decides the tokens: files, sizes, times of change, formats, fields, tokenizer and chat
-template. The folder is written in a scratch folder (build.py) and renamed when complete, so a killed build leaves
-nothing that looks finished, and the next one continues where it stopped. Builders that run at the same time do not
-disturb each other: the first to finish wins. Run one rank ahead of the others to save the work. A damaged folder is
-replaced.
+The fingerprint covers everything that determines the tokens: files, sizes, modification times, formats, fields,
+tokenizer and chat template. The entry is built in a scratch folder (build.py) and renamed when it is complete. A killed
+build therefore leaves nothing that looks finished, and the next build continues where it stopped. Builders that run at
+the same time do not disturb each other: the first one to finish wins. To save work, let one rank build ahead of the
+others. A damaged entry is replaced.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ BUILT = "built"  # in a scratch folder
 
 
 def python_stdlib() -> str:
-    """The folder of this Python's standard library: megabytes of real text on every machine."""
+    """The folder of this Python's standard library, which is megabytes of real text on every machine."""
     return sysconfig.get_paths()["stdlib"]
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where the tokens of `config` are, or will be."""
+    """The cache entry of `config`, whether or not it exists yet."""
     return _folder(config, find_files(config)[0], load_tokenizer(config))
 
 
@@ -54,10 +54,10 @@ def _folder(config: DataConfig, sources: list[Source], tokenizer: PreTrainedToke
 
 
 def tokenised(config: DataConfig, *, verify: bool = True, quiet: bool = False) -> cache.Cache:
-    """The tokenised documents of `config`, built if they are not in the cache, and again if they are damaged there.
+    """The tokenised documents of `config`, which are built if they are missing from the cache or damaged.
 
-    verify: compare the tokens with their digest. quiet: without a progress bar. Raises ConfigError, in one line that
-    names the key or the file, for input that cannot be found, read or used.
+    verify: compare the tokens with their digest. quiet: without a progress bar. Raises ConfigError, naming the setting
+    or the file, for input that cannot be found, read or used.
     """
     (sources, left_out), tokenizer = find_files(config), load_tokenizer(config)
     finished = _folder(config, sources, tokenizer)
@@ -99,7 +99,7 @@ def _scratch(config: DataConfig, name: str) -> Iterator[Path]:
 
 
 def _move(damaged: Path, aside: Path) -> None:
-    """Moves a damaged cache to where it is deleted. Another process that found the damage may have moved it."""
+    """Move a damaged entry aside, where it is deleted. Another process may have moved it already."""
     with contextlib.suppress(FileNotFoundError):
         damaged.rename(aside)
 
@@ -136,7 +136,7 @@ def _check_one_split(config: DataConfig, path: Path) -> None:
 
 
 def _is_about_a_dataset(file: Path) -> bool:
-    """Whether a file is one of those that `datasets` saves beside its tables."""
+    """Whether a file is metadata that `datasets` saves beside its tables."""
     return file.name in ("state.json", "dataset_info.json") and any(file.parent.glob("*.arrow"))
 
 
@@ -159,7 +159,7 @@ def check_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None
 def _build(
     folder: Path, config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase, quiet: bool
 ) -> None:
-    """Writes the cache into `folder`, on from where it is."""
+    """Write the cache entry into `folder`, and continue where an earlier build stopped."""
     meaning, size = reading(config, tokenizer), tokenizer_size(tokenizer)
     job = Job(sources, meaning, config.format is None, size, config.malformed, quiet)
     progress, contents = build.build(folder, job)
@@ -176,7 +176,7 @@ def _build(
 
 
 def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A name for all that decides the tokens. st_ctime tells a change that left size and st_mtime as they were."""
+    """A hash of everything that determines the tokens. st_ctime shows changes that keep size and st_mtime."""
     stats = []
     for file, form in sources:
         stat = file.stat()

@@ -1,21 +1,21 @@
 """Packing: sequence number `index` of an endless stream, as a pure function of (corpus, seed, index, length).
 
-data.packing says what becomes of documents that do not fit:
+data.packing decides how documents fill sequences:
 
     cut         laid end to end and cut every `length` tokens; the pieces of a document are documents of their own
     whole       never cut: packed by best fit (best_fit.py); documents longer than a sequence are dropped
-    truncate    as whole, but of a document longer than a sequence its first `length` tokens are kept
+    truncate    as whole, but documents longer than a sequence keep their first `length` tokens
 
-In every epoch the order is drawn from (seed, epoch). Three documents of 5, 4 and 6 tokens, cut at length 4, and packed
-whole at length 8, where what is left is padding, documents of their own without labels:
+The order of every epoch is drawn from (seed, epoch). Three documents of 5, 4 and 6 tokens, cut at length 4, and packed
+whole at length 8, where the rest of each sequence is padding, in documents of its own without labels:
 
     cut     a a a a|a b b b|b c c c|c c c        whole    c c c c c c . .|b b b b . . . .|a a a a a . . .
             (4)     (1, 3)  (1, 3)                        (6, 2)          (4, 4)          (5, 3)
 
-The last tokens of an epoch that is cut, fewer than `length`, are left out. In every epoch that is packed whole, the
-same lengths share a sequence, but documents of equal length change places, and sequences come in another order.
+With cut, the last tokens of an epoch that do not fill a sequence are left out. With whole and truncate, the same
+lengths share a sequence in every epoch, but documents of equal length change places, as does the order of sequences.
 
-Nothing is carried from one sequence to the next, so any rank can make any sequence at any time.
+No state is carried from one sequence to the next, so any rank can make any sequence at any time.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from ringflash.data.corpus import TokenCorpus
 
 PADDING = 0  # the token of padding, which no other token sees and which predicts nothing
-PIECE = 128  # tokens of a document of padding: one long document would cost attention of its own
+PIECE = 128  # tokens per document of padding: a single long one would cost attention
 
 
 class Packed(NamedTuple):
     """One packed sequence: tokens and labels int64 [S] on the CPU, and its documents' token counts, which sum to S.
 
-    A token's label is the next token of its document, or what the document predicts there; the last of each document
-    has the label IGNORE.
+    A token's label is the next token of its document, or the document's own label for that token. The last token of
+    each document has the label IGNORE.
     """
 
     tokens: Tensor
@@ -52,10 +52,10 @@ class Packed(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Which lengths share a sequence: documents in descending order of length have the places 0, 1, 2, ...
+    """Which lengths share a sequence. Places 0, 1, 2, ... are the documents in descending order of length.
 
-    kept: the numbers of the documents, int64 [places]. lengths: theirs, after truncation, in the order of places.
-    places: those of sequence i are places[ends[i - 1]:ends[i]], int64 [places] and [sequences].
+    kept: the numbers of the documents, int64 [places]. lengths: their lengths after truncation, by place. places, ends:
+    int64 [places] and [sequences]; sequence i has places[ends[i - 1]:ends[i]].
     """
 
     kept: np.ndarray
@@ -65,7 +65,7 @@ class _Plan(NamedTuple):
 
 
 def sequences_per_epoch(corpus: TokenCorpus, length: int) -> int:
-    """How many sequences of `length` tokens an epoch has. Raises ConfigError if there is not one."""
+    """The number of sequences of `length` tokens in an epoch. Raises ConfigError if there are none."""
     if corpus.packing == "cut":
         if corpus.total < length:
             raise ConfigError(
@@ -94,7 +94,7 @@ def check_labels(corpus: TokenCorpus, length: int) -> None:
 
 
 def cut_off(corpus: TokenCorpus, length: int) -> int:
-    """How many documents predict tokens, but none of those that data.packing=truncate keeps."""
+    """The number of documents that have labels, but none among the tokens that data.packing=truncate keeps."""
     if corpus.packing != "truncate" or corpus.labels is None:
         return 0
     longer = np.flatnonzero(corpus.lengths > length)
@@ -102,7 +102,7 @@ def cut_off(corpus: TokenCorpus, length: int) -> int:
 
 
 def _learnt(corpus: TokenCorpus, i: int, length: int | None = None) -> np.ndarray:
-    """Whether each token of a document's first `length` is predicted, but for its first, which nothing predicts."""
+    """Whether each of a document's first `length` tokens is predicted, except the first, which never is."""
     return corpus.targets(i)[1:length] != IGNORE
 
 
@@ -140,7 +140,7 @@ def _cut(corpus: TokenCorpus, order: np.ndarray, ends: np.ndarray, number: int, 
 
 
 def _packed(pieces: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Packed:
-    """Documents end to end; targets: what each of their tokens would be predicted as."""
+    """Documents laid end to end. targets: the label of each token, not shifted."""
     documents = tuple(len(piece) for piece in pieces)
     tokens, labels = (torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (pieces, targets))
     labels = labels.roll(-1)
@@ -182,9 +182,9 @@ def _plan(corpus: TokenCorpus, length: int) -> _Plan:
 
 
 def summary(corpus: TokenCorpus, length: int, name: str = "") -> list[str]:
-    """Two lines on a split: its sequences and how full they are; how many documents each sequence length would keep.
+    """Two lines about a split: its sequences and how full they are, and the distribution of document lengths.
 
-    name: of a source among several, before its documents.
+    name: that of a source, if there are several.
     """
     sequences, documents, tokens = sequences_per_epoch(corpus, length), len(corpus), corpus.total
     longer = int((corpus.lengths > length).sum())
