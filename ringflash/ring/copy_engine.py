@@ -1,20 +1,20 @@
-"""CopyEngine: GPUs of one machine write into one another's memory by their copy engines.
+"""CopyEngine: GPUs of one machine write into each other's memory with their copy engines.
 
-NCCL moves data by a kernel. An attention kernel fills every SM, so NCCL's cannot start until the first of its programs
-end. While NCCL's kernel waits for its neighbour, it holds SMs that attention could use. A copy engine needs no SM,
-starts at once, and is faster over NVLink. The n-th exchange that has messages from rank a to rank b:
+NCCL moves data with a kernel. An attention kernel fills all SMs, so NCCL's kernel cannot start until the first programs
+of attention end. While NCCL's kernel waits for its neighbour, it holds SMs that attention could use. A copy engine
+needs no SM, starts at once, and is faster over NVLink. The n-th exchange that has messages from rank a to rank b:
 
     b, freeing           free: write n to a's flag
     a, copying                     wait for flag of b, n | copy to b | here: write n to b's flag
     b, current stream                                                            wait for flag of a, n | read
 
-Flags are written and waited for by the GPU's front end (stream memory operations), not by a kernel, and never by the
-host. Receive buffers are symmetric memory: all ranks allocate tensors of the same sizes in the same order, so an offset
-in one rank's buffer is the same offset in another's. Blocks are reused across passes. Where a pass needs a larger block
-than any before it, as a run's first ones do, the ranks' hosts wait for one another.
+The GPU's front end writes flags and waits for them (stream memory operations), without a kernel and without the host.
+Receive buffers are symmetric memory: all ranks allocate tensors of the same sizes in the same order, so an offset in
+one rank's buffer is the same offset in any other's. Blocks are reused across passes. If a pass needs a larger block
+than all before it, as in the first steps of a run, the hosts of the ranks wait for each other.
 
-PyTorch's symmetric memory maps it: https://docs.pytorch.org/docs/stable/symmetric_memory.html. Flags as in 6.18 of the
-CUDA driver's manual, whose comparison wraps, so that n may exceed 32 bits.
+The memory is mapped by PyTorch: https://docs.pytorch.org/docs/stable/symmetric_memory.html. The flags are described in
+section 6.18 of the CUDA driver's manual; their comparison wraps around, so n may exceed 32 bits.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from ringflash.ring.watchdog import Label, Pending, Watchdog, Work
 if TYPE_CHECKING:
     from ringflash.ring.transport import Message
 
-PendingWork = tuple[Work, Pending]  # and the rank that it concerns
-_FREE, _HERE = 0, 1  # flags, of each other rank: what it may write to, and what it has written
+PendingWork = tuple[Work, Pending]  # a work, and the rank that it waits for
+_FREE, _HERE = 0, 1  # a flag per other rank and kind: its target is free; its message is here
 
 
 class CopyEngine:
-    """This rank of a ring whose GPUs reach one another's memory. All its ranks make one, and run the same passes.
+    """One rank of a ring whose GPUs reach each other's memory. All ranks construct one, and run the same passes.
 
-    Raises RuntimeError where the GPUs' memory cannot be mapped.
+    Raises RuntimeError if the GPUs' memory cannot be mapped.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -70,14 +70,14 @@ class CopyEngine:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """That of the ring, which holds it during a pass."""
+        """The ring's group, which the ring keeps alive during a pass."""
         group = self._weak_group()
         assert group is not None
         return group
 
     @functools.cached_property
     def watchdog(self) -> Watchdog:
-        """For rings that have none: without one a wait would never end, where NCCL's ends after the group's timeout."""
+        """A watchdog for rings without one, with the group's timeout: otherwise a wait would never end."""
         watchdog = Watchdog(
             _timeout(self.group, self.device), dist.get_rank(), dist.distributed_c10d._get_default_store()
         )
@@ -88,10 +88,10 @@ class CopyEngine:
     def receive_buffers(
         self, label: Label, watchdog: Watchdog
     ) -> Iterator[Callable[[Sequence[int], torch.dtype], Tensor]]:
-        """For one pass, a function that allocates receive buffers: all ranks call it with the same sizes.
+        """A function for one pass that allocates receive buffers; all ranks call it with the same sizes.
 
-        Raises RuntimeError for a pass inside another. Raises it also after a pass that failed once it had exchanged
-        something: its messages may arrive at any time, and the ranks' counts may differ.
+        Raises RuntimeError for a pass inside another pass, and after a pass that failed when it had already exchanged
+        something: its messages may still arrive at any time, and the ranks' counts may differ.
         """
         if self._running is not None:
             raise RuntimeError(f"{label}, inside {self._running}: a ring's ranks run its passes one after another")
@@ -111,7 +111,7 @@ class CopyEngine:
             self._over = current_stream(self.device).record_event()
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message]) -> list[PendingWork]:
-        """Start messages whose targets lie in the receive buffers of the running pass."""
+        """Start messages whose targets are in the receive buffers of the running pass."""
         here = current_stream(self.device)
         works: list[PendingWork] = []
         for message in incoming:
@@ -148,7 +148,7 @@ class CopyEngine:
         return x
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The smallest block that is not taken and large enough, or a new one."""
+        """A tensor in the smallest free block that is large enough, or in a new block."""
         size = math.prod(shape) * dtype.itemsize
         taken = self._taken.values()
         fitting = [b for b in self._blocks if b not in taken and b.memory.numel() >= size]
@@ -161,15 +161,15 @@ class CopyEngine:
         return block.memory[:size].view(dtype).view(*shape)
 
     def _give_one_back(self) -> None:
-        """The largest block that is not taken, and is too small: so there are never more than a pass takes."""
+        """Free the largest block not taken, which is too small: there are never more blocks than a pass takes."""
         left = [b for b in self._blocks if b not in self._taken.values()]
         if left:
-            with self._waiting():  # the others have written to it all that they had to: every pass waits for that
+            with self._waiting():  # nothing is written to it any more: every pass waits for its messages
                 torch.cuda.synchronize(self.device)
             self._blocks.remove(max(left, key=lambda b: b.memory.numel()))
 
     def _map(self, size: int) -> _Block:
-        """Memory that all ranks map. Each calls this, and the hosts wait for one another."""
+        """Memory that all ranks map. All ranks call this, and their hosts wait for each other."""
         memory, error = self._allocate(size)
         self._meet(error)
         # rendezvous() also blocks on all ranks, but holds the GIL: the watchdog could not report a missing rank.
@@ -179,11 +179,11 @@ class CopyEngine:
         return _Block(memory, addresses)  # type: ignore[arg-type]
 
     def _allocate(self, size: int) -> tuple[Tensor | None, str | None]:
-        """Memory, or why there is none. It is not of torch's allocator, which may have to give some back first."""
+        """Memory, or why there is none. It is not from torch's allocator, whose cache may have to be emptied first."""
         error = None
         for _ in range(2):
             try:
-                with torch.inference_mode(False):  # training also writes to it, where an evaluation comes first
+                with torch.inference_mode(False):  # training writes to it too, even if an evaluation comes first
                     return _symmetric().empty(size, dtype=torch.uint8, device=self.device), None
             except RuntimeError as refused:
                 error = str(refused)
@@ -191,7 +191,7 @@ class CopyEngine:
         return None, error
 
     def _meet(self, error: str | None) -> None:
-        """Have the host wait for all ranks, each with its error or none. Raises RuntimeError on all for that of one."""
+        """Let the host wait for all ranks, each with its error or None. On all ranks, any error raises RuntimeError."""
         errors: list[str | None] = [None] * self.size
         with self._waiting():
             dist.all_gather_object(errors, error, self.group)
@@ -203,7 +203,7 @@ class CopyEngine:
                 )
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
-        """While entered, the host waits for the other ranks, and the watchdog knows."""
+        """A context in which the host waits for the other ranks, watched by the watchdog."""
         if self._watchdog is None:
             return contextlib.nullcontext()
         assert self._running is not None
@@ -211,7 +211,7 @@ class CopyEngine:
         return self._watchdog.meeting(self._running.at("memory for messages"), lambda: others)
 
     def _flag(self, owner: int, kind: int, rank: int) -> int:
-        """Address of the owner's flag of that kind for a rank."""
+        """Address of the flag of a kind that `owner` has for a rank."""
         return self._flags.everywhere[owner] + 4 * (kind * self.size + rank)
 
     def _in_run(self, rank: int) -> int:
@@ -221,17 +221,17 @@ class CopyEngine:
 @dataclass(frozen=True, eq=False)
 class _Block:
     memory: Tensor  # uint8, this rank's
-    everywhere: tuple[int, ...]  # where each rank's is in this GPU's address space
+    everywhere: tuple[int, ...]  # address of each rank's block in this GPU's address space
 
 
 def _rounded(size: int) -> int:
-    """To an eighth of a power of two, so that lengths that vary do not each get blocks of their own."""
+    """A size rounded up to an eighth of a power of two, so that varying lengths share blocks."""
     step = max(512, 1 << max(0, size.bit_length() - 4))
     return -(-size // step) * step
 
 
 def _timeout(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Seconds after which a group's collectives give up."""
+    """The timeout of a group's collectives in seconds."""
     return group._get_backend(device).options._timeout.total_seconds()
 
 
@@ -240,7 +240,7 @@ def _storage(x: Tensor) -> int:
 
 
 class _Arrival:
-    """What another rank sends."""
+    """The arrival of another rank's messages."""
 
     def __init__(self, flag: int, count: int, device: torch.device) -> None:
         self._flag, self._count, self._device = flag, count, device
@@ -257,7 +257,7 @@ class _Arrival:
 
 @dataclass(frozen=True, eq=False)
 class _Copied:
-    """What this rank sends."""
+    """The end of this rank's copies to another."""
 
     event: torch.cuda.Event
     device: torch.device
@@ -273,9 +273,9 @@ _known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, CopyEngi
 
 
 def copy_engine_of(group: dist.ProcessGroup, device: torch.device) -> CopyEngine | str:
-    """The group's engine, or why it cannot have one; called by all ranks.
+    """The group's engine, or why it cannot have one; all ranks call it.
 
-    It is found out once, so that a ring may be made again each step.
+    The result is cached, so that a ring may be constructed again in each step.
     """
     known = _known.setdefault(group, {})
     if device not in known:
@@ -284,7 +284,7 @@ def copy_engine_of(group: dist.ProcessGroup, device: torch.device) -> CopyEngine
 
 
 def refusal(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Why the group's GPUs cannot copy into one another's memory, the same on each rank; None where they can."""
+    """None, or why the group's GPUs cannot copy into each other's memory; the same on every rank."""
     places: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(places, (socket.gethostname(), device.index), group)
     machines = {machine for machine, _ in places}
@@ -298,7 +298,7 @@ def refusal(group: dist.ProcessGroup, device: torch.device) -> str | None:
 
 
 def _own_refusal(device: torch.device, indices: list[int]) -> str | None:
-    """As seen from here; raises nothing, since others wait for the answer."""
+    """`refusal` as seen from this rank. It never raises, since the other ranks wait for the answer."""
     if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
         return "NCCL_P2P_DISABLE is set"
     try:
@@ -331,12 +331,12 @@ def _symmetric() -> Any:
 
 
 def _write(stream: torch.cuda.Stream, address: int, count: int) -> None:
-    """Write the count, after all that the stream has queued, copies to other GPUs included."""
+    """Write the count once all work queued on the stream is done, including copies to other GPUs."""
     _done(_driver().cuStreamWriteValue32(stream.cuda_stream, address, count % 2**32, 0))
 
 
 def _wait(stream: torch.cuda.Stream, address: int, count: int) -> None:
-    """Have the stream wait until the count there is this one or a later one."""
+    """Make the stream wait until the count at the address is this one or a later one."""
     driver = _driver()
     reached = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
     _done(driver.cuStreamWaitValue32(stream.cuda_stream, address, count % 2**32, reached))

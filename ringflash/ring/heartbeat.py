@@ -1,8 +1,8 @@
-"""Heartbeat: whether the next rank's process still runs, by counts in the run's store.
+"""Heartbeat: whether the next rank's process still runs, from counters in the run's store.
 
 A hop that hangs is found by its wait. But ranks may also wait in a collective of ZeRO, which fails only after
-parallel.timeout_minutes, and does not say who is missing. So each rank counts in the store, and looks whether
-the next rank's count grows. It stays where a process is stopped or its machine is gone.
+parallel.timeout_minutes and does not report who is missing. Each rank therefore increments a counter in the store, and
+checks whether the next rank's counter grows. It stops if that process is stopped or its machine is gone.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ _KEY = "ringflash/heartbeat"
 
 
 class Heartbeat:
-    """This rank's count, and the next one's. One thread calls all methods, which ask the store."""
+    """This rank's counter and the next rank's. One thread calls all methods, which query the store."""
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, interval: float) -> None:
-        """interval: seconds between two beats, however often `beat` is called."""
+        """interval: seconds between two increments, however often `beat` is called."""
         self.next = (rank + 1) % ranks
         self._store, self._rank, self._interval = store, rank, interval
         self._due = 0.0
         self._count, self._grew = 0, time.monotonic()
 
     def beat(self) -> float:
-        """Count if that is due. Returns for how many seconds the next rank has not.
+        """Increment this rank's counter if that is due. Returns the seconds since the next rank's counter last grew.
 
-        A count of 0 is that of a rank which has not begun, or is done: it is not missed.
+        A counter of 0 belongs to a rank that has not begun or is done, which does not count as silent.
         """
         now = time.monotonic()
         if now >= self._due:
@@ -39,5 +39,5 @@ class Heartbeat:
         return now - self._grew
 
     def stop(self) -> None:
-        """This rank is done."""
+        """Delete this rank's counter: the rank is done."""
         self._store.delete_key(f"{_KEY}/{self._rank}")

@@ -1,22 +1,22 @@
-"""Watchdog: what a rank waits for and how long, for the metrics, and what each rank reports if a ring hop hangs.
+"""Watchdog: measures what a rank waits for, for the metrics, and makes every rank report when a ring hop hangs.
 
-A rank that hangs leaves all others waiting, in a hop of the ring or an exchange of heads, without a message. The
-watchdog is a thread that looks at the oldest wait under way. When none has ended for `limit` seconds, it tells the
-other ranks through their store, and every rank reports where it is:
+If a rank hangs, all others wait for it silently, in a hop of the ring or an exchange of heads. The watchdog is a thread
+that checks the oldest wait in progress. If no wait has ended for `limit` seconds, it notifies the other ranks through
+their store, and every rank reports where it is:
 
     ringflash: rank 2, step 12, layer 5, backward, hop 3: waits for rank 1 since 300 s
-    ringflash: rank 0, step 12, layer 5, backward, hop 3: waits for rank 1 to take what it sent since 300 s
+    ringflash: rank 0, step 12, layer 5, backward, hop 3: waits for rank 1 to receive what it sent since 300 s
     ringflash: rank 1, step 12: waits for no rank; its last wait was in layer 5, backward, hop 2
 
-then all exit. So they do where a rank's process does not run any more, whatever the others wait for (`heartbeat`):
+Then all ranks exit. The same happens if a rank's process no longer runs, whatever the others wait for (`heartbeat`):
 
     ringflash: rank 0, step 12: rank 1 has not answered since 300 s
 
-A layer never blocks for the watchdog: on CUDA two events enclose each wait on the compute stream, and
-the thread asks whether they have passed. Nor does the watchdog block for the store, which may be on the rank that
-hangs: a second thread asks it. If the store is gone, so is the launcher or the rank that held it, and this rank exits.
+Layers never block on the watchdog: on CUDA, two events enclose each wait on the compute stream, and the thread queries
+them. The watchdog never blocks on the store either, which may be on the rank that hangs: a second thread queries it. If
+the store is gone, its launcher or the rank that held it has ended, and this rank exits.
 
-Work that has no limit (tokenising, saving) ends nothing; every half minute the second thread reports it:
+Work without a limit (tokenising, saving) does not end the run; the second thread reports it every half minute:
 
     ringflash: rank 1, step 0: waits for rank 0 since 30 s: tokenising data.path=books
 """
@@ -39,19 +39,19 @@ import torch.distributed as dist
 from ringflash.ring.heartbeat import Heartbeat
 from ringflash.ring.streams import current_stream
 
-POLL = 0.25  # seconds between two looks
-BEAT = 5.0  # seconds between two beats
-SILENCE = 30.0  # seconds that a rank may not answer, at least: its threads wait while it imports or compiles
+POLL = 0.25  # seconds between two checks
+BEAT = 5.0  # seconds between two heartbeats
+SILENCE = 30.0  # seconds without an answer that are always allowed: threads wait while a rank imports or compiles
 LAST_WORDS = 3.0  # seconds between a rank's report and its exit: launchers end all ranks as soon as one exits
 REPORT = 30.0  # seconds between two reports of work without a limit
-GRACE = 10.0  # seconds that a rank has to end by itself once another has failed
+GRACE = 10.0  # seconds for a rank to end by itself once another has failed
 _KEY = "ringflash/hangs"
 
 Kind = Literal["ring", "ulysses"]
 
 
 class Label(NamedTuple):
-    """A layer, its forward or backward, and a step of that; it becomes text only when it is shown."""
+    """A layer, forward or backward, and a step of that pass. It is formatted only when it is shown."""
 
     layer: str
     direction: str
@@ -66,18 +66,18 @@ class Label(NamedTuple):
 
 
 class Work(Protocol):
-    """A part of an exchange that can be waited for, as torch.distributed's."""
+    """A part of an exchange that can be waited for, like torch.distributed.Work."""
 
     def wait(self) -> object:
-        """Have the current stream wait."""
+        """Make the current stream wait for it."""
 
     def is_completed(self) -> bool:
-        """Whether it is over."""
+        """Whether it is complete."""
 
 
 @dataclass
 class Traffic:
-    """What this rank's exchanges of one kind cost: seconds of waiting, bytes received, exchanges."""
+    """The cost of this rank's exchanges of one kind: seconds of waiting, bytes received, number of exchanges."""
 
     seconds: float = 0.0
     bytes: int = 0
@@ -86,7 +86,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Pending:
-    """Ranks of the run that an exchange still waits for: to send, and to receive what was sent."""
+    """Ranks of the run that an exchange still waits for, as senders and as receivers."""
 
     sources: tuple[int, ...] = ()
     destinations: tuple[int, ...] = ()
@@ -94,30 +94,30 @@ class Pending:
     def __str__(self) -> str:
         receiving = tuple(rank for rank in self.destinations if rank not in self.sources)
         senders, receivers = (" and ".join(f"rank {rank}" for rank in ranks) for ranks in (self.sources, receiving))
-        return ", or for ".join(filter(None, [senders, receivers and f"{receivers} to take what it sent"]))
+        return ", or for ".join(filter(None, [senders, receivers and f"{receivers} to receive what it sent"]))
 
 
 @dataclass(eq=False)
 class _Wait:
     label: Label
     pending: Callable[[], Pending]
-    kind: Kind | None = None  # of what is counted
+    kind: Kind | None = None  # of traffic, if it is counted
     on_gpu: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # before and after it, on the compute stream
     queued: bool = False  # both events; one that is not recorded yet counts as passed
 
     def passed(self) -> bool:
-        """Whether the GPU is past it."""
+        """Whether the GPU has passed this wait."""
         return self.on_gpu is not None and self.queued and self.on_gpu[1].query()
 
 
 class Meeting(Protocol):
-    """Ranks that work without a limit, and wait for each other; both methods may ask the store."""
+    """Ranks that work without a limit and wait for each other. Both methods may query the store."""
 
     def report(self) -> str | None:
-        """What this rank does, such as "waits for rank 0"; None where another rank reports."""
+        """What this rank is doing, such as "waits for rank 0"; None if another rank reports."""
 
     def failed(self) -> bool:
-        """Whether a rank has failed, so that not all will come."""
+        """Whether a rank has failed and will not arrive."""
 
 
 @dataclass(eq=False)
@@ -131,9 +131,9 @@ class _Work:
 class Watchdog:
     """The waits of one process, which ring and Ulysses record here. The caller sets `step`.
 
-    limit: seconds; rank: this process's in the run, as users know it; store: the run's, or None for a process alone;
-    end: what ends the process after its report; ends_with_store: whether it is also called when the store is gone,
-    for a caller that closes the watchdog before the store may go; ranks: of the run, 1 where no other is looked after.
+    limit: in seconds. rank: that of this process in the run. store: that of the run, or None for a single process. end:
+    called to end the process after its report. ends_with_store: whether `end` is also called when the store is gone,
+    for callers that close the watchdog before the store may go. ranks: of the run; 1 to watch no other rank.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Watchdog:
         self._others_report = threading.Event()
         self._looker = threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True)
         self._looker.start()
-        self._silent = ""  # the next rank, once it has not answered for too long
+        self._silent = ""  # the report on the next rank, once it has not answered for too long
         self._listener: threading.Thread | None = None
         if store is not None:
             heart = Heartbeat(store, rank, ranks, BEAT) if ranks > 1 else None
@@ -171,9 +171,9 @@ class Watchdog:
         self, works: Sequence[Work], kind: Kind, label: Label, pending: Callable[[], Pending], size: int,
         device: torch.device,
     ) -> None:  # fmt: skip
-        """Wait for works (on CUDA: have the current stream wait), which bring `size` bytes.
+        """Wait for works that receive `size` bytes (on CUDA: make the current stream wait).
 
-        pending: the ranks that they wait for; called from another thread.
+        pending: returns the ranks that they wait for; called from another thread.
         """
         on_gpu = None
         if device.type == "cuda":
@@ -199,19 +199,19 @@ class Watchdog:
             raise
 
     def _two_events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Those of a wait that the GPU has passed, or new ones: making them takes longer than recording them."""
+        """Two events, reused if possible: creating them takes longer than recording them."""
         with self._lock:
             if self._spare_events:
                 return self._spare_events.pop()
         return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def meeting(self, label: Label, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
-        """While entered, the host waits for other ranks to come; that is no traffic, and counted nowhere."""
+        """A context in which the host waits for other ranks. It is not counted as traffic."""
         return self._host_waits(_Wait(label, pending))
 
     @contextmanager
     def without_limit(self, what: str, meeting: Meeting) -> Iterator[None]:
-        """While entered, `what` is reported every REPORT seconds, and ended only if a rank has failed."""
+        """A context in which `what` is reported every REPORT seconds, and ended only if a rank has failed."""
         now = time.monotonic()
         self._work, before = _Work(what, meeting, now, now + REPORT), self._work
         try:
@@ -236,14 +236,14 @@ class Watchdog:
 
     def _over(self, wait: _Wait, seconds: float = 0.0) -> None:
         with self._lock:
-            self._waits.remove(wait)  # before it there may be some that a GPU has not passed yet
+            self._waits.remove(wait)  # not always the first: the GPU may not have passed earlier ones
             self._passed(wait, seconds)
 
     def drain(self) -> dict[Kind, Traffic]:
-        """What exchanges since the last call cost.
+        """The cost of the exchanges since the last call.
 
-        Seconds are those that streams waited for transfers. One of two streams may have computed while the other
-        waited, so this is an upper bound of what no computation hid.
+        Seconds are the time that streams waited for transfers. One of two streams may have computed while the other
+        waited, so this is an upper bound of the exposed communication time.
         """
         with self._lock:
             self._advance()
@@ -251,13 +251,13 @@ class Watchdog:
         return taken
 
     def close(self) -> None:
-        """Stop looking: the run is over. A thread that Python's end finds inside the store aborts the process."""
+        """Stop watching at the end of a run. A thread that is inside the store when Python exits aborts the process."""
         self._closed.set()
         if self._listener is not None:
             self._listener.join(LAST_WORDS)
 
     def _advance(self) -> None:
-        """Let go of waits that the GPU has passed."""
+        """Remove waits that the GPU has passed."""
         while self._waits and self._waits[0].passed():
             wait = self._waits.popleft()
             before, after = wait.on_gpu  # type: ignore[misc]
@@ -280,7 +280,7 @@ class Watchdog:
                 return
 
     def _is_late(self) -> bool:
-        """Whether the oldest wait is longer than the limit, or cannot be read since the GPU is in an error state."""
+        """Whether the oldest wait exceeds the limit, or cannot be queried because the GPU is in an error state."""
         with self._lock:
             try:
                 self._advance()
@@ -289,17 +289,17 @@ class Watchdog:
             return bool(self._waits) and time.monotonic() - self._moved > self.limit
 
     def _report(self) -> None:
-        """Report where this rank is, and have the others report."""
+        """Report where this rank is, and make the others report."""
         try:
             words = self.where()
-        except Exception as error:  # a group that is gone, a GPU in error: the run ends all the same
+        except Exception as error:  # a group that is gone, a GPU in an error state: the run ends in any case
             words = f"rank {self.rank}, step {self.step}: hangs, and where is not known ({error})"
         print(f"\nringflash: {words}", file=sys.stderr, flush=True)  # below a progress bar
         if self._store is not None:
             threading.Thread(target=self._store.set, args=(_KEY, "1"), daemon=True).start()
 
     def _listen(self, store: dist.Store, heart: Heartbeat | None) -> None:
-        """Look after work without a limit, and after the next rank; end if a rank hangs or the store is gone."""
+        """Watch work without a limit and the next rank; end if a rank hangs or the store is gone."""
         while not self._closed.wait(POLL):
             try:
                 silent = heart.beat() if heart else 0.0
@@ -321,7 +321,7 @@ class Watchdog:
                 heart.stop()
 
     def _look_after(self, work: _Work) -> None:
-        """Report it once that is due. End where a rank has failed and this one is in a collective with it."""
+        """Report the work when that is due. End if a rank has failed while this one is in a collective with it."""
         if work.meeting.failed():
             if not self._closed.wait(GRACE) and self._work is work:
                 self._end()
@@ -336,15 +336,15 @@ class Watchdog:
             print(f"\nringflash: {words}", file=sys.stderr, flush=True)
 
     def _end_without_store(self) -> None:
-        """The launcher, or the rank that held the store, has ended: nothing else would end this rank."""
-        if self._closed.wait(LAST_WORDS):  # it left at the end of a complete run
+        """End because the launcher, or the rank that held the store, has ended: nothing else would end this rank."""
+        if self._closed.wait(LAST_WORDS):  # the store went at the end of a complete run
             return
         words = "the run's store is gone: its launcher, or the rank that held it, has ended"
         print(f"\nringflash: rank {self.rank}, step {self.step}: ends: {words}", file=sys.stderr, flush=True)
         self._end()
 
     def where(self) -> str:
-        """Rank, step, and what the rank waits for."""
+        """The report: rank, step, and what the rank waits for."""
         with self._lock:
             if not self._waits:
                 what = self._silent or f"waits for no rank; its last wait was in {self._last}"

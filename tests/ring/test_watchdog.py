@@ -18,7 +18,7 @@ from tests.ring.hanging import LIMIT, attend, with_one_rank_that_never_comes
 def test_every_rank_reports_where_it_is_and_which_rank_it_waits_for_and_then_exits(ranks):
     said = ranks.run(with_one_rank_that_never_comes, 3, 1)
     assert said[0].startswith(
-        "ringflash: rank 0, step 12, layer 5, forward, hop 1: waits for rank 1 to take what it sent since "
+        "ringflash: rank 0, step 12, layer 5, forward, hop 1: waits for rank 1 to receive what it sent since "
     )
     assert said[2].startswith("ringflash: rank 2, step 12, layer 5, forward, hop 1: waits for rank 1 since ")
     assert "rank 1, step 12: waits for no rank; its last wait was in layer 5, backward" in said[1]
@@ -100,7 +100,7 @@ def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     guard.wait([], "ring", Label("on the GPU", "forward"), lambda: Pending((1,), (3,)), 8, torch.device("cuda"))
     guard.wait([], "ring", Label("on the host", "forward"), lambda: Pending((2,)), 8, torch.device("cpu"))
-    assert "on the GPU, forward: waits for rank 1, or for rank 3 to take what it sent since " in guard.where()
+    assert "on the GPU, forward: waits for rank 1, or for rank 3 to receive what it sent since " in guard.where()
     Passing.passed = True
     assert guard.drain()["ring"].seconds == pytest.approx(5e-3, abs=1e-3)
     assert "waits for no rank; its last wait was in on the GPU" in guard.where()
@@ -324,6 +324,6 @@ def test_a_closed_watchdog_has_left_the_store_which_python_may_then_end():
 
 def test_both_kinds_of_neighbours_are_named():
     assert str(Pending((1, 2))) == "rank 1 and rank 2"
-    assert str(Pending((), (3,))) == "rank 3 to take what it sent"
+    assert str(Pending((), (3,))) == "rank 3 to receive what it sent"
     assert str(Pending((1,), (1,))) == "rank 1"
-    assert str(Pending((1,), (3,))) == "rank 1, or for rank 3 to take what it sent"
+    assert str(Pending((1,), (3,))) == "rank 1, or for rank 3 to receive what it sent"

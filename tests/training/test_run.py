@@ -114,7 +114,7 @@ def test_a_rank_that_raises_while_others_wait_in_the_ring_ends_the_run_with_its_
 
 HANGING = {  # what rank 0 waits for, and where rank 1 hangs
     "parallel.ulysses=1": (
-        "step 1, layer 1, backward, hop 1: waits for rank 1 to take what it sent since ",
+        "step 1, layer 1, backward, hop 1: waits for rank 1 to receive what it sent since ",
         "step 1: waits for no rank; its last wait was in layer 0, forward, hop 1",
     ),
     "parallel.ulysses=2": (
