@@ -1,4 +1,4 @@
-"""What attention is given in each layer of a model, read off its configuration: heads, their sizes, windows.
+"""The arguments of attention in each layer of a model, from its configuration: heads, their sizes, windows.
 
 Layers of one model may differ. Gemma 4's full layers have larger and fewer KV heads than those with a window, and
 MiMo-V2-Flash's have half as many KV heads. Layouts, FLOPs, memory and caches are counted kind by kind.
@@ -19,7 +19,7 @@ from ringflash.ring.plan import AttentionPlan
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Attention of layers that are alike. window: how many tokens a query sees; None: all of its document's before.
+    """Attention of layers of one kind. window: how many tokens a query sees, or None for all before it.
 
     chunk: tokens of a document that see no others; None: not limited by chunks.
     """
@@ -29,12 +29,12 @@ class LayerKind:
     chunk: int | None = None
 
     def mask(self, mask: IntervalMask) -> IntervalMask:
-        """What these layers see of a sequence with this mask."""
+        """The mask of these layers, for sequences with this mask."""
         mask = mask if self.window is None else mask & IntervalMask.window(mask.queries, self.window - 1)
         return mask if self.chunk is None else mask.in_chunks(self.chunk)
 
     def plan(self, plan: AttentionPlan) -> AttentionPlan:
-        """The plan of these layers in a step with this one."""
+        """The plan of these layers, in a step with this plan."""
         plan = plan if self.window is None else plan.window(self.window - 1)
         return plan if self.chunk is None else plan.in_chunks(self.chunk)
 
@@ -51,12 +51,12 @@ def layer_kinds(config: PreTrainedConfig) -> dict[LayerKind, int]:
 
 
 def layer_masks(config: PreTrainedConfig, mask: IntervalMask) -> list[Layers]:
-    """What layers see of a sequence with this mask, their heads, and how many layers there are of each kind."""
+    """For each kind of layer: its mask for sequences with this mask, its heads, and the number of such layers."""
     return [Layers(kind.mask(mask), kind.heads, count) for kind, count in layer_kinds(config).items()]
 
 
 def calls_per_layer(config: PreTrainedConfig) -> int:
-    """How often a layer calls attention, each time with all of its heads."""
+    """The number of times that a layer calls attention, each time with all of its heads."""
     return 2 if config.model_type == "diffllama" else 1
 
 
@@ -70,7 +70,7 @@ def input_widths(config: PreTrainedConfig) -> list[int]:
 
 
 def chunk_size(config: PreTrainedConfig, layer: int) -> int | None:
-    """Tokens of the chunks that a layer is limited to; None: it is not."""
+    """The chunk size in tokens that a layer is limited to, or None."""
     if has_chunks(config.model_type) and config.layer_types[layer] == "chunked_attention":
         return config.attention_chunk_size
     return None

@@ -1,14 +1,15 @@
-"""RoPE that goes by a document's length: longrope and dynamic RoPE, beyond a model's original positions.
+"""RoPE that depends on a document's length: longrope and dynamic RoPE, beyond a model's original positions.
 
-transformers takes the length from the longest position of a call. Of a packed row that is the longest document's, on a
-ring it is a shard's, and with a cache it grows while keys of a smaller one are kept. Two ways say what the length is:
+transformers takes the length from the largest position of a call. In a packed row that belongs to the longest document,
+on a ring to a shard, and with a cache it grows while the keys of shorter lengths are kept. There are two ways to give
+the length instead:
 
-- `rope_by_document`: each token turns by the frequencies that transformers gives its document alone. A plan has the
-  lengths of documents; a cache holds one, whose length it takes as `RingCache(rope_length=N)`.
-- `pin_rope`: all documents have the frequencies of a document of one length.
+- `rope_by_document`: each token is rotated by the frequencies that transformers gives its document alone. A plan knows
+  the lengths of its documents; a cache holds one document, whose length is `RingCache(rope_length=N)`.
+- `pin_rope`: all documents get the frequencies of a document of one length.
 
-Up to the original length both RoPEs have the frequencies that a rotary module is made with. Beyond it, longrope has
-another set for all lengths, and dynamic RoPE one for each.
+Up to the original length, both RoPEs use the frequencies that a rotary module is made with. Beyond it, longrope has one
+other set for all lengths, and dynamic RoPE has a set for each length.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from ringflash.ring.plan import AttentionPlan
 def length_refusal(
     config: PreTrainedConfig, length: int, model: nn.Module | None = None, by_document: bool = False
 ) -> str | None:
-    """None, or which RoPE of sequences of `length` tokens would be another on each shard.
+    """None, or which RoPE would differ between the shards of sequences of `length` tokens.
 
-    model: may be pinned, and knows in a call what a document is. by_document: whether a model of this configuration is
-    told in each call, after `rope_by_document`.
+    model: if given, it may be pinned or know its documents during a call. by_document: whether each call tells a model
+    of this configuration its documents, as after `rope_by_document`.
     """
     can = can_go_by_document(config)
     if (by_document and can) or any(module.length for module in _replaced(model)):
@@ -51,9 +52,9 @@ def length_refusal(
 
 
 def growth_refusal(config: PreTrainedConfig, begin: int, end: int) -> str | None:
-    """None, or which RoPE has other frequencies for a document of `begin` tokens than once it has grown to `end`.
+    """None, or which RoPE changes its frequencies while a document grows from `begin` to `end` tokens.
 
-    The keys that a cache holds were turned by the former.
+    The keys in a cache keep the frequencies of the shorter document.
     """
     for kind, original in _original_lengths(config):
         if end > max(begin, original) and (kind != "longrope" or begin <= original):
@@ -64,8 +65,9 @@ def growth_refusal(config: PreTrainedConfig, begin: int, end: int) -> str | None
 def pin_rope(model: nn.Module, tokens: int) -> None:
     """Give all documents the rotary frequencies that transformers gives a document of `tokens` tokens.
 
-    A pinned model equals transformers' own for documents of that length; with longrope for all on the same side of the
-    original length. Its configuration stays as it is. Raises ValueError for a model without such a RoPE.
+    A pinned model equals transformers' own model for documents of that length and, with longrope, for all documents on
+    the same side of the original length. Its configuration is not changed. Raises ValueError for a model without such a
+    RoPE.
     """
     check_tokens("tokens", tokens, least=1)
     for module in _by_length(model):
@@ -75,29 +77,29 @@ def pin_rope(model: nn.Module, tokens: int) -> None:
 
 
 def rope_by_document(model: nn.Module) -> None:
-    """Have longrope and dynamic RoPE turn each token by the frequencies that transformers gives its document alone.
+    """Make longrope and dynamic RoPE rotate each token by the frequencies that transformers gives its document alone.
 
-    On the ring, where a plan or a RingCache has the length of documents; elsewhere transformers' own rule stays. Raises
-    ValueError for a model without such a RoPE.
+    This applies on the ring, where a plan or a RingCache knows the lengths of documents. Elsewhere, transformers' own
+    rule stays. Raises ValueError for a model without such a RoPE.
     """
     for module in _by_length(model):
         module.pinned = None
 
 
 def can_go_by_document(config: PreTrainedConfig) -> bool:
-    """Whether all layers of a model have the same RoPE, which goes by length."""
+    """Whether all layers of a model have the same RoPE, and it depends on the length."""
     return _goes_by_length(getattr(config, "rope_parameters", None) or {})
 
 
 def goes_by_document(model: nn.Module) -> bool:
-    """Whether `rope_by_document` or `pin_rope` was given the model."""
+    """Whether `rope_by_document` or `pin_rope` was called for the model."""
     return bool(_replaced(model))
 
 
 class ByLength(nn.Module):
-    """Stands for a rotary module, `own`, where the length of documents is known.
+    """Replaces a rotary module, `own`, and uses the lengths of documents when these are known.
 
-    pinned: of all. document: what a call's tokens are of, a plan or the length of one document.
+    pinned: the length given to all documents. document: during a call, its plan, or the length of its only document.
     """
 
     def __init__(self, own: Any) -> None:
@@ -113,7 +115,7 @@ class ByLength(nn.Module):
 
     @property
     def length(self) -> AttentionPlan | int | None:
-        """What says how long documents are; None: nothing does."""
+        """The lengths of documents: one for all, or a plan that has them; None if they are not known."""
         return self.pinned or self.document
 
     @torch.compiler.disable  # the host divides tokens by the lengths of documents, which differ from step to step
@@ -136,7 +138,7 @@ class ByLength(nn.Module):
         return tuple(torch.cat(some, dim=1).view(rows, n, -1) for some in zip(*parts, strict=True))
 
     def _runs(self, positions: Tensor, rows: int) -> tuple[Sequence[Tensor], list[int]]:
-        """Positions [n] of tokens that follow one another with the same frequencies, and a length that has these."""
+        """Runs of positions [n] whose tokens have the same frequencies, and a document length that gives these."""
         if isinstance(self.length, AttentionPlan):
             lengths = self.length.document_lengths(rows // len(self.length.ring.local))
         else:
@@ -145,7 +147,7 @@ class ByLength(nn.Module):
         return (positions.split(counts.tolist()) if len(counts) > 1 else [positions]), of_runs.tolist()
 
     def _turned(self, x: Tensor, positions: Tensor, length: int) -> Any:
-        """What the family's module makes of positions [n] in documents of this length, in one row."""
+        """The result of the family's own module for positions [n] in documents of this length, in one row."""
         if length != self.turned_for:
             self.turned.inv_freq, self.turned_for = to_device(self._frequencies(length), x.device), length
         last = positions.new_full((1,), length - 1)  # phimoe scales by a call's longest position
@@ -161,7 +163,7 @@ class ByLength(nn.Module):
 
 
 def _by_length(model: Any) -> list[ByLength]:
-    """The rotary modules of a model, replaced where they were not yet. Raises ValueError where none goes by length."""
+    """A model's rotary modules, which this replaces if needed. Raises ValueError if none depends on the length."""
     if not can_go_by_document(model.config):
         kinds = [rope.get("rope_type", "default") for rope in rope_parameters(model.config)]
         raise ValueError(f"the model's RoPE is {listed(kinds or ['none'])}: {listed(BY_LENGTH)} go by length")
@@ -189,7 +191,7 @@ def _end_call(model: nn.Module, args: Any, out: Any) -> None:
 
 
 def _original_lengths(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """The RoPEs that go by length, and the most tokens of a document that has their original frequencies."""
+    """The RoPEs that depend on the length, each with the longest document that has its original frequencies."""
     return [(rope["rope_type"], _original(config, rope)) for rope in rope_parameters(config) if _goes_by_length(rope)]
 
 
