@@ -1,7 +1,7 @@
-"""Divergence: steps whose loss or gradient norm is not finite, and weights that are not.
+"""Divergence: steps whose loss or gradient norm is not finite, and weights that are not finite.
 
-`train_step` makes no update in such a step. It is reported and writes no checkpoint, and three of them in a row end the
-run. All ranks have the same figures, so all decide the same.
+`train_step` skips the update of such a step. The step is reported and writes no checkpoint, and three of them in a row
+end the run. All ranks have the same figures, so all make the same decision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ringflash.errors import DivergedError
 from ringflash.training.metrics import Metrics
 from ringflash.training.world import World
 
-LIMIT = 3  # steps in a row: one may be due to its batch, three are due to the weights
+LIMIT = 3  # steps in a row: one may be caused by its batch, three are caused by the weights
 WATCHED = ("loss", "gradient_norm", "held_out_loss")
 ADVICE = (
     "a lower optim.lr or a longer optim.warmup may keep it from diverging, also with resume=auto from its last "

@@ -1,15 +1,15 @@
-"""AdamW whose fp32 states stay in host memory: master weights and both moments, 12 bytes per parameter.
+"""AdamW whose fp32 states are kept in host memory: master weights and both moments, 12 bytes per parameter.
 
-The states pass through the GPU in chunks during the step, where one kernel updates them. While a chunk is updated, the
-next one is copied in and the one before it is copied out, on streams of their own:
+During the step, the states stream through the GPU in chunks, and one kernel updates them there. While a chunk is
+updated, the next one is copied in and the previous one is copied out, on separate streams:
 
     copy in        0 | 1 | 2 | 3 |
     AdamW            | 0 | 1 | 2 | 3 |
     copy out             | 0 | 1 | 2 | 3
 
-So the host's processors do nothing, no C++ extension is built, and the arithmetic is that of AdamW on the GPU, bit for
-bit. A step moves 12 bytes per parameter in each direction. For 8B parameters that is 96 GB, about two seconds at 50
-GB/s. DeepSpeed keeps the bf16 weights and gradients; it does not clip, since that would round the gradients to bf16.
+The host's CPUs compute nothing, no C++ extension has to be built, and the arithmetic is bit for bit that of AdamW on
+the GPU. A step moves 12 bytes per parameter in each direction. For 8B parameters that is 96 GB, about two seconds at 50
+GB/s. DeepSpeed holds the bf16 weights and gradients. It does not clip, since that would round the gradients to bf16.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch.optim.adamw import adamw
 from ringflash.offload import PinnedPool
 from ringflash.training.one_rank import gradients_of, in_chunks
 
-CHUNK = 2**24  # elements that are on the GPU at once: 192 MiB of states
-IN_FLIGHT = 3  # chunks on the GPU: one comes, one is updated, one leaves
+CHUNK = 2**24  # elements per chunk: 192 MiB of states
+IN_FLIGHT = 3  # chunks on the GPU: one is copied in, one is updated, one is copied out
 CHUNKS = "chunks"
 
 
 class HostAdamW(torch.optim.Optimizer):
     """AdamW on bf16 parameters; state: step, and chunks, fp32 [3, n] in host memory: master, exp_avg, exp_avg_sq.
 
-    clip: the gradient norm to which larger gradients are scaled down; 0: none. `norm` must then return the norm.
+    clip: largest gradient norm, to which larger ones are scaled down; 0: no clipping. `norm` must return the norm.
     """
 
     def __init__(self, groups: list[dict], fused: bool, clip: float, **settings: Any) -> None:
@@ -46,9 +46,9 @@ class HostAdamW(torch.optim.Optimizer):
         )
 
     def reserve(self, weights: list[Tensor], log: Callable[[str], None] = lambda message: None) -> None:
-        """Make the states of the flat bf16 `weights` that DeepSpeed will update, before the first step.
+        """Allocate the states of the flat bf16 `weights` that DeepSpeed will update, before the first step.
 
-        log: called with lines of progress. Raises ConfigError where this machine has too little host memory.
+        log: called with lines of progress. Raises ConfigError if this machine has too little host memory.
         """
         total, shown = 12 * sum(weight.numel() for weight in weights) / 2**30, 0.0
         log(f"host       {total:.1f} GiB of memory to be pinned for optimizer states")

@@ -1,10 +1,10 @@
 """Cross entropy from hidden states, one tile of tokens at a time: the logits of a whole sequence never exist.
 
-For a token with hidden state h, label y and logits z = scale (W h + bias), capped where the model caps them, the loss
-is logsumexp(z) - z_y and its gradient softmax(z) - onehot(y). Both need one tile of logits only, so the forward
-computes the gradients too, as Liger does (arXiv:2410.10989), and the backward scales them. The weight's gradient is
-summed over tiles in fp32. On a GPU one kernel per tile writes the gradient over the logits (`fused.cross_entropy`);
-elsewhere plain torch does the same.
+For a token with hidden state h, label y and logits z = scale (W h + bias), capped if the model caps them, the loss is
+logsumexp(z) - z_y and its gradient is softmax(z) - onehot(y). Both need only one tile of logits. The forward therefore
+computes the gradients too, as in Liger (arXiv:2410.10989), and the backward scales them. The weight's gradient is
+summed over tiles in fp32. On a GPU, one kernel per tile overwrites the logits with the gradient
+(`fused.cross_entropy`); elsewhere, plain torch computes the same.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ringflash.data.records import IGNORE
 from ringflash.models.mlp import add_product
 from ringflash.training.positions import ByPosition
 
-LOGITS = 2**28  # of a tile, unless it is given: half a GiB in bf16, and enough for products at full speed
+LOGITS = 2**28  # per tile by default: half a GiB in bf16, and enough for matrix products at full speed
 
 
 def tile_for(vocabulary: int) -> int:
-    """Tokens of a tile, a multiple of 128, for a vocabulary of this size.
+    """Tokens per tile, a multiple of 128, for a vocabulary of this size.
 
     >>> tile_for(151936), tile_for(32000)
     (1664, 8320)
@@ -44,9 +44,9 @@ def tiled_cross_entropy(
 ) -> Tensor:
     """Summed cross entropy, fp32 scalar.
 
-    hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 where nothing is predicted; tile, tokens whose
-    logits exist at once; softcap of the logits, or None; fused: by the Triton kernel; bias [V] or None; scale of the
-    logits, before their cap; by_position: is given the tokens' losses. Differentiable in hidden, weight and bias.
+    hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 for no label; tile: tokens whose logits are
+    held at once; softcap: of the logits, or None; fused: use the Triton kernel; bias: [V] or None; scale: of the
+    logits, before the cap; by_position: receives the tokens' losses. Differentiable in hidden, weight and bias.
     """
     grad = torch.is_grad_enabled()  # which a Function's forward cannot tell
     return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale, by_position, grad)

@@ -1,7 +1,7 @@
-"""ZeRO 1 and 2 on one rank, where weights and gradients are in bf16: the optimizer uses both where they are.
+"""ZeRO 1 and 2 on one rank with bf16 weights and gradients: the optimizer uses both in place.
 
-ZeRO keeps flat copies of the weights and gradients that a rank updates. On one rank these would be copies of all: 4
-bytes per parameter. Here the optimizer updates the weights themselves, from the gradients that the backward left:
+ZeRO keeps flat copies of the weights and gradients that a rank updates. On a single rank, these would be copies of
+everything: 4 bytes per parameter. Here the optimizer updates the weights themselves, from the backward's gradients:
 
     backward      a gradient per weight, 2 bytes per parameter
     step          chunk by chunk: gradients are joined, weights updated; a gradient is freed once it is read
@@ -16,7 +16,7 @@ import torch
 from deepspeed.runtime.utils import is_invalid_grad_norm
 from torch import Tensor
 
-# DeepSpeed's settings: sums over one rank need no fp32, no buffer, and no gradients put together.
+# DeepSpeed's settings: sums over one rank need no fp32, no buffer and no contiguous gradients.
 SETTINGS = {"communication_data_type": "bf16"}
 ZERO_SETTINGS = {"contiguous_gradients": False, "reduce_bucket_size": 1}
 

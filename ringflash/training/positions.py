@@ -1,7 +1,7 @@
-"""Loss by position: of tokens with 0 to 4k tokens of their document before them, with 4k to 8k, ..., with 512k to 1M.
+"""Loss by position: of tokens with 0 to 4k tokens of their document before them, with 4k to 8k, with 8k to 16k, ...
 
-Where a model uses what it read long before, the loss falls with the position. The bounds double. A document's tokens
-lie on all ranks: each sums the losses of its tokens in every range, and the sums of all ranks give the means.
+If a model uses what it read long before, its loss falls with the position. The bounds of the ranges double. The tokens
+of a document are on all ranks: each rank sums the losses of its tokens by range, and all ranks' sums give the means.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def no_totals(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ByPosition:
-    """What a loss adds its tokens' losses to. ranges: int64 [N], each token's; totals: of losses, and of tokens."""
+    """Collects losses by range. ranges: int64 [N], that of each token. totals: [2, RANGES], of losses and tokens."""
 
     ranges: Tensor
     totals: Tensor

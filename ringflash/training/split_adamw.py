@@ -1,16 +1,16 @@
 """AdamW for bf16 weights with an exact fp32 master, in 16 bits per state.
 
-A plain bf16 weight cannot take a small step: between .008 and .016 its neighbours are 6e-5 apart, so an update of 2e-5
-is rounded away. The master weight is therefore kept, as two halves:
+A plain bf16 weight loses small updates: between .008 and .016 its neighbours are 6e-5 apart, so an update of 2e-5 is
+rounded away. The fp32 master weight is therefore kept, as two halves:
 
     master = bits of the bf16 weight << 16, plus low          low: int16, -32768 to 32767
 
-The weight is the master rounded to nearest, and low is what the rounding took. Both moments are bf16, rounded at random
-so that they are right on average: with beta2 = .999 the nearest bf16 would never move. The random bits depend on the
-step and the element alone, so a resumed run continues bit for bit.
+The weight is the master rounded to nearest, and low is the rounding error. Both moments are bf16, rounded
+stochastically so that they are right on average: with beta2 = .999, rounding to nearest would never change them. The
+random bits depend only on the step and the element, so a resumed run continues bit for bit.
 
-Bytes per parameter, with a bf16 gradient: 10 on one rank (`one_rank`); 12 on several, for a flat copy of the weights,
-all divided among the ranks but the weights and the backward's gradients. With fp32 states: 18.
+With a bf16 gradient, this takes 10 bytes per parameter on one rank (`one_rank`), where fp32 states take 18. Several
+ranks take 12, for a flat copy of the weights, and divide everything except the weights and the backward's gradients.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ringflash.training.one_rank import gradients_of, in_chunks
 
-CHUNK = 2**24  # elements that are updated at once: of these, gradients are joined, and fp32 copies exist
+CHUNK = 2**24  # elements updated at once: only these have joined gradients and fp32 copies
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight, low): an fp32 master as a bf16 weight, rounded to nearest, and the int16 that is left.
+    """(weight, low): an fp32 master as a bf16 weight, rounded to nearest, and the int16 rounding error.
 
     >>> weight, low = split(torch.tensor([1.0, 1.001, -3.14159]))
     >>> joined(weight, low)
