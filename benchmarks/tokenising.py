@@ -98,7 +98,7 @@ def build(folder: Path) -> dict[str, float]:
     config = DataConfig(
         path=str(folder / "corpus.jsonl"), tokenizer=str(folder / "tokenizer"), cache=str(folder / "cache")
     )
-    load_tokenizer(config)  # imports transformers
+    load_tokenizer(config.tokenizer)  # imports transformers
     begun, cpu_begun = time.perf_counter(), _cpu_seconds()
     found = tokenised(config)
     seconds, cpu = time.perf_counter() - begun, _cpu_seconds() - cpu_begun

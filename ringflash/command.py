@@ -13,7 +13,6 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ringflash.docstrings import field_docstrings
@@ -205,7 +204,7 @@ def load_encoder(config: ReadConfig, model: PreTrainedModel) -> tuple[Encoder, A
 
     name = config.tokenizer or config.model
     try:
-        tokenizer = load_tokenizer(SimpleNamespace(tokenizer=name))  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(name)
         found = encoder(tokenizer, name)
     except ConfigError as error:
         message = str(error).replace("data.tokenizer=", "tokenizer=" if config.tokenizer else "model=")

@@ -46,7 +46,7 @@ def python_stdlib() -> str:
 
 def cache_folder(config: DataConfig) -> Path:
     """The cache entry of `config`, whether or not it exists yet."""
-    return _folder(config, find_files(config)[0], load_tokenizer(config))
+    return _folder(config, find_files(config)[0], load_tokenizer(config.tokenizer))
 
 
 def _folder(config: DataConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -59,7 +59,7 @@ def tokenised(config: DataConfig, *, verify: bool = True, quiet: bool = False) -
     verify: compare the tokens with their digest. quiet: without a progress bar. Raises ConfigError, naming the setting
     or the file, for input that cannot be found, read or used.
     """
-    (sources, left_out), tokenizer = find_files(config), load_tokenizer(config)
+    (sources, left_out), tokenizer = find_files(config), load_tokenizer(config.tokenizer)
     finished = _folder(config, sources, tokenizer)
     found = os.path.exists(finished)  # pathlib raises for a name that is too long
     if found:

@@ -165,7 +165,7 @@ class Shards:
             yield
 
     def _digest(self) -> str:
-        config, tokenizer = self.config, load_tokenizer(self.config)
+        config, tokenizer = self.config, load_tokenizer(self.config.tokenizer)
         files = [(os.path.relpath(file, config.path), file.stat().st_size) for file in self.files]
         read = [config.format, config.field, config.chat, config.chat_template_kwargs, config.malformed]
         packed = [config.packing, config.sequence_length]

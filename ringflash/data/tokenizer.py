@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from ringflash.data.config import DataConfig
-
 UNSPELLABLE = "\U0010fffe"  # a noncharacter: Unicode reserves it for use inside a program
 
 
@@ -51,11 +49,10 @@ class Encoder:
         ]
 
 
-def load_tokenizer(config: DataConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `config.tokenizer`. Raises ConfigError if its folder is missing or holds none with an end."""
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer called "bytes", or that of a folder. Raises ConfigError if there is none, or if it has no eos."""
     from transformers import AutoTokenizer, ByT5Tokenizer  # slow to import, so only where text is tokenised
 
-    name = config.tokenizer
     if name == "bytes":
         return ByT5Tokenizer()
     folder = Path(name).expanduser()
@@ -90,12 +87,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
-def check_vocabulary(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raise ConfigError for a tokenizer that may give ids which a model of `vocab_size` tokens does not have."""
     if (size := tokenizer_size(tokenizer)) > vocab_size:
         raise ConfigError(
-            f"data.tokenizer={config.tokenizer} has {size} tokens, more than the model's "
-            f"model.architecture.vocab_size={vocab_size}"
+            f"data.tokenizer={name} has {size} tokens, more than the model's model.architecture.vocab_size={vocab_size}"
         )
 
 

@@ -6,7 +6,6 @@ Nothing here is refused: a model may get new tokens, or another end. Ids that th
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -44,7 +43,7 @@ def _vocabularies(config: Config, vocab_size: int, tokenizer: PreTrainedTokenize
     if os.path.realpath(os.path.expanduser(name)) == os.path.realpath(path):
         return
     try:
-        own = load_tokenizer(dataclasses.replace(config.data, tokenizer=path)).get_vocab()
+        own = load_tokenizer(path).get_vocab()
     except ConfigError:  # a folder of weights alone
         size = tokenizer_size(tokenizer)
         if vocab_size - size > SPARE:

@@ -75,8 +75,8 @@ def check_inputs(
             f"memory.mlp_tile={config.memory.mlp_tile}: no MLP of model_type={model_config.model_type} has a form that "
             f"can be tiled, as experts have none; memory.mlp_tile=null leaves them as they are"
         )
-    tokenizer = load_tokenizer(config.data)
-    check_vocabulary(config.data, tokenizer, model_config.vocab_size)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(config.data.tokenizer, tokenizer, model_config.vocab_size)
     check_sources(config.data, tokenizer)
     return model_config, tokenizer
 

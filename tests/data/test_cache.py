@@ -385,7 +385,7 @@ def test_those_who_build_at_once_all_get_the_whole_corpus(tmp_path, monkeypatch,
     if step == "_move":
         load_corpus(settings)
         overwritten("tokens.npy", -1, 1)(entries(tmp_path)[0])
-    load_tokenizer(settings)  # its imports are not for threads
+    load_tokenizer(settings.tokenizer)  # its imports are not for threads
     at_once, taken = threading.Barrier(4), getattr(documents, step)
 
     def together(*args):

@@ -258,10 +258,10 @@ def test_a_first_record_that_cannot_be_used_is_refused_before_anything_is_built(
     checked = config(tmp_path, tmp_path / "a.jsonl")
     if line in MALFORMED[1:-1]:
         with pytest.raises(ConfigError, match=r"a\.jsonl line 1"):
-            check_source(checked, load_tokenizer(checked))
+            check_source(checked, load_tokenizer(checked.tokenizer))
     else:
-        check_source(checked, load_tokenizer(checked))
-    check_source(replace(checked, malformed="skip"), load_tokenizer(checked))
+        check_source(checked, load_tokenizer(checked.tokenizer))
+    check_source(replace(checked, malformed="skip"), load_tokenizer(checked.tokenizer))
     assert not Path(checked.cache).exists()
 
 

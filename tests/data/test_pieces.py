@@ -8,11 +8,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from ringflash.data import formats, pieces, records
 from ringflash.data.pieces import Piece
-from ringflash.data.tokenizer import encoder
+from ringflash.data.tokenizer import encoder, load_tokenizer
 from ringflash.errors import ConfigError
 from tests.data.cases import config, stored, texts_of
 from tests.data.test_tokenizer import MADE, SPECIAL, bpe, byte_bpe, saved
-from tests.data.test_tokenizer import load_tokenizer as load
 
 WORDS = ["hello", "ab", "a", "b", "hello,", "\n", "  ab", "\t", "</s>", "é", "\n\n"]
 SPACED = " ".join(np.random.default_rng(0).choice(WORDS, 3000))
@@ -56,7 +55,7 @@ def test_pieces_have_the_tokens_of_the_whole_text(tmp_path, monkeypatch, case):
     make, text = CASES[case]
     folder = saved(tmp_path / "tokenizer", make(), template="<s> $A </s>")
     monkeypatch.setattr(pieces, "PIECE", 1000)
-    encode = encoder(load(config(tmp_path, "unused", tokenizer=folder)), folder)
+    encode = encoder(load_tokenizer(folder), folder)
     found = [*pieces.pieces((text[i : i + 700] for i in range(0, len(text), 700)), encode.ids)]
     assert len(found) >= 5
     assert max(len(piece.text) for piece in found) <= 2000

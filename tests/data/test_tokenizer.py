@@ -82,9 +82,9 @@ def saved(folder, backend, eos="</s>", template=None, **settings):
     return str(folder)
 
 
-def encoded(tmp_path, folder, texts):
+def encoded(folder, texts):
     """The tokenizer of a folder, and its tokens of each text."""
-    tokenizer = load_tokenizer(config(tmp_path, "unused", tokenizer=folder))
+    tokenizer = load_tokenizer(folder)
     return tokenizer, [ids.tolist() for ids in encoder(tokenizer, folder)([*map(Piece, texts)])]
 
 
@@ -94,7 +94,7 @@ def encoded(tmp_path, folder, texts):
 @pytest.mark.parametrize("name", MADE)
 def test_text_that_spells_a_special_token_stays_text_and_one_end_follows(tmp_path, name, template):
     folder = saved(tmp_path / "tokenizer", MADE[name](), template=template)
-    tokenizer, documents = encoded(tmp_path, folder, SPELLED)
+    tokenizer, documents = encoded(folder, SPELLED)
     special = {tokenizer.convert_tokens_to_ids(token) for token in SPECIAL[1:]}
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     begin = [bos] if template and "<s>" in template else []
@@ -111,7 +111,7 @@ def test_text_that_spells_a_special_token_stays_text_and_one_end_follows(tmp_pat
 def test_text_without_special_tokens_becomes_the_tokens_that_the_tokenizer_makes(tmp_path, name):
     folder = saved(tmp_path / "tokenizer", MADE[name]())
     texts = ["hello", "a b ab", "hello hello, unknown: é", " ", "\n"]
-    tokenizer, documents = encoded(tmp_path, folder, texts)
+    tokenizer, documents = encoded(folder, texts)
     assert [ids[:-1] for ids in documents] == tokenizer(texts)["input_ids"]
 
 
@@ -119,14 +119,14 @@ def test_added_tokens_keep_their_numbers_and_only_special_ones_are_not_read(tmp_
     backend = unigram()
     backend.add_tokens(["<tool>", AddedToken("<|im_end|>", special=True), "<think>"])
     folder = saved(tmp_path / "tokenizer", backend, eos="<|im_end|>")
-    tokenizer, [ids] = encoded(tmp_path, folder, ["<think>a<|im_end|>"])
+    tokenizer, [ids] = encoded(folder, ["<think>a<|im_end|>"])
     numbers = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>"])
     assert (ids[-1], ids.count(numbers[1]), ids.count(numbers[0])) == (numbers[1], 1, 1)
 
 
 def test_an_end_that_is_also_the_beginning_is_added_at_both(tmp_path):
     folder = saved(tmp_path / "tokenizer", byte_bpe(), template="</s> $A", bos_token="</s>")
-    tokenizer, [ids] = encoded(tmp_path, folder, ["a"])
+    tokenizer, [ids] = encoded(folder, ["a"])
     assert tokenizer.convert_ids_to_tokens(ids) == ["</s>", "a", "</s>"]
 
 
@@ -134,7 +134,7 @@ def test_a_tokenizer_that_was_saved_with_truncation_and_padding_gives_whole_docu
     backend = byte_bpe()
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
-    _, documents = encoded(tmp_path, saved(tmp_path / "tokenizer", backend), ["b" * 20, "a"])
+    _, documents = encoded(saved(tmp_path / "tokenizer", backend), ["b" * 20, "a"])
     assert [len(ids) for ids in documents] == [21, 2]
 
 
@@ -143,32 +143,32 @@ def test_an_end_that_merges_make_is_spelled_by_its_parts(tmp_path):
     pieces = {piece: i for i, piece in enumerate([*SPECIAL, *CHARACTERS, "</", "s>", "</s>h"])}
     merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("</s>", "h")]
     folder = saved(tmp_path / "tokenizer", Tokenizer(models.BPE(pieces, merges, unk_token="<unk>")))
-    tokenizer, [ids] = encoded(tmp_path, folder, ["a</s>h</s>"])
+    tokenizer, [ids] = encoded(folder, ["a</s>h</s>"])
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "</", "s>", "h", "</", "s>", "</s>"]
 
 
 @pytest.mark.parametrize("name", ["BPE", "Unigram", "WordLevel"])
 def test_an_end_that_is_a_character_of_text_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="has eos_token='a', which is ordinary text of its vocabulary"):
-        encoded(tmp_path, saved(tmp_path / "tokenizer", MADE[name](), eos="a"), ["hello"])
+        encoded(saved(tmp_path / "tokenizer", MADE[name](), eos="a"), ["hello"])
 
 
 @pytest.mark.parametrize("model", [models.WordLevel, models.WordPiece])
 def test_a_tokenizer_whose_unknown_words_become_its_end_is_refused_where_a_word_is_unknown(tmp_path, model):
     folder = saved(tmp_path / "tokenizer", words(model), eos="<unk>", template="<s> $A")
-    _, documents = encoded(tmp_path, folder, ["a b", "hello"])
+    _, documents = encoded(folder, ["a b", "hello"])
     assert [ids.count(0) for ids in documents] == [1, 1]
     with pytest.raises(ConfigError, match="makes its eos_token=<unk> of ordinary text, so a document would end early"):
-        encoded(tmp_path, folder, ["a é b"])
+        encoded(folder, ["a é b"])
 
 
 def test_a_text_that_a_tokenizer_cannot_encode_is_refused_with_its_name(tmp_path):
     backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     folder = saved(tmp_path / "tokenizer", backend, bos_token=None, pad_token=None, unk_token=None)
-    assert encoded(tmp_path, folder, ["a a"])[1] == [[1, 1, 0]]
+    assert encoded(folder, ["a a"])[1] == [[1, 1, 0]]
     with pytest.raises(ConfigError, match=f"^data.tokenizer={folder} cannot encode the text of data.path: WordLevel e"):
-        encoded(tmp_path, folder, ["a b"])
+        encoded(folder, ["a b"])
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(tmp_path, monkeypatch):
@@ -178,12 +178,12 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(tmp_path
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | own))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with pytest.raises(ConfigError, match=f"^data.tokenizer={folder} holds no loadable tokenizer.* custom code"):
-        encoded(tmp_path, str(folder), ["a"])
+        encoded(str(folder), ["a"])
 
 
 def test_a_padding_token_that_is_ordinary_text_stays_that(tmp_path):
     folder = saved(tmp_path / "tokenizer", byte_bpe(), pad_token="!")
-    tokenizer, [ids] = encoded(tmp_path, folder, ["a!"])
+    tokenizer, [ids] = encoded(folder, ["a!"])
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "!", "</s>"]
 
 
@@ -204,7 +204,7 @@ def test_a_tokenizer_in_python_splits_special_tokens_too_or_is_refused(tmp_path,
 def test_a_hugging_face_folder_tokenises_and_ends_each_document_once(tmp_path, bos):
     folder = write_tokenizer(tmp_path / "tokenizer", bos=bos)
     settings = config(tmp_path, write_texts(tmp_path / "text", ["one two", "two"]), tokenizer=str(folder))
-    tokenizer = load_tokenizer(settings)
+    tokenizer = load_tokenizer(settings.tokenizer)
     train, held_out = load_corpus(settings)
     start = [bos] if bos else []
     found = {tuple(tokenizer.convert_ids_to_tokens(ids)) for ids in documents_of((train, held_out))}
@@ -222,5 +222,5 @@ def test_a_token_id_above_65535_is_stored_in_four_bytes(tmp_path):
     assert (tokens.dtype, tokens.max()) == (np.uint32, 70_000)
     assert load_corpus(settings)[0].vocabulary == 70_001
     with pytest.raises(ConfigError, match=r"has 70001 tokens, more than the model's .*vocab_size=70000"):
-        check_vocabulary(settings, load_tokenizer(settings), 70_000)
-    check_vocabulary(settings, load_tokenizer(settings), 70_001)
+        check_vocabulary(settings.tokenizer, load_tokenizer(settings.tokenizer), 70_000)
+    check_vocabulary(settings.tokenizer, load_tokenizer(settings.tokenizer), 70_001)

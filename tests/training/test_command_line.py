@@ -337,17 +337,13 @@ def test_paths_that_lead_nowhere_are_refused_whatever_their_length(tmp_path):
         )
     for nowhere in ("/nothing", "a" * 300):
         assert f"data.path={nowhere} does not exist" in refusal(lambda x=nowhere: find_files(DataConfig(path=x)))
-        data = DataConfig(path="x", tokenizer=nowhere)
-        assert f"data.tokenizer={nowhere} is neither bytes nor a folder" in refusal(
-            lambda data=data: load_tokenizer(data)
-        )
+        assert f"data.tokenizer={nowhere} is neither bytes nor a folder" in refusal(lambda x=nowhere: load_tokenizer(x))
     hub = "org/Name-1.5"
-    for load in (lambda: read_config(ModelConfig(path=hub)), lambda: load_tokenizer(DataConfig("x", tokenizer=hub))):
+    for load in (lambda: read_config(ModelConfig(path=hub)), lambda: load_tokenizer(hub)):
         assert refusal(load).endswith(
             f"; nothing is downloaded: `hf download {hub} --local-dir FOLDER` fetches a model of the hub"
         )
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "this is an adapter of peft: merge it" in refusal(lambda: read_config(ModelConfig(path=str(tmp_path))))
     (tmp_path / "tokenizer.json").write_text("{")
-    data = DataConfig(path="x", tokenizer=str(tmp_path))
-    assert f"data.tokenizer={tmp_path} holds no loadable tokenizer" in refusal(lambda: load_tokenizer(data))
+    assert f"data.tokenizer={tmp_path} holds no loadable tokenizer" in refusal(lambda: load_tokenizer(str(tmp_path)))
