@@ -1,11 +1,11 @@
-"""What a call of a transformers model would get wrong on shards, found on the call stack of its first layer.
+"""Calls of a transformers model that would be wrong on shards, found on the call stack of its first layer.
 
-A layer knows neither the model that it belongs to nor what that model was asked for, and transformers passes on
-neither. But the frames of their `forward` are on the stack while the layer runs:
+A layer knows neither its model nor the arguments of the model's call, and transformers does not pass them on. But the
+frames of their `forward` methods are on the stack while the layer runs:
 
     Trainer.compute_loss > LlamaForSequenceClassification.forward > LlamaModel.forward > ... > attention
 
-Only frames that take a model's inputs are looked at, and only arguments that are checked are read from them.
+Only frames that take a model's inputs are inspected, and only the arguments that are checked are read.
 """
 
 from __future__ import annotations

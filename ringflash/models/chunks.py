@@ -1,7 +1,7 @@
-"""Llama 4's chunks and scales, counted within each document: transformers counts both from a call's first token.
+"""Llama 4's chunks and query scales, counted within each document; transformers counts both from a call's first token.
 
-Layers of chunked attention see their chunk of a document alone, an interval of keys (`AttentionPlan.in_chunks`). The
-others scale their queries by position, and have no rotary positions.
+Layers with chunked attention see only their chunk of a document, which is an interval of keys
+(`AttentionPlan.in_chunks`). The other layers scale their queries by position and have no rotary positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ringflash.ring.plan import AttentionPlan
 
 
 def by_layer_type(mask: RingMask, config: PreTrainedConfig) -> RingMask | dict[str, RingMask]:
-    """The mask; by type of layers where some have chunked attention, for which transformers would read it."""
+    """The mask, or a dictionary of it by layer type if some layers are chunked: transformers would read a mask then."""
     return dict.fromkeys(config.layer_types, mask) if has_chunks(config.model_type) else mask
 
 
@@ -31,7 +31,7 @@ def of_layer(plan: AttentionPlan, module: Any) -> AttentionPlan:
 
 
 def scaled_in_document(module: Any, query: Tensor, plan: AttentionPlan) -> Tensor:
-    """query [rows, Hq, n, D] scaled by places in documents, as a Llama 4 layer has scaled it by places in a call."""
+    """query [rows, Hq, n, D], which a Llama 4 layer scaled by positions in the call, scaled by those in documents."""
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
     rows, _, n, _ = query.shape

@@ -1,18 +1,18 @@
-"""MLPs as one function with a backward of its own, so that nothing of tokens x intermediate size outlives its use.
+"""MLPs as a single function with its own backward, so that no tensor of tokens x intermediate size is kept.
 
     h_i = x W_i^T + b_i        one or two: up, or gate and up
     a   = combine(act, h_i)    act(up), or act(gate) * up
     y   = a D^T + d
 
-A product with an adapter of LoRA has scale (x A^T) B^T added, and its own weight is frozen.
+With a LoRA adapter, a product also adds scale (x A^T) B^T, and its own weight is frozen.
 
-Only x is kept, and the backward computes h and a again, one tile of tokens at a time. A checkpointed layer computes
-them once for its backward in any case. For that, x is kept before y is computed: torch's checkpoint ends its
-recomputation as soon as it has what was kept, so y, the layer's last product, is not computed again. Where layers
-are not checkpointed, h is kept, and a computed again from it.
+In a checkpointed layer, only x is kept, and the backward recomputes h and a one tile of tokens at a time, which
+checkpointing does once in any case. x is saved before y is computed: torch's checkpoint stops recomputing as soon as it
+has all saved tensors, so y, the layer's last product, is not recomputed. In layers that are not checkpointed, h is kept
+and a is recomputed from it.
 
-The gradients of the weights are summed over tiles in fp32 and rounded once, and DeepSpeed sees each of them once.
-An MLP uses its weights itself here, so for ZeRO 3 it must be a leaf module (`whole_mlps` lists them).
+Weight gradients are summed over tiles in fp32 and rounded once, and DeepSpeed sees each of them once. The MLP uses the
+weights of its linear layers directly, so for ZeRO 3 it must be a leaf module (`whole_mlps` lists them).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ringflash.models.lora import Parts, parts_of
 from ringflash.models.sources import digest
 
 TENSORS = 4  # of a product's `Parts`: W, bias, A and B; what an MLP lacks is None
-ELEMENTS = 2**27  # of h in a tile, unless it is given: 256 MiB in bf16, and enough for products at full speed
+ELEMENTS = 2**27  # elements of h per tile by default: 256 MiB in bf16, and enough for matrix products at full speed
 
 
 def _plain(act: Callable[[Tensor], Tensor], up: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def _halves(act: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
 
 
 class Form(NamedTuple):
-    """The names of an MLP's parts, and what is between its products."""
+    """The names of an MLP's parts, and the function between its products."""
 
     inputs: tuple[str, ...]
     output: str
@@ -87,7 +87,7 @@ def _products(module: nn.Module, form: Form) -> list[Parts] | None:
 
 
 def tile_for(width: int) -> int:
-    """Tokens of a tile, a multiple of 128, where h has `width` columns.
+    """Tokens per tile, a multiple of 128, if h has `width` columns.
 
     >>> tile_for(3072), tile_for(14336)
     (43648, 9344)
@@ -96,13 +96,13 @@ def tile_for(width: int) -> int:
 
 
 def tiles_of(model: nn.Module, tile: int | None = None) -> set[int]:
-    """The tiles, in tokens, of a model's MLPs whose form is known; tile: that of all, None: by their widths."""
+    """The tile sizes, in tokens, of a model's MLPs of known form. tile: the same for all; None: by their widths."""
     known = ((module, form) for module in model.modules() if (form := form_of(module)) is not None)
     return {tile or tile_for(_width(module, form)) for module, form in known}
 
 
 def tile_mlps(model: nn.Module, tile: int | None = None) -> None:
-    """Let the MLPs of a model whose form is known keep their input alone. tile: tokens at once; None: by their widths.
+    """Make a model's MLPs of known form keep only their input. tile: tokens at once; None: by their widths.
 
     The others, such as experts, stay as they are.
     """
@@ -112,7 +112,7 @@ def tile_mlps(model: nn.Module, tile: int | None = None) -> None:
 
 
 def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
-    """Compute an MLP of a known form by this file. kernel: see `_Mlp`; tile: tokens at once, None: h is kept."""
+    """Compute an MLP of known form with this file. kernel: see `_Mlp`. tile: tokens at once; None: keep h."""
     form = form_of(module)
     assert form is not None
     module.fused_activation = kernel
@@ -122,12 +122,12 @@ def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
 
 
 def whole_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLPs that are computed by this file: they use the weights of their linear layers without calling these."""
+    """The MLPs that this file computes, which use the weights of their linear layers without calling these."""
     return [module for module in model.modules() if getattr(vars(module).get("forward"), "func", None) is _forward]
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in fp32, where a and b may be of 16 bits."""
+    """total += a @ b in fp32; a and b may have 16 bits."""
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
@@ -180,11 +180,11 @@ class _Mlp:
         return (slice(begin, begin + tile) for begin in range(0, tokens, max(1, tile)))
 
     def hidden(self, x: Tensor, weights: Sequence[Any]) -> list[Tensor]:
-        """h_i."""
+        """The tensors h_i."""
         return [_product(x, parts) for parts in self.parts(weights)[:-1]]
 
     def activated(self, hidden: list[Tensor], overwrite: bool) -> Tensor:
-        """a; overwrite: h may be lost."""
+        """a. overwrite: whether h may be overwritten."""
         if self.kernel is None:
             return self.combine(self.act, *hidden)
         from ringflash.fused.gated import gated
@@ -193,7 +193,7 @@ class _Mlp:
         return gated(gate, up, self.kernel, out=gate if overwrite else None)
 
     def activation_backward(self, hidden: list[Tensor], da: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """a again, and the gradients of h; a kernel writes them over da and h."""
+        """a, recomputed, and the gradients of h. A kernel overwrites da and h with them."""
         if self.kernel is not None:
             from ringflash.fused.gated import gated_backward_
 
@@ -208,7 +208,7 @@ class _Mlp:
     def gradients(
         self, x: Tensor, dy: Tensor, weights: Sequence[Any], needed: Sequence[bool], kept: list[Tensor] | None = None
     ) -> list[Tensor | None]:
-        """The gradients of x and of the weights; needed: which of the latter. kept: h, else it is computed again."""
+        """The gradients of x and of the weights. needed: which weights need one. kept: h, if it is not recomputed."""
         dx = torch.empty_like(x)
         sums = _Sums(weights, needed, len(x) > (self.tile or len(x)))
         for here in self.tiles(len(x)):
@@ -241,7 +241,7 @@ def _product_backward(dy: Tensor, parts: Parts, out: Tensor | None = None, add: 
 
 
 class _Sums:
-    """Gradients of weights, biases and adapters, over tiles. in_fp32: there are several tiles."""
+    """Sums gradients of weights, biases and adapters over tiles. in_fp32: whether there are several tiles."""
 
     def __init__(self, weights: Sequence[Any], needed: Sequence[bool], in_fp32: bool) -> None:
         self.weights, self.needed, self.in_fp32 = weights, needed, in_fp32
@@ -277,7 +277,7 @@ class _Sums:
 
 
 class _Tiled(torch.autograd.Function):
-    """Keeps x and has the backward; returns a tensor of y's shape without memory, through which y's gradient comes."""
+    """Saves x and has the backward. Returns a tensor of y's shape without memory, which receives y's gradient."""
 
     @staticmethod
     def forward(ctx, mlp: _Mlp, x: Tensor, *weights: Tensor | None) -> Tensor:
@@ -293,7 +293,7 @@ class _Tiled(torch.autograd.Function):
 
 
 class _Computed(torch.autograd.Function):
-    """y; its gradient is handed on."""
+    """Computes y; its gradient is passed on to `_Tiled`."""
 
     @staticmethod
     def forward(ctx, mlp: _Mlp, handle: Tensor, x: Tensor, weights: list[Any]) -> Tensor:
@@ -310,7 +310,7 @@ class _Computed(torch.autograd.Function):
 
 
 class _Kept(torch.autograd.Function):
-    """y, all tokens at once; h is kept."""
+    """Computes y from all tokens at once, and saves h."""
 
     @staticmethod
     def forward(ctx, mlp: _Mlp, x: Tensor, *weights: Tensor | None) -> Tensor:
