@@ -169,7 +169,10 @@ def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
     if not os.path.isfile(file):  # pathlib raises for a name that is too long
         hint = hub_hint(path)
         if os.path.isfile(file.with_name("adapter_config.json")):
-            hint = ", and this is an adapter of peft: merge it into its model (merge_and_unload, save_pretrained)"
+            hint = (
+                f", and this is an adapter of peft: merge it into its model (merge_and_unload, save_pretrained), or "
+                f"train it further by model.lora.path={path}"
+            )
         raise ConfigError(f"model.path={path} holds no config.json: it must be a Hugging Face model folder{hint}")
     try:
         settings = json.loads(file.read_text())

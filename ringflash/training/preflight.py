@@ -73,7 +73,7 @@ def check_inputs(
     if model is not None and config.memory.mlp_tile is not None and not tiles_of(model):
         raise ConfigError(
             f"memory.mlp_tile={config.memory.mlp_tile}: no MLP of model_type={model_config.model_type} has a form that "
-            f"can be tiled, as experts have none; memory.mlp_tile=null leaves them as they are"
+            f"can be tiled (experts and adapters with dropout have none); memory.mlp_tile=null leaves them as they are"
         )
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.data.tokenizer, tokenizer, model_config.vocab_size)

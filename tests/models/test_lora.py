@@ -52,6 +52,22 @@ def test_layers_that_are_not_called_get_none():
         with_adapters(replace(RANK, targets=["correction_coefs"]), "gemma3n_text")
 
 
+def test_a_model_that_peft_wraps_has_its_loss_and_gradients_on_a_ring():
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tokens, lengths = torch.arange(3, 43)[None], [15, 25]
+
+    def results(loss):
+        model.zero_grad()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in adapters(model).values())]
+
+    found = results(model(**ring_inputs(tokens, tokens, ring=Loopback(2), documents=lengths)).loss)
+    model.set_attn_implementation("eager")
+    losses = [model(input_ids=x, labels=x).loss * (x.shape[1] - 1) for x in tokens.split(lengths, 1)]
+    expected = results(sum(losses) / (40 - 2))
+    assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in zip(found, expected, strict=True))
+
+
 def test_a_recomputed_layer_drops_what_its_forward_dropped():
     def gradients(recompute):
         model = with_adapters(replace(RANK, dropout=0.3)).train()
@@ -140,6 +156,14 @@ def test_a_model_with_experts_can_have_adapters_on_its_attention():
 def test_settings_without_meaning_are_refused(settings, message):
     with pytest.raises(ConfigError, match=rf"^model\.lora\.{message}"):
         LoraConfig(**settings)
+
+
+def test_peft_is_asked_for_where_it_is_missing(monkeypatch):
+    LoraConfig()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    LoraConfig()
+    with pytest.raises(ConfigError, match=r"^model\.lora needs the package peft, which is not installed here"):
+        LoraConfig(rank=2)
 
 
 def test_random_weights_are_not_adapted():

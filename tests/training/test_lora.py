@@ -1,6 +1,7 @@
 """A run with LoRA trains the adapters that plain peft trains on transformers' eager attention, and them alone."""
 
 import json
+import re
 import shutil
 
 import peft
@@ -11,9 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash.data import batch, load_corpus
+from ringflash.errors import ConfigError
 from ringflash.models.lora import WEIGHTS
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
+from ringflash.training.preflight import check_inputs
 from tests.models.cases import TINY
 from tests.training.runs import fitted, settings
 
@@ -86,7 +89,11 @@ def plain(config, base, **lora):
 )  # fmt: skip
 def test_adapters_are_those_of_plain_peft(ranks, text, base, size, others, lora):
     run = lora_run(text, base, *others)
-    assert ranks.run(fitted, size, run)[0][0] is None
+    error, printed = ranks.run(fitted, size, run)[0]
+    assert error is None
+    assert re.search(
+        r"^adapters +[\d,]+ parameters, which alone are trained: LoRA of rank 4, alpha [38] on ", printed, re.M
+    )
     folder = text.parent / "runs" / "run"
     figures, model = plain(compose(run)[0], base, r=4, **lora)
 
@@ -136,3 +143,14 @@ def test_a_resumed_run_has_the_same_adapters_and_dropout_bit_for_bit(ranks, text
     assert all(".lora_" in name for state in states for name in state["module"])
     assert states
     assert not any(state["frozen_param_fragments"] for state in states)
+
+
+def test_targets_are_checked_before_the_run(text, base):
+    config, _ = compose(lora_run(text, base, "model.lora.targets=[q_proj,query]"))
+    with pytest.raises(ConfigError, match=r"^model\.lora\.targets: query is not one of this model's linear layers"):
+        check_inputs(config)
+    config, _ = compose(lora_run(text, base, "model.lora.dropout=0.1", "memory.recompute=true", "memory.mlp_tile=8"))
+    with pytest.raises(
+        ConfigError, match=r"^memory\.mlp_tile=8: no MLP of model_type=qwen3 has a form that can be tiled"
+    ):
+        check_inputs(config)
