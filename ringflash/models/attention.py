@@ -24,7 +24,7 @@ from ringflash.models.router_loss import share_router_loss
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
 
-# What transformers passes to every attention function and what does not change attention.
+# Keywords that transformers passes to every attention function, and that do not change attention.
 _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "position_ids", "return_dict", "shift_labels", "tokenizer", "use_cache",
@@ -58,7 +58,7 @@ def ring_attention_forward(
 
     s_aux is transformers' name for attention sinks, [Hq].
 
-    Raises ValueError naming what it does not support, or `plan` where it is missing.
+    Raises ValueError naming an argument that is not supported, or `plan` if it is missing.
     """
     note = take_note()
     _check_layer(module, attention_mask, dropout, unknown)
@@ -98,7 +98,7 @@ def _cached(
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """A layer's attention over its cache, which was updated for it."""
+    """A layer's attention over its cache, which has just been updated for it."""
     if (here := getattr(module, "layer_idx", layer_idx)) != layer_idx:
         raise ValueError(f"layer {here} attends after the cache of layer {layer_idx} was updated: not supported")
     if isinstance(mask, RingMask) and mask.other:
@@ -109,7 +109,7 @@ def _cached(
 
 
 def _by_token(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """[B, S, H, D] of [B, H, S, D], in one dtype."""
+    """The tensors as [B, S, H, D] instead of [B, H, S, D], in one dtype."""
     tensors = [x.transpose(1, 2) for x in (query, key, value)]
     kind = query.device.type
     if torch.is_autocast_enabled(kind) and len({x.dtype for x in tensors}) > 1:  # RoPE gives fp32
@@ -118,7 +118,7 @@ def _by_token(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dropout: float, unknown: dict) -> None:
-    """Refuse layers, and keywords of their calls, whose results would be wrong on shards."""
+    """Raise ValueError for layers, and keywords of their calls, whose results would be wrong on shards."""
     config = getattr(module, "config", None)
     if config is not None and (reason := refusal(config)) is not None:
         raise ValueError(f"config.{reason}")
@@ -142,7 +142,7 @@ def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dr
 def _check_forward(
     module: nn.Module, attention_mask: Tensor | RingMask | None, plan: AttentionPlan, unknown: dict[str, Any]
 ) -> None:
-    """What the first layer of a forward checks for all: the call of its model, the plan's length, and positions."""
+    """The checks of a whole forward, in its first layer: the call of the model, the plan's length, the positions."""
     share_router_loss(module)
     mask = attention_mask if isinstance(attention_mask, RingMask) else None
     call = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
@@ -155,7 +155,7 @@ def _check_forward(
 
 
 def _window(mask: Tensor | RingMask | None, asked: int | None) -> int | None:
-    """A layer's sliding window: its mask's, which is all that eager attention reads. asked: the layer's keyword."""
+    """A layer's sliding window: that of its mask, which is all that eager attention reads. asked: the keyword's."""
     if not isinstance(mask, RingMask) or asked == mask.window:
         return asked
     if asked is not None:
@@ -167,10 +167,10 @@ def _window(mask: Tensor | RingMask | None, asked: int | None) -> int | None:
 
 
 def _check_positions(position_ids: Tensor, plan: AttentionPlan, of_document_alone: bool) -> None:
-    """Refuse positions that are neither the sequence's nor a document's own.
+    """Raise ValueError for positions that count neither within the sequence nor within documents.
 
-    transformers' default is one of these: it counts from 0 on every shard. On a GPU the device compares and stops the
-    program; the host does not wait.
+    transformers' default is such a case: it counts from 0 on every shard. On a GPU, the device compares and aborts the
+    program, so that the host does not wait.
     """
     message = "position_ids must count from the beginning of each document (plan.position_ids)" + (
         ", by which this model scales queries or keys" if of_document_alone else " or of the sequence"
@@ -203,10 +203,10 @@ def _ring_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> RingMask:
-    """The mask that transformers gives to layers: that of ring_inputs, so that a layer off the ring refuses it.
+    """The mask that transformers passes to layers: that of ring_inputs, which raises in layers off the ring.
 
-    transformers builds none. One that hides tokens is refused, since ring attention would ignore it. local_size: the
-    layers' window.
+    transformers does not build a mask. One that hides tokens is refused, since ring attention would ignore it.
+    local_size: the layers' window.
     """
     if config is not None and (reason := refusal(config)) is not None:
         raise ValueError(f"config.{reason}")
@@ -233,9 +233,10 @@ def _ring_mask(
 
 
 def _only_windowed(mask_function: Callable, window: int | None) -> bool:
-    """Whether a mask of transformers is causal, and limited by nothing but a window of `window` tokens.
+    """Whether a mask function of transformers is causal, and limited only by a window of `window` tokens.
 
-    A chunk of `window` tokens hides the first from the last of these; what sees later tokens sees the next.
+    Three (query, key) pairs tell: a window hides key 0 from query `window`, but not key 1; a chunk of `window` tokens
+    hides both; a mask that is not causal shows key 1 to query 0.
     """
     if window is None or not 0 < window < 2**31:
         return mask_function is causal_mask_function or window is not None
@@ -245,7 +246,7 @@ def _only_windowed(mask_function: Callable, window: int | None) -> bool:
 
 
 def _refuse_architecture(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> NoReturn:
-    """Stands for a layer's class in the tables of models that choose it by the name of the attention."""
+    """Replaces a layer's class in tables that models look up by the name of the attention. Raises ValueError."""
     raise ValueError(f"config.{refusal(config)}")
 
 
