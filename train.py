@@ -7,6 +7,7 @@
 
     python train.py --help                  # every setting, with its type, default and meaning
     python train.py --print optim.lr=1e-4   # check the settings, and show what they resolve to
+    WORLD_SIZE=64 LOCAL_WORLD_SIZE=8 python train.py --print ...    # on 64 GPUs, 8 per machine: grid, step, memory
 
 Settings are key=value, such as optim.lr=1e-4, or group=option, such as model=qwen3-0.5b. A value is taken as typed and
 needs no quotes except the shell's.
@@ -50,13 +51,14 @@ def main() -> None:
         from ringflash.training import stop
         from ringflash.training.agreement import disagreements
         from ringflash.training.loop import fit
-        from ringflash.training.preflight import check_inputs
+        from ringflash.training.preflight import check_inputs, planned
 
         config, resolved = compose([argument for argument in arguments if argument not in options])
         if "--print" in options:
             inputs = check_inputs(config, torch.device("cuda") if torch.cuda.is_available() else None)
             print(resolved.rstrip())
-            for line in disagreements(config, *inputs):
+            plan = planned(config, inputs[0]) if "WORLD_SIZE" in os.environ else []
+            for line in plan + disagreements(config, *inputs):
                 print(line, file=sys.stderr)
             return
         stop.listen()

@@ -20,13 +20,10 @@ from ringflash.models import (
     AttentionConfig,
     FusedConfig,
     Keep,
-    calls_per_layer,
     checkpoint_layers,
     experts_of,
     fuse_layers,
     host_store,
-    input_widths,
-    kinds_of_layers,
     logit_scale,
     router_loss,
     tile_mlps,
@@ -35,6 +32,7 @@ from ringflash.models import (
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES, place_refusal
 from ringflash.models.lora import adapted
 from ringflash.training import one_rank
+from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead
 from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
 from ringflash.training.positions import ByPosition
@@ -42,7 +40,6 @@ from ringflash.training.sharded import start_deepspeed
 from ringflash.training.world import World
 
 OPTIMIZER_STATES = ("fp32", "bf16", "host")
-REDUCE_BUCKET = 10**8  # gradients that ZeRO reduces at once, in a buffer of its own; by default that takes a GiB or two
 
 
 @dataclass(frozen=True)
@@ -143,14 +140,7 @@ class TrainedModel(nn.Module):
         store, config = host_store(self.model), self.model.config
         if store is None:
             return
-        width = self.model.dtype.itemsize
-        of_input = [tokens * x * width for x in input_widths(config)]
-        sizes: list[int] = []
-        for layer, kind in enumerate(kinds_of_layers(config)):
-            keep, heads = self.memory.keep.at(layer), kind.heads
-            of_result = [tokens * heads.query * heads.value_dim * width, tokens * heads.query * 4]
-            sizes += of_input * (keep.inputs == "host")
-            sizes += of_result * calls_per_layer(config) * (keep.attention == "host")
+        sizes = kept_sizes(config, self.memory.keep, tokens, self.model.dtype.itemsize, "host")
         total, shown = sum(sizes) / 2**30, 0.0
         log(f"host       {total:.1f} GiB of memory to be pinned for what layers keep")
 

@@ -8,6 +8,8 @@ is too short, and a run folder that cannot be used or resumed.
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,12 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ringflash.data import DataConfig, check_vocabulary, load_tokenizer, python_stdlib
 from ringflash.data.mixture import check_sources
 from ringflash.errors import ConfigError
+from ringflash.layout import Layout
 from ringflash.models import attention_kernels, check_length, read_config, tiles_of
 from ringflash.models.configuration import DTYPES, ModelConfig
 from ringflash.models.lora import add_lora, description
 from ringflash.training.agreement import disagreements
 from ringflash.training.config import Config
 from ringflash.training.engine import MemoryConfig
+from ringflash.training.estimate import Estimate, estimate
 from ringflash.training.loss import tile_for
 from ringflash.training.parallel import resolve_parallel
 from ringflash.training.world import is_rank_0, local_device, local_world_size, world_size
@@ -37,15 +41,42 @@ class Job(NamedTuple):
 
 def check(config: Config) -> Job:
     """Raise ConfigError, on every rank alike, for what cannot run on these ranks; else rank 0 logs what will run."""
-    device, ranks, length = local_device(), world_size(), config.data.sequence_length
+    device, ranks = local_device(), world_size()
     model_config, tokenizer = check_inputs(config, device)
-    parallel, reason = resolve_parallel(config.parallel, model_config, length, ranks, local_world_size())
-    config = dataclasses.replace(config, parallel=parallel)
-    check_ranks(config, ranks)
+    config, reason = _on_ranks(config, model_config, ranks)
     if is_rank_0():
         notes = disagreements(config, model_config, tokenizer)
         print(*_summary(config, model_config, ranks, device), *notes, *filter(None, [reason]), sep="\n", flush=True)
     return Job(config, model_config, tokenizer)
+
+
+def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
+    """What `train.py --print` adds for WORLD_SIZE ranks: their grid, a step, the memory.
+
+    They are taken for GPUs, on which model.dtype=auto is bf16. Raises ConfigError for what cannot run on them.
+    """
+    ranks = world_size()
+    if config.model.dtype == "auto":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bf16"))
+    notes = []
+    if config.parallel.ulysses is None and not torch.cuda.is_available():
+        config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ulysses=1))
+        notes = ["parallel   parallel.ulysses=null takes the speed of the GPUs into account; here it is taken for 1"]
+    config, reason = _on_ranks(config, model_config, ranks)
+    lines = [_grid(config, ranks), _step(config, ranks)]
+    if not config.model.lora.on:  # whose states are few
+        parameters = sum(p.numel() for p in _without_memory(config.model, model_config).parameters())
+        lines.append(f"estimate   {_estimate(config, model_config, parameters, ranks)}")
+    return [*lines, *notes, *filter(None, [reason])]
+
+
+def _on_ranks(config: Config, model_config: PreTrainedConfig, ranks: int) -> tuple[Config, str | None]:
+    """The configuration with its grid, and the reason of that; ConfigError for one that cannot run."""
+    length = config.data.sequence_length
+    parallel, reason = resolve_parallel(config.parallel, model_config, length, ranks, local_world_size())
+    config = dataclasses.replace(config, parallel=parallel)
+    check_ranks(config, ranks)
+    return config, reason
 
 
 def check_inputs(
@@ -128,27 +159,63 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     model = _without_memory(config.model, model_config)
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     adapters = [f"adapters   {description(model)}"] if config.model.lora.on else []
-    optim, memory, parallel = config.optim, config.memory, config.parallel
+    memory = config.memory
     tile = memory.loss_tile or tile_for(model_config.vocab_size)
-    length = f"{optim.steps} steps" if optim.epochs is None else f"{optim.epochs:g} epochs"
-    ring, ulysses = parallel.ring_size(ranks), parallel.ulysses or 1
-    replicas = ranks // (ring * ulysses)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
     kernels = " and ".join(attention_kernels(config.model, config.attention, model_config, device))
+    found = None if config.model.lora.on else _estimate(config, model_config, parameters, ranks)
     kinds = {"fp32": "", "bf16": ", bf16 optimizer states", "host": ", fp32 optimizer states on the host"}
     states = kinds[memory.optimizer_states]
     return [
         f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}",
         *adapters,
         f"data       {_text(config.data)}, tokenizer {config.data.tokenizer}",
-        f"ranks      {ranks} x {where}: replicas {replicas} x ring {ring} x ulysses {ulysses}, "
-        f"layout {parallel.layout}; attention kernel {kernels}",
-        f"step       {optim.batch} x {config.data.sequence_length:,} = "
-        f"{optim.batch * config.data.sequence_length:,} tokens in {optim.accumulation(replicas)} x {optim.micro_batch} "
-        f"sequences per replica; {length}",
+        f"{_grid(config, ranks, where)}; attention kernel {kernels}",
+        _step(config, ranks),
         f"memory     ZeRO {memory.zero}{states}, {_kept(memory)}{_mlp_tiles(memory, model)}, loss tiles of "
         f"{min(tile, config.data.sequence_length):,} tokens",
+        *([f"estimate   {found}"] if found is not None and device.type == "cuda" else []),
+        *(_disk(config, found.checkpoint) if found is not None else []),
+    ]
+
+
+def _grid(config: Config, ranks: int, where: str = "GPU") -> str:
+    parallel = config.parallel
+    ring, ulysses = parallel.ring_size(ranks), parallel.ulysses or 1
+    grid = f"replicas {ranks // (ring * ulysses)} x ring {ring} x ulysses {ulysses}"
+    return f"ranks      {ranks} x {where}: {grid}, layout {parallel.layout}"
+
+
+def _step(config: Config, ranks: int) -> str:
+    optim, length, parallel = config.optim, config.data.sequence_length, config.parallel
+    replicas = ranks // (parallel.ring_size(ranks) * (parallel.ulysses or 1))
+    duration = f"{optim.steps} steps" if optim.epochs is None else f"{optim.epochs:g} epochs"
+    return (
+        f"step       {optim.batch} x {length:,} = {optim.batch * length:,} tokens in {optim.accumulation(replicas)} x "
+        f"{optim.micro_batch} sequences per replica; {duration}"
+    )
+
+
+def _estimate(config: Config, model_config: PreTrainedConfig, parameters: int, ranks: int) -> Estimate:
+    ring, ulysses = config.parallel.ring_size(ranks), config.parallel.ulysses or 1
+    shard = Layout.zigzag(config.data.sequence_length, ring, ulysses).shard_length // ulysses
+    return estimate(
+        model_config, parameters, config.memory, bf16=DTYPES[config.model.dtype] == torch.bfloat16,
+        tokens=config.optim.micro_batch * shard, ranks=ranks, ring=ring,
+    )  # fmt: skip
+
+
+def _disk(config: Config, checkpoint: float) -> list[str]:
+    """A line where the disk has no room for the checkpoints, of `checkpoint` bytes each."""
+    output_dir = Path(config.output_dir)
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.is_dir())
+    number, free = config.checkpoint.keep + 1, shutil.disk_usage(there).free
+    if number * checkpoint <= free:
+        return []
+    return [
+        f"disk       checkpoint.keep={number - 1} needs room for {number} checkpoints, while one is written: "
+        f"{number * checkpoint / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free in output_dir={output_dir}"
     ]
 
 

@@ -1,0 +1,81 @@
+"""The memory that is estimated before a run is what was measured on GPUs, and what a checkpoint takes."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ringflash.models import read_config
+from ringflash.training import preflight
+from ringflash.training.config import compose
+from ringflash.training.engine import MemoryConfig
+from ringflash.training.estimate import estimate, per_parameter
+from tests.training.engines import build
+from tests.training.test_checkpoint import write_three
+
+GIB = 2**30
+PARAMETERS = {1024: 596_049_920, 4096: 8_030_261_248}  # of Qwen3-0.6B and Llama-3-8B, by hidden size
+# Settings, tokens, GiB at the peak on one H200: docs/long-context.md
+MEASURED = {
+    "recompute": (["model=qwen3-0.6b", "memory=recompute"], 131072, 37.7),
+    "short": (["model=qwen3-0.6b", "memory=recompute"], 32768, 17.2),
+    "host": (["model=qwen3-0.6b", "memory=host"], 262144, 24.8),
+    "bf16-states": (["model=qwen3-0.6b", "memory=host", "memory.optimizer_states=bf16"], 131072, 11.5),
+    "1m": (["experiment=1m"], 1048576, 111.3),
+    "8b-host-states": (
+        ["model=llama3-8b", "memory=recompute", "memory.optimizer_states=host", "data.tokenizer=bytes"], 131072, 89.1,
+    ),
+    "8b-400k": (["experiment=llama3-8b-400k", "data.path=corpus", "data.tokenizer=bytes"], 409600, 114.6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "tokens", "peak"), MEASURED.values(), ids=MEASURED)
+def test_the_estimate_is_within_12_percent_of_what_a_gpu_took(settings, tokens, peak):
+    config, _ = compose(settings)
+    model_config = read_config(config.model)
+    parameters = PARAMETERS[model_config.hidden_size]
+    found = estimate(model_config, parameters, config.memory, bf16=True, tokens=tokens, ranks=1, ring=1)
+    assert found.gpu / GIB == pytest.approx(peak, rel=0.12)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_checkpoint_takes_what_is_estimated(ranks, tmp_path, zero):
+    ranks.run(write_three, 1, tmp_path, zero, 1)
+    size = sum(file.stat().st_size for file in (tmp_path / "step-00000003" / "state").iterdir())
+    parameters = sum(p.numel() for p in build("llama").parameters())
+    config = read_config(compose([])[0].model)
+    found = estimate(config, parameters, MemoryConfig(zero=zero), bf16=False, tokens=1, ranks=1, ring=1)
+    assert size == pytest.approx(found.checkpoint, abs=1.5 * parameters)  # files have heads
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16", "host"])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_more_ranks_hold_less_and_higher_stages_shard_more(zero, states):
+    memory = MemoryConfig(zero=zero, optimizer_states=states)
+    of_ranks = [per_parameter(memory, True, ranks) for ranks in (2, 8, 64)]
+    totals = [found.states + found.gradients for found in of_ranks]
+    assert totals == sorted(totals, reverse=True)
+    if zero == 3:
+        assert totals[0] == pytest.approx(32 * totals[2])
+        assert totals[1] < sum(vars(per_parameter(MemoryConfig(zero=1, optimizer_states=states), True, 8)).values())
+
+
+def test_print_plans_any_number_of_ranks_on_a_machine_without_them(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    settings = ["model=llama3-8b", "memory=long", "data.sequence_length=131072", "parallel.ring=8", "optim.batch=16"]
+    config, _ = compose([*settings, "memory.optimizer_states=bf16", "optim.micro_batch=2"])
+    ranks, step, found = preflight.planned(config, read_config(config.model))
+    assert ranks == "ranks      64 x GPU: replicas 8 x ring 8 x ulysses 1, layout auto"
+    assert step.startswith("step       16 x 131,072 = 2,097,152 tokens in 1 x 2 sequences per replica")
+    assert found.startswith("estimate   ")
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_reported(tmp_path, monkeypatch):
+    config, _ = compose([f"output_dir={tmp_path}/not/yet", "checkpoint.keep=2"])
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * GIB))
+    assert preflight._disk(config, 100 * GIB) == []
+    assert preflight._disk(config, 101 * GIB) == [
+        "disk       checkpoint.keep=2 needs room for 3 checkpoints, while one is written: 303.0 GiB, and 300.0 are "
+        f"free in output_dir={tmp_path}/not/yet"
+    ]
