@@ -149,10 +149,10 @@ class OptimConfig:
 
 
 class Clipped(torch.optim.Optimizer):
-    """An optimizer that clips by the norm of all gradients, and skips a step whose norm is not finite.
+    """An optimizer that clips by the norm of all gradients, and skips steps whose norm is not finite.
 
-    It is for fp32 weights at ZeRO 0, where all ranks have the averaged gradients and DeepSpeed does neither. Its engine
-    reads `overflow` and `_global_grad_norm` after a step, as it does from its own optimizers.
+    It is for fp32 weights at ZeRO 0, where all ranks have the averaged gradients and DeepSpeed does neither. After a
+    step, DeepSpeed's engine reads `overflow` and `_global_grad_norm`, as it does from its own optimizers.
     """
 
     def __init__(self, groups: list[dict], clip: float, **settings: Any) -> None:
@@ -183,13 +183,14 @@ class ClippedSGD(Clipped, torch.optim.SGD):
 
 
 def build_optimizer(
-    model: nn.Module, optim: OptimConfig, fp32_zero0: bool, fused: bool = False, states: str = "fp32"
+    model: nn.Module, optim: OptimConfig, clips: bool, fused: bool = False, states: str = "fp32"
 ) -> torch.optim.Optimizer:
-    """The optimizer for DeepSpeed. fp32_zero0: fp32 weights at ZeRO 0, which DeepSpeed would not clip.
+    """The optimizer for DeepSpeed.
 
-    fused: updates all weights of a group in one kernel. states: memory.optimizer_states.
+    clips: whether it clips gradients itself, as fp32 weights at ZeRO 0 need, where DeepSpeed does not clip. fused:
+    whether one kernel updates all weights of a group. states: memory.optimizer_states.
 
-    Its learning rate is 0 until `train_step` sets that of the step: DeepSpeed makes a step of its own while it starts.
+    The learning rate is 0 until `train_step` sets that of the step, since DeepSpeed takes a step while it starts.
     """
     settings: dict[str, Any] = {"lr": 0.0}
     groups = parameter_groups(model, optim.weight_decay)
@@ -197,28 +198,28 @@ def build_optimizer(
         if states != "fp32":
             raise ConfigError(f"memory.optimizer_states={states} is for optim.optimizer=adamw, not for sgd")
         settings |= {"momentum": optim.beta1, "fused": fused or None}
-        return ClippedSGD(groups, optim.clip, **settings) if fp32_zero0 else torch.optim.SGD(groups, **settings)
+        return ClippedSGD(groups, optim.clip, **settings) if clips else torch.optim.SGD(groups, **settings)
     settings["betas"] = (optim.beta1, optim.beta2)
     if states == "bf16":
         return SplitAdamW(groups, fused, **settings)
     if states == "host":
         return HostAdamW(groups, fused, optim.clip, **settings)
     settings["fused"] = fused or None
-    return ClippedAdamW(groups, optim.clip, **settings) if fp32_zero0 else torch.optim.AdamW(groups, **settings)
+    return ClippedAdamW(groups, optim.clip, **settings) if clips else torch.optim.AdamW(groups, **settings)
 
 
 def start_moments(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Let AdamW's bias correction begin at the first step.
+    """Make AdamW's bias correction begin at the first step.
 
-    With bf16 weights at ZeRO 0, DeepSpeed makes a step of zero gradients while it starts, which AdamW would count.
+    With bf16 weights at ZeRO 0, DeepSpeed takes a step with zero gradients while it starts, which AdamW would count.
     """
     engine.basic_optimizer.state.clear()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices, which decay, and norms and biases, which do not; without any that would be empty.
+    """Parameter groups without empty ones: matrices, which decay, and norms and biases, which do not.
 
-    Biases of experts are two-dimensional, [experts, features], so the name decides as well as the shape.
+    Biases of experts are two-dimensional, [experts, features], so the name counts as well as the shape.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decays = {name: len(shape_of(p)) > 1 and not name.endswith("bias") for name, p in named}

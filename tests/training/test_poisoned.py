@@ -42,7 +42,7 @@ def step(ranks: int) -> dict[str, Tensor]:
     assert fuse_layers(model, FusedConfig(), torch.device("cpu")) == ["norm", "rotary", "mlp"]
     memory = MemoryConfig(zero=0, recompute=True, mlp_tile=15, loss_tile=8)
     trained = TrainedModel(model, memory, AttentionConfig(kernel="blocked"), fused_loss=True)
-    optimizer = build_optimizer(trained, OptimConfig(), fp32_zero0=True)
+    optimizer = build_optimizer(trained, OptimConfig(), clips=True)
     ids = torch.randint(1, 97, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     loss = trained(**ring_inputs(ids, ids, ring=Loopback(ranks), documents=DOCUMENTS))
     loss.backward()
