@@ -98,7 +98,6 @@ def test_the_loop_of_docs_integrations_trains_on_two_ranks_as_a_plain_loop_on_on
 
 
 def test_the_trainer_of_docs_integrations_gives_the_losses_of_one_rank_on_two(tmp_path):
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     code = example("# Save as trainer.py", INTEGRATIONS)
     found = [re.findall(r"'(?:loss|grad_norm)': '[\d.]+'", on_ranks(tmp_path, code, ranks)) for ranks in (1, 2)]
     assert len(found[0]) == 6

@@ -131,17 +131,12 @@ def parts_of(layer: Any) -> Parts | None:
     """The parts of a linear layer; None for a layer of another kind, and for an adapter with dropout or out of use."""
     if type(layer) is nn.Linear:
         return Parts(layer.weight, layer.bias)
-    names = getattr(layer, "active_adapters", [])
-    if len(names) != 1 or not hasattr(layer, "lora_A") or type(layer.base_layer) is not nn.Linear:
+    names = [name for name in getattr(layer, "active_adapters", []) if name in getattr(layer, "lora_A", {})]
+    if len(names) != 1 or type(layer.base_layer) is not nn.Linear:
         return None
     a, b, dropout = (part[names[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    if (
-        layer.merged
-        or layer.disable_adapters
-        or layer.lora_variant
-        or b.bias is not None
-        or type(dropout) is nn.Dropout
-    ):
+    in_use = not layer.merged and not layer.disable_adapters
+    if not in_use or layer.lora_variant or b.bias is not None or type(dropout) is nn.Dropout:
         return None
     return Parts(layer.weight, layer.bias, a.weight, b.weight, layer.scaling[names[0]])
 
