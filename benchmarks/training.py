@@ -17,7 +17,9 @@ A thread plans the next batches during a step, as in the trainer.
 Every variant starts from the same weights and sees the same tokens. Its first step, which compiles, has --warm tokens.
 Packed batches have the lengths of files of Python's standard library. MFU counts visible (query, key) pairs, and not
 recomputation. Rows are written as they come: a run with the same --out continues where the last one stopped. A picture
-of all rows is drawn beside them.
+of all rows is drawn beside them. waits: seconds of a step in which exchanges between ranks were not hidden;
+attention: seconds of a step's attention as the trainer predicts them to choose a layout. The exit code is 1 where a
+variant failed.
 """
 
 from __future__ import annotations
@@ -43,26 +45,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import training_peers
 from benchmarks.report import RESULTS, card, write_json
 from ringflash.data import Batch, made_ahead
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, in_one_line
+from ringflash.layout import Layout
 from ringflash.models import build_model, layer_masks
-from ringflash.ring.cost import peak_flops
+from ringflash.ring.cost import Machine, peak_flops, predict
 from ringflash.training.config import Config, compose
 from ringflash.training.engine import build_engine
 from ringflash.training.flops import attention_flops, matmul_parameters, step_flops
 from ringflash.training.meter import memory_gib
 from ringflash.training.parallel import layout_chooser
 from ringflash.training.step import MicroBatch, prepare, train_step
-from ringflash.training.world import World, join
+from ringflash.training.world import World, join, local_world_size
 
 EXPERIMENT = ("experiment=qwen3-0.5b-128k", "parallel.ulysses=1")
 LEFT = 2**28  # bytes that earlier variants may leave: cuBLAS's workspace, 32 MiB, stays
 CPU_TOKENS = 16384  # a longer sequence, of the models underneath, takes hours without a GPU
-HEADER = f"{'variant':<24} {'mask':<7} {'tokens':>8} {'seconds':>8} {'tok/s':>8} {'MFU':>6} {'GiB':>6}  loss of steps"
+HEADER = (
+    f"{'variant':<24} {'mask':<7} {'tokens':>8} {'seconds':>8} {'tok/s':>8} {'MFU':>6} {'GiB':>6} {'waits':>7} "
+    f"{'attention':>9}  loss of steps"
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant's steps on one kind of batch: seconds per step (the median), and the peak of memory."""
+    """One variant's steps on one kind of batch: seconds per step (the median), and the peak of memory.
+
+    exposed_seconds, attention_seconds: a step's waits and its attention as predicted, as `Variant` has them.
+    """
 
     variant: str
     settings: str
@@ -74,13 +83,16 @@ class Row:
     mfu: float | None  # likewise
     memory_gib: float
     losses: list[float]
+    exposed_seconds: float = 0.0
+    attention_seconds: float | None = None
 
     def __str__(self) -> str:
         mfu = "-" if self.mfu is None else f"{self.mfu:.3f}"
         losses = " ".join(f"{x:.5f}" for x in self.losses[:4])
+        attention = "-" if self.attention_seconds is None else f"{self.attention_seconds:.3f}"
         return (
             f"{self.variant:<24} {self.mask:<7} {self.tokens:>8} {self.seconds:>8.3f} {self.tokens_per_second:>8.0f} "
-            f"{mfu:>6} {self.memory_gib:>6.1f}  {losses}"
+            f"{mfu:>6} {self.memory_gib:>6.1f} {self.exposed_seconds:>7.3f} {attention:>9}  {losses}"
         )
 
 
@@ -88,12 +100,16 @@ class Variant(NamedTuple):
     """A model, what a thread makes of a batch before its step, and the step. It reads the loss back, hence is over.
 
     free: called once it is measured, lets its memory go; what is still there would be counted for the next variant.
+    waits: seconds of exchanges, since the last call, that no computation hid, of the rank with most. predicted: seconds
+    of a step's attention, as layouts are chosen by; None where the device's speed is not known.
     """
 
     model: PreTrainedModel
     plan: Callable[[Batch], Any]
     step: Callable[[Any], float]
     free: Callable[[], None] = lambda: None
+    waits: Callable[[], float] = lambda: 0.0
+    predicted: Callable[[Any], float | None] = lambda planned: None
 
 
 # -- batches
@@ -131,11 +147,26 @@ def ringflash(config: Config, world: World, tokens: int) -> Variant:
     with world.device:  # random weights of half a billion parameters take the CPU 20 seconds
         model = build_model(config.model)
     engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
-    engine.module.reserve_host_memory(tokens)
+    ulysses = 1 if world.ulysses is None else world.ulysses.size
+    engine.module.reserve_host_memory(Layout.zigzag(tokens, world.ring.size, ulysses).shard_length // ulysses)
 
     def plan(data: Batch) -> list[MicroBatch]:
-        length = data.tokens.shape[1]
-        return prepare(engine, data, world, layout_chooser(config.parallel, model.config, length, world.ring.size, 1))
+        chooser = (config.parallel, model.config, data.tokens.shape[1], world.ring.size, local_world_size())
+        return prepare(engine, data, world, layout_chooser(*chooser))
+
+    def waits() -> float:
+        seconds = sum(traffic.seconds for traffic in world.watchdog.drain().values())
+        return world.max(torch.tensor(seconds, device=world.device)).item()
+
+    def predicted(planned: list[MicroBatch]) -> float | None:
+        if peak_flops(world.device) is None:
+            return None
+        machine = Machine.of(world.device, config.parallel.intra_node_bandwidth_gb)
+        return sum(
+            number * predict(mask, micro.inputs["plan"].layout, heads.share(ulysses), machine)
+            for micro in planned
+            for mask, heads, number in layer_masks(model.config, micro.inputs["plan"].mask)
+        )
 
     def free() -> None:
         # Through hooks on weights, DeepSpeed's engine refers to itself in ways that Python's collector cannot see.
@@ -144,7 +175,7 @@ def ringflash(config: Config, world: World, tokens: int) -> Variant:
             weight.grad = None
             vars(weight).clear()
 
-    return Variant(model, plan, lambda planned: train_step(engine, planned, world).loss.item(), free)
+    return Variant(model, plan, lambda planned: train_step(engine, planned, world).loss.item(), free, waits, predicted)
 
 
 # -- measuring
@@ -178,7 +209,7 @@ def _rows(
     name: str, settings: Sequence[str], masks: Sequence[str], args: argparse.Namespace, world: World, keep: Callable,
     variant: Variant,
 ) -> None:  # fmt: skip
-    model, plan, step, _ = variant
+    model, plan, step = variant[:3]
     vocabulary, weights = model.config.vocab_size, matmul_parameters(model)
     step(plan(batch("causal", args.warm, vocabulary, 99)))
     for mask in masks:
@@ -189,20 +220,30 @@ def _rows(
             torch.cuda.reset_peak_memory_stats()
         planned = made_ahead(plan, batches)
         ready = next(planned)  # which a thread plans during the step before, if there is one
+        predictions: list[float | None] = []
+        variant.waits()
         for _ in batches:
             begun = time.perf_counter()
+            done = ready
             losses.append(step(ready))
             ready = next(planned, None)
             seconds.append(time.perf_counter() - begun)
+            predictions.append(variant.predicted(done))
         peak = peak_flops(world.device)
         keep(
             Row(
                 name, " ".join([*args.settings, *settings]), mask, args.tokens, statistics.median(seconds), seconds,
                 args.tokens * len(batches) / sum(seconds),
                 None if peak is None else sum(flops) / sum(seconds) / peak / world.size,
-                memory_gib(world.device), losses,
+                memory_gib(world.device), losses, variant.waits() / len(batches),
+                _mean(predictions),
             )
         )  # fmt: skip
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [x for x in values if x is not None]
+    return statistics.mean(known) if known else None
 
 
 def attention(model: PreTrainedModel, data: Batch) -> float:
@@ -250,8 +291,8 @@ def composed(parser: argparse.ArgumentParser, settings: Sequence[str], tokens: i
         parser.error(str(error))
 
 
-def main() -> None:
-    """Measure every variant that has no row yet, and print the table."""
+def main() -> int:
+    """Measure every variant that has no row yet, and print the table. The exit code: 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072, help="tokens of a sequence")
     parser.add_argument("--masks", nargs="+", default=["causal", "packed"], choices=["causal", "packed"])
@@ -265,6 +306,7 @@ def main() -> None:
     args.warm = min(args.warm, args.tokens)
     config = composed(parser, [*EXPERIMENT, *args.settings], args.tokens)
     world = join(config.parallel)
+    failed = False
     contents: dict[str, Any] = {"card": card(world.device, {}, None), "rows": []}
     if args.out.exists():
         contents["rows"] = json.loads(args.out.read_text())["rows"]
@@ -288,8 +330,9 @@ def main() -> None:
         try:
             measure(name, settings.split(), masks, args, world, keep)
         except Exception as error:
-            if world.is_first:
-                print(f"{name:<24} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+            failed = True
+            rank = "" if world.is_first else f"on rank {world.rank} "  # where rank 0 waits for this one
+            print(f"{name:<24} {rank}failed: {type(error).__name__}: {in_one_line(error)[:300]}", flush=True)
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -297,7 +340,8 @@ def main() -> None:
         draw(args.out.with_suffix(".png"), contents["rows"], contents["card"])
     world.watchdog.close()
     torch.distributed.destroy_process_group()
+    return int(failed and world.is_first)  # torchrun ends all ranks as soon as one fails, and rank 0 draws
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

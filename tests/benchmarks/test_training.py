@@ -35,7 +35,7 @@ def test_every_variant_has_a_row_per_mask_and_sees_the_same_weights_and_tokens(t
     variants = ["--variant", "plain:", "--variant", "host:memory=host", "--variant", "bad:memory.zero=7"]
     command = [sys.executable, "benchmarks/training.py", "--out", str(out), *TINY, *variants]
     ran = forked.run(command)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 1, ran.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [(row["variant"], row["mask"]) for row in rows] == [
         ("plain", "causal"), ("plain", "packed"), ("host", "causal"), ("host", "packed"),
@@ -63,6 +63,26 @@ def left_over(*settings):
 @pytest.mark.parametrize("settings", [[], ["memory.zero=2"], ["memory.optimizer_states=bf16"]], ids=str)
 def test_a_variant_leaves_no_memory_to_the_next(ranks, settings):
     assert ranks.run(left_over, 1, *settings) == [0]
+
+
+def exposed_and_predicted():
+    """Seconds of waits of a step on this rank's ring, and of its attention if the device's speed were known."""
+    config, _ = compose([*training.EXPERIMENT, "model=tiny-llama", "data.path=text", "memory=host"])
+    variant = training.ringflash(config, joined(None), 64)
+    planned = variant.plan(training.batch("packed", 64, 97, 0))
+    unknown = variant.predicted(planned)
+    variant.step(planned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "peak_flops", lambda device: 1e15)
+        return variant.waits(), unknown, variant.predicted(planned)
+
+
+@pytest.mark.ranks
+def test_a_ring_has_exposed_waits_and_a_prediction_of_its_attention(ranks):
+    (waits, unknown, predicted), other = ranks.run(exposed_and_predicted, 2)
+    assert waits == other[0] > 0
+    assert unknown is None
+    assert predicted == other[2] > 0
 
 
 def test_a_run_measures_only_what_has_no_row_yet(monkeypatch, tmp_path):
