@@ -3,10 +3,10 @@
     python benchmarks/failures.py               # on every GPU, or on two CPU ranks: two minutes
     python benchmarks/failures.py --ranks 4
 
-It trains a tiny model on this benchmark's own text, waits for three steps, and sends the last rank SIGKILL; in two more
-runs SIGSTOP, so that the others wait for it and then report it: in a hop of the ring after 5 s, as replicas after 30 s.
-The columns: seconds until it printed a line, seconds until it had ended, and what it printed. torchrun gives a stopped
-process 30 s before it kills it. The exit code is 1 where a run did not end within --limit seconds.
+Three runs train a tiny model on this benchmark's own text, at once. After three steps the last rank is sent SIGKILL in
+one, and SIGSTOP in two, so that the others wait for it and report it: in a hop of the ring after 5 s, as replicas after
+30 s. The columns: seconds until the run printed a line, seconds until it had ended, and what it printed. torchrun gives
+a stopped process 30 s before it kills it. The exit code is 1 where a run did not end within --limit seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def measure(failure: str, ranks: int, limit: float, folder: Path) -> Row:
         *SETTINGS,
         setting,
         f"optim.batch={ranks}",
-        f"data.cache={folder / 'cache'}",
+        f"data.cache={folder / name}.cache",
         f"output_dir={folder}",
         f"name={name}",
     ]
@@ -125,9 +126,10 @@ def main() -> int:
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for failure in FAILURES:
-            found.append(measure(failure, args.ranks, args.limit, Path(folder)))
-            print(found[-1], flush=True)
+        with ThreadPoolExecutor(len(FAILURES)) as threads:  # all at once, since they mostly wait
+            for row in threads.map(lambda name: measure(name, args.ranks, args.limit, Path(folder)), FAILURES):
+                found.append(row)
+                print(row, flush=True)
     write_json(args.out, {"card": facts, "rows": [asdict(row) for row in found]})
     print(json.dumps({row.failure: row.ended for row in found}))
     return 0 if all(row.ended is not None for row in found) else 1
