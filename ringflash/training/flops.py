@@ -1,10 +1,10 @@
 """FLOPs of a training step, counted exactly, for model FLOPs utilisation (MFU).
 
-Matrix products of weights take 2 operations per weight and token forward and 4 backward, or 2 where the weight is
-frozen, as below LoRA's adapters: its own gradient is not computed. Attention takes 4 operations
-per visible (query, key) pair, query head and head dimension forward (q k^T and p v) and twice that backward. Masked
-pairs are not counted and neither is recomputation, so this is causal MFU: the operations that the model needs, divided
-by the peak of the GPUs.
+Matrix products of weights take 2 operations per weight and token forward and 4 backward. With LoRA the model's own
+weights are frozen and take 2 backward: their own gradients are not computed. (Below the first adapters the input's are
+not computed either, which is not subtracted.) Attention takes 4 operations per visible (query, key) pair, query head
+and head dimension forward (q k^T and p v) and twice that backward. Masked pairs are not counted and neither is
+recomputation, so this is causal MFU: the operations that the model needs, divided by the peak of the GPUs.
 """
 
 from __future__ import annotations
