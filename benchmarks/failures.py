@@ -125,11 +125,11 @@ def main() -> int:
     facts = card(torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}, None)
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        with ThreadPoolExecutor(len(FAILURES)) as threads:  # all at once, since they mostly wait
-            for row in threads.map(lambda name: measure(name, args.ranks, args.limit, Path(folder)), FAILURES):
-                found.append(row)
-                print(row, flush=True)
+    # All at once, since they mostly wait.
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(FAILURES)) as threads:
+        for row in threads.map(lambda name: measure(name, args.ranks, args.limit, Path(folder)), FAILURES):
+            found.append(row)
+            print(row, flush=True)
     write_json(args.out, {"card": facts, "rows": [asdict(row) for row in found]})
     print(json.dumps({row.failure: row.ended for row in found}))
     return 0 if all(row.ended is not None for row in found) else 1
