@@ -1,12 +1,12 @@
-"""The cache of tokens: arrays and what is known of them, checked whenever they are loaded.
+"""The token cache: arrays and their description, which are checked whenever they are loaded.
 
     tokens.npy    uint16, or uint32 for large vocabularies: all documents, end to end
     offsets.npy   int64 [documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
-    labels.npy    int32, as long as tokens.npy: what is to be predicted there, or -100; only if some document has labels
+    labels.npy    int32, as long as tokens.npy: the token to predict, or -100; only if some document has labels
     starts.npy    int64 [records]: the first document of each record; only if some record has several
-    corpus.json   what they were made of, the vocabulary they use, a digest of them and a digest of itself
+    corpus.json   the sources of the arrays, the vocabulary they use, their digest and a digest of this file itself
 
-The digest covers tokens, labels and where documents end, and nothing of where the text lies.
+The digest covers tokens, labels and the ends of documents, but not the location of the text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from ringflash.data.records import Document
 from ringflash.errors import reason
 
-FORMAT = 8  # of the cache; to be raised when the same input gives other arrays, or parts that are counted otherwise
+FORMAT = 8  # of the cache; increase it when the same input gives other arrays, or when parts are counted differently
 CONTENTS, TOKENS, OFFSETS, LABELS, STARTS = "corpus.json", "tokens.npy", "offsets.npy", "labels.npy", "starts.npy"
 LENGTHS, FLAGS = "lengths", "flags"  # int64 [pieces] and bool [pieces, begins and ends]: while it is written
 HEADER = 128  # bytes of a vector's .npy header: numpy leaves room for the array to grow
@@ -94,10 +94,10 @@ class Written:
 
 
 class Writer:
-    """Writes groups, behind what was `written` before; whatever else is in the files is cut off.
+    """Appends groups to what was `written` before, and truncates anything else in the files.
 
-    While it writes, lengths and flags of pieces lie in files of their own, so nothing is kept in memory. A count of
-    bytes of each file is all that it takes to go on.
+    While writing, the lengths and flags of pieces are in files too, so nothing is kept in memory. To continue, it only
+    needs the number of bytes of each file.
     """
 
     def __init__(self, folder: Path, tokenizer_size: int, written: Written) -> None:

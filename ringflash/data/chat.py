@@ -1,22 +1,22 @@
-"""Conversations to documents: the tokenizer's own chat template, and loss on the assistant's turns only.
+"""Conversations to documents: the tokenizer's own chat template, with the loss on the assistant's turns only.
 
-A record holds `messages` (role and content, perhaps tool_calls and the template's own fields) and perhaps `tools`, or a
-`prompt` and its `completion`, both text or both messages. ShareGPT's messages (from and value) are read, too. An
-assistant's message of weight 0 is not learnt. The spans to learn are found in one of two ways.
+A record holds `messages` (role and content, optionally tool_calls and the template's own fields) and optionally
+`tools`, or a `prompt` and its `completion`, both text or both messages. ShareGPT messages (from and value) are read
+too. An assistant's message with weight 0 is not trained on. The spans to train on are found in one of two ways:
 
-1. The template marks them: it has {% generation %} blocks.
-2. Else from renderings of the conversation's beginnings. For an assistant's turn i, the model is prompted with P and
-   should give the rest of Q:
+1. The template marks them with {% generation %} blocks.
+2. Otherwise, they follow from renderings of the conversation's beginnings. At an assistant's turn i, the model is
+   prompted with P and should generate the rest of Q:
 
        P = render(messages[:i], with the generation prompt)        Q = render(messages[:i + 1])
 
-   The span is what Q adds to P. A turn that P does not begin is refused: what a model would be asked there is unknown.
+   The span is what Q adds to P. A turn for which Q does not begin with P is refused, since its prompt is not known.
 
-Templates may render a turn otherwise once others follow it. Qwen3 and gpt-oss drop the thinking of earlier turns. Then
-Q does not begin the whole conversation, in whose text the model would learn what it should never give. Such a turn is
-a document of its own, with Q as its text: what the model is given there, and what it should answer.
+Some templates render a turn differently once others follow it: Qwen3 and gpt-oss drop the thinking of earlier turns.
+Then the whole conversation does not begin with Q, and its text would teach the model what it should never generate.
+Such a turn becomes a document of its own, with Q as its text: the prompt at that turn, and the answer.
 
-    user 1, thinking and answer 1, user 2, thinking and answer 2        (capitals: learnt)
+    user 1, thinking and answer 1, user 2, thinking and answer 2        (capitals: trained on)
 
     document 1    user 1  ANSWER 1 WITH ITS THINKING
     document 2    user 1  answer 1  user 2  ANSWER 2 WITH ITS THINKING

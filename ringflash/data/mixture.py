@@ -1,11 +1,11 @@
 """Mixture: several corpora as one, each with its share of the sequences.
 
-A sequence is of one source. The n-th sequence of a source of share w has the time (n + 1/2) / w, and the sequences of
-all sources are in the order of their times, so every stretch of them has the shares to within one sequence per source:
+Every sequence comes from a single source. The n-th sequence of a source with share w has the time (n + 1/2) / w, and
+the sequences of all sources are ordered by time, so every stretch has the shares to within one sequence per source:
 
     shares 1/2, 1/4, 1/4        a b c a a b c a a b c a ...
 
-The order is a pure function of the place in it. A source whose sequences are used up begins its next epoch.
+The order is a pure function of the index. A source whose sequences are used up begins its next epoch.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     TokenIds    a field holds token ids, and perhaps another their labels       data.field=input_ids
     Dialogues   messages, or a prompt and its completion: chat.py               data.chat=true
 
-A `Reading` is one of them. It splits a record into parts, of which only long texts have several; parses each, refusing
-it with its place; and encodes what it parsed in groups. Splitting is done in one process, the rest in many.
+Each of them is a `Reading`. It splits a record into parts (only long texts have several), parses each part, with errors
+that say where it is, and encodes the parsed parts in groups. One process splits; many processes parse and encode.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ringflash.data.tokenizer import Encoder
 from ringflash.errors import ConfigError
 
 IGNORE = -100  # the label of a token that is not predicted; torch's cross entropy skips it
-FIELD = "text"  # read where data.field=null and the format has fields
+FIELD = "text"  # the field to read if data.field=null and the format has fields
 EMPTY = "empty"  # the count of documents without text or tokens
 IDS = "input_ids"  # the field of token ids
 TOKENISED = (IDS, "labels", "attention_mask", "position_ids", "cu_seqlens")  # what tokenised records hold
@@ -31,9 +31,9 @@ TOKENISED = (IDS, "labels", "attention_mask", "position_ids", "cu_seqlens")  # w
 class Document(NamedTuple):
     """The tokens of a document.
 
-    tokens: integers [n]. labels: int32 [n], the token that is to be predicted at each place, not shifted: the token
-    itself, or IGNORE; None where all are predicted. begins: whether it is the first document of its record. ends: False
-    where the next one continues it: pieces of one text.
+    tokens: integers [n]. labels: int32 [n], not shifted: the token to predict in each place, which is the token itself
+    or IGNORE; None if all are predicted. begins: whether it is the first document of its record. ends: False if the
+    next document continues it, as pieces of one text do.
     """
 
     tokens: np.ndarray
@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
 
 class Reading(Protocol):
-    """What records mean. counts: of what was parsed, for remarks."""
+    """The meaning of a file's records. counts: what was counted while parsing, for remarks."""
 
     fields: Fields
     counts: Counter[str]
@@ -55,10 +55,10 @@ class Reading(Protocol):
         """What a part holds; nothing, if it is empty. Raises RecordError, which begins with `where`."""
 
     def encode(self, parsed: Sequence[Any]) -> Iterable[Document]:
-        """The documents of what parts hold, in order."""
+        """The documents of parsed parts, in order."""
 
     def remarks(self, counts: Counter[str]) -> list[str]:
-        """What a user should know of the records that were counted."""
+        """Lines for the user about the counts."""
 
 
 class Texts:
@@ -107,8 +107,8 @@ class Texts:
 class TokenIds:
     """The field input_ids holds token ids; nothing is added to them.
 
-    size: of the tokenizer. Refused are ids and labels that it does not have, and padding. Where position_ids begin
-    again from 0, or at cu_seqlens, a document ends.
+    size: that of the tokenizer. Ids and labels beyond it are refused, and so is padding. A document begins where
+    position_ids restart from 0, or at cu_seqlens.
     """
 
     fields = Fields(TOKENISED, lambda available: missing(IDS, available), lists=True)

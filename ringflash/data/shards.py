@@ -1,12 +1,12 @@
-"""Shards: a corpus too large to tokenise first. Its files are tokenised one after the other, each ahead of its use.
+"""Shards: a corpus too large to tokenise before training. Its files are tokenised one by one, each ahead of its use.
 
     order of an epoch       c        a        b              drawn from (seed, epoch)
     tokens on the disk      read     ahead
     ledger.json             12 sequences: where a begins     known once a file is tokenised
 
-The sequences of a file are those of a corpus of its own: `pack`. So which sequence is the n-th follows from the files
-and the seed alone, whatever the number of ranks. The ledger keeps how many each file has, so that a resumed run
-tokenises the file that it was in, and none before. A file's tokens are deleted when the stream is two files further.
+Each file is packed as a corpus of its own (`pack`). The n-th sequence therefore depends only on the files and the seed,
+not on the number of ranks. The ledger records the number of sequences of each file, so that a resumed run tokenises the
+file that it stopped in, and none before it. A file's tokens are deleted when the stream is two files further.
 """
 
 from __future__ import annotations
