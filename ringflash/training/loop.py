@@ -76,11 +76,7 @@ def fit(config: Config, resolved: str) -> None:
     meter = Meter(model, config.optim.batch * config.data.sequence_length, world)
     run = _open(job, world, model, _settings(job, resolved, training, world), resolved)
 
-    layout_for = layout_chooser(
-        config.parallel, job.model_config, config.data.sequence_length, world.ring.size,
-        world.broadcast(local_world_size()),  # all ranks of a ring must choose alike, even if machines differ
-        run.metrics.write_line if run.metrics else lambda reason: None,
-    )  # fmt: skip
+    layout_for = _layout_chooser(run)
     evaluation = None
     if held_out is not None:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
@@ -108,6 +104,19 @@ def fit(config: Config, resolved: str) -> None:
                     _stop(run, step)
                     return
     _finish(run, evaluation, divergence)
+
+
+def _layout_chooser(run: Run) -> LayoutChooser:
+    """The function that returns each step's layout. It prints the reasons of its choices."""
+    config, world = run.job.config, run.world
+    return layout_chooser(
+        config.parallel,
+        run.job.model_config,
+        config.data.sequence_length,
+        world.ring.size,
+        world.broadcast(local_world_size()),  # all ranks of a ring must choose alike, even if machines differ
+        run.metrics.write_line if run.metrics else lambda reason: None,
+    )
 
 
 def _batches(
