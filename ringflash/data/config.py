@@ -13,7 +13,7 @@ from ringflash.errors import ConfigError
 
 MALFORMED = ("refuse", "skip")
 BY_SUFFIX = "suffix"  # of a source's format: null, which there means data.format
-PACKINGS = ("cut", "whole", "truncate")
+PACKINGS = ("cut", "whole", "truncate", "split")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SourceConfig:
     """What happens to unusable records: refuse or skip."""
 
     packing: str | None = None
-    """How documents fill sequences: cut, whole or truncate."""
+    """How documents fill sequences: cut, whole, truncate or split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class DataConfig:
     packing: str = "cut"
     """How documents fill sequences. cut: end to end, and cut where a sequence ends. whole: never cut, packed by best
     fit; longer documents are dropped and counted. truncate: as whole, but longer documents keep their first
-    sequence_length tokens."""
+    sequence_length tokens. split: as whole, but longer documents become pieces of sequence_length tokens."""
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -146,8 +146,10 @@ class DataConfig:
                 raise ConfigError(f"data.{key}={getattr(self, key)} must be {expected}")
 
     def _check_combinations(self) -> None:
-        if self.chat and self.packing == "cut":
-            raise ConfigError("data.packing=cut would cut conversations, and data.chat=true: use whole or truncate")
+        if self.chat and self.packing in ("cut", "split"):
+            raise ConfigError(
+                f"data.packing={self.packing} would cut conversations, and data.chat=true: use whole or truncate"
+            )
         if self.chat and self.field == IDS:
             raise ConfigError(f"data.field={IDS} and data.chat=true exclude each other: tokens have no messages")
         if self.chat_template_kwargs and not self.chat:

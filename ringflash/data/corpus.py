@@ -49,7 +49,7 @@ class TokenCorpus:
     Fields: tokens uint16 or uint32 [all tokens]; offsets int64 [all documents + 1]; selection int64 [documents], the
     numbers of the documents in this split, ascending; vocabulary, the highest token id of the whole corpus + 1; digest,
     of all documents' tokens and labels; source and split, for messages; labels int32 [all tokens], what is to be
-    predicted at each place or IGNORE, None where each token is; packing, cut, whole or truncate: see packing.py.
+    predicted at each place or IGNORE, None where each token is; packing, one of data.packing's: see packing.py.
     """
 
     tokens: np.ndarray

@@ -5,6 +5,8 @@ data.packing decides how documents fill sequences:
     cut         laid end to end and cut every `length` tokens; the pieces of a document are documents of their own
     whole       never cut: packed by best fit (best_fit.py); documents longer than a sequence are dropped
     truncate    as whole, but documents longer than a sequence keep their first `length` tokens
+    split       as whole, but documents longer than a sequence become pieces of `length` tokens and a rest; the pieces
+                are documents of their own
 
 The order of every epoch is drawn from (seed, epoch). Three documents of 5, 4 and 6 tokens, cut at length 4, and packed
 whole at length 8, where the rest of each sequence is padding, in documents of its own without labels:
@@ -12,15 +14,15 @@ whole at length 8, where the rest of each sequence is padding, in documents of i
     cut     a a a a|a b b b|b c c c|c c c        whole    c c c c c c . .|b b b b . . . .|a a a a a . . .
             (4)     (1, 3)  (1, 3)                        (6, 2)          (4, 4)          (5, 3)
 
-With cut, the last tokens of an epoch that do not fill a sequence are left out. With whole and truncate, the same
-lengths share a sequence in every epoch, but documents of equal length change places, as does the order of sequences.
+With cut, the last tokens of an epoch that do not fill a sequence are left out. With the others, the same lengths
+share a sequence in every epoch, but documents of equal length change places, as does the order of sequences.
 
 No state is carried from one sequence to the next, so any rank can make any sequence at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,13 +54,15 @@ class Packed(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Which lengths share a sequence. Places 0, 1, 2, ... are the documents in descending order of length.
+    """Which lengths share a sequence. Places 0, 1, 2, ... are the pieces in descending order of length.
 
-    kept: the numbers of the documents, int64 [places]. lengths: their lengths after truncation, by place. places, ends:
-    int64 [places] and [sequences]; sequence i has places[ends[i - 1]:ends[i]].
+    kept, begins, lengths: the number of each piece's document, where it begins there, and its length, int64 [pieces].
+    There are several pieces of a document with data.packing=split alone. places, ends: int64 [pieces] and [sequences];
+    sequence i has places[ends[i - 1]:ends[i]].
     """
 
     kept: np.ndarray
+    begins: np.ndarray
     lengths: np.ndarray
     places: np.ndarray
     ends: np.ndarray
@@ -77,15 +81,17 @@ def sequences_per_epoch(corpus: TokenCorpus, length: int) -> int:
         raise ConfigError(
             f"data.path={corpus.source} has no document for {corpus.split} of at most data.sequence_length={length} "
             f"tokens, and data.packing={corpus.packing} drops longer ones: give more documents, a longer sequence, or "
-            f"data.packing=truncate"
+            f"data.packing=truncate or split"
         )
     return count
 
 
 def check_labels(corpus: TokenCorpus, length: int) -> None:
     """Raise ConfigError if no document of the split predicts a token in sequences of `length`."""
-    kept = range(len(corpus)) if corpus.packing == "cut" else _plan(corpus, length).kept
-    if corpus.labels is not None and not any(_learnt(corpus, i, length).any() for i in kept):
+    pieces: Iterable[tuple[int, int]] = ((i, 0) for i in range(len(corpus)))
+    if corpus.packing != "cut":
+        pieces = zip(*_plan(corpus, length)[:2], strict=True)
+    if corpus.labels is not None and not any(_learnt(corpus, i, begin, length).any() for i, begin in pieces):
         raise ConfigError(
             f"data.path={corpus.source} has no label among the tokens for {corpus.split} that "
             f"data.packing={corpus.packing} keeps at data.sequence_length={length}: there is nothing to learn; give a "
@@ -98,12 +104,12 @@ def cut_off(corpus: TokenCorpus, length: int) -> int:
     if corpus.packing != "truncate" or corpus.labels is None:
         return 0
     longer = np.flatnonzero(corpus.lengths > length)
-    return sum(bool(_learnt(corpus, i).any() and not _learnt(corpus, i, length).any()) for i in longer)
+    return sum(bool(_learnt(corpus, i).any() and not _learnt(corpus, i, 0, length).any()) for i in longer)
 
 
-def _learnt(corpus: TokenCorpus, i: int, length: int | None = None) -> np.ndarray:
-    """Whether each of a document's first `length` tokens is predicted, except the first, which never is."""
-    return corpus.targets(i)[1:length] != IGNORE
+def _learnt(corpus: TokenCorpus, i: int, begin: int = 0, length: int | None = None) -> np.ndarray:
+    """Whether each of a document's `length` tokens from `begin` on is predicted, except the first, which never is."""
+    return corpus.targets(i)[begin:][1:length] != IGNORE
 
 
 def pack(corpus: TokenCorpus, seed: int, index: int, length: int) -> Packed:
@@ -115,9 +121,10 @@ def pack(corpus: TokenCorpus, seed: int, index: int, length: int) -> Packed:
     plan = _plan(corpus, length)
     end = plan.ends[order[number]]
     begin = plan.ends[order[number] - 1] if order[number] else 0
-    documents = chosen[plan.places[begin:end]]
-    pieces = [corpus.document(i)[:length] for i in documents]
-    targets = [corpus.targets(i)[:length] for i in documents]
+    here = chosen[plan.places[begin:end]]
+    parts = [(i, slice(start, start + length)) for i, start in zip(plan.kept[here], plan.begins[here], strict=True)]
+    pieces = [corpus.document(i)[part] for i, part in parts]
+    targets = [corpus.targets(i)[part] for i, part in parts]
     padding = length - sum(map(len, pieces))
     for count in [PIECE] * (padding // PIECE) + [padding % PIECE] * (padding % PIECE > 0):
         pieces.append(np.full(count, PADDING))
@@ -157,11 +164,11 @@ def _order(corpus: TokenCorpus, seed: int, epoch: int) -> tuple[np.ndarray, np.n
 
 @lru_cache(maxsize=4)
 def _drawn(corpus: TokenCorpus, seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """An epoch's document at each place of the plan, and its order of sequences, int64 [places] and [sequences]."""
+    """An epoch's piece at each place of the plan, and its order of sequences, int64 [pieces] and [sequences]."""
     plan, generator = _plan(corpus, length), epoch_generator(seed, epoch)
-    kept = generator.permutation(plan.kept)
-    by_length = np.argsort(-np.minimum(corpus.lengths[kept], length), kind="stable")
-    return kept[by_length], generator.permutation(len(plan.ends))
+    pieces = generator.permutation(len(plan.kept))
+    by_length = np.argsort(-plan.lengths[pieces], kind="stable")
+    return pieces[by_length], generator.permutation(len(plan.ends))
 
 
 def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
@@ -173,12 +180,17 @@ def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
 @lru_cache(maxsize=4)  # training and evaluation
 def _plan(corpus: TokenCorpus, length: int) -> _Plan:
     """Which lengths share a sequence, the same in every epoch and on every rank."""
-    fits = corpus.lengths <= length if corpus.packing == "whole" else np.ones(len(corpus), bool)
-    kept = np.flatnonzero(fits)
-    lengths = -np.sort(-np.minimum(corpus.lengths[kept], length))
-    chosen, count = best_fit(lengths.tolist(), length)
+    counts = np.ones(len(corpus), np.int64)  # pieces of each document
+    if corpus.packing == "whole":
+        counts[corpus.lengths > length] = 0
+    elif corpus.packing == "split":
+        counts = -(-corpus.lengths // length)
+    kept = np.repeat(np.arange(len(corpus)), counts)
+    begins = (np.arange(len(kept)) - np.repeat(counts.cumsum() - counts, counts)) * length
+    lengths = np.minimum(corpus.lengths[kept] - begins, length)
+    chosen, count = best_fit((-np.sort(-lengths)).tolist(), length)
     places = np.argsort(chosen, kind="stable") if count else np.empty(0, np.int64)
-    return _Plan(kept, lengths, places, np.bincount(chosen, minlength=count).cumsum() if count else places)
+    return _Plan(kept, begins, lengths, places, np.bincount(chosen, minlength=count).cumsum() if count else places)
 
 
 def summary(corpus: TokenCorpus, length: int, name: str = "") -> list[str]:
@@ -189,7 +201,8 @@ def summary(corpus: TokenCorpus, length: int, name: str = "") -> list[str]:
     sequences, documents, tokens = sequences_per_epoch(corpus, length), len(corpus), corpus.total
     longer = int((corpus.lengths > length).sum())
     kept = sequences * length if corpus.packing == "cut" else int(_plan(corpus, length).lengths.sum())
-    fate = {"cut": "are cut", "whole": "are dropped", "truncate": f"keep their first {length:,}"}[corpus.packing]
+    fates = {"cut": "are cut", "split": "are split", "whole": "are dropped", "truncate": f"keep their first {length:,}"}
+    fate = fates[corpus.packing]
     lost = f"; {longer:,} longer than {length:,} tokens {fate}" if longer else ""
     lost += f", which hold no label of {cut:,}" if (cut := cut_off(corpus, length)) else ""
     bounds = 2 ** np.arange(6, 25)

@@ -56,6 +56,18 @@ def test_longer_documents_are_dropped_or_keep_their_first_tokens(counts, length,
     assert sorted(found) == sorted(kept)
 
 
+@given(lengths, st.integers(1, 12))
+def test_longer_documents_are_split_into_pieces_of_a_sequence_and_a_rest(counts, length):
+    texts = whole(counts, "split")
+    documents = [texts.document(i).tolist() for i in range(len(counts))]
+    pieces = [tokens[begin : begin + length] for tokens in documents for begin in range(0, len(tokens), length)]
+    for epoch in (0, 1):
+        packed = epoch_of(texts, 0, epoch, length)
+        assert sorted(piece for sequence in packed for piece in documents_of(sequence)) == sorted(pieces)
+    if max(counts) <= length:
+        assert all(map(torch.equal, packed[0][:2], pack(whole(counts), 0, len(packed), length)[:2]))
+
+
 @given(lengths, st.integers(20, 300))
 def test_padding_predicts_nothing_and_no_document_sees_it(counts, length):
     texts = whole(counts)
@@ -147,6 +159,10 @@ def test_the_summary_counts_documents_by_length_and_says_how_full_sequences_are(
         in first
     )
     assert second.split(": ", 1)[1] == "64: 2, 128: 3, 256: 4, 512: 5"
+    assert (
+        "2 sequences per epoch, 100.0% full; 1 longer than 200 tokens are split"
+        in (summary(whole([100, 300], "split"), 200)[0])
+    )
     assert "keep their first 200" in summary(whole([100, 300], "truncate"), 200)[0]
     assert "1 longer than 200 tokens are cut" in summary(whole([100, 300], "cut"), 200)[0]
 
