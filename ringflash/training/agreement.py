@@ -1,7 +1,7 @@
-"""Agreement of tokenizer and model: what a pretrained model was trained with, and what it is given here.
+"""Agreement of settings and model: what a pretrained model was trained with, and what it is given here.
 
-Nothing here is refused: a model may get new tokens, or another end. Ids that the model does not have are refused by
-`check_vocabulary`.
+Nothing here is refused: a model may get new tokens, another end, or a high learning rate. Ids that the model does
+not have are refused by `check_vocabulary`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from ringflash.errors import ConfigError
 from ringflash.training.config import Config
 from ringflash.training.export import generation_file
 
+HIGH = 1e-3  # a learning rate that soon undoes pretraining, where all weights are trained
 SPARE = 1024  # rows of a vocabulary that is padded to a round number
 
 
 def disagreements(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A line for the ends of documents, and one for the vocabularies, where data.tokenizer and model.path disagree."""
-    path, name = config.model.path, config.data.tokenizer
+    """A line each for a high learning rate, and for ends of documents and vocabularies that are not model.path's."""
+    path, name, lr = config.model.path, config.data.tokenizer, config.optim.lr
     if not path:
         return []
     lines = []
+    if lr > HIGH and not config.model.lora.on and config.optim.optimizer == "adamw":
+        lines.append(
+            f"optim      optim.lr={lr} is high for the pretrained weights of model.path={path}: full fine-tuning "
+            f"usually takes 1e-6 to 1e-4"
+        )
     ends = sorted({*_ends(vars(model)), *_ends(_generation(path))})
     if ends and tokenizer.eos_token_id not in ends:
         lines.append(

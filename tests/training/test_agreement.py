@@ -1,4 +1,4 @@
-"""A tokenizer and a model that disagree on the end of a text or on ids are reported in one line each."""
+"""What does not fit a pretrained model, such as another end of a text or other ids, is reported in one line each."""
 
 import json
 
@@ -18,14 +18,14 @@ def reported(tmp_path):
     """The lines for a model of a vocabulary and an end, and for the words of its tokenizer and of another."""
     text = write_texts(tmp_path / "text")
 
-    def lines(eos, words=("one", "two"), own=("one", "two"), generation=None, vocab_size=8):
+    def lines(eos, words=("one", "two"), own=("one", "two"), generation=None, vocab_size=8, more=("optim=adamw",)):
         tokenizer = write_tokenizer(tmp_path / "tokenizer", words=words)
         model = write_tokenizer(tmp_path / "model", words=own) if own else tmp_path / "model"
         LlamaConfig(vocab_size=vocab_size, eos_token_id=eos, **SHAPE).save_pretrained(model)
         if generation is not None:
             (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
         settings = [f"model.path={model}", f"data.path={text}", f"data.tokenizer={tokenizer}"]
-        config, _ = compose(["model=pretrained", "data=text", "data.sequence_length=64", *settings])
+        config, _ = compose(["model=pretrained", "data=text", "data.sequence_length=64", *settings, *more])
         return [line.replace(str(tmp_path), "") for line in disagreements(config, *check_inputs(config))]
 
     return lines
@@ -50,6 +50,15 @@ def test_other_ids_are_reported_with_their_number(reported):
         "tokenizer  data.tokenizer=/tokenizer has 3 of 5 tokens with other ids than the tokenizer in model.path="
         "/model: data.tokenizer=/model takes that one"
     )
+
+
+def test_a_learning_rate_that_would_undo_pretraining_is_reported(reported):
+    [line] = reported(1, more=())  # optim=demo
+    assert line == (
+        "optim      optim.lr=0.003 is high for the pretrained weights of model.path=/model: full fine-tuning usually "
+        "takes 1e-6 to 1e-4"
+    )
+    assert reported(1, more=["optim.lr=1e-4"]) == reported(1, more=["optim.optimizer=sgd"]) == []
 
 
 def test_a_vocabulary_that_is_mostly_unused_is_reported_where_the_model_has_no_tokenizer(reported):
