@@ -21,6 +21,7 @@ from ringflash.training import positions
 from ringflash.training.files import write_figure, write_whole, writing
 
 FILE = "metrics.jsonl"
+WANDB_ID = "wandb-id"
 BY_POSITION, HELD_OUT_BY_POSITION = "loss/", "held_out_loss/"  # and a range of positions, in names of values
 LINE_INTERVAL = 10.0  # seconds between two lines of progress in a log
 RECENT = 20  # steps whose mean losses by position are drawn
@@ -228,13 +229,13 @@ def _events(folder: Path, start: int) -> Any:
     """TensorBoard's writer of a run. Earlier events of steps after `start` are not shown."""
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
 
 
 def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
     import wandb
 
-    run_id = _wandb_id(folder / "wandb-id")
+    run_id = _wandb_id(folder / WANDB_ID)
     try:
         return wandb.init(
             project=config.project, name=folder.name, id=run_id, resume="allow",

@@ -6,8 +6,8 @@
                           checkpoints/    see `checkpoint`
     OUTPUT_DIR/NAME-2/    the second run of that name, and so on
 
-A new run makes a new folder. With resume=auto, a run takes the newest folder of its name that holds steps. It never
-starts again at step 0 there: where no checkpoint can be resumed, it is refused.
+A new run makes a new folder. With resume=auto, a run takes the newest folder of its name that holds steps. It starts
+again at step 0 there only if it ended before its first checkpoint; where checkpoints are lost, it is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import yaml
 
@@ -72,14 +72,21 @@ def check_shared(path: Path, output_dir: str) -> None:
 
 
 def check_start(path: Path, start: int, steps: int) -> None:
-    """Raise ConfigError for a start beyond the run's last step, or at 0 in a folder that holds steps."""
+    """Raise ConfigError for a start beyond the run's last step, or at 0 in a folder that has lost its checkpoints.
+
+    A run that ended before its first checkpoint was due has lost none: it starts again, as a new run of wandb.
+    """
     if start > steps:
         raise ConfigError(f"optim.steps={steps} is less than the {start} steps that {path} has done")
     done = max((record["step"] for record in metrics.read(path / metrics.FILE)), default=0)
-    if start == 0 and done > 0:
+    if start > 0 or done == 0:
+        return
+    if (every := _checkpoint_every(path)) is None or done > every:
         raise ConfigError(
             f"{path} has {done} steps and no checkpoint to resume from: resume=never starts again in a new folder"
         )
+    print(f"{path} has {done} steps and no checkpoint, which is due after step {every}: starts again at step 0")
+    (path / metrics.WANDB_ID).unlink(missing_ok=True)
 
 
 def _new(output_dir: Path, name: str) -> Path:
@@ -133,11 +140,23 @@ def _newest(output_dir: Path, name: str) -> Path | None:
 
 def _name_of(path: Path) -> str | None:
     """The name in a run's configuration; None where that cannot be read."""
+    return _settings_of(path).get("name")
+
+
+def _checkpoint_every(path: Path) -> int | None:
+    """The step after which a run's first checkpoint is due, by its configuration; None where that cannot be read."""
+    checkpoint = _settings_of(path).get("checkpoint")
+    every = checkpoint.get("every") if isinstance(checkpoint, dict) else None
+    return every if type(every) is int and every > 0 else None
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """A run's configuration; empty where it cannot be read."""
     try:
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return settings.get("name") if isinstance(settings, dict) else None
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _dangles(path: Path) -> bool:

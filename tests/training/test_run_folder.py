@@ -112,6 +112,19 @@ def test_a_folder_of_steps_without_a_checkpoint_is_refused(tmp_path):
     assert len(read(folder / "metrics.jsonl")) == 7
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, capsys):
+    """As a job that is preempted early and queued again."""
+    folder = begun(tmp_path / "demo", "demo", steps=7)
+    (folder / "wandb-id").write_text("abc")
+    (folder / "config.yaml").write_text("name: demo\ncheckpoint: {every: 6}\n")
+    with pytest.raises(ConfigError, match="demo has 7 steps and no checkpoint to resume from"):
+        run_folder.check_start(folder, 0, 9)
+    (folder / "config.yaml").write_text("name: demo\ncheckpoint: {every: 7}\n")
+    run_folder.check_start(folder, 0, 9)
+    assert "demo has 7 steps and no checkpoint, which is due after step 7: starts again" in capsys.readouterr().out
+    assert not (folder / "wandb-id").exists()
+
+
 @pytest.mark.parametrize("runs", ["a[b", "a*/runs", "a?"])
 def test_folders_that_deepspeed_takes_for_patterns_are_refused_before_anything_is_done(runs):
     config, _ = compose([])
