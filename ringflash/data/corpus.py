@@ -38,6 +38,9 @@ class Corpus(Protocol):
 class Evaluated(Corpus, Protocol):
     """A corpus to evaluate on."""
 
+    def source_of(self, index: int) -> str:
+        """The name of the source of the index-th sequence; "" where there is one source alone."""
+
     def unigram_entropy(self) -> float:
         """Nats per predicted token under those tokens' own frequencies: the loss without any context."""
 
@@ -98,6 +101,10 @@ class TokenCorpus:
     def description(self, length: int) -> list[str]:
         """Two lines."""
         return summary(self, length)
+
+    def source_of(self, index: int) -> str:
+        """See `Evaluated`."""
+        return ""
 
     def unigram_entropy(self) -> float:
         """See `Evaluated`."""

@@ -59,6 +59,10 @@ class Mixture:
             for line in summary(corpus, length, f"{name}, {share / total:.1%} of the sequences: ")
         ]
 
+    def source_of(self, index: int) -> str:
+        """See `Evaluated`."""
+        return [*self.corpora][drawn(self.shares, index)[0]]
+
     def unigram_entropy(self) -> float:
         """See `Evaluated`."""
         frequencies = np.zeros(max(corpus.vocabulary for corpus in self.corpora.values()))

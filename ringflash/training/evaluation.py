@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import deepspeed
 import torch
+from torch import Tensor
 
 from ringflash.data import Evaluated, batch
 from ringflash.data.batches import Batch
 from ringflash.errors import ConfigError
-from ringflash.training.metrics import HELD_OUT_BY_POSITION
+from ringflash.training.metrics import HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
 from ringflash.training.needle import NeedleConfig
 from ringflash.training.parallel import LayoutChooser
 from ringflash.training.positions import ByPosition, means, no_totals
@@ -41,14 +43,20 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean losses in nats per predicted token: over all tokens, and by range of positions, such as "4k-8k"."""
+    """Mean losses in nats per predicted token: over all tokens, by range of positions, such as "4k-8k", and by source.
+
+    by_source is empty where there is one source alone.
+    """
 
     loss: float
     by_position: dict[str, float] = field(default_factory=dict)
+    by_source: dict[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, float]:
-        """For the metrics: held_out_loss, and held_out_loss/4k-8k."""
-        return {"held_out_loss": self.loss} | {HELD_OUT_BY_POSITION + name: x for name, x in self.by_position.items()}
+        """For the metrics: held_out_loss, held_out_loss/4k-8k, and held_out_loss_of/books."""
+        by_position = {HELD_OUT_BY_POSITION + name: x for name, x in self.by_position.items()}
+        by_source = {HELD_OUT_BY_SOURCE + name: x for name, x in self.by_source.items()}
+        return {"held_out_loss": self.loss} | by_position | by_source
 
 
 @dataclass(frozen=True)
@@ -66,25 +74,33 @@ class Evaluation:
 
         What it exchanges is in no step's record.
         """
-        batches = (
-            batch(self.corpus, seed=0, step=i, batch_size=1, length=self.length)
-            for i in range(sequences or self.config.sequences)
-        )
-        held_out = evaluate(engine, batches, self.world, self.layout_for)
+        numbers = range(sequences or self.config.sequences)
+        batches = (batch(self.corpus, seed=0, step=i, batch_size=1, length=self.length) for i in numbers)
+        held_out = evaluate(engine, batches, self.world, self.layout_for, map(self.corpus.source_of, numbers))
         self.world.watchdog.drain()
         return held_out
 
 
 @torch.no_grad()
 def evaluate(
-    engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], world: World, layout_for: LayoutChooser
+    engine: deepspeed.DeepSpeedEngine,
+    batches: Iterable[Batch],
+    world: World,
+    layout_for: LayoutChooser,
+    sources: Iterable[str] = itertools.repeat(""),
 ) -> HeldOut:
-    """Losses over batches; every ring computes each batch in full."""
+    """Losses over batches; every ring computes each batch in full. sources: the name of each batch's source."""
     engine.eval()
-    totals = no_totals(world.device)
-    for sequences in batches:
+    of_source: dict[str, Tensor] = {}
+    for sequences, source in zip(batches, sources, strict=False):
+        totals = of_source.setdefault(source, no_totals(world.device))
         inputs = shard(sequences, world, layout_for, engine.module.model.config)
         engine(**inputs, by_position=ByPosition.of(inputs, totals))
     engine.train()
-    loss, count = world.sum(totals).sum(1).tolist()
-    return HeldOut(loss / max(count, 1), means(totals))
+    for totals in of_source.values():
+        world.sum(totals)
+    whole = torch.stack([*of_source.values()]).sum(0)
+    loss, count = whole.sum(1).tolist()
+    sums = {source: totals.sum(1).tolist() for source, totals in of_source.items()}
+    by_source = {source: x / labels for source, (x, labels) in sums.items() if labels}
+    return HeldOut(loss / max(count, 1), means(whole), by_source if len(sums) > 1 else {})

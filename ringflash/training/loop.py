@@ -328,6 +328,8 @@ def _print_outcome(
         print(f"held-out loss     {held_out.loss:.4f} nats per token")
         if held_out.by_position:
             print(f"  by position     {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_position.items())}")
+        if held_out.by_source:
+            print(f"  by source       {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_source.items())}")
         print(f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context")
     for path in exported:
         print(f"{path.name:<17} {path}")

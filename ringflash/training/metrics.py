@@ -23,6 +23,7 @@ from ringflash.training.files import write_figure, write_whole, writing
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb-id"
 BY_POSITION, HELD_OUT_BY_POSITION = "loss/", "held_out_loss/"  # and a range of positions, in names of values
+HELD_OUT_BY_SOURCE = "held_out_loss_of/"  # and a source
 LINE_INTERVAL = 10.0  # seconds between two lines of progress in a log
 RECENT = 20  # steps whose mean losses by position are drawn
 MODES = ("offline", "online", "disabled")

@@ -80,6 +80,7 @@ def test_each_source_has_its_own_held_out_documents_in_the_same_shares(config):
     assert [len(one) for one in held_out.corpora.values()] == [3, 6, 1]
     found = letters(held_out, range(40))
     assert [found.count(letter) for letter in "abc"] == [20, 10, 10]
+    assert "".join(map(held_out.source_of, range(40))) == found
     p = np.array([0.5, 0.25, 0.25]) * 31 / 32  # and an end per document
     expected = -(p * np.log(p)).sum() - 1 / 32 * np.log(1 / 32)
     assert held_out.unigram_entropy() == pytest.approx(expected)

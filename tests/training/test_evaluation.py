@@ -56,6 +56,29 @@ def by_plain_transformers():
     return losses.mean().item(), of_range
 
 
+def of_two_sources():
+    """Losses of three batches of two sources together, and of each case alone."""
+    world = joined(2)
+    engine = build_engine(build("qwen3"), OptimConfig(batch=SEQUENCES, micro_batch=SEQUENCES), MemoryConfig(), world)
+    cases = ("uneven", "even", "uneven")
+
+    def losses(cases, *sources):
+        layout = Layout.named("zigzag", LENGTH, world.ring.size)
+        return evaluate(engine, map(sequences, cases), world, lambda mask: layout, *sources)
+
+    return losses(cases, "aba"), losses(cases), losses(["uneven"]), losses(["even"])
+
+
+@pytest.mark.ranks
+def test_losses_by_source_are_those_of_each_source_alone(ranks):
+    for found, mixed, uneven, even in ranks.run(of_two_sources, 2):
+        assert found.by_source == pytest.approx({"a": uneven.loss, "b": even.loss}, rel=1e-6)
+        assert uneven.loss != pytest.approx(even.loss, rel=1e-4)
+        assert found.loss == pytest.approx(mixed.loss, rel=1e-6)
+        assert mixed.by_source == {}
+        assert found.record()["held_out_loss_of/b"] == found.by_source["b"]
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("size", "ring", "ulysses", "name"),
