@@ -4,16 +4,16 @@ The mathematics is that of `portable_backward`: with p = 2^(c s - log2(e) lse) a
 
     dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
 
-One program holds a tile of keys of one KV head and walks the queries query_start:query_end that see them, 64 at a time,
-for each query head of the group, or for some of them (`programs_a_group`). dq has many writers, dk and dv then some;
-they add by the copy engine's fp32 reduction in L2, whose order differs from run to run. `deterministic=True` calls
-`portable_backward`, with one writer for each and seven products instead of five.
+One program holds a tile of keys of one KV head and walks the queries query_start:query_end that see them, 64 or 128 at
+a time, for each query head of the group, or for some of them (`programs_a_group`). dq has many writers, dk and dv then
+some; they add by the copy engine's fp32 reduction in L2, whose order differs from run to run. `deterministic=True`
+calls `portable_backward`, with one writer for each and seven products instead of five.
 
 Two consumers, a warpgroup each, divide the products: by keys at head_dim 64 and 128 (`hopper_backward_64`,
 `hopper_backward_128`), by gradients at 256 (`hopper_backward_256`). The producer, one warp, brings q, dout and the rows
-of lse and delta. s, dp, p and ds are computed transposed, [keys, queries]. Scores begin as -lse / scale, so that their
-power of two is p: the product adds for nothing what would cost each consumer 16 registers and an addition. Rows that
-see nothing (lse = -inf) count as lse = inf: p is 0.
+of lse and delta. s, dp, p and ds are computed transposed, [keys, queries]. From head_dim 128 on, scores begin as
+-lse / scale, so that their power of two is p: the product adds for nothing what would cost each consumer 16 registers.
+Rows that see nothing (lse = -inf) count as lse = inf: p is 0.
 
 Queries are walked from the last tile back. Under a causal mask all programs then begin at the sequence's end, so that
 they read the same tiles at a time, from L2.
@@ -31,7 +31,6 @@ from ringflash.kernels.checks import check_center
 from ringflash.kernels.hopper_backward_parts import Call
 from ringflash.kernels.hopper_parts import L2_BYTES, REGISTERS, ROWS, check_inputs, check_rows, processors, tiles
 from ringflash.kernels.portable_backward import center, delta, round_into
-from ringflash.kernels.portable_compensation import subtract
 from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales
 from ringflash.mask import Intervals
 
@@ -52,10 +51,11 @@ class Tuning:
             raise ValueError(f"stages must be 2 or 3, got {self.stages}")
 
 
-# With 2 stages a consumer waits for the copy engine in every step: a tile is ordered when the one two before it has
-# been used up, and needed half a step later.
+# With 2 stages of 64 queries a consumer waits for the copy engine in every step: a tile is ordered when the one two
+# before it has been used up, and needed half a step later. With 128 queries that is time enough.
 TUNINGS = {
-    64: Tuning(block_q=64, stages=3),
+    # dk and dv take 64 registers per thread, s and dp 128. 194 of 227 KB.
+    64: Tuning(block_q=128, stages=2),
     # dk and dv take 128 registers per thread, s and dp 64: two consumers' 240 is what there is. 226 of 227 KB.
     128: Tuning(block_q=64, stages=3),
     # `hopper_backward_256`: stages of q; dout has one.
@@ -80,9 +80,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
 @gluon.jit
 def produce(call, shared, descriptors):
     """The warp that brings what the consumers read."""
-    if call.D == 64:
-        hopper_backward_64.produce(call, shared, descriptors)
-    elif call.D == 128:
+    if call.D <= 128:
         hopper_backward_128.produce(call, shared, descriptors)
     else:
         hopper_backward_256.produce(call, shared, descriptors)
@@ -103,8 +101,6 @@ def backward_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr, CENTERED: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
-    if D == 64:  # keys come centered, and these are None
-        center, center_stride_b, center_stride_h = lse, lse_stride_b, lse_stride_h
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
         order, order_stride_b, center, center_stride_b, center_stride_h, tiles, queries, keys, heads_kv, group, split,
@@ -176,19 +172,14 @@ def backward(
     if not order.nonempty:
         return
     parts = 1 if D <= 128 else 2
-    keys = 2 * rows if D == 128 else rows  # of a tile in shared memory
+    keys = 2 * rows // parts  # of a program
     split = programs_a_group(Hq // Hkv, order.longest / order.total / parts, B * Hkv, processors(q.device))
-    lse_factor = -1 / scale if softcap is None else -LOG2_E
-    of_center: tuple = (k, 0, 0)  # not read without a center
-    if D == 64:  # keys are centered before the launch, as for the portable kernels: by this one it was never timed
-        k = k if center is None else subtract(k, center, intervals)
-        center, of_center = None, (None, None, None)
-    elif center is not None:
-        of_center = (center, center.stride(0), center.stride(2))
+    lse_factor = -1 / scale if D > 64 and softcap is None else -LOG2_E
+    of_center = (k, 0, 0) if center is None else (center, center.stride(0), center.stride(2))  # not read without one
     with torch.cuda.device_of(q):
         backward_kernel[(parts * B * Hkv * split * order.nonempty,)](
             *(tiles(q, t.block_q), tiles(k, keys), tiles(v, keys), tiles(dout, t.block_q)),
-            *(tiles(dq, t.block_q, min(64, D // 2)), tiles(dk, rows), tiles(dv, rows)),
+            *(tiles(dq, rows, 64), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),

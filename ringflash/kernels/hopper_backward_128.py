@@ -88,11 +88,16 @@ def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STA
 
 
 @gluon.jit
-def bring_queries(call, shared, job, lse, delta, index, q, dout):
-    """Order the copies of every query tile and its dout, and bring their lse and delta.
-
-    lse, delta: of this batch row. index: of a tile's rows.
-    """
+def produce(call, shared, descriptors):
+    """Order every copy, as far ahead as there are empty slots, and bring lse and delta. Waits for consumers only."""
+    q, k, v, dout = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
+    job = call.job()
+    lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b
+    delta = call.delta + job.batch.to(gl.int64) * call.delta_stride_b
+    index = gl.arange(0, call.BLOCK_Q, layout=gl.BlockedLayout([call.BLOCK_Q // 32], [32], [1], [0]))
+    if job.tiles > 0:
+        shared.kv.load(0, k, job.batch, job.head_kv, job.first_row)
+        shared.kv.load(1, v, job.batch, job.head_kv, job.first_row)
     number = 0
     for member in range(call.heads()):
         head = job.head + member
@@ -114,20 +119,6 @@ def bring_queries(call, shared, job, lse, delta, index, q, dout):
             shared.delta.index(slot).store(-row_delta)
             mbarrier.arrive(full, count=1)
             number += 1
-
-
-@gluon.jit
-def produce(call, shared, descriptors):
-    """Order every copy, as far ahead as there are empty slots, and bring lse and delta. Waits for consumers only."""
-    q, k, v, dout = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
-    job = call.job()
-    lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b
-    delta = call.delta + job.batch.to(gl.int64) * call.delta_stride_b
-    index = gl.arange(0, call.BLOCK_Q, layout=gl.BlockedLayout([call.BLOCK_Q // 32], [32], [1], [0]))
-    if job.tiles > 0:
-        shared.kv.load(0, k, job.batch, job.head_kv, job.first_row)
-        shared.kv.load(1, v, job.batch, job.head_kv, job.first_row)
-    bring_queries(call, shared, job, lse, delta, index, q, dout)
 
 
 # -- the consumers: a warpgroup each
@@ -206,8 +197,8 @@ def step(
 
 
 @gluon.jit
-def add_gradients(dq_next, dk_acc, dv_acc, dq_head, dq_row, row, job, shared, descriptors, call, WHO: gl.constexpr):
-    """Half of dq of the last query tile, whose product is in flight, then dk and dv.
+def add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO: gl.constexpr):
+    """Half of dq of the last query tile, whose product is in flight, to its place; then dk and dv.
 
     k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
     """
@@ -216,7 +207,7 @@ def add_gradients(dq_next, dk_acc, dv_acc, dq_head, dq_row, row, job, shared, de
     dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
     stage_dq(dq_half, shared.dq.index(WHO), call.scale)
     fence_async_shared()
-    add_out(dq, [job.batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
+    add_out(dq, place, shared.dq.index(WHO))
     sync(DONE, 256, 4)  # the other consumer
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
     staged = reinterpret(shared.kv.tiles, gl.float32, [2, ROWS, call.D], layout).index(WHO)
@@ -273,4 +264,5 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
 
         # 3. dq of the last query tile, then dk and dv.
         dq_next = begin_dq(shared, number, call, WHO)
-        add_gradients(dq_next, dk_acc, dv_acc, dq_head, dq_row, row, job, shared, descriptors, call, WHO)
+        place = [job.batch, dq_head, dq_row, WHO * (call.D // 2)]
+        add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)

@@ -1,8 +1,14 @@
-"""Warps of `hopper_backward` at head_dim 64, in Gluon: `hopper_backward_128` with keys and values in smaller tiles.
+"""Consumers of `hopper_backward` at head_dim 64, in Gluon. They divide the keys, as in `hopper_backward_128`.
 
-k and v are two tiles each, of 64 keys: a consumer reads its own, and both tiles of k for dq, in two products. lse is
-loaded in the step that needs it: a step ahead lost 5 percent at 32k tokens. Keys are centered before the launch. Tiles
-of 128 keys gained 1.5 percent in the one shape that was timed; with centered keys they have not run.
+A step has 128 queries, so that its waits, barriers and fences count half as much. Scores are one product; from the
+exponentials on, a step goes by halves of 64 queries, and one half's products run under the other's exponentials. dq, a
+step late, is divided by these halves, too.
+
+What waits for what, in step 2 of a consumer; ds1 is of the step before, both consumers'; ' and " are the halves:
+
+    copy engine                                                                                   dq1 +=
+    tensor cores    s2 = k q2^T . dp2 = v dout2^T | dv += p2' dout' | dk += ds2' q' . dq1 = ds1 k | dv, dk of p2", ds2"
+    consumer                      p2' = 2^(c s2)  | ds2'            | p2"           . ds2"        | dq1, ds2 written
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -10,85 +16,124 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ringflash.kernels.gluon_names import add_out
-from ringflash.kernels.hopper_backward_128 import (
-    EMPTY,
-    PUBLISHED,
-    Shared,
-    add_gradients,
-    announce,
-    bring_queries,
+from ringflash.kernels.gluon_names import add_out, aggregate
+from ringflash.kernels.hopper_backward_128 import EMPTY, PUBLISHED, add_gradients, announce
+from ringflash.kernels.hopper_backward_parts import center_keys, make_full, make_rows, stage_dq
+from ringflash.kernels.hopper_parts import (
+    ROWS,
+    Pipe,
+    arrive,
+    make_pipe,
+    make_tiles,
+    mask_scores,
+    opaque_zero,
+    product_layout,
+    softcap,
+    sync,
 )
-from ringflash.kernels.hopper_backward_parts import make_full, make_rows, stage_dq, weights
-from ringflash.kernels.hopper_parts import ROWS, arrive, make_pipe, make_tiles, product_layout, sync
+
+
+@aggregate
+class Shared:
+    """Everything in shared memory. k and v of both consumers, filled once: tiles 0 and 1 of kv.
+
+    Stages are those of `hopper_backward_128`.
+    """
+
+    kv: Pipe
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor  # -log2(e) lse, -inf where a row sees nothing
+    delta: gl.shared_memory_descriptor  # -delta
+    full: gl.shared_memory_descriptor
+    ds0: gl.shared_memory_descriptor  # two steps of both consumers' keys, queries 0..63: [keys, queries]
+    ds1: gl.shared_memory_descriptor  # queries 64..127
+    dq: gl.shared_memory_descriptor  # one tile per consumer: half of the queries
+    DEPTH: gl.constexpr
+
+    @gluon.jit
+    def wait_full(self, number, pred=True):
+        """Wait for a stage to be filled."""
+        mbarrier.wait(self.full.index(number % self.DEPTH), number // self.DEPTH & 1, pred=pred)
 
 
 @gluon.jit
 def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of a program, its barriers initialised: of k, v and ds a tile per consumer."""
+    """Shared memory of a program, its barriers initialised."""
     full = make_full(STAGES)
     return Shared(
-        make_pipe(dtype, 4, ROWS, D),
+        make_pipe(dtype, 2, 2 * ROWS, D),
         make_tiles(dtype, STAGES, BLOCK_Q, D),
         make_tiles(dtype, STAGES, BLOCK_Q, D),
         make_rows(STAGES, BLOCK_Q),
         make_rows(STAGES, BLOCK_Q),
         full,
-        make_tiles(dtype, 4, ROWS, BLOCK_Q),
-        make_tiles(gl.float32, 2, BLOCK_Q, D // 2),
+        make_tiles(dtype, 2, 2 * ROWS, ROWS),
+        make_tiles(dtype, 2, 2 * ROWS, ROWS),
+        make_tiles(gl.float32, 2, ROWS, D),
         STAGES,
     )
-
-
-# -- the producer: one warp
-
-
-@gluon.jit
-def produce(call, shared, descriptors):
-    """Order every copy, as far ahead as there are empty slots, and bring lse and delta. Waits for consumers only."""
-    q, k, v, dout = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
-    job = call.job()
-    lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b
-    delta = call.delta + job.batch.to(gl.int64) * call.delta_stride_b
-    index = gl.arange(0, call.BLOCK_Q, layout=gl.BlockedLayout([call.BLOCK_Q // 32], [32], [1], [0]))
-    if job.tiles > 0:
-        for who in gl.static_range(2):
-            shared.kv.load(who, k, job.batch, job.head_kv, job.first_row + who * ROWS)
-        for who in gl.static_range(2):
-            shared.kv.load(2 + who, v, job.batch, job.head_kv, job.first_row + who * ROWS)
-    bring_queries(call, shared, job, lse, delta, index, q, dout)
 
 
 # -- the consumers: a warpgroup each
 
 
 @gluon.jit
-def begin_dq(shared, number, call, WHO: gl.constexpr):
-    """This consumer's half of dq's columns of the step before, over both consumers' keys: two products in flight."""
-    HALF: gl.constexpr = call.D // 2
-    Q: gl.constexpr = product_layout(HALF)
-    slot = number % 2
-    zeros = gl.zeros([call.BLOCK_Q, HALF], gl.float32, Q)
-    sync(PUBLISHED + 2 * (1 - WHO) + slot, 256, 4)  # the other consumer
-    k_0 = shared.kv.tile(0).slice(WHO * HALF, HALF, 1)
-    k_1 = shared.kv.tile(1).slice(WHO * HALF, HALF, 1)
-    half = warpgroup_mma(shared.ds.index(2 * slot).permute((1, 0)), k_0, zeros, use_acc=False, is_async=True)
-    return warpgroup_mma(shared.ds.index(2 * slot + 1).permute((1, 0)), k_1, half, is_async=True)
+def load_row(rows, HALF: gl.constexpr):
+    """lse or delta of half of the queries, which are the scores' columns: [1, 64]."""
+    layout: gl.constexpr = gl.SliceLayout(0, product_layout(ROWS))
+    return gl.expand_dims(rows.slice(HALF * ROWS, ROWS, 0).load(layout), 0)
 
 
 @gluon.jit
-def publish(ds, shared, number, WHO: gl.constexpr):
+def half(x, HALF: gl.constexpr):
+    """The columns of half of the queries in a product [64, 128]: registers of their own, nothing moves."""
+    low, high = x.reshape([ROWS, 2, ROWS]).permute((0, 2, 1)).split()
+    return gl.convert_layout(low if HALF == 0 else high, product_layout(ROWS), assert_trivial=True)
+
+
+@gluon.jit
+def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
+    """p of half a tile of scores, and p times the softcap's slope.
+
+    lse is added by the FMA that c takes. In the accumulators it would have to be there before the product begins.
+    """
+    slope = 1.0
+    if call.CAPPED:
+        s = softcap(s, call.cap_scale)
+        slope = 1.0 - s * s
+    p = gl.exp2(s * call.c + lse)
+    if EDGE:
+        p = mask_scores(p, key_start, key_end, row, "0f00000000")
+    return p, p * slope
+
+
+@gluon.jit
+def begin_dq(shared, number, call, WHO: gl.constexpr):
+    """dq of this consumer's queries of the step before, over both consumers' keys: a product in flight."""
+    zeros = gl.zeros([ROWS, call.D], gl.float32, product_layout(call.D))
+    sync(PUBLISHED + 2 * (1 - WHO) + number % 2, 256, 4)  # the other consumer
+    tiles = shared.ds0 if WHO == 0 else shared.ds1
+    ds = tiles.index(number % 2).permute((1, 0))
+    keys = shared.kv.tiles.index(opaque_zero(number))
+    return warpgroup_mma(ds, keys, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def publish(ds0, ds1, shared, number, WHO: gl.constexpr):
     """This consumer's ds into shared memory, for both consumers' dq, who may read it once it is fenced and announced.
 
     The slot is empty: its last reader was the other's dq of two steps before, which was done before the other
     published what this consumer has waited for since.
     """
-    shared.ds.index(2 * (number % 2) + WHO).store(ds)
+    shared.ds0.index(number % 2).slice(WHO * ROWS, ROWS, 0).store(ds0)
+    shared.ds1.index(number % 2).slice(WHO * ROWS, ROWS, 0).store(ds1)
 
 
 @gluon.jit
@@ -98,35 +143,48 @@ def step(
 ):  # fmt: skip
     """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it.
 
-    dv begins before the wait for dp: a product that needs p is what keeps ptxas from moving the exponentials below that
-    wait, where nothing would run under them. more: whether another tile follows.
+    more: whether another tile follows.
     """
     S: gl.constexpr = product_layout(call.BLOCK_Q)
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
     slot = number % shared.DEPTH
     q_tile = shared.q.index(slot)
+    q0, q1 = q_tile.slice(0, ROWS, 0), q_tile.slice(ROWS, ROWS, 0)
     dout_tile = shared.dout.index(slot)
+    dout0, dout1 = dout_tile.slice(0, ROWS, 0), dout_tile.slice(ROWS, ROWS, 0)
+    lse = shared.lse.index(slot)
+    delta = shared.delta.index(slot)
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S)
 
-    lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
-    begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
-    scores = warpgroup_mma(shared.kv.tile(WHO), q_tile.permute((1, 0)), begin, is_async=True)
-    dscores = warpgroup_mma(shared.kv.tile(2 + WHO), dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    lse0 = load_row(lse, 0)
+    keys = shared.kv.tiles.index(opaque_zero(number)).slice(WHO * ROWS, ROWS, 0)
+    values = shared.kv.tiles.index(1 + opaque_zero(number)).slice(WHO * ROWS, ROWS, 0)
+    scores = warpgroup_mma(keys, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dscores = warpgroup_mma(values, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+    # 1. The first half.
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
-    p, slope = weights(s, lse, call, row, key_start, key_end, EDGE)
-    dv_next = warpgroup_mma(gl.convert_layout(p.to(q_tile.dtype), LEFT), dout_tile, dv, is_async=True)
+    p0, sloped0 = weights(half(s, 0), lse0, call, row, key_start, key_end, EDGE)
+    dv_half = warpgroup_mma(gl.convert_layout(p0.to(q_tile.dtype), LEFT), dout0, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dscores,))  # the tensor cores, for all but dv
-    delta = gl.expand_dims(shared.delta.index(slot).load(gl.SliceLayout(0, S)), 0)
-    ds = (p * (dp + delta) * slope).to(q_tile.dtype)
-    dq_next = begin_dq(shared, number, call, WHO)
-    dk_next = warpgroup_mma(gl.convert_layout(ds, LEFT), q_tile, dk, is_async=True)
+    ds0 = (sloped0 * (half(dp, 0) + load_row(delta, 0))).to(q_tile.dtype)
+    dk_half = warpgroup_mma(gl.convert_layout(ds0, LEFT), q0, dk, is_async=True)
     tma.store_wait(0)  # the copy engine, reading dq of the step before out of the same shared memory
+    dq_next = begin_dq(shared, number, call, WHO)
+
+    # 2. The second, under the first one's dk and dq.
+    p1, sloped1 = weights(half(s, 1), load_row(lse, 1), call, row + ROWS, key_start, key_end, EDGE)
+    dv_next = warpgroup_mma(gl.convert_layout(p1.to(q_tile.dtype), LEFT), dout1, dv_half, is_async=True)
+    ds1 = (sloped1 * (half(dp, 1) + load_row(delta, 1))).to(q_tile.dtype)
+    dk_next = warpgroup_mma(gl.convert_layout(ds1, LEFT), q1, dk_half, is_async=True)
+
+    # 3. ds and dq leave.
+    publish(ds0, ds1, shared, number + 1, WHO)
     dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but dk
-    publish(ds, shared, number + 1, WHO)
     stage_dq(dq_half, shared.dq.index(WHO), call.scale)
     fence_async_shared()  # what threads wrote, made visible to tensor cores and copy engine
     announce(number + 1, WHO)
-    add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
+    add_out(dq, [batch, dq_head, dq_row + WHO * ROWS, 0], shared.dq.index(WHO))
     shared.wait_full(number + 1, more)  # the copy engine and the producer
     dk, dv = warpgroup_mma_wait(0, deps=(dk_next, dv_next))  # the tensor cores
     arrive(EMPTY + slot, 288)
@@ -138,7 +196,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
     """Keys WHO x 64 and on of this program's KV tile."""
     dq = descriptors[4]
     A: gl.constexpr = product_layout(call.D)
-    S: gl.constexpr = product_layout(call.BLOCK_Q)
+    S: gl.constexpr = product_layout(ROWS)
     job = call.job()
     if job.tiles > 0:
         row = job.first_row + WHO * ROWS
@@ -148,15 +206,19 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         full = job.tiles - job.edges
         last = job.tiles * call.heads() - 1
         number = 0
-        # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
-        publish(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S), shared, 0, WHO)
+        shared.kv.wait_full(0)  # the copy engine
+        if call.CENTERED:
+            center_keys(shared.kv.tile(0).slice(WHO * ROWS, ROWS, 0), job, call)
+        # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it. The
+        # fence and the announcement serve centered keys, too, which the other consumer reads for its dq.
+        nothing = gl.zeros([ROWS, ROWS], descriptors[0].dtype, S)
+        publish(nothing, nothing, shared, 0, WHO)
         fence_async_shared()
         announce(0, WHO)
+        tma.store_wait(0)  # nothing; with it comes the warpgroup's barrier, which Triton else puts into the loop
         dq_head = job.head
         dq_row = call.queries
-        shared.kv.wait_full(0)  # the copy engine; dq takes both halves of k
-        shared.kv.wait_full(1)
-        shared.kv.wait_full(2 + WHO)
+        shared.kv.wait_full(1)  # the copy engine
         shared.wait_full(0)
         for member in range(call.heads()):
             head = job.head + member
@@ -178,4 +240,5 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
 
         # 3. dq of the last query tile, then dk and dv.
         dq_next = begin_dq(shared, number, call, WHO)
-        add_gradients(dq_next, dk_acc, dv_acc, dq_head, dq_row, row, job, shared, descriptors, call, WHO)
+        place = [job.batch, dq_head, dq_row + WHO * ROWS, 0]
+        add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
