@@ -95,13 +95,17 @@ def wanted(kind: Any) -> str:
 
 
 def unknown(key: str, schema: type) -> str:
-    """The error for an unknown setting, with the setting that was perhaps meant."""
+    """The error for an unknown setting, with the setting that was perhaps meant, or those of its group."""
     if key in RENAMED:
         return f"{key} is not a setting; did you mean {RENAMED[key]}?"
     keys = [*_keys(schema)]
     of_that_name = [other for other in keys if other.rpartition(".")[2] == key.lower().rpartition(".")[2]]
     close = difflib.get_close_matches(key.lower(), of_that_name or keys, n=1, cutoff=0.0 if of_that_name else 0.75)
-    return f"{key} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
+    group = key.rpartition(".")[0] + "."
+    if close and not key.startswith(f"{close[0]}."):
+        return f"{key} is not a setting; did you mean {close[0]}?"
+    its = [other.removeprefix(group) for other in keys if other.startswith(group)]
+    return f"{key} is not a setting" + (f"; {group[:-1]} has {', '.join(its)}" if its else "")
 
 
 def typed_value(key: str, overrides: Sequence[str]) -> str | None:

@@ -96,6 +96,8 @@ UNREADABLE = {
     "Data.path=/x/a=b": "Data.path is not a setting; did you mean data.path?",
     "lr=1": "lr is not a setting; did you mean optim.lr?",
     "optim.LR=1": "optim.LR is not a setting; did you mean optim.lr?",
+    "checkpoint.at=x": "checkpoint.at is not a setting; checkpoint has every, keep",
+    "model.lora.r=8": "model.lora.r is not a setting; model.lora has rank, alpha, dropout, targets",
     "hydra.run.dir=x": "hydra.run.dir is not a setting",
     "hydra/launcher=basic": "hydra/launcher is not a setting",
     "/etc=x": "/etc is not a setting",
