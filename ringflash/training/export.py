@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ringflash.errors import ConfigError, DiskError, in_one_line
 from ringflash.models.lora import adapted, write_adapter
 from ringflash.training.divergence import check_weights
-from ringflash.training.files import remove, writing
+from ringflash.training.files import put_in_place, remove, writing
 from ringflash.training.sharded import write_weights
 from ringflash.training.world import World
 
@@ -55,8 +55,7 @@ def export(
             remove(aside)
             _write(model, aside, tokenizer, generation)
         if world.is_first:
-            remove(folder)
-            os.rename(aside, folder)
+            put_in_place(aside, folder)
     return folder
 
 
@@ -74,8 +73,7 @@ def export_adapter(engine: deepspeed.DeepSpeedEngine, folder: Path, base: str, w
         if world.is_first:
             remove(aside)
             write_adapter(model, weights, aside, os.path.abspath(base))
-            remove(folder)
-            os.rename(aside, folder)
+            put_in_place(aside, folder)
     return folder
 
 

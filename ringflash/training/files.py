@@ -65,6 +65,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Replace `folder` by `aside`, whose files other users may read as far as they may enter it.
+
+    safetensors makes files for their owner alone, whatever the umask.
+    """
+    mode = aside.stat().st_mode & 0o666
+    for file in aside.iterdir():
+        file.chmod(mode)
+    remove(folder)
+    os.rename(aside, folder)
+
+
 def digest(path: Path) -> str:
     """A file's SHA-256."""
     with path.open("rb") as file:

@@ -62,6 +62,8 @@ def test_an_exported_model_is_the_loaded_one_but_for_its_weights(ranks, text, so
     assert changed - BOOKKEEPING == {"dtype"}
     assert after["dtype"] == "float32"
     assert uses_cache(folder / "model")
+    readable = (folder / "model").stat().st_mode & 0o666  # by whom, as the umask says
+    assert {file.stat().st_mode & 0o777 for file in (folder / "model").iterdir()} == {readable}
     shutil.rmtree(folder / "model")
     assert ranks.run(fitted, 1, [*run, "resume=auto"])[0][0] is None
     assert loaded(folder / "model") == after
