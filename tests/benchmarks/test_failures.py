@@ -22,7 +22,7 @@ def test_lines_of_progress_are_no_report():
 def test_the_rank_that_is_named_is_found():
     launcher = psutil.Popen([sys.executable, "-c", SLEEPER], stdin=subprocess.PIPE, start_new_session=True)
     try:
-        while len(launcher.children()) < 2:
+        while [child.name() for child in launcher.children()] != ["sleep", "sleep"]:  # before exec: python's variables
             assert launcher.poll() is None
         assert failures._rank(launcher, 1).environ()["RANK"] == "1"
         with pytest.raises(RuntimeError, match="rank 2 has no process"):
