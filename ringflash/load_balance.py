@@ -102,7 +102,7 @@ def _exchanging(owner: Tensor, pairs: Tensor, ranks: int, some: Tensor) -> Tenso
 
 
 def _near(place: int, chunks: Tensor, ranks: int) -> Tensor:
-    """As many chunks as a round has, around a place in their order [chunks]; fewer if there are many ranks."""
+    """The `ranks` chunks around a place in their order [chunks]; fewer if there are many ranks."""
     width = min(len(chunks), ranks, max(2, _ENTRIES // ranks**2 // 2))
     start = max(0, min(len(chunks) - width, place - width // 2))
     return chunks[start : start + width]

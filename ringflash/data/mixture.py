@@ -47,7 +47,7 @@ class Mixture:
         return pack([*self.corpora.values()][source], seed, number, length)
 
     def epoch_length(self, length: int) -> int:
-        """As many sequences as all sources have. Where shares differ from sizes, some repeat within an epoch."""
+        """The number of sequences in all sources together. If shares differ from sizes, some repeat within an epoch."""
         return sum(sequences_per_epoch(corpus, length) for corpus in self.corpora.values())
 
     def description(self, length: int) -> list[str]:

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gluon_names import add_out, aggregate
-from ringflash.kernels.hopper_backward_128 import EMPTY, PUBLISHED, add_gradients, announce
+from ringflash.kernels.hopper_backward_128 import EMPTY, PUBLISHED, add_gradients, announce, walk_queries
 from ringflash.kernels.hopper_backward_parts import center_keys, make_full, make_rows, stage_dq
 from ringflash.kernels.hopper_parts import (
     ROWS,
@@ -203,9 +203,6 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         key_start, key_end = call.seen_by(job, row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S)))
         dk_acc = gl.zeros([ROWS, call.D], gl.float32, A)
         dv_acc = gl.zeros([ROWS, call.D], gl.float32, A)
-        full = job.tiles - job.edges
-        last = job.tiles * call.heads() - 1
-        number = 0
         shared.kv.wait_full(0)  # the copy engine
         if call.CENTERED:
             center_keys(shared.kv.tile(0).slice(WHO * ROWS, ROWS, 0), job, call)
@@ -216,29 +213,12 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         fence_async_shared()
         announce(0, WHO)
         tma.store_wait(0)  # nothing; with it comes the warpgroup's barrier, which Triton else puts into the loop
-        dq_head = job.head
-        dq_row = call.queries
         shared.kv.wait_full(1)  # the copy engine
         shared.wait_full(0)
-        for member in range(call.heads()):
-            head = job.head + member
-
-            # 1. Query tiles that see every key: no mask.
-            for i in range(full):
-                dk_acc, dv_acc, dq_head, dq_row = step(
-                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head,
-                    call.row(job, i), 0, 0, dq, call, WHO, EDGE=False,
-                )  # fmt: skip
-
-            # 2. Query tiles that see only some of the keys.
-            for i in range(full, job.tiles):
-                dk_acc, dv_acc, dq_head, dq_row = step(
-                    dk_acc, dv_acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head,
-                    call.row(job, i), key_start, key_end, dq, call, WHO, EDGE=True,
-                )  # fmt: skip
-            number += job.tiles
-
-        # 3. dq of the last query tile, then dk and dv.
+        dk_acc, dv_acc, number, dq_head, dq_row = walk_queries(
+            step, dk_acc, dv_acc, shared, job, key_start, key_end, dq, call, WHO
+        )
+        # dq of the last query tile, then dk and dv.
         dq_next = begin_dq(shared, number, call, WHO)
         place = [job.batch, dq_head, dq_row + WHO * ROWS, 0]
         add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
