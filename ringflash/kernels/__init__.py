@@ -1,6 +1,6 @@
 """Attention of one query shard on one key/value shard, on one device.
 
-Every kernel has the same five functions and knows nothing of rings, layouts, documents or windows:
+Every kernel has the same five functions. None of them depends on rings, layouts, documents or windows:
 
     forward(q, k, v, intervals, *, scale, softcap, carry, out, seen) -> Partial
     delta(out, dout) -> Tensor
@@ -8,23 +8,22 @@ Every kernel has the same five functions and knows nothing of rings, layouts, do
     backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv, center) -> None
     round_into(out, x) -> None
 
-q [B, Sq, Hq, D]; k [B, Skv, Hkv, D]; v [B, Skv, Hkv, Dv]; dout [B, Sq, Hq, Dv]: any strides with a contiguous last
-dimension; Hq a multiple of Hkv; Dv is D in the Hopper kernels.
-Scores are ``scale * q k^T``, scale > 0, then ``softcap * tanh(scores / softcap)`` where softcap is not None. Keys and
-values that no query sees must be finite all the same: tiles reach over an interval's edge, and 0 x NaN is NaN.
+q [B, Sq, Hq, D]; k [B, Skv, Hkv, D]; v [B, Skv, Hkv, Dv]; dout [B, Sq, Hq, Dv]. The last dimension is contiguous, and
+other strides are free. Hq is a multiple of Hkv. In the Hopper kernels, Dv is D.
+Scores are ``scale * q k^T`` with scale > 0. With a softcap, they become ``softcap * tanh(scores / softcap)``. Keys and
+values that no query sees must also be finite: tiles extend beyond an interval's edge, and 0 x NaN is NaN.
 
-forward: `carry`, where given, is the Partial of keys seen before; it is updated in place and returned. `out`, where
-given, [B, Sq, Hq, Dv] of q's dtype or fp32 and any strides with a contiguous last dimension, is written instead of
-carry.out, all of it; lse is updated in place all the same. Without a carry the Partial is new, in fp32 but for `out`.
-`seen`, where given beside `out`, is that of `mask.rows_seen` for this call, one of several over which an fp32 Partial
-is carried. The last call that sees a tile of rows writes it to `out`, and not to the Partial; calls before that write
-it to the Partial alone. After the last call `out` is complete. All of them are calls of one kernel.
+forward: `carry` is the Partial of the keys of earlier calls; it is updated in place and returned. Without a carry, the
+Partial is new and in fp32. `out` [B, Sq, Hq, Dv], in q's dtype or fp32, is written instead of carry.out, as a whole;
+lse is still updated in place. `seen` is this call's entry of `mask.rows_seen`, for one of several calls that carry an
+fp32 Partial. It needs `out`. The last call that sees a tile of rows writes it to `out` and not to the Partial, and
+earlier calls write it to the Partial alone. After the last call, `out` is complete. One kernel must run all the calls.
 
-backward: lse and delta, fp32 [B, Hq, Sq], are those of the whole softmax, over all shards: delta = rowsum(dout * out).
-Gradients are *added* into dq, dk and dv, of the shapes of q, k and v, all fp32, with a contiguous last dimension.
-Where `center` [B, 1, Hkv, D] is given, keys are k - center, and lse is theirs: the function center makes both, and
-`compensation` says what for.
-round_into writes such a sum, when it is complete, in the inputs' dtype.
+backward: lse and delta, fp32 [B, Hq, Sq], belong to the whole softmax over all shards: delta = rowsum(dout * out).
+Gradients are *added* to dq, dk and dv, which are fp32, have the shapes of q, k and v, and a contiguous last dimension.
+With `center` [B, 1, Hkv, D], the keys are k - center, and lse is the lse of those keys. The function center computes
+both; `compensation` explains why.
+round_into writes a complete sum in the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ FASTEST_FIRST = ("hopper", "portable", "blocked")
 
 @dataclass(frozen=True)
 class Kernel:
-    """The functions above, and `supports(q, k, softcap, value_dim)`: None, or the reason why the kernel cannot."""
+    """The functions above, and `supports(q, k, softcap, value_dim)`: None, or the reason for refusing a request."""
 
     name: str
     forward: Callable
@@ -62,9 +61,9 @@ def select(
 ) -> Kernel:
     """The fastest kernel that supports the request, or the one named.
 
-    deterministic: gradients must be bit-equal from run to run; a kernel whose fast backward is not takes a slower one.
-    value_dim: head_dim of the values; None: that of the keys.
-    Raises ValueError with the reason where the named kernel (or, with "auto", every kernel) cannot.
+    deterministic: gradients must be bit-equal from run to run; a kernel whose fast backward is not uses a slower one.
+    value_dim: head_dim of the values; None for that of the keys.
+    Raises ValueError with the reason if the named kernel (with "auto", every kernel) refuses the request.
     """
     if name != "auto" and name not in FASTEST_FIRST:
         raise ValueError(f"kernel={name} is not one of auto, {', '.join(FASTEST_FIRST)}")
@@ -80,7 +79,7 @@ def select(
 
 @functools.cache
 def _load(name: str, deterministic: bool = False) -> Kernel | str:
-    """Import a kernel's files only when it is asked for; the reason, where Triton is missing or too old for them."""
+    """The kernel, whose files are imported on demand; or the reason, if Triton is missing or too old."""
     files = ("blocked", "blocked") if name == "blocked" else (f"{name}_forward", f"{name}_backward")
     try:
         forward, backward = (importlib.import_module(f"ringflash.kernels.{file}") for file in files)

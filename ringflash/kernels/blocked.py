@@ -1,13 +1,13 @@
-"""The block kernel in plain torch, tile by tile, on any device: the CPU's kernel and the readable definition.
+"""The kernel in plain torch, tile by tile, on any device. The CPU uses it, and it is the readable definition.
 
-One tile of queries at a time meets the run of keys that any of its rows sees; no [Sq, Skv] matrix exists. With scores
-s = softcap(scale q k^T) and a carried (out, lse),
+Each tile of queries is multiplied by the run of keys that any of its rows sees, so no [Sq, Skv] matrix is ever
+materialised. With scores s = softcap(scale q k^T) and a carried (out, lse),
 
   forward   lse' = log(exp(lse) + sum_j exp(s_j))    out' = exp(lse - lse') out + sum_j exp(s_j - lse') v_j
   backward  p = exp(s - lse)    ds = p (dout v^T - delta)   dq += scale ds k   dk += scale ds^T q  dv += p^T dout
 
-where ds also takes the softcap's derivative, 1 - tanh^2. Query heads that share a KV head are folded into the rows of
-one matrix product, so k and v are never repeated.
+where ds is also multiplied by the softcap's derivative, 1 - tanh^2. Query heads that share a KV head are rows of one
+matrix product, so k and v are never repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TILE = 256
 
 
 def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None = None) -> str | None:
-    """None, or why not: any floating dtype, head sizes and device will do."""
+    """None, or the reason for refusing. Any floating dtype, head size and device is supported."""
     if not q.is_floating_point():
         return f"needs floating point, got {q.dtype}"
     return request_refusal(q, k, softcap)
@@ -69,7 +69,7 @@ def forward(
 
 
 def delta(out: Tensor, dout: Tensor) -> Tensor:
-    """rowsum(out * dout), fp32 [B, H, S], of [B, S, H, D]."""
+    """rowsum(out * dout) of [B, S, H, D], as fp32 [B, H, S]."""
     return (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
 
 

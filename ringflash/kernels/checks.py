@@ -1,4 +1,4 @@
-"""What a kernel refuses, in its own name, whatever it is written in.
+"""Checks of a kernel's inputs, with errors that name the kernel.
 
 A `..._refusal` returns None or the tail of "kernel=NAME ...". A `check_...` raises ValueError with NAME and the values.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ringflash.mask import Intervals
 
-# Kernels compute in fp32: between these, a scale, a softcap and their quotient neither overflow nor become 0.
+# Kernels compute in fp32. In this range, a scale, a softcap and their quotient neither overflow nor become 0.
 LEAST, MOST = 1e-15, 1e15
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise TypeError or ValueError unless all are dense tensors of one dtype that attention takes, on one device."""
+    """Raise TypeError or ValueError unless all are dense tensors of one supported dtype on one device."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -60,7 +60,7 @@ def request_refusal(q: Tensor, k: Tensor, softcap: float | None) -> str | None:
 
 
 def stride_refusal(q: Tensor, k: Tensor, copy_engine: bool) -> str | None:
-    """None, or why a Triton kernel cannot read q and k where they lie. copy_engine: whether it loads tiles by TMA."""
+    """None, or why a Triton kernel cannot address q and k. copy_engine: whether it loads tiles by TMA."""
     for name, x in (("q", q), ("k", k)):
         if x.stride(3) != 1:
             return f"takes a contiguous last dimension, got {name} with stride {x.stride(3)}"
@@ -82,12 +82,12 @@ def address_refusal(name: str, x: Tensor) -> str | None:
 
 
 def like_out(q: Tensor, v: Tensor) -> Tensor:
-    """A tensor like attention's result: q's, with heads of v's size; only its shape, dtype and device may be read."""
+    """A tensor like attention's result: q with heads of v's size. Only its shape, dtype and device may be read."""
     return q if q.shape[3] == v.shape[3] else q[..., :1].expand(*q.shape[:3], v.shape[3])
 
 
 def check_alike(kernel: str, q: Tensor, k: Tensor, scale: float, v: Tensor, **others: Tensor) -> None:
-    """Raise ValueError unless scale is a scale, v like k and dout like q, both of any one head_dim."""
+    """Raise ValueError unless scale is valid, v matches k and dout matches q; v and dout may share another head_dim."""
     if reason := number_refusal(scale):
         raise ValueError(f"kernel={kernel} takes as scale {reason}")
     for name, x in {"v": v, **others}.items():
@@ -100,7 +100,7 @@ def check_alike(kernel: str, q: Tensor, k: Tensor, scale: float, v: Tensor, **ot
 
 
 def check_rows(kernel: str, like: Tensor, **tensors: Tensor) -> None:
-    """Raise ValueError unless each is fp32, contiguous in its last dimension, [B, S, H, D] or [B, H, S] of `like`."""
+    """Raise ValueError unless each is fp32, [B, S, H, D] or [B, H, S] of `like`, with a contiguous last dimension."""
     B, S, H, D = like.shape
     for name, x in tensors.items():
         shape = (B, H, S) if x.dim() == 3 else (B, S, H, D)
@@ -113,7 +113,7 @@ def check_rows(kernel: str, like: Tensor, **tensors: Tensor) -> None:
 
 
 def check_center(kernel: str, k: Tensor, center: Tensor | None) -> None:
-    """Raise ValueError unless center is None or [B, 1, Hkv, D], of k's dtype, contiguous in its last dimension."""
+    """Raise ValueError unless center is None or [B, 1, Hkv, D] in k's dtype, with a contiguous last dimension."""
     if center is None:
         return
     shape = (len(k), 1, *k.shape[2:])
@@ -125,7 +125,7 @@ def check_center(kernel: str, k: Tensor, center: Tensor | None) -> None:
 
 
 def check_out(kernel: str, q: Tensor, out: Tensor) -> None:
-    """Raise ValueError unless out is of q's shape, in a dtype that kernels write, contiguous in its last dimension."""
+    """Raise ValueError unless out has q's shape, a dtype that kernels write, and a contiguous last dimension."""
     if out.shape != q.shape or out.dtype not in OUT_DTYPES or out.stride(3) != 1:
         raise ValueError(
             f"kernel={kernel} takes out as {[*q.shape]}, float16, bfloat16 or float32, last dimension contiguous, "

@@ -1,8 +1,8 @@
-"""flash_decode: a few new queries attend to a KV cache; `parts` and `combine`, which it and the ring's ranks share.
+"""flash_decode: a few new queries attend to a KV cache. The ring's decoding shares `parts` and `combine`.
 
-A cache is a tensor reserved once, [B, capacity, Hkv, D], of which each query sees the rows start:end. On a GPU, and in
-Triton's interpreter, that is `portable_decode`: one program per split of the keys, then one combination. Elsewhere it
-is the plain torch below, a run of keys at a time with the running state carried along, which is also the definition.
+A cache is a tensor [B, capacity, Hkv, D] that is allocated once; each query sees its rows start:end. On a GPU, and in
+Triton's interpreter, `portable_decode` runs: one program per split of the keys, then one combination. Elsewhere, the
+plain torch below runs, which is also the definition: one run of keys at a time, with a carried state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ringflash.kernels.checks import check_spans, check_tensors, like_out, numbe
 from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge, merge_sink
 
-RUN = 8192  # keys of a run in plain torch, which is copied in fp32
+RUN = 8192  # keys of one run in plain torch, which copies them in fp32
 KERNELS = ("portable", "blocked")
 Span = tuple[Tensor, Tensor]
 
@@ -41,19 +41,20 @@ def flash_decode(
     """Attention of new queries over a KV cache, without gradients: query i of row b sees keys start[b, i]:end[b, i].
 
     q [B, Sq, Hq, D], the new tokens' queries, often Sq = 1; k_cache [B, capacity, Hkv, D]; v_cache [B, capacity, Hkv,
-    Dv], the new tokens' own keys and values already written. Hq is a multiple of Hkv; fp16, bf16 or fp32; D and Dv 32
-    to 512 in steps of 8 on a GPU, any in plain torch; any strides with a contiguous last dimension. What lies before a
-    batch row's first start or behind its last end may hold anything: a cache need not be cleared.
-    end, start: int32 [B, Sq] or [1, Sq], on the cache's device, where they are read: no call waits for the host, and
-    calls can be captured as a CUDA graph. Neither decreases along a row. start None: 0. For layers with windows, start
-    is end - window; in a packed prompt, where the document begins. leading: another (start, end), sharing no key with
-    the first, such as the leading tokens that windows also show. On the CPU, bounds outside 0..capacity are an error;
-    on a GPU they are cut to it.
-    scale, above 0, defaults to D ** -0.5. sink [Hq]: a logit of each head that has no value (gpt-oss), not capped.
-    kernel: portable (Triton), blocked (plain torch) or auto, the first that can.
+    Dv]. The new tokens' own keys and values must already be in the cache. Hq is a multiple of Hkv. Dtypes are fp16,
+    bf16 or fp32. D and Dv are 32 to 512 in steps of 8 on a GPU, and any size in plain torch. The last dimension is
+    contiguous, and other strides are free. Cache rows before a batch row's first start or from its last end on may
+    hold anything: a cache need not be cleared.
+    end, start: int32 [B, Sq] or [1, Sq] on the cache's device, which alone reads them. No call synchronises with the
+    host, so calls can be captured as a CUDA graph. Neither decreases along a row. start defaults to 0; a window's start
+    is end - window, and in a packed prompt it is where the document starts. leading: another (start, end) that shares
+    no key with the first, such as the leading tokens that windows also see. On the CPU, bounds outside 0..capacity are
+    an error; on a GPU they are clamped.
+    scale, above 0, defaults to D ** -0.5. sink [Hq]: a logit per head that has no value (gpt-oss), not capped.
+    kernel: portable (Triton), blocked (plain torch), or auto, the first that supports the request.
 
     Returns out [B, Sq, Hq, Dv] in q's dtype; a query that sees nothing gets 0. Raises TypeError or ValueError naming
-    the argument that does not fit, and RuntimeError where an input requires a gradient.
+    the argument that does not fit, and RuntimeError if an input requires a gradient.
 
     >>> q, cache, end = torch.randn(2, 1, 4, 64), torch.randn(2, 100, 2, 64), torch.tensor([[40], [7]]).int()
     >>> flash_decode(q, cache, cache, end).shape
@@ -91,9 +92,9 @@ def parts(
 ) -> Partial:
     """Parts of attention over the union of spans, which share no key: out [N, B, Sq, Hq, Dv] and lse [N, B, Hq, Sq].
 
-    fp32. N is the kernel's choice; `combine` makes them one. A part of a row that has seen nothing has lse -inf, and
-    then out may hold anything. Arguments are those of `flash_decode`, checked there. Raises ValueError with the reason
-    where no kernel can.
+    Both are fp32. The kernel chooses N, and `combine` combines the parts. A part of a row that has seen nothing has lse
+    -inf, and its out may hold anything. Arguments are those of `flash_decode`, which checks them. Raises ValueError
+    with the reason if no kernel supports the request.
     """
     module = _select(q, k, softcap, kernel, v.shape[-1])
     if module is not None and 0 not in q.shape and 0 not in k.shape:
@@ -104,17 +105,17 @@ def parts(
             k_run, v_run = (x[:, first : first + RUN] for x in (k, v))
             within = _bounds(*((bound - first).clamp(0, k_run.shape[1]) for bound in (start, end)))
             j = torch.arange(k_run.shape[1], device=q.device)
-            unseen = (j < within.start[:, :1]) | (j >= within.end[:, -1:])  # which a weight of 0 would make NaN
+            unseen = (j < within.start[:, :1]) | (j >= within.end[:, -1:])  # may hold NaN, and 0 x NaN is NaN
             v_run = v_run.masked_fill(unseen[..., None, None], 0.0)
             blocked.forward(q, k_run, v_run, within, scale=scale, softcap=softcap, carry=state)
     return Partial(state.out[None], state.lse[None])
 
 
 def combine(parts: Partial, *, sink: Tensor | None = None, out_dtype: torch.dtype = torch.float32) -> Partial:
-    """Attention over the keys of all parts, and the sink [Hq]: `partial.merge` of N at once.
+    """Attention over the keys of all parts and the sink [Hq]: `partial.merge` of N Partials at once.
 
-    parts: out [N, B, Sq, Hq, Dv] and lse [N, B, Hq, Sq], fp32, of any strides with a contiguous last dimension of out:
-    splits of a cache, or what ranks that hold a part of it have found. Returns out in out_dtype, and lse.
+    parts: out [N, B, Sq, Hq, Dv] and lse [N, B, Hq, Sq], fp32; the last dimension of out is contiguous. They are splits
+    of a cache, or results of ranks that hold a part of it each. Returns out in out_dtype, and lse.
     """
     module = _portable()
     if isinstance(module, ModuleType) and module.runs_on(parts.out.device) and parts.out.numel():
@@ -129,7 +130,7 @@ def combine(parts: Partial, *, sink: Tensor | None = None, out_dtype: torch.dtyp
 
 
 def _select(q: Tensor, k: Tensor, softcap: float | None, kernel: str, value_dim: int) -> ModuleType | None:
-    """The Triton kernel's module, or None for plain torch. Raises ValueError where the named one cannot."""
+    """The Triton kernel's module, or None for plain torch. Raises ValueError if the named kernel refuses."""
     if kernel not in ("auto", *KERNELS):
         raise ValueError(f"kernel={kernel} is not one of auto, {', '.join(KERNELS)}")
     if kernel == "blocked":
@@ -145,7 +146,7 @@ def _select(q: Tensor, k: Tensor, softcap: float | None, kernel: str, value_dim:
 
 @functools.cache
 def _portable() -> ModuleType | str:
-    """The Triton kernel's module; the reason, where Triton is missing or too old for it."""
+    """The Triton kernel's module; or the reason, if Triton is missing or too old."""
     try:
         return importlib.import_module("ringflash.kernels.portable_decode")
     except ImportError as error:
@@ -155,12 +156,12 @@ def _portable() -> ModuleType | str:
 
 
 def _bounds(start: Tensor, end: Tensor) -> Intervals:
-    """The intervals of a forward alone: no transpose, and no order of tiles."""
+    """Intervals for a forward alone, without a transpose and an order of tiles."""
     return Intervals(start, end, start, end, {}, {})
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
-    """Raise unless keys and values are rows of one cache, and the sink is a logit of each query head."""
+    """Raise unless keys and values belong to one cache, and the sink has one logit per query head."""
     if v.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3] or 0 in (q.shape[3], v.shape[3]):
         shapes = f"q {[*q.shape]}, k_cache {[*k.shape]}, v_cache {[*v.shape]}"
         raise ValueError(

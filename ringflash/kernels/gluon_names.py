@@ -1,11 +1,11 @@
-"""Names of Gluon that differ between triton 3.6 and 3.9, under one spelling each.
+"""One name each for functions of Gluon whose names differ between triton 3.6 and 3.9.
 
     copy_in(descriptor, coordinates, barrier, tile)    memory to shared memory, signals the barrier by bytes
     copy_out(descriptor, coordinates, tile)            shared memory to memory
-    add_out(descriptor, coordinates, tile)             the same, adding to what memory holds, atomically
+    add_out(descriptor, coordinates, tile)             the same, as an atomic addition
     reinterpret(tile, dtype, shape, layout)            the same shared memory as another type
 
-All but the last run on the copy engine (TMA), asynchronously.
+The first three run on the copy engine (TMA), asynchronously.
 
     @aggregate class Name: field: gl.tensor ...        a struct for device code, with the constructor Name(field, ...)
 """
@@ -36,7 +36,7 @@ T = TypeVar("T")
 class _Constructor(JITCallable):
     """__init__ of an aggregate: one argument per field, in order.
 
-    A JITCallable, since that is what Triton's cache key takes in of an aggregate: here, the names and types of fields.
+    A JITCallable, since Triton's cache key includes those of an aggregate: here, the names and types of its fields.
     """
 
     def __init__(self, fields: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ def aggregate(cls: type[T]) -> type[T]:
 
 @builtin
 def _async_tma_add(tensor_desc, coord, src, _semantic=None):
-    """triton 3.9's tma.async_atomic_add, for the versions whose compiler has the operation but not the name."""
+    """triton 3.9's tma.async_atomic_add, for versions whose compiler has the operation but not the function."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
@@ -74,7 +74,7 @@ def reinterpret(tile, dtype, shape, layout, _semantic=None):
     return _semantic.memdesc_reinterpret(tile, _unwrap_if_constexpr(dtype), shape, _unwrap_if_constexpr(layout))
 
 
-# 3.9 keeps the old names as functions that raise, so the new ones are looked for first.
+# 3.9 keeps the old names as functions that raise, so the new names are tried first.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 add_out = getattr(tma, "async_atomic_add", _async_tma_add)

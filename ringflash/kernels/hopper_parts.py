@@ -1,6 +1,6 @@
-"""What both Hopper kernels are made of: barriers, pipes between warps, tiles of a program and of the copy engine.
+"""Parts of both Hopper kernels: barriers, pipes between warps, jobs of programs, TMA descriptors, and input checks.
 
-And what either refuses. The kernels are in `hopper_forward` and `hopper_backward`.
+The kernels are in `hopper_forward` and `hopper_backward`.
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -21,35 +21,33 @@ from ringflash.kernels.gluon_names import TESTED, aggregate, copy_in, triton_ver
 from ringflash.kernels.portable_parts import LOG2_E, arch
 from ringflash.mask import Intervals
 
-ROWS = gl.constexpr(64)  # of a consumer's tile: what one wgmma computes
+ROWS = gl.constexpr(64)  # of a consumer's tile: those of one wgmma
 NEG_INF = gl.constexpr(float("-inf"))
-# tanh x = x + a x^3 + b x^5 within 1e-6 of itself up to x = 1/4, of y = 2 log2(e) x
+# tanh x is x + a x^3 + b x^5 up to x = 1/4, with a relative error of at most 1e-6; here as a series in y = 2 log2(e) x
 SMALL = gl.constexpr(0.25 * 2 * LOG2_E)
 SERIES_1, SERIES_3, SERIES_5 = (
     gl.constexpr(coefficient / (2 * LOG2_E) ** power)
     for power, coefficient in ((1, 1.0), (3, -0.33326131), (5, 0.12914957))
 )
-FIRST_BARRIER = (
-    8  # of the 16 that warps meet at by number. Triton takes those from 0: one per partition, two of its own
-)
-L2_BYTES = 32 << 20  # of 50 MB: what a program's heads read again and again; the rest is for what streams through
+FIRST_BARRIER = 8  # of the 16 named barriers. Triton uses those from 0: one per partition, and two of its own
+L2_BYTES = 32 << 20  # of 50 MB, for data that is read repeatedly; the rest is for data that streams through
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 HEAD_DIMS = (64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Registers:
-    """A thread's registers: at launch an equal share of an SM's 65536, then what setmaxnreg gives each kind of warp."""
+    """Registers per thread: at launch an equal share of an SM's 65536, then those that setmaxnreg assigns."""
 
     launch: int
     consumer: int
-    producer: int  # its warp is padded to a warpgroup
+    producer: int  # one warp, padded to a warpgroup
 
 
 REGISTERS = {2: Registers(168, 240, 24), 3: Registers(128, 160, 32)}  # by the number of consumers
 
 
-# -- barriers that warps meet at by number: a warp arrives and continues; an mbarrier makes its warpgroup meet
+# -- named barriers: a warp arrives and continues, whereas an mbarrier synchronises its whole warpgroup
 
 
 @gluon.constexpr_function
@@ -60,7 +58,7 @@ def barrier_asm(verb, threads):
 
 @gluon.jit
 def sync(barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
-    """Wait, with all WARPS of this partition, until THREADS have come to the barrier. Each thread has one element."""
+    """Wait, with all WARPS of this partition, until THREADS threads have arrived. Each thread has one element."""
     thread = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     asm: gl.constexpr = barrier_asm("sync", THREADS)
     gl.inline_asm_elementwise(asm, "=r,r", [thread * 0 + barrier], dtype=gl.int32, is_pure=False, pack=1)
@@ -68,7 +66,7 @@ def sync(barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def arrive(barrier, THREADS: gl.constexpr):
-    """Come to the barrier, with the four warps of this partition, without waiting."""
+    """Arrive at the barrier with the four warps of this partition, without waiting."""
     thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     asm: gl.constexpr = barrier_asm("arrive", THREADS)
     gl.inline_asm_elementwise(asm, "=r,r", [thread * 0 + barrier], dtype=gl.int32, is_pure=False, pack=1)
@@ -76,30 +74,30 @@ def arrive(barrier, THREADS: gl.constexpr):
 
 @gluon.constexpr_function
 def product_layout(columns):
-    """Who holds what of a wgmma's result, [64, columns]: registers of a warpgroup."""
+    """The register layout of a wgmma's result [64, columns] in a warpgroup."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
-# -- shared memory on its way from one warp to another
+# -- shared memory between warps
 
 
 @gluon.jit
 def opaque_zero(number):
-    """0 of a step's number, which is below 2^30; the compiler does not know that it is always 0.
+    """0, computed from a step's number below 2^30 in a way that the compiler cannot see through.
 
-    An address to which it is added is computed in every step: two or three instructions. Without it, the compiler keeps
-    the constant addresses of all operands in registers over the loop, where there are too few, and spills them.
+    An address to which this is added is computed in every step, in two or three instructions. Otherwise the compiler
+    keeps the constant addresses of all operands in registers throughout the loop, and spills them.
     """
     return number >> 30
 
 
 @aggregate
 class Pipe:
-    """DEPTH tiles of shared memory. Tiles are numbered from 0 as they come; number n lies in slot n % DEPTH.
+    """A circular buffer of DEPTH tiles in shared memory. Tiles are numbered from 0; number n is in slot n % DEPTH.
 
-    full[slot] is signalled by the copy engine when all bytes have landed. A slot's one reader, a warpgroup, reports it
-    empty through empty[slot]; several READERS do so at the barrier EMPTY + slot, at which their warps arrive one by
-    one.
+    The copy engine signals full[slot] when all bytes have arrived. A single reader, a warpgroup, releases a slot
+    through the mbarrier empty[slot]. Several READERS release it through the named barrier EMPTY + slot, where their
+    warps arrive one by one.
     """
 
     tiles: gl.shared_memory_descriptor
@@ -111,17 +109,17 @@ class Pipe:
 
     @gluon.jit
     def tile(self, number):
-        """The shared memory of a tile."""
+        """The shared memory of tile `number`."""
         return self.tiles.index(number % self.DEPTH)
 
     @gluon.jit
     def wait_full(self, number, pred=True):
-        """Wait for the copy engine to have filled a tile."""
+        """Wait until the copy engine has filled a tile."""
         mbarrier.wait(self.full.index(number % self.DEPTH), number // self.DEPTH & 1, pred=pred)
 
     @gluon.jit
     def wait_empty(self, number):
-        """Wait for the readers of the tile that had the slot before. For the producer, a warp."""
+        """Wait until the readers have released the slot's previous tile. For the producer, one warp."""
         if self.READERS == 1:
             mbarrier.wait(self.empty.index(number % self.DEPTH), (number // self.DEPTH & 1) ^ 1)
         elif number >= self.DEPTH:
@@ -129,7 +127,7 @@ class Pipe:
 
     @gluon.jit
     def release(self, number):
-        """Say that this warpgroup has read a tile."""
+        """Release a tile that this warpgroup has read."""
         if self.READERS == 1:
             mbarrier.arrive(self.empty.index(number % self.DEPTH), count=1)
         else:
@@ -137,13 +135,13 @@ class Pipe:
 
     @gluon.jit
     def load(self, number, descriptor, batch, head, row):
-        """Order the copy of a tile from row `row` of a [B, H, S, D] tensor, once its slot is empty."""
+        """Start the copy of a tile from row `row` of a [B, H, S, D] tensor, once its slot is empty."""
         self.wait_empty(number)
         self.copy(number, descriptor, batch, head, row)
 
     @gluon.jit
     def copy(self, number, descriptor, batch, head, row):
-        """Order the copy of a tile whose slot is empty."""
+        """Start the copy of a tile whose slot is empty."""
         full = self.full.index(number % self.DEPTH)
         mbarrier.expect(full, descriptor.block_type.nbytes)
         copy_in(descriptor, [batch, head, row, 0], full, self.tiles.index(number % self.DEPTH))
@@ -151,7 +149,7 @@ class Pipe:
 
 @gluon.jit
 def make_tiles(dtype: gl.constexpr, COUNT: gl.constexpr, BLOCK: gl.constexpr, COLUMNS: gl.constexpr):
-    """Shared memory for COUNT tiles [BLOCK, COLUMNS], as wgmma and the copy engine lay them out."""
+    """Shared memory for COUNT tiles [BLOCK, COLUMNS], in the layout of wgmma and the copy engine."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, COLUMNS], dtype)
     return gl.allocate_shared_memory(dtype, [COUNT, BLOCK, COLUMNS], layout)
 
@@ -161,15 +159,15 @@ def make_pipe(
     dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
     READERS: gl.constexpr = 1, EMPTY: gl.constexpr = 0, WRITERS: gl.constexpr = 1,
 ):  # fmt: skip
-    """A Pipe of [BLOCK, D] tiles. EMPTY: for several readers, the first of DEPTH barriers. READERS: 0 for memory alone.
+    """A Pipe of [BLOCK, D] tiles. READERS: 0 for memory without barriers.
 
-    WRITERS: 2 where a tile is full when its producer has arrived as well at full[slot], beside the copy engine.
-    An mbarrier is made only where warps wait at it. Triton lays the next tiles over one that is initialised and no
-    more, and PTX leaves undefined what its memory then holds.
+    EMPTY: the first of DEPTH named barriers, for several readers. WRITERS: 2 if the producer also arrives at
+    full[slot]. An mbarrier is only made if warps wait at it. Triton reuses the memory of one that is only initialised,
+    and in PTX the contents of that memory are undefined.
     """
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = make_tiles(dtype, DEPTH, BLOCK, D)
-    full, empty = tiles, tiles  # what is not there is not read
+    full, empty = tiles, tiles  # placeholders, never used as barriers
     if READERS > 0:
         full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     if READERS == 1:
@@ -182,14 +180,14 @@ def make_pipe(
     return Pipe(tiles, full, empty, DEPTH, READERS, EMPTY)
 
 
-# -- which tiles a program works on
+# -- the tiles of a program
 
 
 @aggregate
 class Job:
-    """A tile of rows and the tiles of columns they see: `edges` that are masked, then the full ones.
+    """A tile of rows and the tiles of columns that they see: `edges` masked ones and the full ones.
 
-    Rows and columns are queries and keys in the forward, keys and queries in the backward.
+    Rows and columns are queries and keys in the forward, and keys and queries in the backward.
     """
 
     batch: gl.tensor
@@ -200,11 +198,11 @@ class Job:
     tiles: gl.tensor
     edges: gl.tensor
     full_from: gl.tensor
-    into: gl.tensor  # in the forward, where the tile's result goes: OUT, FINAL or NOWHERE
+    into: gl.tensor  # in the forward, where the tile's result is written: OUT, FINAL or NOWHERE
 
     @gluon.jit
     def fields(self):
-        """The job as a vector of 8, for `receive_job`: all but the KV head, of which consumers know nothing."""
+        """The job as a vector of 8, for `receive_job`: all but the KV head, which consumers do not need."""
         i = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [1], [0]))
         heads = gl.where(i == 1, self.head, gl.where(i == 2, self.into, self.first_row))
         where = gl.where(i == 0, self.batch, heads)
@@ -214,8 +212,8 @@ class Job:
 
 @gluon.jit
 def receive_job(fields):
-    """The job whose fields are these 8, in shared memory. For a warpgroup."""
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # each thread reads them all
+    """The job with these 8 fields, which are in shared memory. For a warpgroup."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # each thread reads all of them
     i = gl.arange(0, 8, layout=layout)
     x = fields.load(layout)
     head = gl.sum(gl.where(i == 1, x, 0), 0)
@@ -228,10 +226,10 @@ def receive_job(fields):
 
 @gluon.jit
 def next_tile(counter, total):
-    """The next number of those below `total` that programs take as they come, each having begun with its own.
+    """The next tile number from a shared counter; a program's first tile is its own number. For a warp.
 
-    So one that starts late, because its SM had another kernel's work to finish, takes fewer. For a warp. Each of the
-    numbers begun is followed by one take, so that the last one is known: it leaves the counter at 0, as it was found.
+    A program that starts late, because another kernel held its SM, takes fewer tiles. Every tile is followed by one
+    call, so `total` calls are made, and the last one resets the counter to 0.
     """
     thread = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     taken = gl.atomic_add(counter + thread, thread * 0 + 1, mask=thread == 0, sem="relaxed")
@@ -242,7 +240,7 @@ def next_tile(counter, total):
 
 @gluon.jit
 def tile_run(start, end, first, last, BLOCK: gl.constexpr):
-    """The tiles that rows first..last see: where they begin, how many, and which and how many every row sees whole."""
+    """The tiles that rows first..last see: first key, number of tiles, first full tile, number of full tiles."""
     lo = gl.load(start + first)
     hi = gl.load(end + last)
     all_from = gl.load(start + last)
@@ -257,11 +255,11 @@ def tile_run(start, end, first, last, BLOCK: gl.constexpr):
 
 @gluon.constexpr_function
 def mask_scores_asm(count, value):
-    """PTX: registers $0.. of a thread's two rows become `value` where a row does not see their column.
+    """PTX: set registers $0.. of a thread's two rows to `value` if the row does not see their column.
 
-    A thread has columns 2 (lane % 4) + 8 k and the one after it, of its first row and then of its second, for k = 0,
-    1, ... Operands, after those of the tile: start - first_column, then end - start, `count` each. One comparison per
-    column: unsigned wraps below start.
+    A thread has columns 2 (lane % 4) + 8 k and the next one, first of its first row and then of its second, for k = 0,
+    1, ... The operands after the tile's are start - first_column, then end - start, `count` each. Each column takes one
+    unsigned comparison, which wraps below start.
     """
     before = f"""
         mov.u32 lane, %laneid;
@@ -281,16 +279,16 @@ def mask_scores_asm(count, value):
 
 @gluon.constexpr_function
 def mask_scores_operands(count):
-    """`count` results, which begin as the first `count` operands, and twice as many others."""
+    """`count` results, initialised from the first `count` operands, and twice as many other operands."""
     return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * 2 * count)
 
 
 @gluon.jit
 def mask_scores(s, start, end, first_column, value: gl.constexpr):
-    """s [rows, columns], of a wgmma, with `value` (PTX) where column `first_column` + j is not in the row's start:end.
+    """s [rows, columns], a wgmma's result, with `value` (PTX) where column `first_column` + j is not in start:end.
 
-    In PTX, for Triton would make each thread's columns again from the bits of its number: 237 instructions instead of
-    112 in a step of the backward.
+    This is PTX because Triton would compute each thread's columns again from the bits of its number: 237 instructions
+    instead of 112 in a step of the backward.
     """
     COUNT: gl.constexpr = s.shape[1] // 2  # registers of a thread: 64 rows over 128 threads
     begin = gl.broadcast(gl.expand_dims(start - first_column, 1), s)[0]
@@ -303,12 +301,12 @@ def mask_scores(s, start, end, first_column, value: gl.constexpr):
 
 @gluon.jit
 def softcap(s, cap_scale):
-    """tanh(s scale / softcap), with cap_scale = 2 log2(e) scale / softcap, within a few 1e-6 of itself.
+    """tanh(s scale / softcap), with cap_scale = 2 log2(e) scale / softcap and a relative error of a few 1e-6.
 
-    1 - 2 / (1 + 2^y), but for small y, where that cancels: a polynomial. See `portable_parts.softcap`.
+    This is 1 - 2 / (1 + 2^y), and a polynomial for small y, where that cancels. See `portable_parts.softcap`.
     """
     y = s * cap_scale
-    reciprocal = gl.inline_asm_elementwise(  # in one instruction, where Triton's division takes several
+    reciprocal = gl.inline_asm_elementwise(  # one instruction, where Triton's division takes several
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + gl.exp2(y)], dtype=gl.float32, is_pure=True, pack=1
     )
     square = y * y
@@ -320,9 +318,9 @@ def softcap(s, cap_scale):
 
 
 def tiles(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """x [B, S, H, D] as the copy engine addresses it: [B, H, S, D] in tiles of rows x columns, by default all of D."""
+    """A TMA descriptor of x [B, S, H, D] as [B, H, S, D], in tiles of rows x columns (by default all of D)."""
     B, S, H, D = x.shape
-    # A dimension of size 1 may have any stride; the copy engine wants a multiple of 16 bytes all the same.
+    # A dimension of size 1 may have any stride, but the copy engine still requires a multiple of 16 bytes.
     strides = [D if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
     block = (1, 1, rows, columns or D)
     return TensorDescriptor(x, [B, H, S, D], [*strides, 1], [*block], tile_layout(block, x.dtype))
@@ -330,7 +328,7 @@ def tiles(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
 
 @functools.cache
 def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How the copy engine lays a tile out in shared memory."""
+    """The shared memory layout of a tile that the copy engine moves."""
     return gl.NVMMASharedLayout.get_default_for([*block], DTYPES[dtype])
 
 
@@ -341,8 +339,8 @@ def processors(device: torch.device) -> int:
 
 
 def counter(device: torch.device) -> Tensor:
-    """An int32 that is 0 between two launches on the current stream, and its alone: made once, see `next_tile`."""
-    if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream, and fills what it keeps by itself
+    """The current stream's int32 counter for `next_tile`, made once. It is 0 between two launches."""
+    if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream; it zeroes this counter itself
         return torch.zeros(1, dtype=torch.int32, device=device)
     return _counter_of(device, torch._C._cuda_getCurrentRawStream(device.index))
 
@@ -352,11 +350,11 @@ def _counter_of(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-# -- what can be asked for
+# -- checks
 
 
 def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None = None) -> str | None:
-    """None, or why not: the tail of "kernel=hopper ..." for queries like q and keys and values like k."""
+    """None, or the reason for refusing such q and k: the tail of "kernel=hopper ..."."""
     if reason := request_refusal(q, k, softcap):
         return reason
     if not q.is_cuda or arch(q) != 90:
@@ -378,7 +376,7 @@ def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None 
 def check_inputs(
     q: Tensor, k: Tensor, scale: float, softcap: float | None, intervals: Intervals, v: Tensor, **others: Tensor
 ) -> None:
-    """Raise ValueError unless the kernels take these; v as k is, others: dout as q is."""
+    """Raise ValueError unless the kernels support these. v is like k; others: dout, like q."""
     if reason := supports(q, k, softcap, v.shape[-1]):
         raise ValueError(f"kernel=hopper {reason}")
     check_alike("hopper", q, k, scale, v=v, **others)
@@ -387,7 +385,7 @@ def check_inputs(
 
 
 def check_rows(like: Tensor, **tensors: Tensor) -> None:
-    """Raise ValueError unless each is fp32 and [B, S, H, D] or [B, H, S] of `like`, the former as TMA takes it."""
+    """Raise ValueError unless each is fp32 and [B, S, H, D] or [B, H, S] of `like`, the former addressable by TMA."""
     checks.check_rows("hopper", like, **tensors)
     check_addresses(**{name: x for name, x in tensors.items() if x.dim() == 4})
 

@@ -4,13 +4,16 @@ With the weights of the whole softmax, p = 2^(c s - log2(e) lse), and delta = ro
 
     dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
 
-where a softcap s = tanh(q k^T scale / softcap) also multiplies ds by its derivative. Two kernels, each of which
-recomputes s and dp: `dq_kernel` holds BLOCK_Q query rows and walks the keys start:end that they see; `dkdv_kernel`
-holds BLOCK_K keys of one KV head and walks the queries query_start:query_end that see them, for each query head of the
-group in turn.
-Both first walk the tiles that all their rows see whole, then the edges, as `portable_forward` draws them.
+where a softcap, s = tanh(q k^T scale / softcap), also multiplies ds by its derivative. There are two kernels, and each
+recomputes s and dp:
 
-What waits for what, in a step of dkdv_kernel, all products transposed so that p and ds stay in registers:
+- `dq_kernel` holds BLOCK_Q query rows and loops over the keys start:end that they see;
+- `dkdv_kernel` holds BLOCK_K keys of one KV head and loops over the queries query_start:query_end that see them, for
+  each query head of the group in turn.
+
+Both process the full tiles first, then the edges, as drawn in `portable_forward`.
+
+The pipeline of a step of dkdv_kernel. All products are transposed so that p and ds stay in registers:
 
     copy engine      q2 dout2
     tensor cores     s = k q1^T |  dp = v dout1^T     | dv += p dout1 . dk += ds q1 |
@@ -48,12 +51,12 @@ from ringflash.mask import Intervals
 
 __all__ = ["backward", "center", "delta", "round_into"]
 
-DELTA_ROWS = 64  # of a program of delta_kernel
-ROUND_ROWS = 32  # of a program of round_kernel
+DELTA_ROWS = 64  # per program of delta_kernel
+ROUND_ROWS = 32  # per program of round_kernel
 
 
 def dq_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
-    """The tiles of dq_kernel for a head size, dtype and compute capability (80, 90, 100, ...)."""
+    """The tuning of dq_kernel for a head size, dtype and compute capability (80, 90, 100, ...)."""
     tma = arch >= 90
     if dtype == torch.float32:
         return exact_tuning(tma)
@@ -72,10 +75,10 @@ def dq_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
 
 
 def dkdv_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> tuple[Tuning, ...]:
-    """The tiles of dkdv_kernel for a head size, dtype and compute capability (80, 90, 100, ...).
+    """The tunings of dkdv_kernel for a head size, dtype and compute capability (80, 90, 100, ...).
 
-    One, of programs that compute dk and dv, or two, dk's and dv's. Scores are then computed twice, in tiles twice as
-    large as if registers held both gradients.
+    There is one if a program computes dk and dv, or there are two, for dk and for dv. Two launches compute scores
+    twice, but in tiles twice as large, since registers hold only one gradient.
     """
     tma = arch >= 90
     if dtype == torch.float32:
@@ -100,7 +103,7 @@ def dkdv_tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> tuple[Tunin
 
 @triton.jit
 def weights(s, lse, c, cap_scale, CAPPED: tl.constexpr):
-    """p and the slope of the softcap, from products s and a log-sum-exp in base 2 that broadcasts over them."""
+    """p and the softcap's derivative, from products s and a base-2 log-sum-exp that broadcasts over them."""
     slope = 1.0
     if CAPPED:
         s, slope = softcap(s, cap_scale)
@@ -190,18 +193,18 @@ def dq_kernel(
     delta += batch.to(tl.int64) * delta_stride_b + head.to(tl.int64) * delta_stride_h
     row_delta = tl.load(delta + rows, valid, 0.0)
 
-    # A pass for each chunk of dq's columns, as in `forward_kernel`.
+    # One pass per chunk of dq's columns, as in `forward_kernel`.
     for column in tl.range(0, D, BLOCK_C):
         acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
 
-        # 1. Tiles that every row sees whole: no mask.
+        # 1. Full tiles: no mask.
         for key in tl.range(lo + full_from * BLOCK_K, lo + full_to * BLOCK_K, BLOCK_K, num_stages=STAGES):
             acc = dq_step(
                 acc, q_tile, dout_tile, row_lse, row_delta, rows, rows, k, v, k_part, batch, head_kv, key,
                 column, c, cap_scale, BLOCK_K, BLOCK_D, D, BLOCK_DV, DV, BLOCK_C, TMA, CAPPED, EDGE=False,
             )  # fmt: skip
 
-        # 2. Tiles before and after them, that only some rows see.
+        # 2. Edge tiles, before and after them.
         row_start = tl.load(start + rows, valid, 0)
         row_end = tl.load(end + rows, valid, 0)
         for tile in tl.range(0, tiles - (full_to - full_from), num_stages=STAGES):
@@ -274,7 +277,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk (OF_K) and dv (OF_V) of one key tile of one KV head; start and end are the queries that see each key.
 
-    Launched tiles first, from the first: under a causal mask the first keys are seen by the most queries.
+    Launch order: tiles from the first, then KV heads. Under a causal mask, the first keys are seen by the most queries.
     """
     program = tl.program_id(0)
     k_tiles = tl.cdiv(keys, BLOCK_K)
@@ -301,7 +304,7 @@ def dkdv_kernel(
     rows = first + tl.arange(0, BLOCK_K)
     valid = rows < keys
 
-    # A pass for each chunk of the gradient's columns. There is one where a program has both gradients.
+    # One pass per chunk of the gradient's columns; a single one if a program has both gradients.
     tl.static_assert(not (OF_K and OF_V) or BLOCK_C == BLOCK_D)
     for column in tl.range(0, D if OF_K else DV, BLOCK_C):
         dk_acc = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
@@ -318,7 +321,7 @@ def dkdv_kernel(
                 EDGE=False,
             )  # fmt: skip
 
-        # 2. Tiles before and after them, that see only some of the keys.
+        # 2. Tiles before and after them that see only some of the keys.
         key_start = tl.load(start + rows, valid, 0)
         key_end = tl.load(end + rows, valid, 0)
         edge = tiles - full
@@ -347,7 +350,7 @@ def delta_kernel(
     result, rows, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(out * dout) for BLOCK rows of one head: one pass over memory, where torch would write fp32 copies."""
+    """rowsum(out * dout) for BLOCK rows of one head, in one pass over memory; torch would write fp32 copies."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -385,7 +388,7 @@ def round_kernel(
 
 
 def delta(out: Tensor, dout: Tensor) -> Tensor:
-    """rowsum(out * dout), fp32 [B, H, S], of [B, S, H, D] with a contiguous last dimension."""
+    """rowsum(out * dout) of [B, S, H, D] with a contiguous last dimension, as fp32 [B, H, S]."""
     B, S, H, D = out.shape
     result = torch.empty(B, H, S, dtype=torch.float32, device=out.device)
     with torch.cuda.device_of(out):
@@ -428,8 +431,8 @@ def backward(
 ) -> None:
     """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
 
-    Raises ValueError, with the values, where `portable_parts.supports` would refuse, where a tensor does not fit q
-    and k, and where scale is not positive. The tunings replace the tables' choice.
+    Raises ValueError, with the values, if `portable_parts.supports` refuses, if a tensor does not fit q and k, or if
+    scale is not positive. The tunings replace the tables' choice.
     """
     check_inputs(q, k, scale, softcap, intervals, v=v, dout=dout)
     check_rows("portable", q, lse=lse, delta=delta, dq=dq)

@@ -1,8 +1,8 @@
-"""Centered keys in Triton: `compensation.center` in two launches, and k - c in one per call of a backward.
+"""Centered keys in Triton: `compensation.center` in two launches, and k - c in one launch per backward call.
 
-`moments_kernel` has the mean and the variance of each head's sampled rows. `center_kernel` makes c of them, in each of
-its programs again, and shifts lse. Where c is 0 for a KV head, it reads no queries. `subtract_kernel` writes the keys
-that are seen.
+`moments_kernel` computes the mean and the variance of each head's sampled rows. Every program of `center_kernel`
+computes c from them and shifts lse; it reads no queries if c is 0 for a KV head. `subtract_kernel` writes k - c for the
+keys that are seen.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ringflash.kernels.compensation import BITS, LARGEST, SAMPLED, SPREAD, least
 from ringflash.kernels.portable_parts import interval_stride, warps_of_whole_rows
 from ringflash.mask import Intervals
 
-SHIFTED_ROWS = 128  # of a program of center_kernel
+SHIFTED_ROWS = 128  # per program of center_kernel
 KEYS = tl.constexpr(
     128
-)  # of a program of subtract_kernel, and beyond the keys that are seen: no kernel's tile is longer
-DROPPED = tl.constexpr(24 - BITS)  # bits of fp32's mantissa that c does without
+)  # per program of subtract_kernel, and written beyond the keys that are seen: no kernel's tile is longer
+DROPPED = tl.constexpr(24 - BITS)  # bits of fp32's mantissa that c drops
 HALF = tl.constexpr(1 << (23 - BITS))  # of the last bit that it keeps
 
 
 @triton.jit
 def coarse(x):
-    """x with BITS bits of its mantissa, rounded to the nearest, to even where two are."""
+    """x with BITS bits of its mantissa, rounded to nearest, ties to even."""
     bits = x.to(tl.int32, bitcast=True)
     bits += HALF - 1 + ((bits >> DROPPED) & 1)
     return ((bits >> DROPPED) << DROPPED).to(tl.float32, bitcast=True)
@@ -39,7 +39,7 @@ def moments_kernel(
     moments, heads_kv,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of a head's sampled rows, [2, D] of moments [B, Hkv + Hq, 2, D]: first those of the keys."""
+    """Mean and variance of a head's sampled rows, as [2, D] of moments [B, Hkv + Hq, 2, D]; keys come first."""
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     if head < heads_kv:
@@ -70,7 +70,8 @@ def center_kernel(
 ):  # fmt: skip
     """c of one KV head, and BLOCK rows of lse - scale q . c for each of its query heads.
 
-    least: of the variance, what the mean's square must exceed; most: of the variance of the scores of centered keys.
+    least: the fraction of the variance that the mean's square must exceed. most: the largest variance of the scores of
+    centered keys.
     """
     head_kv = tl.program_id(1) % heads_kv
     batch = (tl.program_id(1) // heads_kv).to(tl.int64)
@@ -114,7 +115,7 @@ def subtract_kernel(
     start, end, interval_stride_b, out, queries, keys, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out = k - center, from the first query's start to the last one's end, and as far as tiles reach beyond."""
+    """out = k - center, from the first query's start to the last one's end, and as far beyond as tiles extend."""
     row = tl.program_id(0) * KEYS
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -136,7 +137,7 @@ def subtract_kernel(
 
 
 def subtract(k: Tensor, center: Tensor, intervals: Intervals) -> Tensor:
-    """k - center, contiguous: of the keys that are seen, and as far as tiles reach beyond. Others are not written.
+    """k - center, contiguous, for the keys that are seen and as far beyond as tiles extend. Others are not written.
 
     k [B, S, Hkv, D] and center [B, 1, Hkv, D] with a contiguous last dimension, of one dtype.
     """

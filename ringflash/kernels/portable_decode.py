@@ -1,8 +1,9 @@
-"""FlashDecoding in plain Triton, sm_80 and up: few queries attend to a long cache, whose keys many programs share.
+"""FlashDecoding in plain Triton, sm_80 and up: a few queries attend to a long cache, split among many programs.
 
-A new token's query meets every key once, so its time is that of reading the cache. One program per query head would
-leave most SMs idle and read each key once per query head. Here the keys start:end of a batch row and KV head are cut
-into splits, one program each, and the query heads of a group are rows of one product (Dao et al., 2023):
+A new token's query uses every key once, so decoding takes the time of reading the cache. With one program per query
+head, most SMs would be idle, and each key would be read once per query head. Here, the keys start:end of a batch row
+and KV head are divided into splits with one program each, and the query heads of a group are rows of one product (Dao
+et al., 2023):
 
     keys       start ....... | ............. | ............. | .... end
     programs       split 0   |    split 1    |    split 2    |  split 3      each reads K and V once, for all its rows
@@ -10,11 +11,11 @@ into splits, one program each, and the query heads of a group are rows of one pr
     combine    lse = log sum_n exp(lse_n)      out = sum_n exp(lse_n - lse) out_n
 
 Within a split, tiles update a row's softmax state as in `portable_forward`. The combination is `partial.merge` of all
-parts at once; ranks that hold parts of a cache combine by the same kernel.
+parts at once. Ranks that hold parts of a cache use the same kernel.
 
-The number of splits follows the cache's capacity and the number of SMs, which the host knows. Each split then takes its
-share of start:end, which the device knows: lengths stay on the device, and a step can be captured as a CUDA graph.
-What lies beyond a row's end is never read, so a cache need not be cleared.
+The number of splits depends on the cache's capacity and the number of SMs, which the host knows. The size of a split
+depends on start:end, which only the device knows: no length is copied to the host, and a step can be captured as a CUDA
+graph. Keys beyond a row's end are never read, so a cache need not be cleared.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ from ringflash.kernels.portable_parts import (
 )
 from ringflash.partial import Partial
 
-LEAST_KEYS = 256  # of a split: shorter ones cost more in the combination than they save
+LEAST_KEYS = 256  # per split: shorter ones cost more in the combination than they save
 MOST_SPLITS = 256
-INTERPRETED_SMS = 4  # which Triton's interpreter stands for: a few splits
-PARTS = 32  # that the combination loads at once
+INTERPRETED_SMS = 4  # assumed for Triton's interpreter: a few splits
+PARTS = 32  # loaded at once by the combination
 
 
 def tuning_for(head_dim: int, dtype: torch.dtype, rows: int, arch: int) -> Tuning:
-    """Tiles for a head size, dtype, number of query rows that share a KV head, and compute capability.
+    """The tuning for a head size, dtype, number of query rows that share a KV head, and compute capability.
 
-    Loads go by cp.async, not by the copy engine, since they must stop at a row's end. Three stages of 64 keys of 128
-    take 71 to 74 KB, which fits an SM of sm_86 (99 KB). On an H200, 128 keys (136 KB) were the fastest of 52 tunings at
-    8k, 64k and 256k keys, 1 to 9 percent faster than 64.
+    Tiles are loaded by cp.async and not by the copy engine, since loads must stop at a row's end. Three stages of 64
+    keys of 128 take 71 to 74 KB, which fits an SM of sm_86 (99 KB). On an H200, 128 keys (136 KB) were the fastest of
+    52 tunings at 8k, 64k and 256k keys, 1 to 9 percent faster than 64.
     """
     if dtype == torch.float32:
         return exact_tuning(tma=False)
@@ -68,15 +69,15 @@ def tuning_for(head_dim: int, dtype: torch.dtype, rows: int, arch: int) -> Tunin
 
 
 def programs_per_sm(t: Tuning, head_dim: int) -> int:
-    """Programs of a wave on each SM: one where its tiles take more than half of the shared memory, else two."""
+    """Programs per SM: one if its tiles take more than half of the shared memory, otherwise two."""
     return 1 if t.block_k * triton.next_power_of_2(head_dim) > 64 * 128 else 2
 
 
 def splits_for(capacity: int, programs: int, sms: int, programs_per_sm: int) -> int:
-    """Splits of each of `programs` (batch rows x KV heads x tiles of rows) over a cache of `capacity` keys.
+    """Splits per (batch row, KV head, tile of rows), of which there are `programs`, over a cache of `capacity` keys.
 
-    The fewest that fill the SMs nearly as well as the best number does: each one more is a part to combine. Programs
-    run in waves of programs_per_sm on each SM, and the last wave is as long as a full one.
+    The result is the smallest number that fills the SMs nearly as well as the best one, since every split adds a part
+    to combine. Programs run in waves of programs_per_sm per SM, and the last wave takes as long as a full one.
     """
     slots = sms * programs_per_sm
     most = max(1, min(-(-capacity // LEAST_KEYS), MOST_SPLITS, -(-4 * slots // programs)))
@@ -100,7 +101,8 @@ def decode_kernel(
 ):  # fmt: skip
     """One split of one KV head for a tile of rows: row r is query r // GROUP, head r % GROUP of the group.
 
-    out [splits, B, Sq, Hq, DV] and lse [splits, B, Hq, Sq], fp32, contiguous. A split without keys writes lse alone.
+    out [splits, B, Sq, Hq, DV] and lse [splits, B, Hq, Sq] are fp32 and contiguous. A split without keys writes only
+    lse.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -114,14 +116,14 @@ def decode_kernel(
     valid = rows < queries * GROUP
     columns = tl.arange(0, BLOCK_D)
     q += batch.to(tl.int64) * q_stride_b + query.to(tl.int64)[:, None] * q_stride_s
-    q_tile = tl.load(  # on its way while the bounds are
+    q_tile = tl.load(  # in flight together with the bounds
         q + head.to(tl.int64)[:, None] * q_stride_h + columns[None, :], valid[:, None] & (columns < D)[None, :], 0.0
     )
     bounds = batch.to(tl.int64) * interval_stride_b + query
     row_start = tl.maximum(tl.load(start + bounds, valid, 0), 0)
     row_end = tl.maximum(tl.minimum(tl.load(end + bounds, valid, 0), keys), row_start)
 
-    # The tile's run of keys, and this split's share of it, whole tiles.
+    # The tile's run of keys, and this split's share of it in whole tiles.
     some = row_start < row_end
     lo = tl.min(tl.where(some, row_start, keys), 0)
     hi = tl.max(tl.where(some, row_end, 0), 0)
@@ -165,7 +167,7 @@ def combine_kernel(
     count, queries, heads,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
-    """One row of one head: its parts, BLOCK_N at a time, as the keys of a softmax with scores lse and values out."""
+    """One row of one head: a softmax over its parts, BLOCK_N at a time, with scores lse and values out."""
     program = tl.program_id(0)
     head = program % heads
     query = program // heads % queries
@@ -213,9 +215,10 @@ def decode(
     tuning: Tuning | None = None,
     splits: int | None = None,
 ) -> Partial:
-    """Parts of attention over the union of spans: out [N, B, Sq, Hq, Dv] and lse [N, B, Hq, Sq], fp32, to `combine`.
+    """Parts of attention over the union of spans, for `combine`: out [N, B, Sq, Hq, Dv], lse [N, B, Hq, Sq], fp32.
 
-    tuning and splits replace the tables' choices. Arguments are those of `ringflash.kernels.decode.parts`, checked.
+    Arguments are those of `ringflash.kernels.decode.parts`, already checked. tuning and splits replace the tables'
+    choices.
     """
     B, Sq, Hq, D = q.shape
     _, capacity, Hkv, DV = v.shape
@@ -257,17 +260,17 @@ def combine(parts: Partial, sink: Tensor | None, out_dtype: torch.dtype) -> Part
 
 
 def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None = None) -> str | None:
-    """None, or why not: the tail of "kernel=portable ...". Strides may be any with a contiguous last dimension."""
+    """None, or the reason for refusing: the tail of "kernel=portable ...". Strides need not suit the copy engine."""
     return input_refusal(q, k, softcap, value_dim) or stride_refusal(q, k, copy_engine=False)
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether tensors of this device can be given to the kernels: on a GPU, or interpreted."""
+    """Whether the kernels run on tensors of this device: on a GPU, or in Triton's interpreter."""
     return device.type == "cuda" or not isinstance(combine_kernel, triton.JITFunction)
 
 
 def sms(device: torch.device) -> int:
-    """SMs of a GPU, or those that Triton's interpreter stands for."""
+    """SMs of a GPU, or the number assumed for Triton's interpreter."""
     return _sms_of(device) if device.type == "cuda" else INTERPRETED_SMS
 
 

@@ -1,21 +1,22 @@
 """Attention forward in plain Triton, sm_80 and up: every query row i attends to the keys start[i]:end[i].
 
-One program holds BLOCK_Q query rows of one head and walks the keys BLOCK_K at a time. With s = q k^T, exponentials in
-base 2 and c = scale log2(e), each tile updates the softmax state of a row (m its maximum, z its sum, acc its output):
+One program holds BLOCK_Q query rows of one head and loops over the keys, BLOCK_K at a time. With s = q k^T,
+exponentials in base 2 and c = scale log2(e), each tile updates the softmax state of a row (maximum m, sum z, output
+acc):
 
     m' = max(m, c max_j s_j)      p_j = 2^(c s_j - m')           alpha = 2^(m - m')
     z' = alpha z + sum_j p_j      acc' = alpha acc + p v
 
-and at the end out = acc / z, lse = ln(2) (m + log2 z). A carried Partial is also such a state, m = log2(e) lse, z = 1,
-acc = out, and joins last. A softcap replaces s by tanh(s scale / softcap) and c by softcap log2(e); see `softcap`.
+and at the end out = acc / z, lse = ln(2) (m + log2 z). A carried Partial is also such a state, with m = log2(e) lse,
+z = 1 and acc = out, and is merged last. A softcap replaces s by tanh(s scale / softcap) and c by softcap log2(e).
 
-The intervals never decrease, so the rows' bounds at a tile's first and last row say which keys all rows see, which
-none, and which only some (a full run with a masked edge on either side). The order is 1. full, 2. last, 3. edge:
+The intervals never decrease. The bounds of a tile's first and last row therefore tell which keys all of its rows see
+(full tiles) and which only some (edges, on either side). They are processed in the order 1. full, 2. last, 3. edge:
 
     keys      lo ......... all_from ................ all_to ......... hi
     tiles     | edge | edge |  full  |  full  |  full  | last | edge |
 
-What waits for what, in the full run; the tensor cores work on the next tile's scores during this tile's exponentials:
+The pipeline over full tiles. The tensor cores compute the next tile's scores during this tile's exponentials:
 
     copy engine     k2 v1        k3 v2        k4 v3
     tensor cores    s1 = q k1 |  s2 = q k2 . acc += p1 v1 |  s3 = q k3 . acc += p2 v2 |
@@ -59,12 +60,12 @@ __all__ = ["forward", "supports"]
 
 
 def tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
-    """The forward's tiles for a head size, dtype and compute capability (80, 90, 100, ...)."""
+    """The forward's tuning for a head size, dtype and compute capability (80, 90, 100, ...)."""
     tma = arch >= 90
     if dtype == torch.float32:
         return exact_tuning(tma)
     if arch in LARGE_SHARED:
-        if head_dim <= 64:  # two programs fit an SM and cover each other's exponentials: 370 TFLOP/s, full, H100
+        if head_dim <= 64:  # two programs fit an SM and hide each other's exponentials: 370 TFLOP/s, full, H100
             return Tuning(128, 64, warps=4, stages=3, tma=tma)
         if head_dim <= 128:  # 511 TFLOP/s, full, H100; 479 with 64 keys and 3 stages. 224 of 227 KB
             return Tuning(128, 128, warps=8, stages=2, tma=tma)
@@ -86,7 +87,7 @@ def tuning_for(head_dim: int, dtype: torch.dtype, arch: int) -> Tuning:
 
 @triton.jit
 def softmax_step(s, m, z, c, EDGE: tl.constexpr):
-    """Fold a tile of scores into a row's maximum and sum: the weights p, the new m and z, and what acc is scaled by."""
+    """Update a row's maximum and sum with a tile of scores: the weights p, the new m and z, and acc's factor."""
     m_new = tl.maximum(m, tl.max(s, 1) * c)
     shift = m_new
     if EDGE:
@@ -98,7 +99,7 @@ def softmax_step(s, m, z, c, EDGE: tl.constexpr):
 
 @triton.jit
 def softmax_end(m, z):
-    """A row's natural lse, and what acc is divided by: -inf and 1 where the row has seen nothing and acc is 0."""
+    """A row's natural lse, and acc's divisor: -inf and 1 if the row has seen nothing, where acc is 0."""
     seen = z > 0
     z = tl.where(seen, z, 1.0)
     return tl.where(seen, (m + tl.math.log2(z)) * LN_2, NEG_INF), z
@@ -119,10 +120,10 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, CAPPED: tl.constexpr,
     IN_PLACE: tl.constexpr, FINISHES: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head. Launched heads of a group first, then tiles from the last, then KV heads and batch.
+    """One query tile of one head. Launch order: heads of a group, then tiles from the last, then KV heads and batch.
 
-    The last tile of a causal mask sees the most keys: started first, the short ones fill the gaps at the end. The heads
-    that share K and V run side by side, so that their tiles come from L2.
+    Under a causal mask, the last tile sees the most keys. It starts first, and short tiles fill the gaps at the end.
+    The heads that share K and V run side by side, so that their tiles come from L2.
     """
     program = tl.program_id(0)
     q_tiles = tl.cdiv(queries, BLOCK_Q)
@@ -140,21 +141,21 @@ def forward_kernel(
     lo, tiles, full_from, full_to = tile_run(start, end, first, last, BLOCK_K)
     if IN_PLACE and tiles == 0:
         return
-    # The tile after the full run is computed on its own, to drain the loop. There always is one: where the full run
-    # reaches the end, its own last tile, and where the rows see nothing, an empty one.
+    # The tile after the full run is computed separately, to drain the loop. There always is one: the last full tile if
+    # the full run reaches the end, and an empty one if the rows see nothing.
     tiles = tl.maximum(tiles, 1)
     full_from = tl.minimum(full_from, tiles - 1)
     full_to = tl.maximum(full_from, tl.minimum(full_to, tiles - 1))
 
     q_tile = load_tile(q, batch, head, first, BLOCK_Q, BLOCK_D, D, TMA)
 
-    # A pass for each chunk of the result's columns, as many as registers hold: one up to a head size of 256.
+    # One pass per chunk of the result's columns, as wide as registers allow: one chunk up to a head size of 256.
     for column in tl.range(0, DV, BLOCK_DV):
         m = tl.full([BLOCK_Q], NEG_INF, tl.float32)
         z = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
 
-        # 1. Tiles that every row sees whole: no mask.
+        # 1. Full tiles: no mask.
         full_key = lo + full_from * BLOCK_K
         k_tile = load_tile(k, batch, head_kv, full_key, BLOCK_K, BLOCK_D, D, TMA)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
@@ -168,7 +169,7 @@ def forward_kernel(
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
             s = s_next
 
-        # 2. The tile after them, whose scores are there already.
+        # 2. The tile after them, whose scores are already computed.
         rows = first + tl.arange(0, BLOCK_Q)
         valid = rows < queries
         row_start = tl.load(start + rows, valid, 0)
@@ -181,7 +182,7 @@ def forward_kernel(
         v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA, column)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
 
-        # 3. Tiles that only some rows see, before the full run and beyond the tile after it.
+        # 3. Edge tiles, before the full run and beyond the tile after it.
         for tile in tl.range(0, tiles - 1 - (full_to - full_from), num_stages=STAGES):
             key = lo + tl.where(tile < full_from, tile, tile + 1 + full_to - full_from) * BLOCK_K
             k_tile = load_tile(k, batch, head_kv, key, BLOCK_K, BLOCK_D, D, TMA)
@@ -193,10 +194,10 @@ def forward_kernel(
             v_tile = load_tile(v, batch, head_kv, key, BLOCK_K, BLOCK_DV, DV, TMA, column)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
 
-        # The carried state joins here rather than at the start: its addresses would hold registers through the loops.
-        # Where there is none nothing is loaded. (A kernel compiled without this part ran no exponentials under its
-        # products: what ptxas overlaps in the loop depends on what follows it. tests/kernels/test_compiles.py keeps
-        # watch.) The last pass alone writes lse, which every pass reads.
+        # The carried state is merged here and not at the start, because its addresses would take registers throughout
+        # the loops. Without a carry, nothing is loaded. (Compiled without this part, the kernel ran no exponentials
+        # under its products: what ptxas overlaps in a loop depends on what follows it. tests/kernels/test_compiles.py
+        # checks this.) Only the last pass writes lse, which every pass reads.
         columns = column + tl.arange(0, BLOCK_DV)
         inside = valid[:, None] & (columns < DV)[None, :]
         lse_head = lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
@@ -216,7 +217,7 @@ def forward_kernel(
             seen_rows = seen + batch.to(tl.int64) * seen_stride_b
             now = tl.load(seen_rows + last + 1) - tl.load(seen_rows + first)
             later = tl.load(seen_rows + seen_later + last + 1) - tl.load(seen_rows + seen_later + first)
-            # A tile that no call sees any more is complete: now, or since an earlier call, if this is not the first.
+            # A tile that no later call sees is complete. If this call does not see it either, an earlier one wrote it.
             complete = (later == 0) & ((now > 0) | (carried == 0))
             final_head = final + batch.to(tl.int64) * final_stride_b + head.to(tl.int64) * final_stride_h
             final_rows = final_head + rows.to(tl.int64)[:, None] * final_stride_s + columns[None, :]
@@ -245,8 +246,8 @@ def forward(
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract.
 
-    Raises ValueError, with the values, where `supports` would refuse, where v or the carry do not fit q and k, and
-    where scale is not positive (a row's maximum is taken before scaling). tuning replaces the table's choice.
+    Raises ValueError, with the values, if `supports` refuses, if v or the carry do not fit q and k, or if scale is not
+    positive (a row's maximum is taken before scaling). tuning replaces the table's choice.
     """
     check_inputs(q, k, scale, softcap, intervals, v=v)
     if carry is not None:

@@ -1,6 +1,6 @@
-"""What both portable kernels are made of: tilings, tiles from memory, masks, the softcap, and what they refuse.
+"""Parts of both portable kernels: tunings, loads of tiles, masks, the softcap, and the checks of their inputs.
 
-The kernels are in `portable_forward` and `portable_backward`. The Hopper kernels use what is not Triton's from here.
+The kernels are in `portable_forward` and `portable_backward`. The Hopper kernels also use the host functions.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ LOG2_E_ = tl.constexpr(LOG2_E)
 
 @dataclass(frozen=True)
 class Tuning:
-    """How one launch is cut up. Tiles are powers of two, at least 16."""
+    """Tile sizes and warps of one launch. Tiles are powers of two, at least 16."""
 
-    block_q: int  # query rows of a program (of a step, in the kernel that walks queries)
-    block_k: int  # keys of a step (of a program, in the kernel that walks queries)
+    block_q: int  # query rows per program (per step, in the kernel that loops over queries)
+    block_k: int  # keys per step (per program, in the kernel that loops over queries)
     warps: int
     stages: int  # tiles in flight from memory
-    tma: bool  # tiles move by the copy engine (sm_90 and up); else each thread loads its own part
+    tma: bool  # the copy engine loads tiles (sm_90 and up); otherwise each thread loads its own part
     columns: int = 256  # the most columns of a result that a program accumulates at a time
 
     def __post_init__(self) -> None:
@@ -51,20 +51,20 @@ class Tuning:
                 raise ValueError(f"{name} must be a power of two, 16 or more, got {block}")
 
     def chunk(self, head_dim: int) -> int:
-        """Columns of a result with heads of head_dim that are accumulated at a time: all, or one of several passes."""
+        """Columns of a result that are accumulated at a time: all of head_dim, or those of one of several passes."""
         return min(triton.next_power_of_2(head_dim), self.columns)
 
 
 def exact_tuning(tma: bool) -> Tuning:
-    """fp32 products run on the FMA units, whole rows of both tiles in registers: larger ones spill. For checks."""
+    """The tuning for fp32, whose products run on FMA units with both tiles in registers: larger tiles would spill."""
     return Tuning(16, 16, warps=8, stages=1, tma=tma)
 
 
 def warps_of_64_rows(arch: int) -> int:
     """Warps of a program with 64 rows of a large head.
 
-    With wgmma a second warpgroup would compute the scores again: Triton gives each warp 16 rows of its own where a
-    product's result enters another product. tcgen05 has one issuer, and its results need the registers of 8 warps.
+    If a product's result enters another product, Triton gives each warp 16 rows of its own. With wgmma, a second
+    warpgroup would therefore repeat the scores. tcgen05 has one issuer, and its results need the registers of 8 warps.
     """
     return 8 if arch >= 100 else 4
 
@@ -79,7 +79,7 @@ def warps_of_whole_rows(head_dim: int, warps: int = 4) -> int:
 
 @triton.jit
 def tile_run(start_ptr, end_ptr, first, last, BLOCK: tl.constexpr):
-    """The tiles that rows first..last see: where they begin, how many, and which of them every row sees whole."""
+    """The tiles that rows first..last see: the first key, the number of tiles, and which of them are full."""
     lo = tl.load(start_ptr + first)
     hi = tl.load(end_ptr + last)
     all_from = tl.load(start_ptr + last)
@@ -97,9 +97,9 @@ def load_tile(
 ):  # fmt: skip
     """Rows row..row + BLOCK of one head, BLOCK_D columns from `column` on, zero past the sequence and the head size.
 
-    tensor: (descriptor or pointer, stride of batch, of sequence, of heads, length of the sequence). A descriptor has
-    all four dimensions, so that any strides will do; the compiler drops the leading two, and products read the tile
-    where the copy engine put it.
+    tensor: (descriptor or pointer, strides of batch, sequence and heads, length of the sequence). A descriptor has all
+    four dimensions, which allows any strides. The compiler drops the first two, and products read the tile where the
+    copy engine wrote it.
     """
     x, stride_b, stride_s, stride_h, length = tensor
     if TMA:
@@ -115,7 +115,7 @@ def load_tile(
 
 @triton.jit
 def visible(start, end, index):
-    """Which of the indices lie in each row's start:end, [rows, indices]. One comparison: unsigned wraps below start."""
+    """Whether each index is in each row's start:end, [rows, indices]. One unsigned comparison, which wraps below."""
     past_start = (index[None, :] - start[:, None]).to(tl.uint32, bitcast=True)
     return past_start < (end - start).to(tl.uint32, bitcast=True)[:, None]
 
@@ -125,7 +125,7 @@ def softcap(s, cap_scale):
     """tanh x and its derivative, x = s scale / softcap, cap_scale = 2 log2(e) scale / softcap.
 
     Both are within a few units of fp32's last place. u = 2 / (1 + e^2|x|) is 1 - tanh |x|. For small |x|, 1 - u would
-    cancel: there tanh is the polynomial of Cephes' tanhf. The derivative, (1 - tanh) (1 + tanh), is u (2 - u).
+    cancel, so tanh is the polynomial of Cephes' tanhf there. The derivative, (1 - tanh) (1 + tanh), is u (2 - u).
     """
     y = s * cap_scale
     x = y * (LN_2 / 2)
@@ -140,7 +140,7 @@ def softcap(s, cap_scale):
 
 
 def arch(q: Tensor) -> int:
-    """Compute capability as one number, 90 for 9.0; Triton's interpreter takes what the newest takes."""
+    """Compute capability as one number: 90 for 9.0, and 100 for Triton's interpreter."""
     return _arch(q.device) if q.is_cuda else 100
 
 
@@ -151,37 +151,37 @@ def _arch(device: torch.device) -> int:
 
 
 def score_scales(scale: float, softcap: float | None) -> tuple[float, float]:
-    """(c, cap_scale): what multiplies scores in base 2, and what multiplies them inside the cap."""
+    """(c, cap_scale): the factor of scores in base 2, and their factor inside the softcap."""
     if softcap is None:
         return scale * LOG2_E, 0.0
     return softcap * LOG2_E, 2 * LOG2_E * scale / softcap
 
 
 def interval_stride(bound: Tensor) -> int:
-    """From one batch row's bounds to the next: 0 where all rows share them."""
+    """The stride between batch rows of bounds; 0 if all rows share them."""
     return bound.stride(0) if bound.shape[0] > 1 else 0
 
 
 def tile_argument(
     name: str, x: Tensor, block: int, width: int, tma: bool
 ) -> tuple[Tensor | TensorDescriptor, int, int, int]:
-    """What `load_tile` reads tiles of `block` rows and `width` columns from; strides of batch, sequence and heads.
+    """The argument of `load_tile` for tiles of `block` rows and `width` columns, without the sequence's length.
 
-    Raises ValueError where the copy engine cannot address x.
+    Raises ValueError if the copy engine cannot address x.
     """
     if not tma:
         return x, x.stride(0), x.stride(1), x.stride(2)
     if reason := address_refusal(name, x):
         raise ValueError(f"kernel=portable {reason}")
     B, S, H, D = x.shape
-    # A dimension of size 1 may have any stride; the copy engine wants a multiple of 16 bytes all the same.
+    # A dimension of size 1 may have any stride, but the copy engine still requires a multiple of 16 bytes.
     strides = [D if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 1)]
     descriptor = TensorDescriptor(x, [B, H, S, D], [*strides, 1], [1, 1, block, width])
     return descriptor, 0, 0, 0
 
 
 def result_without_keys(q: Tensor, carry: Partial | None, out: Tensor | None, seen: Tensor | None) -> Partial:
-    """The result where there are no queries or no keys: the carry, or the Partial of no keys."""
+    """The result without queries or without keys: the carry, or the Partial of no keys."""
     if carry is not None and seen is not None:  # a later call of several, which sees nothing
         return carry
     state = Partial.identity(q) if carry is None else carry
@@ -192,9 +192,9 @@ def result_without_keys(q: Tensor, carry: Partial | None, out: Tensor | None, se
 
 
 def outputs(like: Tensor, carry: Partial | None, out: Tensor | None, seen: Tensor | None) -> tuple[Partial, Tensor]:
-    """The Partial that a call writes and returns, and where tiles go that no later call sees.
+    """The Partial that a call writes and returns, and the tensor for tiles that no later call sees.
 
-    These are `out` and the Partial where seen tells them apart, else the same tensor. like: of the result's shape.
+    With seen, the latter is `out`; without, it is the Partial's. like: a tensor of the result's shape.
     """
     B, S, H, _ = like.shape
     lse = torch.empty(B, H, S, dtype=torch.float32, device=like.device) if carry is None else carry.lse
@@ -205,25 +205,25 @@ def outputs(like: Tensor, carry: Partial | None, out: Tensor | None, seen: Tenso
 
 
 def seen_argument(seen: Tensor | None, otherwise: Tensor) -> tuple[Tensor, int, int]:
-    """`seen` as a kernel takes it: a pointer, and how far batch rows and the counts of later calls lie apart in it."""
+    """`seen` as a kernel's arguments: a pointer, the stride of batch rows, and that to the counts of later calls."""
     if seen is None:
-        return otherwise, 0, 0  # some pointer, not read
+        return otherwise, 0, 0  # a pointer that is not read
     return seen, seen.stride(1) if seen.shape[1] > 1 else 0, seen.stride(0)
 
 
-# -- what can be asked for
+# -- checks
 
 
 def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None = None) -> str | None:
-    """None, or why not: the tail of "kernel=portable ..." for queries like q and keys like k.
+    """None, or the reason for refusing such q and k: the tail of "kernel=portable ...".
 
-    value_dim: head_dim of the values; None: that of the keys.
+    value_dim: head_dim of the values; None for that of the keys.
     """
     return input_refusal(q, k, softcap, value_dim) or stride_refusal(q, k, copy_engine=arch(q) >= 90)
 
 
 def input_refusal(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None) -> str | None:
-    """As `supports`, of everything but strides, which concern what loads tiles."""
+    """Like `supports`, without the check of strides, which depends on how tiles are loaded."""
     if reason := request_refusal(q, k, softcap):
         return reason
     interpreted = not isinstance(tile_run, triton.JITFunction)
@@ -244,7 +244,7 @@ def input_refusal(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | 
 def check_inputs(
     q: Tensor, k: Tensor, scale: float, softcap: float | None, intervals: Intervals, v: Tensor, **others: Tensor
 ) -> None:
-    """Raise ValueError unless the kernels take these; others: dout as q is, but of v's head_dim."""
+    """Raise ValueError unless the kernels support these. others: dout, like q but with v's head_dim."""
     if reason := supports(q, k, softcap, v.shape[-1]):
         raise ValueError(f"kernel=portable {reason}")
     check_alike("portable", q, k, scale, v=v, **others)
