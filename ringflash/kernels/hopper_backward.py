@@ -4,19 +4,20 @@ The mathematics is that of `portable_backward`: with p = 2^(c s - log2(e) lse) a
 
     dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
 
-One program holds a tile of keys of one KV head and walks the queries query_start:query_end that see them, 64 or 128 at
-a time, for each query head of the group, or for some of them (`programs_a_group`). dq has many writers, dk and dv then
-some; they add by the copy engine's fp32 reduction in L2, whose order differs from run to run. `deterministic=True`
-calls `portable_backward`, with one writer for each and seven products instead of five.
+One program holds a tile of keys of one KV head. It loops over the queries query_start:query_end that see them, 64 or
+128 at a time, for each query head of the group or for some of them (`programs_a_group`). dq has many writers; dk and dv
+have several if a group is divided. They are added in L2 by the copy engine's fp32 reduction, whose order differs from
+run to run. `deterministic=True` calls `portable_backward`, which has one writer per gradient and seven products instead
+of five.
 
-Two consumers, a warpgroup each, divide the products: by keys at head_dim 64 and 128 (`hopper_backward_64`,
-`hopper_backward_128`), by gradients at 256 (`hopper_backward_256`). The producer, one warp, brings q, dout and the rows
-of lse and delta. s, dp, p and ds are computed transposed, [keys, queries]. From head_dim 128 on, scores begin as
--lse / scale, so that their power of two is p: the product adds for nothing what would cost each consumer 16 registers.
-Rows that see nothing (lse = -inf) count as lse = inf: p is 0.
+Two consumers, one warpgroup each, divide the products: by keys at head_dim 64 and 128 (`hopper_backward_64`,
+`hopper_backward_128`), and by gradients at 256 (`hopper_backward_256`). The producer, one warp, loads q, dout and the
+rows of lse and delta. s, dp, p and ds are computed transposed, [keys, queries]. From head_dim 128 on, the accumulator
+of the scores starts at -lse / scale. The exponential of a score is then p, and no consumer needs 16 registers for lse.
+Rows that see nothing have lse = -inf, which is treated as inf, so that p is 0.
 
-Queries are walked from the last tile back. Under a causal mask all programs then begin at the sequence's end, so that
-they read the same tiles at a time, from L2.
+Query tiles are processed from last to first. Under a causal mask, all programs then start at the end of the sequence
+and read the same tiles at the same time, from L2.
 """
 
 from dataclasses import dataclass
@@ -39,9 +40,9 @@ __all__ = ["backward", "center", "delta", "round_into"]
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the launch is cut up."""
+    """Tile sizes of the launch."""
 
-    block_q: int  # queries of a step
+    block_q: int  # queries per step
     stages: int  # query tiles, and tiles of dout, in shared memory: at most 3
 
     def __post_init__(self) -> None:
@@ -51,24 +52,25 @@ class Tuning:
             raise ValueError(f"stages must be 2 or 3, got {self.stages}")
 
 
-# With 2 stages of 64 queries a consumer waits for the copy engine in every step: a tile is ordered when the one two
-# before it has been used up, and needed half a step later. With 128 queries that is time enough.
+# With 2 stages of 64 queries, a consumer waits for the copy engine in every step: the copy of a tile starts when the
+# tile two before it is released, and the tile is needed half a step later. With 128 queries, the time suffices.
 TUNINGS = {
     # dk and dv take 64 registers per thread, s and dp 128. 194 of 227 KB.
     64: Tuning(block_q=128, stages=2),
-    # dk and dv take 128 registers per thread, s and dp 64: two consumers' 240 is what there is. 226 of 227 KB.
+    # dk and dv take 128 registers per thread, s and dp 64, of 240 with two consumers. 226 of 227 KB.
     128: Tuning(block_q=64, stages=3),
-    # `hopper_backward_256`: stages of q; dout has one.
+    # The stages are those of q; dout has one.
     256: Tuning(block_q=64, stages=2),
 }
-# Query heads of a program. With 8, programs drift apart, and their q, dout and dq no longer lie in L2 together: 64
-# query and 8 KV heads, 64k tokens: 8 heads 554 TFLOP/s, 4 576. With 7 the mask decides: 1 gains 5 percent or loses 2.
+# The most query heads per program. With 8, programs drift apart, and their q, dout and dq no longer fit L2 together: 64
+# query and 8 KV heads at 64k tokens have 554 TFLOP/s with 8 and 576 with 4. Instead of 7, 1 gains 5 percent or loses 2,
+# depending on the mask.
 HEADS = 7
 
 
 @gluon.jit
 def consume(call, shared, descriptors, WHO: gl.constexpr):
-    """A warpgroup that multiplies."""
+    """A consumer: one warpgroup."""
     if call.D == 64:
         hopper_backward_64.consume(call, shared, descriptors, WHO)
     elif call.D == 128:
@@ -79,7 +81,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
 
 @gluon.jit
 def produce(call, shared, descriptors):
-    """The warp that brings what the consumers read."""
+    """The producer: one warp, which loads what the consumers read."""
     if call.D <= 128:
         hopper_backward_128.produce(call, shared, descriptors)
     else:
@@ -100,7 +102,7 @@ def backward_kernel(
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr, CENTERED: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, and a function for each group of warps. All tensors are [B, H, S, D] for TMA."""
+    """Allocate shared memory, and start each group of warps. All tensors are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
         order, order_stride_b, center, center_stride_b, center_stride_h, tiles, queries, keys, heads_kv, group, split,
@@ -148,10 +150,9 @@ def backward(
 ) -> None:
     """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
 
-    Sums are taken in an order that differs from run to run; deterministic=True computes all three by
-    `portable_backward`, bit-equal from run to run. Raises ValueError, with the values, where `hopper_parts.supports`
-    would refuse, where a tensor does not fit q and k, and where scale is not positive. tuning replaces the table's
-    choice.
+    The order of additions differs from run to run; with deterministic=True, `portable_backward` computes all three
+    gradients, bit-equal from run to run. Raises ValueError, with the values, if `hopper_parts.supports` refuses, if a
+    tensor does not fit q and k, or if scale is not positive. tuning replaces the table's choice.
     """
     if deterministic:
         portable_backward.backward(
@@ -172,7 +173,7 @@ def backward(
     if not order.nonempty:
         return
     parts = 1 if D <= 128 else 2
-    keys = 2 * rows // parts  # of a program
+    keys = 2 * rows // parts  # per program
     split = programs_a_group(Hq // Hkv, order.longest / order.total / parts, B * Hkv, processors(q.device))
     lse_factor = -1 / scale if D > 64 and softcap is None else -LOG2_E
     of_center = (k, 0, 0) if center is None else (center, center.stride(0), center.stride(2))  # not read without one
@@ -194,11 +195,11 @@ def backward(
 
 
 def programs_a_group(group: int, longest: float, pairs: int, processors: int) -> int:
-    """Among how many programs the query heads of a KV tile are divided.
+    """The number of programs among which the query heads of a KV tile are divided.
 
-    A program has HEADS of them at most, and fewer where tiles would end unevenly. longest: what a head's longest
-    tile is of all its tiles; pairs: batch rows x KV heads. Dividing costs each program the copies of
-    k, v, dk and dv: some 3 steps.
+    A program has at most HEADS of them, and fewer if tiles would otherwise finish unevenly. longest: a head's longest
+    tile as a fraction of all its tiles; pairs: batch rows x KV heads. Dividing costs each program the copies of k, v,
+    dk and dv, about 3 steps.
     """
     split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= HEADS)
     while group % (2 * split) == 0 and longest / split > 0.9 * pairs / processors:
@@ -207,6 +208,6 @@ def programs_a_group(group: int, longest: float, pairs: int, processors: int) ->
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:
-    """How many (batch row, KV head) pairs are worked on at a time, so that their q, dout and fp32 dq stay in L2."""
+    """The number of (batch row, KV head) pairs at a time whose q, dout and fp32 dq stay in L2."""
     _, Sq, Hq, D = q.shape
     return max(1, L2_BYTES // (Hq // k.shape[2] * Sq * D * (2 * q.element_size() + 4)))

@@ -1,11 +1,11 @@
 """Warps of `hopper_backward` at head_dim 128, in Gluon: the two consumers divide the keys.
 
-A program holds 128 keys of one KV head. A consumer owns 64 of them, and their dk and dv. dq is a sum over all keys:
-each consumer publishes its ds in shared memory and computes half of dq's columns over both. It does so a step late, in
-the middle of the next one, when the other's ds has long been there: the consumers drift apart by up to half a step, and
-one's products run under the other's exponentials.
+A program holds 128 keys of one KV head. A consumer owns 64 of them and computes their dk and dv. dq is a sum over all
+keys: each consumer publishes its ds in shared memory and computes half of dq's columns from both. It does so one step
+late, in the middle of the next step, when the other's ds has long been ready. So the consumers may be up to half a step
+apart, and one's products run under the other's exponentials.
 
-What waits for what, in step 2 of a consumer; ds1 is of the step before, both consumers':
+The pipeline of a consumer's step 2. ds1 is both consumers' ds of the previous step:
 
     copy engine      q3, dout3                                                                 dq1 +=
     tensor cores     s2 = k q2^T . dp2 = v dout2^T | dv += p2 dout2 . dq1 = ds1 k       . dk += ds2 q2
@@ -38,17 +38,17 @@ from ringflash.kernels.hopper_parts import (
     sync,
 )
 
-PUBLISHED = gl.constexpr(FIRST_BARRIER)  # 4: ds of each consumer, of even steps and of odd ones
-EMPTY = gl.constexpr(FIRST_BARRIER + 4)  # as many as there are stages, at most 3
+PUBLISHED = gl.constexpr(FIRST_BARRIER)  # 4: ds of each consumer, in even and in odd steps
+EMPTY = gl.constexpr(FIRST_BARRIER + 4)  # one per stage, at most 3
 DONE = gl.constexpr(FIRST_BARRIER + 7)
 
 
 @aggregate
 class Shared:
-    """Everything in shared memory. k and v of both consumers, filled once: tiles 0 and 1 of kv.
+    """All shared memory. Tiles 0 and 1 of kv are k and v of both consumers, filled once.
 
-    A stage is a query tile, its dout and their rows of lse and delta; number n lies in slot n % DEPTH. It is full when
-    the copy engine's bytes have landed and the producer's rows are written, empty when both consumers have said so.
+    A stage is a query tile with its dout, lse and delta; number n is in slot n % DEPTH. It is full once the copy
+    engine's bytes have arrived and the producer has written lse and delta, and empty once both consumers release it.
     """
 
     kv: Pipe
@@ -69,7 +69,7 @@ class Shared:
 
 @gluon.jit
 def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of a program, its barriers initialised."""
+    """A program's shared memory, with initialised barriers."""
     full = make_full(STAGES)
     return Shared(
         make_pipe(dtype, 2, 2 * ROWS, D),
@@ -89,7 +89,7 @@ def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STA
 
 @gluon.jit
 def produce(call, shared, descriptors):
-    """Order every copy, as far ahead as there are empty slots, and bring lse and delta. Waits for consumers only."""
+    """Start all copies, as far ahead as there are empty slots, and write lse and delta to shared memory."""
     q, k, v, dout = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
     job = call.job()
     lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b
@@ -126,7 +126,7 @@ def produce(call, shared, descriptors):
 
 @gluon.jit
 def begin_dq(shared, number, call, WHO: gl.constexpr):
-    """This consumer's half of dq's columns of the step before, over both consumers' keys: a product in flight."""
+    """Start this consumer's half of the previous step's dq, over both consumers' keys. Returns a product in flight."""
     HALF: gl.constexpr = call.D // 2
     Q: gl.constexpr = product_layout(HALF)
     slot = number % 2
@@ -138,17 +138,17 @@ def begin_dq(shared, number, call, WHO: gl.constexpr):
 
 @gluon.jit
 def publish(ds, shared, number, WHO: gl.constexpr):
-    """This consumer's ds into shared memory, for both consumers' dq, who may read it once it is fenced and announced.
+    """Write this consumer's ds to shared memory, for dq of both consumers, who read it after a fence and `announce`.
 
-    The slot is empty: its last reader was the other's dq of two steps before, which was done before the other
-    published what this consumer has waited for since.
+    The slot is empty: its last reader was the other consumer's dq of two steps ago. That was done before the other
+    published the ds for which this consumer has waited since.
     """
     shared.ds.index(number % 2).slice(WHO * ROWS, ROWS, 0).store(ds)
 
 
 @gluon.jit
 def announce(number, WHO: gl.constexpr):
-    """Tell the other consumer that ds is there, after the fence."""
+    """Signal to the other consumer that ds is in shared memory. Called after the fence."""
     arrive(PUBLISHED + 2 * WHO + number % 2, 256)
 
 
@@ -157,10 +157,10 @@ def step(
     dk, dv, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it.
+    """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the previous tile.
 
-    dv begins before the wait for dp: a product that needs p is what keeps ptxas from moving the exponentials below that
-    wait, where nothing would run under them. more: whether another tile follows.
+    dv starts before the wait for dp. Because it needs p, ptxas cannot move the exponentials below that wait, where they
+    would overlap with nothing. more: whether another tile follows.
     """
     S: gl.constexpr = product_layout(call.BLOCK_Q)
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
@@ -183,11 +183,11 @@ def step(
     ds = (p * (dp + delta) * slope).to(q_tile.dtype)
     dq_next = begin_dq(shared, number, call, WHO)
     dk_next = warpgroup_mma(gl.convert_layout(ds, LEFT), q_tile, dk, is_async=True)
-    tma.store_wait(0)  # the copy engine, reading dq of the step before out of the same shared memory
+    tma.store_wait(0)  # the copy engine, which reads dq of the previous step from the same shared memory
     dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but dk
     publish(ds, shared, number + 1, WHO)
     stage_dq(dq_half, shared.dq.index(WHO), call.scale)
-    fence_async_shared()  # what threads wrote, made visible to tensor cores and copy engine
+    fence_async_shared()  # makes the threads' writes visible to tensor cores and copy engine
     announce(number + 1, WHO)
     add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
     shared.wait_full(number + 1, more)  # the copy engine and the producer
@@ -200,9 +200,9 @@ def step(
 def walk_queries(
     step: gl.constexpr, dk, dv, shared, job, key_start, key_end, dq, call, WHO: gl.constexpr
 ):  # fmt: skip
-    """A step per query tile and head: dk, dv, the number of steps, and where dq of the last one goes.
+    """One step per query tile and head. Returns dk, dv, the number of steps, and the place of the last tile's dq.
 
-    The first step is given dq of the one before it, zeros, a place past the end.
+    For the first step, the previous tile's dq is zero, and its place is past the end.
     """
     full = job.tiles - job.edges
     last = job.tiles * call.heads() - 1
@@ -231,9 +231,9 @@ def walk_queries(
 
 @gluon.jit
 def add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO: gl.constexpr):
-    """Half of dq of the last query tile, whose product is in flight, to its place; then dk and dv.
+    """Add half of dq of the last query tile, whose product is in flight, and then dk and dv.
 
-    k and v make room for dk and dv in fp32, a tile for each consumer, once neither reads them.
+    Once neither consumer reads k and v, their shared memory stages dk and dv in fp32, one tile per consumer.
     """
     dq, dk, dv = descriptors[4], descriptors[5], descriptors[6]
     tma.store_wait(0)
@@ -245,14 +245,14 @@ def add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors,
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
     staged = reinterpret(shared.kv.tiles, gl.float32, [2, ROWS, call.D], layout).index(WHO)
     add_tile(dk_acc * call.scale, staged, dk, [job.batch, job.head_kv, row, 0])
-    tma.store_wait(0)  # the copy engine, reading
+    tma.store_wait(0)  # the copy engine, which reads the same shared memory
     add_tile(dv_acc, staged, dv, [job.batch, job.head_kv, row, 0])
     tma.store_wait(0)
 
 
 @gluon.jit
 def consume(call, shared, descriptors, WHO: gl.constexpr):
-    """Keys WHO x 64 and on of this program's KV tile."""
+    """A consumer: the 64 keys from WHO x 64 of this program's KV tile."""
     dq = descriptors[4]
     A: gl.constexpr = product_layout(call.D)
     S: gl.constexpr = product_layout(call.BLOCK_Q)
@@ -265,8 +265,8 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         shared.kv.wait_full(0)  # the copy engine
         if call.CENTERED:
             center_keys(shared.kv.tile(0).slice(WHO * ROWS, ROWS, 0), job, call)
-        # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it. The
-        # fence and the announcement serve centered keys, too, which the other consumer reads for its dq.
+        # Zeros stand for the step before the first; their dq is past the end, where the copy engine drops it. The fence
+        # and the announcement also cover centered keys, which the other consumer reads for its dq.
         publish(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S), shared, 0, WHO)
         fence_async_shared()
         announce(0, WHO)

@@ -1,16 +1,15 @@
 """Warps of `hopper_backward` at head_dim 256, in Gluon: the two consumers divide the gradients.
 
-A program holds 64 keys of one KV head. Their dk and dv, [64, 256] in fp32, take 128 registers per thread of a warpgroup
-each. So the two consumers divide the products by gradient, not by keys as in `hopper_backward_128`:
+A program holds 64 keys of one KV head. Their dk and dv are [64, 256] in fp32, and each takes 128 registers per thread
+of a warpgroup. The two consumers therefore divide the products by gradient, not by keys as in `hopper_backward_128`:
 
     consumer 0    s = k q^T        p = 2^(c s)           dv += p^T dout    columns   0..127 of dq
     consumer 1    dp = v dout^T    ds = p (dp - delta)   dk += ds^T q      columns 128..255 of dq
 
-p goes from consumer 0 to consumer 1 through shared memory, in 16 bits; ds goes to both. dq = ds k is one step late
-as well. A consumer computes it 64 columns at a time (dqa, dqb): with both in registers, ptxas serialises every
-product.
+Consumer 0 passes p to consumer 1 through shared memory, in 16 bits; both read ds. dq = ds k is one step late here too.
+A consumer computes it 64 columns at a time (dqa, dqb): with both in registers, ptxas would serialise every product.
 
-What waits for what, in step 2; ds1 is of the step before:
+The pipeline of step 2. ds1 is the previous step's ds:
 
     tensor cores, 0    s2 = k q2^T . dqa1 = ds1 k |              dv += p2 dout2 . dqb1 = ds1 k |
     consumer 0         |             p2 = 2^(c s2)              | dqa1 to memory               | dqb1 to memory
@@ -44,21 +43,21 @@ from ringflash.kernels.hopper_parts import (
     sync,
 )
 
-# Named apart from the barriers of `hopper_backward_128`: Triton's cache key lists globals by name and, of one name, by
-# address, which differs from process to process.
+# These names differ from those of `hopper_backward_128`: Triton's cache key orders globals by name and, for equal
+# names, by address, which differs from process to process.
 P_FULL = gl.constexpr(FIRST_BARRIER)  # p is in shared memory
 DS_FULL = gl.constexpr(FIRST_BARRIER + 1)
 Q_EMPTY = gl.constexpr(FIRST_BARRIER + 2)  # 2, one per stage
 DOUT_EMPTY = gl.constexpr(FIRST_BARRIER + 4)
 INPUTS_READ = gl.constexpr(FIRST_BARRIER + 5)  # k, v and q, by both consumers
-PIECE = gl.constexpr(64)  # columns of dq that leave at a time
+PIECE = gl.constexpr(64)  # columns of dq at a time
 
 
 @aggregate
 class Shared:
-    """Everything in shared memory. k and v: tiles 0 and 1 of kv, filled once.
+    """All shared memory. Tiles 0 and 1 of kv are k and v, filled once.
 
-    Query tile number n lies in slot n % DEPTH of q, its lse beside it; dout and delta have one slot.
+    Query tile number n and its lse are in slot n % DEPTH; dout and delta have one slot.
     """
 
     kv: Pipe
@@ -68,9 +67,9 @@ class Shared:
     delta: gl.shared_memory_descriptor  # -delta
     q_full: gl.shared_memory_descriptor
     dout_full: gl.shared_memory_descriptor
-    p: gl.shared_memory_descriptor  # one tile, [keys, queries], times the softcap's slope
-    ds: gl.shared_memory_descriptor  # of even steps and of odd ones, [keys, queries]
-    dq: gl.shared_memory_descriptor  # a piece per consumer
+    p: gl.shared_memory_descriptor  # one tile, [keys, queries], times the softcap's derivative
+    ds: gl.shared_memory_descriptor  # one tile each for even and odd steps, [keys, queries]
+    dq: gl.shared_memory_descriptor  # one piece per consumer
     DEPTH: gl.constexpr
 
     @gluon.jit
@@ -86,7 +85,7 @@ class Shared:
 
 @gluon.jit
 def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of a program, its barriers initialised."""
+    """A program's shared memory, with initialised barriers."""
     q_full = make_full(STAGES)
     dout_full = make_full(1)
     return Shared(
@@ -109,7 +108,7 @@ def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STA
 
 @gluon.jit
 def produce(call, shared, descriptors):
-    """Order every copy, as far ahead as there are empty slots, and bring lse and delta. Waits for consumers only."""
+    """Start all copies, as far ahead as there are empty slots, and write lse and delta to shared memory."""
     q, k, v, dout = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
     job = call.job()
     lse = call.lse + job.batch.to(gl.int64) * call.lse_stride_b
@@ -151,7 +150,7 @@ def produce(call, shared, descriptors):
 
 @gluon.jit
 def begin_dq(shared, number, call, column):
-    """64 columns of dq of the step before, ds of slot `number`: a product in flight."""
+    """Start 64 columns of dq of the previous step, whose ds is in slot `number`. Returns a product in flight."""
     Q: gl.constexpr = product_layout(PIECE)
     zeros = gl.zeros([call.BLOCK_Q, PIECE], gl.float32, Q)
     k_piece = shared.kv.tiles.index(opaque_zero(number)).slice(column, PIECE, 1)
@@ -162,9 +161,9 @@ def begin_dq(shared, number, call, column):
 @gluon.jit
 def add_dq(piece, shared, dq, batch, head, row, column, call, WHO: gl.constexpr):
     """Add a piece of dq to memory."""
-    tma.store_wait(0)  # the copy engine, reading the piece before out of the same shared memory
+    tma.store_wait(0)  # the copy engine, which reads the previous piece from the same shared memory
     stage_dq(piece, shared.dq.index(WHO), call.scale)
-    fence_async_shared()  # what threads wrote, made visible to the copy engine
+    fence_async_shared()  # makes the threads' writes visible to the copy engine
     add_out(dq, [batch, head, row, column], shared.dq.index(WHO))
 
 
@@ -173,7 +172,7 @@ def step(
     acc, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Query tile `number` of this consumer's gradient, acc, and its half of dq of the tile before.
+    """Add query tile `number` to this consumer's gradient, acc, and compute its half of dq of the previous tile.
 
     more: whether another tile follows.
     """
@@ -189,7 +188,7 @@ def step(
         begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
         keys = shared.kv.tiles.index(opaque_zero(number))
         scores = warpgroup_mma(keys, q_tile.permute((1, 0)), begin, is_async=True)
-        sync(DS_FULL, 256, 4)  # ds of the step before
+        sync(DS_FULL, 256, 4)  # ds of the previous step
         dq_piece = begin_dq(shared, number, call, COLUMN)
         s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
         arrive(Q_EMPTY + slot, 288)
@@ -212,7 +211,7 @@ def step(
         sync(P_FULL, 256, 4)  # the other consumer
         ds = (shared.p.index(0).load(S).to(gl.float32) * dp).to(q_tile.dtype)
         shared.ds.index((number + 1) % 2).store(ds)
-        fence_async_shared()  # what threads wrote, made visible to the tensor cores
+        fence_async_shared()  # makes the threads' writes visible to the tensor cores
         arrive(DS_FULL, 256)
         left = gl.convert_layout(ds, LEFT)
         dq_piece = warpgroup_mma_wait(0, deps=(dq_piece,))
@@ -237,7 +236,7 @@ def step(
 
 @gluon.jit
 def consume(call, shared, descriptors, WHO: gl.constexpr):
-    """dv (WHO 0) or dk of this program's keys, and half of dq's columns."""
+    """A consumer: dv (WHO 0) or dk (WHO 1) of this program's keys, and half of dq's columns."""
     dq, dk, dv = descriptors[4], descriptors[5], descriptors[6]
     A: gl.constexpr = product_layout(call.D)
     S: gl.constexpr = product_layout(call.BLOCK_Q)
@@ -250,17 +249,17 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         last = job.tiles * call.heads() - 1
         number = 0
         if WHO == 1:
-            # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it.
+            # Zeros stand for the step before the first; their dq is past the end, where the copy engine drops it.
             shared.ds.index(0).store(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S))
             fence_async_shared()
             arrive(DS_FULL, 256)
         dq_head = job.head
         dq_row = call.queries
-        shared.kv.wait_full(0)  # the copy engine; dq takes k
-        if call.CENTERED:  # by the first consumer, for both; nobody else comes to this barrier before the end
+        shared.kv.wait_full(0)  # the copy engine; dq reads k
+        if call.CENTERED:  # consumer 0 centers for both; the barrier is not used again before the end
             if WHO == 0:
                 center_keys(shared.kv.tile(0), job, call)
-                fence_async_shared()  # what threads wrote, made visible to the tensor cores
+                fence_async_shared()  # makes the threads' writes visible to the tensor cores
                 arrive(INPUTS_READ, 256)
             else:
                 sync(INPUTS_READ, 256, 4)
@@ -294,7 +293,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
             dq_piece = warpgroup_mma_wait(0, deps=(begin_dq(shared, number, call, COLUMN + piece * PIECE),))
             add_dq(dq_piece, shared, dq, job.batch, dq_head, dq_row, COLUMN + piece * PIECE, call, WHO)
 
-        # 4. k and v, and q, make room for dv and dk in fp32, once neither consumer reads them.
+        # 4. dv and dk in fp32, staged in the memory of k and v, and of q, once neither consumer reads these.
         sync(INPUTS_READ, 256, 4)  # the other consumer
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
         if WHO == 0:
@@ -303,4 +302,4 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         else:
             staged = reinterpret(shared.q, gl.float32, [ROWS, call.D], layout)
             add_tile(acc * call.scale, staged, dk, [job.batch, job.head_kv, job.first_row, 0])
-        tma.store_wait(0)  # the copy engine, reading
+        tma.store_wait(0)  # the copy engine, which reads the same shared memory

@@ -1,10 +1,10 @@
 """Consumers of `hopper_backward` at head_dim 64, in Gluon. They divide the keys, as in `hopper_backward_128`.
 
-A step has 128 queries, so that its waits, barriers and fences count half as much. Scores are one product; from the
-exponentials on, a step goes by halves of 64 queries, and one half's products run under the other's exponentials. dq, a
-step late, is divided by these halves, too.
+A step has 128 queries, so waits, barriers and fences count half as much. The scores are one product. From the
+exponentials on, a step proceeds by halves of 64 queries, and one half's products run under the other's exponentials.
+dq, one step late, is divided by these halves as well.
 
-What waits for what, in step 2 of a consumer; ds1 is of the step before, both consumers'; ' and " are the halves:
+The pipeline of a consumer's step 2. ds1 is both consumers' ds of the previous step; ' and " are the halves:
 
     copy engine                                                                                   dq1 +=
     tensor cores    s2 = k q2^T . dp2 = v dout2^T | dv += p2' dout' | dk += ds2' q' . dq1 = ds1 k | dv, dk of p2", ds2"
@@ -41,9 +41,9 @@ from ringflash.kernels.hopper_parts import (
 
 @aggregate
 class Shared:
-    """Everything in shared memory. k and v of both consumers, filled once: tiles 0 and 1 of kv.
+    """All shared memory. Tiles 0 and 1 of kv are k and v of both consumers, filled once.
 
-    Stages are those of `hopper_backward_128`.
+    Stages work as in `hopper_backward_128`.
     """
 
     kv: Pipe
@@ -65,7 +65,7 @@ class Shared:
 
 @gluon.jit
 def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of a program, its barriers initialised."""
+    """A program's shared memory, with initialised barriers."""
     full = make_full(STAGES)
     return Shared(
         make_pipe(dtype, 2, 2 * ROWS, D),
@@ -86,23 +86,23 @@ def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STA
 
 @gluon.jit
 def load_row(rows, HALF: gl.constexpr):
-    """lse or delta of half of the queries, which are the scores' columns: [1, 64]."""
+    """lse or delta of half of the queries, the columns of the scores: [1, 64]."""
     layout: gl.constexpr = gl.SliceLayout(0, product_layout(ROWS))
     return gl.expand_dims(rows.slice(HALF * ROWS, ROWS, 0).load(layout), 0)
 
 
 @gluon.jit
 def half(x, HALF: gl.constexpr):
-    """The columns of half of the queries in a product [64, 128]: registers of their own, nothing moves."""
+    """Half of the queries, which are columns of a product [64, 128], in their own registers: nothing moves."""
     low, high = x.reshape([ROWS, 2, ROWS]).permute((0, 2, 1)).split()
     return gl.convert_layout(low if HALF == 0 else high, product_layout(ROWS), assert_trivial=True)
 
 
 @gluon.jit
 def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
-    """p of half a tile of scores, and p times the softcap's slope.
+    """p of half a tile of scores, and p times the softcap's derivative.
 
-    lse is added by the FMA that c takes. In the accumulators it would have to be there before the product begins.
+    The FMA that multiplies by c also adds lse. In the accumulators, lse would be needed before the product starts.
     """
     slope = 1.0
     if call.CAPPED:
@@ -116,7 +116,7 @@ def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
 
 @gluon.jit
 def begin_dq(shared, number, call, WHO: gl.constexpr):
-    """dq of this consumer's queries of the step before, over both consumers' keys: a product in flight."""
+    """Start the previous step's dq of this consumer's queries, over all keys. Returns a product in flight."""
     zeros = gl.zeros([ROWS, call.D], gl.float32, product_layout(call.D))
     sync(PUBLISHED + 2 * (1 - WHO) + number % 2, 256, 4)  # the other consumer
     tiles = shared.ds0 if WHO == 0 else shared.ds1
@@ -127,10 +127,10 @@ def begin_dq(shared, number, call, WHO: gl.constexpr):
 
 @gluon.jit
 def publish(ds0, ds1, shared, number, WHO: gl.constexpr):
-    """This consumer's ds into shared memory, for both consumers' dq, who may read it once it is fenced and announced.
+    """Write this consumer's ds to shared memory, for dq of both consumers, who read it after a fence and `announce`.
 
-    The slot is empty: its last reader was the other's dq of two steps before, which was done before the other
-    published what this consumer has waited for since.
+    The slot is empty: its last reader was the other consumer's dq of two steps ago. That was done before the other
+    published the ds for which this consumer has waited since.
     """
     shared.ds0.index(number % 2).slice(WHO * ROWS, ROWS, 0).store(ds0)
     shared.ds1.index(number % 2).slice(WHO * ROWS, ROWS, 0).store(ds1)
@@ -141,7 +141,7 @@ def step(
     dk, dv, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the one before it.
+    """Scores, dk and dv of query tile `number` with this consumer's keys, and dq of the previous tile.
 
     more: whether another tile follows.
     """
@@ -169,20 +169,20 @@ def step(
     dp = warpgroup_mma_wait(1, deps=(dscores,))  # the tensor cores, for all but dv
     ds0 = (sloped0 * (half(dp, 0) + load_row(delta, 0))).to(q_tile.dtype)
     dk_half = warpgroup_mma(gl.convert_layout(ds0, LEFT), q0, dk, is_async=True)
-    tma.store_wait(0)  # the copy engine, reading dq of the step before out of the same shared memory
+    tma.store_wait(0)  # the copy engine, which reads dq of the previous step from the same shared memory
     dq_next = begin_dq(shared, number, call, WHO)
 
-    # 2. The second, under the first one's dk and dq.
+    # 2. The second half, under dk and dq of the first.
     p1, sloped1 = weights(half(s, 1), load_row(lse, 1), call, row + ROWS, key_start, key_end, EDGE)
     dv_next = warpgroup_mma(gl.convert_layout(p1.to(q_tile.dtype), LEFT), dout1, dv_half, is_async=True)
     ds1 = (sloped1 * (half(dp, 1) + load_row(delta, 1))).to(q_tile.dtype)
     dk_next = warpgroup_mma(gl.convert_layout(ds1, LEFT), q1, dk_half, is_async=True)
 
-    # 3. ds and dq leave.
+    # 3. ds and dq are stored.
     publish(ds0, ds1, shared, number + 1, WHO)
     dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but dk
     stage_dq(dq_half, shared.dq.index(WHO), call.scale)
-    fence_async_shared()  # what threads wrote, made visible to tensor cores and copy engine
+    fence_async_shared()  # makes the threads' writes visible to tensor cores and copy engine
     announce(number + 1, WHO)
     add_out(dq, [batch, dq_head, dq_row + WHO * ROWS, 0], shared.dq.index(WHO))
     shared.wait_full(number + 1, more)  # the copy engine and the producer
@@ -193,7 +193,7 @@ def step(
 
 @gluon.jit
 def consume(call, shared, descriptors, WHO: gl.constexpr):
-    """Keys WHO x 64 and on of this program's KV tile."""
+    """A consumer: the 64 keys from WHO x 64 of this program's KV tile."""
     dq = descriptors[4]
     A: gl.constexpr = product_layout(call.D)
     S: gl.constexpr = product_layout(ROWS)
@@ -206,13 +206,13 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         shared.kv.wait_full(0)  # the copy engine
         if call.CENTERED:
             center_keys(shared.kv.tile(0).slice(WHO * ROWS, ROWS, 0), job, call)
-        # Zeros stand for the step before the first; their dq lies past the end, where the copy engine drops it. The
-        # fence and the announcement serve centered keys, too, which the other consumer reads for its dq.
+        # Zeros stand for the step before the first; their dq is past the end, where the copy engine drops it. The fence
+        # and the announcement also cover centered keys, which the other consumer reads for its dq.
         nothing = gl.zeros([ROWS, ROWS], descriptors[0].dtype, S)
         publish(nothing, nothing, shared, 0, WHO)
         fence_async_shared()
         announce(0, WHO)
-        tma.store_wait(0)  # nothing; with it comes the warpgroup's barrier, which Triton else puts into the loop
+        tma.store_wait(0)  # waits for nothing, but brings the warpgroup's barrier that Triton would put into the loop
         shared.kv.wait_full(1)  # the copy engine
         shared.wait_full(0)
         dk_acc, dv_acc, number, dq_head, dq_row = walk_queries(

@@ -1,4 +1,4 @@
-"""What the Hopper backward kernels share: a call's arguments, which tile is whose, and dq on its way to memory."""
+"""Parts of all Hopper backward kernels: a call's arguments, the tile of a program, and the reduction of gradients."""
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
 from triton.experimental import gluon
@@ -11,7 +11,7 @@ from ringflash.kernels.hopper_parts import ROWS, Job, mask_scores, softcap, tile
 
 @aggregate
 class Call:
-    """The scalars and pointers of a call, and its constants."""
+    """A call's pointers, scalars and constants."""
 
     lse: gl.tensor
     lse_stride_b: gl.tensor
@@ -24,38 +24,38 @@ class Call:
     interval_stride_b: gl.tensor
     order: gl.tensor
     order_stride_b: gl.tensor
-    center: gl.tensor  # where CENTERED
+    center: gl.tensor  # if CENTERED
     center_stride_b: gl.tensor
     center_stride_h: gl.tensor
-    tiles: gl.tensor  # KV tiles of a head that are looked at
+    tiles: gl.tensor  # KV tiles per head that programs process
     queries: gl.tensor
     keys: gl.tensor
     heads_kv: gl.tensor
     group: gl.tensor  # query heads of a KV head
-    split: gl.tensor  # programs they are divided among
+    split: gl.tensor  # the number of programs among which these are divided
     pairs: gl.tensor  # batch rows x KV heads
-    heads_in_l2: gl.tensor  # pairs worked on at a time
+    heads_in_l2: gl.tensor  # pairs processed at a time
     scale: gl.tensor
     c: gl.tensor
     cap_scale: gl.tensor
-    lse_factor: gl.tensor  # of what is added to a score: -1 / scale, and after a softcap -log2(e)
+    lse_factor: gl.tensor  # of the lse that is added to a score: -1 / scale, or -log2(e) after a softcap
     D: gl.constexpr
     BLOCK_Q: gl.constexpr
-    KEYS: gl.constexpr  # of a program: 128, or half of them
+    KEYS: gl.constexpr  # per program: 128 or 64
     CAPPED: gl.constexpr
     CENTERED: gl.constexpr  # keys are k - center
 
     @gluon.jit
     def heads(self):
-        """Query heads of a program."""
+        """Query heads per program."""
         return self.group // self.split
 
     @gluon.jit
     def job(self):
-        """The KV tile of this program, and the query tiles that see it, the same for each of its heads.
+        """This program's KV tile and the query tiles that see it, which are the same for each of its heads.
 
-        Programs start in order, those with the most to do first (`Order`), so that the short ones fill the gaps at the
-        end. `heads_in_l2` bounds how many KV heads' queries and dq share L2 at a time.
+        Programs start in the order of their number, those with the most work first (`Order`), so that short ones fill
+        the gaps at the end. `heads_in_l2` limits the number of KV heads whose queries and dq share L2 at a time.
         """
         PARTS: gl.constexpr = 2 * ROWS // self.KEYS  # of a tile of `order`
         index = gl.program_id(0)
@@ -80,7 +80,7 @@ class Call:
         if PARTS > 1:
             first_key = gl.minimum(first, last)  # the last tile's second part may have no keys
         lo, count, full_from, full = tile_run(start, end, first_key, last, self.BLOCK_Q)
-        # Keys past the end are zeros, whose score 0 may lie far above lse: 2^(0 - lse) = inf would make dq NaN.
+        # Keys past the end are zeros. Their score 0 may be far above lse, and 2^(0 - lse) = inf would make dq NaN.
         full = gl.where(first + self.KEYS > self.keys, 0, full)
         if PARTS > 1:
             count = gl.where(first < self.keys, count, 0)
@@ -88,14 +88,14 @@ class Call:
 
     @gluon.jit
     def seen_by(self, job, keys):
-        """query_start and query_end of keys, as `mask_scores` takes them; of those past the last, 0 and 0."""
+        """query_start and query_end of keys, for `mask_scores`; 0 and 0 past the last key."""
         start = self.start + job.batch.to(gl.int64) * self.interval_stride_b
         end = self.end + job.batch.to(gl.int64) * self.interval_stride_b
         return gl.load(start + keys, keys < self.keys, 0), gl.load(end + keys, keys < self.keys, 0)
 
     @gluon.jit
     def row(self, job, step):
-        """The first query of the tile walked as number `step`: the full ones from the last, then the edges."""
+        """The first query of a step's tile: the full tiles come first, from the last one back, then the edges."""
         full = job.tiles - job.edges
         edge = gl.where(step - full < job.full_from, step - full, step)
         return job.lo + gl.where(step < full, job.full_from + full - 1 - step, edge) * self.BLOCK_Q
@@ -103,7 +103,7 @@ class Call:
 
 @gluon.jit
 def make_full(SLOTS: gl.constexpr):
-    """Barriers of tiles that are full when the copy engine has filled them and the producer has written their rows."""
+    """Barriers of tiles that are full once the copy engine has filled them and the producer has written their rows."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=2)
@@ -118,7 +118,7 @@ def make_rows(SLOTS: gl.constexpr, BLOCK_Q: gl.constexpr):
 
 @gluon.jit
 def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
-    """p of a tile of scores, and the softcap's slope, by which ds is multiplied."""
+    """p of a tile of scores, and the softcap's derivative, by which ds is multiplied."""
     slope = 1.0
     if call.CAPPED:
         s = softcap(s, call.cap_scale)
@@ -135,8 +135,8 @@ def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
 def swapped(rows, columns):
     """A [rows, columns] fp32 tile in the copy engine's 128-byte swizzle, columns 0..15 and 16..31 swapped in odd rows.
 
-    By bits of the offset: 32 columns, the rows, the next 32 columns. The swizzle moves a row's 16-byte pieces: piece i
-    of row r lies at i ^ (r % 8).
+    The bits of the offset are 32 columns, the rows, the next 32 columns. The swizzle moves a row's pieces of 16 bytes:
+    piece i of row r is at i ^ (r % 8).
     """
     bases = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
     row = 1
@@ -163,11 +163,11 @@ def center_keys(keys, job, call):
 
 @gluon.jit
 def stage_dq(dq_tile, staged, scale):
-    """Columns of dq into shared memory `staged`, times scale, as the copy engine will add them to dq.
+    """Write columns of dq, times scale, to shared memory `staged`, from which the copy engine adds them to dq.
 
-    Half a warp writes 32 bytes of each of four rows at a time, and under the swizzle rows 0 and 1, and 2 and 3, would
-    meet in the same banks. So odd rows write the columns 16 from those that even rows write: what a thread holds is
-    swapped in its registers, and the layout swaps where it goes.
+    Half a warp writes 32 bytes of each of four rows at a time. Under the swizzle, rows 0 and 1 would use the same
+    banks, as would rows 2 and 3. So odd rows write columns that are 16 apart from those of even rows: a thread's values
+    are swapped in registers, and the layout swaps their destinations.
     """
     ROWS_: gl.constexpr = dq_tile.shape[0]
     COLUMNS: gl.constexpr = dq_tile.shape[1]
@@ -184,5 +184,5 @@ def stage_dq(dq_tile, staged, scale):
 def add_tile(tile, staged, gradient, place):
     """Add a tile of dk or dv to memory, through shared memory `staged`. The copy engine clips rows past the end."""
     staged.store(tile)
-    fence_async_shared()  # what threads wrote, made visible to the copy engine
+    fence_async_shared()  # makes the threads' writes visible to the copy engine
     add_out(gradient, place, staged)

@@ -1,42 +1,42 @@
 """Attention forward for Hopper (sm_90), in Gluon: the mathematics of `portable_forward`, scheduled by hand.
 
-One program per SM walks the query tiles that are its share. A query tile is 2 or 3 x 64 rows of one head; a consumer,
-which is a warpgroup (4 warps, the unit that issues wgmma), owns 64 of them. For a row, with s = q k^T,
+There is one program per SM, which takes query tiles from a counter. A query tile has 2 or 3 x 64 rows of one head. A
+consumer, one warpgroup (4 warps, the unit that issues wgmma), owns 64 of them. For a row, with s = q k^T,
 c = scale log2(e) and the softmax state (m, z, acc):
 
     m' >= c max_j s_j - 8    p_j = 2^(c s_j - m')    a = 2^(m - m')    z' = a z + sum_j p_j    acc' = a acc + p v
 
-at the end out = acc / z, lse = ln(2) (m + log2 z); a carried Partial is such a state and joins there. Any m' near the
-maximum does, so m stays until a weight would pass 2^8; then it becomes the maximum. So a is 1 in almost every step, and
-a warp whose rows have all a = 1 skips a acc, at head_dim 128 an eighth of its instructions. `hopper_softmax` has the
-two ways to find out: by the tile's maximum, or, in full tiles at head_dim 64 and 256 (GUESS), by the weights
-themselves. See `portable_forward` for the softcap.
+and at the end out = acc / z, lse = ln(2) (m + log2 z). A carried Partial is such a state too and is merged there. m'
+only needs to be near the maximum, so m is kept until a weight would exceed 2^8. Then it becomes the maximum. So a is 1
+in almost every step, and a warp whose rows all have a = 1 skips a acc, which is an eighth of its instructions at
+head_dim 128. `hopper_softmax` has two ways to detect large weights: by the tile's maximum or, in full tiles at head_dim
+64 and 256 (GUESS), by the weights themselves. See `portable_forward` for the softcap.
 
-`start` and `end` never decrease, so a tile's bounds say which KV tiles its rows see whole (full) and which only in part
-(edges):
+`start` and `end` never decrease. The bounds of a tile's first and last row therefore tell which KV tiles all of its
+rows see (full) and which only some (edges):
 
     keys      lo ......... full_from ........................ hi
     tiles     | edge | edge |  full  |  full  |  full  | edge | edge |
-    walked        1      2       5        6        7       3     4
+    order         1      2       5        6        7       3     4
 
-Edges come first: the first tile is computed before the loops begin and masked in any case, and a row's bounds are out
-of the registers when the full tiles run. Their loop is the same code whatever the mask.
+Edges come first: the first tile is computed before the loops and masked in any case, and the bounds of rows no longer
+take registers when the full tiles run. The loop over full tiles is the same for every mask.
 
-Who waits for what. The producer is one warp that does nothing but order copies; consumers take turns in starting their
-products (barriers by number). At head_dim 128 there are two, A and B, whose registers hold p of one tile and the scores
-of the next. The tensor cores run one's products under the other's exponentials:
+The producer is one warp that only starts copies. Consumers take turns in starting their products (named barriers). At
+head_dim 128 there are two, A and B. Their registers hold p of one tile and the scores of the next, and the tensor cores
+run one consumer's products under the other's exponentials:
 
     copy engine     k3 v2             k4 v3             k5 v4
     tensor cores    A: q k2, p1 v1  | B: q k2, p1 v1  | A: q k3, p2 v2  | B: q k3, p2 v2
     A               ............... | p2 = 2^(..)     | ............... | p3 = 2^(..)
     B               p1 = 2^(..)     | ............... | p2 = 2^(..)     | ...............
 
-At head_dim 64 a step has half the products for the same exponentials. There are three consumers, each of which does one
-thing after the other: p1 v1 and q k2, wait for both, p2 = 2^(..).
+At head_dim 64, a step has half the products for the same number of exponentials. There are three consumers, and each
+works in sequence: start p1 v1 and q k2, wait for both, compute p2 = 2^(..).
 
-At head_dim 256 there are two such consumers, with 64 keys per step. Half of q's columns stay in registers, so that the
-scores read a quarter less of shared memory. That has no room left for the carry and out, which go between registers and
-memory (DIRECT).
+At head_dim 256, there are two such consumers, with 64 keys per step. Half of q's columns stay in registers, so that the
+scores read a quarter less shared memory. Shared memory has no room for the carry and out, which therefore move directly
+between registers and memory (DIRECT).
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -95,9 +95,9 @@ __all__ = ["forward", "supports"]
 LOG2_E_ = gl.constexpr(LOG2_E)
 HELD = gl.constexpr(128)  # columns of q in registers at head_dim 256: 32 registers per thread
 STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
-# Where the result of a tile goes. NOWHERE: it is complete since an earlier call, and what is carried was not written.
+# Where the result of a tile is written. NOWHERE: an earlier call completed it, and the carry does not have it.
 OUT, FINAL, NOWHERE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
-# Of the barriers by number, TURN has one per consumer, which it shares with the one before it.
+# Named barriers. TURN has one per consumer, which it shares with the consumer before it.
 TURN = gl.constexpr(FIRST_BARRIER)
 K_EMPTY = gl.constexpr(FIRST_BARRIER + 3)
 V_EMPTY = gl.constexpr(FIRST_BARRIER + 3 + STAGES.value)
@@ -105,10 +105,10 @@ V_EMPTY = gl.constexpr(FIRST_BARRIER + 3 + STAGES.value)
 
 @dataclass(frozen=True)
 class Tuning:
-    """How one launch is cut up: consumers with 64 query rows each."""
+    """Tile sizes of one launch."""
 
-    consumers: int
-    block_k: int  # keys of a step
+    consumers: int  # with 64 query rows each
+    block_k: int  # keys per step
 
     def __post_init__(self) -> None:
         if self.consumers not in REGISTERS:
@@ -121,19 +121,19 @@ TUNINGS = {
     64: Tuning(consumers=3, block_k=128),
     # Scores and p 64 registers per thread, acc 64, p in flight 32. 224 of 227 KB with a carry; 64 keys: 15% slower.
     128: Tuning(consumers=2, block_k=128),
-    # acc takes 128 registers per thread, scores 32, p 32. 192 KB: no room for out, which leaves from registers.
+    # acc takes 128 registers per thread, scores 32, p 32. 192 KB: no room for out, which is stored from registers.
     256: Tuning(consumers=2, block_k=64),
 }
 
 
 @aggregate
 class Call:
-    """The scalars and pointers of a call, and its constants."""
+    """A call's pointers, scalars and constants."""
 
     lse: gl.tensor
     lse_stride_b: gl.tensor
     lse_stride_h: gl.tensor
-    carry_stride_b: gl.tensor  # these nine where DIRECT
+    carry_stride_b: gl.tensor  # these nine if DIRECT
     carry_stride_s: gl.tensor
     carry_stride_h: gl.tensor
     out_stride_b: gl.tensor
@@ -142,21 +142,21 @@ class Call:
     final_stride_b: gl.tensor
     final_stride_s: gl.tensor
     final_stride_h: gl.tensor
-    seen: gl.tensor  # where FINISHES
+    seen: gl.tensor  # if FINISHES
     seen_stride_b: gl.tensor
-    seen_later: gl.tensor  # from the counts of this call to those of later ones
+    seen_later: gl.tensor  # stride from this call's counts to those of later calls
     start: gl.tensor
     end: gl.tensor
     interval_stride_b: gl.tensor
     counter: gl.tensor  # of `next_tile`
     order: gl.tensor
     order_stride_b: gl.tensor
-    tiles: gl.tensor  # query tiles of a head that are looked at
+    tiles: gl.tensor  # query tiles per head that programs process
     queries: gl.tensor
     heads_kv: gl.tensor
     group: gl.tensor  # query heads of a KV head
     pairs: gl.tensor  # batch rows x KV heads
-    heads_in_l2: gl.tensor  # pairs worked on at a time
+    heads_in_l2: gl.tensor  # pairs processed at a time
     c: gl.tensor
     cap_scale: gl.tensor
     D: gl.constexpr
@@ -164,25 +164,25 @@ class Call:
     CONSUMERS: gl.constexpr
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
-    GUESS: gl.constexpr  # weights of full tiles by `guess_step`, p in `packed` form, one thing after the other
-    DIRECT: gl.constexpr  # carry and out go between registers and memory, with no shared memory between
-    FINISHES: gl.constexpr  # tiles that no later call sees go to `final`, the others to out
+    GUESS: gl.constexpr  # consumers work in sequence, with `guess_step` in full tiles and p in `packed` form
+    DIRECT: gl.constexpr  # carry and out move directly between registers and memory
+    FINISHES: gl.constexpr  # tiles that no later call sees are written to `final`, the others to out
 
     @gluon.jit
     def key(self, job, step):
-        """The first key of the tile walked as number `step`: the edges, then the full ones."""
+        """The first key of a step's tile: the edges come first, then the full tiles."""
         edge = gl.where(step < job.full_from, step, step + job.tiles - job.edges)
         return job.lo + gl.where(step < job.edges, edge, job.full_from + step - job.edges) * self.BLOCK_K
 
     @gluon.jit
     def into(self, batch, first, last):
-        """Where the result of rows first..last goes: to `final` after the last call that sees any of them."""
+        """Where the result of rows first..last is written: to `final` by the last call that sees any of them."""
         into = 0 * first + OUT
         if self.FINISHES:
             seen = self.seen + batch.to(gl.int64) * self.seen_stride_b
             later = seen + self.seen_later
             into = gl.where(gl.load(later + last + 1) > gl.load(later + first), OUT, FINAL)
-            if self.CARRY:  # else this is the first call, which writes every tile
+            if self.CARRY:  # otherwise this is the first call, which writes every tile
                 sees = gl.load(seen + last + 1) > gl.load(seen + first)
                 into = gl.where((into == OUT) | sees, into, NOWHERE)
         return into
@@ -194,10 +194,10 @@ class Call:
 
     @gluon.jit
     def job(self, index):
-        """Query tile number `index`, and the KV tiles it walks: one or more, or, past the last query tile, none.
+        """Query tile number `index` and its KV tiles: at least one, or none past the last query tile.
 
-        Those that see the most come first (`Order`). Heads run fastest, those of a group first, so that the tiles of K
-        and V that all SMs read at a time come from L2; `heads_in_l2` bounds how many KV heads that are.
+        Tiles that see the most keys come first (`Order`). Within a tile, the index runs over heads, group by group, so
+        that all SMs read the same tiles of K and V from L2. `heads_in_l2` limits the number of KV heads at a time.
         """
         TILE: gl.constexpr = self.CONSUMERS * ROWS
         total = self.total()
@@ -218,10 +218,10 @@ class Call:
         start = self.start + batch.to(gl.int64) * self.interval_stride_b
         end = self.end + batch.to(gl.int64) * self.interval_stride_b
         lo, tiles, full_from, full = tile_run(start, end, first, last, self.BLOCK_K)
-        # Rows that see nothing have a result to write as well. Where batch rows differ, some have fewer tiles than are
-        # counted. They walk one that is masked throughout: no tile would mean that this is the end.
+        # Rows that see nothing also need a result. If batch rows differ, some have fewer tiles than `tiles`. They
+        # process one that is masked throughout, since a job without tiles means the end.
         tiles = gl.where(tiles > 0, tiles, 1)  # not maximum, after which ptxas spills at D64
-        # The first tile walked is masked. Where no tile needs it, that is the first of the full ones.
+        # The first tile is always masked. Without edges, that is the first full tile.
         full_from = gl.where(full == tiles, 1, full_from)
         full = gl.minimum(full, tiles - 1)
         tiles = gl.where(taken, tiles, 0)
@@ -234,7 +234,7 @@ class Call:
 
 @gluon.jit
 def hand_over(fields, jobs, q_pipe, number, call):
-    """Tell a consumer, with its queries of this number, what to work on."""
+    """Pass a job to a consumer, together with the queries of this number."""
     slot = number % call.CONSUMERS
     jobs.index(slot).store(fields)
     mbarrier.arrive(q_pipe.full.index(slot), count=1)
@@ -242,14 +242,14 @@ def hand_over(fields, jobs, q_pipe, number, call):
 
 @gluon.jit
 def produce(call, pipes, jobs, descriptors):
-    """Order every copy of every query tile, as far ahead as there are empty slots: waits for consumers only."""
+    """Start all copies of all query tiles, as far ahead as there are empty slots."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
     q, k, v, carry = descriptors[0], descriptors[1], descriptors[2], descriptors[3]
-    q_number = 0 * call.queries  # a tensor, as a loop's variables are
+    q_number = 0 * call.queries  # a tensor, as loop variables must be
     loaded = 0 * call.queries
     job = call.job(gl.program_id(0))
     while job.tiles > 0:
-        # In the order of need: the first consumer's queries, the keys, the others' queries, the values.
+        # In the order in which they are needed: the first consumer's queries, keys, other queries, values.
         q_pipe.load(q_number, q, job.batch, job.head, job.first_row)
         hand_over(job.fields(), jobs, q_pipe, q_number, call)
         k_pipe.load(loaded, k, job.batch, job.head_kv, call.key(job, 0))
@@ -257,13 +257,13 @@ def produce(call, pipes, jobs, descriptors):
             q_pipe.load(q_number + who, q, job.batch, job.head, job.first_row + who * ROWS)
             hand_over(job.fields(), jobs, q_pipe, q_number + who, call)
         v_pipe.load(loaded, v, job.batch, job.head_kv, call.key(job, 0))
-        following = next_tile(call.counter, call.total())  # not at the end, where the next queries would wait for it
+        following = next_tile(call.counter, call.total())  # early, so that the next queries need not wait for it
         for step in range(1, job.tiles):
             key = call.key(job, step)
             k_pipe.load(loaded + step, k, job.batch, job.head_kv, key)
             v_pipe.load(loaded + step, v, job.batch, job.head_kv, key)
         if call.CARRY and not call.DIRECT:
-            # Emptied when the consumer has begun with the tile, a use ahead of what the pipe counts.
+            # A consumer releases its slot when it starts the tile, one use ahead of the pipe's count.
             for who in gl.static_range(call.CONSUMERS):
                 carry_pipe.wait_empty(q_number + who + call.CONSUMERS)
                 carry_pipe.copy(q_number + who, carry, job.batch, job.head, job.first_row + who * ROWS)
@@ -282,14 +282,14 @@ def produce(call, pipes, jobs, descriptors):
 
 @gluon.jit
 def score_operands(q_tile, call):
-    """The left operands of the scores: a consumer's queries in shared memory, at head_dim 256 half in registers."""
+    """The left operands of the scores: a consumer's queries in shared memory; at head_dim 256, half in registers."""
     Q: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=product_layout(call.BLOCK_K), k_width=2)
     return (q_tile.slice(0, HELD, 1).load(Q), q_tile.slice(HELD, HELD, 1)) if call.D == 256 else (q_tile,)
 
 
 @gluon.jit
 def begin_scores(q, k_pipe, number, call, WHO: gl.constexpr):
-    """Start the scores of KV tile `number`, when it is this consumer's turn: products in flight."""
+    """Start the scores of KV tile `number`, when it is this consumer's turn. Returns a product in flight."""
     S: gl.constexpr = product_layout(call.BLOCK_K)
     zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
     sync(TURN + WHO, 256, 4)  # the consumer before this one
@@ -305,7 +305,7 @@ def begin_scores(q, k_pipe, number, call, WHO: gl.constexpr):
 
 @gluon.jit
 def begin_output(acc, p, alpha, v_pipe, number, call):
-    """Start acc = a acc + p v for KV tile `number`, p in registers as an operand: a product in flight."""
+    """Start acc = a acc + p v for KV tile `number`, with p in registers. Returns a product in flight."""
     dtype: gl.constexpr = v_pipe.tiles.dtype
     weights = unpacked(p, dtype) if call.GUESS else p.to(dtype)
     acc = scale_rows(acc, alpha)
@@ -320,10 +320,10 @@ def step(
     acc, p, m, z, alpha, q, k_pipe, v_pipe, number, more, key, row_start, row_end, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Scores and weights of KV tile `number`, and acc = a acc + p v of the one before it.
+    """Scores and weights of KV tile `number`, and acc = a acc + p v of the previous tile.
 
-    more: whether another tile follows. Waiting for its keys right after the softmax is what keeps ptxas from moving the
-    softmax further down, where nothing would run under it: it does not move code over a loop.
+    more: whether another tile follows. The wait for its keys comes right after the softmax. It is a loop, across which
+    ptxas does not move code; otherwise ptxas would move the softmax below the products that it should overlap with.
     """
     if call.GUESS:
         dtype: gl.constexpr = v_pipe.tiles.dtype
@@ -341,7 +341,7 @@ def step(
             p, m, z, alpha = guess_step(s, m, z, call, dtype)
             k_pipe.wait_full(number + 1, more)  # the copy engine
     else:
-        # Scaling acc and rounding p wait until the scores are on their way, and run under them.
+        # acc is scaled and p is rounded under the scores, once these are in flight.
         scores = begin_scores(q, k_pipe, number, call, WHO)
         output = begin_output(acc, p, alpha, v_pipe, number - 1, call)
         s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
@@ -355,7 +355,7 @@ def step(
 
 @gluon.jit
 def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
-    """Rows WHO x 64 and on of every query tile of this program."""
+    """A consumer: the 64 rows from WHO x 64 of every query tile of this program."""
     q_pipe, k_pipe, v_pipe, carry_pipe = pipes
     out, final = descriptors[4], descriptors[5]
     S: gl.constexpr = product_layout(call.BLOCK_K)
@@ -376,13 +376,13 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
         z = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
         acc = gl.zeros([ROWS, call.D], gl.float32, A)
 
-        # 1. The first tile: scores only. Under them, the result of the tile before leaves.
+        # 1. The first tile: scores only. The result of the previous query tile is stored under them.
         q_tile = q_pipe.tile(q_number)
         k_pipe.wait_full(number)  # the copy engine
         q = score_operands(q_tile, call)
         scores = begin_scores(q, k_pipe, number, call, WHO)
         if not call.DIRECT:
-            tma.store_wait(0)  # the copy engine, reading that result
+            tma.store_wait(0)  # the copy engine, which reads that result
             if call.CARRY:
                 carry_pipe.release(q_number)
         s = warpgroup_mma_wait(0, deps=(scores,))  # the tensor cores
@@ -393,14 +393,14 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
         if call.GUESS:
             p = packed(p, v_pipe.tiles.dtype)
 
-        # 2. The other tiles that only some rows see.
+        # 2. The other edge tiles.
         for i in range(1, job.edges):
             acc, p, m, z, alpha = step(
                 acc, p, m, z, alpha, q, k_pipe, v_pipe, number + i, i + 1 < job.tiles,
                 call.key(job, i), row_start, row_end, call, WHO, EDGE=True,
             )  # fmt: skip
 
-        # 3. Tiles that every row sees whole: no mask.
+        # 3. Full tiles: no mask.
         if call.GUESS:
             m, z, alpha = to_threads(m, z, alpha, call.BLOCK_K)
         for i in range(job.edges, job.tiles):
@@ -413,7 +413,7 @@ def consume(call, pipes, jobs, descriptors, WHO: gl.constexpr):
 
         # 4. The last tile's values. Under them, the carried lse arrives.
         number += job.tiles
-        job = receive_job(jobs.index(WHO))  # again, so that the loops need not keep it
+        job = receive_job(jobs.index(WHO))  # read again, so that the loops need not keep it in registers
         q_pipe.release(q_number)
         output = begin_output(acc, p, alpha, v_pipe, number - 1, call)
         valid = rows < call.queries
@@ -461,7 +461,7 @@ def forward_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     CAPPED: gl.constexpr, CARRY: gl.constexpr, DIRECT: gl.constexpr, FINISHES: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers, and a function for each group of warps. All but lse are [B, H, S, D] for TMA."""
+    """Allocate shared memory and barriers, and start each group of warps. All but lse are [B, H, S, D] for TMA."""
     call = Call(
         lse, lse_stride_b, lse_stride_h, carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s,
         out_stride_h, final_stride_b, final_stride_s, final_stride_h, seen, seen_stride_b, seen_later,
@@ -472,7 +472,7 @@ def forward_kernel(
     jobs = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, K_EMPTY)
     v_pipe = make_pipe(q.dtype, STAGES, BLOCK_K, D, CONSUMERS, V_EMPTY)
-    # Where not DIRECT, out leaves through it as well.
+    # If not DIRECT, out is also stored through it.
     carry_pipe = q_pipe if DIRECT else make_pipe(carry.dtype, CONSUMERS, ROWS, D, READERS=1 if CARRY else 0)
     pipes = (q_pipe, k_pipe, v_pipe, carry_pipe)
     descriptors = (q, k, v, carry, out, final)
@@ -517,8 +517,8 @@ def forward(
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract.
 
-    Raises ValueError, with the values, where `supports` would refuse, where v or the carry do not fit q and k, and
-    where scale is not positive (a row's maximum is taken before scaling). tuning replaces the table's choice.
+    Raises ValueError, with the values, if `supports` refuses, if v or the carry do not fit q and k, or if scale is not
+    positive (a row's maximum is taken before scaling). tuning replaces the table's choice.
     """
     check_inputs(q, k, scale, softcap, intervals, v=v)
     if carry is not None:
@@ -537,7 +537,7 @@ def forward(
     t = tuning or TUNINGS[D]
     registers = REGISTERS[t.consumers]
     order = intervals.query_order[t.consumers * ROWS.value]
-    in_place = carry is not None and carried is out  # then what sees nothing has its result
+    in_place = carry is not None and carried is out  # then tiles that see nothing already have their result
     q_tiles = order.nonempty if in_place else order.tiles.shape[1]
     if not q_tiles:
         return state
@@ -564,10 +564,10 @@ def forward(
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:
-    """How many (batch row, KV head) pairs are worked on at a time: as many as have K and V stay in L2.
+    """The number of (batch row, KV head) pairs at a time: as many as keep K and V in L2, and at least 8 query heads.
 
-    But 8 query heads or more. With fewer, SMs work at query tiles of more different lengths, and no longer read the
-    same keys at the same time: 16 query and KV heads, 32k tokens: 2 heads 591 TFLOP/s, 4 660, 8 712, 16 684.
+    With fewer, SMs work on query tiles of more different lengths, and no longer read the same keys at the same time.
+    With 16 query and KV heads at 32k tokens, 2 heads had 591 TFLOP/s, 4 660, 8 712 and 16 684.
     """
     _, Skv, Hkv, D = k.shape
     return max(-(-8 * Hkv // q.shape[2]), L2_BYTES // (2 * Skv * D * k.element_size()))

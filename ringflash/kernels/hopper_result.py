@@ -1,12 +1,12 @@
-"""The end of a query tile in the Hopper forward, in Gluon: joined with what is carried, divided, written.
+"""The end of a query tile in the Hopper forward, in Gluon: merge with the carry, divide, store.
 
-A softmax state (m, z, acc) and the carried Partial, a state with z = 1, have a common maximum M = max(m, m_carry):
+The softmax state (m, z, acc) is merged with the carried Partial, a state with z = 1, at M = max(m, m_carry):
 
     z' = 2^(m - M) z + 2^(m_carry - M)    acc' = 2^(m - M) acc + 2^(m_carry - M) carry
     out = acc' / z'                       lse = ln(2) (M + log2 z')
 
-The carry and out go through shared memory by the copy engine; at head_dim 256, which has no room for them (DIRECT),
-between registers and memory.
+The copy engine moves the carry and out through shared memory. At head_dim 256, which has no room for them (DIRECT),
+they move directly between registers and memory.
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`), as in all files of Gluon kernels.
@@ -39,7 +39,7 @@ def inside(first_row, tile, call):
 
 @gluon.jit
 def result(acc, m, z, m_carry, carry_pipe, number, carry, job, first_row, call):
-    """out and lse of rows whose softmax state is (m, z, acc), joined with the carried state."""
+    """out and lse of rows whose softmax state is (m, z, acc), merged with the carried state."""
     A: gl.constexpr = acc.type.layout
     if call.CARRY:
         m_new = gl.maximum(m, m_carry)
@@ -65,7 +65,7 @@ def result(acc, m, z, m_carry, carry_pipe, number, carry, job, first_row, call):
 
 @gluon.jit
 def write(acc, out, stride_b, stride_s, stride_h, carry_pipe, number, job, first_row, call):
-    """Rows of the result from `first_row` on to `out`: a pointer with strides where DIRECT, else a descriptor."""
+    """Store rows of the result from `first_row` on. out: a pointer with strides if DIRECT, otherwise a descriptor."""
     if call.DIRECT:
         at = elements(out, stride_b, stride_s, stride_h, job, first_row, acc)
         gl.store(at, acc.to(out.dtype.element_ty), inside(first_row, acc, call))
@@ -75,10 +75,10 @@ def write(acc, out, stride_b, stride_s, stride_h, carry_pipe, number, job, first
 
 @gluon.jit
 def store_output(acc, place, staged, out):
-    """Send rows of out on their way, through shared memory. The copy engine clips rows past the end."""
+    """Start storing rows of out, through shared memory. The copy engine clips rows past the end."""
     if staged.dtype != out.dtype:
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([acc.shape[0], acc.shape[1]], out.dtype)
         staged = reinterpret(staged, out.dtype, acc.shape, layout)
     staged.store(acc.to(out.dtype))
-    fence_async_shared()  # what threads wrote, made visible to the copy engine
+    fence_async_shared()  # makes the threads' writes visible to the copy engine
     copy_out(out, place, staged)

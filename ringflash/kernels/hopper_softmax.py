@@ -1,17 +1,17 @@
 """The softmax of a tile in the Hopper forward: weights from scores, and the rescaling of the accumulators.
 
-A row's maximum m need not be exact: any number near it keeps the weights in range. So m stays until a weight would pass
-2^8. There are two ways to find out:
+A row's maximum m need not be exact: any number near it keeps the weights in range. So m is kept until a weight would
+exceed 2^8. There are two ways to detect this:
 
-    softmax_step    take the tile's maximum, which the four threads of a row exchange; then the weights
-    guess_step      compute the weights with m as it is; where a thread's sum passes 2^8, its warp takes the maximum
-                    and computes them again
+    softmax_step    compute the tile's maximum, which the four threads of a row exchange, and then the weights
+    guess_step      compute the weights with the old m; if a thread's sum exceeds 2^8, its warp computes the maximum
+                    and the weights again
 
-A guess needs neither the maximum of a tile, one instruction per score, nor the exchange, and its exponentials start at
-once. It has no mask: the first tile of a row, which makes m, and the edges take the other way. In the loop of guesses
-the four threads of a row keep sums of their own, which meet after the loop: m, z and the factors of acc are [rows, 4].
+A guess saves the maximum of a tile, one instruction per score, and the exchange, and its exponentials start at once. It
+has no mask, so a row's first tile, which determines m, and the edges use softmax_step. In the loop of guesses, m, z and
+acc's factors are [rows, 4]: each of a row's four threads keeps its own sum, and the sums are added after the loop.
 
-The scores of a thread are columns 2 t + 8 k and 2 t + 8 k + 1 of two rows, t its number of four and k = 0, 1, ...
+A thread has columns 2 t + 8 k and 2 t + 8 k + 1 of two rows, where t is its number among the four and k = 0, 1, ...
 """
 
 from triton.experimental import gluon
@@ -19,12 +19,12 @@ from triton.experimental.gluon import language as gl
 
 from ringflash.kernels.hopper_parts import NEG_INF, ROWS, mask_scores, product_layout, softcap
 
-SLACK = gl.constexpr(8.0)  # how far log2 of a weight may grow before the row's maximum is taken again; fp16 ends at 16
+SLACK = gl.constexpr(8.0)  # the largest log2 of a weight before the row's maximum is computed again; fp16 ends at 16
 
 
 @gluon.jit
 def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
-    """Fold a tile of scores into a row's m and z: the weights p, the new m and z, and what acc is scaled by."""
+    """Update a row's m and z with a tile of scores: the weights p, the new m and z, and acc's factor."""
     if call.CAPPED:
         s = softcap(s, call.cap_scale)
     if EDGE:
@@ -44,16 +44,16 @@ def softmax_step(s, m, z, key, row_start, row_end, call, EDGE: gl.constexpr):
 
 @gluon.constexpr_function
 def ptx_name(dtype):
-    """Of fp16 or bf16."""
+    """The name of fp16 or bf16 in PTX."""
     return {"fp16": "f16", "bf16": "bf16"}[dtype.name]
 
 
 @gluon.constexpr_function
 def guess_asm(count, half):
-    """PTX: the weights of a thread's two rows in 16 bits, by the maxima as they are, or new ones where a sum is large.
+    """PTX: the weights of a thread's two rows in 16 bits, from the old maxima, or from new ones if a sum is large.
 
-    $0.. become p as `packed` has it, `count` registers. As many follow, of which four are set: the maximum and the sum
-    of the first row, then of the second. Operands: scores, maxima, c, `count` each.
+    The first `count` registers become p, in the form of `packed`. Of the next `count`, four are set: the maximum and
+    the sum of the first row, then of the second. Operands: scores, maxima, c, `count` each.
     """
     s = [f"${2 * count + i}" for i in range(count)]
     c, limit = f"${4 * count}", "0f43800000"  # 2^SLACK
@@ -91,13 +91,13 @@ def guess_asm(count, half):
 
 @gluon.constexpr_function
 def guess_operands(count):
-    """`count` weights and as many registers of state, all written before the last operand is read; three operands."""
+    """`count` weights and `count` registers of state, all written before the last operand is read; three operands."""
     return ",".join(["=&f"] * 2 * count + ["f"] * 3 * count)
 
 
 @gluon.constexpr_function
 def halvings(count):
-    """How often a power of two is halved to 1."""
+    """How many halvings reduce a power of two to 1."""
     return count.bit_length() - 1
 
 
@@ -115,7 +115,7 @@ def guess_step(s, m, z, call, dtype: gl.constexpr):
         dtype=(gl.float32, gl.float32), is_pure=False, pack=COUNT,
     )  # fmt: skip
     state = state.reshape([ROWS, call.BLOCK_K // 8, 4, 2]).permute((0, 2, 3, 1))
-    for _ in gl.static_range(halvings(call.BLOCK_K // 8)):  # the first of each thread's
+    for _ in gl.static_range(halvings(call.BLOCK_K // 8)):  # keeps each thread's first value
         state, _rest = gl.split(state.reshape([ROWS, 4, 2, state.shape[3] // 2, 2]))
     m_new, total = gl.split(state.reshape([ROWS, 4, 2]))
     m_new = gl.convert_layout(m_new, M, assert_trivial=True)
@@ -124,33 +124,33 @@ def guess_step(s, m, z, call, dtype: gl.constexpr):
     return p, m_new, z * alpha + total, alpha
 
 
-# -- numbers of a row, and of each of its four threads
+# -- conversions between values per row and per thread of a row
 
 
 @gluon.jit
 def to_threads(m, z, alpha, COLUMNS: gl.constexpr):
-    """A softmax state [rows] as [rows, 4], for `guess_step`: z is the sum of the four."""
+    """A softmax state [rows] as [rows, 4], for `guess_step`; the four z add up to the row's."""
     S: gl.constexpr = product_layout(COLUMNS)
     return by_thread(m, COLUMNS, S), by_thread(z * 0.25, COLUMNS, S), by_thread(alpha, COLUMNS, S)
 
 
 @gluon.jit
 def by_thread(x, COLUMNS: gl.constexpr, layout: gl.constexpr):
-    """x [rows], as each of a row's four threads holds it for a tile: [rows, 4]."""
+    """x [rows] as [rows, 4]: each of a row's four threads holds its own copy."""
     wide = gl.broadcast(gl.expand_dims(x, 1), gl.zeros([ROWS, COLUMNS], gl.float32, layout))[0]
     return gl.max(gl.max(wide.reshape([ROWS, COLUMNS // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
 def to_rows(m, z, COLUMNS: gl.constexpr):
-    """m and z [rows], of [rows, 4]."""
+    """m and z [rows] from [rows, 4]."""
     R: gl.constexpr = gl.SliceLayout(1, product_layout(COLUMNS))
     return gl.convert_layout(gl.max(m, 1), R), gl.convert_layout(gl.sum(z, 1), R)
 
 
 @gluon.jit
 def across(x, tile):
-    """x [rows] or [rows, 4] for all columns of a tile: of the latter, each thread its own."""
+    """x [rows] or [rows, 4] broadcast over all columns of a tile; with [rows, 4], each thread uses its own value."""
     L: gl.constexpr = tile.type.layout
     if len(x.shape) == 1:
         wide = gl.broadcast(gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, L)), 1), tile)[0]
@@ -163,12 +163,12 @@ def across(x, tile):
     return wide
 
 
-# -- what follows from it: the accumulators' factors, and p as an operand
+# -- scaling the accumulators, and p as an operand
 
 
 @gluon.constexpr_function
 def scale_asm(count):
-    """PTX: scale `count` registers $0.. in place by $2count.. unless all of a warp's factors are 1.
+    """PTX: multiply `count` registers $0.. by $2count.. in place, unless all of a warp's factors are 1.
 
     A thread has two rows, whose factors alternate in pairs.
     """
@@ -187,13 +187,13 @@ def scale_asm(count):
 
 @gluon.constexpr_function
 def scale_operands(count):
-    """`count` results, which begin as the first `count` operands, and as many factors."""
+    """`count` results, initialised from the first `count` operands, and `count` factors."""
     return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
 
 
 @gluon.jit
 def scale_rows(acc, alpha):
-    """acc, each row times its alpha. A branch of every warp for itself: Triton's `if` takes the same way in all."""
+    """acc with each row multiplied by its alpha. Each warp branches on its own; Triton's `if` is uniform."""
     COUNT: gl.constexpr = acc.shape[1] // 2  # registers of a thread: 64 rows over 128 threads
     return gl.inline_asm_elementwise(
         scale_asm(COUNT), scale_operands(COUNT), [acc, across(alpha, acc)], dtype=gl.float32, is_pure=True, pack=COUNT
@@ -208,9 +208,9 @@ def packed_asm(half):
 
 @gluon.jit
 def packed(p, dtype: gl.constexpr):
-    """p in 16 bits, two numbers in every other register: a loop would give each a register of its own.
+    """p in 16 bits, two numbers in every other register. In a loop, 16-bit values would take one register each.
 
-    Volatile, so that it is not put off until two tiles are in registers.
+    The PTX is volatile so that LLVM does not postpone it, which would keep two tiles in registers.
     """
     asm: gl.constexpr = packed_asm(ptx_name(dtype))
     return gl.inline_asm_elementwise(asm, "=f,=f,f,f", [p], dtype=gl.float32, is_pure=False, pack=2)
@@ -218,5 +218,5 @@ def packed(p, dtype: gl.constexpr):
 
 @gluon.jit
 def unpacked(p, dtype: gl.constexpr):
-    """The 16-bit numbers of `packed`."""
+    """The inverse of `packed`: p as 16-bit values."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,f,f", [p], dtype=dtype.value, is_pure=True, pack=2)
