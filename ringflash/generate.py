@@ -6,6 +6,8 @@
     cat book.txt | python -m ringflash.generate model=FOLDER document=- prompt="Who?"
     python -m ringflash.generate model=FOLDER document=book.txt prompt=-                            # a prompt per line
 
+FOLDER is a model's, or a LoRA adapter's, which is merged into its model.
+
 The model continues the document's tokens followed by the prompt's, with nothing in between. With chat=true, both are
 wrapped in a turn of the tokenizer's chat template. Tokens are printed on standard output as they are generated, times
 and memory on standard error. Several ranks share the reading of the document, and each keeps its part of the KV cache

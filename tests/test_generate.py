@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from ringflash import Loopback, ProcessRing, generate
 from ringflash.data.tokenizer import encoder
 from ringflash.errors import ConfigError
 from ringflash.generate import GenerateConfig, main, run
+from ringflash.models import ModelConfig, read_config
+from ringflash.models.lora import LoraConfig
 from ringflash.training.world import World
 from tests.data.chat_cases import LLAMA3, SMOLLM2, chat_tokenizer
 
@@ -79,6 +83,56 @@ def test_ranks_give_one_ranks_answer_from_rank_0_alone(given, ranks):
     assert found == alone
     assert "MiB on each of 2 ranks" in report
     assert (silent, nothing) == ("", "")
+
+
+@pytest.fixture
+def adapter(given, tmp_path):
+    """An adapter of the model, in its folder beside the model with the adapter merged, which peft wrote."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(given / "model")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_answers_as_the_model_that_peft_merges(given, adapter):
+    asked = arguments(given, "prompt=Who?")[1:]
+    expected = answers([*asked, f"model={adapter.parent / 'merged'}"])[0]
+    assert answers([*asked, f"model={adapter}"])[0] == expected != answers([*asked, f"model={given / 'model'}"])[0]
+
+    edit(adapter, base_model_name_or_path="org/model")
+    for more, message in (
+        ([], f"^model={adapter} is an adapter of base_model_name_or_path=org/model, .*: base=FOLDER names it; nothing"),
+        ([f"base={adapter}"], f"^base={adapter} holds an adapter of peft"),
+        (["base=org/model"], "^base=org/model is not a folder that exists"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            answers([*asked, f"model={adapter}", *more])
+    assert answers([*asked, f"model={adapter}", f"base={given / 'model'}"])[0] == expected
+    with pytest.raises(ConfigError, match=rf"^base={adapter} is of an adapter, and model=.*/merged is none"):
+        answers([*asked, f"model={adapter.parent / 'merged'}", f"base={adapter}"])
+    edit(adapter, use_dora=True)
+    with pytest.raises(ConfigError, match=rf"^model={adapter}: use_dora=True in adapter_config.json is not supported"):
+        answers([*asked, f"model={adapter}", f"base={given / 'model'}"])
+
+
+def edit(folder, file="adapter_config.json", **fields):
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
+
+
+def test_an_adapter_has_the_rotary_positions_that_it_was_trained_with(given, adapter):
+    asked = arguments(given, "prompt=Who?")[1:]
+    before = answers([*asked, f"model={adapter}"])[0]
+    rope = {"rope_type": "linear", "factor": 8.0}
+    edit(adapter, rope_parameters=rope)
+    edit(adapter.parent / "merged", "config.json", rope_parameters=rope | {"rope_theta": 10000.0})
+    expected = answers([*asked, f"model={adapter.parent / 'merged'}"])[0]
+    assert answers([*asked, f"model={adapter}"])[0] == expected != before
+    lora = LoraConfig(path=str(adapter))
+    with pytest.raises(ConfigError, match=r"was trained with model.rope_parameters={'rope_type': 'linear', .*alike$"):
+        read_config(ModelConfig(path=str(given / "model"), lora=lora))
+    read_config(ModelConfig(path=str(given / "model"), lora=lora, rope_parameters=rope))
 
 
 def test_standard_input_is_a_document_or_prompts(given, monkeypatch):
@@ -164,7 +218,7 @@ BAD = {
     "no model": (["prompt=x"], "model is not set"),
     "no prompt": (["model=m"], "prompt is not set"),
     "a misspelt setting": (["model=m", "promt=x"], r"promt=x is not a setting .* did you mean prompt"),
-    "no setting": (["model=m", "--fast"], "--fast is not a setting of this command: these are model, tokenizer"),
+    "no setting": (["model=m", "--fast"], "--fast is not a setting of this command: these are model, base, tokenizer"),
     "twice": (["model=m", "prompt=x", "model=n"], "model is set more than once: model=m and model=n"),
     "a number": (["model=m", "prompt=x", "new_tokens=many"], "new_tokens=many must be a whole number"),
     "no token": (["model=m", "prompt=x", "new_tokens=0"], "new_tokens=0 must be 1 or more"),

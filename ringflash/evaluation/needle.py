@@ -5,7 +5,7 @@
 
 A sentence with a number (the needle) is put into a text, at each depth (0: its beginning, 100: its end) of each length.
 The model is then asked for the number. `ringflash.haystack` says what counts as found. Results are a table,
-needle.json and needle.png, a heat map, in the folder `out`.
+needle.json and needle.png, a heat map, in the folder `out`. FOLDER is a model's, or a LoRA adapter's.
 
 Settings are key=value:
 """

@@ -22,7 +22,7 @@ from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.families import family_refusal, has_chunks, vouch_for
 from ringflash.models.layers import layer_kinds
-from ringflash.models.lora import LoraConfig
+from ringflash.models.lora import ROPE, LoraConfig, is_adapter, read_fields
 from ringflash.models.rope import extended, rope_kinds, rope_refusal, supported_positions
 from ringflash.models.rope_length import length_refusal
 
@@ -166,14 +166,15 @@ def _check_family(model_type: Any, config: ModelConfig, where: str) -> None:
 def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
     """The configuration of a model's folder. Raises ConfigError where it is missing, damaged or of no model."""
     file = Path(path) / "config.json"
+    if is_adapter(path):  # which transformers would load, too, and leave unmerged
+        raise ConfigError(
+            f"model.path={path} holds an adapter of peft: merge it into its model (merge_and_unload, save_pretrained), "
+            f"or train it further by model.lora.path"
+        )
     if not os.path.isfile(file):  # pathlib raises for a name that is too long
-        hint = hub_hint(path)
-        if os.path.isfile(file.with_name("adapter_config.json")):
-            hint = (
-                f", and this is an adapter of peft: merge it into its model (merge_and_unload, save_pretrained), or "
-                f"train it further by model.lora.path={path}"
-            )
-        raise ConfigError(f"model.path={path} holds no config.json: it must be a Hugging Face model folder{hint}")
+        raise ConfigError(
+            f"model.path={path} holds no config.json: it must be a Hugging Face model folder{hub_hint(path)}"
+        )
     try:
         settings = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -188,6 +189,11 @@ def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
         raise ConfigError(refused(f"model.path={path}: in config.json ", error, settings)) from error
     if (reason := token_refusal({"pad_token_id": hf_config.pad_token_id}, hf_config.vocab_size)) is not None:
         raise ConfigError(f"model.path={path}: in config.json {reason}")
+    if config.lora.path is not None and (rope := read_fields(config.lora.path).get(ROPE, {})) != config.rope_parameters:
+        raise ConfigError(
+            f"model.lora.path={config.lora.path} was trained with model.rope_parameters={rope}, and this run has "
+            f"model.rope_parameters={config.rope_parameters}: set them alike"
+        )
     return _with_rope(config, hf_config) if config.rope_parameters else hf_config
 
 

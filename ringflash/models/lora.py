@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     import peft
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE, ROPE = "base_model_name_or_path", "rope_parameters"  # fields of an adapter's configuration; the latter is ours
 # Fields of peft's configuration that an adapter may have set; those of others would change what is computed.
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
@@ -160,14 +164,54 @@ def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {name.replace(".base_layer.", "."): x for name, x in weights.items() if ".lora_" not in name}
     for name, layer in adapted(model).items():
         if f"{name}.base_layer.weight" in weights:
-            a, b = (weights[f"{name}.lora_{part}.default.weight"].float() for part in "AB")
-            weight = found[f"{name}.weight"]
-            found[f"{name}.weight"] = (weight.float() + layer.scaling["default"] * (b @ a)).to(weight.dtype)
+            a, b = (weights[f"{name}.lora_{part}.default.weight"] for part in "AB")
+            found[f"{name}.weight"] = _sum(found[f"{name}.weight"], a, b, layer.scaling["default"])
     return found
 
 
-def write_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, base: str) -> None:
-    """Write adapters to a folder, as peft does. weights: of the adapters, whole, by name; base: the model's folder."""
+def merge(model: PreTrainedModel, folder: str) -> None:
+    """Merge the adapters that `add_lora` gave a whole model from a folder into its weights; they are gone then.
+
+    They are read again: a model in bf16 has rounded them.
+    """
+    with safe_open(Path(folder, WEIGHTS), "pt") as file:
+        for name, layer in adapted(model).items():
+            a, b = (file.get_tensor(_outside(f"{name}.lora_{part}.default.weight")) for part in "AB")
+            linear = layer.get_base_layer()
+            linear.weight.data = _sum(linear.weight.data, a, b, layer.scaling["default"])
+            model.set_submodule(name, linear)
+    del model.peft_config
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + scale B A, rounded once."""
+    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a folder is that of an adapter."""
+    return os.path.isfile(os.path.join(folder, CONFIG))  # pathlib raises for a name that is too long
+
+
+def read_fields(folder: str) -> dict[str, Any]:
+    """The fields of an adapter's configuration, ours among them. Raises ConfigError where it cannot be read."""
+    for name in (CONFIG, WEIGHTS):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise ConfigError(f"model.lora.path={folder} holds no {name}: it must be a folder that peft wrote")
+    try:
+        fields = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.lora.path={folder}: {CONFIG} cannot be read: {in_one_line(error)}") from error
+    return fields if isinstance(fields, dict) else {}
+
+
+def write_adapter(
+    model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, base: str, rope: dict[str, Any] | None = None
+) -> None:
+    """Write adapters to a folder, as peft does. weights: of the adapters, whole, by name; base: the model's folder.
+
+    rope: the model.rope_parameters that they were trained with. peft has no such field and warns that it ignores it.
+    """
     folder.mkdir()
     config = _config(model)
     targets = config.target_modules
@@ -175,6 +219,9 @@ def write_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Pa
         config, base_model_name_or_path=base, inference_mode=True, task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else sorted(targets),
     ).save_pretrained(folder)  # fmt: skip
+    if rope:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {ROPE: rope}
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2), encoding="utf-8")
     save_file({_outside(name): x.contiguous() for name, x in weights.items()}, folder / WEIGHTS, {"format": "pt"})
 
 
@@ -221,11 +268,11 @@ def _read(path: str, dropout: float) -> peft.LoraConfig:
     """peft's configuration in an adapter's folder. Raises ConfigError where it is missing or not supported."""
     import peft
 
-    for name in (CONFIG, WEIGHTS):
-        if not Path(path, name).is_file():
-            raise ConfigError(f"model.lora.path={path} holds no {name}: it must be a folder that peft wrote")
+    read_fields(path)
     try:
-        config: Any = peft.PeftConfig.from_pretrained(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=rf"Unexpected keyword arguments \['{ROPE}'\]")
+            config: Any = peft.PeftConfig.from_pretrained(path)
     except Exception as error:  # of peft and json, of any kind
         raise ConfigError(f"model.lora.path={path}: {CONFIG} cannot be read: {in_one_line(error)}") from error
     if type(config) is not peft.LoraConfig:

@@ -2,7 +2,7 @@
 
     OUTPUT_DIR/NAME/model/            config.json, weights (safetensors), generation_config.json, tokenizer
     OUTPUT_DIR/NAME/model.partial/    one being written, or left by a killed run
-    OUTPUT_DIR/NAME/adapter/          with model.lora: adapters, as peft writes them; model/ has them merged
+    OUTPUT_DIR/NAME/adapter/          with model.lora: adapters in peft's format, tokenizer; model/ has them merged
 
 generation_config.json is copied byte for byte from the folder that the model came from. transformers refuses to write
 many published ones, such as a temperature without do_sample. `rehearse` writes all except the weights before step 1.
@@ -20,6 +20,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ringflash.errors import ConfigError, DiskError, in_one_line
+from ringflash.models import ModelConfig
 from ringflash.models.lora import adapted, write_adapter
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import put_in_place, remove, writing
@@ -59,8 +60,14 @@ def export(
     return folder
 
 
-def export_adapter(engine: deepspeed.DeepSpeedEngine, folder: Path, base: str, world: World) -> Path:
-    """Write a model's adapters to `folder`, as peft does; all ranks call it. base: the folder of the model's weights.
+def export_adapter(
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+) -> Path:
+    """Write a model's adapters, as peft does, and tokenizer to `folder`; all ranks call it. config: the model's.
 
     Raises DivergedError where a weight is not finite.
     """
@@ -72,7 +79,8 @@ def export_adapter(engine: deepspeed.DeepSpeedEngine, folder: Path, base: str, w
             weights = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
         if world.is_first:
             remove(aside)
-            write_adapter(model, weights, aside, os.path.abspath(base))
+            write_adapter(model, weights, aside, os.path.abspath(config.path or ""), config.rope_parameters)
+            tokenizer.save_pretrained(aside)
             put_in_place(aside, folder)
     return folder
 

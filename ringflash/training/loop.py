@@ -311,12 +311,12 @@ def _leave(world: World) -> None:
 
 def _export(run: Run) -> list[Path]:
     """The folders of the trained model, and of its adapters where there are any."""
-    path, lora, written = run.job.config.model.path, run.job.config.model.lora, []
-    if lora.on:
-        written.append(export_adapter(run.engine, run.folder / "adapter", path or "", run.world))
-    if lora.merge:
+    config, tokenizer, written = run.job.config.model, run.job.tokenizer, []
+    if config.lora.on:
+        written.append(export_adapter(run.engine, run.folder / "adapter", config, tokenizer, run.world))
+    if config.lora.merge:
         model = run.folder / "model"
-        written.append(export(run.engine, model, run.job.tokenizer, run.world, generation_file(path)))
+        written.append(export(run.engine, model, tokenizer, run.world, generation_file(config.path)))
     return written
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ringflash import Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, checkpoint_layers, ring_inputs
-from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig, adapted, add_lora, merged, write_adapter
+from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig, adapted, add_lora, merge, merged, write_adapter
 from tests.models.cases import tiny
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -105,9 +105,12 @@ def test_an_adapter_is_read_back_and_merged_as_peft_does(folder):
     assert torch.equal(model(tokens).logits, theirs(tokens).logits)
     whole = tiny("llama")
     whole.load_state_dict(merged(model, dict(model.named_parameters())), strict=False)
+    merge(model, str(folder))
     expected = theirs.merge_and_unload()
     for name, p in whole.named_parameters():
         assert torch.allclose(p, expected.get_parameter(name), atol=1e-6), name
+        assert torch.equal(p, model.get_parameter(name)), name
+    assert [*model.state_dict()] == [*whole.state_dict()]
 
 
 @pytest.mark.parametrize(

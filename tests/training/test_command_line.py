@@ -346,6 +346,8 @@ def test_paths_that_lead_nowhere_are_refused_whatever_their_length(tmp_path):
             f"; nothing is downloaded: `hf download {hub} --local-dir FOLDER` fetches a model of the hub"
         )
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "this is an adapter of peft: merge it" in refusal(lambda: read_config(ModelConfig(path=str(tmp_path))))
+    assert f"model.path={tmp_path} holds an adapter of peft: merge it" in refusal(
+        lambda: read_config(ModelConfig(path=str(tmp_path)))
+    )
     (tmp_path / "tokenizer.json").write_text("{")
     assert f"data.tokenizer={tmp_path} holds no loadable tokenizer" in refusal(lambda: load_tokenizer(str(tmp_path)))

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ringflash.command import ReadConfig, load_encoder, load_model
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
-from ringflash.models.lora import WEIGHTS
+from ringflash.models.lora import CONFIG, WEIGHTS
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs
@@ -112,7 +113,12 @@ def test_adapters_are_those_of_plain_peft(ranks, text, base, size, others, lora)
     loaded = peft.PeftModel.from_pretrained(start, folder / "adapter")
     for other in (merged, loaded):
         assert torch.allclose(other(tokens).logits, logits, rtol=0, atol=1e-4)
-    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert json.loads((folder / "adapter" / CONFIG).read_text())["base_model_name_or_path"] == str(base)
+
+    asked = [ReadConfig(model=str(folder / name)) for name in ("adapter", "model")]
+    first, second = (load_model(config, torch.device("cpu")) for config in asked)
+    assert all(torch.equal(p, second.get_parameter(name)) for name, p in first.named_parameters())
+    assert load_encoder(asked[0], first)[1].get_vocab() == load_encoder(asked[1], second)[1].get_vocab()
 
 
 @pytest.mark.ranks
@@ -121,7 +127,7 @@ def test_adapters_are_those_of_plain_peft(ranks, text, base, size, others, lora)
     [
         (1, ["memory.zero=1", "model.dtype=bf16", "memory.optimizer_states=bf16", "optim.micro_batch=2"]),
         (1, ["memory.zero=2", "model.dtype=bf16", "memory.optimizer_states=host", "optim.micro_batch=2"]),
-        (2, ["memory.zero=3", "memory.recompute=true"]),
+        (2, ["memory.zero=3", "memory.recompute=true", "model.rope_parameters={rope_type: linear, factor: 2.0}"]),
     ],
     ids=["bf16", "host", "zero-3"],
 )
@@ -137,6 +143,8 @@ def test_a_resumed_run_has_the_same_adapters_and_dropout_bit_for_bit(ranks, text
     assert all(torch.equal(found[name], x) for name, x in expected.items())
     assert losses_of(folder) == losses
     assert not (folder / "model").exists()
+    rope = json.loads((folder / "adapter" / CONFIG).read_text()).get("rope_parameters")
+    assert rope == (compose(run)[0].model.rope_parameters or None)
 
     stored = [*(folder / "checkpoints" / "step-00000004" / "state").glob("*model_states.pt")]
     states = [torch.load(file, weights_only=False) for file in stored]
