@@ -1,30 +1,30 @@
 """ring_attention: exact attention over a sequence sharded across ranks.
 
-Forward. Keys and values travel round the ring; the queries stay, with their running (out, lse), which each hop's
-kernel carries in and updates. While hop s is computed, the keys of hop s + 1 are on their way. Heads are computed in
-two halves, each on a stream of its own (`ring.streams`):
+Forward. Keys and values travel round the ring. The queries stay, and each hop's kernel updates their running
+(out, lse). While hop s is computed, the keys of hop s + 1 are sent. Heads are computed in two halves, each on its own
+stream (`ring.streams`):
 
     rank r      compute   | own keys      | keys of r - 1 | keys of r - 2 | ...
                 transfer  | keys of r - 1 | keys of r - 2 | keys of r - 3 | ...
 
-Backward. delta = rowsum(dout * out) and the global lse make each block's gradient independent of the others. Keys and
-values go round again; their gradients follow in fp32, one hop behind, added to by each rank's kernel. A rank computes
-its own keys last, adding to the gradients that have returned. One half's gradients are on their way while the
-kernel adds to the other's:
+Backward. Given delta = rowsum(dout * out) and the global lse, each block's gradient is independent of the others. Keys
+and values travel round the ring again. Their gradients follow in fp32, one hop later, and each rank's kernel adds to
+them. A rank computes its own keys last and adds to the gradients that have returned. One half's gradients are sent
+while the kernel adds to the other's:
 
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
-Only what later ranks see is sent (`plan.routes`). Extra memory, whatever the ring's size:
+Only what later ranks see is sent (`plan.routes`). The additional memory does not depend on the ring's size:
 
 - two shards of keys and values, and in the forward the running result in fp32;
-- in the backward also two shards of gradients, and a hop's centered keys, where the kernel does not center them itself
+- in the backward also two shards of gradients, and a hop's centered keys if the kernel does not center them itself
   (`kernels.compensation`);
-- a third shard of gradients where a rank's own return while it still forwards those of others, as with documents, wide
-  windows or contiguous layouts.
+- a third shard of gradients if a rank's own gradients return while it still forwards those of others, as with
+  documents, wide windows or contiguous layouts.
 
-On a ring of one, the backward goes by groups of heads, so that the fp32 gradients of one group exist at a time.
-With one KV head there are no halves of the heads: the backward has two sections, a quarter of the keys and the rest.
+On a ring of one, the backward processes groups of heads, so that only one group's fp32 gradients exist at a time. With
+one KV head, heads cannot be halved; the backward then has two sections, a quarter of the keys and the rest.
 """
 
 from __future__ import annotations
@@ -63,19 +63,20 @@ def ring_attention(
 ) -> Tensor:
     """Attention of this rank's queries over the whole sequence, differentiable.
 
-    q [B, S, Hq, D]; k [B, S, Hkv, D]; v [B, S, Hkv, Dv], where S is the layout's shard length and Hq a multiple of
-    Hkv; fp16, bf16 or fp32; any strides with a contiguous last dimension. With a Loopback ring, B is ranks x batch,
-    ranks outermost.
-    scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: for each head a logit that takes part in the
-    softmax and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, more slowly
-    on Hopper. compensated: gradients do not suffer from out's rounding (see `kernels.compensation`).
-    layer: its number, for reports of a ring that hangs. Returns out [B, S, Hq, Dv] in q's dtype; queries that
-    see nothing get 0.
-    Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel takes it, and
-    NotImplementedError for second derivatives (create_graph=True) and torch.func's transforms.
+    q [B, S, Hq, D]; k [B, S, Hkv, D]; v [B, S, Hkv, Dv]. S is the layout's shard length, and Hq is a multiple of Hkv.
+    Dtypes are fp16, bf16 or fp32. The last dimension is contiguous, and other strides are free. With a Loopback ring, B
+    is ranks x batch, with ranks outermost.
+    scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: a logit per head that takes part in the softmax
+    and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, which is slower on
+    Hopper. compensated: gradients are protected from the rounding of out (see `kernels.compensation`). layer: its
+    number, for reports of a ring that hangs.
+
+    Returns out [B, S, Hq, Dv] in q's dtype; queries that see nothing get 0. Raises ValueError or TypeError naming the
+    argument that does not fit, or the reason why no kernel supports it, and NotImplementedError for second derivatives
+    (create_graph=True) and torch.func's transforms.
     """
     check_call(q, k, v, plan, scale, softcap, sink, deterministic=deterministic, compensated=compensated)
-    if not len(q):  # no batch rows, on any rank: nothing to compute or send
+    if not len(q):  # no batch rows on any rank: nothing to compute or send
         return like_out(q, v) + 0 * sum(x.sum().to(q.dtype) for x in (k, v, sink) if x is not None)
     shared = Layer(
         plan=plan,
@@ -86,7 +87,7 @@ def ring_attention(
         keeps_residue=compensated and q.dtype != torch.float32 and not (softcap is None and sink is None),
         name="attention" if layer is None else f"layer {layer}",
     )
-    with torch.autocast(q.device.type, enabled=False):  # what is fp32 here is so for a reason
+    with torch.autocast(q.device.type, enabled=False):  # fp32 tensors must stay fp32 here
         return _RingAttention.apply(q, k, v, sink, shared)
 
 
@@ -144,7 +145,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor):
-        # torch's once_differentiable would return a gradient without a graph where dout has none: a silent 0 later.
+        # torch's once_differentiable would return a gradient without a graph if dout has none: a silent 0 later.
         if torch.is_grad_enabled():
             raise NotImplementedError("ring_attention has no second derivative: create_graph=True cannot be used on it")
         with torch.autocast(dout.device.type, enabled=False):
@@ -152,13 +153,13 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Those of q, k, v and the sink."""
+    """The gradients of q, k, v and the sink."""
     q, k, v, sink, out, lse, *residue = ctx.saved_tensors
     layer, label = ctx.layer, Label(ctx.layer.name, "backward")
     ring, ulysses = layer.plan.ring, layer.plan.ulysses
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = layer.kernel.delta(out, dout)
-    del out  # of a recomputed layer, only this function has it: its memory is free before the gradients need theirs
+    del out  # of a recomputed layer, only this function holds it: its memory is freed before gradients are allocated
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
     dq, dk, dv = (torch.empty(x.shape, dtype=exact, device=x.device) for x in (q, k, v))
     dsink = None if sink is None else torch.zeros_like(sink)
@@ -188,7 +189,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
 
 
 def _head_groups(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
-    """Groups of (query heads, KV heads) whose fp32 gradients take GROUP_BYTES at most, or have one KV head.
+    """Groups of (query heads, KV heads) whose fp32 gradients take at most GROUP_BYTES, or that have one KV head.
 
     A ring of one computes the backward group by group: fp32 gradients of all heads are 16 GiB for a million tokens of
     16 query and 8 KV heads of 128.
@@ -204,5 +205,5 @@ def _head_groups(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _by_rank(*tensors: Tensor, ranks: int) -> list[tuple[Tensor, ...]]:
-    """The local ranks' parts of each, ranks outermost in the batch, as views."""
+    """Each local rank's part of the tensors, as views; ranks are outermost in the batch."""
     return list(zip(*(x.chunk(ranks) for x in tensors), strict=True))

@@ -1,9 +1,9 @@
 """CachePlan: which rank of a ring holds which tokens of a KV cache, in which rows, and what each forward adds.
 
-Planning is pure: no tensor of a model, no process group. `ring.decode` runs the steps that are planned here. A chunk of
-a document is shared by a layout, as in training. New tokens, which every rank computes, go to the rank with the fewest,
-so that all ranks hold about the same number. Layers with a sliding window keep only the window: when their rows are
-full, rows that no later query sees are dropped.
+Planning is pure: it needs no tensor of a model and no process group. `ring.decode` runs the steps planned here. A chunk
+of a document is sharded by a layout, as in training. Every rank computes new tokens; they are stored on the rank with
+the fewest, so that all ranks hold about the same number. Layers with a sliding window keep only the window: when their
+rows are full, rows that no later query sees are dropped.
 
     >>> from ringflash.ring.transport import Loopback
     >>> plan = CachePlan(Loopback(2), capacity=10, chunk=8)
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
 
 CHUNK = 32768  # tokens per forward of prefill, over all ranks: 131072 take 4.19 s, with 16384 4.88 s (H200)
-FEW = 64  # up to this many new tokens, the cache is split among programs; more fill a GPU with query tiles
-SPARE = 256  # fewest rows of a windowed layer beyond its window: rows are moved only once per as many tokens
+FEW = 64  # up to this number of new tokens, the cache is split among programs; more tokens fill a GPU with query tiles
+SPARE = 256  # the fewest rows of a windowed layer beyond its window: rows are moved once per this number of tokens
 
 
 @dataclass(frozen=True, eq=False)
 class RankStep:
-    """What one rank does with new tokens, in every layer of a kind.
+    """One rank's work on new tokens, the same in every layer with the same window.
 
-    First, unless `kept` is None, the rows `kept` move to the front. Then `own`, the rank's part of the new tokens, is
-    written from row `at` on; `rows` are then in use. seen: the rows that queries see; in prefill, for the queries of
-    each rank.
+    First, unless `kept` is None, the rows `kept` are moved to the front. Then `own`, the rank's part of the new tokens,
+    is written from row `at` on, and `rows` rows are in use. seen: the rows that queries see; in prefill, for the
+    queries of each rank.
     """
 
     kept: slice | None
@@ -63,14 +63,14 @@ class Step:
 
 
 def rows_for(capacity: int, chunk: int, ranks: int, left: int | None) -> int:
-    """Rows of a layer on each of `ranks` ranks: its share of the capacity, or its window and a chunk."""
+    """Rows per layer and rank: the rank's share of the capacity, or the window and a chunk."""
     # If the last chunk does not divide among the ranks, some get two rows more than others.
     share = -(-capacity // ranks) + (2 if ranks > 1 else 0)
     return share if left is None else min(share, left + max(chunk, SPARE))
 
 
 class CachePlan:
-    """Which rank holds which tokens of a cache in which rows, and what new tokens do. It is the same on every rank.
+    """Which rank holds which tokens of a cache in which rows, and the steps of new tokens. All ranks plan the same.
 
     capacity: largest number of tokens, over all ranks. chunk: largest number of new tokens at once, over all ranks;
     longer prompts are divided. windows: the windows of the layers, as keys to the left, or None for no window. Raises
@@ -84,7 +84,7 @@ class CachePlan:
         self.windows = tuple(dict.fromkeys(windows))
         self._rows = {left: _Rows(ring, rows_for(capacity, chunk, ring.size, left), left) for left in self.windows}
         self.length = 0
-        self._held = [0] * ring.size  # tokens of each rank, in layers without windows
+        self._held = [0] * ring.size  # tokens on each rank, in layers without windows
         self._forward: list[_Tokens] = []
         self._steps: dict[int | None, tuple[Step, ...]] = {}
 
@@ -93,7 +93,7 @@ class CachePlan:
         return self._rows[left].capacity
 
     def begin(self, tokens: int, layout: Layout | None = None) -> None:
-        """Begin a forward of new tokens, which the ranks share by `layout`, or which every rank computes (None).
+        """Begin a forward of new tokens, sharded by `layout`; with None, every rank computes all of them.
 
         Raises ValueError if the cache cannot hold them.
         """
@@ -125,7 +125,7 @@ class CachePlan:
         return _Tokens(0, queries, [x[x < end] for x in queries], end, sharded=True)
 
     def _computed_everywhere(self, tokens: int) -> list[_Tokens]:
-        """Pieces of at most `chunk` tokens. Every rank stores a run of each, so that all hold about the same number."""
+        """Pieces of at most `chunk` tokens. Each rank stores a run of each, so that all hold about the same number."""
         pieces, held = [], list(self._held)
         for begin in range(0, tokens, self.chunk):
             positions = torch.arange(self.length + begin, self.length + min(tokens, begin + self.chunk))
@@ -142,12 +142,12 @@ class CachePlan:
         return pieces
 
     def snapshot(self) -> CacheState:
-        """The state to which `restore` returns. The layers keep their own tensors."""
+        """The state for `restore`. Layers handle their own tensors."""
         rows = {left: ([*x.count], x.positions.clone() if left is not None else None) for left, x in self._rows.items()}
         return CacheState(self.length, tuple(self._held), rows)
 
     def restore(self, state: CacheState) -> None:
-        """Forget all tokens since the snapshot."""
+        """Drop all tokens since the snapshot."""
         self.length, self._held = state.length, [*state.held]
         for left, (count, positions) in state.rows.items():
             self._rows[left].count = [*count]
@@ -166,7 +166,7 @@ class CachePlan:
 
 @dataclass(frozen=True, eq=False)
 class CacheState:
-    """A CachePlan's state: the number of tokens in all, of each rank, and the rows in use for each window."""
+    """A CachePlan's state: the total number of tokens, that of each rank, and the rows in use for each window."""
 
     length: int
     held: tuple[int, ...]
@@ -175,7 +175,7 @@ class CacheState:
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """New tokens: positions of the queries (of each rank, or those that all compute), and what each rank stores."""
+    """New tokens: positions of the queries (per rank, or one list for all ranks), and those that each rank stores."""
 
     begin: int  # in the forward
     queries: list[Tensor]
@@ -214,13 +214,13 @@ class _Rows:
             raise ValueError(f"rank {rank} holds {at} of {self.capacity} rows, and cannot hold {len(stored)} more")
         positions[at:rows] = stored
         self.count[i] = rows
-        # In prefill a rank is given its own tokens, padding last; else all, of which it stores a run.
+        # In prefill, a rank is given its own tokens, padding last; otherwise all tokens, of which it stores a run.
         skipped = 0 if new.sharded else sum(map(len, new.stored[:rank]))
         seen = tuple(self._seen(queries, positions[:rows], new.end) for queries in new.queries)
         return RankStep(kept, slice(skipped, skipped + len(stored)), at, rows, seen)
 
     def _seen(self, queries: Tensor, keys: Tensor, end: int) -> Intervals:
-        """Each query sees itself, what is before it and in its window; padding sees nothing."""
+        """Each query sees itself and the keys before it, within its window; padding sees nothing."""
         valid = queries < end
         lo = torch.zeros_like(queries) if self.left is None else queries - self.left
         bounds = torch.stack([torch.where(valid, lo, end), torch.where(valid, queries + 1, end)])

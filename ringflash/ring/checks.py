@@ -1,4 +1,4 @@
-"""What a call of attention must be given: everything else is refused here, with its value, before any rank waits."""
+"""Checks of ring_attention's arguments. Errors name the value, and are raised before any rank waits for another."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def check_call(
     sink: Tensor | None,
     **switches: bool,
 ) -> None:
-    """Raise ValueError or TypeError, with the values, where the arguments of ring_attention do not fit.
+    """Raise ValueError or TypeError, with the values, if the arguments of ring_attention do not fit.
 
-    Raise NotImplementedError under torch.func's transforms, which ring_attention cannot pass through.
+    Raise NotImplementedError under torch.func's transforms, which ring_attention does not support.
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -69,7 +69,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
 
 
 def _check_sink(sink: Tensor, q: Tensor) -> None:
-    """Raise unless the sink is a logit for each query head, in floating point, where the queries are."""
+    """Raise unless the sink has one floating-point logit per query head, on the queries' device."""
     if not isinstance(sink, Tensor) or not sink.is_floating_point():
         what = sink.dtype if isinstance(sink, Tensor) else type(sink).__name__
         raise TypeError(f"sink must be a floating-point tensor of a logit for each query head, got {what}")

@@ -164,7 +164,7 @@ class CopyEngine:
         """Free the largest block not taken, which is too small: there are never more blocks than a pass takes."""
         left = [b for b in self._blocks if b not in self._taken.values()]
         if left:
-            with self._waiting():  # nothing is written to it any more: every pass waits for its messages
+            with self._waiting():  # no rank writes to it any more: every pass waits for its messages
                 torch.cuda.synchronize(self.device)
             self._blocks.remove(max(left, key=lambda b: b.memory.numel()))
 

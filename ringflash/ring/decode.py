@@ -8,8 +8,8 @@ exchange combines the results.
     prefill   rank r   its tokens' q -> all ranks     attend to own keys     (out, lse) -> the rank of the queries
     decode    rank r   the new token's q              attend to own keys     (out, lse) -> all ranks
 
-`CachePlan` (ring.cache_plan) says which rank stores which new keys. Partial results combine as in `partial.merge`, in
-rank order on every rank, so all ranks get the same bits. Without a ring, one rank holds all keys.
+`CachePlan` (ring.cache_plan) decides which rank stores which new keys. Partial results are combined as in
+`partial.merge`, in rank order on every rank, so all ranks get the same bits. Without a ring, one rank holds all keys.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ringflash.ring.watchdog import Label
 
 
 class LayerCache:
-    """One layer's keys and values on the local ranks, reserved once: k [B, rows, Hkv, D] and v [B, rows, Hkv, Dv]."""
+    """One layer's keys and values on the local ranks, allocated once: k [B, rows, Hkv, D] and v [B, rows, Hkv, Dv]."""
 
     def __init__(self, ranks: int, rows: int, k: Tensor, v: Tensor, batch: int) -> None:
-        """ranks: how many are local. k, v [..., Hkv, D]: as new ones are, of which heads and dtype are taken."""
+        """ranks: the number of local ranks. k, v [..., Hkv, D]: examples, for heads, head size, dtype and device."""
         self.k, self.v = (
             [torch.empty(batch, rows, *x.shape[2:], dtype=x.dtype, device=x.device) for _ in range(ranks)]
             for x in (k, v)
@@ -46,13 +46,13 @@ class LayerCache:
         return sum(x.nbytes for x in (*self.k, *self.v))
 
     def move(self, i: int, step: RankStep) -> None:
-        """Move the rows of local rank i that a step keeps to the front, where it says so."""
+        """Move the rows of local rank i that a step keeps to the front; does nothing if it moves none."""
         if step.kept is not None:
             for held in (self.k[i], self.v[i]):
                 held[:, : step.at] = held[:, step.kept].clone()
 
     def write(self, i: int, step: RankStep, k: Tensor, v: Tensor) -> None:
-        """Store what local rank i keeps of new k and v [B, n, Hkv, D]."""
+        """Store local rank i's part of new k and v [B, n, Hkv, D]."""
         self.move(i, step)
         for held, new in ((self.k[i], k), (self.v[i], v)):
             held[:, step.at : step.rows] = new[:, step.own]
@@ -60,10 +60,10 @@ class LayerCache:
 
 @dataclass(frozen=True, eq=False)
 class DeviceStep:
-    """The step of one new token on a ring of one, with its numbers on the device, in tensors that stay.
+    """The step of one new token on a ring of one, with its numbers in persistent device tensors.
 
-    What reads them there can be recorded as a CUDA graph and replayed for the next token. row: int64 [1], where its key
-    and value go. seen: start and end int32 [1, 1], the rows that it sees.
+    Kernels that read them can be captured as a CUDA graph and replayed for the next token. row: int64 [1], the row of
+    its key and value. seen: start and end, int32 [1, 1], of the rows that it sees.
     """
 
     row: Tensor
@@ -71,12 +71,12 @@ class DeviceStep:
 
     @classmethod
     def on(cls, device: torch.device) -> DeviceStep:
-        """Tensors without a step yet."""
+        """Tensors that no step has been copied to yet."""
         start, end = torch.zeros(2, 1, 1, dtype=torch.int32, device=device)
         return cls(torch.zeros(1, dtype=torch.int64, device=device), Intervals(start, end, start, end, {}, {}))
 
     def take(self, step: Step) -> None:
-        """Take over a step's numbers. The host does not wait."""
+        """Copy a step's numbers, without a host synchronisation."""
         self.row.fill_(step.ranks[0].at)
         self.seen.start.copy_(step.ranks[0].seen[0].start)
         self.seen.end.copy_(step.ranks[0].seen[0].end)
@@ -84,7 +84,7 @@ class DeviceStep:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """How a layer attends to its cache. kernel: a name, as in `ring_attention`; name: of the layer, for reports."""
+    """A layer's settings for attention to its cache. kernel: as in `ring_attention`. name: the layer's, for reports."""
 
     ring: Ring
     scale: float
@@ -97,10 +97,10 @@ class Attention:
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, steps: Sequence[Step], attention: Attention
 ) -> Tensor:
-    """Store new keys and values, and attend to all that new queries see, without gradients.
+    """Store new keys and values, and attend to all keys that new queries see, without gradients.
 
-    q [B, n, Hq, D], k [B, n, Hkv, D], v [B, n, Hkv, Dv]: where ranks share the tokens (prefill), local ranks are
-    outermost in the batch; else they are the same on all ranks. Returns out [B, n, Hq, Dv] in q's dtype.
+    q [B, n, Hq, D], k [B, n, Hkv, D], v [B, n, Hkv, Dv]. If the tokens are sharded (prefill), local ranks are outermost
+    in the batch; otherwise the tensors are the same on all ranks. Returns out [B, n, Hq, Dv] in q's dtype.
     """
     if steps[0].sharded:
         return _prefill(q, k, v, cache, steps[0], attention)
@@ -112,9 +112,9 @@ def cached_attention(
 def attention_on_device(
     q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: DeviceStep, attention: Attention
 ) -> Tensor:
-    """`cached_attention` of one new token on a ring of one, where the host knows neither its row nor what it sees.
+    """`cached_attention` of one new token on a ring of one, without its row and its bounds on the host.
 
-    Rows that `DeviceStep.take`'s step moves have moved.
+    Rows that the step of `DeviceStep.take` moves must already have been moved.
     """
     for held, new in ((cache.k[0], k), (cache.v[0], v)):
         held.index_copy_(1, step.row, new)
@@ -123,7 +123,7 @@ def attention_on_device(
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: Step, attention: Attention) -> Tensor:
-    """Queries that every rank has: each attends to its keys, and one exchange gives all parts to all ranks."""
+    """Attention of queries that every rank has: each attends to its keys, and one exchange sends all parts to all."""
     ring = attention.ring
     for i, rank_step in enumerate(step.ranks):
         cache.write(i, rank_step, k, v)
@@ -142,7 +142,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: Step, atte
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: Step, attention: Attention) -> Tensor:
-    """Each rank's own queries: they go to all ranks, and what these find returns."""
+    """Attention of each rank's own queries: they are sent to all ranks, and the partial results return."""
     ring, label = attention.ring, Label(attention.name, "prefill")
     by_rank = list(zip(*(x.chunk(len(ring.local)) for x in (q, k, v)), strict=True))
     for i, rank_step in enumerate(step.ranks):
@@ -166,7 +166,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: Step, att
 
         own = [[x.flat[rank]] * ring.size for rank, x in zip(ring.local, queries, strict=True)]
         travelling = _to_all(ring, own, queries, label.at("queries"))
-        for i, rank in enumerate(ring.local):  # while the others' are on their way
+        for i, rank in enumerate(ring.local):  # while the other ranks' queries are sent
             attend(i, rank)
         travelling.wait()
         for i, rank in enumerate(ring.local):
@@ -188,7 +188,7 @@ def _attend(
     sink: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Partial:
-    """Queries of rank `source` over the keys of local rank i."""
+    """Attention of rank `source`'s queries to the keys of local rank i."""
     seen, k, v = step.seen[source], cache.k[i], cache.v[i]
     scale, softcap = attention.scale, attention.softcap
     if q.shape[1] <= FEW:
@@ -205,14 +205,14 @@ def _attend(
 
 
 class _Buffer:
-    """What has arrived, by source: flat [ranks, ...]."""
+    """Received data by source: flat [ranks, ...]."""
 
     def __init__(self, flat: Tensor) -> None:
         self.flat = flat
 
 
 class _Parts(_Buffer):
-    """Partials of the queries like `like` [B, n, Hq, Dv], by the rank that found them: out and lse in one message."""
+    """Partials [B, n, Hq, Dv] by the rank that computed them. A Partial's out and lse are one message."""
 
     def __init__(self, flat: Tensor, like: Tensor) -> None:
         super().__init__(flat)
@@ -222,7 +222,7 @@ class _Parts(_Buffer):
         self.all = Partial(flat[:, :count].view(-1, *like.shape), lse)
 
     def of(self, rank: int) -> Partial:
-        """Those that a rank found, as views."""
+        """The Partial that a rank computed, as views."""
         return Partial(self.all.out[rank], self.all.lse[rank])
 
 
@@ -232,7 +232,7 @@ def _parts(allocate: Allocate, ranks: int, like: Tensor) -> _Parts:
 
 
 def _to_all(ring: Ring, sent: list[list[Tensor]], received: Sequence[_Buffer], label: Label) -> Transfer:
-    """Start to send sent[i][r] from local rank i to rank r, where it arrives as flat[i's rank]; not to itself."""
+    """Start sending sent[i][r] from local rank i to every other rank r, which receives it as flat[i's rank]."""
     outgoing, incoming = [], []
     for rank, messages, buffer in zip(ring.local, sent, received, strict=True):
         for other in range(ring.size):

@@ -1,4 +1,4 @@
-"""Execution: run the steps of a schedule on a ring's local ranks: one in a ProcessRing, all in a Loopback."""
+"""Execution: run the steps of a schedule on a ring's local ranks, one in a ProcessRing and all in a Loopback."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ringflash.ring.transport import Allocate, Label, Message, Ring, Transfer
 
 
 class Memory(dict[str, list[Tensor]]):
-    """The buffers of a pass on one rank, by name; each tensor has a row per token."""
+    """The buffers of a pass on one rank, by name. Each tensor has one row per token."""
 
     @classmethod
     def of(cls, schedule: Schedule, allocate: Allocate) -> Memory:
-        """All buffers of a schedule, allocated where messages may arrive."""
+        """All buffers of a schedule, in memory in which messages may arrive."""
         return cls((name, [allocate(*x) for x in buffer]) for name, buffer in schedule.buffers.items())
 
     def rows(self, rows: Rows) -> list[Tensor]:
@@ -26,22 +26,22 @@ class Memory(dict[str, list[Tensor]]):
         return [x[rows.begin : rows.end] for x in self[rows.buffer]]
 
     def zero(self, several: Sequence[Rows]) -> None:
-        """Zero these rows, on a GPU in one launch: one per range would take longer than writing the zeros."""
+        """Zero these rows, on a GPU in one launch: one launch per range would take longer than writing the zeros."""
         if views := [x for rows in several for x in self.rows(rows)]:
             torch._foreach_zero_(views)
 
 
 class Worker(Protocol):
-    """One rank's work in a pass. A `Call` step names a method of it, which takes the step."""
+    """One rank's work in a pass. A `Call` step names a method of the worker, which is given the step."""
 
     memory: Memory
 
     def attend(self, step: Attend) -> None:
-        """Run the kernel on the rows of the step, which may have no pairs."""
+        """Run the kernel on the step's rows, which may have no pairs."""
 
 
 def run(schedule: Schedule, workers: Sequence[Worker], ring: Ring, label: Label) -> None:
-    """Run the steps of all local ranks side by side. workers: one per local rank, in order; label: that of the pass."""
+    """Run the steps of all local ranks side by side. workers: one per local rank, in order. label: the pass."""
     under_way: dict[str, Transfer] = {}
     places: Iterator[tuple[Any, ...]] = zip(*schedule.steps, strict=True)
     if torch.autograd._profiler_enabled():
@@ -72,7 +72,7 @@ def run(schedule: Schedule, workers: Sequence[Worker], ring: Ring, label: Label)
 
 
 def _shown(places: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """The same steps, each inside a profiler span that lasts until the next step."""
+    """The same steps, each in a profiler span that lasts until the next step."""
     for steps in places:
         with torch.profiler.record_function(steps[0].label):
             yield steps

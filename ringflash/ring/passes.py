@@ -1,6 +1,6 @@
-"""What one rank computes in the steps of a schedule: `Forward` and `Backward`.
+"""One rank's work in the steps of a schedule: `Forward` and `Backward`.
 
-Each holds a rank's tensors, the pass's receive buffers and, by section, the views that kernels get.
+Both hold the rank's tensors, the pass's receive buffers and, per section, the views that kernels are given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ringflash.ring.watchdog import Label
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What a layer's forward and backward share, apart from tensors. name: for reports."""
+    """The settings that a layer's forward and backward share. name: for reports."""
 
     plan: AttentionPlan
     kernel: Kernel
@@ -31,17 +31,17 @@ class Layer:
     name: str
 
     def schedules(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Schedule, Schedule]:
-        """The plan's, for the tensors of all local ranks inside attention, where each rank has whole sequences."""
+        """The plan's schedules for all local ranks' tensors as attention gets them, after Ulysses's exchange."""
         batch = len(q) // len(self.plan.ring.local)
         return self.plan.schedules(Shape(batch, q.shape[2], k.shape[2], k.shape[3], v.shape[3], q.dtype))
 
     def own_sink(self, sink: Tensor) -> Tensor:
-        """The part of a [Hq] tensor that this rank's heads have, as a view."""
+        """The entries of this rank's heads in a [Hq] tensor, as a view."""
         return sink if self.plan.ulysses is None else self.plan.ulysses.own(sink)
 
 
 class _Pass:
-    """What both passes do with keys. i: of the local rank; k, v [B, S, Hkv, D]: its own."""
+    """The handling of keys in both passes. i: the local rank's index. k, v [B, S, Hkv, D]: its own."""
 
     def __init__(self, layer: Layer, schedule: Schedule, i: int, k: Tensor, v: Tensor, memory: Memory) -> None:
         self.layer, self.rank, self.memory, self.own = layer, layer.plan.ring.local[i], memory, (k, v)
@@ -56,9 +56,9 @@ class _Pass:
         return slice(begin * group, end * group)
 
     def lay_out_keys(self, step: Call) -> None:
-        """Own keys and values as they are sent, [S, B, Hkv, D]: copied where they do not lie like that.
+        """Own keys and values in the layout for sending, [S, B, Hkv, D]: copied unless they already have it.
 
-        The copy takes the buffer that receives nothing before hop 2.
+        The copy uses the buffer that receives nothing before hop 2.
         """
         by_token = [x.transpose(0, 1) for x in self.own]
         if not all(x.is_contiguous() for x in by_token):
@@ -80,9 +80,9 @@ class _Pass:
 
 
 class Forward(_Pass):
-    """One rank's running (out, lse) over all keys; `results` are out in q's dtype, and lse, fp32 [B, Hq, S].
+    """One rank's running (out, lse) over all keys. `results` are out in q's dtype and lse, fp32 [B, Hq, S].
 
-    keeps_residue: then also what rounding took from out, in q's dtype.
+    keeps_residue: whether `results` also has the rounding error of out, in q's dtype.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Forward(_Pass):
         self.out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
         self.query_heads = [self.queries_of(i, q.shape[2]) for i in range(len(self.sections))]
         self.q = [q[:, :, heads] for heads in self.query_heads]
-        self.rounds = sink is not None or keeps_residue  # in `finish`, else in the last hop that sees a tile
-        self.state: dict[int, Partial] = {}  # of sections
+        self.rounds = sink is not None or keeps_residue  # in `finish`; otherwise the last hop that sees a tile rounds
+        self.state: dict[int, Partial] = {}  # by section
         self.results: tuple[Tensor, ...] = ()
 
     def attend(self, step: Attend) -> None:
-        """Merge a hop into a section's state. What no later hop sees is written out, unless `finish` is to do so."""
+        """Merge a hop into a section's state. Rows that no later hop sees go to out, unless `finish` rounds."""
         i, hop = step.section, self.hops[step.section][step.hop]
         out = None if self.rounds else self.out[:, :, self.query_heads[i]]
         for intervals, seen in zip(hop.intervals, hop.seen, strict=True):
@@ -110,7 +110,7 @@ class Forward(_Pass):
             )  # fmt: skip
 
     def finish(self, step: Call) -> None:
-        """Merge the sink, round, and keep what rounding took. The running results make room."""
+        """Merge the sink, round out, and keep its rounding error. This frees the running results."""
         residue, lse = [torch.empty_like(self.out)] if self.keeps_residue else [], []
         for i, heads in enumerate(self.query_heads):
             state = self.state.pop(i)
@@ -126,10 +126,10 @@ class Forward(_Pass):
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What a rank's forward leaves to its backward, and out's gradient.
+    """The tensors that a rank's forward saves for its backward, and the gradient of out.
 
-    q, k, v, lse and residue: of whole sequences and some heads, under Ulysses; delta and dout: of the model's tokens.
-    dout has a contiguous last dimension.
+    With Ulysses, q, k, v, lse and residue have the ring shard's tokens and some heads; delta and dout have the model's
+    tokens and all heads. dout has a contiguous last dimension.
     """
 
     q: Tensor
@@ -142,7 +142,7 @@ class Saved:
 
 
 class Backward(_Pass):
-    """One rank's dq, dk and dv, written into `results`, of the shapes of q, k and v, when they are complete."""
+    """One rank's dq, dk and dv. When complete, they are written to `results`, which have the shapes of q, k and v."""
 
     def __init__(
         self, layer: Layer, schedule: Schedule, i: int, saved: Saved, results: tuple[Tensor, ...], label: Label,
@@ -157,7 +157,7 @@ class Backward(_Pass):
         self.results = results
 
     def prepare(self, step: Call) -> None:
-        """delta of all that is kept, centered keys, dq = 0, and the views of every section."""
+        """Compute delta, also from the residue, and the keys' center; zero dq; make the views of every section."""
         saved, layer, ulysses = self.saved, self.layer, self.layer.plan.ulysses
         dout, delta = saved.dout, saved.delta
         if ulysses is not None:
@@ -178,7 +178,7 @@ class Backward(_Pass):
             self.dq.append(dq[:, :, of_q])
 
     def attend(self, step: Attend) -> None:
-        """Add the gradients that a hop gives to a section."""
+        """Add a hop's gradients to a section."""
         (dout, q, lse, delta, center), dq = self.of_queries[step.section], self.dq[step.section]
         for intervals in self.hops[step.section][step.hop].intervals:
             (k, v), (dk, dv) = self.keys(step), self.gradients(step.gradients, step.section)
@@ -200,7 +200,7 @@ class Backward(_Pass):
         return self._gradients[buffer]
 
     def round(self, step: Call) -> None:
-        """Write a section's complete sums in the results' dtype: while the other stream's last kernel runs."""
+        """Write a section's complete sums in the results' dtype, while the other stream's last kernel runs."""
         section, round_into = self.sections[step.section], self.layer.kernel.round_into
         rows, heads = slice(*section.rows), slice(*section.heads)
         own = self.gradients(section.gradients(self.rank, 0), step.section)
@@ -210,9 +210,9 @@ class Backward(_Pass):
             round_into(self.results[0][:, :, self.query_heads[step.section]], self.dq[step.section])
 
     def sink_gradient(self, sink: Tensor) -> Tensor:
-        """p delta of the sink, fp32 [B, Hq, S] of this rank's heads: minus its sum over queries is the gradient.
+        """p delta of the sink, fp32 [B, Hq, S] of this rank's heads. The gradient is minus its sum over queries.
 
-        Where nothing is seen and the sink is -inf too, there is no softmax.
+        Rows that see nothing, with a sink of -inf, get 0: they have no softmax.
         """
         lse = self.saved.lse
         weight = torch.exp(sink.float()[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)
@@ -220,5 +220,5 @@ class Backward(_Pass):
 
 
 def together(parts: list[Tensor], dim: int = 0) -> Tensor:
-    """The parts as one tensor; a single one as it is."""
+    """The parts concatenated; a single part is returned as it is."""
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]

@@ -1,8 +1,8 @@
 """AttentionPlan: what a step's attention computes and sends on every hop, decided before any layer runs.
 
-On hop s, rank r attends to the keys of rank (r - s) mod ranks, which have travelled s places round the ring. Four
-ranks, causal, zigzag: how many (query, key) pairs each rank computes on each hop, and after > how many keys it then
-passes on to the next rank.
+On hop s, rank r attends to the keys of rank (r - s) mod ranks, which have been sent s times around the ring. For four
+ranks and a causal mask in zigzag layout, this shows the number of (query, key) pairs that each rank computes on each
+hop and, after >, the number of keys that it forwards to the next rank:
 
     >>> from ringflash.ring.transport import Loopback
     >>> plan = AttentionPlan(IntervalMask.causal(16), Layout.zigzag(16, ranks=4), Loopback(4))
@@ -13,10 +13,10 @@ passes on to the next rank.
        2     10 > 4     8 > 4     8 > 2         8
        3     10 > 4     8 > 4     8 > 4         8
 
-(Only rank 0 sees the end of the sequence, which it holds: it sends the other half of its keys.)
+(Rank 0 holds the end of the sequence, which only its own queries see. It sends the other half of its keys.)
 
-Windows of three keys, one run of tokens per rank: the next rank sees the last two keys of a run, the ranks after it see
-none. What no later rank sees is not sent.
+With windows of three keys and one run of tokens per rank, only the next rank sees keys of a run, the last two. Keys
+that no later rank sees are not sent.
 
     >>> print(AttentionPlan(IntervalMask.window(16, left=2), Layout.contiguous(16, ranks=4), Loopback(4)))
     rank      hop 0     hop 1     hop 2     hop 3
@@ -25,7 +25,7 @@ none. What no later rank sees is not sent.
        2      9 > 2         3         .         .
        3          9         3         .         .
 
-A plan is made once a step, on the CPU, by every rank for itself; layers run it without looking at the mask again and
+Every rank makes the plan for itself, once per step, on the CPU. Layers run it without reading the mask again and
 without a host synchronisation.
 """
 
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
     from ringflash.ring.ulysses import Ulysses
 
-# Chunks of a rank that are distinguished when working out which ranks see which keys; a finer layout counts as one run.
+# The most chunks per rank that are distinguished when deciding which keys a rank sees; a finer layout is one run.
 _CHUNKS = 64
-# Gaps in what is needed that are shorter than this part of a shard are sent along: every run is a message.
+# Gaps between needed keys that are shorter than this fraction of a shard are also sent, since every run is a message.
 _GAP = 1 / 32
 
 
@@ -59,10 +59,10 @@ _GAP = 1 / 32
 class Hop:
     """One rank's work on one hop.
 
-    source: the rank whose keys are here. pairs: visible (query, key) pairs, over the masks' batch rows. intervals: each
-    mask between this rank's queries and those keys, on the ring's device, where it shows anything; none on a hop that
-    is not computed (hop 0 always is: it starts the result). seen: for each of these, which queries it and later ones
-    show anything to (`mask.rows_seen`), or None for the only one.
+    source: the rank whose keys are processed. pairs: visible (query, key) pairs, over the masks' batch rows. intervals:
+    the nonempty masks between this rank's queries and those keys, on the ring's device. A hop without any is skipped,
+    except hop 0, which starts the result. seen: for each of these, which queries see a key in it and in later ones
+    (`mask.rows_seen`); None if there is only one.
     """
 
     source: int
@@ -73,11 +73,11 @@ class Hop:
 
 @dataclass(frozen=True)
 class Route:
-    """How far one rank's keys travel, and which of them.
+    """Which of one rank's keys, and of their gradients, are sent after each hop.
 
-    last_hop: the last hop on which any rank sees them. keys[s]: what arrives with hop s, all that hops s and later see.
-    gradients[s]: what has gradients on the rank that has computed hop s. Of these, forwarded[s] are sent to the next
-    rank, whose hop may add to them; returned[s], which no later hop adds to, go to the keys' owner.
+    last_hop: the last hop on which any rank sees a key. keys[s]: the keys received for hop s, which are all that hops s
+    and later see. gradients[s]: the keys with gradients on the rank that has computed hop s. Of these, forwarded[s] are
+    sent to the next rank, whose hop may add to them; returned[s], which no later hop adds to, are sent to the owner.
     """
 
     last_hop: int
@@ -88,16 +88,16 @@ class Route:
 
     @functools.cached_property
     def all_returned(self) -> Ranges:
-        """The gradients that return to their owner."""
+        """All gradients that are sent to their owner."""
         return functools.reduce(Ranges.union, self.returned)
 
     @property
     def first_return(self) -> int:
-        """The first hop after which gradients return to their owner; 0 if none do."""
+        """The first hop after which gradients are sent to their owner; 0 if none are."""
         return next((s for s, ranges in enumerate(self.returned) if ranges), 0)
 
     def within(self, begin: int, end: int) -> Route:
-        """The same of tokens begin..end - 1 alone, counted from begin."""
+        """The route of tokens begin..end - 1 alone, renumbered from begin."""
         sides = (self.keys, self.gradients, self.forwarded, self.returned)
         return Route(self.last_hop, *(tuple(ranges.within(begin, end) for ranges in side) for side in sides))
 
@@ -106,11 +106,12 @@ class Route:
 class AttentionPlan:
     """One step's attention: mask, layout and ring, and the hops and routes that follow from them.
 
-    mask may be a tuple of masks that share no pair: attention is then over the union of what they show. With ulysses,
-    each ring shard of the layout is divided among its ranks. leading_tokens: how many of a document's first tokens the
-    windows of layers (`window`) also show. hops[s][i] is hop s of local rank ring.local[i]; routes[c] is that of rank
-    c's keys. token_layout: which rank holds which tokens outside attention; local_holders: which of its ranks are
-    local. Raises ValueError where masks, layout and ring do not fit, TypeError where they are none.
+    mask: an IntervalMask, or a tuple of masks that share no pair; attention is then over the union of their pairs.
+    ulysses: the ranks among which each ring shard of the layout is divided. leading_tokens: the number of a document's
+    first tokens that are also visible in a layer's `window`. hops[s][i]: hop s of local rank ring.local[i]. routes[c]:
+    the route of rank c's keys. token_layout: which rank holds which tokens outside attention. local_holders: the ranks
+    of token_layout that are local. Raises ValueError if masks, layout and ring do not fit each other, and TypeError for
+    other types.
     """
 
     mask: IntervalMask | tuple[IntervalMask, ...]
@@ -184,19 +185,19 @@ class AttentionPlan:
 
     @property
     def batch(self) -> int:
-        """Batch rows that the masks tell apart; 1 where all rows agree."""
+        """Batch rows of the masks; 1 if all rows agree."""
         return max(mask.batch for mask in self.masks)
 
     def window(self, left: int) -> AttentionPlan:
-        """The same plan with each query limited to itself, `left` keys before it and `leading_tokens`; made once.
+        """The plan with each query limited to itself, `left` keys before it and `leading_tokens`; made once.
 
-        Raises ValueError for a plan of several masks, of which a window would hide what they were given to show.
+        Raises ValueError for a plan of several masks, since a window would hide pairs that these show on purpose.
         """
         left = min(check_tokens("left", left), self.layout.length)
         return self._limited(f"windows of {left + 1}", lambda mask: mask.windowed(left, self.leading_tokens))
 
     def in_chunks(self, size: int) -> AttentionPlan:
-        """The same plan with each query limited to its chunk of `size` tokens of its document; made once.
+        """The plan with each query limited to its chunk of `size` tokens of its document; made once.
 
         Raises ValueError for a plan of several masks.
         """
@@ -211,12 +212,12 @@ class AttentionPlan:
                 f"show leading tokens, give one mask and leading_tokens=N"
             )
         if name not in self._narrower:
-            with torch.device("cpu"):  # a layer asks, maybe under another default device
+            with torch.device("cpu"):  # layers call this, possibly under another default device
                 self._narrower[name] = AttentionPlan(limit(self.masks[0]), self.layout, self.ring, self.ulysses)
         return self._narrower[name]
 
     def hops_of(self, rows: Range) -> tuple[tuple[Hop, ...], ...]:
-        """`hops` with these rows of every shard's keys alone, which intervals count from the first of; made once."""
+        """`hops` for these rows of every shard's keys alone; intervals count from the first row. Made once."""
         if rows == (0, self.layout.shard_length):
             return self.hops
         if rows not in self._hops_of:
@@ -225,7 +226,7 @@ class AttentionPlan:
         return self._hops_of[rows]
 
     def schedules(self, shape: Shape) -> tuple[Schedule, Schedule]:
-        """The steps of a forward and a backward of layers of that shape; compiled for the first, then kept."""
+        """The forward and backward schedules of layers of this shape, compiled once."""
         if shape not in self._schedules:
             self._schedules[shape] = compile_passes(self, shape)
         return self._schedules[shape]
@@ -235,9 +236,9 @@ class AttentionPlan:
         return [s for s, hops in enumerate(self.hops) if hops[i].intervals]
 
     def shard(self, x: Tensor, padding: float = 0) -> Tensor:
-        """The tokens held here of x [B, length, ...]: [local ranks * B, n, ...], on the ring's device.
+        """This process's tokens of x [B, length, ...]: [local ranks * B, n, ...], on the ring's device.
 
-        Raises ValueError for another length than the plan's, or another batch than its masks'.
+        Raises ValueError if x does not have the plan's length and its masks' batch.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor [B, {self.layout.length}, ...], got {type(x).__name__}")
@@ -247,12 +248,12 @@ class AttentionPlan:
         return to_device(torch.cat(shards), self.ring.device)
 
     def position_ids(self, batch: int | None = None) -> Tensor:
-        """Position in its document of each token held here, int64 [local ranks * batch, n], on the ring's device.
+        """The position of each local token in its document, int64 [local ranks * batch, n], on the ring's device.
 
-        RoPE sees differences of positions only, and in fp32 loses digits where they are large: so they begin again with
-        each document. Past the sequence's end they are 0, so that the longest is a token's. batch: rows of the inputs,
-        by default those that the masks tell apart. Called where a step's inputs are made, so that no layer waits for
-        what is sent to the device. Raises ValueError for another batch than the masks'.
+        RoPE depends only on differences of positions, and large positions lose digits in fp32, so positions restart at
+        each document. Past the end of the sequence they are 0, so the largest position is that of a token. batch: rows
+        of the inputs, by default those of the masks. Call this where a step's inputs are made, so that no layer waits
+        for the copy to the device. Raises ValueError if the batch does not fit the masks.
         """
         rows = self.batch if batch is None else batch
         if rows < 1 or self.batch not in (1, rows):
@@ -261,10 +262,10 @@ class AttentionPlan:
 
     @functools.cached_property
     def positions(self) -> Tensor:
-        """Where each token held is in the sequence, and where in its document.
+        """The position of each local token in the sequence, and in its document.
 
-        A document begins where no pair of the masks lies across. int64 [2, local ranks * batch, n], on the ring's
-        device.
+        A document begins at a token if no pair of the masks crosses it. int64 [2, local ranks * batch, n], on the
+        ring's device.
         """
         begins = torch.where(self._divides(), torch.arange(self.layout.length), 0).cummax(1).values
         in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_holders])
@@ -274,7 +275,7 @@ class AttentionPlan:
         return to_device(torch.stack([in_sequence, in_document]), self.ring.device)
 
     def document_lengths(self, batch: int) -> Tensor:
-        """Tokens of the document of each token held, int64 [local ranks * batch, n], on the CPU."""
+        """The length of each local token's document, int64 [local ranks * batch, n], on the CPU."""
         return self._document_lengths.repeat_interleave(batch // self.batch, dim=0)
 
     @functools.cached_property
@@ -307,9 +308,9 @@ class AttentionPlan:
 
 
 def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]:
-    """Each rank's route; the same on all ranks, since each knows the masks and the layout.
+    """The route of each rank's keys. All ranks compute the same routes from the masks and the layout.
 
-    Where batch rows hold different documents, what any row needs travels of all rows: a token's rows lie together.
+    A token that any batch row needs is sent for all batch rows, because these are adjacent in memory.
     """
     ranks, gap = layout.ranks, max(1, int(layout.shard_length * _GAP))
     seen = _seen(masks, layout, gap)
@@ -331,9 +332,10 @@ def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]
 
 
 def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[list[Ranges]]:
-    """seen[rank][source]: source's local keys that rank's queries see, and gaps between them shorter than `gap`.
+    """seen[rank][source]: source's local keys that rank's queries see, with gaps shorter than `gap` filled.
 
-    Bounds never decrease, so the keys that a run of queries sees lie between the first one's lo and the last one's hi.
+    Bounds never decrease, so the keys that a run of queries sees are between the first query's lo and the last one's
+    hi.
     """
     bounds = [_keys_seen(mask, layout, gap) for mask in masks]
     of_rank = [torch.cat(some, dim=1) for some in zip(*bounds, strict=True)]  # first keys and ends, [2, runs]
@@ -347,13 +349,13 @@ def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[lis
 
 
 def _keys_seen(mask: IntervalMask, layout: Layout, gap: int) -> list[Tensor]:
-    """First key and end of those that runs of queries see, in any batch row: int64 [2, runs] for each rank.
+    """The first key that each run of queries sees, and the end of its keys, in any batch row: int64 [2, runs] per rank.
 
-    A run is divided where bounds jump over keys that no query sees, as those of a document's first tokens do.
+    A run is divided where bounds skip keys that no query sees, as the bounds of leading tokens do.
     """
     lo, hi = mask.lo.min(0).values, mask.hi.max(0).values
     jumps = (lo[1:] > hi[:-1] + gap).nonzero().flatten() + 1
-    lo = torch.cat([lo, torch.tensor([mask.keys])])  # one more query that sees nothing stands for padding past the end
+    lo = torch.cat([lo, torch.tensor([mask.keys])])  # one more query, which sees nothing, stands for padding
     seen = []
     for first, last in zip(*_query_runs(layout), strict=True):
         begins = torch.cat([first, jumps]).unique()

@@ -1,4 +1,4 @@
-"""Ranges: the tokens of a shard that travel, as few runs of consecutive tokens. Each run is one message.
+"""Ranges: the tokens of a shard that are sent, as a few runs of consecutive tokens. Each run is one message.
 
 >>> needed = Ranges([Range(0, 4), Range(900, 1000)])
 >>> needed.union(Ranges([Range(4, 10)]))
@@ -23,11 +23,11 @@ class Range(NamedTuple):
 
 
 class Ranges(tuple[Range, ...]):
-    """Ranges that are not empty, ascending, with gaps between them."""
+    """Nonempty ranges in ascending order, with gaps between them."""
 
     @classmethod
     def covering(cls, ranges: Iterable[Range], gap: int = 1) -> Ranges:
-        """The union of ranges in any order, with the gaps between them that are shorter than `gap`."""
+        """The union of ranges in any order, where gaps shorter than `gap` are filled."""
         found: list[Range] = []
         for begin, end in sorted(ranges):
             if found and begin - found[-1].end < gap:
@@ -41,11 +41,11 @@ class Ranges(tuple[Range, ...]):
         return sum(end - begin for begin, end in self)
 
     def union(self, other: Ranges, gap: int = 1) -> Ranges:
-        """What either holds, with the gaps between ranges that are shorter than `gap`."""
+        """The union of both, where gaps shorter than `gap` are filled."""
         return Ranges.covering([*self, *other], gap)
 
     def without(self, other: Ranges) -> Ranges:
-        """What is here and not in the other."""
+        """The difference: what is in these ranges and not in the other ones."""
         found = []
         for begin, end in self:
             for cut, until in other:
@@ -56,7 +56,7 @@ class Ranges(tuple[Range, ...]):
         return Ranges(r for r in found if r.begin < r.end)
 
     def within(self, begin: int, end: int) -> Ranges:
-        """What lies in begin..end - 1, counted from begin."""
+        """The part in begin..end - 1, renumbered from begin."""
         cut = (Range(max(r.begin, begin) - begin, min(r.end, end) - begin) for r in self)
         return Ranges(r for r in cut if r.begin < r.end)
 

@@ -29,14 +29,14 @@ _active = threading.local()
 def keep_attention(group: Group | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
     """The context_fn of torch.utils.checkpoint: contexts for the forward and for its recomputation.
 
-    group: the group to offload results with; None: they stay on the device.
+    group: the group with which results are offloaded; None to keep them on the device.
     """
     kept: list[_Kept] = []
     return _Role(kept, group, replays=False), _Role(kept, group, replays=True)
 
 
 def kept(travels: bool) -> tuple[Tensor, ...] | None:
-    """The results that attention left with a checkpoint when its layer first ran; None if this is the first run.
+    """The results that attention kept in a checkpoint when its layer first ran; None if this is the first run.
 
     travels: whether attention sends anything. Raises RuntimeError if it would do so in a recomputation, or if a kept
     result has been changed in place.
@@ -54,7 +54,7 @@ def kept(travels: bool) -> tuple[Tensor, ...] | None:
 
 
 def keep(*results: Tensor) -> tuple[Tensor, ...]:
-    """Leave results with every checkpoint around this layer that does not have them yet, and return them."""
+    """Keep results in every checkpoint around this layer that does not have them yet, and return them."""
     for role in _roles():
         if role.replays:
             break
@@ -63,7 +63,7 @@ def keep(*results: Tensor) -> tuple[Tensor, ...]:
 
 
 def _roles() -> Iterator[_Role]:
-    """The roles of all checkpoints that are entered, innermost first."""
+    """The roles of all active checkpoints, innermost first."""
     role = getattr(_active, "role", None)
     while role is not None:
         yield role
@@ -72,9 +72,9 @@ def _roles() -> Iterator[_Role]:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """Detached results, since the graph holds this object and it must not hold the graph; and the version of out."""
+    """Detached results, since the graph holds this object and must not be held by it, and the version of out."""
 
-    results: tuple[Tensor, ...] | tuple[Parked, ...]  # out, lse, and out's residue where it is kept
+    results: tuple[Tensor, ...] | tuple[Parked, ...]  # out, lse, and out's residue if it is kept
     version: int
 
     @classmethod
@@ -95,7 +95,7 @@ class _Kept:
 
 
 class _Role:
-    """What attention does while this context is entered: compute and keep, or replay what was kept, in order."""
+    """What attention does in this context: compute and keep results, or replay the kept ones in order."""
 
     def __init__(self, kept: list[_Kept], group: Group | None, replays: bool) -> None:
         self.kept, self.group, self.replays = kept, group, replays

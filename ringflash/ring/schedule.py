@@ -1,8 +1,9 @@
 """Schedule: one pass of a layer's attention on a ring, as a list of steps per rank over named buffers.
 
-A plan says which tokens attend to which, and what travels. A schedule says in which order. It holds no tensors, streams
-or process groups: `ring.execution` runs it, `ring.simulation` predicts its time, and printing draws it. The forward of
-four ranks, causal, zigzag, one KV head; `own 0..1 > 1` sends rows 0 and 1 of own keys and values to rank 1:
+A plan decides which tokens attend to which, and what is sent. A schedule is the order in which this happens. It has no
+tensors, streams or process groups: `ring.execution` runs it, `ring.simulation` predicts its time, and printing draws
+it. This is the forward of four ranks, causal, zigzag, with one KV head. `own 0..1 > 1` sends rows 0 and 1 of the rank's
+own keys and values to rank 1:
 
     >>> from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
     >>> plan = AttentionPlan(IntervalMask.causal(16), Layout.zigzag(16, ranks=4), Loopback(4))
@@ -48,11 +49,11 @@ from ringflash.ring.ranges import Range, Ranges
 if TYPE_CHECKING:
     from ringflash.ring.plan import AttentionPlan, Route
 
-OWN = "own"  # keys and values of this rank, as they are sent
+OWN = "own"  # this rank's keys and values, in the layout in which they are sent
 
 
 class Rows(NamedTuple):
-    """Rows begin..end - 1 of a buffer, which has a row for each token of a shard or section."""
+    """Rows begin..end - 1 of a buffer, which has one row per token of a shard or section."""
 
     buffer: str
     begin: int
@@ -63,7 +64,7 @@ class Rows(NamedTuple):
 
 
 class Send(NamedTuple):
-    """Rows of a buffer here, to rows of the buffer of the same name on the rank `peer`."""
+    """Rows of a local buffer, sent to rows of a buffer of the rank `peer`."""
 
     peer: int
     source: Rows
@@ -71,7 +72,7 @@ class Send(NamedTuple):
 
 
 class Receive(NamedTuple):
-    """Rows of a buffer here, which the rank `peer` sends."""
+    """Rows of a local buffer that the rank `peer` sends."""
 
     peer: int
     target: Rows
@@ -79,7 +80,7 @@ class Receive(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """Start an exchange of messages, which `Wait` ends; its label is its name."""
+    """Start an exchange of messages. A `Wait` with the same label ends it."""
 
     stream: int
     label: str
@@ -89,7 +90,7 @@ class Post:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Have the stream wait until the exchange of that label is over."""
+    """Make the stream wait for the exchange with this label."""
 
     stream: int
     label: str
@@ -97,7 +98,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """Zero rows: those that a kernel adds to first, or reads (as 0 x what is there) and no message fills."""
+    """Zero rows that a kernel adds to first, or that it reads although no message fills them (0 x NaN is NaN)."""
 
     stream: int
     label: str
@@ -108,8 +109,8 @@ class Clear:
 class Attend:
     """Run the kernel on a section of a hop's keys.
 
-    keys: the buffer with the hop's keys and values; gradients: that of their gradients, in the backward. pairs: visible
-    (query, key) pairs over the masks' batch rows.
+    keys: the buffer with the hop's keys and values. gradients: the buffer of their gradients, in the backward. pairs:
+    visible (query, key) pairs over the masks' batch rows.
     """
 
     stream: int
@@ -123,7 +124,7 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Stream 1 waits for what stream 0 has queued."""
+    """Make stream 1 wait for the work queued on stream 0."""
 
     stream: int = 0
     label: str = "fork"
@@ -131,7 +132,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Stream 0 waits for what stream 1 has queued."""
+    """Make stream 0 wait for the work queued on stream 1."""
 
     stream: int = 0
     label: str = "join"
@@ -139,7 +140,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Work on this rank that is no hop; `method` is a method of what runs the schedule."""
+    """Other work on this rank. `method` is the name of a method of the `execution.Worker` that runs the schedule."""
 
     stream: int
     label: str
@@ -152,7 +153,7 @@ Step = Post | Wait | Clear | Attend | Fork | Join | Call
 
 @dataclass(frozen=True)
 class Section:
-    """KV heads, and rows of every shard, that one stream works on; routes count from the first of these rows."""
+    """KV heads and rows of every shard that one stream processes; routes count from the first of these rows."""
 
     index: int
     stream: int
@@ -162,7 +163,7 @@ class Section:
 
     @functools.cached_property
     def returned_early(self) -> bool:
-        """Whether any rank still carries others' gradients on a hop after some of its own have returned."""
+        """Whether any rank still forwards others' gradients on a hop after some of its own have returned."""
         size, first = len(self.routes), [route.first_return for route in self.routes]
         return any(
             bool(self.routes[(rank - s) % size].gradients[s])
@@ -172,9 +173,9 @@ class Section:
         )
 
     def gradients(self, rank: int, s: int) -> str:
-        """The buffer in which a rank's gradients of hop s are added to, the same seen from any rank.
+        """The name of the buffer that accumulates a rank's gradients of hop s. All ranks use the same name.
 
-        Its own, of hop 0, return into the buffer whose turn it is when they come, if nothing follows them there.
+        A rank's own gradients, of hop 0, return into the buffer that is next in turn, unless that is still needed.
         """
         if s == 0 and self.returned_early:
             return f"returned {self.index}"
@@ -183,7 +184,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a schedule depends on beside its plan: batch rows per rank, heads, their sizes, and the tensors' dtype."""
+    """What a schedule depends on apart from its plan: batch rows per rank, heads, head sizes, and dtype."""
 
     batch: int
     query_heads: int
@@ -204,8 +205,8 @@ class Buffer(NamedTuple):
 class Schedule:
     """One pass on the local ranks of a ring.
 
-    buffers: the tensors of each receive buffer, in the order in which every rank allocates them. steps[i]: those of
-    local rank ranks[i], in order.
+    buffers: the tensors of each receive buffer, in the order in which every rank allocates them. steps[i]: the steps of
+    local rank ranks[i].
     """
 
     ranks: tuple[int, ...]
@@ -215,7 +216,7 @@ class Schedule:
 
     @property
     def streams(self) -> int:
-        """How many streams its steps run on: 1 or 2."""
+        """The number of streams, 1 or 2."""
         return 1 + self.sections[-1].stream
 
     def __str__(self) -> str:
@@ -239,7 +240,7 @@ def _name(step: Step) -> str:
 
 
 def _detail(step: Step) -> str:
-    """What one rank does in a step, "." for nothing."""
+    """What one rank does in a step; "." for nothing."""
     match step:
         case Post():
             return ", ".join(f"{send.source} > {send.peer}" for send in step.sends) or "."
@@ -254,7 +255,7 @@ def _detail(step: Step) -> str:
 
 
 def compile_passes(plan: AttentionPlan, shape: Shape) -> tuple[Schedule, Schedule]:
-    """The forward and the backward of a layer of that shape, for the local ranks of the plan's ring."""
+    """The forward and the backward of a layer of this shape, for the local ranks of the plan's ring."""
     ranks, routes, length = plan.ring.local, plan.routes, plan.layout.shard_length
     heads = head_sections(routes, length, shape.key_heads)
     sections = heads if len(heads) > 1 else _row_sections(heads[0])  # of the backward
@@ -270,7 +271,7 @@ def compile_passes(plan: AttentionPlan, shape: Shape) -> tuple[Schedule, Schedul
 
 
 def head_sections(routes: tuple[Route, ...], length: int, key_heads: int) -> tuple[Section, ...]:
-    """Halves of the KV heads, on two streams; all of them where nothing travels or there is one."""
+    """Halves of the KV heads, on two streams; a single section if nothing is sent or if there is one KV head."""
     rows, middle = Range(0, length), key_heads // 2
     if _hops(routes) == 1 or key_heads == 1:
         return (Section(0, 0, Range(0, key_heads), rows, routes),)
@@ -279,9 +280,10 @@ def head_sections(routes: tuple[Route, ...], length: int, key_heads: int) -> tup
 
 
 def _row_sections(whole: Section) -> tuple[Section, ...]:
-    """Two sections of the keys, whose gradients travel one under the other, on one stream: they add to the same dq.
+    """Two sections of the keys on one stream, since they add to the same dq. Each hides the other's gradient transfer.
 
-    A quarter, and the rest: under zigzag a hop sees the first half of the keys or all, and so something of both.
+    The sections are a quarter of the keys and the rest. With zigzag, a hop sees the first half of the keys or all of
+    them, so it has work in both sections.
     """
     length = whole.rows.end
     if _hops(whole.routes) == 1 or length < 2:
@@ -294,19 +296,19 @@ def _row_sections(whole: Section) -> tuple[Section, ...]:
 
 
 def _hops(routes: Sequence[Route]) -> int:
-    """How many hops there are: on later ones no rank sees anything."""
+    """The number of hops. On later ones, no rank sees anything."""
     return 1 + max(route.last_hop for route in routes)
 
 
 def _key_buffers(routes: Sequence[Route], length: int, shape: Shape) -> dict[str, tuple[Buffer, ...]]:
-    """Keys and values [S, B, Hkv, D], so that rows are contiguous, in each buffer in which any rank receives."""
+    """Keys and values [S, B, Hkv, D], so that rows are contiguous, for each buffer in which any rank receives."""
     dims = (shape.key_dim, shape.value_dim)
     kv = tuple(Buffer((length, shape.batch, shape.key_heads, dim), shape.dtype) for dim in dims)
     return {_keys_of(s): kv for s in (2, 1) if any(any(route.keys[s::2]) for route in routes)}
 
 
 def _gradient_buffers(section: Section, shape: Shape) -> Iterator[tuple[str, Buffer]]:
-    """fp32; a row has a token's dk, and then its dv, [B, heads, D] each."""
+    """fp32 buffers, whose rows hold a token's dk and then its dv, [B, heads, D] each."""
     (begin, end), (head, last) = section.rows, section.heads
     row = shape.batch * (last - head) * (shape.key_dim + shape.value_dim)
     names = {section.gradients(0, s) for s in range(1, _hops(section.routes))}
@@ -321,7 +323,7 @@ def _gradient_buffers(section: Section, shape: Shape) -> Iterator[tuple[str, Buf
 def forward_steps(
     rank: int, pairs: Sequence[int], routes: Sequence[Route], sections: Sequence[Section]
 ) -> Iterator[Step]:
-    """While a hop is computed, the keys of the next one travel. pairs: of each hop."""
+    """While a hop is computed, the keys of the next hop are sent. pairs: those of each hop."""
     hops, last_stream = _hops(routes), sections[-1].stream
     if hops > 1:
         yield from _lay_out_keys(rank, routes, sections)
@@ -330,7 +332,7 @@ def forward_steps(
             yield Wait(0, f"hop {s}")
         if last_stream:
             yield Fork()
-        if s + 1 < hops:  # here both streams are done with hop s - 1, whose buffer this fills
+        if s + 1 < hops:  # both streams are done with hop s - 1 here, whose buffer this fills
             yield _post_keys(rank, routes, s + 1, last_stream)
         for section in sections:
             yield Attend(section.stream, f"hop {s}", s, section.index, pairs[s], _keys_of(s))
@@ -338,22 +340,22 @@ def forward_steps(
         yield Join()
     yield Call(0, "finish", "finish")
     if last_stream:
-        yield Fork()  # stream 1's memory was read on stream 0, and may be reused there as soon as the pass is over
+        yield Fork()  # stream 0 read memory of stream 1, which may reuse it as soon as the pass is over
 
 
 def backward_steps(
     rank: int, pairs: Sequence[Sequence[int]], routes: Sequence[Route], sections: Sequence[Section]
 ) -> Iterator[Step]:
-    """Keys travel as in the forward, and their gradients one hop behind; own keys come last.
+    """Keys are sent as in the forward, and their gradients one hop later. A rank's own keys come last.
 
-    One section's gradients travel while the kernel adds to the other's. pairs: of each section and hop.
+    One section's gradients are sent while the kernel adds to the other's. pairs: those of each section and hop.
     """
     hops, last_stream = _hops(routes), sections[-1].stream
     order = [*range(1, hops), 0]
     if hops > 1:
         yield from _lay_out_keys(rank, routes, sections)
         yield _post_keys(rank, routes, 1, 0)
-    yield Call(0, "delta", "prepare")  # while the first keys travel, as the next steps
+    yield Call(0, "delta", "prepare")  # this and the next steps run while the first keys are sent
     for section in sections:
         yield _clear_gradients(rank, section, order[0], 0)
     for s in order:
@@ -387,9 +389,9 @@ def _gradients_label(s: int, section: Section) -> str:
 
 
 def _lay_out_keys(rank: int, routes: Sequence[Route], sections: Sequence[Section]) -> Iterator[Step]:
-    """Zero what the first message into a buffer does not fill; then lay own keys out as they are sent.
+    """Zero the rows that the first message into a buffer does not fill; then copy own keys to the layout for sending.
 
-    A kernel's tiles reach over the edge of a run, and 0 times what is there must be 0.
+    A kernel's tiles extend beyond the edge of a run, where 0 times the contents must be 0.
     """
     size, whole, rows = len(routes), Ranges([Range(0, sections[-1].rows.end)]), []
     for first in (2, 1):
@@ -401,7 +403,7 @@ def _lay_out_keys(rank: int, routes: Sequence[Route], sections: Sequence[Section
 
 
 def _post_keys(rank: int, routes: Sequence[Route], s: int, stream: int) -> Post:
-    """Send what hop s needs from where it was on hop s - 1."""
+    """Send the keys that hop s needs from the buffer of hop s - 1."""
     size, here, there = len(routes), _keys_of(s - 1), _keys_of(s)
     leaving, coming = routes[(rank - s + 1) % size].keys[s], routes[(rank - s) % size].keys[s]
     return Post(
@@ -413,7 +415,7 @@ def _post_keys(rank: int, routes: Sequence[Route], s: int, stream: int) -> Post:
 
 
 def _clear_gradients(rank: int, section: Section, s: int, stream: int) -> Clear:
-    """Zero what hop s adds to and no other rank has added to."""
+    """Zero the gradients that hop s adds to and that no other rank has added to."""
     size = len(section.routes)
     route = section.routes[(rank - s) % size]
     added_to = route.gradients[s] if s > 0 else Ranges([Range(0, section.rows.end - section.rows.begin)])
@@ -422,7 +424,7 @@ def _clear_gradients(rank: int, section: Section, s: int, stream: int) -> Clear:
 
 
 def _post_gradients(rank: int, section: Section, s: int) -> Post:
-    """Send on what hop s added to: to the next rank what that one's hop adds to, the rest to its owner."""
+    """Send the gradients of hop s: to the next rank if its hop adds to them, otherwise to their owner."""
     size, routes = len(section.routes), section.routes
     owner, after, before = (rank - s) % size, (rank + 1) % size, (rank - 1) % size
     here = section.gradients(rank, s)

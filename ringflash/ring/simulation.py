@@ -1,13 +1,13 @@
-"""Simulation: when each rank of a ring would compute, send and wait, from the schedules that they run.
+"""Simulation: when each rank of a ring computes, sends and waits, predicted from the ranks' schedules.
 
 - A rank's GPU runs one `Attend` at a time, whatever its stream, in the order of the schedule. Nothing else takes time.
-  Packed documents take some 30 percent more than predicted, for tiles that are short or partly masked.
-- Its exchanges run one after another. A message starts when both of its ranks have posted it, after what their streams
-  had queued before, and when both links are free.
-- A rank's link carries its outgoing and its incoming bytes at the same time, each at the given speed.
+  Packed documents take about 30 percent longer than predicted, because tiles are short or partly masked.
+- A rank's exchanges run one after another. A message starts once both of its ranks have reached its `Post` and both
+  links are free.
+- A rank's link carries its outgoing and incoming bytes at the same time, each at the given speed.
 
-A rank that waits while its own link is busy waits for the link, which a faster link would mend. Otherwise it waits for
-a rank that is behind, which a better layout would mend.
+A rank that waits while its own link is busy waits for the link, and a faster link would help. Otherwise it waits for a
+rank that is behind, and a better layout would help.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WAITS = ("wait for the link", "wait for a rank")
 
 
 class Span(NamedTuple):
-    """Something that a rank's GPU or link does, in seconds. hop: of a compute span, otherwise -1."""
+    """A span of time in seconds, in which a rank computes, waits or receives. hop: that of a compute span, or -1."""
 
     rank: int
     kind: str
@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of a step's kernel, bytes of a row of a buffer, and bytes per second of a link, each way."""
+    """Seconds of a step's kernel, bytes per row of a buffer, and bytes per second of a link in each direction."""
 
     kernel: Callable[[Attend], float]
     row: Callable[[str], float]
@@ -43,7 +43,7 @@ class Rates:
 
 @dataclass
 class Simulated:
-    """A simulated pass: spans of all ranks, when each rank is done, bytes that each has sent."""
+    """A simulated pass: the spans of all ranks, when each rank finished, and the bytes that each sent."""
 
     spans: list[Span] = field(default_factory=list)
     finished: list[float] = field(default_factory=list)
@@ -51,16 +51,16 @@ class Simulated:
 
     @property
     def seconds(self) -> float:
-        """Until the last rank is done."""
+        """The time until the last rank finishes."""
         return max(self.finished)
 
     def total(self, kind: str, rank: int | None = None) -> float:
-        """Seconds of all spans of a kind, of one rank or all."""
+        """Seconds of all spans of a kind, of one rank or of all ranks."""
         return sum(span.end - span.begin for span in self.spans if span.kind == kind and rank in (None, span.rank))
 
 
 def simulate(schedules: Iterable[Iterable[Step]], rates: Rates) -> Simulated:
-    """A pass of all ranks, from the steps of each. Raises ValueError where ranks have different numbers of steps."""
+    """Simulate a pass from the steps of all ranks. Raises ValueError if ranks have different numbers of steps."""
     steps = [iter(schedule) for schedule in schedules]
     pass_ = Simulated(sent=[0.0] * len(steps))
     ranks = [_Rank(rank, rates, pass_.spans) for rank in range(len(steps))]
@@ -77,7 +77,7 @@ def simulate(schedules: Iterable[Iterable[Step]], rates: Rates) -> Simulated:
 
 
 class _Rank:
-    """A rank's clocks: of each stream, of the GPU, when its link is free and was busy, when its exchanges are over."""
+    """A rank's clocks: of each stream and the GPU, when its link is free and was busy, when its exchanges end."""
 
     def __init__(self, rank: int, rates: Rates, spans: list[Span]) -> None:
         self.rank, self.rates, self.spans = rank, rates, spans
@@ -87,7 +87,7 @@ class _Rank:
         self.over: dict[str, float] = {}
 
     def do(self, step: Step) -> None:
-        """Anything but an exchange, which concerns several ranks."""
+        """Run a step that is not an exchange, since an exchange involves several ranks."""
         match step:
             case Attend():
                 if step.pairs:
@@ -103,7 +103,7 @@ class _Rank:
                 self.streams[0] = max(self.streams)
 
     def idle_until(self, end: float) -> None:
-        """Wait, in stretches in which the rank's link is busy or is not."""
+        """Wait until `end`, in spans in which the rank's link is busy or free."""
         while self.gpu < end:
             covering = [until for begin, until in self.busy if begin <= self.gpu < until]
             later = [begin for begin, _ in self.busy if begin > self.gpu]
@@ -113,7 +113,7 @@ class _Rank:
 
 
 def _exchange(ranks: list[_Rank], posts: tuple[Post, ...], rates: Rates, pass_: Simulated) -> None:
-    """A message starts when neither of its ranks is behind, and takes its share of the busier of two links."""
+    """Simulate an exchange: a message starts when both ranks are ready, and takes as long as the busier link."""
     leaving = [sum(_bytes(send.source, rates) for send in post.sends) for post in posts]
     coming = [sum(_bytes(receive.target, rates) for receive in post.receives) for post in posts]
     ready = [max(rank.streams[post.stream], rank.link) for rank, post in zip(ranks, posts, strict=True)]
