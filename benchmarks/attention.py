@@ -1,4 +1,4 @@
-"""Attention on one device: ringflash's kernels beside other libraries', in one run.
+"""Attention on one device: ringflash's kernels and those of other libraries, in one run.
 
     python benchmarks/attention.py --device cpu --quick              # any machine, seconds: does it work here
     python benchmarks/attention.py --quick                           # a GPU, two cases, under 2 minutes
@@ -8,23 +8,23 @@
     python benchmarks/attention.py --sweep                           # tile sizes of the portable kernels, best first
 
 A case is `B,Hq,Hkv,S,D mask` (benchmarks/cases.py). --cases takes parts of the listed names, or a new case.
-benchmarks/contenders.py lists who is timed and how. A contender that is not timed is in the table with the reason.
+benchmarks/contenders.py lists the contenders. The table gives the reason for each one that is not timed.
 
 Results are checked before they are timed. Each kernel's out, dq, dk and dv are compared with float64 at up to 2048
-tokens, then some rows of out and dq at full size (benchmarks/checks.py). A kernel that is wrong is marked WRONG and not
-timed. The exit code is then 1, as it is if one of ringflash's kernels raises.
+tokens, then some rows of out and dq at full size (benchmarks/checks.py). A kernel with wrong results is marked WRONG
+and not timed. The exit code is then 1, as it is if one of ringflash's kernels raises.
 
-Inputs are standard normal. Forward keeps what a backward needs. Backward is `torch.autograd.grad` alone, including what
-a user pays for beyond the kernels: for ringflash delta = rowsum(dout * out), three zeroed fp32 buffers and their
-conversion to the inputs' dtype. Kernels take turns in an order that is shuffled each round, so that power capping
+Inputs are standard normal. A forward keeps what a backward needs. A backward is `torch.autograd.grad` alone. It
+includes all that a user pays for: for ringflash also delta = rowsum(dout * out), zeroing three fp32 buffers, and
+converting them to the inputs' dtype. Kernels take turns in an order that is shuffled each round, so that power capping
 affects all alike. A figure is the median of its rounds (benchmarks/timing.py).
 
-FLOPs are counted from the mask: 4 D per visible pair and query head forward, 2.5 times that backward. % peak is of the
-dense bf16 datasheet peak. ns/Mpair is the time per million (query, key) pairs of one head, which compares masks of any
-shape.
+FLOPs are counted from the mask: 4 D per visible pair and query head in the forward, and 2.5 times that in the backward.
+% peak is relative to the dense bf16 peak of the datasheet. ns/Mpair is the time per million (query, key) pairs of one
+head, which makes masks of any shape comparable.
 
-The folder --out (benchmarks/results) gets attention-DEVICE.json and .png after every case. The last line printed is the
-summary in JSON.
+After every case, attention-DEVICE.json and .png are written to the folder --out (benchmarks/results). The last line
+printed is the summary in JSON.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ CHECKED_LENGTH = 2048
 class Entry:
     """One contender on one case.
 
-    refusals: (status, reason) of what will not be timed, under "both" or "backward". errors: the largest so far, by
-    direction. runs: the timed functions, by direction.
+    refusals: (status, reason) by direction that is not timed, "both" or "backward". errors: the largest error so far,
+    by direction. runs: the timed functions, by direction.
     """
 
     contender: Contender
@@ -74,7 +74,7 @@ class Entry:
         return "both" in self.refusals or direction in self.refusals
 
     def check(self, case: Case, inputs: tuple[Tensor, ...], reference: Reference) -> None:
-        """Run both directions once on these inputs and compare; keeps what ran."""
+        """Run both directions once on these inputs, compare the results, and keep the functions for timing."""
         if self.refused("forward"):
             return
         q, k, v, dout = inputs
@@ -88,7 +88,7 @@ class Entry:
             self._judge("forward", reference.errors(out=out.detach()), case)
         except contenders.Absent as reason:
             self.refusals["both"] = ("absent", str(reason))
-        except Exception as error:  # a peer may raise anything; the table says what
+        except Exception as error:  # a peer may raise anything; the table shows the error
             self.refusals["both"] = ("failed", report.error_line(error))
         if self.refused("backward"):
             return
@@ -152,7 +152,7 @@ def _rows(
                 ratio=reference.ms / took.ms if isinstance(reference, Timing) else None,
                 ns_per_million_pairs=took.ms * 1e12 / case.head_pairs(), error=entry.errors[direction],
             )  # fmt: skip
-        elif took is not None:  # right when it was checked, but then it raised
+        elif took is not None:  # correct when it was checked, but it raised while it was timed
             row = Row(str(case), direction, name, "failed", report.error_line(took), error=entry.errors[direction])
         else:
             extent = "both" if "both" in entry.refusals else direction
@@ -162,7 +162,7 @@ def _rows(
 
 
 def _peak(device: torch.device) -> tuple[float | None, str]:
-    """Dense bf16 FLOP/s from the trainer's table, and how the card shows it."""
+    """Dense bf16 FLOP/s from ringflash's table, and the text for the printed card."""
     if device.type == "cpu":
         return None, "unknown for CPUs"
     try:
@@ -170,7 +170,7 @@ def _peak(device: torch.device) -> tuple[float | None, str]:
     except ImportError as error:
         return None, f"unknown ({error})"
     peak = peak_flops(device)
-    return peak, f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "unknown (not in ringflash.training.flops.PEAKS)"
+    return peak, f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "unknown (not in ringflash.ring.cost.PEAKS)"
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

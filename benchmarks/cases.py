@@ -1,4 +1,4 @@
-"""Cases: shapes and masks as a benchmark names them, `B,Hq,Hkv,S,D mask`.
+"""Cases: the shapes and masks of benchmarks, with names of the form `B,Hq,Hkv,S,D mask`.
 
 >>> case = Case.parse("1,32,8,32k,128 window 4096")
 >>> case.length, case.mask().area()
@@ -26,10 +26,10 @@ ROW_PATTERN = re.compile(r"(\d+),(\d+),(\d+),(\d+)(k?),(\d+) (\w+)(?: (\d+))?")
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and mask. window: keys that a query sees, itself included; 0 where the kind is not "window".
+    """One shape and mask. window: keys that a query sees, including its own; 0 if the kind is not "window".
 
-    "packed" is causal within documents whose lengths are lognormal, 1k to 32k for 128k tokens and in proportion for
-    fewer, drawn once from a fixed seed.
+    "packed" is causal within documents. Their lengths are lognormal, from 1k to 32k for 128k tokens and in proportion
+    for fewer, drawn from a fixed seed.
     """
 
     batch: int
@@ -50,7 +50,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """The case of a name. Raises ValueError, with the form of a name, for other texts."""
+        """The case with this name. Raises ValueError, which shows the form of a name, for other text."""
         match = ROW_PATTERN.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"{text!r} is not B,Hq,Hkv,S,D mask, such as '1,32,8,32k,128 causal'")
@@ -64,17 +64,17 @@ class Case:
         return f"{self.batch},{self.heads},{self.kv_heads},{length},{self.head_dim} {self.kind}{window}"
 
     def shrunk(self, length: int, batch: int = 2) -> Case:
-        """The case at no more than this length and batch, its window in proportion."""
+        """The case with at most this length and batch, and a window in proportion."""
         length = min(length, self.length)
         window = max(1, self.window * length // self.length) if self.window else 0
         return replace(self, batch=min(batch, self.batch), length=length, window=window)
 
     def documents(self) -> list[int]:
-        """The packed documents' lengths, in order; of any other kind, one document."""
+        """The lengths of the packed documents, in order; other kinds have one document."""
         return list(_documents(self.length)) if self.kind == "packed" else [self.length]
 
     def mask(self) -> IntervalMask:
-        """What each query sees, the same in all batch rows."""
+        """The mask, the same in all batch rows."""
         if self.kind == "full":
             return IntervalMask.full(self.length)
         if self.kind == "window":
@@ -87,7 +87,7 @@ class Case:
         return self.mask().area() * self.batch * self.heads
 
     def flops(self, direction: str) -> float:
-        """Operations, counted exactly: 4 D a pair and head forward, 2.5 times that backward (5 products for 2)."""
+        """FLOPs, counted exactly: 4 D per pair and head in the forward, 2.5 times that in the backward."""
         return 4.0 * self.head_pairs() * self.head_dim * {"forward": 1.0, "backward": 2.5}[direction]
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,9 +122,9 @@ CPU_QUICK = (Case.parse("1,4,2,512,64 causal"), Case.parse("1,4,2,512,64 packed"
 
 
 def selected(wanted: list[str], among: tuple[Case, ...]) -> list[Case]:
-    """The cases whose name contains one of `wanted`, and any that is itself a case's name; all where it is empty.
+    """The listed cases whose name contains an entry of `wanted`, and new cases that it names; all if it is empty.
 
-    Raises ValueError naming what there is where one is neither.
+    Raises ValueError, with the listed names, for an entry that is neither.
     """
     if not wanted:
         return list(among)

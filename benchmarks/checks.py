@@ -1,11 +1,11 @@
 """Correctness before speed: every result is compared with float64 before it is timed.
 
-The bound is that of FlashAttention's own tests. The error may be at most twice that of plain torch attention, which
-holds the whole matrix of scores, in the same dtype. In fp32, where that is rounding noise, the bound is 1e-5. Errors
-are relative norms, |x - reference| / |reference|; a result that is not finite has an infinite error.
+The bound is that of FlashAttention's own tests: the error may be at most twice that of plain torch attention, with the
+whole matrix of scores, in the same dtype. In fp32, where that error is rounding noise, the bound is 1e-5. Errors are
+relative norms, |x - reference| / |reference|; a result that is not finite has an infinite error.
 
 A small version of a case is compared in full: out, dq, dk and dv. At full size, where addressing errors would show,
-some rows of out and dq are compared, which need no other row; dk and dv must be finite.
+some rows of out and dq are compared, since these need no other row; dk and dv must be finite.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ UNINITIALISED = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """While entered, memory that Python code asks for uninitialised holds NaN, so what a kernel leaves unwritten shows.
+    """A context in which uninitialised memory holds NaN, so that elements that a kernel leaves unwritten are found.
 
-    In all threads. Not by a TorchFunctionMode, which is not there in a backward that torch.autograd.grad runs.
+    It applies to all threads. A TorchFunctionMode would not apply in a backward that torch.autograd.grad runs.
     """
 
     def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -67,7 +67,7 @@ class Errors:
 
 
 class Reference:
-    """float64 attention for some query rows of a case, and how far plain torch in the inputs' dtype is from it."""
+    """float64 attention for some query rows of a case, and the error of plain torch in the inputs' dtype."""
 
     def __init__(self, case: Case, inputs: tuple[Tensor, ...], rows: Tensor | None = None) -> None:
         q, k, v, dout = (x.detach() for x in inputs)
@@ -84,7 +84,7 @@ class Reference:
         return FP32_BOUND if plain.dtype == torch.float32 else 2 * _relative(plain, self._exact[name])
 
     def errors(self, **results: Tensor) -> Errors:
-        """How far results are from float64; those that need rows which are not here must be finite."""
+        """The errors of results against float64; results that need more rows than these must be finite."""
         found, bound = {}, {}
         for name, x in results.items():
             if name in self._names:
@@ -101,7 +101,7 @@ def whole(case: Case, inputs: tuple[Tensor, ...]) -> Reference:
 
 
 def some_rows(case: Case, inputs: tuple[Tensor, ...]) -> Reference:
-    """The reference for a few rows of the last three quarters (the first rows of a causal mask weigh too much)."""
+    """The reference for a few rows of the last three quarters; a causal mask's first rows would dominate the norm."""
     rows = torch.linspace(case.length // 4, case.length - 1, ROWS_AT_FULL_SIZE).long()
     return Reference(case, inputs, rows)
 

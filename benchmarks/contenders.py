@@ -1,8 +1,8 @@
 """The contenders: every kernel of ringflash, and the libraries that people would use instead.
 
-All get the same q, k, v [B, S, H, D] in the same memory and return the same form. A contender that takes [B, H, S, D]
-gets a transposed view, which costs nothing. No contender is timed while it copies. What each prepares once per step is
-made before the clock starts: AttentionPlan, FlexAttention's BlockMask, the offsets of documents.
+All are given the same q, k, v [B, S, H, D] in the same memory and return the same form. A contender that takes [B, H,
+S, D] is given a transposed view, so no copies are timed. Everything that is prepared once per step is made before the
+clock starts: AttentionPlan, FlexAttention's BlockMask, the offsets of documents.
 
 | name | what runs |
 |---|---|
@@ -51,7 +51,7 @@ class Absent(Exception):  # noqa: N818  # not an error: a contender that does no
 
 @dataclass(frozen=True)
 class Contender:
-    """build(case, q, k) makes the function that is timed, for tensors like q and k, or raises Absent."""
+    """A contender's name and build(case, q, k), which returns the timed function for such q and k or raises Absent."""
 
     name: str
     build: Callable[[Case, Tensor, Tensor], Attention]
@@ -59,7 +59,7 @@ class Contender:
 
 
 def contenders(device: torch.device, other: ModuleType | None = None) -> list[Contender]:
-    """All of them, ours first, fastest first; other: another version of ringflash, from `imported`."""
+    """All contenders, ours first, fastest first. other: another version of ringflash, from `imported`."""
     ours = [
         Contender(f"ringflash {name}", functools.partial(_ringflash, name), ours=True) for name in kernels.FASTEST_FIRST
     ]
@@ -107,7 +107,7 @@ def _ringflash(
 def imported(checkout: Path) -> ModuleType:
     """The ringflash of another checkout: a copy of its files in which the package is called ringflash_other."""
     folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)  # not before: kernels are compiled from their source when first called
+    atexit.register(shutil.rmtree, folder)  # not earlier: kernels are compiled from source when they are first called
     shutil.copytree(checkout / "ringflash", folder / "ringflash_other", ignore=shutil.ignore_patterns("__pycache__"))
     for file in folder.rglob("*.py"):
         file.write_text(re.sub(r"\bringflash\b", "ringflash_other", file.read_text()))
@@ -163,7 +163,7 @@ def _flex(case: Case, q: Tensor, k: Tensor) -> Attention:
     from torch._functorch import config as functorch
     from torch.nn.attention.flex_attention import flex_attention
 
-    functorch.donated_buffer = False  # else a compiled backward can run only once
+    functorch.donated_buffer = False  # otherwise a compiled backward can run only once
     _dynamo.reset()  # every case is compiled for its shape; the limit on recompilations counts them together
     compiled = torch.compile(flex_attention, dynamic=False)
     blocks = None if case.kind == "full" else block_mask(case, q.device)
@@ -178,7 +178,7 @@ def _flex(case: Case, q: Tensor, k: Tensor) -> Attention:
 
 
 def block_mask(case: Case, device: torch.device):
-    """What create_block_mask makes, read off the case's intervals: at 128k tokens it would need the dense mask."""
+    """The result of create_block_mask, computed from the case's intervals without the dense mask."""
     from torch.nn.attention.flex_attention import BlockMask
 
     some, every = _block_kinds(case.mask())
@@ -190,7 +190,7 @@ def block_mask(case: Case, device: torch.device):
 
 
 def _block_kinds(mask: IntervalMask) -> tuple[Tensor, Tensor]:
-    """Which blocks hold some visible pair, and which only such: booleans [query blocks, key blocks]."""
+    """Which blocks have any visible pair, and which have only visible pairs: booleans [query blocks, key blocks]."""
     first = torch.arange(0, mask.queries, FLEX_BLOCK)
     last = (first + FLEX_BLOCK).clamp(max=mask.queries) - 1
     lo, hi = mask.lo[0], mask.hi[0]
@@ -202,7 +202,7 @@ def _block_kinds(mask: IntervalMask) -> tuple[Tensor, Tensor]:
 
 
 def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has, and their indices first: int32 [1, 1, n], [1, 1, n, m]."""
+    """The number of key blocks per query block, int32 [1, 1, n], and all key blocks, these first, [1, 1, n, m]."""
     counts = blocks.sum(-1, dtype=torch.int32)
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts[None, None].to(device), indices[None, None].to(device)
@@ -247,14 +247,14 @@ def _needs_gpu(case: Case, q: Tensor, k: Tensor) -> Attention:
 
 
 def _offsets(case: Case, device: torch.device) -> tuple[Tensor, int]:
-    """Where each document of each batch row begins and the last ends, int32, and the longest document's length."""
+    """cu_seqlens over all batch rows, int32, and the length of the longest document."""
     lengths = case.documents() * case.batch
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     return offsets, max(lengths)
 
 
 def _without_batch(case: Case, attention: Attention) -> Attention:
-    """Attention that takes and gives [B * S, H, D], for [B, S, H, D]."""
+    """Attention on [B, S, H, D], from a function on [B * S, H, D]."""
     return lambda q, k, v: attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(
         0, (case.batch, case.length)
     )

@@ -1,26 +1,26 @@
-"""Decoding on one device: a new token's attention over its KV cache, beside other libraries', in one run.
+"""Decoding on one device: a new token's attention over its KV cache, in ringflash and other libraries, in one run.
 
     python benchmarks/decode.py --device cpu                       # any machine, seconds: does it work here
     python benchmarks/decode.py                                    # a GPU, all cases
     python benchmarks/decode.py --cases 1,32,8,64k,128 --only ringflash SDPA
     python benchmarks/decode.py --cases 1,28,4,64k,128 --sweep     # tiles and splits of the Triton kernel, best first
 
-A case is `B,Hq,Hkv,C,D`: batch rows, query and KV heads, keys of each row, head size. A figure is of one layer and one
-new token per row. benchmarks/decode_contenders.py lists who is timed and how. A contender that is not timed is in the
-table with the reason, as is a case that does not fit in memory. A peer that has compiled for a minute in all is left
-out of later cases, so that a run ends.
+A case is `B,Hq,Hkv,C,D`: batch rows, query and KV heads, keys per row, head size. Figures are for one layer and one new
+token per row. benchmarks/decode_contenders.py lists the contenders. The table gives the reason for each one that is not
+timed, and for a case that does not fit in memory. A peer that has compiled for a minute in total is left out of later
+cases, so that a run ends.
 
 The cache is read once, so time is compared with a copy of 2 GiB, measured in the same run: `% copy` is bytes of keys
-and values per second over bytes read and written per second by the copy. In a model, other layers' caches have pushed
-a layer's own out of L2. So on a GPU a run goes through several caches, 256 MiB in all, and the figure is the time per
-cache. Each run is a CUDA graph, so that the host's launches are not measured.
+and values per second, relative to the bytes that the copy reads and writes per second. In a model, the caches of other
+layers evict a layer's own from L2. So on a GPU, a run reads several caches, 256 MiB in total, and the figure is the
+time per cache. Each run is a CUDA graph, so that the host's launches are not measured.
 
-Results are checked before they are timed, against float64, all heads at full size. The error may be at most twice that
-of plain torch attention in the same dtype. A kernel that is wrong is not timed, and the exit code is 1, as it is if
-ringflash raises. Kernels take turns (benchmarks/timing.py); a figure is the median.
+Results are checked before they are timed, against float64, for all heads at full size. The error may be at most twice
+that of plain torch attention in the same dtype. A kernel with wrong results is not timed, and the exit code is 1, as it
+is if ringflash raises. Kernels take turns (benchmarks/timing.py), and a figure is the median.
 
-The folder --out (benchmarks/results) gets decode-DEVICE.json and .png, after every case. The last line printed is the
-summary in JSON: % copy, or why there is none.
+After every case, decode-DEVICE.json and .png are written to the folder --out (benchmarks/results). The last line
+printed is the summary in JSON: % copy, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ SUFFIXES = {"k": 2**10, "M": 2**20}
 COPIED = 2**31  # bytes
 COLD = 2**28  # bytes of caches that a run reads: several times any L2
 MOST_LAYERS = 64
-PATIENCE = 60.0  # seconds in which a peer may compile, all cases together; later cases do without it
+PATIENCE = 60.0  # seconds that a peer may compile, over all cases; later cases leave it out
 
 
 @dataclass(frozen=True)
 class Case:
-    """Batch rows, query heads, KV heads, keys of each row, head size."""
+    """Batch rows, query heads, KV heads, keys per row, head size."""
 
     batch: int
     heads: int
@@ -71,7 +71,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """A case of its text. Raises ValueError for another form."""
+        """The case with this name. Raises ValueError for another form."""
         try:
             numbers = [int(x.rstrip("kM")) * SUFFIXES.get(x[-1:], 1) for x in text.split(",")]
             case = cls(*numbers)
@@ -91,7 +91,7 @@ class Case:
         return 2 * self.batch * self.keys * self.kv_heads * self.dim * dtype.itemsize
 
     def layers(self, dtype: torch.dtype, device: torch.device) -> int:
-        """How many caches a run reads, one after another."""
+        """The number of caches that a run reads, one after another."""
         if device.type == "cpu":
             return 1
         return min(MOST_LAYERS, -(-COLD // self.nbytes(dtype)))
@@ -102,7 +102,7 @@ class Case:
         return self.layers(dtype, device) * self.nbytes(dtype) + head + 2**28
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [layers, B, S, H, D]; keys and values have a mean, as those of models do."""
+        """q, k, v [layers, B, S, H, D]. Keys and values have a mean, as in models."""
         generator = torch.Generator(device).manual_seed(0)
         shapes = ((1, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads))
         count = self.layers(dtype, device)
@@ -132,7 +132,7 @@ class Row:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """The definition in a dtype, one KV head of one batch row at a time: [B, 1, Hq, D]."""
+    """Plain attention in a dtype, one KV head of one batch row at a time: [B, 1, Hq, D]."""
     out = torch.empty_like(q, dtype=dtype)
     group = q.shape[2] // k.shape[2]
     for b, h in itertools.product(range(k.shape[0]), range(k.shape[2])):
@@ -144,7 +144,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def distance(found: Tensor, truth: Tensor) -> float:
-    """The relative error of the norm; infinite where something is not finite."""
+    """The relative error of the norm; infinite if anything is not finite."""
     error = float((found.double() - truth).norm() / truth.norm())
     return error if bool(torch.isfinite(found).all()) else float("inf")
 
@@ -160,7 +160,7 @@ def copy_rate(device: torch.device, seconds: float) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that an allocation can have."""
+    """Free memory of the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -176,7 +176,7 @@ def measure(
     copied: float,
     prepared: dict[str, float],
 ) -> list[Row]:
-    """Check, then time, all entrants on a case. prepared: seconds until each could be timed, all cases together."""
+    """Check, then time, all entrants on a case. prepared: seconds of preparation per entrant, over all cases."""
     needed, free = case.memory(dtype, device), free_bytes(device)
     if needed > free:
         reason = f"needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
@@ -203,7 +203,7 @@ def measure(
                 runs[name] = _all_layers(decode, inputs, device)
         except Absent as absent:
             rows[name] = Row(str(case), name, "absent", str(absent))
-        except Exception as error:  # a peer may raise anything; the table says what
+        except Exception as error:  # a peer may raise anything; the table shows the error
             rows[name] = Row(str(case), name, "failed", report.error_line(error))
         prepared[name] = prepared.get(name, 0.0) + time.perf_counter() - begin
     found = timing.interleaved(runs, device, seconds) if runs else {}
@@ -233,7 +233,7 @@ def _row(
     copied: float,
     error: float,
 ) -> Row:
-    if isinstance(took, Exception):  # right when it was checked, but then it raised
+    if isinstance(took, Exception):  # correct when it was checked, but it raised while it was timed
         return Row(str(case), name, "failed", report.error_line(took), error=error)
     count = case.layers(dtype, device)
     of_layer = Timing(took.ms / count, took.p20 / count, took.p80 / count, took.runs, took.host_ms)
@@ -244,7 +244,7 @@ def _row(
 
 
 def tunings() -> list[Contender]:
-    """The Triton kernel under other tiles and splits than its table's."""
+    """The Triton kernel with other tiles and splits than its table's."""
     from ringflash.kernels import decode, portable_decode
     from ringflash.kernels.portable_parts import Tuning
 

@@ -1,7 +1,8 @@
-"""Who decodes: flash_decode, and the libraries that people would use instead.
+"""The contenders of decoding: flash_decode, and the libraries that people would use instead.
 
-All get the same q [B, 1, Hq, D] and the same keys and values [B, C, Hkv, D], and return [B, 1, Hq, D]. None copies keys
-while it is timed. What a peer prepares once per step, for all layers, is made before the clock starts.
+All are given the same q [B, 1, Hq, D] and the same keys and values [B, C, Hkv, D], and return [B, 1, Hq, D]. None
+copies keys while it is timed. Everything that a peer prepares once per step, for all layers, is made before the clock
+starts.
 
 | name | what runs |
 |---|---|
@@ -38,7 +39,7 @@ PAGE = 16  # tokens of a page of FlashInfer's cache
 
 @dataclass(frozen=True)
 class Contender:
-    """build(q, k, v) makes the function that is timed, for tensors like these, or raises Absent."""
+    """A contender's name and build(q, k, v), which returns the timed function for such tensors or raises Absent."""
 
     name: str
     build: Callable[[Tensor, Tensor, Tensor], Decode]
@@ -91,7 +92,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Decode:
 
 
 def _refusal(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why SDPA would not take this backend, in torch's words."""
+    """torch's reason why SDPA refuses this backend."""
     q, k, v = _by_head(q, k, v)
     asked = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, True)
     with warnings.catch_warnings(record=True) as given:

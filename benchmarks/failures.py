@@ -1,12 +1,13 @@
-"""A rank that dies, and one that hangs: what a run reports, and after how many seconds.
+"""Ranks that are killed or hang: what a run reports, and after how many seconds.
 
     python benchmarks/failures.py               # on every GPU, or on two CPU ranks: two minutes
     python benchmarks/failures.py --ranks 4
 
-Three runs train a tiny model on this benchmark's own text, at once. After three steps the last rank is sent SIGKILL in
-one, and SIGSTOP in two, so that the others wait for it and report it: in a hop of the ring after 5 s, as replicas after
-30 s. The columns: seconds until the run printed a line, seconds until it had ended, and what it printed. torchrun gives
-a stopped process 30 s before it kills it. The exit code is 1 where a run did not end within --limit seconds.
+Three runs train a tiny model on this benchmark's own text at the same time. After three steps, the last rank is sent
+SIGKILL in one run and SIGSTOP in two. The others wait for a stopped rank and report it, in a hop of the ring after 5 s
+and as replicas after 30 s. The columns are the seconds until the run printed a line, the seconds until it ended, and
+the lines. torchrun waits 30 s before it kills a stopped process. The exit code is 1 if a run does not end within
+--limit seconds.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ FAILURES = {
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds from the signal to the first line and to the end, None where there was none; the lines."""
+    """Seconds from the signal to the first line and to the end, None if there was none; and the lines."""
 
     failure: str
     ranks: int
@@ -113,7 +114,7 @@ def _lines(printed: bytes) -> list[str]:
 
 
 def main() -> int:
-    """Measure both failures, print the table, write the JSON. Returns the exit code."""
+    """Measure all failures, print the table, write the JSON. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()), help="(here: %(default)s)")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each half of a run (%(default)g)")

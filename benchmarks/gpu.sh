@@ -39,7 +39,7 @@ steps)
         --variant "host-bf16:memory=host memory.optimizer_states=bf16" --variant transformers --variant deepspeed "${@:2}"
     ;;
 longest)
-    echo "benchmarks/longest.py goes on in the background; its lines are in $out/longest.txt"
+    echo "benchmarks/longest.py runs in the background; its output is in $out/longest.txt"
     setsid nohup timeout 1500 python3 benchmarks/longest.py --out "$out/longest.json" "${@:2}" > "$out/longest.txt" 2>&1 &
     ;;
 training)

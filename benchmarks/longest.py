@@ -1,4 +1,4 @@
-"""One whole training step at a length that barely fits one GPU, checked against a shorter one.
+"""One training step at a length that barely fits one GPU, checked against a shorter one.
 
     python benchmarks/longest.py --tokens 512 --first 128 --warm 64 model=tiny-llama model.dtype=bf16   # seconds
     python benchmarks/longest.py                                       # 1048576 tokens, one H200: 15 minutes
@@ -6,13 +6,14 @@
 
 Settings after the options are those of train.py; experiment=1m is underneath. Weights and tokens are random.
 
-1. Three steps of --warm tokens, which compile and start the optimizer.
-2. The loss of the first --first tokens, alone in a forward.
-3. One step of --tokens tokens, one causal document. Its loss over the first --first tokens must be that of 2, since the
-   weights are the same. The exit code is 1 where it is off by more than 1e-4, or where loss or norm are not finite.
+1. Three steps of --warm tokens compile the kernels and initialise the optimizer.
+2. A forward computes the loss of the first --first tokens alone.
+3. One step trains on --tokens tokens, one causal document. Its loss over the first --first tokens must equal that of 2,
+   since the weights are the same. The exit code is 1 if the two differ by more than 1e-4, or if loss or norm are not
+   finite.
 
-A line tells how far the GPU has come. It takes longer than some shells last: `setsid nohup ... &` lets it go on. MFU
-counts visible (query, key) pairs, and not recomputation.
+Lines show the progress of the GPU. For shells with a time limit, `setsid nohup ... &` keeps it running. MFU counts
+visible (query, key) pairs, and not recomputation.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ SECONDS = 20.0  # between lines of progress
 
 
 class Progress:
-    """Counts the layers that the GPU has begun, forward and again in the backward, and prints them now and then."""
+    """Counts the layers that the GPU has started, forward and again in the backward, and prints the count regularly."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -69,7 +70,7 @@ class Progress:
         self.begun.append(torch.cuda.current_stream().record_event() if self.on_gpu else None)
 
     def line(self) -> str:
-        """How many layers have begun."""
+        """The number of layers that have started."""
         done = sum(1 for event in self.begun if event is None or event.query())
         half = len(self.layers)
         return f"forward of layer {done} of {half}" if done <= half else f"backward of layer {2 * half - done + 1}"
@@ -93,7 +94,7 @@ class Progress:
 
 
 class FirstLoss:
-    """The mean loss of the first `count` tokens of whatever passes through the loss head."""
+    """The mean loss of the first `count` tokens that the loss head computes."""
 
     def __init__(self, head: nn.Module, count: int) -> None:
         self.count, self.loss = count, torch.tensor(math.nan)
@@ -107,7 +108,7 @@ class FirstLoss:
 
 
 def run(args: argparse.Namespace, config: Config, world: World) -> dict[str, Any]:
-    """The three parts; what they gave."""
+    """Run the three parts, and return their results."""
     torch.manual_seed(config.seed)
     with world.device:
         model = build_model(config.model)
@@ -153,7 +154,7 @@ def prepared(engine: deepspeed.DeepSpeedEngine, data: Batch, config: Config, wor
 
 
 def failures(found: dict[str, Any]) -> list[str]:
-    """What is wrong with a run."""
+    """The failures of a run, one line each."""
     wrong = [f"{name} is {found[name]}" for name in ("loss", "gradient_norm") if not math.isfinite(found[name])]
     alone, inside = found["first_loss_alone"], found["first_loss_in_step"]
     if not abs(alone - inside) <= ALLOWED * alone:

@@ -3,7 +3,7 @@
 #
 #   benchmarks/many_gpus.sh                all four parts, one after the other; or one of them:
 #   benchmarks/many_gpus.sh correct        rings, Ulysses, both together and replicas against one GPU        3 minutes
-#   benchmarks/many_gpus.sh efficiency     8k, 16k and 64k tokens per GPU, and a published benchmark's shape, beside peers      2 minutes
+#   benchmarks/many_gpus.sh efficiency     8k, 16k and 64k tokens per GPU, and a published benchmark's shape, with peers        2 minutes
 #   benchmarks/many_gpus.sh training       steps of a 0.6B and an 8B shape, by length                        2 minutes
 #   benchmarks/many_gpus.sh failures       one rank killed, one rank stopped: what is printed, and when       2 minutes
 #

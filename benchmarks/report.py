@@ -1,4 +1,4 @@
-"""What a benchmark reports: the card, a table, JSON and a plot."""
+"""The report of a benchmark: the card, a table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ HEADER = ("case", "pass", "kernel", "ms", "p20..p80", "TFLOP/s", "% peak", "rati
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one case in one direction ("both" where neither is timed).
+    """One kernel on one case in one direction ("both" if neither is timed).
 
-    status: "timed", "absent" (it does not take part), "failed" (it raised) or "WRONG"; reason says why where it is not
-    "timed". ratio: to the baseline's speed. ns_per_million_pairs: of one query head. error: the worst relative error
-    against float64, of the small version and of rows at full size.
+    status: "timed", "absent" (it does not take part), "failed" (it raised) or "WRONG". reason: why it is not timed.
+    ratio: relative to the baseline's speed. ns_per_million_pairs: for one query head. error: the worst relative error
+    against float64, in the small version and in rows at full size.
     """
 
     case: str
@@ -58,7 +58,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def card(device: torch.device, peers: dict[str, str], commit: str | None) -> dict[str, str]:
-    """GPU, driver, versions, date and commit; what is not known says why."""
+    """GPU, driver, versions, date and commit; for anything unknown, the reason."""
     facts = {"device": device_name(device)}
     if device.type == "cuda":
         facts["driver"], facts["power limit"] = _nvidia_smi(device)
@@ -107,7 +107,7 @@ def _nvidia_smi(device: torch.device) -> tuple[str, str]:
 
 
 def _git_commit() -> str:
-    """The short hash, with "+changes" where the checkout differs from it."""
+    """The short hash, with "+changes" if the checkout differs from it."""
     commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return commit if commit.startswith("unknown") or not changed else f"{commit}+changes"
@@ -164,7 +164,7 @@ def error_line(error: Exception) -> str:
 
 
 def write_json(path: Path, contents: dict[str, Any]) -> None:
-    """Written aside, then renamed: a run that is cut off leaves the last whole one."""
+    """Write to a temporary file and rename it, so that an interrupted run leaves the last complete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(contents, indent=1) + "\n")
@@ -186,7 +186,7 @@ def summary(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float | str]]]
 
 
 def plot(path: Path, rows: Sequence[Row], title: str) -> str | None:
-    """Bars of TFLOP/s by case and kernel, forward above backward. Returns why not, where it cannot draw."""
+    """Bars of TFLOP/s by case and kernel, forward above backward. Returns the reason if it cannot draw."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -4,10 +4,11 @@
                  --------------------------------------------------------------------------------------------------
                                          the slowest rank's time, waiting included
 
-The same ranks are also timed without their neighbours (benchmarks/ring_share.py). The difference is what transfers cost
-that no kernel hides. A round begins on all GPUs at once, after an all-reduce, and takes as long as its slowest rank.
-The peers are PyTorch's context_parallel and DeepSpeed's Ulysses on torch's sdpa, in the same processes and rounds, for
-masks that they have. TFLOP/s are per GPU, of visible (query, key) pairs; a backward counts 2.5 forwards.
+The same ranks are also timed without their neighbours (benchmarks/ring_share.py). The difference is the cost of
+transfers that no kernel hides. A round starts on all GPUs at once, after an all-reduce, and takes as long as its
+slowest rank. The peers are PyTorch's context_parallel and DeepSpeed's Ulysses on torch's sdpa, in the same processes
+and rounds, for masks that they support. TFLOP/s are per GPU, of visible (query, key) pairs; a backward counts as 2.5
+forwards.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Between:
         return flops / self.ms[variant][direction] / 1e9
 
     def summary(self) -> dict[str, Any]:
-        """Efficiencies and TFLOP/s by variant and direction, and what travelled."""
+        """Efficiencies and TFLOP/s by variant and direction, and GiB received."""
         timed = [name for name in self.ms if name != WHOLE]
         columns = (*DIRECTIONS, "both")
         found: dict[str, Any] = {n: {c: round(self.efficiency(n, c), 4) for c in columns} for n in timed}
@@ -127,7 +128,7 @@ def _most_gib(ring: _GpuRing, ours: Passes) -> float:
 
 
 def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
-    """Raise ArithmeticError unless a small ring between GPUs finds what a Loopback does, and that what float64 does."""
+    """Raise ArithmeticError unless a small ring between GPUs agrees with a Loopback, and that with float64."""
     if over := ring_share.check(case, kernel, dtype, device).wrong:
         raise ArithmeticError(f"{case}: {over}")
     small = case.shrunk(ring_share.CHECKED_LENGTH)
@@ -293,7 +294,7 @@ def _in_turns(
 
 
 def _together(device: torch.device) -> None:
-    """Have this GPU wait for all others; the host does not wait."""
+    """Make this GPU wait for all others; the host does not wait."""
     dist.all_reduce(torch.zeros(1, device=device))
 
 
@@ -303,10 +304,10 @@ def _together(device: torch.device) -> None:
 def profiled(
     case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
 ) -> dict[str, list[Span]]:
-    """What each GPU ran in a forward and in a backward, by direction; on every rank, all of it.
+    """The spans of all GPUs in a forward and in a backward, by direction; the same result on every rank.
 
-    Seconds from a common start. `hop` is the stream: 0 and 1 of compute, -1 of transfers. A process that has been
-    profiled launches more slowly from then on: time first.
+    Times are seconds from a common start. `hop` is the stream: 0 and 1 for compute, -1 for transfers. A process that
+    has been profiled launches more slowly from then on, so time first.
     """
     ours = passes(case.inputs(dtype, device), case.plan(_GpuRing(case, group, device)), kernel)
     found: dict[str, list[Span]] = {}
@@ -352,7 +353,7 @@ def _attention(name: str) -> bool:
 
 
 def hidden(spans: Sequence[Span]) -> float:
-    """The share of the transfers' time in which their rank's attention kernels also ran; the least of all ranks."""
+    """The share of transfer time that the rank's attention kernels cover; the smallest over all ranks."""
     return min((_hidden([s for s in spans if s.rank == rank]) for rank in {s.rank for s in spans}), default=1.0)
 
 

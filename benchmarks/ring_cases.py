@@ -1,4 +1,4 @@
-"""What the modes of benchmarks/ring.py share: a case with ranks and a layout, a whole ring, wrapped kernels.
+"""Shared by the modes of benchmarks/ring.py: a case with ranks and a layout, a whole ring, wrapped kernels.
 
 >>> case = RingCase.of("128k", 8, "packed")
 >>> str(case), len(case.documents()), sum(case.documents())
@@ -51,11 +51,11 @@ class RingCase(Case):
         return cls(1, *heads, length, dim, kind, ranks=ranks, **rest)
 
     def documents(self) -> list[int]:
-        """The packed documents' lengths, in order; of any other kind, one document."""
+        """The lengths of the packed documents, in order; other kinds have one document."""
         return lognormal_lengths(self.packed, self.length) if self.kind == "packed" else super().documents()
 
     def plan(self, ring: Ring) -> AttentionPlan:
-        """The plan of its mask under its layout, on a ring of its size."""
+        """The plan of the case's mask and layout, on a ring of its size."""
         mask = self.mask()
         return AttentionPlan(mask, Layout.of(self.layout, mask, self.ranks), ring)
 
@@ -111,7 +111,7 @@ def whole_ring(inputs: tuple[Tensor, ...], plan: AttentionPlan, kernel: str = "a
 
 @contextmanager
 def kernels_wrapped(wrap: Callable[[Kernel], Kernel]) -> Iterator[None]:
-    """While entered, ring_attention runs wrap(kernel) instead of the kernel it selects."""
+    """A context in which ring_attention runs wrap(kernel) instead of the kernel that it selects."""
     select = kernels.select
     with mock.patch.object(kernels, "select", lambda *args, **options: wrap(select(*args, **options))):
         yield

@@ -1,13 +1,13 @@
-"""Error against ring size: what it costs in precision to merge partial results and send gradients in 16 bits.
+"""Error against ring size: the precision lost by merging partial results and sending gradients in 16 bits.
 
-The same kernel runs in four rings. The first is ringflash's own; the others are emulated by rounding to 16 bits:
+The same kernel runs in four rings. The first is ringflash's own. The others are emulated by rounding to 16 bits:
 
 | name | what is rounded |
 |---|---|
-| ringflash | nothing: (out, lse) and travelling gradients are fp32, the result is rounded once |
+| ringflash | nothing: (out, lse) and sent gradients are fp32, and the result is rounded once |
 | 16-bit blocks | each hop's output, before it is merged in fp32 |
 | 16-bit merging | the running output, after each hop |
-| 16-bit gradients | dk and dv, each time they travel |
+| 16-bit gradients | dk and dv, each time they are sent |
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ringflash.ring.watchdog import Label
 
 SIZES = (1, 2, 4, 8, 16, 32)
 OURS = "ringflash"
-GROWTH = 1.3  # what the error may grow by from 1 rank to any other number and still be called flat
+GROWTH = 1.3  # the largest growth of the error, from 1 rank to any other number, that counts as flat
 
 
 def blocks_rounded(kernel: Kernel) -> Kernel:
@@ -39,7 +39,7 @@ def blocks_rounded(kernel: Kernel) -> Kernel:
         block = kernel.forward(q, *args, carry=None, out=torch.empty_like(q), **options)
         merged = block if carry is None else merge(carry, block)
         if out is not None:
-            out.copy_(merged.out)  # the last call for a row leaves its result
+            out.copy_(merged.out)  # the last call for a row writes its final result
         return Partial(merged.out.float(), merged.lse)
 
     return dataclasses.replace(kernel, forward=forward)
@@ -91,7 +91,7 @@ class Row:
 
 
 def measure(case: RingCase, sizes: Sequence[int], kernel: str, device: torch.device) -> tuple[list[Row], dict]:
-    """Every ring at every size, bf16 inputs; and the bound: twice the error of plain torch attention in bf16."""
+    """Errors of every ring at every size, with bf16 inputs, and the bound: twice the error of plain torch in bf16."""
     inputs = case.inputs(torch.bfloat16, device)
     reference = checks.whole(case, inputs)
     found = []
@@ -107,13 +107,13 @@ def measure(case: RingCase, sizes: Sequence[int], kernel: str, device: torch.dev
 
 
 def growth(found: list[Row], ring: str) -> dict[str, float]:
-    """The largest error of each tensor at any size, over that at the smallest."""
+    """Each tensor's largest error at any size, relative to that at the smallest size."""
     rows = [row for row in found if row.ring == ring]
     return {name: max(row.errors[name] for row in rows) / rows[0].errors[name] for name in checks.NAMES}
 
 
 def wrong(found: list[Row], bound: dict[str, float]) -> list[str]:
-    """Which errors of ringflash exceed the bound or grow with the ring, in words."""
+    """The errors of ringflash that exceed the bound or grow with the ring, one line each."""
     over = [
         f"{name} {row.errors[name]:.1e} > {bound[name]:.1e} at {row.ranks} ranks"
         for row in found

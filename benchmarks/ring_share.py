@@ -4,9 +4,9 @@
                  ------------------------------------------------------------------------------------------------
                                                   the rank's own time
 
-1 is a ring that adds nothing to its kernels and gives every rank the same work. The rank runs the code that training
-runs, on a ring object that delivers nothing. Its time includes carry, accumulation in fp32, zeroing, delta, the
-gradients' return and the conversion to the inputs' dtype.
+An efficiency of 1 means that the ring adds nothing to its kernels and gives every rank the same work. The rank runs the
+code that training runs, on a ring object that delivers nothing. Its time includes the carry, accumulation in fp32,
+zeroing, delta, the gradients' return and the conversion to the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ class Arrival:
     event: torch.cuda.Event | None
 
     def wait(self) -> None:
-        """Have the current stream wait for them."""
+        """Make the current stream wait for them."""
         if self.event is not None:
             self.event.wait()
 
 
 class OneRank:
-    """A rank of a ring of `size` without the others: what it would receive is random and arrives at once.
+    """A rank of a ring of `size` without the others: the data that it would receive is random and arrives at once.
 
-    The contents of memory must not change the time: zeros draw less power, so a GPU clocks higher. So messages arrive
-    in buffers that are reused from pass to pass and begin as random numbers. A pass may clear the part of a buffer that
-    its first message leaves unwritten. Where later messages arrive there, random numbers are copied in.
+    Zeros draw less power than random numbers, and a GPU then runs at a higher clock. So receive buffers are filled with
+    random numbers once and reused from pass to pass. A pass may clear the part of a buffer that its first message
+    leaves unwritten. If later messages arrive there, random numbers are copied to it.
     """
 
     def __init__(self, size: int, rank: int, device: torch.device | str = "cpu") -> None:
@@ -87,7 +87,7 @@ class OneRank:
 
     @contextmanager
     def receive_buffers(self, label: Label) -> Iterator[Allocate]:
-        """The buffers of passes before, where they fit."""
+        """The buffers of earlier passes, if they fit."""
         self._here.clear()
         count = itertools.count()
 
@@ -100,7 +100,7 @@ class OneRank:
         yield kept
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Arrival:
-        """Copy to where numbers are missing, in the order of the current stream."""
+        """Copy random numbers to cleared places, on the current stream."""
         copied = False
         self._here = {_address(m.tensor): _EVERYTHING for m in outgoing} | self._here
         before = dict(self._here)
@@ -128,10 +128,10 @@ def _address(x: Tensor) -> int:
 class Share:
     """Times of some ranks of a case.
 
-    status: "timed", "WRONG" or "failed", and then the reason. errors: of the small ring against float64, by tensor.
-    whole, ranks: times of one call over the whole causal sequence, and of each rank, by direction. share_ms: the time
-    of a rank in a perfect ring. busiest: pairs of the rank that has most over the mean. ns_per_million_pairs: of the
-    whole call, of one query head.
+    status: "timed", "WRONG" or "failed"; reason: why it was not timed. errors: those of the small ring against float64,
+    by tensor. whole, ranks: times of one call over the whole causal sequence, and of each rank, by direction. share_ms:
+    the time of a rank in a perfect ring. busiest: the pairs of the rank with most, relative to the mean.
+    ns_per_million_pairs: of the whole call, for one query head.
     """
 
     case: str
@@ -172,12 +172,12 @@ def measure(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.devic
         if errors.wrong:
             return Share(str(case), name, "WRONG", errors.wrong, errors.found)
         return _timed(case, name, dtype, device, seconds, errors.found)
-    except Exception as error:  # the table says what was raised; the other cases go on
+    except Exception as error:  # the table shows the error, and the other cases continue
         return Share(str(case), name, "failed", f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
 def check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device) -> checks.Errors:
-    """How far all ranks of a small version of the case are from float64, on memory that begins as NaN."""
+    """The errors of all ranks of a small version of the case against float64, with memory that starts as NaN."""
     small = case.shrunk(CHECKED_LENGTH)
     assert isinstance(small, RingCase)
     inputs = small.inputs(dtype, device)
@@ -228,7 +228,7 @@ def _timed(
 
 
 def passes(plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Passes:
-    """A rank's forward, and its backward alone; on a GPU as graphs, which run without the host."""
+    """A rank's forward, and its backward alone; on a GPU, as CUDA graphs, which run without the host."""
     if plan.ring.device.type == "cpu":
         return ring_cases.passes(inputs, plan, kernel)
     with timing.side_stream(plan.ring.device) as stream:
@@ -246,7 +246,7 @@ def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 
 
 def peer_figures(case: RingCase) -> dict[str, tuple[float | None, ...]]:
-    """Peers' figures, of other runs, for a case's length, ranks, heads and mask; all are of zigzag."""
+    """Peers' figures from other runs for a case's length, ranks, heads and mask, all with zigzag."""
     if (case.heads, case.kv_heads, case.head_dim, case.layout) != (32, 8, 128, "zigzag"):
         return {}
     return PEERS.get((case.length, case.ranks, case.kind), {})

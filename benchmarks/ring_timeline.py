@@ -1,6 +1,6 @@
 """Where a ring of N GPUs would wait: one layer's attention, predicted hop by hop on every rank.
 
-The schedules that all ranks would run are simulated (`ringflash.ring.simulation`) at a speed of kernels and links.
+The schedules of all ranks are simulated (`ringflash.ring.simulation`) at given speeds of kernels and links.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Timeline:
         return self.forward.seconds + self.backward.seconds
 
     def percent(self, kind: str) -> float:
-        """Of all ranks' time, what goes into spans of a kind."""
+        """The percentage of all ranks' time in spans of a kind."""
         spent = sum(played.total(kind) for played in self.passes.values())
         return 100 * spent / (self.seconds * self.case.ranks)
 
@@ -104,7 +104,7 @@ def predict(case: RingCase, speed: Speed, passes: tuple[Schedule, Schedule]) -> 
 
 
 def sufficient_link(case: RingCase, speed: Speed, passes: tuple[Schedule, Schedule]) -> float:
-    """The least link speed, in bytes per second within 1 percent, that costs less than 1 percent of the time."""
+    """The lowest link speed, in bytes per second within 1 percent, that costs less than 1 percent of the time."""
     bound = 1.01 * predict(case, dataclasses.replace(speed, link=float("inf")), passes).seconds
     low, high = 1e6, 1e15
     while high > 1.01 * low:

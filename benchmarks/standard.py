@@ -4,18 +4,18 @@
     python benchmarks/standard.py                   # a GPU: 1k to 1M tokens
     python benchmarks/standard.py --tokens 4k 64k --heads 4 --dim 64
 
-Standard attention is what a textbook says, in four lines of torch: it writes the N x N matrix of scores to memory, then
-that of weights, and its backward does so with their gradients. Flash attention is `ringflash.ring_attention` on a ring
-of one, with the plan made before. Both are causal and give the same result, which is compared at the first length.
+Standard attention is the textbook's definition in four lines of torch. It writes the N x N matrices of scores and
+weights to memory, and its backward writes their gradients. Flash attention is `ringflash.ring_attention` on a ring of
+one, with the plan already made. Both are causal and give the same result, which is compared at the first length.
 
-Memory is the peak beyond q, k, v and the incoming gradient: of a forward that keeps what a backward needs (`forward`),
-and of forward and backward together (`both`). On a GPU torch's allocator reports it. On a CPU it is the sum of all
-tensors that torch operations have made and that still live, so what one operation uses inside is not counted.
+Memory is the peak beyond q, k, v and the incoming gradient: for a forward that keeps what a backward needs (`forward`),
+and for forward and backward together (`both`). On a GPU, torch's allocator reports it. On a CPU, it is the sum of all
+live tensors that torch operations have returned, without memory that an operation uses internally.
 
 The backward of standard attention holds three matrices at once: weights, their gradient and the scores' gradient.
-Lengths at which they do not fit are left out, and the table gives their size. Variants take turns
-(benchmarks/timing.py); a figure is the median. The folder --out (benchmarks/results) gets standard-DEVICE.json and
-.png, after every length. The last line printed is the table as JSON.
+Lengths at which they do not fit are skipped, and the table shows their size. Variants take turns
+(benchmarks/timing.py), and a figure is the median. After every length, standard-DEVICE.json and .png are written to the
+folder --out (benchmarks/results). The last line printed is the table as JSON.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ring_attent
 
 GPU_TOKENS = [2**n for n in range(10, 21)]
 CPU_TOKENS = [2**n for n in range(8, 14)]
-MATRICES = 3  # of N x N, that standard attention's backward holds at once
-CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of norms, between the two
+MATRICES = 3  # N x N matrices that standard attention's backward holds at once
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # largest relative difference of norms
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of attention at one length. matrix: bytes of one N x N matrix of all heads, whether it is made or not.
+    """One kind of attention at one length. matrix: bytes of one N x N matrix of all heads, even if it is not made.
 
     forward_bytes, both_bytes: peaks of memory. forward, backward: times. reason: why it was not measured.
     """
@@ -67,7 +67,7 @@ class Row:
 
 
 def standard(future: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition. q, k, v [1, N, H, D]; future [N, N]: which keys are after a query."""
+    """The textbook's definition. q, k, v [1, N, H, D]; future [N, N]: whether a key is after a query."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     weights = torch.softmax(scores.masked_fill_(future, float("-inf")), dim=-1)
@@ -75,7 +75,7 @@ def standard(future: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def build(kind: str, tokens: int, device: torch.device) -> Attention:
-    """The function that is measured, with what it needs beyond its inputs: the mask, or the plan."""
+    """The measured function, with its mask or plan."""
     if kind == "standard":
         return functools.partial(standard, torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu_(1))
     plan = AttentionPlan(IntervalMask.causal(tokens), Layout.contiguous(tokens, 1), Loopback(1, device))
@@ -83,7 +83,7 @@ def build(kind: str, tokens: int, device: torch.device) -> Attention:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of what operations have made and what still lives, and their peak."""
+    """Counts the bytes of live tensors that operations have returned, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class LiveTensors(TorchDispatchMode):
         return out
 
     def count_nothing_of(self, *tensors: Tensor) -> None:
-        """Leave out tensors that were there before."""
+        """Exclude tensors that already exist."""
         self.known |= {x.untyped_storage()._cdata: None for x in tensors}
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -116,7 +116,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def peaks(kind: str, inputs: Sequence[Tensor], device: torch.device) -> tuple[int, int]:
-    """Bytes at most allocated in a forward, and in forward and backward, beyond the inputs."""
+    """Peak bytes beyond the inputs, in a forward and in forward and backward."""
     q, k, v, dout = inputs
 
     def run(peak: Callable[[], int]) -> tuple[int, int]:
@@ -138,7 +138,7 @@ def peaks(kind: str, inputs: Sequence[Tensor], device: torch.device) -> tuple[in
 def measure(
     tokens: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, seconds: float, check: bool
 ) -> list[Row]:
-    """Both kinds at one length. check: compare their results. Raises ValueError where they differ."""
+    """Measure both kinds at one length. check: compare their results. Raises ValueError if they differ."""
     matrix = heads * tokens * tokens * dtype.itemsize
     needed, free = MATRICES * matrix + tokens * tokens, free_bytes(device)
     rows = {
@@ -193,7 +193,7 @@ def _compare(outs: dict[str, Tensor], backwards: dict[str, Callable[[], Any]], d
 
 
 def size(count: float) -> str:
-    """Bytes for people: 2.0 MiB."""
+    """A number of bytes with its unit, such as 2.0 MiB."""
     power = max((n for n in range(5) if count >= 1024**n), default=0)
     return f"{count / 1024**power:.1f} {['B', 'KiB', 'MiB', 'GiB', 'TiB'][power]}"
 
@@ -219,7 +219,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(path: Path, rows: Sequence[Row], capacity: int, title: str) -> str | None:
-    """Memory and time by length. Returns why not, where it cannot draw."""
+    """Memory and time by length. Returns the reason if it cannot draw."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -255,7 +255,7 @@ def plot(path: Path, rows: Sequence[Row], capacity: int, title: str) -> str | No
 
 
 def _tokens(text: str) -> int:
-    """A number with k or M behind it, or not. Raises ValueError for other text."""
+    """A number, with k or M if it ends in one. Raises ValueError for other text."""
     return int(text.rstrip("kM")) * SUFFIXES.get(text[-1:], 1)
 
 

@@ -1,11 +1,11 @@
-"""Tile sizes of the portable kernels: all that fit, timed in interleaved rounds, best first.
+"""Tile sizes of the portable kernels: all that fit, timed in interleaved rounds and listed best first.
 
     python benchmarks/attention.py --sweep forward
 
-The forward is timed alone. dq and dkdv (of heads above 128 dk and dv) are timed within the whole backward, where the
-others keep the tuning of their table: differences are theirs, speeds are the backward's. Each variant's result is
-compared with that of the table's choice. Variants are compiled beforehand in several processes, into Triton's cache
-on disk.
+The forward is timed alone. dq and dkdv (dk and dv for heads above 128) are timed within the whole backward, whose other
+kernels keep their table's tuning: only differences belong to the kernel, and TFLOP/s are those of the backward. Each
+variant's result is compared with that of the table's choice. Variants are compiled in advance by several processes,
+into Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(targets: list[str], dtype: torch.dtype, device: torch.device, out: Path
 
 
 def sweep(target: str, case: Case, dtype: torch.dtype, device: torch.device) -> list[dict]:
-    """Each variant of a kernel as {tuning, chosen, reason, ms, p20, p80, tflops}, best first, those that fail last."""
+    """Each variant of a kernel as {tuning, chosen, reason, ms, p20, p80, tflops}, best first, failures last."""
     chosen = _chosen(target, case.head_dim, dtype, device)
     variants = _variants(target, case.head_dim, chosen)
     run = _runner(target, case, dtype, device)
@@ -102,7 +102,7 @@ def _chosen(target: str, head_dim: int, dtype: torch.dtype, device: torch.device
 
 
 def _variants(target: str, head_dim: int, chosen) -> list:
-    """The grid, with the copy engine or without as the table has it, and the table's choice the other way."""
+    """The grid, with or without the copy engine as in the table, and the table's choice with the other setting."""
     grid = itertools.product(BLOCKS, SHORT if head_dim <= 256 else SHORT_OF_LARGE, WARPS, STAGES)
     of_keys = target in ("dkdv", "dk", "dv")
     variants = [

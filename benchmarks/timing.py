@@ -1,13 +1,13 @@
 """Times of several variants, measured in interleaved rounds.
 
-A GPU at its power limit slows down by 10 to 20 percent, and so does whatever runs next. So the variants take turns, in
-an order that is shuffled each round (fixed seed); a short variant runs several times in a row. All then run on an
-equally warm card. Each is described by the median of its runs and their 20th and 80th percentile.
+A GPU at its power limit slows down by 10 to 20 percent, which also affects whatever runs next. The variants therefore
+take turns, in an order that is shuffled each round with a fixed seed, so that all run on an equally warm card. A short
+variant runs several times in a row. Results are the median of a variant's runs and their 20th and 80th percentile.
 
-On a GPU the time is between CUDA events on the stream, and the whole queue is launched without waiting, so the host's
-work is hidden behind the GPU's. A run that takes the host long to launch is preceded by matrix products of that length:
-the GPU then neither waits for the host nor cools down. Matrix products heat the card more than attention does, so what
-follows them runs slower. Where a run is short and the host slow, time its `Graph`.
+On a GPU, times are between CUDA events on the stream. All runs are queued without waiting, so the GPU hides the host's
+work. A run that takes the host long to launch follows matrix products that take as long, so that the GPU neither waits
+for the host nor cools down. Matrix products heat the card more than attention does, so a run after them is slower. If
+runs are short and the host is slow, time a `Graph`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 ROUNDS = (3, 100)  # fewest and most
 REPEATS = 16  # runs in a row, at most
-HEAD_START_CYCLES = 20_000_000  # about 10 ms in which the host gets ahead of the GPU
+HEAD_START_CYCLES = 20_000_000  # about 10 ms, in which the host gets ahead of the GPU
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Timing:
 def interleaved(
     variants: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
 ) -> dict[str, Timing | Exception]:
-    """Each variant's times, from about `seconds` of measuring per variant; or what it raised instead.
+    """Each variant's times, measured for about `seconds` per variant, or the exception that it raised.
 
-    Each runs twice untimed, then once to see how many rounds fit, and how often each runs in one.
+    Each variant first runs a few times to determine how many rounds fit and how often it runs in each.
     """
     clock = _gpu_times if device.type == "cuda" else _cpu_times
     found: dict[str, Timing | Exception] = {}
@@ -64,7 +64,7 @@ def interleaved(
             host[name] = _launching(run, device)
             estimates[name] = clock([(run, host[name])], device)[0] / 1e3
             runnable[name] = run
-        except Exception as error:  # a peer may raise anything; the table says what
+        except Exception as error:  # a peer may raise anything; the table shows the error
             found[name] = error
     if not runnable:
         return found
@@ -98,7 +98,7 @@ def _launching(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _gpu_times(runs: list[tuple[Callable[[], object], float]], device: torch.device) -> list[float]:
-    """Milliseconds of each run. With each run comes the time that the host takes to launch it."""
+    """Milliseconds of each run. Each run is given with the milliseconds that the host takes to launch it."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
     keep_busy = matrix_products(device)
     torch.cuda.synchronize(device)
@@ -126,7 +126,7 @@ def matrix_products(device: torch.device) -> Callable[[float], None]:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """A stream that receives what is launched while entered, after what the current stream has queued."""
+    """A context whose work runs on a new stream, after the work queued on the current stream."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -135,14 +135,14 @@ def side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
 
 @dataclass(frozen=True)
 class Graph:
-    """A run as a CUDA graph: the host launches all of it at once."""
+    """A run as a CUDA graph, which the host launches at once."""
 
-    run: Callable[[], object]  # which holds the memory
+    run: Callable[[], object]  # it holds the memory
     recorded: torch.cuda.CUDAGraph
 
     @classmethod
     def of(cls, run: Callable[[], object], stream: torch.cuda.Stream) -> Graph:
-        """Record a run whose memory and work belong to that side stream, after one run that compiles."""
+        """Capture a run whose memory and work belong to this side stream, after one run that compiles."""
         run()
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded, stream=stream):

@@ -1,12 +1,12 @@
-"""Tokenising a corpus, beside the tokenizer alone on the same cores: seconds, CPU seconds, and memory of all processes.
+"""Tokenising a corpus, compared with the tokenizer alone on the same cores: seconds, CPU seconds, and memory.
 
     python benchmarks/tokenising.py --bytes 2e6       # seconds
     python benchmarks/tokenising.py                   # 1 GB of JSONL
 
 The text is files of Python's standard library, cut at random places; a BPE tokenizer of 32000 tokens is trained on
 some of them. `alone` is encode_batch_fast of the texts, 16 MB at once, which uses every core. `build` is what
-train.py does before its first step, without the import of transformers. Each is a process of its own. Memory is the
-peak of proportional set sizes over all its processes: pages that several share count once.
+train.py does before its first step, without the import of transformers. Each runs in its own process. Memory is the
+peak of the proportional set sizes (PSS) of all its processes: pages that several share count once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training steps at length on one GPU: ringflash under any settings, and transformers with sdpa beside it.
+"""Long training steps on one GPU: ringflash with any settings, and its peers in the same run.
 
     python benchmarks/training.py --tokens 256 --vocabulary 384 model=tiny-llama        # anywhere, in seconds
     python benchmarks/training.py                                                       # 131072 tokens, 3 minutes
@@ -9,17 +9,18 @@
 
 Settings after the options are those of train.py, for every variant; experiment=qwen3-0.5b-128k is underneath. A
 variant is NAME:SETTINGS, or a peer: transformers, transformers-flash or deepspeed (benchmarks/training_peers.py).
-Peers take no packed documents.
+Peers support neither packed documents nor several GPUs.
 
-Under torchrun the ranks share each sequence: tokens/s are of all together, MFU and memory of one. Peers take one GPU.
-A thread plans the next batches during a step, as in the trainer.
+Under torchrun, the ranks share each sequence: tokens/s are those of all ranks, MFU and memory those of one. A thread
+plans the next batches during a step, as in the trainer.
 
-Every variant starts from the same weights and sees the same tokens. Its first step, which compiles, has --warm tokens.
-Packed batches have the lengths of files of Python's standard library. MFU counts visible (query, key) pairs, and not
-recomputation. Rows are written as they come: a run with the same --out continues where the last one stopped. A picture
-of all rows is drawn beside them. waits: seconds of a step in which exchanges between ranks were not hidden;
-attention: seconds of a step's attention as the trainer predicts them to choose a layout. The exit code is 1 where a
-variant failed.
+Every variant starts from the same weights and trains on the same tokens. Its first step, which compiles, has --warm
+tokens. Packed batches have the lengths of files of Python's standard library. MFU counts visible (query, key) pairs,
+and not recomputation. Each row is written as soon as it is measured: a run with the same --out continues where the last
+one stopped. A picture of all rows is drawn next to the JSON. The exit code is 1 if a variant failed.
+
+waits: seconds per step of exchanges between ranks that no computation hid. attention: seconds of a step's attention, as
+the trainer predicts them to choose a layout.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ HEADER = (
 class Row:
     """One variant's steps on one kind of batch: seconds per step (the median), and the peak of memory.
 
-    exposed_seconds, attention_seconds: a step's waits and its attention as predicted, as `Variant` has them.
+    exposed_seconds, attention_seconds: a step's waits and its predicted attention, as in `Variant`.
     """
 
     variant: str
@@ -97,11 +98,11 @@ class Row:
 
 
 class Variant(NamedTuple):
-    """A model, what a thread makes of a batch before its step, and the step. It reads the loss back, hence is over.
+    """A model, the preparation of a batch in a thread, and the step, which reads the loss and is then complete.
 
-    free: called once it is measured, lets its memory go; what is still there would be counted for the next variant.
-    waits: seconds of exchanges, since the last call, that no computation hid, of the rank with most. predicted: seconds
-    of a step's attention, as layouts are chosen by; None where the device's speed is not known.
+    free: frees the variant's memory after measuring, which would otherwise be counted for the next variant. waits:
+    seconds of exchanges, since the last call, that no computation hid, on the rank with most. predicted: seconds of a
+    step's attention, as predicted for the choice of layouts; None if the device's speed is not known.
     """
 
     model: PreTrainedModel
@@ -186,7 +187,7 @@ def measure(
 ) -> None:
     """Rows of one variant, one per mask, each passed to `keep`.
 
-    Raises RuntimeError where the variants before it left GPU memory allocated, which its peak would include.
+    Raises RuntimeError if earlier variants left GPU memory allocated, which its peak would include.
     """
     left = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0
     if left > LEFT:
@@ -292,7 +293,7 @@ def composed(parser: argparse.ArgumentParser, settings: Sequence[str], tokens: i
 
 
 def main() -> int:
-    """Measure every variant that has no row yet, and print the table. The exit code: 1 where one failed."""
+    """Measure every variant that has no row yet, and print the table. Returns the exit code: 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072, help="tokens of a sequence")
     parser.add_argument("--masks", nargs="+", default=["causal", "packed"], choices=["causal", "packed"])

@@ -1,6 +1,6 @@
-"""What a training step is compared with: transformers' own layers, and DeepSpeed's pieces for long contexts on them.
+"""The peers of a training step: transformers' own layers, also with DeepSpeed's features for long contexts.
 
-All keep weights and AdamW's states in bf16, checkpoint every layer, and take one causal document per sequence.
+All keep weights and AdamW's states in bf16, checkpoint every layer, and train on one causal document per sequence.
 
 - transformers: sdpa as torch chooses it, cuDNN first; Liger's fused loss.
 - transformers-flash: the same with torch's FlashAttention 2 forced.

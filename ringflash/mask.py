@@ -289,10 +289,11 @@ class IntervalMask:
 
 
 def rows_seen(masks: Sequence[IntervalMask], device: torch.device | str = "cpu") -> list[Tensor | None]:
-    """For each mask of the same queries, in the order in which a kernel is called: which queries are done after it.
+    """Counts that tell which queries each of several kernel calls sees, and which later ones see, one entry per mask.
 
-    int32 [2, B|1, Sq + 1]: how many of the queries before each one see anything under this mask, and how many do under
-    later ones. A tile's first and last row then say whether it is seen. None for a single mask, after which all are.
+    masks: those of the calls, in order, over the same queries. An entry is int32 [2, B|1, Sq + 1]: how many of the
+    queries before each one see anything under this mask, and how many do under later ones. The counts at a tile's first
+    and last row tell whether it is seen. For a single mask, the entry is None.
 
     >>> rows_seen([IntervalMask.causal(3), IntervalMask(torch.tensor([[0, 0, 0]]), torch.tensor([[0, 1, 2]]), 3)])[0]
     tensor([[[0, 1, 2, 3]],
