@@ -36,7 +36,7 @@ from ringflash.models.inputs import ring_inputs
 from ringflash.models.layers import LayerKind, calls_per_layer, input_widths, kinds_of_layers, layer_kinds, layer_masks
 from ringflash.models.mlp import tile_mlps, tiles_of, whole_mlps
 from ringflash.models.ring_mask import RingMask
-from ringflash.models.rope_length import pin_rope, rope_by_document
+from ringflash.models.rope_length import fix_rope_length, rope_per_document
 from ringflash.models.router_loss import router_loss
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "checkpoint_layers",
     "experts_of",
     "field_refusal",
+    "fix_rope_length",
     "fuse_layers",
     "host_store",
     "input_widths",
@@ -63,12 +64,11 @@ __all__ = [
     "layer_kinds",
     "layer_masks",
     "logit_scale",
-    "pin_rope",
     "prefill",
     "read_config",
     "ring_attention_forward",
     "ring_inputs",
-    "rope_by_document",
+    "rope_per_document",
     "router_loss",
     "step_graph",
     "tile_mlps",

@@ -14,7 +14,7 @@ from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
 from ringflash.models.lora import add_lora
-from ringflash.models.rope_length import can_go_by_document, pin_rope, rope_by_document
+from ringflash.models.rope_length import fix_rope_length, has_length_dependent_rope, rope_per_document
 
 # What makes a model of random weights, from (configuration, options), and that of a folder, from (path, and the same).
 Makers = tuple[Callable[..., PreTrainedModel], Callable[..., PreTrainedModel]]
@@ -32,11 +32,11 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
     model = random(hf_config, options) if config.path is None else pretrained(config.path, hf_config, options)
     if config.rope_length is not None:
         try:
-            pin_rope(model, config.rope_length)
+            fix_rope_length(model, config.rope_length)
         except ValueError as error:
             raise ConfigError(f"model.rope_length={config.rope_length}: {error}") from error
-    elif can_go_by_document(hf_config):
-        rope_by_document(model)
+    elif has_length_dependent_rope(hf_config):
+        rope_per_document(model)
     if config.lora.on:
         add_lora(model, config.lora)
     return model

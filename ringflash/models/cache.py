@@ -37,7 +37,7 @@ from ringflash.models.configuration import refusal
 from ringflash.models.families import has_chunks
 from ringflash.models.inputs import agree, checksum
 from ringflash.models.layers import calls_per_layer, layer_kinds
-from ringflash.models.rope_length import goes_by_document, length_refusal
+from ringflash.models.rope_length import is_length_aware, length_refusal
 from ringflash.ring.cache_plan import CHUNK, CachePlan, CacheState, rows_for
 from ringflash.ring.decode import Attention, DeviceStep, LayerCache, attention_on_device, cached_attention
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
@@ -66,7 +66,7 @@ class RingCache(Cache):
     model: a causal language model with attn_implementation="ring". ring: None for the model's device alone. chunk: the
     largest number of tokens, over all ranks, that attention and a forward of `prefill` take at once; 2 per rank or
     more. kernel: for long prompts, as in `ring_attention`; few new tokens use flash_decode, or plain torch with
-    kernel="blocked". rope_length: if RoPE depends on a document's length (`rope_by_document`), the length whose
+    kernel="blocked". rope_length: if RoPE depends on a document's length (`rope_per_document`), the length whose
     frequencies all keys get, capacity or more; None: capacity, which must then not exceed the model's original length.
     `nbytes` is the memory on this process per batch row. Raises ValueError or TypeError for what does not fit.
     """
@@ -89,8 +89,8 @@ class RingCache(Cache):
             raise ValueError(f"kernel={kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
         self.capacity, self.kernel = check_tokens("capacity", capacity, least=1), kernel
         self.chunk = check_tokens("chunk", chunk, least=2 * self.ring.size)
-        by_document = rope_length is not None and goes_by_document(model)
-        if reason := length_refusal(self.config, self.capacity, model, by_document):
+        per_document = rope_length is not None and is_length_aware(model)
+        if reason := length_refusal(self.config, self.capacity, model, per_document):
             raise ValueError(f"capacity={capacity}: config.{reason}")
         self.rope_length = self.capacity if rope_length is None else rope_length
         check_tokens("rope_length", self.rope_length, least=self.capacity)

@@ -269,7 +269,7 @@ def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) 
 
     Positions count within each document, but a document may fill its sequence.
     """
-    if config.rope_length is None and (reason := length_refusal(hf_config, length, by_document=True)) is not None:
+    if config.rope_length is None and (reason := length_refusal(hf_config, length, per_document=True)) is not None:
         raise ConfigError(f"data.sequence_length={length}: {reason}")
     known = supported_positions(hf_config)
     if known is None or length <= known or config.extrapolate_positions:

@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
 }
 
-BY_LENGTH = ("dynamic", "longrope")
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:

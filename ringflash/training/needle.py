@@ -60,7 +60,7 @@ class NeedleConfig(HaystackConfig):
             name = f"evaluation.needle.lengths={length}"
             if (
                 model.rope_length is None
-                and (reason := length_refusal(hf_config, length, by_document=True)) is not None
+                and (reason := length_refusal(hf_config, length, per_document=True)) is not None
             ):
                 raise ConfigError(f"{name}: {reason}")
             if not model.extrapolate_positions:

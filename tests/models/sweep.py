@@ -52,10 +52,10 @@ the document's length:
 
 - As long as sequences fit the model's original positions, the length does not matter.
 - Beyond that, the trainer gives each document the frequencies that it would have alone in transformers. In your own
-  loop, call `ringflash.models.rope_by_document(model)`. (transformers itself gives every document of a packed row the
+  loop, call `ringflash.models.rope_per_document(model)`. (transformers itself gives every document of a packed row the
   frequencies of the longest.)
-- `model.rope_length=N`, or `ringflash.models.pin_rope(model, N)`, gives all documents the frequencies of a document of
-  N tokens.
+- `model.rope_length=N`, or `ringflash.models.fix_rope_length(model, N)`, gives all documents the frequencies of a
+  document of N tokens.
 - Keys in a cache cannot change their frequencies, so a cache must know the document's final length
   (`RingCache(rope_length=N)`). Needle searches set it. `ringflash.generate` refuses answers that would change the
   frequencies of the document: with longrope those that cross the original length, and with dynamic RoPE all beyond it.

@@ -89,13 +89,13 @@ def test_generate_gives_eager_attentions_tokens(model_type):
 
 
 LONG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20, "sliding_window": None}
-BY_LENGTH = {
+LENGTH_DEPENDENT = {
     "longrope": ("phi3", LONG),
     "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}),
 }
 
 
-@pytest.mark.parametrize(("model_type", "fields"), BY_LENGTH.values(), ids=BY_LENGTH)
+@pytest.mark.parametrize(("model_type", "fields"), LENGTH_DEPENDENT.values(), ids=LENGTH_DEPENDENT)
 @pytest.mark.parametrize("read", [12, 30])
 def test_logits_have_the_rope_of_a_document_of_the_length_that_the_cache_is_told(model_type, fields, read):
     """Also those of its first 20 tokens, up to which the model's frequencies are others."""
@@ -258,11 +258,11 @@ def test_what_does_not_fit_a_cache_is_refused_by_name():
         RingCache(model, 40, ring=2)
     with pytest.raises(ValueError, match=r"input_ids must be int64 \[B, N\], got \[41\]"):
         prefill(model, TOKENS[0], RingCache(model, 50))
-    with pytest.raises(ValueError, match=r"capacity=40: config.rope_parameters.rope_type=longrope turns by a"):
+    with pytest.raises(ValueError, match=r"capacity=40: config.rope_parameters.rope_type=longrope depends on a"):
         RingCache(tiny("phi3", **LONG), 40)
     with pytest.raises(ValueError, match="rope_length must be 40 or more"):
         RingCache(tiny("phi3", **LONG), 40, rope_length=30)
-    with pytest.raises(ValueError, match=r"capacity=40: .* or call ringflash\.models\.rope_by_document\(model\), and"):
+    with pytest.raises(ValueError, match=r"capacity=40: .* or call ringflash\.models\.rope_per_document\(model\), and"):
         RingCache(plain_of(tiny("phi3", **LONG), "ring"), 40, rope_length=40)
     with pytest.raises(ValueError, match=r"config.num_kv_shared_layers=2 is not supported by a RingCache"):
         RingCache(tiny("gemma4_text"), 40)

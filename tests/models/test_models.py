@@ -163,7 +163,7 @@ WRONG_ON_SHARDS = {
     "positions of the longest": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 19},
-        r"^config\.rope_parameters\.rope_type=dynamic turns by a document's length where .* more than 19, .* 20 tokens",
+        r"^config\.rope_parameters\.rope_type=dynamic depends on a document's length beyond 19 tokens, .* 20 tokens",
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""RoPE that goes by length gives each document what transformers gives it alone, or what it is pinned to."""
+"""Length-dependent RoPE gives each document the frequencies that it has alone, or those of a fixed length."""
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ from ringflash.models import (
     build_model,
     check_length,
     checkpoint_layers,
-    pin_rope,
+    fix_rope_length,
     read_config,
     ring_inputs,
-    rope_by_document,
+    rope_per_document,
 )
 from tests.models.cases import (
     DYNAMIC,
@@ -32,7 +32,7 @@ TOKENS = torch.randint(1, 97, (1, 48), generator=torch.Generator().manual_seed(0
 
 LONG = {"rope_parameters": LONGROPE, "max_position_embeddings": 80}
 SHORT = {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}
-BY_LENGTH = {
+LENGTH_DEPENDENT = {
     "longrope": (LONG, [48], 21),
     "longrope, documents of the long side": (LONG, [25, 23], 48),
     "longrope, of the short side": (LONG, [20, 18, 10], 20),
@@ -41,7 +41,7 @@ BY_LENGTH = {
 }
 
 
-def document_by_document(model, tokens, documents):
+def each_document(model, tokens, documents):
     """Loss and gradients of transformers' own model, which gets each document alone, in a module that saw no other."""
     losses, count = [], 0
     plain = plain_of(model)
@@ -63,11 +63,11 @@ def assert_equal(found, expected):
         assert error < 2e-5, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize(("fields", "documents", "tokens"), BY_LENGTH.values(), ids=BY_LENGTH)
-def test_a_pinned_rope_is_the_one_that_transformers_gives_each_document(fields, documents, tokens):
+@pytest.mark.parametrize(("fields", "documents", "tokens"), LENGTH_DEPENDENT.values(), ids=LENGTH_DEPENDENT)
+def test_rope_of_a_fixed_length_is_the_one_that_transformers_gives_each_document(fields, documents, tokens):
     model = with_weights(tiny("llama", **fields))
-    expected = document_by_document(model, TOKENS, [documents])
-    pin_rope(model, tokens)
+    expected = each_document(model, TOKENS, [documents])
+    fix_rope_length(model, tokens)
     checkpoint_layers(model.train())  # layers that run again in the backward, outside of the model's call
     inputs = ring_inputs(TOKENS, TOKENS, ring=Loopback(3), documents=documents)
     assert_equal(loss_and_gradients(model, inputs), expected)
@@ -85,10 +85,10 @@ def test_each_document_has_the_rope_that_transformers_gives_it_alone(model_type,
     """Documents on both sides of the original length of 20, in one row and in another."""
     model = with_weights(tiny(model_type, **fields))
     tokens, documents = torch.cat([TOKENS, TOKENS.flip(1)]), [[21, 20, 7], [48]]
-    expected = document_by_document(model, tokens, documents)
+    expected = each_document(model, tokens, documents)
     inputs = ring_inputs(tokens, tokens, ring=Loopback(3), documents=documents)
     assert_equal(loss_and_gradients(model, inputs), expected)
-    pin_rope(model, 48)
+    fix_rope_length(model, 48)
     with pytest.raises(AssertionError):  # one set of frequencies for all is not enough
         assert_equal(loss_and_gradients(model, inputs), expected)
 
@@ -102,7 +102,7 @@ def test_without_a_plan_the_rope_is_transformers_own(fields):
         assert torch.equal(model(TOKENS[:, :n]).logits, plain(TOKENS[:, :n]).logits)
 
 
-def test_a_rotary_module_in_a_layer_that_runs_again_is_refused_unless_it_is_pinned():
+def test_a_rotary_module_in_a_recomputed_layer_is_refused_unless_its_length_is_fixed():
     """As a family that is vouched for might have it: in the backward the plan is gone."""
     model, inputs = tiny("llama", **SHORT), ring_inputs(TOKENS, ring=Loopback(1))
     rotary, x = model.model.rotary_emb, torch.ones(1, 48, 8, requires_grad=True)
@@ -114,29 +114,29 @@ def test_a_rotary_module_in_a_layer_that_runs_again_is_refused_unless_it_is_pinn
         turned.sum().backward()
 
     with pytest.raises(
-        RuntimeError, match=r"a layer that runs again in the backward: pin it by ringflash\.models\.pin"
+        RuntimeError, match=r"a layer that runs again in the backward: call ringflash\.models\.fix_rope"
     ):
         backward()
-    pin_rope(model, 48)
+    fix_rope_length(model, 48)
     backward()
 
 
-def test_rope_that_goes_by_length_is_refused_where_it_is_neither_pinned_nor_by_document():
+def test_length_dependent_rope_is_refused_if_its_length_is_neither_fixed_nor_per_document():
     config = tiny("llama", **SHORT).config
     inputs = ring_inputs(TOKENS, TOKENS, ring=Loopback(3))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="ring")
-    with pytest.raises(ValueError, match=r"more than 20, .* pin it .* or call ringflash\.models\.rope_by_document"):
+    with pytest.raises(ValueError, match=r"beyond 20 tokens, .* use the frequencies .* ringflash\.models\.rope_per_"):
         model(**inputs)
-    rope_by_document(model)
+    rope_per_document(model)
     model(**inputs)
-    with pytest.raises(ValueError, match=r"more than 20, .* or call ringflash\.models\.rope_by_document"):
+    with pytest.raises(ValueError, match=r"beyond 20 tokens, .* or call ringflash\.models\.rope_per_document"):
         model.model.forward(**inputs | {"labels": None, "shift_labels": None})  # which runs no hook
-    pin_rope(model, 48)
+    fix_rope_length(model, 48)
     model(**inputs)
-    with pytest.raises(ValueError, match=r"^the model's RoPE is llama3: dynamic and longrope go by length"):
-        rope_by_document(tiny("llama"))
-    with pytest.raises(ValueError, match=r"^a model that scales by position too can be pinned beyond 20 tokens alone"):
-        pin_rope(tiny("phimoe", rope_parameters=PHIMOE_ROPE), 20)
+    with pytest.raises(ValueError, match=r"^the model's RoPE is llama3; only dynamic and longrope depend on the"):
+        rope_per_document(tiny("llama"))
+    with pytest.raises(ValueError, match=r"^a model that also scales by position needs more than 20 tokens, got 20"):
+        fix_rope_length(tiny("phimoe", rope_parameters=PHIMOE_ROPE), 20)
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
@@ -148,20 +148,20 @@ def test_sequences_within_the_original_positions_are_exact_in_a_model_as_transfo
     assert_equal(loss_and_gradients(plain, ring_inputs(tokens, tokens, ring=Loopback(3))), expected)
 
 
-def test_the_trainer_pins_by_a_setting_and_names_it_where_it_cannot():
-    pinned = ModelConfig(architecture=architecture("llama", **SHORT), rope_length=32, dtype="fp32")
-    by_pin_rope = tiny("llama", **SHORT)
-    pin_rope(by_pin_rope, 32)
+def test_a_setting_of_the_trainer_fixes_the_length_and_its_errors_name_it():
+    fixed = ModelConfig(architecture=architecture("llama", **SHORT), rope_length=32, dtype="fp32")
+    by_function = tiny("llama", **SHORT)
+    fix_rope_length(by_function, 32)
     inputs = ring_inputs(TOKENS, ring=Loopback(2))
     torch.manual_seed(0)
-    assert torch.equal(build_model(pinned)(**inputs).logits, by_pin_rope(**inputs).logits)
-    with pytest.raises(ConfigError, match=r"^model\.rope_length=48: the model's RoPE is llama3: dynamic and"):
+    assert torch.equal(build_model(fixed)(**inputs).logits, by_function(**inputs).logits)
+    with pytest.raises(ConfigError, match=r"^model\.rope_length=48: the model's RoPE is llama3; only dynamic and"):
         build_model(ModelConfig(architecture=architecture("llama"), rope_length=48))
     with pytest.raises(ConfigError, match=r"^model\.rope_length=0 must be 1 or more, or null"):
         ModelConfig(architecture=architecture("llama"), rope_length=0)
 
 
-def test_layers_that_differ_in_a_rope_that_goes_by_length_are_refused_beyond_it():
+def test_layers_that_differ_in_a_length_dependent_rope_are_refused_beyond_it():
     rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": DYNAMIC}
     fields = {"rope_parameters": rope, "max_position_embeddings": 20}
     model = ModelConfig(architecture=architecture("gemma3_text", **fields), extrapolate_positions=True)

@@ -122,6 +122,6 @@ def test_lengths_beyond_the_original_positions_are_searched_where_all_layers_hav
     by_layer = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": DYNAMIC}
     model = ModelConfig(architecture=architecture("gemma3_text", **fields | {"rope_parameters": by_layer}))
     with pytest.raises(
-        ConfigError, match=r"^evaluation\.needle\.lengths=48: .*rope_type=dynamic turns by a document's"
+        ConfigError, match=r"^evaluation\.needle\.lengths=48: .*rope_type=dynamic depends on a document's"
     ):
         TrainingConfig(every=3, lengths=(48,)).check(20, model, read_config(model))
