@@ -67,15 +67,24 @@ class Estimate:
 
 
 def estimate(
-    config: PreTrainedConfig, parameters: int, memory: MemoryConfig, *, bf16: bool, tokens: int, ranks: int, ring: int
+    config: PreTrainedConfig,
+    parameters: int,
+    memory: MemoryConfig,
+    *,
+    bf16: bool,
+    tokens: int,
+    ranks: int,
+    ring: int,
+    frozen: int = 0,
 ) -> Estimate:
-    """What one of `ranks` ranks takes. tokens: of a micro-batch, on this rank; ring: ranks of a ring."""
+    """What one of `ranks` ranks takes. parameters: that are trained; frozen: that are not, beside adapters; tokens: of
+    a micro-batch, on this rank; ring: ranks of a ring."""
     width, each = 2 if bf16 else 4, per_parameter(memory, bf16, ranks)
-    buffers = 0
+    buffers = frozen * width / (ranks if memory.zero == 3 else 1)
     if memory.zero == 3:
-        buffers = 4 * REDUCE_BUCKET + min(parameters, LIVE) * width * (ranks > 1)
+        buffers += 4 * REDUCE_BUCKET + min(parameters + frozen, LIVE) * width * (ranks > 1)
     elif ranks > 1:
-        buffers = 4 * min(parameters, REDUCE_BUCKET)
+        buffers += 4 * min(parameters, REDUCE_BUCKET)
     kept = work = None
     on_host = sum(kept_sizes(config, memory.keep, tokens, width, "host")) if memory.recompute else 0
     if memory.recompute and experts_of(config)[0] == 1:

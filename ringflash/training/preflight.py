@@ -63,10 +63,8 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ulysses=1))
         notes = ["parallel   parallel.ulysses=null takes the speed of the GPUs into account; here it is taken for 1"]
     config, reason = _on_ranks(config, model_config, ranks)
-    lines = [_grid(config, ranks), _step(config, ranks)]
-    if not config.model.lora.on:  # whose states are few
-        parameters = sum(p.numel() for p in _without_memory(config.model, model_config).parameters())
-        lines.append(f"estimate   {_estimate(config, model_config, parameters, ranks)}")
+    found = _estimate(config, model_config, _without_memory(config.model, model_config), ranks)
+    lines = [_grid(config, ranks), _step(config, ranks), f"estimate   {found}"]
     return [*lines, *notes, *filter(None, [reason])]
 
 
@@ -164,7 +162,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
     kernels = " and ".join(attention_kernels(config.model, config.attention, model_config, device))
-    found = None if config.model.lora.on else _estimate(config, model_config, parameters, ranks)
+    found = _estimate(config, model_config, model, ranks)
     kinds = {"fp32": "", "bf16": ", bf16 optimizer states", "host": ", fp32 optimizer states on the host"}
     states = kinds[memory.optimizer_states]
     return [
@@ -175,8 +173,8 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
         _step(config, ranks),
         f"memory     ZeRO {memory.zero}{states}, {_kept(memory)}{_mlp_tiles(memory, model)}, loss tiles of "
         f"{min(tile, config.data.sequence_length):,} tokens",
-        *([f"estimate   {found}"] if found is not None and device.type == "cuda" else []),
-        *(_disk(config, found.checkpoint) if found is not None else []),
+        *([f"estimate   {found}"] if device.type == "cuda" else []),
+        *_disk(config, found.checkpoint),
     ]
 
 
@@ -197,12 +195,14 @@ def _step(config: Config, ranks: int) -> str:
     )
 
 
-def _estimate(config: Config, model_config: PreTrainedConfig, parameters: int, ranks: int) -> Estimate:
+def _estimate(config: Config, model_config: PreTrainedConfig, model: PreTrainedModel, ranks: int) -> Estimate:
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ring, ulysses = config.parallel.ring_size(ranks), config.parallel.ulysses or 1
     shard = Layout.zigzag(config.data.sequence_length, ring, ulysses).shard_length // ulysses
     return estimate(
-        model_config, parameters, config.memory, bf16=DTYPES[config.model.dtype] == torch.bfloat16,
-        tokens=config.optim.micro_batch * shard, ranks=ranks, ring=ring,
+        model_config, trained, config.memory, bf16=DTYPES[config.model.dtype] == torch.bfloat16,
+        tokens=config.optim.micro_batch * shard, ranks=ranks, ring=ring, frozen=parameters - trained,
     )  # fmt: skip
 
 

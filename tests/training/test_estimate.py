@@ -37,6 +37,17 @@ def test_the_estimate_is_within_12_percent_of_what_a_gpu_took(settings, tokens, 
     assert found.gpu / GIB == pytest.approx(peak, rel=0.12)
 
 
+@pytest.mark.parametrize(("zero", "ranks", "width"), [(1, 1, 2), (2, 8, 2), (3, 8, 2 / 8)])
+def test_a_frozen_weight_takes_its_own_bytes_alone(zero, ranks, width):
+    config, memory = read_config(compose([])[0].model), MemoryConfig(zero=zero)
+
+    def found(**options):
+        return estimate(config, 10**9, memory, bf16=True, tokens=1, ranks=ranks, ring=1, **options)
+
+    assert found(frozen=10**9).gpu - found().gpu == pytest.approx(width * 10**9)
+    assert found(frozen=10**9).checkpoint == found().checkpoint
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_checkpoint_takes_what_is_estimated(ranks, tmp_path, zero):
