@@ -201,7 +201,7 @@ class IntervalMask:
         """
         size = min(check_tokens("size", size, least=1), max(self.queries, 1))
         i = torch.arange(self.queries)
-        begins = torch.where(self.divides(), i, 0).cummax(1).values
+        begins = torch.where(self.document_starts(), i, 0).cummax(1).values
         chunk = begins + (i - begins) // size * size
         return self & IntervalMask(chunk, torch.full_like(chunk, self.keys), self.keys)
 
@@ -234,8 +234,8 @@ class IntervalMask:
     def batch(self) -> int:
         return self.lo.shape[0]
 
-    def divides(self) -> Tensor:
-        """Where a document begins: no pair crosses the place before the token. bool [B|1, S]; the mask is square."""
+    def document_starts(self) -> Tensor:
+        """Whether a document starts at each token, so no pair crosses it: bool [B|1, S]. The mask must be square."""
         i = torch.arange(self.queries)
         before = torch.nn.functional.pad(self.hi[:, :-1], (1, 0))
         return (self.lo >= i) & (before <= i)

@@ -213,9 +213,9 @@ def test_document_lengths_that_are_no_integers_are_refused(counts):
 def test_no_pair_lies_across_the_beginning_of_a_document(data, length):
     mask, _ = data.draw(masks(length))
     dense = mask.dense()
-    for row, divides in enumerate(mask.divides().tolist()):
-        for place, begins in enumerate(divides):
+    for row, starts in enumerate(mask.document_starts().tolist()):
+        for place, begins in enumerate(starts):
             across = dense[row, place:, :place].any() or dense[row, :place, place:].any()
             assert not (begins and across)
     documents = IntervalMask.causal(length) & IntervalMask.documents([1] * (length // 2) + [length - length // 2])
-    assert documents.divides()[0].nonzero().flatten().tolist() == [*range(length // 2 + 1)]
+    assert documents.document_starts()[0].nonzero().flatten().tolist() == [*range(length // 2 + 1)]

@@ -267,7 +267,7 @@ class AttentionPlan:
         A document begins at a token if no pair of the masks crosses it. int64 [2, local ranks * batch, n], on the
         ring's device.
         """
-        begins = torch.where(self._divides(), torch.arange(self.layout.length), 0).cummax(1).values
+        begins = torch.where(self._document_starts(), torch.arange(self.layout.length), 0).cummax(1).values
         in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_holders])
         in_sequence = in_sequence.repeat_interleave(self.batch, dim=0)
         in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_holders])
@@ -281,14 +281,15 @@ class AttentionPlan:
     @functools.cached_property
     def _document_lengths(self) -> Tensor:
         with torch.device("cpu"):  # as in window
-            document = self._divides().cumsum(1)
+            document = self._document_starts().cumsum(1)
             counts = torch.zeros(self.batch, self.layout.length + 1, dtype=torch.int64)
             lengths = counts.scatter_add_(1, document, torch.ones_like(document)).gather(1, document)
             return torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_holders])
 
-    def _divides(self) -> Tensor:
+    def _document_starts(self) -> Tensor:
         """Where documents begin, bool [batch, length]."""
-        return functools.reduce(torch.logical_and, (mask.divides().expand(self.batch, -1) for mask in self.masks))
+        starts = (mask.document_starts().expand(self.batch, -1) for mask in self.masks)
+        return functools.reduce(torch.logical_and, starts)
 
     def __repr__(self) -> str:
         return f"AttentionPlan({self.mask!r}, {self.layout!r}, ring of {self.ring.size})"
