@@ -42,8 +42,8 @@ def joined(weight: Tensor, low: Tensor) -> Tensor:
     return ((weight.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
 
 
-def rounded_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 as bf16, up or down with the probability that makes it right on average."""
+def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 rounded to bf16, up or down with probabilities that make it right on average."""
     noise = torch.randint(0, 2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     return ((x.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
 
@@ -111,5 +111,5 @@ def _plain_step(
     high, rest = split(master)
     weight.copy_(high)
     low.view(torch.int16).copy_(rest)
-    mean.copy_(rounded_at_random(m, generator))
-    square.copy_(rounded_at_random(v, generator))
+    mean.copy_(stochastic_round(m, generator))
+    square.copy_(stochastic_round(v, generator))

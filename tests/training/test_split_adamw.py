@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ringflash.training.split_adamw import SplitAdamW, joined, rounded_at_random, split
+from ringflash.training.split_adamw import SplitAdamW, joined, split, stochastic_round
 
 TIES = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000, 0x00008000, 0x7F7F7FFF, 0], dtype=torch.int32)
 
@@ -21,7 +21,7 @@ def test_the_weight_is_the_master_rounded_to_nearest():
 
 def test_rounding_at_random_is_right_on_average():
     x, generator = torch.full((100_000,), 1.003), torch.Generator().manual_seed(0)
-    found = rounded_at_random(x, generator).float()
+    found = stochastic_round(x, generator).float()
     assert set(found.tolist()) == {1.0, 1.0078125}
     assert abs(float(found.mean()) - 1.003) < 1e-4
 
