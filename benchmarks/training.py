@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import training_peers
 from benchmarks.report import RESULTS, card, write_json
-from ringflash.data import Batch, made_ahead
+from ringflash.data import Batch, prefetch
 from ringflash.errors import ConfigError, in_one_line
 from ringflash.layout import Layout
 from ringflash.models import build_model, layer_masks
@@ -219,7 +219,7 @@ def _rows(
         seconds, losses = [], []
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        planned = made_ahead(plan, batches)
+        planned = prefetch(plan, batches)
         ready = next(planned)  # which a thread plans during the step before, if there is one
         predictions: list[float | None] = []
         variant.waits()

@@ -6,7 +6,7 @@ text, JSON, CSV, parquet  --documents.py-->  tokens.npy, labels.npy  --corpus.py
 a rank's inputs  <--training/step.py--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
 """
 
-from ringflash.data.batches import Batch, batch, made_ahead, stream
+from ringflash.data.batches import Batch, batch, prefetch, stream
 from ringflash.data.config import DataConfig
 from ringflash.data.corpus import Corpus, Evaluated, TokenCorpus, load_corpus
 from ringflash.data.documents import python_stdlib, tokenised
@@ -29,8 +29,8 @@ __all__ = [
     "load_corpora",
     "load_corpus",
     "load_tokenizer",
-    "made_ahead",
     "pack",
+    "prefetch",
     "python_stdlib",
     "stream",
     "tokenised",

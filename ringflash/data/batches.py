@@ -20,7 +20,7 @@ from torch import Tensor
 from ringflash.data.corpus import Corpus
 from ringflash.mask import IntervalMask
 
-AHEAD = 2  # batches made before they are asked for
+PREFETCHED = 2  # batches made in advance
 T = TypeVar("T")
 Made = TypeVar("Made")
 
@@ -69,7 +69,7 @@ def stream(
     start_step: int = 0,
     prepare: Callable[[Batch], Any] = lambda batch: batch,
 ) -> Generator[tuple[Any, dict[str, int]]]:
-    """Endless (prepare(batch), state) from `start_step` on, made ahead in a thread.
+    """Endless (prepare(batch), state) from `start_step` on, prefetched by a thread.
 
     state = {"seed", "step"} is JSON and names the step *after* its batch:
     `stream(..., seed=state["seed"], start_step=state["step"])` continues as if there had been no interruption.
@@ -78,13 +78,13 @@ def stream(
     def make(step: int) -> Any:
         return prepare(batch(corpus, seed=seed, step=step, batch_size=batch_size, length=length, rows=rows))
 
-    with contextlib.closing(made_ahead(make, count(start_step))) as made:
+    with contextlib.closing(prefetch(make, count(start_step))) as made:
         for step, ready in enumerate(made, start_step + 1):
             yield ready, {"seed": seed, "step": step}
 
 
-def made_ahead(make: Callable[[T], Made], inputs: Iterable[T]) -> Generator[Made]:
-    """make(x) of each input, in order; a thread makes the next AHEAD meanwhile.
+def prefetch(make: Callable[[T], Made], inputs: Iterable[T]) -> Generator[Made]:
+    """make(x) of each input, in order. A thread makes the next PREFETCHED ones in advance.
 
     An error in the thread is raised here. Closing the iterator (or dropping it) ends the thread.
     """
@@ -93,7 +93,7 @@ def made_ahead(make: Callable[[T], Made], inputs: Iterable[T]) -> Generator[Made
         ahead: deque[Future[Made]] = deque()
         for x in inputs:
             ahead.append(worker.submit(make, x))
-            if len(ahead) > AHEAD:
+            if len(ahead) > PREFETCHED:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
