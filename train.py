@@ -61,7 +61,7 @@ def main() -> None:
             for line in plan + disagreements(config, *inputs):
                 print(line, file=sys.stderr)
             return
-        stop.listen()
+        stop.install_handler()
         fit(config, resolved)
 
 

@@ -97,7 +97,7 @@ def fit(config: Config, resolved: str) -> None:
             if run.metrics is not None:
                 run.metrics.log(step, record)
                 run.metrics.show(step, record)
-            stopping = stop.asked(world) and step < config.optim.total_steps
+            stopping = stop.requested(world) and step < config.optim.total_steps
             if divergence.finite(step, record) and (stopping or _due(step, config.checkpoint.every)):
                 run.save(step)
                 if stopping:

@@ -1,7 +1,7 @@
-"""Stop: a run that is asked to end finishes its step, writes a checkpoint, and ends without an error.
+"""Graceful stop: after SIGUSR1, a run finishes its step, writes a checkpoint, and ends without an error.
 
-SIGUSR1 to any of its ranks asks for it. A scheduler announces the end of a job by a signal, and launch/torchrun.sh
-passes it on. A rank may be asked during one step and another during the next, so all agree after each step.
+The signal may go to any of its ranks. A scheduler announces the end of a job by a signal, and launch/torchrun.sh passes
+it on. One rank may get it during one step and another during the next, so all ranks agree after each step.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ringflash.training.world import World
 
 SIGNAL = signal.SIGUSR1
 
-_asked = threading.Event()
+_requested = threading.Event()
 
 
-def listen() -> None:
-    """Let SIGUSR1 ask for the stop instead of ending this process; the main thread calls it."""
-    signal.signal(SIGNAL, lambda number, frame: _asked.set())
+def install_handler() -> None:
+    """Make SIGUSR1 request a stop instead of ending this process. The main thread calls this."""
+    signal.signal(SIGNAL, lambda number, frame: _requested.set())
 
 
-def asked(world: World) -> bool:
-    """Whether any rank was asked to stop; all ranks call it after a step, and get the same answer."""
-    return bool(world.max(torch.tensor(float(_asked.is_set()), device=world.device)).item())
+def requested(world: World) -> bool:
+    """Whether any rank has got the signal. All ranks call this after a step, with the same result."""
+    return bool(world.max(torch.tensor(float(_requested.is_set()), device=world.device)).item())

@@ -11,7 +11,7 @@ from ringflash.training.metrics import read
 from tests.training.runs import fitted, settings
 
 
-def asked_in_step_2(overrides):
+def signalled_in_step_2(overrides):
     """A run whose rank 1 gets SIGUSR1 in its second step."""
     calls = 0
 
@@ -23,20 +23,20 @@ def asked_in_step_2(overrides):
         return train_step(*args)
 
     train_step = loop.train_step
-    stop.listen()
+    stop.install_handler()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", step)
         try:
             return fitted(overrides)
         finally:
-            stop._asked.clear()
+            stop._requested.clear()
             faulthandler.register(signal.SIGUSR1)  # as the pool does
 
 
 @pytest.mark.ranks
 def test_a_rank_that_is_asked_to_stop_ends_the_run_with_a_checkpoint(ranks, text):
     arguments, folder = settings(text, "name=stopped", "data.held_out=0"), text.parent / "runs" / "stopped"
-    (error, stdout), other = ranks.run(asked_in_step_2, 2, arguments)
+    (error, stdout), other = ranks.run(signalled_in_step_2, 2, arguments)
     assert (error, other) == (None, (None, ""))
     assert stdout.splitlines()[-1] == "stopped by SIGUSR1 after step 2 of 6; resume=auto continues there"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
