@@ -21,7 +21,7 @@ from ringflash.command import ReadConfig, command, load_encoder, load_model, mak
 from ringflash.errors import ConfigError
 from ringflash.haystack import Cell, HaystackConfig, heat_map, read_text, rows_of, search
 from ringflash.reading import check_positions
-from ringflash.training.files import write_figure, write_whole
+from ringflash.training.files import write_atomically, write_figure
 
 if TYPE_CHECKING:
     from ringflash.training.world import World
@@ -67,7 +67,7 @@ def run(config: NeedleConfig, world: World) -> list[Cell]:
 def _write(folder: Path, cells: list[Cell]) -> None:
     """needle.json and needle.png."""
     lines = ",\n".join(json.dumps(vars(cell)) for cell in cells)
-    write_whole(folder / "needle.json", f"[\n{lines}\n]\n")
+    write_atomically(folder / "needle.json", f"[\n{lines}\n]\n")
     write_figure(folder / "needle.png", heat_map(cells))
     found = sum(cell.found for cell in cells)
     print(f"found {found} of {len(cells)}; wrote {folder / 'needle.json'} and needle.png")

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from ringflash.errors import ConfigError
 from ringflash.models.lora import adapted
 from ringflash.training.divergence import check_weights
-from ringflash.training.files import digest, remove, write_whole, writing
+from ringflash.training.files import digest, remove, write_atomically, writing
 from ringflash.training.host_adamw import HostAdamW
 from ringflash.training.world import World
 
@@ -105,7 +105,7 @@ def save(
                 "settings": _bound(settings or {}),
                 "files": files,
             }
-            write_whole(aside / MANIFEST, json.dumps(manifest, indent=1))
+            write_atomically(aside / MANIFEST, json.dumps(manifest, indent=1))
             remove(path)
             os.rename(aside, path)
             for old in [other for other in _written(folder) if other != path][keep - 1 :]:

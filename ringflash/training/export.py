@@ -23,7 +23,7 @@ from ringflash.errors import ConfigError, DiskError, in_one_line
 from ringflash.models import ModelConfig
 from ringflash.models.lora import adapted, write_adapter
 from ringflash.training.divergence import check_weights
-from ringflash.training.files import put_in_place, remove, writing
+from ringflash.training.files import remove, replace_folder, writing
 from ringflash.training.sharded import write_weights
 from ringflash.training.world import World
 
@@ -56,7 +56,7 @@ def export(
             remove(aside)
             _write(model, aside, tokenizer, generation)
         if world.is_first:
-            put_in_place(aside, folder)
+            replace_folder(aside, folder)
     return folder
 
 
@@ -81,7 +81,7 @@ def export_adapter(
             remove(aside)
             write_adapter(model, weights, aside, os.path.abspath(config.path or ""), config.rope_parameters)
             tokenizer.save_pretrained(aside)
-            put_in_place(aside, folder)
+            replace_folder(aside, folder)
     return folder
 
 

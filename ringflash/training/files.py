@@ -1,4 +1,4 @@
-"""Files of a run are complete or absent, and are named where they cannot be written."""
+"""Files of a run: they are complete or absent, and errors name the file that cannot be written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from ringflash.errors import DiskError, in_one_line
 
 DISK_MESSAGES = ("inline_container", "PytorchStreamWriter", "PyTorchFileWriter", "os error", "I/O error")
-BLOCK = 1 << 20  # bytes at a weights file's beginning and end that its digest covers
+BLOCK = 1 << 20  # bytes at each end of a weights file that its digest covers
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it: at any time the old file or the new one is there."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file atomically: at any time, either the old file or the new one exists."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         with aside.open("w", encoding="utf-8") as file:
@@ -28,7 +28,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_figure(path: Path, figure: Any) -> None:
-    """Write matplotlib's figure as a PNG aside and rename it."""
+    """Write matplotlib's figure as a PNG, atomically."""
     aside = path.with_name(f".{path.name}")
     with writing(path):
         figure.savefig(aside, format="png", dpi=120)
@@ -37,7 +37,7 @@ def write_figure(path: Path, figure: Any) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise a DiskError that names `path` and the space left instead of what libraries raise on a disk error."""
+    """A context that turns disk errors of any library into a DiskError with `path` and the free space."""
     try:
         yield
     except Exception as error:
@@ -45,13 +45,13 @@ def writing(path: Path) -> Iterator[None]:
             raise
         folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
         free = shutil.disk_usage(folder).free / 2**30
-        # Where torch writes through a Python file, the system's error is the context of torch's.
+        # If torch writes through a Python file, the system's error is the context of torch's.
         known = error.__context__ if isinstance(error.__context__, OSError) else error
         raise DiskError(f"{path} was not written: {in_one_line(known)}; {free:.3g} GiB are free on its disk") from error
 
 
 def _of_disk(error: Exception) -> bool:
-    """Whether the disk is the cause: torch and safetensors raise errors of their own, without an error number."""
+    """Whether the disk is the cause. torch and safetensors raise their own errors, without an error number."""
     if isinstance(error, OSError):
         return not isinstance(error, (ConnectionError, TimeoutError))
     return any(part in str(error) for part in DISK_MESSAGES)
@@ -65,10 +65,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def put_in_place(aside: Path, folder: Path) -> None:
-    """Replace `folder` by `aside`, whose files other users may read as far as they may enter it.
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Replace `folder` by `aside`, and give its files the folder's permissions to read and write.
 
-    safetensors makes files for their owner alone, whatever the umask.
+    safetensors creates files that only their owner can read, whatever the umask.
     """
     mode = aside.stat().st_mode & 0o666
     for file in aside.iterdir():
@@ -84,7 +84,7 @@ def digest(path: Path) -> str:
 
 
 def model_digest(folder: Path, config: str = "config.json") -> str:
-    """A digest of a model folder's `config` and of its weight files' names, sizes, beginnings and ends."""
+    """A digest of a model folder's `config`, and of the names, sizes, first and last bytes of its weight files."""
     found = hashlib.sha256((folder / config).read_bytes())
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
         size = path.stat().st_size

@@ -29,7 +29,7 @@ from ringflash.training.divergence import Divergence
 from ringflash.training.engine import build_engine
 from ringflash.training.evaluation import Evaluation, HeldOut
 from ringflash.training.export import export, export_adapter, generation_file, rehearse
-from ringflash.training.files import model_digest, write_whole
+from ringflash.training.files import model_digest, write_atomically
 from ringflash.training.meter import Meter
 from ringflash.training.needle import Needles
 from ringflash.training.needle import record as needle_record
@@ -266,7 +266,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
     with world.without_timeout(f"opening {folder} and wandb's run"):
         if world.is_first:
             run_folder.check_start(folder, start, config.optim.total_steps)
-            write_whole(folder / "config.yaml", resolved)
+            write_atomically(folder / "config.yaml", resolved)
             metrics.check_plot(folder)
             print(f"fused      {', '.join(engine.fused) or 'nothing'}", flush=True)
             if world.ring.size > 1:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ringflash.errors import ConfigError
 from ringflash.training import positions
-from ringflash.training.files import write_figure, write_whole, writing
+from ringflash.training.files import write_atomically, write_figure, writing
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb-id"
@@ -61,7 +61,7 @@ class Metrics:
     def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], start: int, steps: int) -> None:
         self.path = folder / FILE
         kept = [line for line in read(self.path) if line["step"] <= start > 0]
-        write_whole(self.path, "".join(_json(line) for line in kept))
+        write_atomically(self.path, "".join(_json(line) for line in kept))
         self._file = self.path.open("a", buffering=1)
         self._wandb = None if config.mode == "disabled" else _wandb_run(config, folder, settings)
         self._events = _events(folder, start) if config.tensorboard else None
@@ -253,7 +253,7 @@ def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
 def _wandb_id(file: Path) -> str:
     """The id of the folder's wandb run, drawn when there is none. Raises ConfigError where the file holds no id."""
     if not os.path.lexists(file):
-        write_whole(file, secrets.token_hex(4))
+        write_atomically(file, secrets.token_hex(4))
     try:
         found = file.read_text(errors="replace").strip()
     except OSError as error:

@@ -32,7 +32,7 @@ from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.building import check_loaded
 from ringflash.models.lora import merged
-from ringflash.training.files import remove, write_whole
+from ringflash.training.files import remove, write_atomically
 from ringflash.training.flops import shape_of
 from ringflash.training.world import World
 
@@ -134,7 +134,7 @@ class _Writer:
             size = sum((self.folder / file).stat().st_size for file in files)
             where = {name: file for file, names in zip(files, self.written, strict=True) for name in names}
             index = {"metadata": {"total_size": size}, "weight_map": where}
-            write_whole(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_atomically(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _write(self) -> None:
         aside, file = self.folder / "aside", self.folder / f"{len(self.written)}.safetensors"

@@ -221,12 +221,12 @@ def test_records_after_the_checkpoint_are_dropped_and_others_stay(tmp_path):
 
 def test_a_file_that_cannot_be_written_keeps_its_contents(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
-    files.write_whole(path, "old")
+    files.write_atomically(path, "old")
     monkeypatch.setattr(files.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(
         DiskError, match=r"config\.yaml was not written: .*No space left on device; .* GiB are free on its"
     ):
-        files.write_whole(path, "new")
+        files.write_atomically(path, "new")
     assert path.read_text() == "old"
 
 

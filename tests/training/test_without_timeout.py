@@ -72,7 +72,7 @@ def limits_of_saving_exporting_and_resuming(folder):
         return work
 
     long = [
-        (checkpoint, "_digests"), (checkpoint, "write_whole"), (checkpoint, "_fault"),
+        (checkpoint, "_digests"), (checkpoint, "write_atomically"), (checkpoint, "_fault"),
         (engine, "save_checkpoint"), (engine, "load_checkpoint"), (model, "save_pretrained"),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
