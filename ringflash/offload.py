@@ -42,7 +42,7 @@ class PinnedPool:
         self.bytes = 0
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._registered: list[Tensor] = []
-        # Memory that is freed while registered could not be registered again when malloc returns it the next time.
+        # malloc may return freed memory again, which could not be registered again if it still were.
         weakref.finalize(self, _unregister, self._registered).atexit = False
 
     def reserve(self, sizes: list[int], progress: Callable[[int], None] = lambda done: None) -> None:
@@ -96,8 +96,8 @@ def _unregister(blocks: list[Tensor]) -> None:
         torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
 
 
-class Parked:
-    """A tensor in a store. `get` returns it, once."""
+class Offloaded:
+    """An offloaded tensor. `get` returns it, once."""
 
     def __init__(self, group: Group, x: Tensor) -> None:
         self.group = group
@@ -107,15 +107,15 @@ class Parked:
 
     def get(self) -> Tensor:
         """The tensor, on the device. Raises RuntimeError if it was changed in place, or returned before."""
-        self.group.arrive()
+        self.group.restore()
         if self.x is None:
-            raise RuntimeError("a second backward through a layer whose tensors were parked: each is given back once")
+            raise RuntimeError("a second backward through a layer whose tensors were offloaded: each is restored once")
         x = self.checked()
         self.x = None
         return x
 
     def checked(self) -> Tensor:
-        """The tensor while it is on the device. Raises RuntimeError if it was changed in place after `put`."""
+        """The tensor while it is on the device. Raises RuntimeError if it was changed in place after `offload`."""
         assert self.x is not None
         if self.x._version != self.version:
             raise RuntimeError(
@@ -130,34 +130,34 @@ class Parked:
 
 
 class Group:
-    """The tensors that one layer parks."""
+    """The tensors that one layer offloads."""
 
     def __init__(self, store: HostStore, before: Group | None) -> None:
         self.store, self.before = store, before
-        self._parked: list[weakref.ref[Parked]] = []  # a graph that is dropped frees what it had parked
+        self._tensors: list[weakref.ref[Offloaded]] = []  # weak, so that a dropped graph frees its tensors
         self.copied: torch.cuda.Event | None = None  # the last copy, out or in
 
-    def put(self, x: Tensor) -> Parked:
-        """Park a tensor; its copy to the host begins as soon as it is computed."""
-        parked = Parked(self, x.detach())
-        self._parked.append(weakref.ref(parked))
-        self.store.copy_out(parked)
-        return parked
+    def offload(self, x: Tensor) -> Offloaded:
+        """Offload a tensor. Its copy to the host starts as soon as it is computed."""
+        offloaded = Offloaded(self, x.detach())
+        self._tensors.append(weakref.ref(offloaded))
+        self.store.copy_out(offloaded)
+        return offloaded
 
-    def leave(self) -> None:
-        """Free the GPU memory of the tensors copied out; the compute stream waits for the copies."""
+    def free_gpu(self) -> None:
+        """Free the GPU memory of the copied tensors. The compute stream waits for the copies."""
         self.store.wait(self)
-        for parked in self.alive():
-            if parked.x is not None:
-                parked.checked()
-                parked.x = None
+        for offloaded in self.live():
+            if offloaded.x is not None:
+                offloaded.checked()
+                offloaded.x = None
 
-    def alive(self) -> list[Parked]:
-        """The parked tensors that a graph still needs."""
-        return [parked for reference in self._parked if (parked := reference()) is not None]
+    def live(self) -> list[Offloaded]:
+        """The offloaded tensors that a graph still needs."""
+        return [offloaded for reference in self._tensors if (offloaded := reference()) is not None]
 
-    def arrive(self) -> None:
-        """Wait until the group is on the device, and begin to copy the one before it."""
+    def restore(self) -> None:
+        """Copy the group back, unless that has started, start the group before it, and wait for this one."""
         self.store.fetch(self)
         if self.before is not None:
             self.store.fetch(self.before)
@@ -176,63 +176,63 @@ class HostStore:
         )
         self._stream: torch.cuda.Stream | None = None
         self._last: Group | None = None
-        self._leaving: list[Group] = []
+        self._copying_out: list[Group] = []
 
     def group(self, first: bool) -> Group:
         """A group for the layer that begins. first: whether it is the first layer of a forward."""
         if first:
-            self._last, self._leaving = None, []
-        while len(self._leaving) >= IN_FLIGHT:
-            self._leaving.pop(0).leave()
+            self._last, self._copying_out = None, []
+        while len(self._copying_out) >= IN_FLIGHT:
+            self._copying_out.pop(0).free_gpu()
         self._last = Group(self, self._last)
-        self._leaving.append(self._last)
+        self._copying_out.append(self._last)
         return self._last
 
-    def copy_out(self, parked: Parked) -> None:
-        """Copy a parked tensor to the host."""
-        assert parked.x is not None
-        if parked.x.is_cuda and self._stream is None:
-            self._stream = torch.cuda.Stream(parked.x.device)
-        size = parked.x.numel() * parked.x.element_size()
-        parked.block = self.pool.allocate(size)
-        with self._behind():
-            _view(parked).copy_(parked.x, non_blocking=True)
-            self._mark(parked.group)
+    def copy_out(self, offloaded: Offloaded) -> None:
+        """Copy an offloaded tensor to the host."""
+        assert offloaded.x is not None
+        if offloaded.x.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(offloaded.x.device)
+        size = offloaded.x.numel() * offloaded.x.element_size()
+        offloaded.block = self.pool.allocate(size)
+        with self._on_copy_stream():
+            _view(offloaded).copy_(offloaded.x, non_blocking=True)
+            self._record_copy(offloaded.group)
 
     def fetch(self, group: Group) -> None:
         """Begin to copy a group back, unless it is on the device."""
-        absent = [parked for parked in group.alive() if parked.block is not None]
-        for parked in absent:
-            if parked.x is None:
-                parked.x = torch.empty(parked.shape, dtype=parked.dtype, device=parked.device)
-                with self._behind():
-                    parked.x.copy_(_view(parked), non_blocking=True)
-                    self._mark(group)
-                parked.version = parked.x._version
-            self.pool.free(parked.block)  # type: ignore[arg-type]  # absent has those with a block
-            parked.block = None  # the copy stream writes into it next, after this copy
-        if group in self._leaving:
-            self._leaving.remove(group)
+        absent = [offloaded for offloaded in group.live() if offloaded.block is not None]
+        for offloaded in absent:
+            if offloaded.x is None:
+                offloaded.x = torch.empty(offloaded.shape, dtype=offloaded.dtype, device=offloaded.device)
+                with self._on_copy_stream():
+                    offloaded.x.copy_(_view(offloaded), non_blocking=True)
+                    self._record_copy(group)
+                offloaded.version = offloaded.x._version
+            self.pool.free(offloaded.block)  # type: ignore[arg-type]  # absent has those with a block
+            offloaded.block = None  # the copy stream writes into it next, after this copy
+        if group in self._copying_out:
+            self._copying_out.remove(group)
 
     def wait(self, group: Group) -> None:
         """Make the compute stream wait for a group's copies."""
         if self._stream is not None and group.copied is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(group.copied)
 
-    def _behind(self) -> AbstractContextManager[object]:
+    def _on_copy_stream(self) -> AbstractContextManager[object]:
         """A context on the copy stream, which waits for the work queued on the compute stream so far."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         return torch.cuda.stream(self._stream)
 
-    def _mark(self, group: Group) -> None:
+    def _record_copy(self, group: Group) -> None:
         if self._stream is not None:
             group.copied = self._stream.record_event()
 
 
-def _view(parked: Parked) -> Tensor:
-    """The beginning of a parked tensor's block, in its shape and dtype."""
-    assert parked.block is not None
-    size = parked.shape.numel() * parked.dtype.itemsize
-    return parked.block[:size].view(parked.dtype).view(parked.shape)
+def _view(offloaded: Offloaded) -> Tensor:
+    """The beginning of an offloaded tensor's block, in its shape and dtype."""
+    assert offloaded.block is not None
+    size = offloaded.shape.numel() * offloaded.dtype.itemsize
+    return offloaded.block[:size].view(offloaded.dtype).view(offloaded.shape)

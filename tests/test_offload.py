@@ -1,4 +1,4 @@
-"""What layers keep in host memory comes back bit for bit, in any order, and its blocks are used again.
+"""Tensors offloaded to host memory are restored bit for bit, in any order, and their blocks are reused.
 
 Without a GPU the copies are plain ones.
 """
@@ -14,23 +14,23 @@ from ringflash.errors import ConfigError
 from ringflash.offload import HostStore, PinnedPool
 
 
-def parked(store, layers=5, device="cpu"):
-    """A forward: three tensors per layer, of sizes that differ; (expected, parked) of each layer."""
+def offloaded(store, layers=5, device="cpu"):
+    """A forward: three tensors per layer, of sizes that differ; (expected, offloaded) of each layer."""
     found = []
     for layer in range(layers):
         group = store.group(first=layer == 0)
         tensors = [torch.randn(3, 4 + layer, device=device), torch.randn(7, device=device).bfloat16()]
         tensors.append(torch.randn((), device=device))
-        found.append([(x.clone(), group.put(x)) for x in tensors])
+        found.append([(x.clone(), group.offload(x)) for x in tensors])
         del tensors
     return found
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_what_was_parked_comes_back(device):
+def test_offloaded_tensors_come_back_bit_for_bit(device):
     store = HostStore()
     for _ in range(3):
-        for layer in reversed(parked(store, device=device)):
+        for layer in reversed(offloaded(store, device=device)):
             for expected, kept in layer:
                 assert torch.equal(kept.get(), expected)
 
@@ -38,7 +38,7 @@ def test_what_was_parked_comes_back(device):
 def test_blocks_are_used_again_by_the_next_step():
     store, sizes = HostStore(), []
     for _ in range(4):
-        for layer in reversed(parked(store)):
+        for layer in reversed(offloaded(store)):
             for _, kept in layer:
                 kept.get()
         sizes.append(store.pool.bytes)
@@ -47,21 +47,21 @@ def test_blocks_are_used_again_by_the_next_step():
 
 def test_a_forward_without_a_backward_gives_its_blocks_back():
     store = HostStore()
-    parked(store)
+    offloaded(store)
     needed = store.pool.bytes
-    for layer in reversed(parked(store)):
+    for layer in reversed(offloaded(store)):
         for expected, kept in layer:
             assert torch.equal(kept.get(), expected)
     assert store.pool.bytes == needed
 
 
 def test_at_most_two_layers_are_still_on_the_device_in_the_forward():
-    held = [[kept.x is not None for _, kept in layer] for layer in parked(HostStore(), layers=6)]
+    held = [[kept.x is not None for _, kept in layer] for layer in offloaded(HostStore(), layers=6)]
     assert held == [[False] * 3] * 4 + [[True] * 3] * 2
 
 
 def test_a_layer_is_fetched_with_the_one_before_it_and_no_other():
-    layers = parked(HostStore(), layers=6)
+    layers = offloaded(HostStore(), layers=6)
     layers[5][0][1].get()
     layers[4][0][1].get()  # these two had not left
     assert [[kept.x is not None for _, kept in layer] for layer in layers[:4]] == [[False] * 3] * 3 + [[True] * 3]
@@ -70,7 +70,7 @@ def test_a_layer_is_fetched_with_the_one_before_it_and_no_other():
 def test_a_tensor_changed_in_place_is_refused():
     store = HostStore()
     x = torch.zeros(3)
-    kept = store.group(first=True).put(x)
+    kept = store.group(first=True).offload(x)
     x += 1
     store.group(first=False)
     assert kept.x is not None  # it has not left yet
@@ -79,9 +79,9 @@ def test_a_tensor_changed_in_place_is_refused():
 
 
 def test_a_tensor_is_given_back_once():
-    kept = HostStore().group(first=True).put(torch.zeros(3))
+    kept = HostStore().group(first=True).offload(torch.zeros(3))
     kept.get()
-    with pytest.raises(RuntimeError, match="a second backward through a layer whose tensors were parked"):
+    with pytest.raises(RuntimeError, match="a second backward through a layer whose tensors were offloaded"):
         kept.get()
 
 

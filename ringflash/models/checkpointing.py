@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ringflash.offload import HostStore, Parked
+from ringflash.offload import HostStore, Offloaded
 from ringflash.ring.recompute import keep_attention
 
 ATTENTION_PLACES = ("gpu", "host", "recomputed")
@@ -154,12 +154,12 @@ def _checkpointed(
     elif keep.attention == "recomputed":
         context_fn = noop_context_fn
 
-    def pack(x: Tensor) -> Tensor | Parked:
+    def pack(x: Tensor) -> Tensor | Offloaded:
         assert group is not None
-        return group.put(x) if x.is_floating_point() and x.numel() else x
+        return group.offload(x) if x.is_floating_point() and x.numel() else x
 
-    def unpack(kept: Tensor | Parked) -> Tensor:
-        return kept.get() if isinstance(kept, Parked) else kept
+    def unpack(kept: Tensor | Offloaded) -> Tensor:
+        return kept.get() if isinstance(kept, Offloaded) else kept
 
     with saved_tensors_hooks(pack, unpack) if keep.inputs == "host" else nullcontext():
         return checkpoint(layer, *args, **(options | {"context_fn": context_fn}))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringflash.offload import Group, Parked
+from ringflash.offload import Group, Offloaded
 
 _active = threading.local()
 
@@ -74,18 +74,18 @@ def _roles() -> Iterator[_Role]:
 class _Kept:
     """Detached results, since the graph holds this object and must not be held by it, and the version of out."""
 
-    results: tuple[Tensor, ...] | tuple[Parked, ...]  # out, lse, and out's residue if it is kept
+    results: tuple[Tensor, ...] | tuple[Offloaded, ...]  # out, lse, and out's residue if it is kept
     version: int
 
     @classmethod
     def of(cls, *results: Tensor, group: Group | None = None) -> _Kept:
-        kept = tuple(x.detach() for x in results) if group is None else tuple(group.put(x) for x in results)
+        kept = tuple(x.detach() for x in results) if group is None else tuple(group.offload(x) for x in results)
         return cls(kept, results[0]._version)
 
     def again(self) -> tuple[Tensor, ...]:
         """The results. Raises RuntimeError if out was changed in place."""
-        if isinstance(self.results[0], Parked):
-            return tuple(parked.get() for parked in self.results)
+        if isinstance(self.results[0], Offloaded):
+            return tuple(x.get() for x in self.results)
         if self.results[0]._version != self.version:
             raise RuntimeError(
                 "attention's result, which a checkpoint keeps, was changed in place before the backward: make the "

@@ -63,7 +63,7 @@ def test_the_host_holds_what_layers_keep_and_nothing_else():
     assert store.pool.bytes == 2 * 4 * (32 * 32 + 32 * 4 * 8 + 4 * 32)
 
 
-def test_without_gradients_nothing_is_parked():
+def test_without_gradients_nothing_is_offloaded():
     model = tiny("qwen3").train()
     checkpoint_layers(model, Keep("host", "host"))
     with torch.no_grad():
