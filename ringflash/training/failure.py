@@ -31,9 +31,9 @@ import torch.distributed as dist
 
 from ringflash.errors import ConfigError, DiskError, DivergedError, GpuMemoryError
 
-ALIKE = (ConfigError, DivergedError)  # raised by every rank: one line is enough
+ON_ALL_RANKS = (ConfigError, DivergedError)  # raised by every rank: one line is enough
 PATIENCE = 5.0  # seconds that a silent rank waits for the one that reports
-LOST = (  # in messages of gloo, the store and NCCL
+LOST_CONNECTION = (  # in messages of gloo, the store and NCCL
     "Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "ncclRemoteError",
 )  # fmt: skip
 POLL = 1.0  # seconds between two checks of the launcher
@@ -57,7 +57,7 @@ def one_line(parent: int) -> Iterator[None]:
         lost = lost_peer(error)
         if lost:
             time.sleep(PATIENCE)
-        if not claim(error):
+        if not claim_report(error):
             # The launcher ends all ranks as soon as one exits, so the rank that reports must exit first.
             time.sleep(PATIENCE)
             if dist.is_initialized():
@@ -65,7 +65,7 @@ def one_line(parent: int) -> Iterator[None]:
                 _end(1)
         if not isinstance(error, ConfigError):
             print(file=sys.stderr)  # below a progress bar
-        if not lost and not isinstance(error, (*ALIKE, DiskError, GpuMemoryError)):
+        if not lost and not isinstance(error, (*ON_ALL_RANKS, DiskError, GpuMemoryError)):
             traceback.print_exc()
         print(describe(error), file=sys.stderr, flush=True)
         _report_to_torchrun(describe(error))
@@ -111,7 +111,7 @@ def _launcher(parent: int) -> tuple[int, int | None]:
 def describe(error: BaseException) -> str:
     """The line: the message of an error that all ranks raise, or else the rank, the kind of error and its message."""
     message = " ".join(str(error).split())
-    if isinstance(error, ALIKE):
+    if isinstance(error, ON_ALL_RANKS):
         return f"ringflash: {message}"
     if lost_peer(error):
         return f"ringflash: rank {_rank()} lost the connection to a rank whose process has ended: {message}"
@@ -121,8 +121,8 @@ def describe(error: BaseException) -> str:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether a transfer of gloo or NCCL, or a call of the store, broke since another rank's process has ended."""
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in LOST)
+    """Whether a gloo or NCCL transfer, or a store call, failed because another rank's process has ended."""
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in LOST_CONNECTION)
 
 
 def _report_to_torchrun(message: str) -> None:
@@ -133,10 +133,10 @@ def _report_to_torchrun(message: str) -> None:
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
-def claim(error: BaseException) -> bool:
-    """Whether this rank reports its error. The first to fail does, and the store tells the others.
+def claim_report(error: BaseException) -> bool:
+    """Whether this rank reports its error. Only the first rank to fail does, which the store records.
 
-    Before the ranks are connected it is rank 0, which raises the same error.
+    Before the ranks are connected, rank 0 reports, since it raises the same error.
     """
     rank = _rank()
     if not dist.is_initialized():
@@ -151,8 +151,8 @@ def claim(error: BaseException) -> bool:
     return mine
 
 
-def first(store: dist.Store) -> str | None:
-    """The line of the rank that failed first, if any has failed."""
+def first_failure(store: dist.Store) -> str | None:
+    """The report of the rank that failed first, if any has failed."""
     return store.get(_MESSAGE).decode() if store.check([_MESSAGE]) else None
 
 

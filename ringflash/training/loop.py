@@ -42,13 +42,13 @@ from ringflash.training.world import World, is_local_rank_0, join, local_world_s
 
 @dataclass(frozen=True)
 class Run:
-    """The state that steps share with the end of a run. start: steps done before. taken, metrics: only on rank 0."""
+    """The state that steps share with the end of a run. start: steps done before. locked, metrics: only on rank 0."""
 
     job: Job
     world: World
     engine: deepspeed.DeepSpeedEngine
     settings: dict[str, Any]
-    taken: run_folder.RunFolder | None  # its lock is held while this lives
+    locked: run_folder.RunFolder | None  # its lock is held while this lives
     folder: Path
     start: int
     metrics: metrics.Metrics | None
@@ -256,8 +256,8 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
         engine.module.reserve_host_memory(_shard_tokens(config, world), _log(world))
     with world.without_timeout(f"taking a folder in output_dir={config.output_dir}"):
         output_dir = Path(config.output_dir)
-        taken = run_folder.take(output_dir, config.name, config.resume) if world.is_first else None
-    folder = world.broadcast(taken and taken.path)
+        locked = run_folder.acquire(output_dir, config.name, config.resume) if world.is_first else None
+    folder = world.broadcast(locked and locked.path)
     with world.without_timeout(f"looking for {folder} on every machine"):
         if is_local_rank_0():
             run_folder.check_shared(folder, config.output_dir)
@@ -272,7 +272,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
             if world.ring.size > 1:
                 print(f"messages   of a ring of {world.ring.size} travel by {world.ring.carrier}", flush=True)
             opened = metrics.Metrics(config.logger, folder, settings, start, config.optim.total_steps)
-    return Run(job, world, engine, settings, taken, folder, start, opened)
+    return Run(job, world, engine, settings, locked, folder, start, opened)
 
 
 def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> None:

@@ -6,8 +6,8 @@
                           checkpoints/    see `checkpoint`
     OUTPUT_DIR/NAME-2/    the second run of that name, and so on
 
-A new run makes a new folder. With resume=auto, a run takes the newest folder of its name that holds steps. It starts
-again at step 0 there only if it ended before its first checkpoint; where checkpoints are lost, it is refused.
+A new run makes a new folder. With resume=auto, a run uses the newest folder of its name that has steps. It starts
+again at step 0 there only if it ended before its first checkpoint. If checkpoints are missing, it is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ringflash.errors import ConfigError
 from ringflash.training import metrics
 
 LOCK = ".lock"
-SHOWN = 60.0  # seconds until a network disk shows one machine's new folder to another; NFS caches that long by default
+VISIBLE = 60.0  # seconds until other machines see a new folder on a network disk: NFS caches that long by default
 ENDING = 6.0  # seconds that ranks take to exit after their launcher was killed
 
 
@@ -41,11 +41,11 @@ class RunFolder:
     lock: TextIO
 
 
-def take(output_dir: Path, name: str, resume: str) -> RunFolder:
+def acquire(output_dir: Path, name: str, resume: str) -> RunFolder:
     """The locked folder of a run: a new one for resume=never, the newest of its name for resume=auto.
 
-    Raises ConfigError for a folder that cannot be used or that a running process has locked, and where resume=auto
-    cannot tell which run is meant.
+    Raises ConfigError for a folder that cannot be used or that a running process has locked, and if resume=auto is
+    ambiguous.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -60,8 +60,8 @@ def take(output_dir: Path, name: str, resume: str) -> RunFolder:
 
 
 def check_shared(path: Path, output_dir: str) -> None:
-    """Raise ConfigError where this machine does not see the folder that rank 0 has locked, which may take a while."""
-    until = time.monotonic() + SHOWN
+    """Raise ConfigError if this machine does not see the folder that rank 0 has locked. This may take a minute."""
+    until = time.monotonic() + VISIBLE
     while not (path / LOCK).exists():
         if time.monotonic() > until:
             raise ConfigError(
@@ -74,7 +74,7 @@ def check_shared(path: Path, output_dir: str) -> None:
 def check_start(path: Path, start: int, steps: int) -> None:
     """Raise ConfigError for a start beyond the run's last step, or at 0 in a folder that has lost its checkpoints.
 
-    A run that ended before its first checkpoint was due has lost none: it starts again, as a new run of wandb.
+    A run that ended before its first checkpoint was due has lost none: it starts again, as a new wandb run.
     """
     if start > steps:
         raise ConfigError(f"optim.steps={steps} is less than the {start} steps that {path} has done")
@@ -115,7 +115,7 @@ def _newest_or_first(output_dir: Path, name: str) -> Path:
 
 
 def _newest(output_dir: Path, name: str) -> Path | None:
-    """The newest folder of this name that holds steps, else the newest; None where there is none."""
+    """The newest folder of this name that has steps, or else the newest; None if there is none."""
     found = {}
     for path in output_dir.iterdir():
         match = re.fullmatch(rf"{re.escape(name)}(?:-([2-9]|[1-9][0-9]+))?", path.name)
@@ -139,19 +139,19 @@ def _newest(output_dir: Path, name: str) -> Path | None:
 
 
 def _name_of(path: Path) -> str | None:
-    """The name in a run's configuration; None where that cannot be read."""
+    """The name in a run's configuration; None if that cannot be read."""
     return _settings_of(path).get("name")
 
 
 def _checkpoint_every(path: Path) -> int | None:
-    """The step after which a run's first checkpoint is due, by its configuration; None where that cannot be read."""
+    """The step after which a run's first checkpoint is due, by its configuration; None if that cannot be read."""
     checkpoint = _settings_of(path).get("checkpoint")
     every = checkpoint.get("every") if isinstance(checkpoint, dict) else None
     return every if type(every) is int and every > 0 else None
 
 
 def _settings_of(path: Path) -> dict[str, Any]:
-    """A run's configuration; empty where it cannot be read."""
+    """A run's configuration; empty if it cannot be read."""
     try:
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -169,7 +169,7 @@ def _has_begun(path: Path) -> bool:
 
 
 def _locked(path: Path) -> TextIO:
-    """The lock's file, open and locked. A lock is released when its process ends; one that is ending is waited for."""
+    """The lock file, open and locked. If the process that holds it is ending, this waits for the end."""
     file = (path / LOCK).open("a+")
     until = time.monotonic() + ENDING
     while not _lock(file, path):
@@ -185,7 +185,7 @@ def _locked(path: Path) -> TextIO:
 
 
 def _lock(file: TextIO, path: Path) -> bool:
-    """Try to take the lock; false where another process has it."""
+    """Try to take the lock. False if another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -44,7 +44,7 @@ def without_timeout(what: str, rank: int, size: int, watchdog: Watchdog) -> Iter
         try:
             yield
         except BaseException as error:
-            failure.claim(error)
+            failure.claim_report(error)
             raise
         meeting.arrive()
         meeting.wait()
@@ -70,14 +70,14 @@ class _Meeting:
         """Wait for all ranks. Raises OtherRankError."""
         pause = FIRST_PAUSE
         while not self.store.check([f"{self.key}/all"]):
-            if (message := failure.first(self.store)) is not None:
+            if (message := failure.first_failure(self.store)) is not None:
                 raise OtherRankError(message)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         self.store.delete_key(f"{self.key}/{self.rank}")  # a long run has many meetings
 
     def failed(self) -> bool:
-        return failure.first(self.store) is not None
+        return failure.first_failure(self.store) is not None
 
     def report(self) -> str | None:
         """Which ranks are missing, from the rank that arrived first; before any arrived, from rank 0."""

@@ -30,7 +30,7 @@ def begun(path: Path, name: str | None, steps: int = 3) -> Path:
 
 def test_a_new_run_takes_the_first_name_that_nothing_has(tmp_path):
     (tmp_path / "demo-2").write_text("a file")
-    taken = [run_folder.take(tmp_path, "demo", "never").path.name for _ in range(3)]
+    taken = [run_folder.acquire(tmp_path, "demo", "never").path.name for _ in range(3)]
     assert taken == ["demo", "demo-3", "demo-4"]
 
 
@@ -41,7 +41,7 @@ def test_runs_that_start_at_once_never_share_a_folder(tmp_path, resume):
     def take(runs, begin):
         begin.wait(60)
         try:
-            return run_folder.take(runs, "demo", resume)
+            return run_folder.acquire(runs, "demo", resume)
         except ConfigError as error:
             return error
 
@@ -57,11 +57,11 @@ def test_runs_that_start_at_once_never_share_a_folder(tmp_path, resume):
 
 
 def test_the_lock_of_a_run_that_has_ended_is_free(tmp_path):
-    first = run_folder.take(tmp_path, "demo", "auto")
+    first = run_folder.acquire(tmp_path, "demo", "auto")
     with pytest.raises(ConfigError, match=r"demo is in use by process \d+ on .*: wait until it ends"):
-        run_folder.take(tmp_path, "demo", "auto")
+        run_folder.acquire(tmp_path, "demo", "auto")
     first.lock.close()
-    assert run_folder.take(tmp_path, "demo", "auto").path == first.path
+    assert run_folder.acquire(tmp_path, "demo", "auto").path == first.path
 
 
 def test_a_disk_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys):
@@ -69,7 +69,7 @@ def test_a_disk_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
-    assert run_folder.take(tmp_path, "demo", "never").path == tmp_path / "demo"
+    assert run_folder.acquire(tmp_path, "demo", "never").path == tmp_path / "demo"
     assert "demo cannot be locked (Operation not supported): a second run could use it" in capsys.readouterr().err
 
 
@@ -81,7 +81,7 @@ def test_a_run_is_found_by_its_folders_name_whatever_its_configuration_is(tmp_pa
     (folder / "config.yaml").unlink()
     if damage is not None:
         (folder / "config.yaml").write_text(damage)
-    assert run_folder.take(tmp_path, "demo", "auto").path == folder
+    assert run_folder.acquire(tmp_path, "demo", "auto").path == folder
 
 
 def test_of_several_runs_of_a_name_the_newest_that_has_steps_is_resumed(tmp_path):
@@ -93,15 +93,15 @@ def test_of_several_runs_of_a_name_the_newest_that_has_steps_is_resumed(tmp_path
     begun(tmp_path / "demo-x", "demo")
     begun(tmp_path / "demos", "demo")
     begun(tmp_path / "demo-01", "demo")
-    assert run_folder.take(tmp_path, "demo", "auto").path.name == "demo-10"
-    assert run_folder.take(tmp_path, "demo-12", "auto").path.name == "demo-12"
+    assert run_folder.acquire(tmp_path, "demo", "auto").path.name == "demo-10"
+    assert run_folder.acquire(tmp_path, "demo-12", "auto").path.name == "demo-12"
 
 
 def test_a_numbered_folder_that_may_be_another_runs_is_refused(tmp_path):
     begun(tmp_path / "demo", "demo")
     begun(tmp_path / "demo-2", None)
     with pytest.raises(ConfigError, match=r"demo-2/config\.yaml names no run, so this may be one of name=demo"):
-        run_folder.take(tmp_path, "demo", "auto")
+        run_folder.acquire(tmp_path, "demo", "auto")
 
 
 def test_a_folder_of_steps_without_a_checkpoint_is_refused(tmp_path):
@@ -140,21 +140,21 @@ def test_a_run_folder_in_which_a_name_is_taken_by_another_kind_of_file_is_refuse
     else:
         (tmp_path / "demo" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"cannot be used: .*/demo/{name}: "):
-        run_folder.take(tmp_path, "demo", "auto")
+        run_folder.acquire(tmp_path, "demo", "auto")
 
 
 def test_a_link_to_nowhere_is_named_with_its_target(tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "checkpoints").symlink_to("/nowhere")
     with pytest.raises(ConfigError, match=r"demo/checkpoints: links to /nowhere, which does not exist$"):
-        run_folder.take(tmp_path, "demo", "auto")
+        run_folder.acquire(tmp_path, "demo", "auto")
 
 
 def test_a_run_that_is_a_link_to_nowhere_is_not_passed_over_for_another(tmp_path):
     (tmp_path / "demo").symlink_to("/nowhere")
     begun(tmp_path / "demo-2", "demo")
     with pytest.raises(ConfigError, match=r"^resume=auto: .*/demo links to /nowhere, which does not exist"):
-        run_folder.take(tmp_path, "demo", "auto")
+        run_folder.acquire(tmp_path, "demo", "auto")
 
 
 def test_an_error_that_names_no_file_is_reported_with_the_runs_folder(tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_an_error_that_names_no_file_is_reported_with_the_runs_folder(tmp_path, 
     monkeypatch.setattr(run_folder, "_locked", full)
     message = rf"^output_dir={tmp_path} cannot be used: {tmp_path}/demo: No space left on device$"
     with pytest.raises(ConfigError, match=message):
-        run_folder.take(tmp_path, "demo", "never")
+        run_folder.acquire(tmp_path, "demo", "never")
 
 
 def test_a_record_whose_step_is_no_number_is_no_record(tmp_path):
@@ -181,7 +181,7 @@ def test_a_damaged_line_of_metrics_is_skipped_alone(tmp_path):
     folder = begun(tmp_path / "demo", "demo", steps=2)
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step\xff\xfe": 3}\n' + b"[" * 100000 + b'\n{"step": 4}\n')
-    assert run_folder.take(tmp_path, "demo", "auto").path == folder
+    assert run_folder.acquire(tmp_path, "demo", "auto").path == folder
     assert [record["step"] for record in read(folder / "metrics.jsonl")] == [1, 2, 4]
 
 
@@ -199,9 +199,9 @@ def test_folders_that_cannot_be_made_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for runs in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc/runs")):
         with pytest.raises(ConfigError, match=rf"output_dir={runs} cannot be used: .*: \w"):
-            run_folder.take(runs, "demo", "never")
+            run_folder.acquire(runs, "demo", "never")
     with pytest.raises(ConfigError, match="file is not a folder, but name=file would be trained there"):
-        run_folder.take(tmp_path, "file", "auto")
+        run_folder.acquire(tmp_path, "file", "auto")
 
 
 @pytest.mark.parametrize("name", [".", "..", "...", "a/b", "", "x" * 300, "é" * 150])
@@ -247,7 +247,7 @@ def test_a_model_is_the_same_at_another_path_and_another_with_other_weights(tmp_
 
 def test_a_folder_that_another_machine_does_not_see_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "SHOWN", 0.0)
-    taken = run_folder.take(tmp_path, "demo", "never")
+    taken = run_folder.acquire(tmp_path, "demo", "never")
     run_folder.check_shared(taken.path, "here")
     with pytest.raises(ConfigError, match=r"output_dir=there must be on a disk that all machines share: .* see .*lock"):
         run_folder.check_shared(tmp_path / "demo-2", "there")
