@@ -24,13 +24,13 @@ import torch.distributed as dist
 
 from ringflash.errors import ConfigError
 from ringflash.models.lora import adapted
+from ringflash.training import reshard
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import digest, remove, write_atomically, writing
 from ringflash.training.host_adamw import HostAdamW
 from ringflash.training.world import World
 
 STATE = "state"
-HOST_STATES = "host_states_rank_{}.bin"
 MANIFEST = "manifest.json"
 POSITIONS = "document"  # where positions begin; in manifests without this entry, with the sequence
 PARTIAL, UNSOUND = ".partial", ".unsound"
@@ -44,9 +44,10 @@ FREE = (
     "data.path", "data.files", "data.field", "data.format", "data.sources", "data.evaluation", "data.tokenizer",
     "model.path", "model.lora.path", "model.lora.merge",
 )  # fmt: skip
-# Settings that it may change too, which is reported: `train_step` sets the learning rate of each step. The optimizer's
-# others, clip and weight_decay among them, are restored from the checkpoint.
-SCHEDULE = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay")
+# Settings that it may change too, which is reported: `train_step` sets the learning rate of each step, and fewer ranks
+# may need larger micro-batches. The optimizer's others, clip and weight_decay among them, are restored from the
+# checkpoint.
+REPORTED = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay", "optim.micro_batch")
 TOKENIZER = "tokenizer.digest"  # says why other tokens are; one that gives the same tokens is not refused
 BY_DIGEST = {
     "data.digest": "the tokens of data.path or data.sources, by their digest",
@@ -92,7 +93,7 @@ def save(
         frozen = bool(adapted(engine.module))  # the model's own weights, which are those of model.path
         engine.save_checkpoint(str(aside), tag=STATE, save_latest=False, exclude_frozen_parameters=frozen)
         if isinstance(engine.basic_optimizer, HostAdamW):
-            engine.basic_optimizer.save(aside / STATE / HOST_STATES.format(world.rank))
+            engine.basic_optimizer.save(aside / STATE, world.rank)
     with world.without_timeout(f"reading {path} for its digests"):
         digests = _digests(aside, _files_to_read(aside, world))
     files = _all_gathered(digests, world)
@@ -119,8 +120,7 @@ def resume(
     """Load the newest sound checkpoint under `folder`, and return its step; 0 where there is no checkpoint.
 
     Once it is loaded, newer ones, which are not sound, are moved aside, and rank 0 reports which and why. Raises
-    ConfigError and changes nothing where none is sound, where the checkpoint has another number of ranks (its optimizer
-    is sharded over them), and where it has other settings.
+    ConfigError and changes nothing where none is sound, and where it has other settings.
     """
     sound, faults = _newest_sound(folder, world)
     if sound is None:
@@ -133,7 +133,7 @@ def resume(
     path, manifest = sound
     changes = _check_fits(path, manifest, world, settings or {})
     with world.without_timeout(f"loading {path}"):
-        _load(engine, path, world)
+        _load(engine, path, manifest["ranks"], world)
     if world.is_first:
         for unsound, fault in faults.items():
             log(f"{unsound} is not sound ({fault}); trying the checkpoint before it")
@@ -156,11 +156,15 @@ def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any
     return None, faults
 
 
-def _load(engine: deepspeed.DeepSpeedEngine, path: Path, world: World) -> None:
+def _load(engine: deepspeed.DeepSpeedEngine, path: Path, ranks: int, world: World) -> None:
+    """Load the files of a sound checkpoint that `ranks` ranks wrote."""
     try:
+        if ranks != world.size and engine.zero_optimization():
+            reshard.load(engine, path, STATE, ranks, world)
+            return
         loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not adapted(engine.module))
         if isinstance(engine.basic_optimizer, HostAdamW):
-            engine.basic_optimizer.load(path / STATE / HOST_STATES.format(world.rank))
+            engine.basic_optimizer.load(path / STATE, world.rank)
     except Exception as error:
         raise RuntimeError(
             f"{path} has the digests that were written, but DeepSpeed cannot load it: {error}"
@@ -170,7 +174,7 @@ def _load(engine: deepspeed.DeepSpeedEngine, path: Path, world: World) -> None:
 
 
 def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> list[str]:
-    """The changes of grid and schedule, in words. ConfigError for a checkpoint of other ranks, settings or versions."""
+    """The changes that are reported, in words. ConfigError for a checkpoint of other settings or versions."""
     if "ulysses" not in manifest:
         raise ConfigError(
             f"{path} was written by an earlier version of ringflash: resume=never starts again in a new folder"
@@ -179,11 +183,6 @@ def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: di
         raise ConfigError(
             f"{path} counts positions within each {before}, this version of ringflash within each {POSITIONS}: "
             f"resume with the version that wrote it, or start again from its exported weights (model.path)"
-        )
-    if manifest["ranks"] != world.size:
-        raise ConfigError(
-            f"{path} was written by {manifest['ranks']} ranks, over which the optimizer is sharded, and this run has "
-            f"{world.size}: resume on {manifest['ranks']} ranks, or start again from its exported weights (model.path)"
         )
     moved = [f"{name}={now} replaces {manifest[name]}" for name, now in _grid(world).items() if manifest[name] != now]
     return moved + _check_settings(path, _bound(manifest["settings"]), _bound(settings))
@@ -200,7 +199,7 @@ def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
         if before.get(key) != now.get(key):
             if key == "data.digest" and before.get(TOKENIZER) not in (None, now.get(TOKENIZER)):
                 key = TOKENIZER
-            if key in SCHEDULE and key in before:
+            if key in REPORTED and key in before:
                 changes.append(f"{key}={now.get(key)} replaces {before[key]}")
                 continue
             name = BY_DIGEST.get(key, key)

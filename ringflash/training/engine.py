@@ -216,7 +216,7 @@ def build_engine(
     if in_place:
         one_rank.update_in_place(engine)
     if states == "host":
-        host_adamw, masters = engine.basic_optimizer, _masters(engine)
+        host_adamw, masters = engine.basic_optimizer, flat_weights(engine)
         host_adamw.norm = lambda: engine.optimizer._global_grad_norm
         trained.host_states = lambda log: host_adamw.reserve(masters, log)
     engine.learning_rate = optim.learning_rate
@@ -244,8 +244,8 @@ def _deepspeed_settings(optim: OptimConfig, memory: MemoryConfig, world: World, 
     }  # fmt: skip
 
 
-def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
-    """The flat weights that this rank's optimizer updates."""
-    zero = engine.optimizer
-    below_3 = engine.zero_optimization_stage() < 3
-    return zero.single_partition_of_fp32_groups if below_3 else zero.fp32_partitioned_groups_flat
+def flat_weights(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """The flat weights that this rank's optimizer updates, at ZeRO 1 to 3."""
+    if engine.zero_optimization_partition_weights():
+        return engine.optimizer.fp32_partitioned_groups_flat  # in no parameter group between steps
+    return [weights for group in engine.basic_optimizer.param_groups for weights in group["params"]]

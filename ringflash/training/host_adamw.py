@@ -14,6 +14,7 @@ GB/s. DeepSpeed holds the bf16 weights and gradients. It does not clip, since th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from ringflash.training.one_rank import gradients_of, in_chunks
 CHUNK = 2**24  # elements per chunk: 192 MiB of states
 IN_FLIGHT = 3  # chunks on the GPU: one is copied in, one is updated, one is copied out
 CHUNKS = "chunks"
+STATES = ("master", "exp_avg", "exp_avg_sq")  # the rows of a chunk
+FILE = "host_states_rank_{}.bin"
 
 
 class HostAdamW(torch.optim.Optimizer):
@@ -103,25 +106,38 @@ class HostAdamW(torch.optim.Optimizer):
         for weight, held in chunks.items():
             self.state[weight][CHUNKS] = held
 
-    def save(self, file: Path) -> None:
-        """Write the chunks, in order."""
+    def save(self, folder: Path, rank: int) -> None:
+        """Write the chunks of this rank, in order."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        with file.open("wb") as out:
-            for chunk in self._chunks():
+        with (folder / FILE.format(rank)).open("wb") as out:
+            for chunk in itertools.chain(*self.held()):
                 chunk.numpy().tofile(out)
 
-    def load(self, file: Path) -> None:
+    def load(self, folder: Path, rank: int) -> None:
         """Read them back in place. Raises ValueError where the file has another size."""
-        expected = sum(chunk.nbytes for chunk in self._chunks())
-        if file.stat().st_size != expected:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes of optimizer states instead of {expected}")
-        with file.open("rb") as source:
-            for chunk in self._chunks():
-                source.readinto(memoryview(chunk.numpy()).cast("B"))  # type: ignore[arg-type]  # an array is a buffer
+        held = self.held()
+        saved = self.mapped(folder, rank, [sum(chunk.shape[1] for chunk in chunks) for chunks in held])
+        for chunk, source in zip(itertools.chain(*held), itertools.chain(*saved), strict=True):
+            chunk.copy_(source)
 
-    def _chunks(self) -> Iterator[Tensor]:
-        return (chunk for state in self.state.values() for chunk in state[CHUNKS])
+    def held(self) -> list[list[Tensor]]:
+        """The chunks of each flat weight."""
+        return [state[CHUNKS] for state in self.state.values()]
+
+    @staticmethod
+    def mapped(folder: Path, rank: int, sizes: list[int]) -> list[list[Tensor]]:
+        """The chunks that a rank saved, for flat weights of these sizes; they are read when they are used.
+
+        Raises ValueError where the file has another size.
+        """
+        file, total = folder / FILE.format(rank), len(STATES) * sum(sizes)
+        if (found := file.stat().st_size) != 4 * total:
+            raise ValueError(f"{file} has {found} bytes of optimizer states instead of {4 * total}")
+        flat = torch.from_file(str(file), size=total, dtype=torch.float32)
+        parts = [[len(STATES) * min(CHUNK, size - at) for at in range(0, size, CHUNK)] for size in sizes]
+        chunks = iter(flat.split([*itertools.chain(*parts)]))
+        return [[next(chunks).view(len(STATES), -1) for _ in of_weight] for of_weight in parts]
 
 
 def _passing(chunks: list[Tensor], device: torch.device) -> Iterator[Tensor]:

@@ -136,9 +136,10 @@ class OptimConfig:
     def accumulation(self, replicas: int) -> int:
         """Micro-batches of a step. Raises ConfigError where the batch does not divide."""
         if self.batch % (replicas * self.micro_batch):
+            remedy = ": a larger parallel.ring makes fewer replicas" if replicas > 1 else ""
             raise ConfigError(
                 f"optim.batch={self.batch} is not a multiple of {replicas} replicas "
-                f"x optim.micro_batch={self.micro_batch}"
+                f"x optim.micro_batch={self.micro_batch}{remedy}"
             )
         return self.batch // (replicas * self.micro_batch)
 

@@ -60,11 +60,12 @@ def test_a_file_of_another_size_is_refused(tmp_path):
     weight = torch.zeros(5, dtype=torch.bfloat16, requires_grad=True)
     optimizer = HostAdamW([{"params": [weight]}], fused=False, clip=0.0)
     optimizer.reserve([weight])
-    optimizer.save(tmp_path / "states")
-    assert (tmp_path / "states").stat().st_size == 5 * 12
-    (tmp_path / "states").write_bytes(b"1")
-    with pytest.raises(ValueError, match=r"states has 1 bytes of optimizer states instead of 60$"):
-        optimizer.load(tmp_path / "states")
+    optimizer.save(tmp_path, 3)
+    file = tmp_path / "host_states_rank_3.bin"
+    assert file.stat().st_size == 5 * 12
+    file.write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"rank_3.bin has 1 bytes of optimizer states instead of 60$"):
+        optimizer.load(tmp_path, 3)
 
 
 @pytest.mark.gpu

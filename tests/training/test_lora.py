@@ -153,6 +153,22 @@ def test_a_resumed_run_has_the_same_adapters_and_dropout_bit_for_bit(ranks, text
     assert not any(state["frozen_param_fragments"] for state in states)
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [1, 3])
+def test_adapters_are_trained_further_on_another_number_of_ranks(ranks, text, base, zero):
+    run = lora_run(text, base, f"memory.zero={zero}", "model.lora.merge=false", "checkpoint.every=2")
+    assert ranks.run(fitted, 2, run)[0][0] is None
+    folder = text.parent / "runs" / "run"
+    expected, losses = load_file(folder / "adapter" / WEIGHTS), losses_of(folder)
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    error, printed = ranks.run(fitted, 1, [*run, "resume=auto"])[0]
+    assert (error, "ranks=1 replaces 2" in printed) == (None, True)
+    assert losses_of(folder) == pytest.approx(losses, rel=1e-6)
+    found = load_file(folder / "adapter" / WEIGHTS)
+    assert all(torch.allclose(found[name], x, rtol=0, atol=1e-6) for name, x in expected.items())
+
+
 def test_targets_are_checked_before_the_run(text, base):
     config, _ = compose(lora_run(text, base, "model.lora.targets=[q_proj,query]"))
     with pytest.raises(ConfigError, match=r"^model\.lora\.targets: query is not one of this model's linear layers"):
