@@ -246,7 +246,7 @@ def test_a_model_is_the_same_at_another_path_and_another_with_other_weights(tmp_
 
 
 def test_a_folder_that_another_machine_does_not_see_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "SHOWN", 0.0)
+    monkeypatch.setattr(run_folder, "VISIBLE", 0.0)
     taken = run_folder.acquire(tmp_path, "demo", "never")
     run_folder.check_shared(taken.path, "here")
     with pytest.raises(ConfigError, match=r"output_dir=there must be on a disk that all machines share: .* see .*lock"):
