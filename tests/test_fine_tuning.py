@@ -57,12 +57,12 @@ def test_every_command_and_program_of_the_page_runs(folder):
     outputs = ("training ", "held-out ", "adapters ")
     download, train, lora, *others = [block for block in blocks("") if not block.startswith(outputs)]
     assert download.startswith("hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir smollm2\n")
-    assert len(others) == 2
+    assert len(others) == 3
     run("python conversations.py", folder)
     printed = run(train, folder)
     assert re.search(r"^training +380 documents of [\d,]+ tokens, [\d,]+ of them predicted, in \d+ seq", printed, re.M)
     assert (folder / "runs" / "additions" / "model" / "model.safetensors").exists()
     run("python ask.py", folder)
     assert "rank: 16" in run(lora, folder)
-    for command in others:
-        assert "field: input_ids" in run(command, folder)
+    for command, setting in zip(others, ("field: input_ids", "keep_best: true", "field: input_ids"), strict=True):
+        assert setting in run(command, folder)

@@ -7,12 +7,15 @@
 
 A run resumes from the newest sound checkpoint: one whose files are those that its manifest lists. An older one serves
 where a newer is damaged. Folders of any other name are the user's and are not touched.
+
+With checkpoint.keep_best, the checkpoint of the lowest held-out loss is kept, too. Its manifest has that loss.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -67,20 +70,70 @@ class CheckpointConfig:
     keep: int = 2
     """Number of checkpoints to keep. Older ones are deleted."""
 
+    keep_best: bool = False
+    """Also write and keep the checkpoint of the evaluation with the lowest held-out loss, and export its weights
+    instead of the last."""
+
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
             raise ConfigError(f"checkpoint.every={self.every} must be 0 or more, checkpoint.keep={self.keep} 1 or more")
 
 
+@dataclass(frozen=True)
+class Best:
+    """The lowest held-out loss of a run so far, and the step after which it was measured; 0 before there is one.
+
+    of: what it was evaluated on. Losses of other evaluations are not compared with it.
+    """
+
+    of: str
+    step: int = 0
+    loss: float = math.inf
+
+    def after(self, step: int, loss: float) -> Best:
+        """The lowest, of this one and that of a later step."""
+        return Best(self.of, step, loss) if loss < self.loss else self
+
+
+def find_best(folder: Path, of: str, world: World) -> Best:
+    """The lowest held-out loss of the checkpoints under `folder`."""
+    best = Best(of)
+    for path in reversed(_written(folder)) if world.is_first else ():
+        match _read_manifest(path):
+            case {"step": step, "best": {"of": str(found), "loss": float(loss)}}, None if found == of:
+                best = best.after(step, loss)
+    return world.broadcast(best)
+
+
+def load_best(engine: deepspeed.DeepSpeedEngine, folder: Path, best: Best, world: World) -> None:
+    """Load the checkpoint of the lowest held-out loss. Raises ConfigError if it is not sound."""
+    path = _path(folder, best.step)
+    with world.without_timeout(f"loading {path}"):
+        manifest, fault = world.broadcast(_read_manifest(path))
+        fault = fault or _damage(path, manifest["files"], world)
+        if fault is not None:
+            raise ConfigError(
+                f"{path}, which has the lowest held-out loss, is not sound ({fault}): resume=auto "
+                f"checkpoint.keep_best=false exports the last weights"
+            )
+        _load(engine, path, manifest["ranks"], world)
+
+
 def save(
-    engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, world: World, keep: int, settings: dict | None = None
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    step: int,
+    world: World,
+    keep: int,
+    settings: dict | None = None,
+    best: Best | None = None,
 ) -> Path:
     """Write the state after `step` steps under `folder`; all ranks call it. Returns the checkpoint's path.
 
-    keep: how many are kept, including this one. settings: the run's, nested; a resumed run must share them. Raises
-    DivergedError where a weight is not finite; the earlier checkpoints stay.
+    keep: how many are kept, including this one. settings: the run's, nested; a resumed run must share them. best: whose
+    checkpoint is kept, too. Raises DivergedError where a weight is not finite; the earlier checkpoints stay.
     """
-    path = folder / f"step-{step:08d}"
+    path = _path(folder, step)
     check_weights(engine, world, path)
     aside = path.with_name(path.name + PARTIAL)
     with world.without_timeout(f"deleting half-written checkpoints of killed runs in {folder}"):
@@ -106,11 +159,15 @@ def save(
                 "settings": _bound(settings or {}),
                 "files": files,
             }
+            if best is not None and best.step == step:
+                manifest["best"] = {"loss": best.loss, "of": best.of}
             write_atomically(aside / MANIFEST, json.dumps(manifest, indent=1))
             remove(path)
             os.rename(aside, path)
+            kept = None if best is None else _path(folder, best.step)
             for old in [other for other in _written(folder) if other != path][keep - 1 :]:
-                remove(old)
+                if old != kept:
+                    remove(old)
     return path
 
 
@@ -226,6 +283,10 @@ def _written(folder: Path) -> list[Path]:
     """Checkpoints that were renamed into place, newest first; half-written ones are not among them."""
     found = {path: _step_of(path) for path in (folder.iterdir() if folder.is_dir() else ())}
     return sorted((p for p, step in found.items() if step is not None), key=lambda p: found[p] or 0, reverse=True)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _step_of(path: Path) -> int | None:

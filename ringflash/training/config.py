@@ -107,9 +107,24 @@ class Config:
             raise ConfigError(f"name={self.name!r} must be letters, digits, '.', '_', '-': it names the run's folder")
         if len(self.name.encode()) > LONGEST_NAME:
             raise ConfigError(f"name={self.name[:20]}... has {len(self.name.encode())} bytes, {LONGEST_NAME} at most")
+        self._check_best()
         if found := re.search(r"[\[*?]", self.output_dir):
             raise ConfigError(
                 f"output_dir={self.output_dir} holds {found[0]!r}: DeepSpeed would take it for a pattern on resume"
+            )
+
+    def _check_best(self) -> None:
+        """Raise ConfigError for keep_best without evaluations, and for patience without it."""
+        if not self.checkpoint.keep_best and self.evaluation.patience is not None:
+            raise ConfigError(
+                f"evaluation.patience={self.evaluation.patience} has no effect without checkpoint.keep_best=true"
+            )
+        if self.checkpoint.keep_best and self.evaluation.every == 0:
+            raise ConfigError("checkpoint.keep_best=true has no effect with evaluation.every=0: set evaluation.every")
+        if self.checkpoint.keep_best and not self.data.held_out and self.data.evaluation.path is None:
+            raise ConfigError(
+                f"checkpoint.keep_best=true needs held-out text: set data.held_out (now {self.data.held_out}) or "
+                f"data.evaluation.path"
             )
 
 

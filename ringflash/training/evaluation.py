@@ -31,6 +31,10 @@ class EvaluationConfig:
     sequences: int = 4
     """Held-out sequences per evaluation."""
 
+    patience: int | None = None
+    """With checkpoint.keep_best, end the run after this many evaluations in a row without a lower held-out loss; null:
+    never."""
+
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     """Needle-in-a-haystack searches."""
 
@@ -39,6 +43,8 @@ class EvaluationConfig:
             raise ConfigError(
                 f"evaluation.every={self.every} must be 0 or more, evaluation.sequences={self.sequences} 1 or more"
             )
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"evaluation.patience={self.patience} must be 1 or more, or null")
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class Evaluation:
     length: int
     world: World
     layout_for: LayoutChooser
+
+    @property
+    def identity(self) -> str:
+        """What the losses are of: two evaluations of one identity can be compared."""
+        return f"{self.config.sequences} sequences of {self.corpus.digest}"
 
     def loss(self, engine: deepspeed.DeepSpeedEngine, sequences: int | None = None) -> HeldOut:
         """Losses over `sequences` of them (default: evaluation.sequences).

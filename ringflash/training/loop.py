@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
 from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded, stop
+from ringflash.training.checkpoint import Best
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
 from ringflash.training.engine import build_engine
@@ -53,11 +55,15 @@ class Run:
     start: int
     metrics: metrics.Metrics | None
 
-    def save(self, step: int) -> None:
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def save(self, step: int, best: Best | None) -> None:
         """Write the checkpoint of a step."""
-        checkpoint.save(
-            self.engine, self.folder / "checkpoints", step, self.world, self.job.config.checkpoint.keep, self.settings
-        )
+        keep = self.job.config.checkpoint.keep
+        checkpoint.save(self.engine, self.checkpoints, step, self.world, keep, self.settings, best)
 
 
 def fit(config: Config, resolved: str) -> None:
@@ -81,9 +87,13 @@ def fit(config: Config, resolved: str) -> None:
     if held_out is not None:
         evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
     _evaluate_first(run, evaluation, needles)
+    best = _best(run, evaluation)
     divergence = Divergence(world, run.metrics)
+    done = saved = run.start
     with contextlib.closing(_batches(run, training, layout_for)) as batches:
         for step in range(run.start + 1, config.optim.total_steps + 1):
+            if _out_of_patience(run, best, done):
+                break
             world.watchdog.step = step
             meter.start()
             micro_batches, _ = next(batches)
@@ -98,12 +108,18 @@ def fit(config: Config, resolved: str) -> None:
                 run.metrics.log(step, record)
                 run.metrics.show(step, record)
             stopping = stop.requested(world) and step < config.optim.total_steps
-            if divergence.finite(step, record) and (stopping or _due(step, config.checkpoint.every)):
-                run.save(step)
-                if stopping:
-                    _stop(run, step)
-                    return
-    _finish(run, evaluation, divergence)
+            done = step
+            if not divergence.finite(step, record):
+                continue
+            if best is not None:
+                best = best.after(step, record.get("held_out_loss", math.inf))
+            if stopping or _due(step, config.checkpoint.every) or (best is not None and best.step == step):
+                run.save(step, best)
+                saved = step
+            if stopping:
+                _stop(run, step)
+                return
+    _finish(run, evaluation, divergence, best, done, saved)
 
 
 def _layout_chooser(run: Run) -> LayoutChooser:
@@ -275,20 +291,45 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
     return Run(job, world, engine, settings, locked, folder, start, opened)
 
 
-def _finish(run: Run, evaluation: Evaluation | None, divergence: Divergence) -> None:
-    """End a complete run: write a last checkpoint, the exported model, the held-out loss and the plot."""
+def _best(run: Run, evaluation: Evaluation | None) -> Best | None:
+    """With checkpoint.keep_best, the lowest held-out loss of the run's checkpoints."""
+    if evaluation is None or not run.job.config.checkpoint.keep_best:
+        return None
+    return checkpoint.find_best(run.checkpoints, evaluation.identity, run.world)
+
+
+def _out_of_patience(run: Run, best: Best | None, step: int) -> bool:
+    """Whether the run ends after `step`, since evaluation.patience evaluations have not lowered the held-out loss."""
+    every, patience = run.job.config.evaluation.every, run.job.config.evaluation.patience
+    if best is None or patience is None or step // every - best.step // every < patience:
+        return False
+    if run.metrics is not None:
+        run.metrics.write_line(f"ends after step {step}: {patience} evaluations did not lower the held-out loss")
+    return True
+
+
+def _finish(
+    run: Run, evaluation: Evaluation | None, divergence: Divergence, best: Best | None, steps: int, saved: int
+) -> None:
+    """End a run after `steps` steps: write a last checkpoint, the exported model, the held-out loss and the plot.
+
+    best: whose weights are exported, if it is not None. saved: the step of the newest checkpoint.
+    """
     config, world = run.job.config, run.world
-    steps = config.optim.total_steps
     held_out = evaluation.loss(run.engine) if evaluation is not None else None
     divergence.check_end(steps, None if held_out is None else held_out.loss)
-    if run.start < steps and not _due(steps, config.checkpoint.every):
-        run.save(steps)
+    if best is not None and held_out is not None:
+        best = best.after(steps, held_out.loss)
+    if saved < steps:
+        run.save(steps, best)
+    if best is not None and best.step != steps:
+        checkpoint.load_best(run.engine, run.checkpoints, best, world)
     exported = _export(run)
     with world.without_timeout("finishing the loss plot and wandb's run"):
         if run.metrics is not None:
             entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
             run.metrics.conclude(steps, {} if held_out is None else held_out.record(), entropy)
-            _print_outcome(run.folder, exported, held_out, entropy, config.evaluation.needle.every > 0)
+            _print_outcome(run.folder, exported, held_out, entropy, config.evaluation.needle.every > 0, best)
     _leave(world)
 
 
@@ -321,7 +362,12 @@ def _export(run: Run) -> list[Path]:
 
 
 def _print_outcome(
-    folder: Path, exported: list[Path], held_out: HeldOut | None, entropy: float | None, searched: bool
+    folder: Path,
+    exported: list[Path],
+    held_out: HeldOut | None,
+    entropy: float | None,
+    searched: bool,
+    best: Best | None,
 ) -> None:
     """Print the held-out loss and the paths of all results."""
     if held_out is not None:
@@ -331,6 +377,8 @@ def _print_outcome(
         if held_out.by_source:
             print(f"  by source       {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_source.items())}")
         print(f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context")
+    if best is not None:
+        print(f"lowest            {best.loss:.4f} nats per token after step {best.step}, whose weights are exported")
     for path in exported:
         print(f"{path.name:<17} {path}")
     print(f"loss plot         {metrics.plot(folder, entropy)}")

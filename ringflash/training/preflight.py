@@ -210,11 +210,13 @@ def _disk(config: Config, checkpoint: float) -> list[str]:
     """A line where the disk has no room for the checkpoints, of `checkpoint` bytes each."""
     output_dir = Path(config.output_dir)
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.is_dir())
-    number, free = config.checkpoint.keep + 1, shutil.disk_usage(there).free
+    keep, best = config.checkpoint.keep, config.checkpoint.keep_best
+    number, free = keep + best + 1, shutil.disk_usage(there).free
     if number * checkpoint <= free:
         return []
+    setting = f"checkpoint.keep={keep}{' with keep_best' * best}"
     return [
-        f"disk       checkpoint.keep={number - 1} needs room for {number} checkpoints, while one is written: "
+        f"disk       {setting} needs room for {number} checkpoints, while one is written: "
         f"{number * checkpoint / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free in output_dir={output_dir}"
     ]
 
