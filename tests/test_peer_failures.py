@@ -549,7 +549,8 @@ def test_ranks_that_skip_different_hops_do_not_deadlock(ranks, size):
 
 def compiled_by_an_engine(folder):
     """What building DeepSpeed's engine leaves in the folder for compiled extensions."""
-    from ringflash.training.engine import MemoryConfig, build_engine
+    from ringflash.training.engine import build_engine
+    from ringflash.training.memory import MemoryConfig
     from ringflash.training.optimizer import OptimConfig
     from tests.training.engines import build, joined
 

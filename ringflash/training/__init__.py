@@ -1,7 +1,7 @@
 """The trainer.
 
 config, overrides, help     the settings: typed, read from a command line, listed
-estimate                    the memory and disk that a run will take
+memory, estimate            the settings that save GPU memory; the memory and disk that a run will take
 preflight                   what is refused before anything is allocated, and the log of what will run
 world, without_timeout      ring, Ulysses and replicas; work without a timeout
 failure, stop               how a run fails, and how it ends early with a checkpoint

@@ -27,8 +27,8 @@ from ringflash.errors import ConfigError, in_one_line, shown
 from ringflash.models import ARCHITECTURES, AttentionConfig, FusedConfig, ModelConfig, field_refusal
 from ringflash.models.architecture import LARGEST
 from ringflash.training.checkpoint import CheckpointConfig
-from ringflash.training.engine import MemoryConfig
 from ringflash.training.evaluation import EvaluationConfig
+from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import LoggerConfig
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.overrides import for_hydra, kind_of, typed_value, unknown, wanted

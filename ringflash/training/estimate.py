@@ -12,16 +12,13 @@ experts, what layers hold is not counted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
 from ringflash.models import Keep, calls_per_layer, experts_of, input_widths, kinds_of_layers
 from ringflash.ring.attention import GROUP_BYTES
 from ringflash.ring.cost import Heads
-
-if TYPE_CHECKING:
-    from ringflash.training.engine import MemoryConfig
+from ringflash.training.memory import MemoryConfig
 
 REDUCE_BUCKET = 10**8  # gradients that ZeRO reduces at once, in a buffer of its own; by default that takes a GiB or two
 LIVE = 10**9  # parameters that ZeRO 3 holds whole at once, DeepSpeed's stage3_max_live_parameters

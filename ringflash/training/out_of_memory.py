@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from ringflash.errors import GpuMemoryError
-from ringflash.training.engine import OPTIMIZER_STATES, MemoryConfig
+from ringflash.training.memory import OPTIMIZER_STATES, MemoryConfig
 
 # (a part of the path, what runs there), the more special first
 PARTS = (

@@ -24,9 +24,9 @@ from ringflash.models.configuration import DTYPES, ModelConfig
 from ringflash.models.lora import add_lora, description
 from ringflash.training.agreement import disagreements
 from ringflash.training.config import Config
-from ringflash.training.engine import MemoryConfig
 from ringflash.training.estimate import Estimate, estimate
 from ringflash.training.loss import tile_for
+from ringflash.training.memory import MemoryConfig
 from ringflash.training.parallel import resolve_parallel
 from ringflash.training.world import is_rank_0, local_device, local_world_size, world_size
 

@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from ringflash import IntervalMask, Loopback
 from ringflash.models import AttentionConfig, attention, checkpoint_layers, layer_masks, ring_inputs
 from ringflash.ring.cost import Heads
-from ringflash.training.engine import MemoryConfig, TrainedModel
+from ringflash.training.engine import TrainedModel
+from ringflash.training.memory import MemoryConfig
 from tests.models.cases import DYNAMIC, GEMMA4_EXPERTS, LONGROPE, PHIMOE_ROPE, tiny
 
 PLAIN, PACKED = (45,), (13, 1, 31)  # tokens of documents; one of a single token predicts nothing

@@ -5,9 +5,18 @@ from transformers import AutoConfig
 
 from ringflash import IntervalMask
 from ringflash.errors import ConfigError
-from ringflash.models import LayerKind, ModelConfig, kinds_of_layers, layer_kinds, layer_masks, read_config
+from ringflash.models import (
+    AttentionConfig,
+    LayerKind,
+    ModelConfig,
+    kinds_of_layers,
+    layer_kinds,
+    layer_masks,
+    read_config,
+)
 from ringflash.ring.cost import Heads
-from ringflash.training.engine import AttentionConfig, MemoryConfig, TrainedModel
+from ringflash.training.engine import TrainedModel
+from ringflash.training.memory import MemoryConfig
 from tests.models.cases import GEMMA4_EXPERTS, architecture, tiny
 from tests.models.test_checkpointing import inputs_of
 

@@ -11,7 +11,8 @@ from ringflash.models import AttentionConfig, ring_inputs, router_loss
 from ringflash.models.families import FAMILIES
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.ulysses import Ulysses
-from ringflash.training.engine import MemoryConfig, TrainedModel
+from ringflash.training.engine import TrainedModel
+from ringflash.training.memory import MemoryConfig
 from tests.models.cases import loss_and_gradients, tiny
 
 LENGTH, EXPERTS, ACTIVE = 21, 5, 2

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from ringflash.data import Batch
 from ringflash.layout import Layout
 from ringflash.models import ModelConfig, build_model
-from ringflash.training.engine import MemoryConfig, build_engine
+from ringflash.training.engine import build_engine
+from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.parallel import ParallelConfig
 from ringflash.training.world import World, join

@@ -11,8 +11,9 @@ from ringflash.layout import Layout
 from ringflash.training import checkpoint, failure, metrics
 from ringflash.training.config import compose
 from ringflash.training.divergence import LIMIT, Divergence
-from ringflash.training.engine import MemoryConfig, build_engine
+from ringflash.training.engine import build_engine
 from ringflash.training.export import export
+from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import LENGTH, build, joined, sequences

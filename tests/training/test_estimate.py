@@ -7,8 +7,8 @@ import pytest
 from ringflash.models import read_config
 from ringflash.training import preflight
 from ringflash.training.config import compose
-from ringflash.training.engine import MemoryConfig
 from ringflash.training.estimate import estimate, per_parameter
+from ringflash.training.memory import MemoryConfig
 from tests.training.engines import build
 from tests.training.test_checkpoint import write_three
 

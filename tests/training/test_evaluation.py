@@ -8,9 +8,10 @@ from torch import nn
 
 from ringflash.layout import Layout
 from ringflash.training import metrics, positions
-from ringflash.training.engine import MemoryConfig, build_engine
+from ringflash.training.engine import build_engine
 from ringflash.training.evaluation import HeldOut, evaluate
 from ringflash.training.loss import tiled_cross_entropy
+from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.positions import ByPosition, means, no_totals
 from ringflash.training.step import prepare, train_step

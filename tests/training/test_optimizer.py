@@ -18,7 +18,8 @@ from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import ARCHITECTURES, build_model
 from ringflash.training.config import compose
-from ringflash.training.engine import MemoryConfig, build_engine
+from ringflash.training.engine import build_engine
+from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import read
 from ringflash.training.optimizer import OptimConfig, build_optimizer, parameter_groups
 from ringflash.training.step import prepare, train_step

@@ -34,7 +34,8 @@ def step(ranks: int) -> dict[str, Tensor]:
     """Loss, gradients and updated weights of a step on a ring of `ranks` in this process, by the fused kernels."""
     from ringflash import Loopback
     from ringflash.models import AttentionConfig, FusedConfig, fuse_layers, ring_inputs
-    from ringflash.training.engine import MemoryConfig, TrainedModel
+    from ringflash.training.engine import TrainedModel
+    from ringflash.training.memory import MemoryConfig
     from ringflash.training.optimizer import OptimConfig, build_optimizer
     from tests.models.cases import tiny
 

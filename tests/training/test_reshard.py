@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from ringflash import Layout
 from ringflash.training import checkpoint, engine, host_adamw, reshard
-from ringflash.training.engine import MemoryConfig, build_engine
+from ringflash.training.engine import build_engine
+from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import read
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.reshard import FLAT, Flat, Fragment, fill

@@ -8,8 +8,9 @@ from torch import nn
 from ringflash import Loopback
 from ringflash.layout import Layout
 from ringflash.models import AttentionConfig, attention, ring_inputs
-from ringflash.training.engine import MemoryConfig, TrainedModel, build_engine
+from ringflash.training.engine import TrainedModel, build_engine
 from ringflash.training.evaluation import evaluate
+from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizer import OptimConfig
 from ringflash.training.step import prepare, train_step
 from ringflash.training.world import World
