@@ -1,24 +1,71 @@
-"""Evaluation: the loss on held-out sequences, the same ones every time, in the mean and by position in a document."""
+"""Evaluation: its settings, and the loss on held-out sequences, the same ones every time.
+
+The loss is a mean over all tokens, by position in a document, and by source. Searches for needles are in `needle`.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import deepspeed
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ringflash.data import Evaluated, batch
 from ringflash.data.batches import Batch
 from ringflash.errors import ConfigError
+from ringflash.haystack import HaystackConfig
+from ringflash.models import ModelConfig, cache_refusal
+from ringflash.models.rope_length import length_refusal
+from ringflash.reading import check_positions
 from ringflash.training.metrics import HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
-from ringflash.training.needle import NeedleConfig
 from ringflash.training.parallel import LayoutChooser
 from ringflash.training.positions import ByPosition, means, no_totals
 from ringflash.training.step import shard
 from ringflash.training.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleConfig(HaystackConfig):
+    """Needle-in-a-haystack searches."""
+
+    every: int = 0
+    """Steps between searches. There is also one before the first step and one after the last. 0: no searches."""
+
+    lengths: tuple[int, ...] = ()
+    """Lengths in tokens, of haystack, needle, question and answer together; []: data.sequence_length."""
+
+    group = "evaluation.needle."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 0:
+            raise ConfigError(f"evaluation.needle.every={self.every} must be 0 or more")
+        if not self.depths:
+            raise ConfigError("evaluation.needle.depths=[] must have one depth or more, 0 to 100 percent")
+
+    def of_length(self, sequence_length: int) -> NeedleConfig:
+        """With lengths where there are none."""
+        return self if self.lengths else replace(self, lengths=(sequence_length,))
+
+    def check(self, sequence_length: int, model: ModelConfig, hf_config: PreTrainedConfig) -> None:
+        """Raise ConfigError for a model that cannot be searched, and for lengths beyond its positions."""
+        if not self.every:
+            return
+        if (reason := cache_refusal(hf_config)) is not None:
+            raise ConfigError(f"evaluation.needle.every={self.every}: {reason}; set evaluation.needle.every=0")
+        for length in self.of_length(sequence_length).lengths:
+            name = f"evaluation.needle.lengths={length}"
+            if (
+                model.rope_length is None
+                and (reason := length_refusal(hf_config, length, per_document=True)) is not None
+            ):
+                raise ConfigError(f"{name}: {reason}")
+            if not model.extrapolate_positions:
+                check_positions(f"{name} tokens", length, hf_config, "model.extrapolate_positions")
 
 
 @dataclass(frozen=True)

@@ -7,64 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ringflash.data.tokenizer import encoder
-from ringflash.errors import ConfigError
-from ringflash.haystack import Cell, HaystackConfig, Row, read_text, rows_of, search
-from ringflash.models import ModelConfig, RingCache, cache_refusal
-from ringflash.models.rope_length import length_refusal
-from ringflash.reading import check_positions, check_room
+from ringflash.haystack import Cell, Row, read_text, rows_of, search
+from ringflash.models import RingCache
+from ringflash.reading import check_room
 from ringflash.ring.cache_plan import CHUNK
 from ringflash.ring.transport import ProcessRing
+from ringflash.training.config import Config
 from ringflash.training.world import World, replica_ring
-
-if TYPE_CHECKING:
-    from ringflash.training.config import Config
-
-
-@dataclass(frozen=True, kw_only=True)
-class NeedleConfig(HaystackConfig):
-    """Needle-in-a-haystack searches."""
-
-    every: int = 0
-    """Steps between searches. There is also one before the first step and one after the last. 0: no searches."""
-
-    lengths: tuple[int, ...] = ()
-    """Lengths in tokens, of haystack, needle, question and answer together; []: data.sequence_length."""
-
-    group = "evaluation.needle."
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.every < 0:
-            raise ConfigError(f"evaluation.needle.every={self.every} must be 0 or more")
-        if not self.depths:
-            raise ConfigError("evaluation.needle.depths=[] must have one depth or more, 0 to 100 percent")
-
-    def of_length(self, sequence_length: int) -> NeedleConfig:
-        """With lengths where there are none."""
-        return self if self.lengths else replace(self, lengths=(sequence_length,))
-
-    def check(self, sequence_length: int, model: ModelConfig, hf_config: PreTrainedConfig) -> None:
-        """Raise ConfigError for a model that cannot be searched, and for lengths beyond its positions."""
-        if not self.every:
-            return
-        if (reason := cache_refusal(hf_config)) is not None:
-            raise ConfigError(f"evaluation.needle.every={self.every}: {reason}; set evaluation.needle.every=0")
-        for length in self.of_length(sequence_length).lengths:
-            name = f"evaluation.needle.lengths={length}"
-            if (
-                model.rope_length is None
-                and (reason := length_refusal(hf_config, length, per_document=True)) is not None
-            ):
-                raise ConfigError(f"{name}: {reason}")
-            if not model.extrapolate_positions:
-                check_positions(f"{name} tokens", length, hf_config, "model.extrapolate_positions")
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ import torch
 from ringflash.errors import ConfigError
 from ringflash.evaluation.needle import NeedleConfig, run
 from ringflash.models import ModelConfig, read_config
+from ringflash.training.evaluation import NeedleConfig as TrainingConfig
 from ringflash.training.metrics import read
-from ringflash.training.needle import NeedleConfig as TrainingConfig
 from tests.models.cases import DYNAMIC, GEMMA4_EXPERTS, architecture
 from tests.test_generate import ALONE
 from tests.training.runs import fitted, settings
