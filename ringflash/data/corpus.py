@@ -1,10 +1,9 @@
-"""Corpus: what a run trains or evaluates on. TokenCorpus: one, the documents of a split in memory-mapped tokens."""
+"""Corpus: what a run trains or evaluates on. TokenCorpus: the packed sequences of one split of one corpus."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -13,23 +12,24 @@ from ringflash.data.config import DataConfig
 from ringflash.data.documents import tokenised
 from ringflash.data.packing import Packed, pack, sequences_per_epoch, summary
 from ringflash.data.records import IGNORE
+from ringflash.data.split import Split
 from ringflash.errors import ConfigError
 
 BLOCK = 1 << 22  # tokens counted at once
 
 
 class Corpus(Protocol):
-    """An endless stream of packed sequences: of one corpus, of several (`mixture`), or of files in turn (`shards`)."""
+    """An endless stream of packed sequences: of one corpus, several (`mixture`), or one file at a time (`shards`)."""
 
     @property
     def digest(self) -> str:
-        """Of all that decides the sequences, apart from seed and length."""
+        """A digest of everything that decides the sequences, apart from seed and length."""
 
     def packed(self, seed: int, index: int, length: int) -> Packed:
         """The index-th sequence of `length` tokens, over all epochs. Raises ConfigError if an epoch has none."""
 
     def epoch_length(self, length: int) -> int:
-        """How many sequences of `length` tokens an epoch has. Raises ConfigError where none, or not known."""
+        """The number of sequences of `length` tokens in an epoch. Raises ConfigError if it is 0 or not known."""
 
     def description(self, length: int) -> list[str]:
         """Lines for the log: documents, tokens, and how full sequences of `length` tokens are."""
@@ -39,56 +39,15 @@ class Evaluated(Corpus, Protocol):
     """A corpus to evaluate on."""
 
     def source_of(self, index: int) -> str:
-        """The name of the source of the index-th sequence; "" where there is one source alone."""
+        """The name of the source of the index-th sequence; "" if there is only one source."""
 
     def unigram_entropy(self) -> float:
-        """Nats per predicted token under those tokens' own frequencies: the loss without any context."""
+        """Nats per predicted token under the frequencies of these tokens: the loss without any context."""
 
 
 @dataclass(frozen=True, eq=False)
-class TokenCorpus:
-    """Some of the documents in a flat array of tokens.
-
-    Fields: tokens uint16 or uint32 [all tokens]; offsets int64 [all documents + 1]; selection int64 [documents], the
-    numbers of the documents in this split, ascending; vocabulary, the highest token id of the whole corpus + 1; digest,
-    of all documents' tokens and labels; source and split, for messages; labels int32 [all tokens], what is to be
-    predicted at each place or IGNORE, None where each token is; packing, one of data.packing's: see packing.py.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    selection: np.ndarray
-    vocabulary: int
-    digest: str = ""
-    source: str = "memory"
-    split: str = "training"
-    labels: np.ndarray | None = None
-    packing: str = "cut"
-
-    def __len__(self) -> int:
-        return len(self.selection)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens in each document of the split, int64 [documents]."""
-        return self.offsets[self.selection + 1] - self.offsets[self.selection]
-
-    @cached_property
-    def total(self) -> int:
-        """Tokens in the split."""
-        return int(self.lengths.sum())
-
-    def document(self, i: int) -> np.ndarray:
-        """The tokens of the split's i-th document, a view."""
-        return self.tokens[self._place(i)]
-
-    def targets(self, i: int) -> np.ndarray:
-        """The tokens to predict at the places of the split's i-th document, not shifted, or IGNORE: a view."""
-        return (self.tokens if self.labels is None else self.labels)[self._place(i)]
-
-    def _place(self, i: int) -> slice:
-        number = self.selection[i]
-        return slice(self.offsets[number], self.offsets[number + 1])
+class TokenCorpus(Split):
+    """The packed sequences of one split."""
 
     def packed(self, seed: int, index: int, length: int) -> Packed:
         """See `Corpus`."""
@@ -122,7 +81,7 @@ class TokenCorpus:
 
 
 def entropy(frequencies: np.ndarray) -> float:
-    """Nats per token that is drawn with these frequencies, which sum to anything."""
+    """Nats per token drawn with these frequencies, which need not add up to 1."""
     p = frequencies[frequencies > 0] / max(frequencies.sum(), np.finfo(float).tiny)
     return float(-(p * np.log(p)).sum())
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +32,8 @@ from torch import Tensor
 
 from ringflash.data.best_fit import best_fit
 from ringflash.data.records import IGNORE
+from ringflash.data.split import Split
 from ringflash.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ringflash.data.corpus import TokenCorpus
 
 PADDING = 0  # the token of padding, which no other token sees and which predicts nothing
 PIECE = 128  # tokens per document of padding: a single long one would cost attention
@@ -68,7 +66,7 @@ class _Plan(NamedTuple):
     ends: np.ndarray
 
 
-def sequences_per_epoch(corpus: TokenCorpus, length: int) -> int:
+def sequences_per_epoch(corpus: Split, length: int) -> int:
     """The number of sequences of `length` tokens in an epoch. Raises ConfigError if there are none."""
     if corpus.packing == "cut":
         if corpus.total < length:
@@ -86,7 +84,7 @@ def sequences_per_epoch(corpus: TokenCorpus, length: int) -> int:
     return count
 
 
-def check_labels(corpus: TokenCorpus, length: int) -> None:
+def check_labels(corpus: Split, length: int) -> None:
     """Raise ConfigError if no document of the split predicts a token in sequences of `length`."""
     pieces: Iterable[tuple[int, int]] = ((i, 0) for i in range(len(corpus)))
     if corpus.packing != "cut":
@@ -99,7 +97,7 @@ def check_labels(corpus: TokenCorpus, length: int) -> None:
         )
 
 
-def cut_off(corpus: TokenCorpus, length: int) -> int:
+def cut_off(corpus: Split, length: int) -> int:
     """The number of documents that have labels, but none among the tokens that data.packing=truncate keeps."""
     if corpus.packing != "truncate" or corpus.labels is None:
         return 0
@@ -107,12 +105,12 @@ def cut_off(corpus: TokenCorpus, length: int) -> int:
     return sum(bool(_learnt(corpus, i).any() and not _learnt(corpus, i, 0, length).any()) for i in longer)
 
 
-def _learnt(corpus: TokenCorpus, i: int, begin: int = 0, length: int | None = None) -> np.ndarray:
+def _learnt(corpus: Split, i: int, begin: int = 0, length: int | None = None) -> np.ndarray:
     """Whether each of a document's `length` tokens from `begin` on is predicted, except the first, which never is."""
     return corpus.targets(i)[begin:][1:length] != IGNORE
 
 
-def pack(corpus: TokenCorpus, seed: int, index: int, length: int) -> Packed:
+def pack(corpus: Split, seed: int, index: int, length: int) -> Packed:
     """The index-th sequence of `length` tokens, counted over all epochs. Raises ConfigError if an epoch has none."""
     epoch, number = divmod(index, sequences_per_epoch(corpus, length))
     if corpus.packing == "cut":
@@ -132,7 +130,7 @@ def pack(corpus: TokenCorpus, seed: int, index: int, length: int) -> Packed:
     return _packed(pieces, targets)
 
 
-def _cut(corpus: TokenCorpus, order: np.ndarray, ends: np.ndarray, number: int, length: int) -> Packed:
+def _cut(corpus: Split, order: np.ndarray, ends: np.ndarray, number: int, length: int) -> Packed:
     """Sequence `number` of an epoch whose documents lie end to end."""
     start, stop = number * length, (number + 1) * length
     first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
@@ -156,14 +154,14 @@ def _packed(pieces: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Pack
 
 
 @lru_cache(maxsize=4)  # the current epoch and the next, for training and for evaluation
-def _order(corpus: TokenCorpus, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _order(corpus: Split, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """An epoch's order of documents, and where each ends in it: int64 [documents], twice."""
     order = epoch_generator(seed, epoch).permutation(len(corpus))
     return order, corpus.lengths[order].cumsum()
 
 
 @lru_cache(maxsize=4)
-def _drawn(corpus: TokenCorpus, seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(corpus: Split, seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """An epoch's piece at each place of the plan, and its order of sequences, int64 [pieces] and [sequences]."""
     plan, generator = _plan(corpus, length), epoch_generator(seed, epoch)
     pieces = generator.permutation(len(plan.kept))
@@ -178,7 +176,7 @@ def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=4)  # training and evaluation
-def _plan(corpus: TokenCorpus, length: int) -> _Plan:
+def _plan(corpus: Split, length: int) -> _Plan:
     """Which lengths share a sequence, the same in every epoch and on every rank."""
     counts = np.ones(len(corpus), np.int64)  # pieces of each document
     if corpus.packing == "whole":
@@ -193,7 +191,7 @@ def _plan(corpus: TokenCorpus, length: int) -> _Plan:
     return _Plan(kept, begins, lengths, places, np.bincount(chosen, minlength=count).cumsum() if count else places)
 
 
-def summary(corpus: TokenCorpus, length: int, name: str = "") -> list[str]:
+def summary(corpus: Split, length: int, name: str = "") -> list[str]:
     """Two lines about a split: its sequences and how full they are, and the distribution of document lengths.
 
     name: that of a source, if there are several.
@@ -218,5 +216,5 @@ def summary(corpus: TokenCorpus, length: int, name: str = "") -> list[str]:
     ]
 
 
-def _labelled(corpus: TokenCorpus) -> int:
+def _labelled(corpus: Split) -> int:
     return sum(int((corpus.targets(i) != IGNORE).sum()) for i in range(len(corpus)))
