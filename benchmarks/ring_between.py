@@ -31,8 +31,9 @@ from benchmarks import ring_share
 from benchmarks.ring_cases import Noise, Passes, RingCase, passes, whole_ring
 from benchmarks.timing import HEAD_START_CYCLES, in_turns, matrix_products
 from ringflash import Loopback, kernels
+from ringflash.ring.message import Message
 from ringflash.ring.simulation import Span
-from ringflash.ring.transport import COPY_ENGINES, Message, ProcessRing, Transfer
+from ringflash.ring.transport import COPY_ENGINES, ProcessRing, Transfer
 from ringflash.ring.watchdog import Label
 
 CLOSE = 2e-3  # of norms: rounded sums, whose order differs

@@ -24,7 +24,8 @@ from benchmarks import checks
 from benchmarks.ring_cases import RingCase, kernels_wrapped, whole_ring
 from ringflash import Loopback, Partial, merge
 from ringflash.kernels import Kernel
-from ringflash.ring.transport import Message, Transfer
+from ringflash.ring.message import Message
+from ringflash.ring.transport import Transfer
 from ringflash.ring.watchdog import Label
 
 SIZES = (1, 2, 4, 8, 16, 32)

@@ -25,8 +25,9 @@ from benchmarks import checks, ring_cases, timing
 from benchmarks.ring_cases import Noise, Passes, RingCase, whole_ring
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, Loopback, kernels
+from ringflash.ring.message import Message
 from ringflash.ring.ranges import Range, Ranges
-from ringflash.ring.transport import Allocate, Message
+from ringflash.ring.transport import Allocate
 from ringflash.ring.watchdog import Label
 
 CHECKED_LENGTH = 2048

@@ -27,17 +27,15 @@ import socket
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringflash.ring.message import Message
 from ringflash.ring.streams import current_stream
 from ringflash.ring.watchdog import Label, Pending, Watchdog, Work
-
-if TYPE_CHECKING:
-    from ringflash.ring.transport import Message
 
 PendingWork = tuple[Work, Pending]  # a work, and the rank that it waits for
 _FREE, _HERE = 0, 1  # a flag per other rank and kind: its target is free; its message is here

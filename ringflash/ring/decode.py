@@ -26,7 +26,8 @@ from ringflash.kernels.checks import like_out
 from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge_sink
 from ringflash.ring.cache_plan import FEW, RankStep, Step
-from ringflash.ring.transport import Allocate, Message, Ring, Transfer
+from ringflash.ring.message import Message
+from ringflash.ring.transport import Allocate, Ring, Transfer
 from ringflash.ring.watchdog import Label
 
 

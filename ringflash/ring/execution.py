@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ringflash.ring.message import Message
 from ringflash.ring.schedule import Attend, Call, Clear, Fork, Join, Post, Rows, Schedule, Wait
 from ringflash.ring.streams import Streams
-from ringflash.ring.transport import Allocate, Label, Message, Ring, Transfer
+from ringflash.ring.transport import Allocate, Ring, Transfer
+from ringflash.ring.watchdog import Label
 
 
 class Memory(dict[str, list[Tensor]]):

@@ -26,26 +26,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ringflash.ring.copy_engine import CopyEngine, PendingWork, copy_engine_of
+from ringflash.ring.message import Message
 from ringflash.ring.streams import current_stream
 from ringflash.ring.watchdog import Label, Pending, Watchdog
 
 TRANSPORTS = ("auto", "nccl")
 COPY_ENGINES = "copy engines"
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]  # makes a tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Message:
-    """A contiguous tensor that one rank of the ring sends to another; on the receiving side, the tensor to write it to.
-
-    target: on the sending side, the place in this rank's own receive buffers that corresponds to the receiver's. It is
-    not needed if receive buffers are ordinary memory.
-    """
-
-    source: int
-    destination: int
-    tensor: Tensor
-    target: Tensor | None = None
 
 
 class Transfer(Protocol):

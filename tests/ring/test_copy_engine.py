@@ -24,7 +24,7 @@ from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, kernels,
 from ringflash.kernels import Kernel, blocked
 from ringflash.partial import Partial
 from ringflash.ring import copy_engine, watchdog
-from ringflash.ring.transport import Message
+from ringflash.ring.message import Message
 from ringflash.ring.watchdog import Label, Watchdog
 
 A_PASS = Label("a layer", "forward")

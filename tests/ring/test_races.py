@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, Partial, kernels, ring_attention
 from ringflash.kernels import Kernel, blocked
 from ringflash.ring import execution
-from ringflash.ring.transport import Message, plain_buffers
+from ringflash.ring.message import Message
+from ringflash.ring.transport import plain_buffers
 from ringflash.ring.watchdog import Label
 
 STREAM_0, STREAM_1, COMMUNICATOR, OTHERS = range(4)

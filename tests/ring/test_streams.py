@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ringflash.ring.message import Message
 from ringflash.ring.streams import Streams, current_stream
-from ringflash.ring.transport import Loopback, Message
+from ringflash.ring.transport import Loopback
 from ringflash.ring.watchdog import Label
 
 CYCLES = 50_000_000  # about 30 ms: long beside what is launched meanwhile

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ringflash import ProcessRing
 from ringflash.ring import watchdog
-from ringflash.ring.transport import Message
+from ringflash.ring.message import Message
 from ringflash.ring.watchdog import Label, Pending, Traffic, Watchdog
 from tests.ring.hanging import LIMIT, attend, with_one_rank_that_never_comes
 
