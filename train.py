@@ -62,7 +62,8 @@ def main() -> None:
                 print(line, file=sys.stderr)
             return
         stop.install_handler()
-        fit(config, resolved)
+        if not fit(config, resolved):
+            sys.exit(stop.exit_code())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
 #
 # One machine:       launch/deepspeed.sh 8 experiment=qwen3-0.5b-128k
 # Several machines:  HOSTFILE=hosts launch/deepspeed.sh 8 experiment=...      (hosts: a line "name slots=8" for each)
+#
+# On one machine, SIGUSR1 or SIGTERM to this script lets the run finish its step, write a checkpoint and end with exit code
+# 75. Ctrl-C, or SIGTERM again, ends it at once.
 set -euo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
     sed -n '2,/^set/s/^# \?//p' "$0"
@@ -17,4 +20,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 hosts=()
 [ -z "${HOSTFILE:-}" ] || hosts=(--hostfile "$HOSTFILE")
 # train.py reads its rank from the environment, so it needs no --local_rank.
-exec deepspeed "${hosts[@]}" --num_gpus "$ranks" --no_local_rank train.py "$@"
+exec python launch/with_signals.py deepspeed "${hosts[@]}" --num_gpus "$ranks" --no_local_rank train.py "$@"

@@ -4,7 +4,8 @@
     python launch/local.py optim.steps=20 name=short        # settings as for train.py
     python launch/local.py --ranks 4 experiment=qwen3-0.5b-128k
 
-It starts processes as torchrun does. A run that fails ends with one line instead of torchrun's report.
+It starts processes as torchrun does. A run that fails ends with one line instead of torchrun's report. SIGUSR1 lets the
+run finish its step, write a checkpoint and end with exit code 75; Ctrl-C and SIGTERM end it at once.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import uuid
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from with_signals import INCOMPLETE, hold_signal, stop_note, stop_ranks
 
 from ringflash.training import failure
 
@@ -42,8 +45,13 @@ def main() -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=options.ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex, max_restarts=0, monitor_interval=0.1,
     )  # fmt: skip
+    signal.signal(signal.SIGUSR1, lambda number, frame: stop_ranks(os.getpid()))
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # receives the signal, which this thread holds
+    hold_signal()
     try:
-        elastic_launch(config, sys.executable)("-u", str(TRAIN), *settings)
+        with stop_note() as stopped:
+            elastic_launch(config, sys.executable)("-u", str(TRAIN), *settings)
+            return INCOMPLETE if stopped() else 0
     except SignalException as end:
         print(f"\n{failure.stopped(end.sigval)}", file=sys.stderr)
         return 128 + end.sigval
@@ -54,7 +62,6 @@ def main() -> int:
             why = " (out of memory?)" if name == "SIGKILL" else ""
             print(f"\nringflash: rank {rank} was ended by {name}{why}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _default_ranks() -> int:

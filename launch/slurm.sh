@@ -31,17 +31,17 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts%%$'\n'*}  # with a pipe to head(1), scontrol may end by SIGPIPE
 export NNODES=$SLURM_NNODES HEAD=$head:$((20000 + SLURM_JOB_ID % 20000)) RDZV_ID=$SLURM_JOB_ID
-export STOPPED=$PWD/.slurm-$SLURM_JOB_ID.stopped
-rm -f "$STOPPED"
-trap 'rm -f "$STOPPED"; exit 143' TERM  # of scancel: the job is not to be queued again
+export RINGFLASH_STOPPED=$PWD/.slurm-$SLURM_JOB_ID.stopped  # which the ranks leave if they stop before the last step
+rm -f "$RINGFLASH_STOPPED"
+trap 'rm -f "$RINGFLASH_STOPPED"; exit 143' TERM  # of scancel: the job is not to be queued again
 resume=()
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || resume=(resume=auto)
 # srun does not inherit --cpus-per-task from sbatch. SRUN is split into words.
 # shellcheck disable=SC2086
 srun --kill-on-bad-exit=1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" ${SRUN:-} \
     "$PWD/launch/torchrun.sh" "${SLURM_GPUS_ON_NODE:-1}" "$@" "${resume[@]}"
-if [ -e "$STOPPED" ]; then
-    rm -f "$STOPPED"
+if [ -e "$RINGFLASH_STOPPED" ]; then
+    rm -f "$RINGFLASH_STOPPED"
     echo "launch/slurm.sh: job $SLURM_JOB_ID is queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -7,8 +7,8 @@
 # Several machines:  NNODES=4 HEAD=first-machine:29500 launch/torchrun.sh 8 experiment=...     (the same on each)
 # A log per rank:    LOGS=folder launch/torchrun.sh 8 ...     (folder/RUN/attempt_0/LOCAL_RANK/stderr.log, per machine)
 #
-# SIGUSR1 or SIGTERM to this script lets the run finish its step, write a checkpoint and end. Ctrl-C, or SIGTERM again,
-# ends it at once.
+# SIGUSR1 or SIGTERM to this script lets the run finish its step, write a checkpoint and end with exit code 75. Ctrl-C, or
+# SIGTERM again, ends it at once.
 set -euo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
     sed -n '2,/^set/{/^set/d;s/^# \?//p}' "$0"
@@ -20,26 +20,6 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 logs=()
 [ -z "${LOGS:-}" ] || logs=(--log-dir "$LOGS/$(hostname)" --tee 3)
-
-stop() {  # STOPPED: a file by which slurm.sh knows
-    signalled=1
-    [ -z "${STOPPED:-}" ] || touch "$STOPPED"
-    echo "launch/torchrun.sh: the run ends after its step, with a checkpoint" >&2
-    # the ranks are torchrun's children
-    python -c 'import psutil, sys; [p.send_signal(10) for p in psutil.Process(int(sys.argv[1])).children()]' "$torchrun" || true
-}
-end() { signalled=1; kill -TERM "$torchrun" || true; }
-# SIGUSR1 would end torchrun, and ranks that do not listen for it yet. Ctrl-C reaches torchrun, too, which ends its ranks.
-(trap '' USR1; trap - INT; exec torchrun --nproc-per-node "$ranks" --nnodes "${NNODES:-1}" "${logs[@]}" \
+exec python launch/with_signals.py torchrun --nproc-per-node "$ranks" --nnodes "${NNODES:-1}" "${logs[@]}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:0}" --rdzv-id "${RDZV_ID:-ringflash}" \
-    train.py "$@") &
-torchrun=$!
-trap stop USR1
-trap 'trap end TERM; stop' TERM
-trap 'signalled=1' INT
-signalled=1
-while [ "$signalled" = 1 ]; do  # a signal ends `wait`
-    signalled=0
-    wait "$torchrun" && code=0 || code=$?
-done
-exit "$code"
+    train.py "$@"

@@ -28,14 +28,16 @@ SLURM = {
 }  # fmt: skip
 # Stands in for torchrun: starts train.py as its child, and ends as it does.
 TORCHRUN = """printf "%s\\n" "$@" > torchrun.txt
-python train.py "${@: -1}" & wait $!
+LOCAL_RANK=0 python train.py "${@: -1}" & wait $!
 """
-# Stands in for train.py: ends by SIGUSR1 as a run that was asked to stop, or as one that a signal killed.
+# Stands in for train.py: after SIGUSR1, stops before its last step, completes, or fails.
 RANK = """
-import os, pathlib, signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(int(sys.argv[1])))
-pathlib.Path("started").write_text(f"{os.getpid()}")
-time.sleep(60)
+import os, pathlib, signal, sys
+pathlib.Path("started").write_text("")
+signal.sigwait({signal.SIGUSR1})
+if sys.argv[1] == "stops":
+    pathlib.Path(os.environ["RINGFLASH_STOPPED"]).touch()
+sys.exit(3 if sys.argv[1] == "fails" else 0)
 """
 
 
@@ -89,7 +91,7 @@ def test_slurm_starts_a_launcher_per_machine_with_all_its_cores(tmp_path):
 
 def test_slurm_queues_a_stopped_job_again_and_resumes_it(tmp_path):
     environment = {**SLURM, **fakes(tmp_path, FAKES), "SLURM_RESTART_COUNT": "1"}
-    result = launch("slurm.sh", *SETTINGS, **environment, SCRIPT='eval touch "$STOPPED"')
+    result = launch("slurm.sh", *SETTINGS, **environment, SCRIPT='eval touch "$RINGFLASH_STOPPED"')
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "srun.txt").read_text().splitlines()[-1] == "resume=auto"
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 4711\n"
@@ -99,25 +101,24 @@ def test_slurm_queues_a_stopped_job_again_and_resumes_it(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("code", [0, 3], ids=["stopped", "failed"])
-def test_a_signal_to_the_launcher_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path, number, code):
+@pytest.mark.parametrize(("rank", "code"), [("stops", 75), ("completes", 0), ("fails", 3)])
+def test_a_signal_to_the_launcher_reaches_the_ranks_and_its_exit_code_says_how_they_ended(tmp_path, number, rank, code):
     (tmp_path / "launch").mkdir()
     (tmp_path / "train.py").write_text(RANK)
-    script = Path(shutil.copy(ROOT / "launch" / "torchrun.sh", tmp_path / "launch"))
+    for name in ("torchrun.sh", "with_signals.py"):
+        shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
     environment = {**os.environ, **fakes(tmp_path, {"torchrun": TORCHRUN}), "NNODES": "2", "HEAD": "first:1"}
-    environment |= {"STOPPED": str(tmp_path / "stopped"), "LOGS": "logs"}
-    environment["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with subprocess.Popen([script, "8", f"{code}"], env=environment) as process:
+    environment |= {"LOGS": "logs", "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with subprocess.Popen([tmp_path / "launch" / "torchrun.sh", "8", rank], env=environment) as process:
         until = time.monotonic() + 60
         while not (tmp_path / "started").exists() and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(number)
         assert process.wait(60) == code
-    assert (tmp_path / "stopped").exists()
     parsed = torch.distributed.run.get_args_parser().parse_args((tmp_path / "torchrun.txt").read_text().splitlines())
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_backend) == ("2", "8", "c10d")
     assert (parsed.rdzv_endpoint, parsed.log_dir, parsed.tee) == ("first:1", f"logs/{socket.gethostname()}", "3")
-    assert [parsed.training_script, *parsed.training_script_args] == ["train.py", f"{code}"]
+    assert [parsed.training_script, *parsed.training_script_args] == ["train.py", rank]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -66,8 +66,10 @@ class Run:
         checkpoint.save(self.engine, self.checkpoints, step, self.world, keep, self.settings, best)
 
 
-def fit(config: Config, resolved: str) -> None:
+def fit(config: Config, resolved: str) -> bool:
     """Train as `config` says; `resolved` is the same as YAML, for the run's folder.
+
+    Returns whether the run is complete: false if it was stopped before its last step.
 
     Raises ConfigError, naming the setting, for what cannot work, and DivergedError if training diverges.
     """
@@ -118,8 +120,9 @@ def fit(config: Config, resolved: str) -> None:
                 saved = step
             if stopping:
                 _stop(run, step)
-                return
+                return False
     _finish(run, evaluation, divergence, best, done, saved)
+    return True
 
 
 def _layout_chooser(run: Run) -> LayoutChooser:
@@ -338,8 +341,11 @@ def _stop(run: Run, step: int) -> None:
     with run.world.without_timeout("finishing wandb's run"):
         if run.metrics is not None:
             run.metrics.close(exit_code=1, preempted=True)
-            done = f"step {step} of {run.job.config.optim.total_steps}"
-            print(f"stopped by {stop.SIGNAL.name} after {done}; resume=auto continues there", flush=True)
+            print(
+                f"stopped by {stop.SIGNAL.name} after step {step} of {run.job.config.optim.total_steps}; resume=auto "
+                f"continues there, and resume=auto optim.steps={step} exports the model as it is",
+                flush=True,
+            )
     _leave(run.world)
 
 

@@ -56,7 +56,7 @@ class Flat(NamedTuple):
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path, tag: str, ranks: int, world: World) -> None:
-    """Load the ZeRO checkpoint `path`/`tag` that `ranks` ranks wrote; all ranks call it, before the first step."""
+    """Load the ZeRO checkpoint `path`/`tag` that `ranks` ranks wrote; all ranks call it, between steps."""
     zero, adamw = engine.optimizer, engine.basic_optimizer
     model = _read(engine._get_ckpt_name(str(path), tag, pp_placeholder="0"))
     saved = [_read(_optimizer_file(engine, path, tag, rank))[ds.OPTIMIZER_STATE_DICT] for rank in range(ranks)]
