@@ -209,7 +209,7 @@ def _check_folder(name: str, folder: str) -> None:
 
 
 def _base_of(config: ReadConfig) -> str | None:
-    """The folder of the model that an adapter was trained on; None where model=... is no adapter."""
+    """The folder of the model that an adapter was trained on; None if model=... is no adapter."""
     from ringflash.models.lora import BASE, is_adapter, read_fields
 
     if not is_adapter(config.model):

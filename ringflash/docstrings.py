@@ -12,7 +12,7 @@ from typing import Any
 
 @functools.cache
 def field_docstrings(part: Any) -> dict[str, str]:
-    """The docstring of each field of a dataclass, in one line; empty where there is none. Inherited ones come first."""
+    """The docstring of each field of a dataclass, in one line; empty if there is none. Inherited ones come first."""
     body: list[ast.stmt] = []
     for kind in reversed(part.__mro__):
         if is_dataclass(kind):

@@ -169,7 +169,7 @@ def _graph(
 ) -> AbstractContextManager[None]:
     """While entered, new tokens are replays of a CUDA graph where config.graph has it, and where they can be.
 
-    Raises ConfigError where graph=true and they cannot be: on entry, or at the first token of a model that waits.
+    Raises ConfigError if graph=true and they cannot be: on entry, or at the first token of a model that waits.
     """
     from ringflash.models import step_graph
 
@@ -283,7 +283,7 @@ def _turn(config: GenerateConfig, encoder: Encoder, tokenizer: Any) -> _Turn:
 
 
 def _rendered(tokenizer: Any, name: str, messages: list[dict[str, str]]) -> str:
-    """Messages and the generation prompt in the chat template. Raises ConfigError where the template fails."""
+    """Messages and the generation prompt in the chat template. Raises ConfigError if the template fails."""
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # jinja2's, and whatever the template's expressions raise

@@ -50,7 +50,7 @@ def check_positions(what: str, tokens: int, config: PreTrainedConfig, setting: s
 
 
 def check_room(what: str, cache: RingCache, world: World) -> None:
-    """Raise ConfigError, on every rank, where the memory of any does not suffice for a cache. what: it is for."""
+    """Raise ConfigError, on every rank, if the memory of any does not suffice for a cache. what: it is for."""
     import torch
 
     if world.device.type == "cuda":

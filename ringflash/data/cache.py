@@ -39,7 +39,7 @@ class DamagedError(Exception):
 class Cache(NamedTuple):
     """A cache that was read: its arrays, memory-mapped, and corpus.json.
 
-    labels: None where each token is its own label. starts: None where each document is a record.
+    labels: None if each token is its own label. starts: None if each document is a record.
     """
 
     tokens: np.ndarray
@@ -52,7 +52,7 @@ class Cache(NamedTuple):
 class Group(NamedTuple):
     """Documents end to end, or pieces of them.
 
-    tokens: [n], of the cache's type. labels: int32 [n], None where each token is its own. lengths: int64 [pieces].
+    tokens: [n], of the cache's type. labels: int32 [n], None if each token is its own. lengths: int64 [pieces].
     begins, ends: bool [pieces], whether a piece begins its record, ends its document.
     """
 

@@ -267,7 +267,7 @@ class Dialogues:
         return [documents[0]._replace(begins=True), *documents[1:]]
 
     def _shared(self, answered: str, text: str) -> int | None:
-        """Where a turn ends in the text of a later one; None where it is not there as it was answered.
+        """Where a turn ends in the text of a later one; None if it is not there as it was answered.
 
         A template may end every conversation with an eos_token. A later text lacks it; that the turn has a special
         token of its own at its end is then enough to learn where to stop.

@@ -90,7 +90,7 @@ def tokenised(config: DataConfig, *, verify: bool = True, quiet: bool = False) -
 
 @contextlib.contextmanager
 def _scratch(config: DataConfig, name: str) -> Iterator[Path]:
-    """A folder beside the finished ones, deleted after use. Raises ConfigError where the cache cannot be written."""
+    """A folder beside the finished ones, deleted after use. Raises ConfigError if the cache cannot be written."""
     try:
         with scratch_folder(Path(config.cache).expanduser(), name) as scratch:
             yield scratch

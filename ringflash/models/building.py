@@ -23,7 +23,7 @@ Makers = tuple[Callable[..., PreTrainedModel], Callable[..., PreTrainedModel]]
 def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrainedModel:
     """The model that a ModelConfig names, on the ring's attention, in fp32 or bf16, on the current device.
 
-    makers: what makes it, whole unless it is given. Raises ConfigError naming the key where the model cannot be built
+    makers: what makes it, whole unless it is given. Raises ConfigError naming the key if the model cannot be built
     or cannot train on the ring.
     """
     hf_config = read_config(config)

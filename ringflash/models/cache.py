@@ -162,7 +162,7 @@ class RingCache(Cache):
         """The layer's attention: q [B, n, Hq, D], k and v [B, n, Hkv, D] of new tokens to [B, n, Hq, Dv].
 
         options: scale, softcap and sink. Raises ValueError for another batch than the cache's, or another window than
-        the configuration has, and RuntimeError where a gradient is asked for.
+        the configuration has, and RuntimeError if a gradient is asked for.
         """
         if torch.is_grad_enabled() and q.requires_grad:
             raise RuntimeError("a RingCache is for generating, without gradients: call the model under torch.no_grad()")

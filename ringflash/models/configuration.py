@@ -124,7 +124,7 @@ class AttentionConfig:
 def read_config(config: ModelConfig) -> PreTrainedConfig:
     """The transformers configuration that a ModelConfig names.
 
-    Raises ConfigError naming the key where it cannot be read or cannot train on the ring.
+    Raises ConfigError naming the key if it cannot be read or cannot train on the ring.
     """
     hf_config = _configuration(config)
     check_supported(hf_config)
@@ -164,7 +164,7 @@ def _check_family(model_type: Any, config: ModelConfig, where: str) -> None:
 
 
 def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
-    """The configuration of a model's folder. Raises ConfigError where it is missing, damaged or of no model."""
+    """The configuration of a model's folder. Raises ConfigError if it is missing, damaged or of no model."""
     file = Path(path) / "config.json"
     if is_adapter(path):  # which transformers would load, too, and leave unmerged
         raise ConfigError(
@@ -265,7 +265,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
 
 
 def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) -> None:
-    """Raise ConfigError where sequences of `length` tokens have more positions than the model supports.
+    """Raise ConfigError if sequences of `length` tokens have more positions than the model supports.
 
     Positions count within each document, but a document may fill its sequence.
     """

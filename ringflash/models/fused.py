@@ -70,7 +70,7 @@ class FusedConfig:
                 raise ConfigError(f"fused.{f.name}={getattr(self, f.name)} is not one of {', '.join(WHEN)}")
 
     def wanted(self, name: str, device: torch.device) -> bool:
-        """Whether the pass `name` is to be fused on a device. Raises ConfigError where it must be and cannot be."""
+        """Whether the pass `name` is to be fused on a device. Raises ConfigError if it must be and cannot be."""
         when = getattr(self, name)
         reason = _refusal(device)
         if when == "always" and reason is not None:
@@ -81,7 +81,7 @@ class FusedConfig:
 def fuse_layers(model: PreTrainedModel, config: FusedConfig, device: torch.device) -> list[str]:
     """Fuse what `config` asks for in the layers of a model that will run on `device`; the names of what was fused.
 
-    Raises ConfigError where a pass must be fused (always) and the model has no class that is known.
+    Raises ConfigError if a pass must be fused (always) and the model has no class that is known.
     """
     found = []
     for name, fuse in (("norm", _fuse_norms), ("rotary", _fuse_rotary), ("mlp", _fuse_mlps)):

@@ -122,7 +122,7 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 
 
 class Parts(NamedTuple):
-    """A linear layer's tensors, those of an adapter None where there is none: y = W x + bias + scale B (A x)."""
+    """A linear layer's tensors, those of an adapter None if there is none: y = W x + bias + scale B (A x)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -194,7 +194,7 @@ def is_adapter(folder: str) -> bool:
 
 
 def read_fields(folder: str) -> dict[str, Any]:
-    """The fields of an adapter's configuration, ours among them. Raises ConfigError where it cannot be read."""
+    """The fields of an adapter's configuration, ours among them. Raises ConfigError if it cannot be read."""
     for name in (CONFIG, WEIGHTS):
         if not os.path.isfile(os.path.join(folder, name)):
             raise ConfigError(f"model.lora.path={folder} holds no {name}: it must be a folder that peft wrote")
@@ -265,7 +265,7 @@ def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
 
 
 def _read(path: str, dropout: float) -> peft.LoraConfig:
-    """peft's configuration in an adapter's folder. Raises ConfigError where it is missing or not supported."""
+    """peft's configuration in an adapter's folder. Raises ConfigError if it is missing or not supported."""
     import peft
 
     read_fields(path)

@@ -81,7 +81,7 @@ def form_of(module: nn.Module) -> Form | None:
 
 
 def _products(module: nn.Module, form: Form) -> list[Parts] | None:
-    """The parts of W_1, ..., D; None where one of them has none."""
+    """The parts of W_1, ..., D; None if one of them has none."""
     found = [parts_of(getattr(module, name)) for name in (*form.inputs, form.output)]
     return None if None in found else found  # type: ignore[return-value]  # none is None
 

@@ -124,7 +124,7 @@ class LengthAwareRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """The result of the family's module for [rows, n] positions, usually (cos, sin), each [rows, n, D].
 
-        Raises RuntimeError in a layer that runs again in the backward, where the documents are not known.
+        Raises RuntimeError in a layer that runs again in the backward, if the documents are not known.
         """
         if self.length is None:
             if torch._C._current_graph_task_id() != -1:

@@ -61,7 +61,7 @@ def router_loss(router_logits: Sequence[Tensor], active: int, plan: AttentionPla
 def share_router_loss(layer: nn.Module) -> None:
     """Have the modeling file of a layer give `router_loss` where its models are on the ring.
 
-    Raises ValueError where its function is not the one that is known.
+    Raises ValueError if its function is not the one that is known.
     """
     modeling = sys.modules[type(layer).__module__]
     original = getattr(modeling, _NAME, None)

@@ -131,7 +131,7 @@ def save(
     """Write the state after `step` steps under `folder`; all ranks call it. Returns the checkpoint's path.
 
     keep: how many are kept, including this one. settings: the run's, nested; a resumed run must share them. best: whose
-    checkpoint is kept, too. Raises DivergedError where a weight is not finite; the earlier checkpoints stay.
+    checkpoint is kept, too. Raises DivergedError if a weight is not finite; the earlier checkpoints stay.
     """
     path = _path(folder, step)
     check_weights(engine, world, path)
@@ -174,10 +174,10 @@ def save(
 def resume(
     engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, settings: dict | None = None, log=print
 ) -> int:
-    """Load the newest sound checkpoint under `folder`, and return its step; 0 where there is no checkpoint.
+    """Load the newest sound checkpoint under `folder`, and return its step; 0 if there is no checkpoint.
 
     Once it is loaded, newer ones, which are not sound, are moved aside, and rank 0 reports which and why. Raises
-    ConfigError and changes nothing where none is sound, and where it has other settings.
+    ConfigError and changes nothing if none is sound, and where it has other settings.
     """
     sound, faults = _newest_sound(folder, world)
     if sound is None:

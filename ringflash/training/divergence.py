@@ -47,7 +47,7 @@ class Divergence:
         return False
 
     def check_end(self, step: int, held_out: float | None) -> None:
-        """Raise DivergedError, so that no model is written, where the last step or the loss after it is not finite."""
+        """Raise DivergedError, so that no model is written, if the last step or the loss after it is not finite."""
         record = {} if held_out is None else {"held_out_loss": held_out}
         faults = _faults(record)
         if faults and self.metrics is not None:
@@ -64,7 +64,7 @@ class Divergence:
 
 
 def check_weights(engine: deepspeed.DeepSpeedEngine, world: World, file: object) -> None:
-    """Raise DivergedError, on every rank, where a weight is not finite, instead of writing `file`."""
+    """Raise DivergedError, on every rank, if a weight is not finite, instead of writing `file`."""
     found = torch.stack([has_inf_or_nan(_held(p, world)) for p in engine.module.parameters()]).any()
     if world.max(found.float()).item():
         raise DivergedError(f"{file} is not written: the weights are not finite; {ADVICE}")

@@ -69,7 +69,7 @@ class TrainedModel(nn.Module):
     def reserve_host_memory(self, tokens: int, log: Callable[[str], None] = lambda message: None) -> None:
         """Touch and pin what the optimizer and the layers keep in host memory, for a rank's shard of `tokens` tokens.
 
-        log: called with lines of progress. Raises ConfigError where this machine has too little.
+        log: called with lines of progress. Raises ConfigError if this machine has too little.
         """
         if self.host_states is not None:
             self.host_states(log)

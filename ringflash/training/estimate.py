@@ -36,7 +36,7 @@ class PerParameter:
 @dataclass(frozen=True)
 class Estimate:
     """Bytes. states, gradients: as `PerParameter`, of one GPU. kept: by layers on the GPU for their backward; work: of
-    one layer's backward; None where they are not counted. host: pinned for one rank. checkpoint: of all ranks."""
+    one layer's backward; None if they are not counted. host: pinned for one rank. checkpoint: of all ranks."""
 
     states: float
     gradients: float

@@ -98,7 +98,7 @@ class EvaluationConfig:
 class HeldOut:
     """Mean losses in nats per predicted token: over all tokens, by range of positions, such as "4k-8k", and by source.
 
-    by_source is empty where there is one source alone.
+    by_source is empty if there is one source alone.
     """
 
     loss: float

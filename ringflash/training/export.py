@@ -40,7 +40,7 @@ def export(
     """Write config, weights (safetensors) and tokenizer to `folder`; all ranks call it.
 
     ``AutoModelForCausalLM.from_pretrained(folder)`` loads it with transformers' own attention. generation: the
-    contents of generation_config.json; None: the model's own. Raises DivergedError where a weight is not finite.
+    contents of generation_config.json; None: the model's own. Raises DivergedError if a weight is not finite.
     """
     check_weights(engine, world, folder)
     model, aside = engine.module.model, folder.with_name(folder.name + ".partial")
@@ -69,7 +69,7 @@ def export_adapter(
 ) -> Path:
     """Write a model's adapters, as peft does, and tokenizer to `folder`; all ranks call it. config: the model's.
 
-    Raises DivergedError where a weight is not finite.
+    Raises DivergedError if a weight is not finite.
     """
     check_weights(engine, world, folder)
     model, aside = engine.module.model, folder.with_name(folder.name + ".partial")

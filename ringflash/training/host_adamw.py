@@ -115,7 +115,7 @@ class HostAdamW(torch.optim.Optimizer):
                 chunk.numpy().tofile(out)
 
     def load(self, folder: Path, rank: int) -> None:
-        """Read them back in place. Raises ValueError where the file has another size."""
+        """Read them back in place. Raises ValueError if the file has another size."""
         held = self.held()
         saved = self.mapped(folder, rank, [sum(chunk.shape[1] for chunk in chunks) for chunks in held])
         for chunk, source in zip(itertools.chain(*held), itertools.chain(*saved), strict=True):
@@ -129,7 +129,7 @@ class HostAdamW(torch.optim.Optimizer):
     def mapped(folder: Path, rank: int, sizes: list[int]) -> list[list[Tensor]]:
         """The chunks that a rank saved, for flat weights of these sizes; they are read when they are used.
 
-        Raises ValueError where the file has another size.
+        Raises ValueError if the file has another size.
         """
         file, total = folder / FILE.format(rank), len(STATES) * sum(sizes)
         if (found := file.stat().st_size) != 4 * total:

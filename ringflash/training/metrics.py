@@ -96,7 +96,7 @@ class Metrics:
             self._events.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
 
     def show(self, step: int, record: dict[str, float]) -> None:
-        """Move the progress bar to `step`; where there is none, as in a job's log, print a line at intervals."""
+        """Move the progress bar to `step`; if there is none, as in a job's log, print a line at intervals."""
         parts = [f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tok/s"]
         if "mfu" in record:
             parts.append(f"MFU {record['mfu']:.1%}")
@@ -158,7 +158,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def check_plot(folder: Path) -> None:
-    """Raise DiskError, before the first step, where `plot` could not replace loss.png after the last."""
+    """Raise DiskError, before the first step, if `plot` could not replace loss.png after the last."""
     with writing(folder / "loss.png"):
         if (folder / "loss.png").is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / "loss.png"))
@@ -251,7 +251,7 @@ def _wandb_run(config: LoggerConfig, folder: Path, settings: dict[str, Any]):
 
 
 def _wandb_id(file: Path) -> str:
-    """The id of the folder's wandb run, drawn when there is none. Raises ConfigError where the file holds no id."""
+    """The id of the folder's wandb run, drawn when there is none. Raises ConfigError if the file holds no id."""
     if not os.path.lexists(file):
         write_atomically(file, secrets.token_hex(4))
     try:

@@ -52,7 +52,7 @@ class Needles:
     def search(self, engine: deepspeed.DeepSpeedEngine, rows: Iterable[Row] | None = None) -> list[Cell]:
         """The cells of rows (default: all), by the engine's weights as they are; the engine trains on.
 
-        Raises ConfigError, on every rank, where the memory of any does not suffice.
+        Raises ConfigError, on every rank, if the memory of any does not suffice.
         """
         model, cells = engine.module.model, []
         engine.eval()

@@ -54,7 +54,7 @@ def update_in_place(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def gradients_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor] | None:
-    """The gradients of a flat weight's parts, which the caller owns; None where it has none."""
+    """The gradients of a flat weight's parts, which the caller owns; None if it has none."""
     parts = optimizer.gradients.pop(weight, None)  # type: ignore[attr-defined]  # of both optimizers
     return [weight.grad] if parts is None and weight.grad is not None else parts
 

@@ -134,7 +134,7 @@ class OptimConfig:
         return max(1, round(self.decay * (self.steps or 0)))
 
     def accumulation(self, replicas: int) -> int:
-        """Micro-batches of a step. Raises ConfigError where the batch does not divide."""
+        """Micro-batches of a step. Raises ConfigError if the batch does not divide."""
         if self.batch % (replicas * self.micro_batch):
             remedy = ": a larger parallel.ring makes fewer replicas" if replicas > 1 else ""
             raise ConfigError(

@@ -72,7 +72,7 @@ def for_hydra(override: str, schema: type, folder: Path) -> str:
 
 
 def kind_of(key: str, schema: type) -> Any:
-    """The type of the setting at a dotted key; Any below a dictionary; None where there is no such setting."""
+    """The type of the setting at a dotted key; Any below a dictionary; None if there is no such setting."""
     kind: Any = schema
     for name in key.split("."):
         if is_dataclass(kind):
@@ -109,7 +109,7 @@ def unknown(key: str, schema: type) -> str:
 
 
 def typed_value(key: str, overrides: Sequence[str]) -> str | None:
-    """The last value that a command line gives to `key`; None where it gives none."""
+    """The last value that a command line gives to `key`; None if it gives none."""
     found = (_OVERRIDE.fullmatch(override) for override in reversed(overrides))
     return next((match["value"] for match in found if match and match["key"] == key), None)
 

@@ -43,7 +43,7 @@ class ByPosition:
 
 
 def means(totals: Tensor) -> dict[str, float]:
-    """Mean losses by the names of their ranges, such as "4k-8k"; empty where all tokens are of one range."""
+    """Mean losses by the names of their ranges, such as "4k-8k"; empty if all tokens are of one range."""
     found = {name: loss / count for name, loss, count in zip(names(), *totals.tolist(), strict=True) if count}
     return found if len(found) > 1 else {}
 

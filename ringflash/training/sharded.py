@@ -180,7 +180,7 @@ def _gathered_initialisation() -> Iterator[None]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a folder. Raises ConfigError where it has no safetensors."""
+    """The file of each tensor of a folder. Raises ConfigError if it has no safetensors."""
     if (folder / INDEX).is_file():
         where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in where.items()}

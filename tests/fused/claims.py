@@ -75,7 +75,7 @@ def gated_excess(activation: str, dtype: torch.dtype, device: str = "cpu") -> fl
 
 
 class _Gated(torch.autograd.Function):
-    """gated with its backward; raises AssertionError where either pass writes anything but what it says."""
+    """gated with its backward; raises AssertionError if either pass writes anything but what it says."""
 
     @staticmethod
     def forward(ctx, gate, up, activation):

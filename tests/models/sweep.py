@@ -94,7 +94,7 @@ WINDOWS = {Windows.NONE: "", Windows.SOME: "some", Windows.ALL: "all"}
 
 
 def prove(model_type):
-    """The errors of all cases of a family. Raises AssertionError where its configuration is misread."""
+    """The errors of all cases of a family. Raises AssertionError if its configuration is misread."""
     errors = []
     for prover in Prover.all_of(model_type):
         assert prover.attention(PACKED) == prover.attention_of_configuration(PACKED)
