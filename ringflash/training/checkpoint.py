@@ -1,14 +1,14 @@
-"""Checkpoints that are complete or absent: written aside, listed with their digests, then renamed.
+"""Checkpoints are complete or absent: they are written to another folder, listed with digests, and renamed.
 
     runs/NAME/checkpoints/step-00000100/state/           DeepSpeed's files: weights that are trained, optimizer, by rank
                           step-00000100/manifest.json    the size and SHA-256 of every file, written last
                           step-00000200.partial/         one being written, or left by a killed run
-                          step-00000150.unsound/         one whose files differ from what was written, moved aside
+                          step-00000150.corrupt/         one whose files differ from what was written, moved aside
 
-A run resumes from the newest sound checkpoint: one whose files are those that its manifest lists. An older one serves
-where a newer is damaged. Folders of any other name are the user's and are not touched.
+A run resumes from the newest intact checkpoint, whose files are those in its manifest. If the newest is corrupt, an
+older one is used. Folders with any other name belong to the user and are not touched.
 
-With checkpoint.keep_best, the checkpoint of the lowest held-out loss is kept, too. Its manifest has that loss.
+With checkpoint.keep_best, the checkpoint of the lowest held-out loss is kept as well. Its manifest has that loss.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ringflash.training.world import World
 STATE = "state"
 MANIFEST = "manifest.json"
 POSITIONS = "document"  # where positions begin; in manifests without this entry, with the sequence
-PARTIAL, UNSOUND = ".partial", ".unsound"
+PARTIAL, CORRUPT = ".partial", ".corrupt"
 # Settings that a resumed run may change. With another value of any other setting it would be a different run.
 FREE = (
     "name", "output_dir", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
@@ -106,14 +106,14 @@ def find_best(folder: Path, of: str, world: World) -> Best:
 
 
 def load_best(engine: deepspeed.DeepSpeedEngine, folder: Path, best: Best, world: World) -> None:
-    """Load the checkpoint of the lowest held-out loss. Raises ConfigError if it is not sound."""
+    """Load the checkpoint of the lowest held-out loss. Raises ConfigError if it is corrupt."""
     path = _path(folder, best.step)
     with world.without_timeout(f"loading {path}"):
         manifest, fault = world.broadcast(_read_manifest(path))
         fault = fault or _damage(path, manifest["files"], world)
         if fault is not None:
             raise ConfigError(
-                f"{path}, which has the lowest held-out loss, is not sound ({fault}): resume=auto "
+                f"{path}, which has the lowest held-out loss, is corrupt ({fault}): resume=auto "
                 f"checkpoint.keep_best=false exports the last weights"
             )
         _load(engine, path, manifest["ranks"], world)
@@ -174,33 +174,33 @@ def save(
 def resume(
     engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, settings: dict | None = None, log=print
 ) -> int:
-    """Load the newest sound checkpoint under `folder`, and return its step; 0 if there is no checkpoint.
+    """Load the newest intact checkpoint under `folder`, and return its step; 0 if there is no checkpoint.
 
-    Once it is loaded, newer ones, which are not sound, are moved aside, and rank 0 reports which and why. Raises
-    ConfigError and changes nothing if none is sound, and where it has other settings.
+    Once it is loaded, newer ones, which are corrupt, are moved aside, and rank 0 reports which and why. Raises
+    ConfigError and changes nothing if none is intact, or if it has other settings.
     """
-    sound, faults = _newest_sound(folder, world)
-    if sound is None:
+    intact, faults = _newest_intact(folder, world)
+    if intact is None:
         if world.broadcast(faults or _moved_aside(folder)):
             fault = next(iter(faults.values()), "moved aside before")
             raise ConfigError(
-                f"{folder} holds checkpoints, and none is sound ({fault}): resume=never starts again in a new folder"
+                f"{folder} holds checkpoints, and none is intact ({fault}): resume=never starts again in a new folder"
             )
         return 0
-    path, manifest = sound
+    path, manifest = intact
     changes = _check_fits(path, manifest, world, settings or {})
     with world.without_timeout(f"loading {path}"):
         _load(engine, path, manifest["ranks"], world)
     if world.is_first:
-        for unsound, fault in faults.items():
-            log(f"{unsound} is not sound ({fault}); trying the checkpoint before it")
-            os.rename(unsound, _aside(unsound))
+        for corrupt, fault in faults.items():
+            log(f"{corrupt} is corrupt ({fault}); trying the checkpoint before it")
+            os.rename(corrupt, _aside(corrupt))
         log("; ".join([f"resumed from {path}", *changes]))
     return manifest["step"]
 
 
-def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, str]]:
-    """The newest sound checkpoint with its manifest, and the fault of each newer one."""
+def _newest_intact(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, str]]:
+    """The newest intact checkpoint with its manifest, and the fault of each newer one."""
     faults: dict[Path, str] = {}
     for path in world.broadcast(_written(folder)):
         with world.without_timeout(f"reading {path} for its digests"):
@@ -214,7 +214,7 @@ def _newest_sound(folder: Path, world: World) -> tuple[tuple[Path, dict[str, Any
 
 
 def _load(engine: deepspeed.DeepSpeedEngine, path: Path, ranks: int, world: World) -> None:
-    """Load the files of a sound checkpoint that `ranks` ranks wrote."""
+    """Load the files of a intact checkpoint that `ranks` ranks wrote."""
     try:
         if ranks != world.size and engine.zero_optimization():
             reshard.load(engine, path, STATE, ranks, world)
@@ -297,7 +297,7 @@ def _step_of(path: Path) -> int | None:
 
 def _moved_aside(folder: Path) -> bool:
     """Whether an earlier run moved checkpoints aside."""
-    return folder.is_dir() and any(re.fullmatch(rf"step-[0-9]+{UNSOUND}(-[0-9]+)?", p.name) for p in folder.iterdir())
+    return folder.is_dir() and any(re.fullmatch(rf"step-[0-9]+{CORRUPT}(-[0-9]+)?", p.name) for p in folder.iterdir())
 
 
 def _half_written(folder: Path) -> list[Path]:
@@ -307,8 +307,8 @@ def _half_written(folder: Path) -> list[Path]:
 
 
 def _aside(path: Path) -> Path:
-    """The first free name for an unsound checkpoint."""
-    names = (f"{path.name}{UNSOUND}{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+    """The first free name for a corrupt checkpoint."""
+    names = (f"{path.name}{CORRUPT}{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
     return next(p for p in map(path.with_name, names) if not os.path.lexists(p))
 
 

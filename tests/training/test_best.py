@@ -106,9 +106,7 @@ def test_the_lowest_is_found_again_among_those_of_the_same_evaluation(tmp_path):
     assert find_best(tmp_path, "a", ALONE) == Best("a", 2, 2.0)
     assert find_best(tmp_path, "b", ALONE).step == 4
     (tmp_path / "step-00000002" / "state" / "model.pt").write_bytes(b"m")
-    with pytest.raises(
-        ConfigError, match=r"step-00000002, which has the lowest held-out loss, is not sound \(state/mod"
-    ):
+    with pytest.raises(ConfigError, match=r"step-00000002, which has the lowest held-out loss, is corrupt \(state/mod"):
         checkpoint.load_best(None, tmp_path, Best("a", 2, 2.0), ALONE)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent; a run resumes from the newest sound one, and reports the unsound ones."""
+"""A checkpoint is complete or absent; a run resumes from the newest intact one, and reports the corrupt ones."""
 
 import hashlib
 import json
@@ -67,10 +67,10 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_resumed(ranks
     assert (step, loss) == (2, losses[2])
     fault = f"{largest.relative_to(newest)} has another digest than was written"
     assert lines == [
-        f"{newest} is not sound ({fault}); trying the checkpoint before it",
+        f"{newest} is corrupt ({fault}); trying the checkpoint before it",
         f"resumed from {tmp_path / 'step-00000002'}",
     ]
-    assert newest.with_name("step-00000003.unsound").is_dir()
+    assert newest.with_name("step-00000003.corrupt").is_dir()
 
 
 ALONE = SimpleNamespace(
@@ -176,23 +176,23 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_whatever_is_wrong_with_the_newest_the_one_before_is_found_and_nothing_is_renamed(tmp_path, damage):
     older, newest = written(tmp_path, 1), written(tmp_path, 2)
-    assert checkpoint._newest_sound(tmp_path, ALONE)[0][0] == newest
+    assert checkpoint._newest_intact(tmp_path, ALONE)[0][0] == newest
     damage(newest)
-    (path, manifest), faults = checkpoint._newest_sound(tmp_path, ALONE)
+    (path, manifest), faults = checkpoint._newest_intact(tmp_path, ALONE)
     assert (path, manifest["step"], [*faults]) == (older, 1, [newest])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_notes_beside_the_state_leave_a_checkpoint_sound(tmp_path):
     (written(tmp_path, 1) / "notes.txt").write_text("the best so far")
-    assert checkpoint._newest_sound(tmp_path, ALONE)[0][0].name == "step-00000001"
+    assert checkpoint._newest_intact(tmp_path, ALONE)[0][0].name == "step-00000001"
 
 
 def test_folders_of_other_names_are_no_checkpoints(tmp_path):
-    sound = written(tmp_path, 1)
-    for name in ("step-00000009-best", "step-9", "best", "step-00000009.partial", "step-00000009.unsound", "step-x"):
-        shutil.copytree(sound, tmp_path / name)
-    assert checkpoint._written(tmp_path) == [sound]
+    intact = written(tmp_path, 1)
+    for name in ("step-00000009-best", "step-9", "best", "step-00000009.partial", "step-00000009.corrupt", "step-x"):
+        shutil.copytree(intact, tmp_path / name)
+    assert checkpoint._written(tmp_path) == [intact]
     assert checkpoint._written(tmp_path / "missing") == []
 
 
@@ -204,7 +204,7 @@ def test_steps_of_more_than_eight_digits_are_the_newest(tmp_path):
 
 def test_an_unsound_checkpoint_is_moved_aside_beside_earlier_ones(tmp_path):
     path = written(tmp_path, 2)
-    for name in ("step-00000002.unsound", "step-00000002.unsound-2"):
+    for name in ("step-00000002.corrupt", "step-00000002.corrupt-2"):
         assert checkpoint._aside(path).name == name
         checkpoint._aside(path).mkdir()
 
@@ -216,12 +216,12 @@ def test_with_no_sound_checkpoint_left_every_resume_is_refused_and_all_stays_as_
         path.unlink()
     before = sorted(tmp_path.rglob("*"))
     for _ in range(2):
-        with pytest.raises(AssertionError, match=r"none is sound \(manifest.json: FileNotFoundError\)"):
+        with pytest.raises(AssertionError, match=r"none is intact \(manifest.json: FileNotFoundError\)"):
             ranks.run(resume_and_step, 1, tmp_path, 1)
     assert sorted(tmp_path.rglob("*")) == before
     for step in (2, 3):  # as an earlier release left them
-        (tmp_path / f"step-0000000{step}").rename(tmp_path / f"step-0000000{step}.unsound")
-    with pytest.raises(AssertionError, match=r"none is sound \(moved aside before\)"):
+        (tmp_path / f"step-0000000{step}").rename(tmp_path / f"step-0000000{step}.corrupt")
+    with pytest.raises(AssertionError, match=r"none is intact \(moved aside before\)"):
         ranks.run(resume_and_step, 1, tmp_path, 1)
 
 
@@ -245,11 +245,11 @@ def save_on_a_full_disk(folder):
 def test_a_checkpoint_that_cannot_be_written_is_named_with_the_space_left_and_the_one_before_stays(ranks, tmp_path):
     (line,) = ranks.run(save_on_a_full_disk, 1, tmp_path)
     assert re.match(r".*step-00000002\.partial was not written: .*inline_container.*; [0-9.e+]+ GiB are free", line)
-    assert checkpoint._newest_sound(tmp_path, ALONE)[0][0].name == "step-00000001"
+    assert checkpoint._newest_intact(tmp_path, ALONE)[0][0].name == "step-00000001"
 
 
 def write_after(folder):
-    """Two more checkpoints, of steps before that of an unsound one."""
+    """Two more checkpoints, of steps before that of a corrupt one."""
     world = joined(None)
     engine = engine_on(world, 1)
     checkpoint.resume(engine, folder, world)
@@ -263,7 +263,7 @@ def test_a_new_checkpoint_outlives_unsound_ones_of_later_steps(ranks, tmp_path):
     for step in (2, 3):
         (tmp_path / f"step-0000000{step}" / "manifest.json").unlink()
     ranks.run(write_after, 1, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith("unsound")) == [
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith("corrupt")) == [
         "step-00000002",
         "step-00000003",
     ]
