@@ -33,7 +33,18 @@ from ringflash.models.families import ARCHITECTURES, vouch_for
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.graph import step_graph
 from ringflash.models.inputs import ring_inputs
-from ringflash.models.layers import LayerKind, calls_per_layer, input_widths, kinds_of_layers, layer_kinds, layer_masks
+from ringflash.models.layers import (
+    DeltaHeads,
+    LayerKind,
+    calls_per_layer,
+    delta_heads,
+    delta_layers,
+    delta_refusal,
+    input_widths,
+    kinds_of_layers,
+    layer_kinds,
+    layer_masks,
+)
 from ringflash.models.mlp import tile_mlps, tiles_of, whole_mlps
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope_length import fix_rope_length, rope_per_document
@@ -42,6 +53,7 @@ from ringflash.models.router_loss import router_loss
 __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
+    "DeltaHeads",
     "FusedConfig",
     "Keep",
     "LayerKind",
@@ -54,6 +66,9 @@ __all__ = [
     "calls_per_layer",
     "check_length",
     "checkpoint_layers",
+    "delta_heads",
+    "delta_layers",
+    "delta_refusal",
     "experts_of",
     "field_refusal",
     "fix_rope_length",

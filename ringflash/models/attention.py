@@ -14,9 +14,11 @@ from transformers.modeling_utils import AttentionInterface
 
 from ringflash.mask import check_tokens
 from ringflash.models.cache import RingCache, take_note
-from ringflash.models.checks import check_call
+from ringflash.models.checks import check_call, check_keywords
 from ringflash.models.chunks import of_layer, scaled_in_document
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
+from ringflash.models.delta_net import put_on_ring
+from ringflash.models.layers import first_attention
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope import scales_by_position
 from ringflash.models.rope_length import length_refusal
@@ -24,11 +26,6 @@ from ringflash.models.router_loss import share_router_loss
 from ringflash.ring.attention import ring_attention
 from ringflash.ring.plan import AttentionPlan
 
-# Keywords that transformers passes to every attention function, and that do not change attention.
-_HARMLESS = {
-    "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "shift_labels", "tokenizer", "use_cache",
-}  # fmt: skip
 _OTHER_MASK = (
     "a layer's mask is neither causal nor a sliding window alone, and the plan has no other: chunks, and tokens that "
     "see those after them, are not supported on the ring"
@@ -74,7 +71,7 @@ def ring_attention_forward(
             f'no plan; to use it without a ring, call model.set_attn_implementation("sdpa")'
         )
     recomputed = torch._C._current_graph_task_id() != -1  # in a backward; the layer was checked when it first ran
-    if getattr(module, "layer_idx", 0) == 0 and not recomputed:
+    if _is_first(module) and not recomputed:
         _check_forward(module, attention_mask, plan, unknown)
     query, plan = scaled_in_document(module, query, plan), of_layer(plan, module)
     if (window := _window(attention_mask, sliding_window)) is not None:
@@ -124,19 +121,15 @@ def _check_layer(module: nn.Module, attention_mask: Tensor | RingMask | None, dr
         raise ValueError(f"config.{reason}")
     if not getattr(module, "is_causal", True):
         raise ValueError(BIDIRECTIONAL)
-    if attention_mask is not None and not isinstance(attention_mask, RingMask):
-        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: the plan is the mask")
     if dropout:
         raise ValueError(f"attention_dropout={dropout} is not supported by ring attention; set it to 0")
-    refused = {name: value for name, value in unknown.items() if name not in _HARMLESS and value is not None}
-    if "labels" in refused:
-        raise ValueError("labels went to a model that makes no loss of them: call it without labels")
-    if refused:
-        name, value = next(iter(refused.items()))
-        shown = [*value.shape] if isinstance(value, Tensor) else f"{value!r:.100}"
-        raise ValueError(f"{name}={shown} is not supported by ring attention: it may change the mask")
-    if unknown.get("output_attentions"):
-        raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
+    check_keywords(attention_mask, unknown)
+
+
+def _is_first(module: nn.Module) -> bool:
+    """Whether this is the model's first layer with attention."""
+    config: Any = getattr(module, "config", None)
+    return getattr(module, "layer_idx", 0) == (0 if config is None else first_attention(config))
 
 
 def _check_forward(
@@ -148,6 +141,10 @@ def _check_forward(
     call = check_call(plan, mask, unknown.get("shift_labels"), unknown.get("num_items_in_batch"))
     position_ids = unknown.get("position_ids", call.arguments.get("position_ids") if call else None)
     config: Any = getattr(module, "config", None)
+    if config is not None and put_on_ring(config):
+        raise ValueError(
+            f"model_type={config.model_type} needs ring_inputs(config=model.config): it has linear attention"
+        )
     if reason := config and length_refusal(config, plan.layout.length, call.owner if call else None):
         raise ValueError(f"config.{reason}")
     if position_ids is not None:

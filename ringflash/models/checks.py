@@ -31,6 +31,11 @@ _OTHER_LOSS = (
 )
 
 
+# Keywords that transformers passes to every layer, and that do not change what tokens see.
+_HARMLESS = {
+    "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "output_router_logits", "position_ids", "return_dict", "shift_labels", "tokenizer", "use_cache",
+}  # fmt: skip
 _ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "position_ids")
 
 
@@ -62,6 +67,21 @@ def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor 
     for owner, _ in frames:
         _check_trainer(owner, several)
     return models[0] if models else None
+
+
+def check_keywords(attention_mask: Tensor | RingMask | None, keywords: dict[str, Any]) -> None:
+    """Raise ValueError for a mask, or a keyword of a layer's call, that may say otherwise than the plan."""
+    if attention_mask is not None and not isinstance(attention_mask, RingMask):
+        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not supported: the plan is the mask")
+    refused = {name: value for name, value in keywords.items() if name not in _HARMLESS and value is not None}
+    if "labels" in refused:
+        raise ValueError("labels went to a model that makes no loss of them: call it without labels")
+    if refused:
+        name, value = next(iter(refused.items()))
+        shown = [*value.shape] if isinstance(value, Tensor) else f"{value!r:.100}"
+        raise ValueError(f"{name}={shown} is not supported by ring attention: it may change the mask")
+    if keywords.get("output_attentions"):
+        raise ValueError("output_attentions=True is not supported: ring attention has no weights to return")
 
 
 def _frames() -> list[_Frame]:

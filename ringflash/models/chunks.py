@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ringflash.models.families import has_chunks
+from ringflash.models.families import has_chunks, has_delta
 from ringflash.models.layers import chunk_size
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.plan import AttentionPlan
 
 
 def by_layer_type(mask: RingMask, config: PreTrainedConfig) -> RingMask | dict[str, RingMask]:
-    """The mask, or a dictionary of it by layer type if some layers are chunked: transformers would read a mask then."""
-    return dict.fromkeys(config.layer_types, mask) if has_chunks(config.model_type) else mask
+    """The mask, or a dictionary of it by layer type for families of whose layers transformers would read a mask."""
+    by_type = has_chunks(config.model_type) or has_delta(config.model_type)
+    return dict.fromkeys(config.layer_types, mask) if by_type else mask
 
 
 def of_layer(plan: AttentionPlan, module: Any) -> AttentionPlan:

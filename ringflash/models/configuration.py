@@ -20,10 +20,11 @@ from ringflash import kernels
 from ringflash.errors import ConfigError, hub_hint
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
-from ringflash.models.families import family_refusal, has_chunks, vouch_for
+from ringflash.models.delta_net import device_refusal
+from ringflash.models.families import TEXT_MODELS, family_refusal, has_chunks, has_delta, vouch_for
 from ringflash.models.layers import layer_kinds
 from ringflash.models.lora import ROPE, LoraConfig, is_adapter, read_fields
-from ringflash.models.rope import extended, rope_kinds, rope_refusal, supported_positions
+from ringflash.models.rope import LENGTH_DEPENDENT, extended, rope_kinds, rope_refusal, supported_positions
 from ringflash.models.rope_length import length_refusal
 
 DTYPES = {
@@ -180,13 +181,15 @@ def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={path}: config.json cannot be read: {message_of(error)}") from error
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    _check_family(model_type, config, f"model.path={path}: ")
+    _check_family(TEXT_MODELS.get(str(model_type), model_type), config, f"model.path={path}: ")
     if (reason := value_refusal(settings)) is not None:
         raise ConfigError(f"model.path={path}: in config.json {reason}")
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises its own validation types
         raise ConfigError(refused(f"model.path={path}: in config.json ", error, settings)) from error
+    if model_type in TEXT_MODELS:
+        hf_config = _text_part(hf_config, settings)
     if (reason := token_refusal({"pad_token_id": hf_config.pad_token_id}, hf_config.vocab_size)) is not None:
         raise ConfigError(f"model.path={path}: in config.json {reason}")
     if config.lora.path is not None and (rope := read_fields(config.lora.path).get(ROPE, {})) != config.rope_parameters:
@@ -195,6 +198,14 @@ def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
             f"model.rope_parameters={config.rope_parameters}: set them alike"
         )
     return _with_rope(config, hf_config) if config.rope_parameters else hf_config
+
+
+def _text_part(whole: PreTrainedConfig, settings: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of the text model in one of images and text; where it does not say, the whole ties weights."""
+    text = whole.get_text_config()
+    if "tie_word_embeddings" not in settings.get("text_config", {}):
+        text.tie_word_embeddings = whole.tie_word_embeddings
+    return text
 
 
 def _with_rope(config: ModelConfig, hf_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -261,7 +272,26 @@ def refusal(config: PreTrainedConfig) -> str | None:
         return BIDIRECTIONAL.replace("is_causal=False", f"use_bidirectional_attention={seen}")
     if has_chunks(config.model_type) and not config.attention_chunk_size:
         return f"attention_chunk_size={config.attention_chunk_size} is not supported: it must be 1 or more tokens"
-    return rope_refusal(config)
+    return (_delta_refusal(config) if has_delta(config.model_type) else None) or rope_refusal(config)
+
+
+def _delta_refusal(config: Any) -> str | None:
+    """None, or what of a model with gated DeltaNet layers is not supported."""
+    kinds = config.layer_types
+    if set(kinds) - {"linear_attention", "full_attention"} or "full_attention" not in kinds:
+        return (
+            f"layer_types={kinds} is not supported: all must be linear_attention or full_attention, and one the latter"
+        )
+    if config.hidden_act != "silu":
+        return f"hidden_act={config.hidden_act} is not supported: the convolutions of linear attention have silu alone"
+    if config.linear_num_value_heads % config.linear_num_key_heads:
+        return (
+            f"linear_num_value_heads={config.linear_num_value_heads} is not divisible by "
+            f"linear_num_key_heads={config.linear_num_key_heads}"
+        )
+    if (by_length := rope_kinds(config)) in LENGTH_DEPENDENT:
+        return f"rope_parameters.rope_type={by_length} is not supported in a model with linear attention"
+    return None
 
 
 def check_length(config: ModelConfig, hf_config: PreTrainedConfig, length: int) -> None:
@@ -293,7 +323,7 @@ def attention_kernels(
     """The kernels that attention.kernel gives this model's layers on `device`, by name, each once.
 
     They are chosen as a layer chooses, of one token: before there is a model. Raises ConfigError with the reason where
-    attention.kernel cannot run this model's attention.
+    attention.kernel cannot run this model's attention, or nothing its linear attention.
     """
     softcap = getattr(hf_config, "attn_logit_softcapping", None) or None
     names = set()
@@ -307,6 +337,10 @@ def attention_kernels(
         except ValueError as error:
             raise ConfigError(str(error).replace("kernel=", "attention.kernel=")) from error
         names.add(kernel.name)
+    if (reason := device_refusal(hf_config, device)) is not None:
+        raise ConfigError(
+            f"model.architecture.{reason}" if config.path is None else f"model.path={config.path}: {reason}"
+        )
     return sorted(names)
 
 

@@ -26,9 +26,11 @@ class Family(NamedTuple):
     windows: Windows = Windows.NONE
     needs: str = ""  # further needs, for docs/models.md
     chunks: bool = False  # whether the layers that layer_types names chunked_attention are limited to chunks
+    delta: bool = False  # whether the layers that layer_types names linear_attention are gated DeltaNet
 
 
 _EXPERTS, _LATENT = "experts", "latent heads (MLA): keys larger than values"
+_DELTA = "gated DeltaNet layers"
 _SOME, _ALL = Windows.SOME, Windows.ALL
 
 FAMILIES = {
@@ -95,7 +97,10 @@ FAMILIES = {
     "qwen2": Family(_SOME),
     "qwen2_moe": Family(_SOME, _EXPERTS),
     "qwen3": Family(_SOME),
+    "qwen3_5_moe_text": Family(needs=f"{_DELTA}, {_EXPERTS}", delta=True),
+    "qwen3_5_text": Family(needs=_DELTA, delta=True),
     "qwen3_moe": Family(_ALL, _EXPERTS),
+    "qwen3_next": Family(needs=f"{_DELTA}, {_EXPERTS}", delta=True),
     "seed_oss": Family(),
     "smollm3": Family(_SOME, "layers without positions"),
     "solar_open": Family(needs=_EXPERTS),
@@ -113,15 +118,19 @@ _SPARSE = "its attention selects keys by score, which no interval of keys descri
 REFUSED = {
     **dict.fromkeys(
         ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba",
-         "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
-         "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya"),
+         "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+         "zaya"),
         _RECURRENT,
     ),
     **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), _SPARSE),
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mllama"), _IMAGES),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), f"{_IMAGES}; of its folders, model.path takes the text model"),
     **dict.fromkeys(("nemotron", "stablelm"), _NO_PLAN),
     **dict.fromkeys(("bloom", "doge", "falcon", "gpt2", "hy_v4", "mpt"), _OWN_MASK),
 }  # fmt: skip
+
+# Models of images and text whose folders transformers loads as this family's, without the parts for images.
+TEXT_MODELS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
 _vouched: set[str] = set()
 
@@ -170,6 +179,11 @@ def _final_refusal(model_type: object) -> str | None:
 def has_chunks(model_type: str) -> bool:
     """Whether a family has layers of chunked attention; others with such layers are refused by their masks."""
     return model_type in FAMILIES and FAMILIES[model_type].chunks
+
+
+def has_delta(model_type: str) -> bool:
+    """Whether a family has layers of gated DeltaNet."""
+    return model_type in FAMILIES and FAMILIES[model_type].delta
 
 
 def windows_of(model_type: str, by_layer: bool) -> Windows:

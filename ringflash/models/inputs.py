@@ -16,7 +16,8 @@ from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask, document_rows
 from ringflash.models.chunks import by_layer_type
 from ringflash.models.configuration import refusal
-from ringflash.models.layers import layer_masks
+from ringflash.models.delta_net import device_refusal, put_on_ring
+from ringflash.models.layers import delta_heads, delta_refusal, layer_masks
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, fastest
 from ringflash.ring.plan import AttentionPlan
@@ -50,7 +51,7 @@ def ring_inputs(
     layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", which has the least predicted
     time for these documents and the layers of `config`; or a function that returns a mask's layout.
     config: model.config. If given, a model that cannot run on the ring is refused here, even if it reads no mask.
-    Layers with chunked attention need it.
+    Layers with chunked or linear attention need it.
     shift_labels: int64 [B, S], labels that are already shifted, instead of `labels`.
     compare_ranks: raise an error if ranks were given different sequences. This is a collective; without it, ring_inputs
     may run in a thread while the ring is in use.
@@ -66,7 +67,7 @@ def ring_inputs(
         try:
             ids, targets = _checked_tokens(input_ids, labels, shift_labels)
             document = _documents_mask(documents, *ids.shape)
-            _check_config(config)
+            _check_config(config, ring.size * (1 if ulysses is None else ulysses.size), ring.device)
             plan = _plan(document, layout, ring, ulysses, leading_tokens, config)
         except (ValueError, TypeError):
             if compare_ranks:
@@ -111,6 +112,8 @@ def _model_inputs(
     keywords, count = ({}, None) if targets is None else _shard_labels(targets, plan)
     shard = plan.shard(ids)
     stand_in = RingMask(shard.shape, count, plan.ring.device, plan=plan)
+    if config is not None and delta_heads(config) is not None:
+        plan.sequences(len(ids))
     return keywords | {
         "input_ids": shard,
         "position_ids": plan.position_ids(len(ids)),
@@ -133,14 +136,20 @@ def _shard_labels(shifted: Tensor, plan: AttentionPlan) -> tuple[dict[str, Any],
     return {"labels": held, "shift_labels": held, "num_items_in_batch": max(1, count)}, count  # no label: a loss of 0
 
 
-def _check_config(config: Any) -> None:
-    """Refuse models that cannot run on the ring. Some (RWKV, xLSTM, CPM-Ant) read no mask that could refuse them."""
+def _check_config(config: Any, ranks: int, device: torch.device) -> None:
+    """Refuse models that cannot run on the ring, and get linear attention ready for it.
+
+    Some (RWKV, xLSTM, CPM-Ant) read no mask that could refuse them. ranks: those that share a sequence.
+    """
     if config is None:
         return
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config must be model.config, a transformers configuration, got {type(config).__name__}")
-    if (reason := refusal(config)) is not None:
+    delta = delta_heads(config)
+    shares = None if delta is None else delta_refusal(delta.key, ranks)
+    if (reason := refusal(config) or shares or device_refusal(config, device)) is not None:
         raise ValueError(f"config.{reason}")
+    put_on_ring(config)
 
 
 def _layout(

@@ -1,18 +1,20 @@
 """The arguments of attention in each layer of a model, from its configuration: heads, their sizes, windows.
 
 Layers of one model may differ. Gemma 4's full layers have larger and fewer KV heads than those with a window, and
-MiMo-V2-Flash's have half as many KV heads. Layouts, FLOPs, memory and caches are counted kind by kind.
+MiMo-V2-Flash's have half as many KV heads. Layouts, FLOPs, memory and caches are counted kind by kind. Gated DeltaNet
+layers have no attention, but heads of their own.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
 from ringflash.mask import IntervalMask
-from ringflash.models.families import Windows, has_chunks, windows_of
+from ringflash.models.families import Windows, has_chunks, has_delta, windows_of
 from ringflash.ring.cost import Heads, Layers
 from ringflash.ring.plan import AttentionPlan
 
@@ -39,14 +41,62 @@ class LayerKind:
         return plan if self.chunk is None else plan.in_chunks(self.chunk)
 
 
-def kinds_of_layers(config: PreTrainedConfig) -> list[LayerKind]:
-    """The kind of each layer, in order."""
-    return [_kind(config, layer) for layer in range(config.num_hidden_layers)]
+@dataclass(frozen=True)
+class DeltaHeads:
+    """Heads of gated DeltaNet layers: their numbers, and their sizes, which are also those of a state."""
+
+    key: int
+    value: int
+    dim: int
+    value_dim: int
+
+    @property
+    def convolved(self) -> int:
+        """Elements of one token's queries, keys and values."""
+        return 2 * self.key * self.dim + self.value * self.value_dim
+
+
+def delta_heads(config: PreTrainedConfig) -> DeltaHeads | None:
+    """The heads of a model's gated DeltaNet layers; None for a family without any."""
+    if not has_delta(config.model_type):
+        return None
+    of_key, of_value = config.linear_key_head_dim, config.linear_value_head_dim
+    return DeltaHeads(config.linear_num_key_heads, config.linear_num_value_heads, of_key, of_value)
+
+
+def delta_layers(config: PreTrainedConfig) -> int:
+    """The number of a model's gated DeltaNet layers."""
+    return sum(kind is None for kind in kinds_of_layers(config))
+
+
+def delta_refusal(key_heads: int, ranks: int) -> str | None:
+    """None, or why the `ranks` ranks of a sequence cannot share these heads."""
+    if key_heads % ranks == 0:
+        return None
+    most = math.gcd(key_heads, ranks)
+    return (
+        f"linear_num_key_heads={key_heads} does not divide among the {ranks} ranks of a sequence (ring x ulysses), "
+        f"which exchange tokens for heads: give each sequence {most}, as by parallel.ring={most} parallel.ulysses=1"
+    )
+
+
+def kinds_of_layers(config: PreTrainedConfig) -> list[LayerKind | None]:
+    """The kind of each layer, in order; None for layers without attention."""
+    delta = has_delta(config.model_type)
+    return [
+        None if delta and config.layer_types[layer] == "linear_attention" else _kind(config, layer)
+        for layer in range(config.num_hidden_layers)
+    ]
+
+
+def first_attention(config: PreTrainedConfig) -> int:
+    """The first layer with attention, which a model must have."""
+    return config.layer_types.index("full_attention") if has_delta(config.model_type) else 0
 
 
 def layer_kinds(config: PreTrainedConfig) -> dict[LayerKind, int]:
-    """The kinds of layers, and how often a forward calls attention in each."""
-    counts = Counter(kinds_of_layers(config))
+    """The kinds of layers with attention, and how often a forward calls attention in each."""
+    counts = Counter(kind for kind in kinds_of_layers(config) if kind is not None)
     return {kind: layers * calls_per_layer(config) for kind, layers in counts.items()}
 
 

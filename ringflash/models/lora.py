@@ -248,7 +248,8 @@ def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
                 f"model.lora.targets: {target} is not one of this model's linear layers, which are {known}; lm_head, "
                 f"embeddings and experts cannot have an adapter"
             )
-    if not config.targets and any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in model.parameters()):
+    shapes = [getattr(p, "ds_shape", p.shape) for p in model.parameters()]
+    if not config.targets and any(len(shape) == 3 and shape[1] > 1 for shape in shapes):  # no convolution
         raise ConfigError(
             f"model.lora.targets=[]: experts of model_type={model.config.model_type} are no linear layers and cannot "
             f"have an adapter; name the layers to adapt, of {known}"

@@ -9,8 +9,8 @@ implementation reads attention_mask, so this mask raises an error when it is rea
     >>> mask[:, None, None, :]
     Traceback (most recent call last):
     ValueError: inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by \
-Tensor.__getitem__): load the model with attn_implementation="ring"; chunked attention also needs \
-ring_inputs(config=model.config)
+Tensor.__getitem__): load the model with attn_implementation="ring"; chunked and linear \
+attention also need ring_inputs(config=model.config)
 
 Models that do not read attention_mask raise no error: those without attention (RWKV, xLSTM), CPM-Ant, and attention
 registered with transformers' AttentionInterface without a function for its masks. ring_inputs(config=...) refuses such
@@ -108,7 +108,7 @@ def _refuse(name: str) -> NoReturn:
         )
     raise ValueError(
         f"inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by "
-        f'Tensor.{name}): load the model with attn_implementation="ring"; chunked attention also needs '
+        f'Tensor.{name}): load the model with attn_implementation="ring"; chunked and linear attention also need '
         f"ring_inputs(config=model.config)"
     )
 

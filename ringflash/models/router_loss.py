@@ -84,8 +84,9 @@ def _shared(original: Callable) -> Callable:
     ) -> Tensor | int:
         if not gate_logits:
             return original(gate_logits, num_experts, top_k)
-        if isinstance(attention_mask, RingMask) and attention_mask.plan is not None:
-            return router_loss(gate_logits, top_k, attention_mask.plan)
+        mask = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
+        if isinstance(mask, RingMask) and mask.plan is not None:
+            return router_loss(gate_logits, top_k, mask.plan)
         model = sys._getframe(1).f_locals.get("self")
         if getattr(getattr(model, "config", None), "_attn_implementation", None) == "ring":
             raise ValueError(

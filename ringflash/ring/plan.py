@@ -44,6 +44,7 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, Intervals, check_tokens, rows_seen, to_device
 from ringflash.ring.ranges import Range, Ranges
 from ringflash.ring.schedule import Schedule, Shape, compile_passes
+from ringflash.ring.sequences import Sequences
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
@@ -127,6 +128,7 @@ class AttentionPlan:
     _narrower: dict[str, AttentionPlan] = field(init=False, default_factory=dict)
     _hops_of: dict[Range, tuple[tuple[Hop, ...], ...]] = field(init=False, default_factory=dict)
     _schedules: dict[Shape, tuple[Schedule, Schedule]] = field(init=False, default_factory=dict)
+    _sequences: dict[int, Sequences] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
@@ -273,6 +275,19 @@ class AttentionPlan:
         in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_holders])
         in_document[in_sequence >= self.layout.length] = 0
         return to_device(torch.stack([in_sequence, in_document]), self.ring.device)
+
+    def sequences(self, rows: int) -> Sequences:
+        """The order of all shards' tokens, for inputs of `rows` batch rows; made once.
+
+        Call this where a step's inputs are made, as `position_ids`. Raises ValueError if the rows do not fit the masks.
+        """
+        if rows < 1 or rows % self.batch:
+            raise ValueError(f"a plan whose masks have {self.batch} batch rows does not fit a batch of {rows}")
+        if rows not in self._sequences:
+            with torch.device("cpu"):  # as in window
+                starts = self._document_starts().repeat_interleave(rows // self.batch, dim=0)
+                self._sequences[rows] = Sequences.of(self.layout, starts, self.ring.device)
+        return self._sequences[rows]
 
     def document_lengths(self, batch: int) -> Tensor:
         """The length of each local token's document, int64 [local ranks * batch, n], on the CPU."""

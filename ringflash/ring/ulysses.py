@@ -38,12 +38,12 @@ class Ulysses:
     def queries(self, x: Tensor, label: Label) -> Tensor:
         """x [B, s, H, ...] of this rank's tokens to [B, size * s, H / size, ...] of the ring shard's tokens."""
         batch, tokens, heads, *rest = x.shape
-        received = self._exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), label)
+        received = self.exchange(x.unflatten(2, (self.size, heads // self.size)).movedim(2, 0), label)
         return received.movedim(0, 1).reshape(batch, self.size * tokens, heads // self.size, *rest)
 
     def tokens(self, x: Tensor, label: Label) -> Tensor:
         """The inverse of `queries`."""
-        return self._exchange(x.unflatten(1, (self.size, -1)).movedim(1, 0), label).movedim(0, 2).flatten(2, 3)
+        return self.exchange(x.unflatten(1, (self.size, -1)).movedim(1, 0), label).movedim(0, 2).flatten(2, 3)
 
     def keys(self, x: Tensor, label: Label) -> Tensor:
         """`queries` for KV heads: if there are fewer heads H than ranks, each goes to size / H ranks."""
@@ -57,7 +57,7 @@ class Ulysses:
         """This rank's entries of x [Hq], which has one per query head."""
         return x.unflatten(0, (self.size, -1))[self.rank]
 
-    def _exchange(self, x: Tensor, label: Label) -> Tensor:
+    def exchange(self, x: Tensor, label: Label) -> Tensor:
         """Send entry r of x [size, ...] to rank r, and return what came from each rank. Nothing overlaps with this."""
         self.process.check()
         outgoing = x.contiguous()

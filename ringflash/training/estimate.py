@@ -15,9 +15,19 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from ringflash.models import Keep, calls_per_layer, experts_of, input_widths, kinds_of_layers
+from ringflash.models import (
+    DeltaHeads,
+    Keep,
+    calls_per_layer,
+    delta_heads,
+    experts_of,
+    input_widths,
+    kinds_of_layers,
+    layer_kinds,
+)
 from ringflash.ring.attention import GROUP_BYTES
 from ringflash.ring.cost import Heads
+from ringflash.ring.sequences import CHUNK
 from ringflash.training.memory import MemoryConfig
 
 REDUCE_BUCKET = 10**8  # gradients that ZeRO reduces at once, in a buffer of its own; by default that takes a GiB or two
@@ -86,7 +96,9 @@ def estimate(
     on_host = sum(kept_sizes(config, memory.keep, tokens, width, "host")) if memory.recompute else 0
     if memory.recompute and experts_of(config)[0] == 1:
         kept = sum(kept_sizes(config, memory.keep, tokens, width, "gpu"))
-        work = max(_work(config, kind.heads, tokens, width, ring) for kind in kinds_of_layers(config))
+        work = max(_work(config, kind.heads, tokens, width, ring) for kind in layer_kinds(config))
+        if (delta := delta_heads(config)) is not None:
+            work = max(work, _delta_work(config, delta, tokens, width, ring))
         work += on_host / config.num_hidden_layers  # a layer's share is on its way
     return Estimate(
         states=parameters * each.states + buffers,
@@ -126,10 +138,11 @@ def kept_sizes(config: PreTrainedConfig, keep: Keep, tokens: int, width: int, pl
     of_input = [tokens * x * width for x in input_widths(config)]
     sizes: list[int] = []
     for layer, kind in enumerate(kinds_of_layers(config)):
-        at, heads = keep.at(layer), kind.heads
-        of_result = [tokens * heads.query * heads.value_dim * width, tokens * heads.query * 4]
+        at = keep.at(layer)
         sizes += of_input * (at.inputs == place)
-        sizes += of_result * calls_per_layer(config) * (at.attention == place)
+        if kind is not None:
+            of_result = [tokens * kind.heads.query * kind.heads.value_dim * width, tokens * kind.heads.query * 4]
+            sizes += of_result * calls_per_layer(config) * (at.attention == place)
     return sizes
 
 
@@ -147,6 +160,20 @@ def _work(config: PreTrainedConfig, heads: Heads, tokens: int, width: int, ring:
     # a ring's keys and values, and their gradients in fp32, are received while others are used
     received = 2 * tokens * heads.key_width * (width + 4) if ring > 1 else 0
     return tokens * numbers * width + gradients + received
+
+
+def _delta_work(config: PreTrainedConfig, heads: DeltaHeads, tokens: int, width: int, ring: int) -> float:
+    """Bytes that the backward of a gated DeltaNet layer holds, of flash-linear-attention's tensors and the norm's.
+
+    A rank has some tokens of all heads or all tokens of some heads, which are as many numbers.
+    """
+    of_values, of_keys = heads.value * heads.value_dim, heads.value * heads.dim
+    states = of_keys * heads.value_dim / CHUNK
+    kept = 2 * heads.convolved + of_values + heads.value * CHUNK
+    norm = 12 * of_values  # in fp32
+    rule = 6 * of_values + 5 * of_keys + 2 * states
+    exchanged = 3 * heads.convolved if ring > 1 else 0
+    return tokens * width * (4 * sum(input_widths(config)) + kept + max(norm, rule) + exchanged)
 
 
 def _checkpoint(memory: MemoryConfig, bf16: bool) -> float:

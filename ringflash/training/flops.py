@@ -5,6 +5,10 @@ weights are frozen and take 2 backward: their own gradients are not computed. (B
 not computed either, which is not subtracted.) Attention takes 4 operations per visible (query, key) pair, query head
 and head dimension forward (q k^T and p v) and twice that backward. Masked pairs are not counted and neither is
 recomputation, so this is causal MFU: the operations that the model needs, divided by the peak of the GPUs.
+
+The delta rule of linear attention takes 6 operations per token, value head and element of the head's state forward (a
+key and a query read the state, and an update writes it) and twice that backward. Kernels that work on chunks of tokens
+do more, which is not counted.
 """
 
 from __future__ import annotations
@@ -13,22 +17,23 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ringflash.models import experts_of
+from ringflash.models import delta_heads, delta_layers, experts_of
 from ringflash.ring.cost import Heads
 
 
 def matmul_parameters(model: PreTrainedModel, frozen: bool = False) -> int:
     """Weights that every token is multiplied with: all matrices except embeddings that are only looked up.
 
-    Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to. frozen: those that
-    are not trained alone.
+    Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to. A convolution over
+    tokens has [channels, 1, tokens]. frozen: those that are not trained alone.
     """
     experts, active = experts_of(model.config)
     shapes = [shape_of(p) for p in model.parameters() if not (frozen and p.requires_grad)]
     total = sum(shape.numel() for shape in shapes if len(shape) == 2)
-    total += sum(shape.numel() * active // experts for shape in shapes if len(shape) == 3)
+    for shape in (shape for shape in shapes if len(shape) == 3):
+        total += shape.numel() if shape[1] == 1 else shape.numel() * active // experts
     head = cast(nn.Linear, model.get_output_embeddings()).weight  # which may be tied to an embedding
     looked_up = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     counted = [weight for weight in looked_up if weight is not head and not (frozen and weight.requires_grad)]
@@ -45,7 +50,13 @@ def attention_flops(pairs: float, heads: Heads) -> float:
     return 6.0 * pairs * heads.products
 
 
+def delta_flops(config: PreTrainedConfig, tokens: float) -> float:
+    """Operations of a step's delta rule on tokens, in all gated DeltaNet layers of a model; 0 without any."""
+    heads = delta_heads(config)
+    return 0.0 if heads is None else 18.0 * delta_layers(config) * tokens * heads.value * heads.dim * heads.value_dim
+
+
 def step_flops(weights: int, tokens: int, attention: float, frozen: int = 0) -> float:
-    """Operations of a step: weights, and of these those frozen, as matmul_parameters counts them; attention's, of all
-    layers."""
+    """Operations of a step: weights, and of these those frozen, as matmul_parameters counts them; attention's and the
+    delta rule's, of all layers."""
     return (6.0 * weights - 2.0 * frozen) * tokens + attention

@@ -22,7 +22,7 @@ from ringflash.data.batches import Batch
 from ringflash.data.records import IGNORE
 from ringflash.models import layer_kinds, ring_inputs
 from ringflash.ring.plan import AttentionPlan
-from ringflash.training.flops import attention_flops
+from ringflash.training.flops import attention_flops, delta_flops
 from ringflash.training.parallel import LayoutChooser
 from ringflash.training.positions import ByPosition, no_totals
 from ringflash.training.world import World
@@ -33,9 +33,9 @@ class StepResult(NamedTuple):
 
     loss: float64 scalar, the mean loss per predicted token over all ranks. gradient_norm: of all weights, before
     clipping; not finite if the update was skipped. learning_rate: of this step. pairs, attention_flops: float64
-    scalars, the (query, key) pairs that attention computed over all ranks and layers, and the operations for them,
-    including the backward. imbalance: attention operations of the busiest rank of this ring relative to the mean, minus
-    1, in the worst micro-batch. by_position: the totals of `ByPosition`, over all ranks.
+    scalars, the (query, key) pairs that attention computed over all ranks and layers, and its operations with those of
+    linear attention, including the backward. imbalance: those operations of the busiest rank of this ring relative to
+    the mean, minus 1, in the worst micro-batch. by_position: the totals of `ByPosition`, over all ranks.
     """
 
     loss: Tensor
@@ -51,7 +51,7 @@ class MicroBatch(NamedTuple):
     """This rank's shard of a micro-batch.
 
     inputs: the model's keyword arguments. pairs, attention_flops: the (query, key) pairs that attention computes in all
-    layers, and the operations for them.
+    layers, and the operations for them and for linear attention.
     """
 
     inputs: dict[str, Any]
@@ -112,13 +112,14 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
 
 
 def _work(config: PreTrainedConfig, plan: AttentionPlan) -> tuple[int, float]:
-    """(query, key) pairs that this rank computes, over batch rows and layers, and the operations for them."""
+    """(query, key) pairs that this rank computes, over batch rows and layers, and the operations of all its layers."""
     pairs, flops = 0, 0.0
     for kind, layers in layer_kinds(config).items():
         of_kind = layers * sum(hop.pairs for hops in kind.plan(plan).hops for hop in hops)
         pairs += of_kind
         flops += attention_flops(of_kind, kind.heads)
-    return pairs, flops
+    # All ranks have the same part of the delta rule: that of some heads.
+    return pairs, flops + delta_flops(config, plan.batch * plan.layout.length / plan.ring.size)
 
 
 def _imbalance(work: Tensor, world: World) -> float:

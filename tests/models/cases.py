@@ -24,6 +24,10 @@ WHERE_KNOWN = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 10,
 }  # fmt: skip
 
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 12, "linear_num_value_heads": 24,
+    "linear_key_head_dim": 4, "linear_value_head_dim": 2,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
@@ -64,6 +68,9 @@ SPECIFIC = {
     "qwen2_moe": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {"layer_types": ["full_attention"] * 2},
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 7},
+    "qwen3_5_moe_text": DELTA,
+    "qwen3_5_text": DELTA,
+    "qwen3_next": DELTA,
     "smollm3": {"eos_token_id": 1, "bos_token_id": 2, "no_rope_layer_interval": 2},
     "vaultgemma": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8},
 }  # fmt: skip

@@ -71,6 +71,22 @@ The exported configuration includes it. `rope_type: dynamic` does not change doc
 (transformers counts them from the first token of a call.) In your own loop, pass the model's `config` to `ring_inputs`.
 The family cannot be used with a cache. Published checkpoints are of `llama4`, which takes images and is refused.
 
+## Linear attention
+
+The Qwen3.5 and Qwen3-Next families have gated DeltaNet layers, which carry a state from token to token of a document.
+In such a layer, the ranks of a sequence exchange tokens for heads, and each computes whole documents of its own heads
+([ringflash/models/delta_net.py](../ringflash/models/delta_net.py)). In your own loop, pass the model's `config` to
+`ring_inputs`.
+
+- The number of ranks that share a sequence (ring x ulysses) must divide `linear_num_key_heads`, 16 by default.
+- On GPUs, these layers need flash-linear-attention (`pip install flash-linear-attention`). On the CPU, transformers'
+  own functions compute them, document by document. No GPU has trained such a model on the ring yet.
+- A recomputed layer runs its exchanges and its recurrence again. `memory.attention_results` concerns attention alone.
+- Such a model cannot use a cache, so `ringflash.generate` and needle searches refuse it. dynamic and longrope RoPE are
+  refused as well.
+- Published Qwen3.5 folders are of models with images. `model.path` takes their text model, which is also what a run
+  exports.
+
 ## Families that are refused
 
 | model_type | why |

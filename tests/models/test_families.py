@@ -72,7 +72,7 @@ def test_vouching_without_the_trainer_takes_the_family_in():
     assert families.family_refusal("jais2") is None
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text", "llama4"])
+@pytest.mark.parametrize("model_type", ["mamba2", "qwen3_5", "llama4"])
 def test_a_family_that_is_refused_for_a_reason_cannot_be_vouched_for(model_type):
     with pytest.raises(ValueError, match=rf"^model_type={model_type} is not supported on the ring: "):
         vouch_for(model_type)

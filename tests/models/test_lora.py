@@ -15,6 +15,7 @@ from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig, adapted, add_lora
 from tests.models.cases import tiny
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+DELTA = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
 RANK = LoraConfig(rank=3)
 
 
@@ -44,6 +45,8 @@ def test_all_linear_layers_but_the_head_get_adapters_and_nothing_else_is_trained
     assert {name.rpartition(".")[2] for name in adapted(model)} == LINEAR
     assert len(adapters(model)) == 2 * len(LINEAR) * model.config.num_hidden_layers
     assert all(".lora_" in name for name in adapters(model))
+    of_hybrid = {name.rpartition(".")[2] for name in adapted(with_adapters(RANK, "qwen3_5_text"))}
+    assert of_hybrid == LINEAR | DELTA
 
 
 def test_layers_that_are_not_called_get_none():
@@ -52,8 +55,10 @@ def test_layers_that_are_not_called_get_none():
         with_adapters(replace(RANK, targets=["correction_coefs"]), "gemma3n_text")
 
 
-def test_a_model_that_peft_wraps_has_its_loss_and_gradients_on_a_ring():
-    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_5_text"])
+def test_a_model_that_peft_wraps_has_its_loss_and_gradients_on_a_ring(model_type):
+    config = peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(tiny(model_type), config)
     tokens, lengths = torch.arange(3, 43)[None], [15, 25]
 
     def results(loss):
@@ -61,7 +66,8 @@ def test_a_model_that_peft_wraps_has_its_loss_and_gradients_on_a_ring():
         loss.backward()
         return [loss.detach(), *(p.grad for p in adapters(model).values())]
 
-    found = results(model(**ring_inputs(tokens, tokens, ring=Loopback(2), documents=lengths)).loss)
+    inputs = ring_inputs(tokens, tokens, ring=Loopback(2), documents=lengths, config=model.config)
+    found = results(model(**inputs).loss)
     model.set_attn_implementation("eager")
     losses = [model(input_ids=x, labels=x).loss * (x.shape[1] - 1) for x in tokens.split(lengths, 1)]
     expected = results(sum(losses) / (40 - 2))

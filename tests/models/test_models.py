@@ -157,7 +157,7 @@ def test_attention_dropout_is_refused_while_training():
 WRONG_ON_SHARDS = {
     "chunked attention": (
         "llama4_text", {"intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 8},
-        r"chunked attention also needs ring_inputs\(config=model\.config\)$",
+        r"chunked and linear attention also need ring_inputs\(config=model\.config\)$",
     ),
     "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"^config\.model_type=lfm2 is not"),
     "positions of the longest": (

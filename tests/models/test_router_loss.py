@@ -90,8 +90,9 @@ def test_a_models_loss_with_that_of_its_experts_is_its_own_of_the_whole_sequence
     model, tokens = tiny(model_type), torch.randint(3, 97, (2, 45))
     model.router_aux_loss_coef = 1.0
     asked = {"output_router_logits": True}
-    loss, gradients = loss_and_gradients(model, ring_inputs(tokens, tokens, ring=Loopback(4)) | asked)
-    plain = model(**ring_inputs(tokens, tokens, ring=Loopback(4))).loss
+    inputs = ring_inputs(tokens, tokens, ring=Loopback(4), config=model.config)
+    loss, gradients = loss_and_gradients(model, inputs | asked)
+    plain = model(**inputs).loss
     model.set_attn_implementation("eager")
     expected, expected_gradients = loss_and_gradients(model, {"input_ids": tokens, "labels": tokens} | asked)
     assert loss > plain + 0.5  # of 2 out of 4 experts it is about 2

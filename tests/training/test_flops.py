@@ -3,9 +3,11 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ringflash.models import ModelConfig, read_config
 from ringflash.models.lora import LoraConfig, add_lora
 from ringflash.ring.cost import Heads, peak_flops
-from ringflash.training.flops import attention_flops, matmul_parameters, step_flops
+from ringflash.training.flops import attention_flops, delta_flops, matmul_parameters, step_flops
+from tests.models.cases import architecture
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
@@ -44,6 +46,18 @@ def test_a_step_is_six_operations_per_weight_and_token_and_six_per_pair_head_and
     attention = attention_flops(11, Heads(query=2, key=1, dim=8, value_dim=6))
     assert attention == 6 * 11 * 2 * (8 + 6)
     assert step_flops(weights=1000, tokens=7, attention=attention) == 6 * 1000 * 7 + attention
+
+
+def test_the_delta_rule_is_18_operations_per_token_head_and_element_of_its_state():
+    config = read_config(ModelConfig(architecture=architecture("qwen3_5_text", num_hidden_layers=3, layer_types=[
+        "linear_attention", "full_attention", "linear_attention"])))  # fmt: skip
+    assert delta_flops(config, 7) == 18 * 2 * 7 * 24 * 4 * 2
+    assert delta_flops(AutoConfig.for_model("llama", **SIZES), 7) == 0
+    experts = AutoModelForCausalLM.from_config(read_config(ModelConfig(architecture=architecture("qwen3_5_moe_text"))))
+    convolution = experts.model.layers[0].linear_attn.conv1d.weight
+    before = matmul_parameters(experts)
+    convolution.data = convolution.data[..., :1]
+    assert before - matmul_parameters(experts) == 3 * convolution.numel()  # of every token, unlike experts
 
 
 def test_a_frozen_weight_below_adapters_needs_four_operations_per_token():

@@ -1,0 +1,168 @@
+"""Gated DeltaNet layers on the ring: what `tests.models.proof` and `tests.training.test_step` do not prove of them."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from ringflash import Loopback
+from ringflash.errors import ConfigError
+from ringflash.models import (
+    AttentionConfig,
+    ModelConfig,
+    RingCache,
+    attention_kernels,
+    build_model,
+    delta_net,
+    read_config,
+    ring_inputs,
+)
+from ringflash.training.parallel import ParallelConfig, resolve_parallel
+from tests.models.cases import architecture, loss_and_gradients, plain_of, tiny, with_weights
+
+TOKENS = torch.randint(3, 97, (2, 150), generator=torch.Generator().manual_seed(0))
+DOCUMENTS = [[70, 1, 64, 15], [9, 141]]  # of chunks of 64 tokens: more than one, a part of one, exactly one
+
+
+@pytest.mark.parametrize("layout", ["balanced", "striped"])
+def test_rows_of_other_documents_longer_than_a_chunk_equal_eager_attention(layout):
+    model = with_weights(tiny("qwen3_5_text"))
+    inputs = ring_inputs(TOKENS, TOKENS, documents=DOCUMENTS, ring=Loopback(4), layout=layout, config=model.config)
+    loss, gradients = loss_and_gradients(model, inputs)
+    plain, total = plain_of(model), 0.0
+    for row, lengths in zip(TOKENS, DOCUMENTS, strict=True):
+        for piece in row.split(lengths):
+            logits = plain(input_ids=piece[None], use_cache=False).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum")
+    expected = total / inputs["num_items_in_batch"]
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=2e-6, atol=0)
+    for name, p in plain.named_parameters():
+        assert (gradients[name] - p.grad).norm() <= 2e-5 * p.grad.norm(), name
+
+
+def test_a_model_off_the_ring_is_what_it_was_before():
+    model = with_weights(tiny("qwen3_next"))
+    plain = plain_of(model)
+    before = plain(input_ids=TOKENS).logits
+    model(**ring_inputs(TOKENS, ring=Loopback(2), config=model.config))
+    assert torch.equal(plain(input_ids=TOKENS).logits, before)
+    assert plain.generate(TOKENS[:, :9], max_new_tokens=2, do_sample=False).shape == (2, 11)
+
+
+WRONG = {
+    "without the configuration": (
+        lambda model: ring_inputs(TOKENS, ring=Loopback(2)), "linear attention also need ring_inputs"),
+    "more ranks than key heads divide among": (
+        lambda model: ring_inputs(TOKENS, ring=Loopback(8), config=model.config),
+        r"linear_num_key_heads=12 does not divide among the 8 ranks of a sequence .*parallel\.ring=4"),
+    "inputs of another plan": (
+        lambda model: ring_inputs(TOKENS, ring=Loopback(2), config=model.config)
+        | {"plan": ring_inputs(TOKENS[:, :9], ring=Loopback(2))["plan"]},
+        r"hidden_states \[4, 76, 32\] do not fit the plan"),
+    "a keyword that could change what tokens see": (
+        lambda model: ring_inputs(TOKENS, ring=Loopback(1), config=model.config)
+        | {"cu_seq_lens_q": torch.tensor([0, 9])},
+        "cu_seq_lens_q=.* is not supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
+def test_a_call_that_would_be_wrong_on_shards_is_refused(make, message):
+    model = tiny("qwen3_5_text")
+    with pytest.raises(ValueError, match=message):
+        model(**make(model))
+
+
+def test_masks_by_layer_type_do_not_hide_that_linear_attention_was_not_told(monkeypatch):
+    model = tiny("qwen3_5_text")
+    inputs = ring_inputs(TOKENS, ring=Loopback(2))
+    kind = type(model.model.layers[0].linear_attn)
+    monkeypatch.setattr(kind, "forward", getattr(kind.forward, "__wrapped__", kind.forward))
+    mask = {"full_attention": inputs["attention_mask"], "linear_attention": None}
+    with pytest.raises(ValueError, match=r"qwen3_5_text needs ring_inputs\(config=model\.config\)"):
+        model(**inputs | {"attention_mask": mask})
+
+
+def test_a_layer_of_another_release_of_transformers_is_refused(monkeypatch):
+    model = tiny("qwen3_next")
+    kind = type(model.model.layers[0].linear_attn)
+
+    def forward(self, hidden_states, **keywords):
+        return hidden_states
+
+    monkeypatch.setattr(kind, "forward", forward)
+    with pytest.raises(
+        ValueError, match=r"Qwen3NextGatedDeltaNet of transformers .* is not the one that ringflash knows"
+    ):
+        ring_inputs(TOKENS, ring=Loopback(2), config=model.config)
+
+
+CONFIGURATIONS = {
+    "no attention": ({"layer_types": ["linear_attention"] * 2}, r"layer_types=\[.*\] is not supported: all must be"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
+    "heads": ({"linear_num_value_heads": 13}, "linear_num_value_heads=13 is not divisible by linear_num_key_heads=12"),
+    "RoPE by length": (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type=dynamic is not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_configuration_that_is_not_supported_is_refused_with_its_field(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(ModelConfig(architecture=architecture("qwen3_5_text", **fields)))
+
+
+def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cache(monkeypatch):
+    settings = ModelConfig(architecture=architecture("qwen3_5_text"))
+    config = read_config(settings)
+    for parallel in (ParallelConfig(), ParallelConfig(ring=4, ulysses=2)):
+        with pytest.raises(ConfigError, match=r"linear_num_key_heads=12 does not divide among the 8 ranks"):
+            resolve_parallel(parallel, config, 4096, 8, 8)
+    assert resolve_parallel(ParallelConfig(ring=4, ulysses=1), config, 4096, 8, 8)[0].ulysses == 1  # two replicas
+    monkeypatch.setattr(delta_net.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install flash-linear-attention"):
+        attention_kernels(settings, AttentionConfig(), config, torch.device("meta"))
+    with pytest.raises(ValueError, match="model_type=qwen3_5_text is not supported by a RingCache"):
+        RingCache(tiny("qwen3_5_text"), capacity=64)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+def test_a_folder_of_a_model_with_images_is_taken_for_its_text_model(model_type, tmp_path):
+    text = {name: x for name, x in architecture(f"{model_type}_text").items() if name != "model_type"}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+              "num_position_embeddings": 16, "patch_size": 2}  # fmt: skip
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, tie_word_embeddings=True)
+    whole = with_weights(AutoModelForImageTextToText.from_config(config)).eval()
+    whole.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["text_config"]["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model = build_model(ModelConfig(path=str(tmp_path), dtype="fp32")).eval()
+    assert model.config.model_type == f"{model_type}_text"
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    found = model(**ring_inputs(TOKENS, ring=Loopback(1), config=model.config)).logits
+    torch.testing.assert_close(found, whole(input_ids=TOKENS).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=f"model_type={model_type} is not supported on the ring: a model of images"):
+        ring_inputs(TOKENS, ring=Loopback(1), config=whole.config)
+    with pytest.raises(ConfigError, match=r"model of images and text.* model\.path takes the text model"):
+        read_config(ModelConfig(architecture={"model_type": model_type}))
+
+
+def test_a_whole_model_of_images_and_text_is_refused_where_it_is_called():
+    text = {name: x for name, x in architecture("qwen3_5_text").items() if name != "model_type"}
+    config = AutoConfig.for_model(
+        "qwen3_5", text_config=text, vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2}
+    )
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation={"text_config": "ring"})
+    with pytest.raises(ValueError, match=r"Qwen3_5.* is not supported on the ring"):
+        model(**ring_inputs(TOKENS, ring=Loopback(1), config=model.config.text_config))
+
+
+def test_a_causal_model_of_the_whole_folder_is_the_text_model_in_a_loop_of_ones_own(tmp_path):
+    model = tiny("qwen3_5_text")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="ring")
+    loss = loaded(**ring_inputs(TOKENS, TOKENS, ring=Loopback(3), config=loaded.config)).loss
+    torch.testing.assert_close(loss, model(**ring_inputs(TOKENS, TOKENS, ring=Loopback(1), config=model.config)).loss)
