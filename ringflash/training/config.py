@@ -138,7 +138,8 @@ def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Conf
     ConfigStore.instance().store(name="schema", node=_schema(Config))
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            raw = hydra.compose("train", overrides=[for_hydra(override, Config, folder) for override in overrides])
+            given = [for_hydra(override, Config, folder) for override in overrides]
+            raw = hydra.compose("train", overrides=[*given, *_implied(overrides)])
         missing = sorted(OmegaConf.missing_keys(raw))
         if missing:
             raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=... to the command line")
@@ -147,6 +148,12 @@ def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Conf
         return built(Config, settings), OmegaConf.to_yaml(OmegaConf.create(settings))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, overrides)) from error
+
+
+def _implied(overrides: Sequence[str]) -> list[str]:
+    """optim.steps=null where a command line sets optim.epochs alone: its steps replace those of the defaults."""
+    epochs, steps = (typed_value(f"optim.{name}", overrides) for name in ("epochs", "steps"))
+    return ["optim.steps=null"] if epochs not in (None, "null") and steps is None else []
 
 
 @functools.cache

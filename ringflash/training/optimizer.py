@@ -35,7 +35,8 @@ class OptimConfig:
     """Optimizer steps of the whole run, including those before a resume; null: set by optim.epochs."""
 
     epochs: float | None = None
-    """Passes over the training sequences, instead of optim.steps; 0.5 is half a pass."""
+    """Passes over the training sequences, instead of optim.steps; 0.5 is half a pass. On a command line without
+    optim.steps, it implies optim.steps=null."""
 
     batch: int = 1
     """Sequences per optimizer step, over all replicas and micro-batches."""
@@ -79,7 +80,7 @@ class OptimConfig:
             raise ConfigError("optim.steps=null needs optim.epochs: set one of them")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(
-                f"optim.epochs={self.epochs} and optim.steps={self.steps} exclude each other: set optim.steps=null"
+                f"optim.epochs={self.epochs} and optim.steps={self.steps} exclude each other: set only one of them"
             )
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError(f"optim.epochs={self.epochs} must be more than 0 and finite")

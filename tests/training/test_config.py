@@ -104,6 +104,20 @@ def test_help_of_the_parallel_group_says_context_parallel():
     assert re.search(r"^parallel: .*[Cc]ontext parallel", settings_help(), re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (["optim.epochs=2"], None),
+        (["optim.epochs=null"], 60),
+        (["optim.epochs=2", "experiment=128k", "data.path=here"], None),
+        (["optim.epochs=null", "optim.steps=90"], 90),
+    ],
+    ids=str,
+)
+def test_epochs_on_a_command_line_replace_the_steps_of_the_defaults(overrides, steps):
+    assert compose(overrides)[0].optim.steps == steps
+
+
 def test_dictionaries_of_the_data_take_any_key():
     config, _ = compose(["data=chat", "data.path=x", "data.chat_template_kwargs={enable_thinking: false}"])
     assert config.data.chat_template_kwargs == {"enable_thinking": False}
@@ -134,7 +148,7 @@ def settings_of(part, prefix=""):
         (["optim.lr=abc"], "optim.lr=abc must be a number"),
         (["optim.steps=0"], "optim.steps=0 must be 1 or more"),
         (["optim.steps=null"], "optim.steps=null needs optim.epochs"),
-        (["optim.epochs=2"], "optim.epochs=2.0 and optim.steps=60 exclude each other: set optim.steps=null"),
+        (["optim.epochs=2", "optim.steps=9"], "optim.epochs=2.0 and optim.steps=9 exclude each other: set only one"),
         (["optim.epochs=0", "optim.steps=null"], "optim.epochs=0.0 must be more than 0"),
         (["optim.schedule=step"], "optim.schedule=step is not one of cosine, linear, constant, warmup_stable_decay"),
         (["optim.optimizer=lion"], "optim.optimizer=lion is not one of adamw, sgd"),
