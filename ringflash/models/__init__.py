@@ -29,7 +29,7 @@ from ringflash.models.configuration import (
     logit_scale,
     read_config,
 )
-from ringflash.models.families import ARCHITECTURES, vouch_for
+from ringflash.models.families import ARCHITECTURES, allow_untested
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.graph import step_graph
 from ringflash.models.inputs import ring_inputs
@@ -60,6 +60,7 @@ __all__ = [
     "ModelConfig",
     "RingCache",
     "RingMask",
+    "allow_untested",
     "attention_kernels",
     "build_model",
     "cache_refusal",
@@ -88,6 +89,5 @@ __all__ = [
     "step_graph",
     "tile_mlps",
     "tiles_of",
-    "vouch_for",
     "whole_mlps",
 ]

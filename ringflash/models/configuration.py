@@ -21,7 +21,7 @@ from ringflash.errors import ConfigError, hub_hint
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.delta_net import device_refusal
-from ringflash.models.families import TEXT_MODELS, family_refusal, has_chunks, has_delta, vouch_for
+from ringflash.models.families import TEXT_MODELS, allow_untested, family_refusal, has_chunks, has_delta
 from ringflash.models.layers import layer_kinds
 from ringflash.models.lora import ROPE, LoraConfig, is_adapter, read_fields
 from ringflash.models.rope import LENGTH_DEPENDENT, extended, rope_kinds, rope_refusal, supported_positions
@@ -69,7 +69,7 @@ class ModelConfig:
     """Allow sequences longer than the model supports (max_position_embeddings, or the length that RoPE scales to)."""
 
     untested_family: bool = False
-    """Allow a model_type that docs/models.md does not list. You vouch that its tokens interact only in attention,
+    """Allow a model_type that docs/models.md does not list. You assert that its tokens interact only in attention,
     restricted by nothing but windows; that positions enter only through position_ids; and that its logits are those of
     lm_head, times logit_scale, capped at final_logit_softcapping."""
 
@@ -154,10 +154,10 @@ def _configuration(config: ModelConfig) -> PreTrainedConfig:
 
 
 def _check_family(model_type: Any, config: ModelConfig, where: str) -> None:
-    """Raise ConfigError for a family that is not taken; one that the user vouches for is from here on."""
+    """Raise ConfigError for a family that is refused. An untested one is allowed from here on if the user says so."""
     if family_refusal(model_type) is not None and config.untested_family:
         try:
-            vouch_for(model_type)
+            allow_untested(model_type)
         except ValueError as error:
             raise ConfigError(f"{where}{error}") from error
     if (reason := family_refusal(model_type)) is not None:

@@ -132,40 +132,40 @@ REFUSED = {
 # Models of images and text whose folders transformers loads as this family's, without the parts for images.
 TEXT_MODELS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
-_vouched: set[str] = set()
+_allowed: set[str] = set()
 
 
-def vouch_for(model_type: str) -> None:
-    """Accept a family that docs/models.md does not list, in this process.
+def allow_untested(model_type: str) -> None:
+    """Allow a family that docs/models.md does not list, in this process.
 
-    The caller vouches that
+    The caller asserts that
 
-    - its layers mix tokens in attention alone, which is called through transformers' AttentionInterface, and windows
-      are all that limits it;
-    - positions enter by position_ids alone, and nothing else depends on the number of tokens;
+    - its layers mix tokens only in attention, which is called through transformers' AttentionInterface and limited
+      only by windows;
+    - positions enter only through position_ids, and nothing else depends on the number of tokens;
     - in the trainer: its logits are those of lm_head, times logit_scale, capped at final_logit_softcapping.
 
     Raises ValueError for a family that is refused for a reason, and for a model_type that transformers does not have.
     """
     if (reason := _final_refusal(model_type)) is not None:
         raise ValueError(reason)
-    _vouched.add(model_type)
+    _allowed.add(model_type)
 
 
 def family_refusal(model_type: object) -> str | None:
-    """None, or why a model of this model_type is not taken: "model_type=... ..."."""
-    if model_type in FAMILIES or model_type in _vouched:
+    """None, or why a model of this model_type is refused: "model_type=... ..."."""
+    if model_type in FAMILIES or model_type in _allowed:
         return None
     if (reason := _final_refusal(model_type)) is not None:
         return reason
     return (
         f"model_type={model_type} is not one of the {len(FAMILIES)} families that docs/models.md lists as tested on "
-        f"the ring; model.untested_family=true, or ringflash.models.vouch_for({model_type!r}), tries it all the same"
+        f"the ring; model.untested_family=true, or ringflash.models.allow_untested({model_type!r}), allows it"
     )
 
 
 def _final_refusal(model_type: object) -> str | None:
-    """None, or why vouch_for does not accept a model_type."""
+    """None, or why not even allow_untested accepts a model_type."""
     if model_type in REFUSED:
         return f"model_type={model_type} is not supported on the ring: {REFUSED[str(model_type)]}"
     if model_type in CONFIG_MAPPING_NAMES:
@@ -187,6 +187,6 @@ def has_delta(model_type: str) -> bool:
 
 
 def windows_of(model_type: str, by_layer: bool) -> Windows:
-    """Which layers have a window. by_layer: whether the configuration has layer_types, which others go by."""
+    """Which layers have a window. by_layer: whether the configuration has layer_types, which families outside the table follow."""
     family = FAMILIES.get(model_type)
     return family.windows if family is not None else (Windows.SOME if by_layer else Windows.ALL)

@@ -96,7 +96,7 @@ In such a layer, the ranks of a sequence exchange tokens for heads, and each com
 ## Other families
 
 You can try a family that is in neither table with `model.untested_family=true` or, in your own loop, after
-`ringflash.models.vouch_for("model_type")`. You are then responsible for three things:
+`ringflash.models.allow_untested("model_type")`. You are then responsible for three things:
 
 - Tokens interact only in attention, which is called through transformers' `AttentionInterface` and restricted by
   nothing but sliding windows. Convolutions, recurrences and linear attention would see only a shard of the sequence.

@@ -1,4 +1,4 @@
-"""Every family of docs/models.md is exact on the ring; others are refused by name, or tried by who vouches for them."""
+"""Every family of docs/models.md is exact on the ring; others are refused by name, or allowed by the user."""
 
 import re
 
@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash import Loopback
 from ringflash.errors import ConfigError
-from ringflash.models import ARCHITECTURES, ModelConfig, build_model, families, read_config, ring_inputs, vouch_for
+from ringflash.models import ARCHITECTURES, ModelConfig, allow_untested, build_model, families, read_config, ring_inputs
 from ringflash.models.families import REFUSED
 from tests.models.cases import TINY, architecture
 from tests.models.proof import PACKED, PLAIN, Prover
@@ -46,11 +46,11 @@ UNTESTED = {name: x for name, x in architecture("jais2").items() if name != "mod
 def untested(monkeypatch):
     """A family that the table lacks, as jais2 would be."""
     monkeypatch.setattr(families, "FAMILIES", {k: v for k, v in families.FAMILIES.items() if k != "jais2"})
-    monkeypatch.setattr(families, "_vouched", set())
+    monkeypatch.setattr(families, "_allowed", set())
 
 
 @pytest.mark.usefixtures("untested")
-def test_a_family_that_the_table_lacks_is_tried_if_the_user_vouches_for_it():
+def test_a_family_that_the_table_lacks_runs_if_the_user_allows_it():
     fields = {"model_type": "jais2", **UNTESTED}
     config = AutoConfig.for_model(**fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="ring")
@@ -67,15 +67,15 @@ def test_a_family_that_the_table_lacks_is_tried_if_the_user_vouches_for_it():
 
 
 @pytest.mark.usefixtures("untested")
-def test_vouching_without_the_trainer_takes_the_family_in():
-    vouch_for("jais2")
+def test_an_untested_family_can_be_allowed_without_the_trainer():
+    allow_untested("jais2")
     assert families.family_refusal("jais2") is None
 
 
 @pytest.mark.parametrize("model_type", ["mamba2", "qwen3_5", "llama4"])
-def test_a_family_that_is_refused_for_a_reason_cannot_be_vouched_for(model_type):
+def test_a_family_that_is_refused_for_a_reason_cannot_be_allowed(model_type):
     with pytest.raises(ValueError, match=rf"^model_type={model_type} is not supported on the ring: "):
-        vouch_for(model_type)
+        allow_untested(model_type)
     for untested in (False, True):
         with pytest.raises(ConfigError, match=rf"model_type={model_type} is not supported on the ring: "):
             read_config(ModelConfig(architecture={"model_type": model_type}, untested_family=untested))
@@ -84,7 +84,7 @@ def test_a_family_that_is_refused_for_a_reason_cannot_be_vouched_for(model_type)
 @pytest.mark.parametrize(("name", "message"), [("qwen33", "did you mean qwen3"), (None, "model_type=None is not one")])
 def test_a_family_that_transformers_lacks_is_refused_with_the_nearest(name, message):
     with pytest.raises(ValueError, match=message):
-        vouch_for(name)
+        allow_untested(name)
     with pytest.raises(ConfigError, match=message):
         read_config(ModelConfig(architecture={"model_type": name}))
 

@@ -103,7 +103,7 @@ def test_without_a_plan_the_rope_is_transformers_own(fields):
 
 
 def test_a_rotary_module_in_a_recomputed_layer_is_refused_unless_its_length_is_fixed():
-    """As a family that is vouched for might have it: in the backward the plan is gone."""
+    """As an untested family might have it: in the backward the plan is gone."""
     model, inputs = tiny("llama", **SHORT), ring_inputs(TOKENS, ring=Loopback(1))
     rotary, x = model.model.rotary_emb, torch.ones(1, 48, 8, requires_grad=True)
 
