@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 MESSAGES, TOOLS, PROMPT, COMPLETION = "messages", "tools", "prompt", "completion"
 WEIGHT = "weight"  # of an assistant's message, as in OpenAI's format: 0 or 1
-SPEAKERS = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
+ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
     **{role: role for role in ("system", "user", "assistant", "tool")},
     "human": "user",
     "gpt": "assistant",
@@ -348,10 +348,10 @@ def _from_sharegpt(place: str, message: dict[str, Any]) -> dict[str, Any]:
     if "role" in message or not {"from", "value"} <= {*message}:
         return message
     speaker = message["from"]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise RecordError(f"{place} is from {speaker!r:.60}, which is not one of {', '.join(SPEAKERS)}")
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise RecordError(f"{place} is from {speaker!r:.60}, which is not one of {', '.join(ROLES)}")
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    return {"role": SPEAKERS[speaker], "content": message["value"], **rest}
+    return {"role": ROLES[speaker], "content": message["value"], **rest}
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Mixture:
 
     def packed(self, seed: int, index: int, length: int) -> Packed:
         """See `Corpus`."""
-        source, number = drawn(self.shares, index)
+        source, number = locate(self.shares, index)
         return pack([*self.corpora.values()][source], seed, number, length)
 
     def epoch_length(self, length: int) -> int:
@@ -61,7 +61,7 @@ class Mixture:
 
     def source_of(self, index: int) -> str:
         """See `Evaluated`."""
-        return [*self.corpora][drawn(self.shares, index)[0]]
+        return [*self.corpora][locate(self.shares, index)[0]]
 
     def unigram_entropy(self) -> float:
         """See `Evaluated`."""
@@ -122,10 +122,10 @@ def _named(source: str) -> Iterator[None]:
         raise ConfigError(f"{source}: {error}" if source else str(error)) from error
 
 
-def drawn(shares: tuple[float, ...], index: int) -> tuple[int, int]:
-    """The source of the index-th sequence, and which of that source's it is.
+def locate(shares: tuple[float, ...], index: int) -> tuple[int, int]:
+    """The source of the index-th sequence, and the sequence's number in that source.
 
-    >>> "".join("abc"[drawn((2, 1, 1), i)[0]] for i in range(12))
+    >>> "".join("abc"[locate((2, 1, 1), i)[0]] for i in range(12))
     'abcaabcaabca'
     """
     total = sum(shares)

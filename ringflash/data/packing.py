@@ -97,7 +97,7 @@ def check_labels(corpus: Split, length: int) -> None:
         )
 
 
-def cut_off(corpus: Split, length: int) -> int:
+def truncated_labels(corpus: Split, length: int) -> int:
     """The number of documents that have labels, but none among the tokens that data.packing=truncate keeps."""
     if corpus.packing != "truncate" or corpus.labels is None:
         return 0
@@ -202,7 +202,7 @@ def summary(corpus: Split, length: int, name: str = "") -> list[str]:
     fates = {"cut": "are cut", "split": "are split", "whole": "are dropped", "truncate": f"keep their first {length:,}"}
     fate = fates[corpus.packing]
     lost = f"; {longer:,} longer than {length:,} tokens {fate}" if longer else ""
-    lost += f", which hold no label of {cut:,}" if (cut := cut_off(corpus, length)) else ""
+    lost += f", which hold no label of {cut:,}" if (cut := truncated_labels(corpus, length)) else ""
     bounds = 2 ** np.arange(6, 25)
     at_most = np.searchsorted(np.sort(corpus.lengths), bounds, side="right")
     first = max(0, int(np.searchsorted(at_most, documents // 100, side="right")) - 1)

@@ -25,7 +25,7 @@ from pathlib import Path
 from ringflash.data.config import DataConfig, SourceConfig
 from ringflash.data.corpus import TokenCorpus, load_corpus
 from ringflash.data.documents import cache_folder, find_files
-from ringflash.data.packing import Packed, check_labels, cut_off, epoch_generator, pack, sequences_per_epoch
+from ringflash.data.packing import Packed, check_labels, epoch_generator, pack, sequences_per_epoch, truncated_labels
 from ringflash.data.tokenizer import load_tokenizer
 from ringflash.errors import ConfigError
 
@@ -118,7 +118,7 @@ class Shards:
                     f"{self.files[shard]} has {count} sequences, and had {known[str(shard)]} when it was read before: "
                     f"the files of data.stream=true must not change; delete {self._folder} to begin again with them"
                 )
-            if str(shard) not in known and (cut := cut_off(corpus, length)):
+            if str(shard) not in known and (cut := truncated_labels(corpus, length)):
                 print(
                     f"{self.files[shard]}: the first {length:,} tokens of {cut:,} documents hold no label", flush=True
                 )

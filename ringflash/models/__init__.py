@@ -45,7 +45,7 @@ from ringflash.models.layers import (
     layer_kinds,
     layer_masks,
 )
-from ringflash.models.mlp import tile_mlps, tiles_of, whole_mlps
+from ringflash.models.mlp import replaced_mlps, tile_mlps, tiles_of
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope_length import fix_rope_length, rope_per_document
 from ringflash.models.router_loss import router_loss
@@ -82,6 +82,7 @@ __all__ = [
     "logit_scale",
     "prefill",
     "read_config",
+    "replaced_mlps",
     "ring_attention_forward",
     "ring_inputs",
     "rope_per_document",
@@ -89,5 +90,4 @@ __all__ = [
     "step_graph",
     "tile_mlps",
     "tiles_of",
-    "whole_mlps",
 ]

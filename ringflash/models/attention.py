@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.modeling_utils import AttentionInterface
 
 from ringflash.mask import check_tokens
-from ringflash.models.cache import RingCache, take_note
+from ringflash.models.cache import RingCache, pop_pending
 from ringflash.models.checks import check_call, check_keywords
 from ringflash.models.chunks import of_layer, scaled_in_document
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
@@ -57,12 +57,12 @@ def ring_attention_forward(
 
     Raises ValueError naming an argument that is not supported, or `plan` if it is missing.
     """
-    note = take_note()
+    pending = pop_pending()
     _check_layer(module, attention_mask, dropout, unknown)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or None, "sink": s_aux}
-    if note is not None and plan is None:
-        return _cached(*note, module, query, key, value, attention_mask, sliding_window, options), None
-    if note is not None:
+    if pending is not None and plan is None:
+        return _cached(*pending, module, query, key, value, attention_mask, sliding_window, options), None
+    if pending is not None:
         raise ValueError("plan= and past_key_values=RingCache were both given: a plan trains, a cache generates")
     if not isinstance(plan, AttentionPlan):
         raise ValueError(

@@ -37,7 +37,7 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
             raise ConfigError(f"model.rope_length={config.rope_length}: {error}") from error
     elif has_length_dependent_rope(hf_config):
         rope_per_document(model)
-    if config.lora.on:
+    if config.lora.enabled:
         add_lora(model, config.lora)
     return model
 

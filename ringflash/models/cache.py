@@ -13,8 +13,9 @@ transformers' `prefill_chunk_size` limits the memory of that. To sample, give al
     ...                             # generate
     cache.restore(state)            # for another prompt on the same document
 
-A layer with a sliding window keeps only its window. transformers does not pass the cache to attention functions, so
-`update` leaves a note for the attention of the same layer, which runs next, stores the keys and attends.
+A layer with a sliding window keeps only its window. transformers does not pass the cache to attention functions.
+`update` therefore records cache and layer for the attention of that layer, which runs next, stores the keys and
+attends.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ from ringflash.ring.cache_plan import CHUNK, CachePlan, CacheState, rows_for
 from ringflash.ring.decode import Attention, DeviceStep, LayerCache, attention_on_device, cached_attention
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 
-_written: ContextVar[tuple[RingCache, int] | None] = ContextVar("written", default=None)
+_pending: ContextVar[tuple[RingCache, int] | None] = ContextVar("pending", default=None)
 
 
-def take_note() -> tuple[RingCache, int] | None:
-    """The cache and layer that `update` noted for the attention that runs now, or None. Deletes the note."""
-    note = _written.get()
-    _written.set(None)
-    return note
+def pop_pending() -> tuple[RingCache, int] | None:
+    """The cache and layer that the last `update` left for the attention that runs now, or None. Clears them."""
+    pending = _pending.get()
+    _pending.set(None)
+    return pending
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +132,10 @@ class RingCache(Cache):
         return False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Leave a note for the layer's attention, which runs next, and return new keys and values unchanged."""
+        """Record the layer for its attention, which runs next, and return new keys and values unchanged."""
         if layer_idx == 0 and self.on_device is None:
             self._begin(key_states.shape[-2] if self.layout is None else self.layout.length)
-        _written.set((self, layer_idx))
+        _pending.set((self, layer_idx))
         return key_states, value_states
 
     def _begin(self, tokens: int) -> None:

@@ -91,7 +91,7 @@ class ModelConfig:
                 f"model.rope_parameters={self.rope_parameters} changes a model of model.path: with random weights set "
                 f"model.architecture.rope_parameters"
             )
-        if self.lora.on and not self.path:
+        if self.lora.enabled and not self.path:
             raise ConfigError(
                 "model.lora adapts a model of model.path: random weights would be frozen, and never learn anything"
             )

@@ -187,6 +187,6 @@ def has_delta(model_type: str) -> bool:
 
 
 def windows_of(model_type: str, by_layer: bool) -> Windows:
-    """Which layers have a window. by_layer: whether the configuration has layer_types, which families outside the table follow."""
+    """Which layers have a window. by_layer: for other families, whether the configuration has layer_types."""
     family = FAMILIES.get(model_type)
     return family.windows if family is not None else (Windows.SOME if by_layer else Windows.ALL)

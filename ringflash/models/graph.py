@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ringflash.models.cache import RingCache, take_note
+from ringflash.models.cache import RingCache, pop_pending
 
 CLOSE = 1e-2  # of logits' norm, between a replay and the forward: the same kernels, perhaps other sums of products
 _WITHOUT = "generate without step_graph (graph=false of ringflash.generate)"
@@ -163,7 +163,7 @@ class _Steps:
             except RuntimeError as error:
                 if "synchronizing" not in str(error):
                     raise
-                take_note()
+                pop_pending()
                 self.refused = True
                 self.on_refusal(f"needs a model that never waits for the GPU, and this one does ({error})")
             else:

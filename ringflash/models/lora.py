@@ -75,21 +75,21 @@ class LoraConfig:
             raise ConfigError(f"{given}: the adapter of model.lora.path={self.path} has its own; leave it out")
         if self.rank is not None and not self.rank >= 1:
             raise ConfigError(f"model.lora.rank={self.rank} must be 1 or more, or null to train all weights")
-        if not self.on and (given is not None or self.dropout):
+        if not self.enabled and (given is not None or self.dropout):
             raise ConfigError(f"{given or f'model.lora.dropout={self.dropout}'} has no effect without model.lora.rank")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ConfigError(f"model.lora.alpha={self.alpha} must be above 0 and finite")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.lora.dropout={self.dropout} must be 0 or more and below 1")
-        if not self.on and not self.merge:
+        if not self.enabled and not self.merge:
             raise ConfigError(
                 "model.lora.merge=false has no effect without model.lora.rank: there is no adapter to write"
             )
-        if self.on and importlib.util.find_spec("peft") is None:
+        if self.enabled and importlib.util.find_spec("peft") is None:
             raise ConfigError("model.lora needs the package peft, which is not installed here: pip install peft")
 
     @property
-    def on(self) -> bool:
+    def enabled(self) -> bool:
         """Whether adapters are trained."""
         return self.rank is not None or self.path is not None
 

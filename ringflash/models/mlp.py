@@ -12,7 +12,7 @@ has all saved tensors, so y, the layer's last product, is not recomputed. In lay
 and a is recomputed from it.
 
 Weight gradients are summed over tiles in fp32 and rounded once, and DeepSpeed sees each of them once. The MLP uses the
-weights of its linear layers directly, so for ZeRO 3 it must be a leaf module (`whole_mlps` lists them).
+weights of its linear layers directly, so for ZeRO 3 it must be a leaf module (`replaced_mlps` lists them).
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
     module.forward = partial(_forward, module, form, mlp)
 
 
-def whole_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLPs that this file computes, which use the weights of their linear layers without calling these."""
+def replaced_mlps(model: nn.Module) -> list[nn.Module]:
+    """The MLPs whose forward this file replaced. They use the weights of their linear layers without calling them."""
     return [module for module in model.modules() if getattr(vars(module).get("forward"), "func", None) is _forward]
 
 

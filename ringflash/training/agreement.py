@@ -29,7 +29,7 @@ def disagreements(config: Config, model: PreTrainedConfig, tokenizer: PreTrained
     if not path:
         return []
     lines = []
-    if lr > HIGH and not config.model.lora.on and config.optim.optimizer == "adamw":
+    if lr > HIGH and not config.model.lora.enabled and config.optim.optimizer == "adamw":
         lines.append(
             f"optim      optim.lr={lr} is high for the pretrained weights of model.path={path}: full fine-tuning "
             f"usually takes 1e-6 to 1e-4"

@@ -24,9 +24,9 @@ from ringflash.models import (
     fuse_layers,
     host_store,
     logit_scale,
+    replaced_mlps,
     router_loss,
     tile_mlps,
-    whole_mlps,
 )
 from ringflash.models.lora import adapted
 from ringflash.training import one_rank
@@ -133,7 +133,7 @@ def build_engine(
     passes = fuse_layers(model, fused, world.device)
     passes += [name for name, on in (("loss", fused_loss), ("optimizer", fused_optimizer)) if on]
     trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
-    for mlp in whole_mlps(model):
+    for mlp in replaced_mlps(model):
         set_z3_leaf_module(mlp, True)
     for buffer in model.buffers():  # DeepSpeed moves no buffer of a model whose weights are divided already
         buffer.data = buffer.data.to(world.device)

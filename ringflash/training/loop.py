@@ -258,7 +258,7 @@ def _settings(job: Job, resolved: str, training: Corpus, world: World) -> dict[s
         with world.without_timeout(f"reading {_source(config)} for its digest"):
             found = model_digest(Path(config.model.path)) if world.is_first else None
         settings["model"]["digest"] = world.broadcast(found)
-    if not config.model.lora.on:
+    if not config.model.lora.enabled:
         del settings["model"]["lora"]  # which checkpoints of runs without it do not have
     elif config.model.lora.path:
         found = model_digest(Path(config.model.lora.path), ADAPTER_CONFIG) if world.is_first else None
@@ -359,7 +359,7 @@ def _leave(world: World) -> None:
 def _export(run: Run) -> list[Path]:
     """The folders of the trained model, and of its adapters where there are any."""
     config, tokenizer, written = run.job.config.model, run.job.tokenizer, []
-    if config.lora.on:
+    if config.lora.enabled:
         written.append(export_adapter(run.engine, run.folder / "adapter", config, tokenizer, run.world))
     if config.lora.merge:
         model = run.folder / "model"

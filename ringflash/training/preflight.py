@@ -97,7 +97,7 @@ def check_inputs(
             f"memory.attention_results={memory.attention_results} memory.layer_inputs={memory.layer_inputs}: the model "
             f"has {layers} layers"
         )
-    checks_model = config.model.lora.on or config.memory.mlp_tile is not None
+    checks_model = config.model.lora.enabled or config.memory.mlp_tile is not None
     model = _without_memory(config.model, model_config) if checks_model else None
     if model is not None and config.memory.mlp_tile is not None and not tiles_of(model):
         raise ConfigError(
@@ -147,7 +147,7 @@ def _without_memory(config: ModelConfig, model_config: PreTrainedConfig) -> PreT
     """The model on the meta device. Raises ConfigError for adapters that it cannot have."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-        if config.lora.on:
+        if config.lora.enabled:
             add_lora(model, config.lora)
     return model
 
@@ -156,7 +156,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     """Model, data, ranks, step and memory."""
     model = _without_memory(config.model, model_config)
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
-    adapters = [f"adapters   {description(model)}"] if config.model.lora.on else []
+    adapters = [f"adapters   {description(model)}"] if config.model.lora.enabled else []
     memory = config.memory
     tile = memory.loss_tile or tile_for(model_config.vocab_size)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

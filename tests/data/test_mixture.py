@@ -9,7 +9,7 @@ import torch
 
 from ringflash.data import batch, load_corpora, stream
 from ringflash.data.config import DataConfig, SourceConfig, WeightedSource
-from ringflash.data.mixture import drawn
+from ringflash.data.mixture import locate
 from ringflash.errors import ConfigError
 from tests.data.cases import write_jsonl, write_parquet, write_texts
 
@@ -42,11 +42,11 @@ def letters(corpus, numbers):
 def test_each_stretch_has_the_shares_and_each_source_its_sequences_in_order(shares):
     counts = np.zeros(len(shares), int)
     for i in range(1000):
-        source, number = drawn(shares, i)
+        source, number = locate(shares, i)
         assert number == counts[source]
         counts[source] += 1
         assert abs(counts - np.array(shares) / sum(shares) * (i + 1)).max() < len(shares)
-    assert drawn(shares, 10**12)[1] <= 10**12
+    assert locate(shares, 10**12)[1] <= 10**12
 
 
 def test_weights_are_shares_of_the_sequences(config):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ringflash.data import IGNORE, batch, pack
 from ringflash.data.best_fit import best_fit
-from ringflash.data.packing import check_labels, cut_off, sequences_per_epoch, summary
+from ringflash.data.packing import check_labels, sequences_per_epoch, summary, truncated_labels
 from ringflash.errors import ConfigError
 from tests.data.cases import corpus, lengths
 
@@ -175,7 +175,7 @@ def learning(counts, learnt, packing="truncate"):
 
 def test_documents_whose_labels_are_all_cut_off_are_counted():
     texts = learning([30, 30, 8, 30], [10, 9, 3, 29])  # the first token of 10 predicts the second, and so on
-    assert cut_off(texts, 10) == 2
+    assert truncated_labels(texts, 10) == 2
     assert "3 longer than 10 tokens keep their first 10, which hold no label of 2" in summary(texts, 10)[0]
     assert "label" not in summary(texts, 30)[0]
     check_labels(texts, 10)
