@@ -15,7 +15,7 @@ while the kernel adds to the other's:
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
-Only what later ranks see is sent (`plan.routes`). The additional memory does not depend on the ring's size:
+Only what later ranks see is sent (`ring.routes`). The additional memory does not depend on the ring's size:
 
 - two shards of keys and values, and in the forward the running result in fp32;
 - in the backward also two shards of gradients, and a hop's centered keys if the kernel does not center them itself

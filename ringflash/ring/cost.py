@@ -32,7 +32,7 @@ import torch
 from ringflash.layout import Layout
 from ringflash.load_balance import by_hop
 from ringflash.mask import IntervalMask
-from ringflash.ring.plan import routes
+from ringflash.ring.routes import routes
 from ringflash.ring.schedule import backward_steps, forward_steps, head_sections
 from ringflash.ring.simulation import Rates, simulate
 

@@ -45,9 +45,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ringflash.ring.ranges import Range, Ranges
+from ringflash.ring.routes import Route
 
 if TYPE_CHECKING:
-    from ringflash.ring.plan import AttentionPlan, Route
+    from ringflash.ring.plan import AttentionPlan
 
 OWN = "own"  # this rank's keys and values, in the layout in which they are sent
 

@@ -14,7 +14,7 @@ from ringflash import layout as layout_module
 from ringflash.layout import LAYOUTS
 from ringflash.ring import cost
 from ringflash.ring.cost import Heads, Layers, Machine, best_ulysses, fastest, predict
-from ringflash.ring.plan import routes
+from ringflash.ring.routes import routes
 from tests.strategies import masks
 
 LLAMA_8B = Heads(query=32, key=8, dim=128, value_dim=128)
