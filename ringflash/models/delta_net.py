@@ -72,10 +72,24 @@ def _split_by_head(module: Any, x: Tensor) -> _Projected:
     return _Projected(q, k, v, b, a, z)
 
 
-# Projections by the digest of a layer's forward (`models.sources`).
-_PROJECTIONS: dict[str, Callable[[Any, Tensor], _Projected]] = {
-    "230b4c2bedce": _split,
-    "fb348a396c2e": _split_by_head,
+def _separate(module: Any, x: Tensor) -> _Projected:
+    """The projections of olmo_hybrid: one for each."""
+    names = ("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
+    return _Projected(*(getattr(module, name)(x) for name in names))
+
+
+class _Form(NamedTuple):
+    """The projections of a class of layers, and the names of its norm and its output projection."""
+
+    project: Callable[[Any, Tensor], _Projected]
+    norm: str = "norm"
+    out: str = "out_proj"
+
+
+_FORMS = {  # by the digest of a layer's forward (`models.sources`)
+    "230b4c2bedce": _Form(_split),
+    "fb348a396c2e": _Form(_split_by_head),
+    "5d613e382e37": _Form(_separate, "o_norm", "o_proj"),
 }
 _OF_ATTENTION = {"kernel", "deterministic", "compensated"}  # keywords that other layers read
 
@@ -108,8 +122,8 @@ def device_refusal(config: PreTrainedConfig, device: torch.device) -> str | None
 def _on_ring(kind: Any) -> Callable[..., Tensor]:
     """A forward for a class of layers: that of this file in calls with a plan, else the class's own."""
     original = kind.forward
-    projections = _PROJECTIONS.get(digest(original))
-    if projections is None:
+    form = _FORMS.get(digest(original))
+    if form is None:
         raise ValueError(
             f"{kind.__name__} of transformers {transformers.__version__} is not supported on the ring: its forward is "
             f"not the one that ringflash knows"
@@ -123,7 +137,7 @@ def _on_ring(kind: Any) -> Callable[..., Tensor]:
         if plan is None:
             return original(self, hidden_states, cache_params, attention_mask, **keywords)
         _check(self, plan, hidden_states, cache_params, attention_mask, keywords)
-        return _forward(self, projections(self, hidden_states), plan)
+        return _forward(self, form, hidden_states, plan)
 
     forward.of_the_ring = True  # type: ignore[attr-defined]
     return forward
@@ -149,8 +163,8 @@ def _check(
 
 
 @torch.compiler.disable  # exchanges cannot be part of a compiled graph
-def _forward(module: Any, projected: _Projected, plan: AttentionPlan) -> Tensor:
-    *inputs, z = projected
+def _forward(module: Any, form: _Form, hidden_states: Tensor, plan: AttentionPlan) -> Tensor:
+    *inputs, z = form.project(module, hidden_states)
     rows, n, _ = z.shape
     label = Label(f"layer {module.layer_idx}", "forward")
     sequences = plan.sequences(rows // len(plan.ring.local))
@@ -160,8 +174,8 @@ def _forward(module: Any, projected: _Projected, plan: AttentionPlan) -> Tensor:
         for block, of_rank in zip(head_blocks(plan), of_ranks, strict=True)
     ]
     out = to_tokens(torch.cat(own), plan, label)
-    normed = module.norm(out.reshape(-1, module.head_v_dim), z.reshape(-1, module.head_v_dim))
-    return module.out_proj(normed.view(rows, n, -1))
+    normed = getattr(module, form.norm)(out.reshape(-1, module.head_v_dim), z.reshape(-1, module.head_v_dim))
+    return getattr(module, form.out)(normed.view(rows, n, -1))
 
 
 class _Share(NamedTuple):
@@ -185,7 +199,8 @@ def _delta_rule(module: Any, inputs: list[Tensor], share: _Share, sequences: Seq
         for x, weight, size in zip(qkv, weights, sizes, strict=True)
     )
     g = -share.of(module.A_log).float().exp() * softplus(a.float() + share.of(module.dt_bias))
-    return _recurrence(module, (q, k, v, g, b.sigmoid()), sequences).flatten(2)
+    beta = 2 * b.sigmoid() if getattr(module, "allow_neg_eigval", False) else b.sigmoid()
+    return _recurrence(module, (q, k, v, g, beta), sequences).flatten(2)
 
 
 def _convolved(module: Any, x: Tensor, weight: Tensor, sequences: Sequences) -> Tensor:

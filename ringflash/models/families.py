@@ -89,6 +89,7 @@ FAMILIES = {
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(_SOME),
+    "olmo_hybrid": Family(needs=f"{_DELTA}, layers without positions", delta=True),
     "olmoe": Family(needs=_EXPERTS),
     "persimmon": Family(),
     "phi": Family(needs="bias of logits"),
@@ -118,7 +119,7 @@ _SPARSE = "its attention selects keys by score, which no interval of keys descri
 REFUSED = {
     **dict.fromkeys(
         ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba",
-         "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+         "mamba2", "minimax", "nemotron_h", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
          "zaya"),
         _RECURRENT,
     ),

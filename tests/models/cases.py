@@ -63,6 +63,7 @@ SPECIFIC = {
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}, "max_position_embeddings": 64},
     "mistral": {"sliding_window": 7},
     "nanochat": {"final_logit_softcapping": 4.0},
+    "olmo_hybrid": DELTA,
     "phi3": {"sliding_window": 6, "eos_token_id": 1, "bos_token_id": 2},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen2_moe": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},

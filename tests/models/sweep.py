@@ -28,6 +28,7 @@ document by document, in fp32. It covers:
   with those of the actual call of attention;
 - two models where the models of a family differ in kind: shared keys and experts for Gemma 4, a window and longrope for
   Phi 3 and phimoe, dynamic RoPE for Llama and Hunyuan. Their documents are shorter and longer than the original length.
+  OLMo Hybrid is proven with and without positions.
 
 The table has the largest relative errors of a loss (PASS: {loss:g} at most), and of a parameter's gradient
 ({gradient:g} at most). transformers {version}.
@@ -73,12 +74,13 @@ The family cannot be used with a cache. Published checkpoints are of `llama4`, w
 
 ## Linear attention
 
-The Qwen3.5 and Qwen3-Next families have gated DeltaNet layers, which carry a state from token to token of a document.
-In such a layer, the ranks of a sequence exchange tokens for heads, and each computes whole documents of its own heads
-([ringflash/models/delta_net.py](../ringflash/models/delta_net.py)). In your own loop, pass the model's `config` to
-`ring_inputs`.
+The Qwen3.5, Qwen3-Next and OLMo Hybrid families have gated DeltaNet layers, which carry a state from token to token of
+a document. In such a layer, the ranks of a sequence exchange tokens for heads, and each computes whole documents of its
+own heads ([ringflash/models/delta_net.py](../ringflash/models/delta_net.py)). In your own loop, pass the model's
+`config` to `ring_inputs`.
 
-- The number of ranks that share a sequence (ring x ulysses) must divide `linear_num_key_heads`, 16 by default.
+- The number of ranks that share a sequence (ring x ulysses) must divide `linear_num_key_heads`: by default 16, or 30
+  for OLMo Hybrid.
 - On GPUs, these layers need flash-linear-attention (`pip install flash-linear-attention`). On the CPU, transformers'
   own functions compute them, document by document. No GPU has trained such a model on the ring yet.
 - A recomputed layer runs its exchanges and its recurrence again. `memory.attention_results` concerns attention alone.
