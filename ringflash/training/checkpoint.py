@@ -18,11 +18,13 @@ import json
 import math
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 
 from ringflash.errors import ConfigError
@@ -65,7 +67,10 @@ class CheckpointConfig:
     """When checkpoints are written, and how many are kept."""
 
     every: int = 100
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: none by steps. The last step always has one."""
+
+    every_minutes: float = 0.0
+    """Minutes after which a step also writes a checkpoint, since the last one; 0: none by time."""
 
     keep: int = 2
     """Number of checkpoints to keep. Older ones are deleted."""
@@ -77,6 +82,27 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
             raise ConfigError(f"checkpoint.every={self.every} must be 0 or more, checkpoint.keep={self.keep} 1 or more")
+        if not 0 <= self.every_minutes < math.inf:
+            raise ConfigError(f"checkpoint.every_minutes={self.every_minutes} must be 0 or more and finite")
+
+
+class Timer:
+    """Measures checkpoint.every_minutes on rank 0's clock. All ranks call it alike."""
+
+    def __init__(self, minutes: float, world: World) -> None:
+        self.minutes, self.world = minutes, world
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now."""
+        self.since = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the minutes have passed, the same on all ranks."""
+        if not self.minutes:
+            return False
+        passed = self.world.is_first and time.monotonic() - self.since >= 60 * self.minutes
+        return bool(self.world.max(torch.tensor(float(passed), device=self.world.device)).item())
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ def fit(config: Config, resolved: str) -> bool:
     best = _best(run, evaluation)
     divergence = Divergence(world, run.metrics)
     done = saved = run.start
+    timer = checkpoint.Timer(config.checkpoint.every_minutes, world)
     with contextlib.closing(_batches(run, training, layout_for)) as batches:
         for step in range(run.start + 1, config.optim.total_steps + 1):
             if _out_of_patience(run, best, done):
@@ -115,8 +116,10 @@ def fit(config: Config, resolved: str) -> bool:
                 continue
             if best is not None:
                 best = best.after(step, record.get("held_out_loss", math.inf))
-            if stopping or _due(step, config.checkpoint.every) or (best is not None and best.step == step):
+            due = _due(step, config.checkpoint.every) or timer.due()
+            if stopping or due or (best is not None and best.step == step):
                 run.save(step, best)
+                timer.restart()
                 saved = step
             if stopping:
                 _stop(run, step)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import math
 import os
 import re
 import socket
@@ -78,14 +79,15 @@ def check_start(path: Path, start: int, steps: int) -> None:
     """
     if start > steps:
         raise ConfigError(f"optim.steps={steps} is less than the {start} steps that {path} has done")
-    done = max((record["step"] for record in metrics.read(path / metrics.FILE)), default=0)
+    records = metrics.read(path / metrics.FILE)
+    done = max((record["step"] for record in records), default=0)
     if start > 0 or done == 0:
         return
-    if (every := _checkpoint_every(path)) is None or done > every:
+    if _was_due(path, done, sum(record.get("seconds", 0.0) for record in records if record["step"] < done)):
         raise ConfigError(
             f"{path} has {done} steps and no checkpoint to resume from: resume=never starts again in a new folder"
         )
-    print(f"{path} has {done} steps and no checkpoint, which is due after step {every}: starts again at step 0")
+    print(f"{path} has {done} steps and no checkpoint, since none was due before: starts again at step 0")
     (path / metrics.WANDB_ID).unlink(missing_ok=True)
 
 
@@ -143,11 +145,15 @@ def _name_of(path: Path) -> str | None:
     return _settings_of(path).get("name")
 
 
-def _checkpoint_every(path: Path) -> int | None:
-    """The step after which a run's first checkpoint is due, by its configuration; None if that cannot be read."""
+def _was_due(path: Path, done: int, seconds: float) -> bool:
+    """Whether a checkpoint was due before the last of `done` steps; true if the configuration does not tell.
+
+    seconds: of the steps before the last.
+    """
     checkpoint = _settings_of(path).get("checkpoint")
-    every = checkpoint.get("every") if isinstance(checkpoint, dict) else None
-    return every if type(every) is int and every > 0 else None
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    every, minutes = (found.get(name) or math.inf for name in ("every", "every_minutes"))
+    return done > every or seconds >= 60 * minutes or every == minutes == math.inf
 
 
 def _settings_of(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A checkpoint is complete or absent; a run resumes from the newest intact one, and reports the corrupt ones."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ringflash import Layout
 from ringflash.errors import ConfigError, DiskError
@@ -17,6 +19,7 @@ from ringflash.training import checkpoint
 from ringflash.training.step import prepare, train_step
 from ringflash.training.world import World
 from tests.training.engines import LENGTH, SEQUENCES, engine_on, joined, sequences
+from tests.training.runs import fitted, settings
 
 
 def write_three(folder, zero, keep):
@@ -357,9 +360,28 @@ def test_without_a_checkpoint_a_run_starts_at_step_0(ranks, tmp_path):
     assert lines == []
 
 
+def saved_by_time(overrides):
+    """A run in which rank 0's clock has advanced a minute after two steps, and the clocks of others do not advance."""
+    times = itertools.count(step=30.0) if dist.get_rank() == 0 else itertools.repeat(0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: next(times)))
+        return fitted(overrides)
+
+
+@pytest.mark.ranks
+def test_checkpoints_are_due_by_the_clock_of_rank_0(ranks, text):
+    minutes = ["checkpoint.every=0", "checkpoint.every_minutes=1", "checkpoint.keep=9", "optim.steps=5"]
+    for error, _ in ranks.run(saved_by_time, 2, settings(text, "name=timed", "data.held_out=0", *minutes)):
+        assert error is None
+    steps = sorted(path.name for path in (text.parent / "runs" / "timed" / "checkpoints").iterdir())
+    assert steps == ["step-00000002", "step-00000004", "step-00000005"]
+
+
 def test_settings_that_keep_nothing_are_refused():
     with pytest.raises(ConfigError, match=r"checkpoint\.keep=0"):
         checkpoint.CheckpointConfig(keep=0)
+    with pytest.raises(ConfigError, match=r"checkpoint\.every_minutes=-1 must be 0 or more and finite"):
+        checkpoint.CheckpointConfig(every_minutes=-1)
 
 
 def test_a_manifest_lists_every_file(tmp_path):

@@ -20,11 +20,11 @@ def impatient(monkeypatch):
 
 
 def begun(path: Path, name: str | None, steps: int = 3) -> Path:
-    """A run's folder with a record per step and, unless it is None, a configuration with this name."""
+    """A run's folder with a record of 10 seconds per step and, unless it is None, a configuration with this name."""
     path.mkdir(parents=True)
     if name is not None:
         (path / "config.yaml").write_text(f"name: {name}\n")
-    (path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, steps + 1)))
+    (path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "seconds": 10}}\n' for step in range(1, steps + 1)))
     return path
 
 
@@ -112,17 +112,29 @@ def test_a_folder_of_steps_without_a_checkpoint_is_refused(tmp_path):
     assert len(read(folder / "metrics.jsonl")) == 7
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("settings", "lost"),
+    [
+        ("every: 6", True),
+        ("every: 7", False),
+        ("every: 0", True),
+        ("every: 0, every_minutes: 1.0", True),  # the six steps before the last took a minute
+        ("every: 0, every_minutes: 1.1", False),
+        ("every: 6, every_minutes: 1.1", True),
+    ],
+)
+def test_a_run_that_ended_before_its_first_checkpoint_was_due_starts_again(tmp_path, capsys, settings, lost):
     """As a job that is preempted early and queued again."""
     folder = begun(tmp_path / "demo", "demo", steps=7)
     (folder / "wandb-id").write_text("abc")
-    (folder / "config.yaml").write_text("name: demo\ncheckpoint: {every: 6}\n")
-    with pytest.raises(ConfigError, match="demo has 7 steps and no checkpoint to resume from"):
+    (folder / "config.yaml").write_text(f"name: demo\ncheckpoint: {{{settings}}}\n")
+    if lost:
+        with pytest.raises(ConfigError, match="demo has 7 steps and no checkpoint to resume from"):
+            run_folder.check_start(folder, 0, 9)
+    else:
         run_folder.check_start(folder, 0, 9)
-    (folder / "config.yaml").write_text("name: demo\ncheckpoint: {every: 7}\n")
-    run_folder.check_start(folder, 0, 9)
-    assert "demo has 7 steps and no checkpoint, which is due after step 7: starts again" in capsys.readouterr().out
-    assert not (folder / "wandb-id").exists()
+        assert "demo has 7 steps and no checkpoint, since none was due before: starts" in capsys.readouterr().out
+    assert (folder / "wandb-id").exists() == lost
 
 
 @pytest.mark.parametrize("runs", ["a[b", "a*/runs", "a?"])
