@@ -31,7 +31,7 @@ def hub_hint(path: str) -> str:
     """How to get a model or tokenizer whose name on the Hugging Face hub was given as a folder; else nothing."""
     if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return ""
-    return f"; nothing is downloaded: `hf download {path[:100]} --local-dir FOLDER` fetches a model of the hub"
+    return f"; nothing is downloaded: `hf download {path[:100]} --local-dir FOLDER` downloads a model from the hub"
 
 
 def in_one_line(error: BaseException) -> str:

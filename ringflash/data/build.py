@@ -281,7 +281,7 @@ def _in_order(job: Job) -> Iterator[Any]:
             yield encode
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a process that tokenises was killed, perhaps for want of memory; the same command continues"
+                "a tokenising process was killed, perhaps for lack of memory; run the same command again to continue"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -55,7 +55,7 @@ ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their role
 
 
 class Rendered(NamedTuple):
-    """The text of a document, and the spans of its characters that are learnt, ascending.
+    """The text of a document, and the spans of its characters that are trained on, ascending.
 
     begins: whether it is the first of its conversation. is_chat: rendered by a template, which spells special tokens.
     """
@@ -119,18 +119,18 @@ class Dialogues:
             raise RecordError(f"{where} begins with a message of the role assistant, which no prompt asks for")
         tools = self._tools(where, record.get(TOOLS))
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-        learnt = [i for i in answers if messages[i].get(WEIGHT, 1)]
-        if answers and not learnt:
+        trained = [i for i in answers if messages[i].get(WEIGHT, 1)]
+        if answers and not trained:
             raise RecordError(f"{where} has {WEIGHT} 0 in all messages of the assistant: there is nothing to learn")
-        if not learnt:
+        if not trained:
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages[first:]))
             raise RecordError(
                 f"{where} has no message of the role assistant, but of {roles}: there is nothing to learn"
             )
         self.counts["beside"] += asks and not first
         if self._is_marked(tools):
-            return [self._marked(where, messages, tools, first, {*answers} - {*learnt})]
-        documents = self._by_beginnings(where, messages, tools, learnt)
+            return [self._marked(where, messages, tools, first, {*answers} - {*trained})]
+        documents = self._by_beginnings(where, messages, tools, trained)
         self.counts["conversations"] += 1
         self.counts["documents"] += len(documents)
         self.counts["endless"] += not self._has_end(documents[-1].text)
@@ -141,13 +141,13 @@ class Dialogues:
         found = []
         if counts["beside"]:
             found.append(
-                f"{counts['beside']:,} records have {self.field}, which are learnt, and a {PROMPT} or {COMPLETION} "
+                f"{counts['beside']:,} records have {self.field}, which are trained on, and a {PROMPT} or {COMPLETION} "
                 f"beside them, which is not read"
             )
         if counts["documents"] > counts["conversations"]:
             found.append(
                 f"{counts['conversations']:,} conversations became {counts['documents']:,} documents: the chat "
-                f"template renders earlier turns otherwise, and each turn is learnt as the model answers it"
+                f"template renders earlier turns differently, and each turn is trained on as the model would answer it"
             )
         if counts["endless"]:
             found.append(
@@ -175,7 +175,7 @@ class Dialogues:
                 raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
             message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
             if (weight := message.get(WEIGHT, 1)) not in (0, 1):
-                raise RecordError(f"{place} has {WEIGHT}={weight!r:.60}; it must be 0 (not learnt) or 1")
+                raise RecordError(f"{place} has {WEIGHT}={weight!r:.60}; it must be 0 (not trained on) or 1")
             content = message.get("content")
             if content is None and "tool_calls" not in message:
                 empty = "holds content=null, and no tool_calls" if "content" in message else "has no content"
@@ -237,7 +237,7 @@ class Dialogues:
             prompt, _ = self._render(where, messages[:first], tools, prompted=True)
             if not text.startswith(prompt):
                 raise RecordError(
-                    f"{where}: the chat template renders the {PROMPT} otherwise once a {COMPLETION} follows"
+                    f"{where}: the chat template renders the {PROMPT} differently once a {COMPLETION} follows"
                 )
             spans = [(max(begin, len(prompt)), end) for begin, end in spans if end > len(prompt)]
         if not any(end > begin for begin, end in spans):
@@ -245,17 +245,17 @@ class Dialogues:
         return Rendered(text, [(begin, end) for begin, end in spans if end > begin])
 
     def _by_beginnings(
-        self, where: str, messages: list[Any], tools: list[Any] | None, learnt: Sequence[int]
+        self, where: str, messages: list[Any], tools: list[Any] | None, trained: Sequence[int]
     ) -> list[Rendered]:
-        """Documents in which each learnt turn stands as the model is prompted for it, and answers."""
+        """Documents in which each trained turn stands as the model is prompted for it, and answers."""
         documents: list[Rendered] = []
-        for turn in reversed(learnt):
+        for turn in reversed(trained):
             prompt, _ = self._render(where, messages[:turn], tools, prompted=True)
             answered, _ = self._render(where, messages[: turn + 1], tools)
             if not answered.startswith(prompt):
                 raise RecordError(
                     f"{where}: the chat template prompts for message {turn + 1} with ...{prompt[-30:]!r}, which its "
-                    f"own rendering of that turn does not begin with, so what is to be learnt is unknown; use a "
+                    f"own rendering of that turn does not begin with, so the text to train on is unknown; use a "
                     f"template with generation blocks, or other data.chat_template_kwargs"
                 )
             end = self._shared(answered, documents[-1].text) if documents else None
@@ -327,10 +327,10 @@ def _labelled(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> tuple[np.
     """
     tokens = unsigned(encoding.ids).astype(np.int64)
     begins, ends = unsigned([*itertools.chain.from_iterable(encoding.offsets)]).reshape(-1, 2).T
-    learnt = np.zeros(len(tokens), bool)
+    trained = np.zeros(len(tokens), bool)
     for begin, end in spans:
-        learnt |= (ends > begin) & ((begins < end) | ((begins == ends) & (ends == end)))
-    return tokens, np.where(learnt, tokens, IGNORE).astype(np.int32)
+        trained |= (ends > begin) & ((begins < end) | ((begins == ends) & (ends == end)))
+    return tokens, np.where(trained, tokens, IGNORE).astype(np.int32)
 
 
 def _untruncated(backend: Tokenizer) -> Tokenizer:

@@ -89,7 +89,7 @@ def check_labels(corpus: Split, length: int) -> None:
     pieces: Iterable[tuple[int, int]] = ((i, 0) for i in range(len(corpus)))
     if corpus.packing != "cut":
         pieces = zip(*_plan(corpus, length)[:2], strict=True)
-    if corpus.labels is not None and not any(_learnt(corpus, i, begin, length).any() for i, begin in pieces):
+    if corpus.labels is not None and not any(_predicted(corpus, i, begin, length).any() for i, begin in pieces):
         raise ConfigError(
             f"data.path={corpus.source} has no label among the tokens for {corpus.split} that "
             f"data.packing={corpus.packing} keeps at data.sequence_length={length}: there is nothing to learn; give a "
@@ -102,10 +102,10 @@ def truncated_labels(corpus: Split, length: int) -> int:
     if corpus.packing != "truncate" or corpus.labels is None:
         return 0
     longer = np.flatnonzero(corpus.lengths > length)
-    return sum(bool(_learnt(corpus, i).any() and not _learnt(corpus, i, 0, length).any()) for i in longer)
+    return sum(bool(_predicted(corpus, i).any() and not _predicted(corpus, i, 0, length).any()) for i in longer)
 
 
-def _learnt(corpus: Split, i: int, begin: int = 0, length: int | None = None) -> np.ndarray:
+def _predicted(corpus: Split, i: int, begin: int = 0, length: int | None = None) -> np.ndarray:
     """Whether each of a document's `length` tokens from `begin` on is predicted, except the first, which never is."""
     return corpus.targets(i)[begin:][1:length] != IGNORE
 

@@ -292,7 +292,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
             metrics.check_plot(folder)
             print(f"fused      {', '.join(engine.fused) or 'nothing'}", flush=True)
             if world.ring.size > 1:
-                print(f"messages   of a ring of {world.ring.size} travel by {world.ring.carrier}", flush=True)
+                print(f"messages   in rings of {world.ring.size} ranks, carried by {world.ring.carrier}", flush=True)
             opened = metrics.Metrics(config.logger, folder, settings, start, config.optim.total_steps)
     return Run(job, world, engine, settings, locked, folder, start, opened)
 

@@ -61,7 +61,7 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
     notes = []
     if config.parallel.ulysses is None and not torch.cuda.is_available():
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ulysses=1))
-        notes = ["parallel   parallel.ulysses=null takes the speed of the GPUs into account; here it is taken for 1"]
+        notes = ["parallel   parallel.ulysses=null depends on the speed of the GPUs; without them, 1 is assumed"]
     config, reason = _on_ranks(config, model_config, ranks)
     found = _estimate(config, model_config, _without_memory(config.model, model_config), ranks)
     lines = [_grid(config, ranks), _step(config, ranks), f"estimate   {found}"]

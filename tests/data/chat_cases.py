@@ -88,7 +88,7 @@ PHI3 = r"""
 {%- for message in messages %}{{- '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- else %}{{- eos_token }}{%- endif %}"""
 
-# The template marks what is learnt: the answers without the line feed after them.
+# The template marks what is trained on: the answers without the line feed after them.
 MARKED = r"""
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}

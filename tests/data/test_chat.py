@@ -1,4 +1,4 @@
-"""What an assistant said is learnt as the model is prompted for it, and nothing else; bad records name their place."""
+"""Only the assistant's turns are trained on, as the model is prompted for them; errors locate bad records."""
 
 import json
 import random
@@ -39,13 +39,13 @@ def dialogues(template, eos="<eos>", field=None, **variables):
     return Dialogues(chat_tokenizer(template, eos), "folder", field, variables)
 
 
-def learnt(template, record, eos="<eos>", **variables):
-    """The learnt texts of each document of a record."""
+def trained(template, record, eos="<eos>", **variables):
+    """The trained texts of each document of a record."""
     documents = dialogues(template, eos, **variables).parse("a.jsonl line 1", record)
     return [[text[begin:end] for begin, end in spans] for text, spans, _, _ in documents]
 
 
-# -- what is learnt
+# -- what is trained on
 
 
 EXPECTED = {
@@ -67,9 +67,9 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_answers_are_learnt_with_their_thinking_and_their_end(name):
+def test_the_answers_are_trained_on_with_their_thinking_and_their_end(name):
     messages = chat("hi", "hello", "more?", " yes ", system="Be kind.", **THINKING)
-    assert learnt(TEMPLATES[name], {"messages": messages}, EOS.get(name, "<eos>")) == EXPECTED[name]
+    assert trained(TEMPLATES[name], {"messages": messages}, EOS.get(name, "<eos>")) == EXPECTED[name]
 
 
 texts = st.text(st.sampled_from("he l\nö<|x😀"), min_size=1, max_size=8).filter(str.strip)
@@ -77,7 +77,7 @@ texts = st.text(st.sampled_from("he l\nö<|x😀"), min_size=1, max_size=8).filt
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "marked"])
 @given(st.lists(texts, min_size=2, max_size=7), st.booleans(), st.booleans())
-def test_each_answer_is_learnt_once_behind_the_prompt_that_asks_for_it(name, contents, thinks, system):
+def test_each_answer_is_trained_on_once_behind_the_prompt_that_asks_for_it(name, contents, thinks, system):
     messages = chat(*contents, system="Be kind." if system else None, **(THINKING if thinks else {}))
     tokenizer = chat_tokenizer(TEMPLATES[name], EOS.get(name, "<eos>"))
     documents = Dialogues(tokenizer, "folder", None, {}).parse("here", {"messages": messages})
@@ -118,7 +118,7 @@ def test_tokens_are_those_of_the_template_and_labels_spell_the_answers(name, con
     assert len(spelled) - len(answers) in range(3)  # a token may begin in the prompt's line feed
 
 
-def test_a_token_of_spaces_inside_an_answer_is_learnt():
+def test_a_token_of_spaces_inside_an_answer_is_trained_on():
     reading = dialogues(SMOLLM2)
     [document] = reading.encode(reading.parse("here", {"messages": chat("a   b", "x   y   ")}))
     decoded = chat_tokenizer(SMOLLM2).decode(document.labels[document.labels != IGNORE].tolist())
@@ -130,14 +130,14 @@ def test_questions_behind_the_last_answer_are_left_out():
     assert document.text.endswith("hello<|im_end|>\n")
 
 
-def test_tool_calls_are_learnt_and_tool_results_are_not():
+def test_tool_calls_are_trained_on_and_tool_results_are_not():
     messages = [
         {"role": "user", "content": "add"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "It is 2."},
     ]
-    [found] = learnt(QWEN3, {"messages": messages, "tools": [TOOL]})
+    [found] = trained(QWEN3, {"messages": messages, "tools": [TOOL]})
     empty = "<think>\n\n</think>\n\n"
     assert found[0] == f'{empty}<tool_call>\n{{"name": "add", "arguments": {{"a": 1}}}}\n</tool_call><|im_end|>\n'
     assert found[1] == f"{empty}It is 2.<|im_end|>\n"
@@ -156,11 +156,11 @@ def test_arguments_and_tools_that_are_json_text_are_rendered_as_objects(as_text)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_an_answer_of_weight_0_is_not_learnt(name):
+def test_an_answer_of_weight_0_is_not_trained_on(name):
     messages = chat("hi", "hello", "more?", "yes")
-    [*_, spans] = learnt(TEMPLATES[name], {"messages": messages})
+    [*_, spans] = trained(TEMPLATES[name], {"messages": messages})
     messages[1]["weight"] = 0
-    [found] = learnt(TEMPLATES[name], {"messages": messages})
+    [found] = trained(TEMPLATES[name], {"messages": messages})
     assert found == [span for span in spans if "yes" in span]
 
 
@@ -168,18 +168,18 @@ def test_messages_of_sharegpt_are_read():
     speakers = ("human", "gpt", "human", "gpt")
     messages = chat("hi", "hello", "more?", "yes")
     theirs = [{"from": x, "value": message["content"]} for x, message in zip(speakers, messages, strict=True)]
-    assert learnt(SMOLLM2, {"messages": theirs}) == learnt(SMOLLM2, {"messages": messages})
+    assert trained(SMOLLM2, {"messages": theirs}) == trained(SMOLLM2, {"messages": messages})
 
 
 def test_variables_reach_the_template():
-    found = learnt(QWEN3, {"messages": chat("hi", "hello")}, enable_thinking=False)
+    found = trained(QWEN3, {"messages": chat("hi", "hello")}, enable_thinking=False)
     assert found == [["hello<|im_end|>\n"]]
 
 
 # -- prompts and completions
 
 
-def test_the_completion_of_a_text_is_learnt_with_its_end():
+def test_the_completion_of_a_text_is_trained_on_with_its_end():
     tokenizer, reading = chat_tokenizer(SMOLLM2), dialogues(SMOLLM2)
     [document] = reading.encode(reading.parse("here", {"prompt": "2 <|im_end|> 2 = ", "completion": "hell"}))
     ids = tokenizer("2 <|im_end|> 2 = hell", split_special_tokens=True)["input_ids"]
@@ -188,9 +188,9 @@ def test_the_completion_of_a_text_is_learnt_with_its_end():
 
 
 @pytest.mark.parametrize(("name", "end"), [("SmolLM2", "<|im_end|>\n"), ("marked", "<|im_end|>"), ("Phi 3", None)])
-def test_answers_of_the_prompt_are_not_learnt(name, end):
+def test_answers_of_the_prompt_are_not_trained_on(name, end):
     messages = chat("hi", "hello", "more?", "yes")
-    found = learnt(TEMPLATES[name], {"prompt": messages[:3], "completion": messages[3:]})
+    found = trained(TEMPLATES[name], {"prompt": messages[:3], "completion": messages[3:]})
     assert found == [[f"yes{end or '<|end|>' + chr(10) + '<eos>'}"]]
 
 
@@ -273,7 +273,7 @@ def test_a_prompt_beside_messages_is_not_read_which_is_reported(tmp_path, capsys
     messages = {"messages": chat("hi", "hello")}
     beside = [messages | more for more in ({"prompt": "hi"}, {"prompt": "hi", "completion": "no"}, {"prompt": None})]
     found = tokenised(settings(tmp_path, write(tmp_path, "a.jsonl", beside)))
-    line = "2 records have messages, which are learnt, and a prompt or completion beside them, which is not read"
+    line = "2 records have messages, which are trained on, and a prompt or completion beside them, which is not read"
     assert line in capsys.readouterr().out
     alone = tokenised(settings(tmp_path, write(tmp_path, "b.jsonl", [messages] * 3)))
     assert "beside" not in capsys.readouterr().out
@@ -305,7 +305,7 @@ REFUSED = {
     ),
     "half a weight": (
         {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0.5}]},
-        "message 2 of messages has weight=0.5; it must be 0 (not learnt) or 1",
+        "message 2 of messages has weight=0.5; it must be 0 (not trained on) or 1",
     ),
     "weights of 0": (
         {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0}]},
@@ -333,7 +333,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_record_that_cannot_be_learnt_is_refused_with_its_line_or_left_out(tmp_path, case, capsys):
+def test_a_record_that_cannot_be_trained_on_is_refused_with_its_line_or_left_out(tmp_path, case, capsys):
     record, message = REFUSED[case]
     path = write(tmp_path, "a.jsonl", [RECORDS[0], record, RECORDS[2]])
     with pytest.raises(ConfigError) as refused:
@@ -357,9 +357,9 @@ def test_a_record_that_cannot_be_learnt_is_refused_with_its_line_or_left_out(tmp
     ],
     ids=["roles that do not alternate", "R1", "a template that drops all thinking"],
 )
-def test_a_template_that_does_not_tell_what_is_to_be_learnt_is_refused(template, messages, message):
+def test_a_template_that_does_not_show_what_to_train_on_is_refused(template, messages, message):
     with pytest.raises(RecordError) as refused:
-        learnt(template, {"messages": messages})
+        trained(template, {"messages": messages})
     assert message in str(refused.value)
 
 

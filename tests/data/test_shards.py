@@ -120,8 +120,8 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_line_when_it_is_reached(
 
 
 def test_a_file_whose_answers_are_all_cut_off_is_reported_and_has_no_sequences(tmp_path, capsys):
-    for name, learnt in (("a", 3), ("b", 20)):
-        record = {"input_ids": [5] * 30, "labels": [7 if i == learnt else -100 for i in range(30)]}
+    for name, trained in (("a", 3), ("b", 20)):
+        record = {"input_ids": [5] * 30, "labels": [7 if i == trained else -100 for i in range(30)]}
         (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
     asked = {"path": str(tmp_path), "cache": str(tmp_path / "cache"), "sequence_length": 16, "stream": True}
     packing = {"field": "input_ids", "packing": "truncate", "held_out": 0.0}

@@ -167,9 +167,9 @@ def test_the_summary_counts_documents_by_length_and_says_how_full_sequences_are(
     assert "1 longer than 200 tokens are cut" in summary(whole([100, 300], "cut"), 200)[0]
 
 
-def learning(counts, learnt, packing="truncate"):
+def learning(counts, trained, packing="truncate"):
     """Documents of these lengths, of each of which this token alone is predicted."""
-    labels = [np.where(np.arange(n) == i, 7, IGNORE) for n, i in zip(counts, learnt, strict=True)]
+    labels = [np.where(np.arange(n) == i, 7, IGNORE) for n, i in zip(counts, trained, strict=True)]
     return dataclasses.replace(whole(counts, packing), labels=np.concatenate(labels).astype(np.int32))
 
 
@@ -182,11 +182,11 @@ def test_documents_whose_labels_are_all_cut_off_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("counts", "learnt", "packing"),
+    ("counts", "trained", "packing"),
     [([30, 30], [10, 0], "truncate"), ([30, 8], [3, 0], "whole"), ([8, 8], [0, 0], "cut")],
     ids=["truncate", "whole", "cut"],
 )
-def test_a_split_without_a_label_that_is_kept_is_refused(counts, learnt, packing):
+def test_a_split_without_a_label_that_is_kept_is_refused(counts, trained, packing):
     message = rf"no label among the tokens for training that data\.packing={packing} keeps at .*_length=10: .* longer"
     with pytest.raises(ConfigError, match=message):
-        check_labels(learning(counts, learnt, packing), 10)
+        check_labels(learning(counts, trained, packing), 10)

@@ -343,7 +343,7 @@ def test_paths_that_lead_nowhere_are_refused_whatever_their_length(tmp_path):
     hub = "org/Name-1.5"
     for load in (lambda: read_config(ModelConfig(path=hub)), lambda: load_tokenizer(hub)):
         assert refusal(load).endswith(
-            f"; nothing is downloaded: `hf download {hub} --local-dir FOLDER` fetches a model of the hub"
+            f"; nothing is downloaded: `hf download {hub} --local-dir FOLDER` downloads a model from the hub"
         )
     (tmp_path / "adapter_config.json").write_text("{}")
     assert f"model.path={tmp_path} holds an adapter of peft: merge it" in refusal(
