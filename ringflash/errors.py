@@ -1,4 +1,4 @@
-"""What ringflash raises when a setting cannot work, training has diverged, or a disk takes no more."""
+"""Errors of settings that cannot work, of training that diverged, and of full GPUs and disks."""
 
 import os
 import re
@@ -8,7 +8,7 @@ class ConfigError(ValueError):
     """A setting, file or folder that cannot work.
 
     The message is one line for the user: it names the key (or the file), the value it has, and what is possible.
-    The trainer prints it alone, without a traceback.
+    The trainer prints only this line, without a traceback.
     """
 
 
@@ -20,7 +20,7 @@ class DivergedError(ArithmeticError):
 
 
 class GpuMemoryError(RuntimeError):
-    """A GPU's memory is used up; the message is one line that names the part that grew, and what to set."""
+    """Out of GPU memory. The message is one line that names the part of the step and the settings to change."""
 
 
 class DiskError(OSError):
@@ -35,7 +35,7 @@ def hub_hint(path: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """All of an error's message without its line breaks, or the error's kind where it has no message."""
+    """An error's whole message without line breaks, or the kind of error if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

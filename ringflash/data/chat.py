@@ -137,7 +137,7 @@ class Dialogues:
         return documents
 
     def remarks(self, counts: Counter[str]) -> list[str]:
-        """What the template did to the conversations that were parsed, where it is not what one would expect."""
+        """Lines for the user about parsed conversations that the template renders in unexpected ways."""
         found = []
         if counts["beside"]:
             found.append(
@@ -163,7 +163,7 @@ class Dialogues:
         return Rendered(begin + end, [(len(begin), len(begin + end))], is_chat=False)
 
     def _messages(self, where: str, name: str, value: Any) -> list[dict[str, Any]]:
-        """Messages as a template takes them."""
+        """Messages in the form that templates expect."""
         value = _from_json(value)
         if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
             raise RecordError(f"{where}: {name} holds {value!r:.60}, not a list of messages with role and content")
@@ -189,7 +189,7 @@ class Dialogues:
         return found
 
     def _tools(self, where: str, value: Any) -> list[Any] | None:
-        """Tools as a template takes them: JSON schemas. Tables often hold them as text."""
+        """Tools in the form that templates expect, as JSON schemas. Tables often hold them as text."""
         value = _from_json(value)
         if not value:
             return None
@@ -199,7 +199,7 @@ class Dialogues:
         return self._plain(f"{where}: {TOOLS}", tools)
 
     def _plain(self, where: str, value: Any) -> Any:
-        """The value, with clean texts. Refused is a text that spells a special token, which would end a turn in it."""
+        """The value with clean texts. A text that spells a special token is refused, since it could end a turn."""
         if isinstance(value, dict):
             return {key: self._plain(where, x) for key, x in value.items()}
         if isinstance(value, list):
@@ -247,7 +247,7 @@ class Dialogues:
     def _by_beginnings(
         self, where: str, messages: list[Any], tools: list[Any] | None, trained: Sequence[int]
     ) -> list[Rendered]:
-        """Documents in which each trained turn stands as the model is prompted for it, and answers."""
+        """Documents in which each trained turn follows the prompt that the model gets for it."""
         documents: list[Rendered] = []
         for turn in reversed(trained):
             prompt, _ = self._render(where, messages[:turn], tools, prompted=True)
@@ -267,10 +267,10 @@ class Dialogues:
         return [documents[0]._replace(begins=True), *documents[1:]]
 
     def _shared(self, answered: str, text: str) -> int | None:
-        """Where a turn ends in the text of a later one; None if it is not there as it was answered.
+        """Where a turn ends in the text of a later one; None if the later text renders it differently.
 
-        A template may end every conversation with an eos_token. A later text lacks it; that the turn has a special
-        token of its own at its end is then enough to learn where to stop.
+        A template may end every conversation with an eos_token, which a later text lacks. It is then enough that the
+        turn itself ends with a special token, from which the model learns where to stop.
         """
         if text.startswith(answered):
             return len(answered)
@@ -278,7 +278,7 @@ class Dialogues:
         return len(turn) if self._has_end(turn) and text.startswith(turn) else None
 
     def _has_end(self, turn: str) -> bool:
-        """Whether a special token ends a text, behind which there is white space at most."""
+        """Whether a text ends with a special token, followed by white space at most."""
         return any(found.end() == len(turn.rstrip()) for found in self._special.finditer(turn))
 
     def _render(
@@ -312,7 +312,7 @@ class Dialogues:
             yield self._ended(tokens, labels) if not rendered.is_chat else Document(tokens, labels, rendered.begins)
 
     def _ended(self, tokens: np.ndarray, labels: np.ndarray) -> Document:
-        """A completion's document, with the end that it teaches."""
+        """A completion's document, with its end of text as a label."""
         eos = self._tokenizer.eos_token_id
         if not len(tokens) or tokens[-1] != eos:
             return Document(np.append(tokens, eos), np.append(labels, np.int32(eos)))

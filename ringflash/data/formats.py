@@ -76,8 +76,8 @@ Records = Iterator[tuple[str, "Record | RecordError | Lines"]]
 class Fields:
     """Which fields of a record are read.
 
-    names: those that are read, where a record has them. refusal: why a record with fields of these names cannot be
-    used, or None. lists: whether a field may hold more than text, which CSV cannot.
+    names: the fields that are read if a record has them. refusal: returns why a record with these fields cannot be
+    used, or None. lists: whether a field may hold more than text, which CSV does not support.
     """
 
     names: tuple[str, ...]
@@ -94,7 +94,7 @@ class Lines(NamedTuple):
     lines: list[bytes]
 
     def records(self, fields: Fields) -> Parsed:
-        """The records, parsed. Raises ConfigError for what is no text."""
+        """The parsed records. Raises ConfigError for bytes that are not text."""
         position = self.position
         for number, line in enumerate(self.lines, self.number):
             where = f"{self.file} line {number}"

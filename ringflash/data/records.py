@@ -195,7 +195,7 @@ def _named(name: str) -> str:
 
 
 def missing(field: str, available: Sequence[str]) -> str | None:
-    """Why a record with these fields cannot be used where data.field must be there; None if it can."""
+    """None, or why a record with these fields cannot be used: it lacks data.field."""
     if field in available:
         return None
     return f"has no field data.field={field}; it has {', '.join(available) or 'none'}"

@@ -1,4 +1,4 @@
-"""Scratch folders: where a cache is written before it is renamed, and what deletes those that killed runs left.
+"""Scratch folders, in which a cache is written before it is renamed, and the deletion of those left by killed runs.
 
     <cache>/<name>.unfinished-<host>-<random>/    locked by its builder as long as that lives
 
@@ -27,7 +27,7 @@ KEPT = 7 * 24 * 3600.0  # seconds that an abandoned folder of another name is ke
 
 @contextlib.contextmanager
 def scratch_folder(cache: Path, name: str) -> Iterator[Path]:
-    """A locked folder in `cache`. It is deleted after use, and left for the next builder where that was interrupted."""
+    """A locked folder in `cache`. It is deleted after use, but kept for the next builder after an interruption."""
     cache.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         with _locked(cache, wait=True):  # so that no builder finds the new folder before it is locked

@@ -1,4 +1,4 @@
-"""Shards: a corpus too large to tokenise before training. Its files are tokenised one by one, each ahead of its use.
+"""Shards: a corpus too large to tokenise before training. Its files are tokenised one by one, shortly before use.
 
     order of an epoch       c        a        b              drawn from (seed, epoch)
     tokens on the disk      read     ahead
@@ -33,7 +33,7 @@ LEDGER = "ledger.json"
 
 
 class Shards:
-    """The files of `config`, each a corpus. digest: of their names and sizes, the tokenizer and how they are read."""
+    """The files of `config`, each a corpus. digest: covers their names and sizes, the tokenizer and the settings."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -96,7 +96,7 @@ class Shards:
         return self._counts[str(shard)]
 
     def _corpus(self, shard: int) -> TokenCorpus:
-        """The documents of a file, tokenised first where they are not in the cache."""
+        """The documents of a file, which is tokenised first unless it is in the cache."""
         if shard not in self._loaded:
             self._loaded[shard] = self._tokenised(shard)
         return self._loaded[shard]
@@ -129,7 +129,7 @@ class Shards:
         return corpus
 
     def _prepare(self, seed: int, epoch: int, place: int) -> None:
-        """Tokenise the next file in a thread, and delete what is behind the one before."""
+        """Tokenise the next file in a thread, and delete the tokens of the file before the previous one."""
         order = self._order(seed, epoch)
         following = order[place + 1] if place + 1 < len(order) else self._order(seed, epoch + 1)[0]
         wanted = {order[place], following, order[max(place - 1, 0)]}

@@ -33,14 +33,14 @@ UNSPELLABLE = "\U0010fffe"  # a noncharacter: Unicode reserves it for use inside
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Texts to documents. ids: of texts, nothing added. begin, end: what is added to each document; end ends in eos."""
+    """Texts to documents. ids: texts to ids, with nothing added. begin, end: ids added to each document, eos last."""
 
     ids: Ids
     begin: list[int]
     end: list[int]
 
     def __call__(self, parts: Sequence[Piece]) -> list[np.ndarray]:
-        """The tokens of each piece, with what belongs at the begin and at the end of its text."""
+        """The tokens of each piece, with `begin` and `end` where its text begins and ends."""
         found = self.ids([piece.text for piece in parts])
         begin, end, nothing = (np.array(ids, np.int64) for ids in (self.begin, self.end, []))
         return [
@@ -80,7 +80,7 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
-    """A digest of all that decides which tokens a text has, or a conversation."""
+    """A digest of everything that determines the tokens of a text or of a conversation."""
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     made_of = [type(tokenizer).__name__, rules, tokenizer.eos_token, sorted(tokenizer.get_vocab().items())]
     made_of += [tokenizer.chat_template, tokenizer.special_tokens_map] if chat else []
@@ -96,9 +96,9 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
-    """The encoder of documents. What the tokenizer adds around them, such as a bos, it adds.
+    """The encoder of documents. It also adds the tokens that the tokenizer adds around a text, such as a bos.
 
-    Raises ConfigError, by name, for a tokenizer whose end of document is ordinary text.
+    Raises ConfigError, naming the tokenizer, if its end of document is ordinary text.
     """
     from transformers import ByT5Tokenizer
 
@@ -140,7 +140,7 @@ def unsigned(numbers: list[int]) -> np.ndarray:
 
 
 def _added(backend: Tokenizer) -> tuple[list[int], list[int]]:
-    """What a fast tokenizer adds before and behind a text that it has tokens for."""
+    """The tokens that a fast tokenizer adds before and after a text."""
     for text in itertools.chain("a", (backend.decode([number]) for number in range(backend.get_vocab_size()))):
         try:
             plain, whole = (backend.encode(text, add_special_tokens=added).ids for added in (False, True))
@@ -171,7 +171,7 @@ def _slow(tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
 
 
 def text_only(tokenizer: Any, name: str) -> Tokenizer:
-    """A copy of a fast tokenizer's backend whose special tokens no text spells."""
+    """A copy of a fast tokenizer's backend in which no text spells a special token."""
     from tokenizers import Tokenizer
 
     rules = json.loads(tokenizer.backend_tokenizer.to_str())

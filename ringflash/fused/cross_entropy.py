@@ -1,7 +1,7 @@
 """Cross entropy of a tile of logits, and its gradient written over them.
 
-One program per token walks its logits twice: first for logsumexp, by the online rule, then for the gradient
-(softmax(z) - onehot(y)) dz, where dz is the derivative of the cap, 1 without one.
+One program per token reads its logits twice: first for logsumexp, by the online softmax, then for the gradient
+(softmax(z) - onehot(y)) dz, where dz is the derivative of the softcap, or 1 without one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, softcap: float | None = None) -> Tensor:
     """Losses, fp32 [N]; logits [N, V], contiguous, are overwritten by the gradient of the losses' sum.
 
-    labels int64 [N]; where they are `ignored`, loss and gradient are 0. softcap: z = softcap tanh(logits / softcap).
+    labels int64 [N]; loss and gradient are 0 for labels equal to `ignored`. softcap: z = softcap tanh(logits /
+    softcap).
     """
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)

@@ -1,7 +1,8 @@
 """act(gate) * up, the elementwise pass of a gated MLP (SwiGLU, GeGLU), and its backward.
 
-The backward writes both gradients over gate and up, and act(gate) * up, which the products after it need again, over
-its own gradient. So of tokens x intermediate size it needs three tensors, and the forward two or three.
+The backward overwrites gate and up with their gradients. It also overwrites the gradient of act(gate) * up with that
+product, which later products need again. So it needs three tensors of tokens x intermediate size, and the forward two
+or three.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """act(gate) * up, of their shape and dtype, all contiguous. out: where it is written; it may be gate or up.
+    """act(gate) * up, in their shape and dtype, all contiguous. out: the tensor to write, which may be gate or up.
 
-    activation: "silu", or "gelu_tanh", GELU by its tanh approximation. Raises ValueError for another activation.
+    activation: "silu", or "gelu_tanh" for GELU in its tanh approximation. Raises ValueError for another activation.
     """
     out = torch.empty_like(gate) if out is None else out
     _check(activation, gate, up, out)

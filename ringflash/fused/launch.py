@@ -1,4 +1,4 @@
-"""What the fused kernels' launches share: where they run, how rows are cut into programs, and contiguous inputs."""
+"""Shared by the launches of fused kernels: devices, the division of rows among programs, contiguous inputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tile_of(width: int) -> tuple[int, int, int]:
 
 
 def programs_for(tiles: int, device: torch.device) -> int:
-    """How many programs walk `tiles` tiles, each with partial sums of its own."""
+    """The number of programs that share `tiles` tiles, each with its own partial sums."""
     return min(tiles, 4 if INTERPRETED else _multiprocessors(device) * PROGRAMS_PER_SM)
 
 

@@ -21,10 +21,10 @@ Makers = tuple[Callable[..., PreTrainedModel], Callable[..., PreTrainedModel]]
 
 
 def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrainedModel:
-    """The model that a ModelConfig names, on the ring's attention, in fp32 or bf16, on the current device.
+    """The model of a ModelConfig, with the ring's attention, in fp32 or bf16, on the current device.
 
-    makers: what makes it, whole unless it is given. Raises ConfigError naming the key if the model cannot be built
-    or cannot train on the ring.
+    makers: the functions that build it; by default they build a whole model. Raises ConfigError naming the key if the
+    model cannot be built or cannot train on the ring.
     """
     hf_config = read_config(config)
     options: dict[str, Any] = {"attn_implementation": "ring", "dtype": DTYPES[config.dtype]}
@@ -43,7 +43,7 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
 
 
 def _random(hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """A model of random weights."""
+    """A model with random weights."""
     try:
         _check_memory(hf_config, options["dtype"])
         return AutoModelForCausalLM.from_config(hf_config, **options)

@@ -79,9 +79,9 @@ class FusedConfig:
 
 
 def fuse_layers(model: PreTrainedModel, config: FusedConfig, device: torch.device) -> list[str]:
-    """Fuse what `config` asks for in the layers of a model that will run on `device`; the names of what was fused.
+    """Fuse the passes that `config` asks for in a model that will run on `device`. Returns the names of the fused ones.
 
-    Raises ConfigError if a pass must be fused (always) and the model has no class that is known.
+    Raises ConfigError if a pass must be fused (always) and the model has no known class for it.
     """
     found = []
     for name, fuse in (("norm", _fuse_norms), ("rotary", _fuse_rotary), ("mlp", _fuse_mlps)):
@@ -151,7 +151,7 @@ def _fuse_rotary(model: nn.Module) -> bool:
 
 
 def _is_rotary_attention(module: nn.Module) -> bool:
-    """Whether a module is attention that is known, and turns heads as Llama does."""
+    """Whether a module is a known attention class that rotates heads as Llama does."""
     if _code(module) not in _ATTENTIONS:
         return False
     turn = globals_of(type(module).forward).get("apply_rotary_pos_emb")
@@ -197,7 +197,7 @@ def _rotary_norm(module: Any, heads: Tensor, cos: Tensor | None = None, sin: Ten
 def _attention(
     module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args: Any, **keywords: Any
 ) -> tuple[Tensor, None]:
-    """An attention layer on the ring, alone or with a RingCache; else the layer's own forward."""
+    """An attention layer on the ring, alone or with a RingCache; in other calls, the layer's own forward."""
     from ringflash.fused.rotary import rotary
 
     cache = keywords.get("past_key_values")

@@ -45,7 +45,7 @@ def rope_kinds(config: PreTrainedConfig) -> str:
 
 
 def rope_refusal(config: PreTrainedConfig) -> str | None:
-    """None, or which kind of RoPE is not known to be the same on every shard."""
+    """None, or the kind of RoPE that is not known to be the same on every shard."""
     for rope in rope_parameters(config):
         if (kind := rope.get("rope_type", "default")) not in (known := (*KINDS, "longrope")):
             return f"rope_parameters.rope_type={kind} is not supported; {listed(known)} are supported"
@@ -58,7 +58,7 @@ def scales_by_position(config: PreTrainedConfig) -> bool:
 
 
 def supported_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model supports: its own, or what its RoPE scales to. None: any number."""
+    """The number of positions that a model supports: its own, or those that its RoPE scales to. None: any number."""
     known = getattr(config, "max_position_embeddings", None)
     if known is None:
         return None

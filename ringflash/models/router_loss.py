@@ -11,9 +11,9 @@ f comes from a top-k, which has no gradient, and P is a mean over tokens. So wit
 
 adds up to L over the ranks, and its gradient is exact. The counts of a forward are one message of `experts` numbers.
 
-transformers computes L in a model's own forward, by the function `load_balancing_loss_func` of its modeling file. That
-function is replaced, when a layer of the file first runs on the ring, by one that gives the share where it is handed
-a RingMask, and else calls the original.
+transformers computes L in a model's own forward, by the function `load_balancing_loss_func` of its modeling file. When
+a layer of the file first runs on the ring, that function is replaced: with a RingMask it returns the rank's share, and
+otherwise it calls the original.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ _NAME, _PARAMETERS = "load_balancing_loss_func", ["gate_logits", "num_experts", 
 
 
 def router_loss(router_logits: Sequence[Tensor], active: int, plan: AttentionPlan) -> Tensor:
-    """This rank's share of L, a scalar in fp32, or in the logits' dtype if that is wider; all ranks call it.
+    """This rank's share of L, a scalar in fp32, or in the logits' dtype if that is wider. All ranks call this.
 
-    router_logits: of each layer with experts, [tokens held here, experts], of the model's call with `plan`; active:
-    experts that a token is routed to. Tokens past the sequence's end do not count. Raises ValueError for no logits.
+    router_logits: one tensor [local tokens, experts] per layer with experts, from the model's call with `plan`. active:
+    the number of experts that a token is routed to. Tokens past the sequence's end do not count. Raises ValueError if
+    there are no logits.
     """
     if not router_logits:
         raise ValueError("the model gives no router logits: transformers records none of this family")
@@ -59,9 +60,9 @@ def router_loss(router_logits: Sequence[Tensor], active: int, plan: AttentionPla
 
 
 def share_router_loss(layer: nn.Module) -> None:
-    """Have the modeling file of a layer give `router_loss` where its models are on the ring.
+    """Make the modeling file of a layer use `router_loss` for models on the ring.
 
-    Raises ValueError if its function is not the one that is known.
+    Raises ValueError if its function is not the known one.
     """
     modeling = sys.modules[type(layer).__module__]
     original = getattr(modeling, _NAME, None)

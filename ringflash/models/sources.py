@@ -1,7 +1,7 @@
-"""What a function of transformers does, told by its source: two functions of one digest are the same code.
+"""Digests of source code, by which functions of transformers are recognised: equal digests mean equal code.
 
-Families copy their layers from each other, so a digest stands for dozens of classes, and a class whose code changes
-with a release of transformers is no longer taken for what it was.
+Families copy their layers from each other, so one digest covers dozens of classes. If a release of transformers changes
+the code of a class, the class is no longer recognised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LAYOUT = (
 def digest(function: Callable[..., Any]) -> str:
     """12 hexadecimal digits of a function's body: its tokens, without comments, docstring, signature and line breaks.
 
-    Empty where there is no source.
+    Empty if there is no source.
     """
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
@@ -41,5 +41,5 @@ def digest(function: Callable[..., Any]) -> str:
 
 
 def globals_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The names that a function's module gives it."""
+    """The global names of a function's module."""
     return getattr(inspect.unwrap(function), "__globals__", {})

@@ -1,7 +1,7 @@
-"""Agreement of settings and model: what a pretrained model was trained with, and what it is given here.
+"""Warnings about settings that do not match a pretrained model: another end of text, vocabulary or learning rate.
 
-Nothing here is refused: a model may get new tokens, another end, or a high learning rate. Ids that the model does
-not have are refused by `check_vocabulary`.
+These settings are not refused, since a model may be given new tokens, another end or a high learning rate. Ids that the
+model does not have are refused by `check_vocabulary`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SPARE = 1024  # rows of a vocabulary that is padded to a round number
 
 
 def disagreements(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A line each for a high learning rate, and for ends of documents and vocabularies that are not model.path's."""
+    """One line each for a high learning rate, and for an end of text or a vocabulary that differs from model.path's."""
     path, name, lr = config.model.path, config.data.tokenizer, config.optim.lr
     if not path:
         return []

@@ -27,14 +27,14 @@ ADVICE = (
 
 
 class Divergence:
-    """Counts the last steps in a row whose figures are not finite. metrics: the run's, on rank 0."""
+    """Counts consecutive steps whose figures are not finite. metrics: the run's, on rank 0."""
 
     def __init__(self, world: World, metrics: Metrics | None) -> None:
         self.world, self.metrics = world, metrics
         self.in_a_row = 0
 
     def finite(self, step: int, record: dict[str, float]) -> bool:
-        """Whether the step's figures are finite; reports those that are not. Raises DivergedError after LIMIT steps."""
+        """Whether the step's figures are finite. Reports those that are not. Raises DivergedError after LIMIT steps."""
         faults = _faults(record)
         self.in_a_row = self.in_a_row + 1 if faults else 0
         if not faults:
@@ -47,7 +47,7 @@ class Divergence:
         return False
 
     def check_end(self, step: int, held_out: float | None) -> None:
-        """Raise DivergedError, so that no model is written, if the last step or the loss after it is not finite."""
+        """Raise DivergedError if the last step or the loss after it is not finite, so that no model is written."""
         record = {} if held_out is None else {"held_out_loss": held_out}
         faults = _faults(record)
         if faults and self.metrics is not None:
@@ -64,7 +64,7 @@ class Divergence:
 
 
 def check_weights(engine: deepspeed.DeepSpeedEngine, world: World, file: object) -> None:
-    """Raise DivergedError, on every rank, if a weight is not finite, instead of writing `file`."""
+    """Raise DivergedError on every rank if a weight is not finite, before `file` is written."""
     found = torch.stack([has_inf_or_nan(_held(p, world)) for p in engine.module.parameters()]).any()
     if world.max(found.float()).item():
         raise DivergedError(f"{file} is not written: the weights are not finite; {ADVICE}")

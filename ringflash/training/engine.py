@@ -58,7 +58,7 @@ class TrainedModel(nn.Module):
         self.host_states: Callable[[Callable[[str], None]], None] | None = None  # makes the optimizer's, if on the host
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What a checkpoint stores: with adapters, no frozen weights, which DeepSpeed alone would store where tied."""
+        """The weights of a checkpoint: with adapters, no frozen ones. DeepSpeed alone would store tied ones."""
         found = super().state_dict(*args, **options)
         if adapted(self):
             for name, p in self.named_parameters(remove_duplicate=False):
@@ -67,9 +67,9 @@ class TrainedModel(nn.Module):
         return found
 
     def reserve_host_memory(self, tokens: int, log: Callable[[str], None] = lambda message: None) -> None:
-        """Touch and pin what the optimizer and the layers keep in host memory, for a rank's shard of `tokens` tokens.
+        """Allocate and pin the host memory of the optimizer and of layers, for a rank's shard of `tokens` tokens.
 
-        log: called with lines of progress. Raises ConfigError if this machine has too little.
+        log: called with lines of progress. Raises ConfigError if this machine has too little memory.
         """
         if self.host_states is not None:
             self.host_states(log)
@@ -97,11 +97,11 @@ class TrainedModel(nn.Module):
         by_position: ByPosition | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """Summed loss of this rank's shard, from what `ring_inputs` returns. `step` divides it by all ranks' labels.
+        """Summed loss of this rank's shard, from the inputs of `ring_inputs`. `step` divides it by all ranks' labels.
 
-        by_position: is given the tokens' losses. router_weight: with what the experts' load-balancing loss is added,
-        where the configuration asks for it (output_router_logits). It has a gradient; the value that is returned is
-        that of the tokens alone.
+        by_position: collects the tokens' losses. router_weight: the factor of the experts' load-balancing loss, which
+        is added if the configuration has output_router_logits. Only its gradient is added: the returned value is the
+        loss of the tokens alone.
         """
         config, inputs = self.model.config, inputs | self.attention
         body: Any = self.model.base_model
@@ -123,9 +123,9 @@ def build_engine(
     attention: AttentionConfig | None = None,
     fused: FusedConfig | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, with AdamW and its schedule; all ranks call it.
+    """The model under DeepSpeed, with optimizer and schedule. All ranks call this.
 
-    Its attribute `fused` lists the passes that run fused. Raises ConfigError for one that must and cannot.
+    Its attribute `fused` lists the fused passes. Raises ConfigError for a pass that must be fused and cannot be.
     """
     start_deepspeed()
     fused = fused or FusedConfig()
@@ -161,7 +161,7 @@ def build_engine(
 
 
 def _deepspeed_settings(optim: OptimConfig, memory: MemoryConfig, world: World, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration. bf16: of the weights' dtype, else they are fp32."""
+    """DeepSpeed's configuration. bf16: whether the weights are bf16; otherwise they are fp32."""
     zero0, no_fp32 = memory.zero == 0, memory.optimizer_states != "fp32"  # no_fp32: DeepSpeed keeps nothing in fp32
     clips_itself = (zero0 and not bf16) or memory.optimizer_states == "host"  # the optimizer, instead of DeepSpeed
     return {

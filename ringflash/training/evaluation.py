@@ -48,7 +48,7 @@ class NeedleConfig(HaystackConfig):
             raise ConfigError("evaluation.needle.depths=[] must have one depth or more, 0 to 100 percent")
 
     def of_length(self, sequence_length: int) -> NeedleConfig:
-        """With lengths where there are none."""
+        """These settings, with one length of `sequence_length` if none are set."""
         return self if self.lengths else replace(self, lengths=(sequence_length,))
 
     def check(self, sequence_length: int, model: ModelConfig, hf_config: PreTrainedConfig) -> None:
@@ -114,7 +114,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The first sequences of a held-out corpus, and what shards them."""
+    """The first sequences of a held-out corpus, and the layouts and ranks that share them."""
 
     config: EvaluationConfig
     corpus: Evaluated

@@ -1,4 +1,4 @@
-"""Export: the trained model as a Hugging Face folder; its configuration is that which it was loaded with.
+"""Export: the trained model as a Hugging Face folder, with the configuration that it was loaded with.
 
     OUTPUT_DIR/NAME/model/            config.json, weights (safetensors), generation_config.json, tokenizer
     OUTPUT_DIR/NAME/model.partial/    one being written, or left by a killed run
@@ -37,7 +37,7 @@ def export(
     world: World,
     generation: bytes | None = None,
 ) -> Path:
-    """Write config, weights (safetensors) and tokenizer to `folder`; all ranks call it.
+    """Write config, weights (safetensors) and tokenizer to `folder`. All ranks call this.
 
     ``AutoModelForCausalLM.from_pretrained(folder)`` loads it with transformers' own attention. generation: the
     contents of generation_config.json; None: the model's own. Raises DivergedError if a weight is not finite.
@@ -94,7 +94,7 @@ def generation_file(path: str | None) -> bytes | None:
 def rehearse(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: bytes | None, output_dir: Path, source: str
 ) -> None:
-    """Write below `output_dir` what a run writes at its end, except the weights, and delete it.
+    """Write everything below `output_dir` that a run writes at its end, except the weights, and delete it.
 
     source: the setting that names the model. Raises ConfigError or DiskError for what would fail after the last step.
     """

@@ -115,7 +115,7 @@ class HostAdamW(torch.optim.Optimizer):
                 chunk.numpy().tofile(out)
 
     def load(self, folder: Path, rank: int) -> None:
-        """Read them back in place. Raises ValueError if the file has another size."""
+        """Read the chunks back in place. Raises ValueError if the file has another size."""
         held = self.held()
         saved = self.mapped(folder, rank, [sum(chunk.shape[1] for chunk in chunks) for chunks in held])
         for chunk, source in zip(itertools.chain(*held), itertools.chain(*saved), strict=True):

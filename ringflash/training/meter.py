@@ -15,7 +15,7 @@ from ringflash.training.world import World
 
 
 class Meter:
-    """Times steps of `tokens` tokens and makes their records; all ranks call it alike."""
+    """Times steps of `tokens` tokens and makes their records. All ranks make the same calls."""
 
     def __init__(self, model, tokens: int, world: World) -> None:
         """model: the transformers model."""
@@ -29,7 +29,7 @@ class Meter:
         self._begun = time.perf_counter()
 
     def record(self, result: StepResult) -> dict[str, float]:
-        """The step's figures, by their names in metrics.jsonl. Reading the loss waits until the step is computed."""
+        """The step's figures, by their names in metrics.jsonl. Reading the loss waits for the end of the step."""
         loss, pairs, attention = result.loss.item(), result.pairs.item(), result.attention_flops.item()
         seconds = time.perf_counter() - self._begun
         record = {

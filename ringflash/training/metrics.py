@@ -54,8 +54,8 @@ class LoggerConfig:
 class Metrics:
     """Writes the records of a run, on rank 0.
 
-    Records of steps after the checkpoint are dropped when a run is resumed: those steps are made again. The record of
-    step 0 is of the model before the first.
+    When a run is resumed, records of steps after the checkpoint are dropped, since those steps run again. The record of
+    step 0 describes the model before the first step.
     """
 
     def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], start: int, steps: int) -> None:
@@ -114,9 +114,9 @@ class Metrics:
         self._bar.write(message)
 
     def conclude(self, step: int, held_out: dict[str, float], unigram_entropy: float | None) -> None:
-        """Add the last record of a complete run, of `step`, with its held-out losses if there are any; then close.
+        """Write the last record of a complete run, of `step`, with its held-out losses if there are any; then close.
 
-        A complete run that is resumed has this record already, unless it was killed after its last checkpoint.
+        If a complete run is resumed, this record already exists, unless the run was killed after its last checkpoint.
         """
         written = any(record["step"] == step and "unigram_entropy" in record for record in read(self.path))
         if held_out and unigram_entropy is not None and not written:
@@ -167,8 +167,8 @@ def check_plot(folder: Path) -> None:
 def plot(folder: Path, unigram: float | None) -> Path:
     """Draw the training loss, and the held-out loss and unigram entropy if text is held out, to loss.png.
 
-    Beside them the loss by position in a document: held-out, of the first and the last evaluation that have it, and of
-    training, in the mean of the last RECENT steps.
+    A second panel has the loss by position in a document: held-out, of the first and the last evaluation that have it,
+    and training, as the mean of the last RECENT steps.
     """
     from matplotlib.figure import Figure
 

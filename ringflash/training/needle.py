@@ -24,7 +24,7 @@ from ringflash.training.world import World, replica_ring
 
 @dataclass(frozen=True, eq=False)
 class Needles:
-    """What is searched, every how many steps, and by which ranks."""
+    """The haystacks of a run, how often they are searched, and the ranks that search them."""
 
     every: int
     rows: list[Row]
@@ -35,7 +35,7 @@ class Needles:
 
     @classmethod
     def of(cls, config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> Needles | None:
-        """Those of a run's settings, if there are any; all ranks call it.
+        """The searches of a run's settings, or None. All ranks call this.
 
         Raises ConfigError, on every rank, for a text that cannot be read and a length that is too short.
         """

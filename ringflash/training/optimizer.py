@@ -1,7 +1,7 @@
-"""Optimizer: AdamW or SGD under DeepSpeed; which weights decay, clipping, and steps that are skipped.
+"""Optimizer: AdamW or SGD under DeepSpeed, with weight decay, clipping, and skipped steps.
 
-At ZeRO 1 to 3 DeepSpeed computes the gradient norm, clips by it, and skips a step whose norm is not finite. At ZeRO 0
-it does some of that, by dtype: `build_optimizer` and `start_moments` supply the rest.
+At ZeRO 1 to 3, DeepSpeed computes the gradient norm, clips by it, and skips a step whose norm is not finite. At ZeRO 0
+it does only a part of that, depending on the dtype; `build_optimizer` and `start_moments` add the rest.
 """
 
 from __future__ import annotations
@@ -116,12 +116,12 @@ class OptimConfig:
 
     @property
     def total_steps(self) -> int:
-        """The steps of the run; `of_epoch` knows those of epochs."""
+        """The steps of the run. With epochs, `of_epoch` must have set them."""
         assert self.steps is not None
         return self.steps
 
     def of_epoch(self, sequences: int) -> OptimConfig:
-        """The same with steps instead of epochs. sequences: of an epoch."""
+        """The same settings with steps instead of epochs. sequences: the number in an epoch."""
         if self.epochs is None:
             return self
         steps = math.ceil(self.epochs * sequences / self.batch)
@@ -135,7 +135,7 @@ class OptimConfig:
         return max(1, round(self.decay * (self.steps or 0)))
 
     def accumulation(self, replicas: int) -> int:
-        """Micro-batches of a step. Raises ConfigError if the batch does not divide."""
+        """Micro-batches per step. Raises ConfigError if the batch does not divide."""
         if self.batch % (replicas * self.micro_batch):
             remedy = ": a larger parallel.ring makes fewer replicas" if replicas > 1 else ""
             raise ConfigError(

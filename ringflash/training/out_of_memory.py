@@ -1,7 +1,7 @@
-"""Out of GPU memory: one line that names the part of the step that asked for more, and the settings that need less.
+"""Out of GPU memory: one line that names the part of the step that ran out, and the settings that need less.
 
-The part is read off the traceback: the innermost frame of a module that is listed here. Gradients that autograd itself
-computes have no frame of their own; they are the backward of a layer.
+The part is found in the traceback, as the innermost frame of a module listed here. Gradients that autograd itself
+computes have no frame; they belong to the backward of a layer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LOSS, MLP = PARTS[0][1], "an MLP"
 
 @contextmanager
 def explained(memory: MemoryConfig, ranks: int) -> Iterator[None]:
-    """Raise GpuMemoryError, with its one line, instead of CUDA's error. ranks: how many share the run's sequences."""
+    """A context that raises GpuMemoryError, with its one line, instead of CUDA's error. ranks: those of a sequence."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -47,7 +47,7 @@ def explained(memory: MemoryConfig, ranks: int) -> Iterator[None]:
 
 
 def message(error: torch.OutOfMemoryError, memory: MemoryConfig, ranks: int) -> str:
-    """The line: what asked for how much, what was in use, and what to set."""
+    """The line: which part asked for how much, how much was in use, and the settings to change."""
     part = part_of(error)
     asked = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", str(error))
     used = ""
@@ -61,7 +61,7 @@ def message(error: torch.OutOfMemoryError, memory: MemoryConfig, ranks: int) -> 
 
 
 def part_of(error: BaseException) -> str:
-    """What ran: the innermost frame that PARTS lists, and whether it was in its backward."""
+    """The part that ran: the innermost frame that PARTS lists, and whether it was in its backward."""
     frames = [(frame.filename.replace("\\", "/"), frame.name) for frame in traceback.extract_tb(error.__traceback__)]
     for path, _ in reversed(frames):
         for where, part in PARTS:
@@ -72,7 +72,7 @@ def part_of(error: BaseException) -> str:
 
 
 def levers(part: str, memory: MemoryConfig, ranks: int) -> list[str]:
-    """The settings that need less memory than these, what pays most first."""
+    """The settings that need less memory than these, most effective first."""
     found = []
     if part == LOSS:
         found.append("memory.loss_tile to fewer tokens")

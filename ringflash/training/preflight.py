@@ -1,8 +1,8 @@
-"""Preflight: what a run is refused for before it allocates anything, and the lines that say what is about to run.
+"""Preflight: checks of a run before it allocates anything, and the log lines that describe it.
 
-`check_inputs` needs no GPU and no other process, so `train.py --print` runs it too. `check` adds what depends on the
-ranks and on this machine's device. Later refusals need what is made later: weights that cannot be loaded, a corpus that
-is too short, and a run folder that cannot be used or resumed.
+`check_inputs` needs no GPU and no other process, so `train.py --print` runs it too. `check` adds checks that depend on
+the ranks and on this machine's device. Some errors can only be found later: weights that cannot be loaded, a corpus
+that is too short, and a run folder that cannot be used or resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ringflash.training.world import is_rank_0, local_device, local_world_size, 
 
 
 class Job(NamedTuple):
-    """A run that nothing is known to prevent. config: with parallel.ulysses resolved."""
+    """A run that has passed its checks. config: with parallel.ulysses resolved."""
 
     config: Config
     model_config: PreTrainedConfig
@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 
 def check(config: Config) -> Job:
-    """Raise ConfigError, on every rank alike, for what cannot run on these ranks; else rank 0 logs what will run."""
+    """Raise ConfigError, on every rank, for a run that these ranks cannot do. Otherwise rank 0 logs the run."""
     device, ranks = local_device(), world_size()
     model_config, tokenizer = check_inputs(config, device)
     config, reason = _on_ranks(config, model_config, ranks)
@@ -51,9 +51,9 @@ def check(config: Config) -> Job:
 
 
 def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
-    """What `train.py --print` adds for WORLD_SIZE ranks: their grid, a step, the memory.
+    """The lines that `train.py --print` adds for WORLD_SIZE ranks: their grid, a step, the memory.
 
-    They are taken for GPUs, on which model.dtype=auto is bf16. Raises ConfigError for what cannot run on them.
+    All ranks are assumed to be GPUs, where model.dtype=auto is bf16. Raises ConfigError for a run that they cannot do.
     """
     ranks = world_size()
     if config.model.dtype == "auto":
@@ -207,7 +207,7 @@ def _estimate(config: Config, model_config: PreTrainedConfig, model: PreTrainedM
 
 
 def _disk(config: Config, checkpoint: float) -> list[str]:
-    """A line where the disk has no room for the checkpoints, of `checkpoint` bytes each."""
+    """A line if the disk has no room for the checkpoints, of `checkpoint` bytes each."""
     output_dir = Path(config.output_dir)
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.is_dir())
     keep, best = config.checkpoint.keep, config.checkpoint.keep_best
@@ -222,7 +222,7 @@ def _disk(config: Config, checkpoint: float) -> list[str]:
 
 
 def _kept(memory: MemoryConfig) -> str:
-    """What layers keep for the backward, and where."""
+    """The description of what layers keep for the backward, and where."""
     if not memory.recompute:
         return "no recomputation"
     if memory.attention_results == memory.layer_inputs == "gpu":
@@ -231,7 +231,7 @@ def _kept(memory: MemoryConfig) -> str:
 
 
 def _mlp_tiles(memory: MemoryConfig, model: PreTrainedModel) -> str:
-    """How many tokens pass through an MLP at once, where layers are recomputed."""
+    """The number of tokens per MLP tile, if layers are recomputed."""
     if not memory.recompute:
         return ""
     tiles = sorted(tiles_of(model, memory.mlp_tile))

@@ -85,7 +85,7 @@ def write_weights(model: PreTrainedModel, folder: Path, world: World, begin: Cal
 
     begin: what rank 0 does before, such as making `folder`.
 
-    Rank 0 takes part in every gather, also once its disk is full, and raises its error after the last.
+    Rank 0 takes part in every gather even after its disk is full, and raises the error after the last one.
     """
     named, buffers, writer = dict(model.named_parameters()), _buffers(model), _Writer(model, folder)
     error: Exception | None = None
@@ -194,7 +194,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _load(model: PreTrainedModel, files: dict[str, Path]) -> tuple[list[str], list[tuple], list[str]]:
-    """Fill a divided model; names that are missing, (name, found, expected) of other shapes, and names too many."""
+    """Fill a divided model. Returns missing names, (name, found, expected) of wrong shapes, and unexpected names."""
     conversions = get_model_conversion_mapping(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = _buffers(model)
