@@ -1,5 +1,6 @@
 """docs/fine-tuning.md runs as it is pasted, with a tiny model instead of the one that it downloads."""
 
+import importlib.util
 import json
 import os
 import re
@@ -55,7 +56,7 @@ def test_every_command_and_program_of_the_page_runs(folder):
     for name, code in programs.items():
         (folder / name).write_text(code, encoding="utf-8")
     outputs = ("training ", "held-out ", "adapters ")
-    download, train, lora, *others = [block for block in blocks("") if not block.startswith(outputs)]
+    download, train, lora, qlora, *others = [block for block in blocks("") if not block.startswith(outputs)]
     assert download.startswith("hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir smollm2\n")
     assert len(others) == 3
     run("python conversations.py", folder)
@@ -64,5 +65,7 @@ def test_every_command_and_program_of_the_page_runs(folder):
     assert (folder / "runs" / "additions" / "model" / "model.safetensors").exists()
     run("python ask.py", folder)
     assert "rank: 16" in run(lora, folder)
+    if importlib.util.find_spec("bitsandbytes"):
+        assert "quantize_base: nf4" in run(qlora, folder)
     for command, setting in zip(others, ("field: input_ids", "keep_best: true", "field: input_ids"), strict=True):
         assert setting in run(command, folder)

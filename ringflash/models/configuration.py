@@ -129,6 +129,11 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
     """
     hf_config = _configuration(config)
     check_supported(hf_config)
+    if config.lora.quantize_base is not None and experts_of(hf_config)[0] > 1:
+        raise ConfigError(
+            f"model.lora.quantize_base={config.lora.quantize_base}: the experts of model_type={hf_config.model_type} "
+            f"are no linear layers, and would not be quantized"
+        )
     return hf_config
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError, in_one_line
+from ringflash.models.quantized import KINDS, weight_of
 
 if TYPE_CHECKING:
     import peft
@@ -39,7 +40,7 @@ _KNOWN = {
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "peft_version", "r", "rank_pattern",
     "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-_UNCALLED = ("correction_coefs",)  # linear layers whose weight alone is read: Gemma 3n's; adapters would do nothing
+UNCALLED = ("correction_coefs",)  # linear layers whose weight alone is read: Gemma 3n's; adapters would do nothing
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class LoraConfig:
     path: str | None = None
     """Folder of an adapter of peft's to train on; rank, alpha, targets and rslora are its own."""
 
+    quantize_base: str | None = None
+    """nf4: the linear layers of the model take 4 bits per weight (QLoRA, by bitsandbytes); null: as model.dtype. Needs
+    memory.recompute=true, and merge=false."""
+
     merge: bool = True
     """Write the model with its adapters merged at the end of the run, beside the adapters' folder; false: write these
     alone."""
@@ -85,8 +90,25 @@ class LoraConfig:
             raise ConfigError(
                 "model.lora.merge=false has no effect without model.lora.rank: there is no adapter to write"
             )
-        if self.enabled and importlib.util.find_spec("peft") is None:
-            raise ConfigError("model.lora needs the package peft, which is not installed here: pip install peft")
+        self._check_quantized()
+        for name in ("peft", "bitsandbytes") if self.quantize_base else ("peft",):
+            if self.enabled and importlib.util.find_spec(name) is None:
+                raise ConfigError(
+                    f"model.lora needs the package {name}, which is not installed here: pip install {name}"
+                )
+
+    def _check_quantized(self) -> None:
+        if self.quantize_base is None:
+            return
+        setting = f"model.lora.quantize_base={self.quantize_base}"
+        if self.quantize_base not in KINDS:
+            raise ConfigError(f"{setting} is not one of null, {', '.join(KINDS)}")
+        if not self.enabled:
+            raise ConfigError(f"{setting} has no effect without model.lora.rank")
+        if self.merge:
+            raise ConfigError(
+                f"{setting}: the adapters cannot be merged into weights of 4 bits, so set model.lora.merge=false"
+            )
 
     @property
     def enabled(self) -> bool:
@@ -109,8 +131,9 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
             peft.inject_adapter_in_model(asked, model)
     except Exception as error:  # of peft, of any kind
         raise ConfigError(f"{_source(config)}: peft cannot adapt this model: {in_one_line(error)}") from error
+    kinds = (peft.tuners.lora.Linear, getattr(peft.tuners.lora, "Linear4bit", None))
     for name, layer in adapted(model).items():
-        if type(layer) is not peft.tuners.lora.Linear:
+        if type(layer) not in kinds:
             raise ConfigError(f"{_source(config)}: {name} is no plain linear layer, and cannot have an adapter")
     if config.path is not None:
         _load(model, Path(config.path))
@@ -133,16 +156,16 @@ class Parts(NamedTuple):
 
 def parts_of(layer: Any) -> Parts | None:
     """The parts of a linear layer; None for a layer of another kind, and for an adapter with dropout or out of use."""
-    if type(layer) is nn.Linear:
-        return Parts(layer.weight, layer.bias)
+    if (weight := weight_of(layer)) is not None:
+        return Parts(weight, layer.bias)
     names = [name for name in getattr(layer, "active_adapters", []) if name in getattr(layer, "lora_A", {})]
-    if len(names) != 1 or type(layer.base_layer) is not nn.Linear:
+    if len(names) != 1 or (weight := weight_of(layer.base_layer)) is None:
         return None
     a, b, dropout = (part[names[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     in_use = not layer.merged and not layer.disable_adapters
     if not in_use or layer.lora_variant or b.bias is not None or type(dropout) is nn.Dropout:
         return None
-    return Parts(layer.weight, layer.bias, a.weight, b.weight, layer.scaling[names[0]])
+    return Parts(weight, layer.base_layer.bias, a.weight, b.weight, layer.scaling[names[0]])
 
 
 def description(model: PreTrainedModel) -> str:
@@ -240,7 +263,7 @@ def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
 
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    names = [name for name in linear if not name.endswith(_UNCALLED)]
+    names = [name for name in linear if not name.endswith(UNCALLED)]
     known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
     for target in config.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):

@@ -108,6 +108,7 @@ class Config:
         if len(self.name.encode()) > LONGEST_NAME:
             raise ConfigError(f"name={self.name[:20]}... has {len(self.name.encode())} bytes, {LONGEST_NAME} at most")
         self._check_best()
+        self._check_quantized()
         if found := re.search(r"[\[*?]", self.output_dir):
             raise ConfigError(
                 f"output_dir={self.output_dir} holds {found[0]!r}: DeepSpeed would take it for a pattern on resume"
@@ -125,6 +126,19 @@ class Config:
             raise ConfigError(
                 f"checkpoint.keep_best=true needs held-out text: set data.held_out (now {self.data.held_out}) or "
                 f"data.evaluation.path"
+            )
+
+    def _check_quantized(self) -> None:
+        """Raise ConfigError for what weights of 4 bits cannot have."""
+        if (kind := self.model.lora.quantize_base) is None:
+            return
+        if self.memory.zero == 3:
+            raise ConfigError(
+                f"model.lora.quantize_base={kind} needs memory.zero=0, 1 or 2: DeepSpeed divides no weights of 4 bits"
+            )
+        if not self.memory.recompute:
+            raise ConfigError(
+                f"model.lora.quantize_base={kind} needs memory.recompute=true: without it MLPs keep dequantized weights"
             )
 
 

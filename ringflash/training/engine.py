@@ -61,9 +61,10 @@ class TrainedModel(nn.Module):
         """The weights of a checkpoint: with adapters, no frozen ones. DeepSpeed alone would store tied ones."""
         found = super().state_dict(*args, **options)
         if adapted(self):
-            for name, p in self.named_parameters(remove_duplicate=False):
-                if not p.requires_grad:
-                    found.pop(name, None)
+            frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+            for name in [*found]:
+                if name in frozen or f"{name.partition('.weight.')[0]}.weight" in frozen:  # or how it is quantized
+                    del found[name]
         return found
 
     def reserve_host_memory(self, tokens: int, log: Callable[[str], None] = lambda message: None) -> None:

@@ -82,14 +82,14 @@ def estimate(
     tokens: int,
     ranks: int,
     ring: int,
-    frozen: int = 0,
+    frozen: float = 0,
 ) -> Estimate:
-    """What one of `ranks` ranks takes. parameters: that are trained; frozen: that are not, beside adapters; tokens: of
-    a micro-batch, on this rank; ring: ranks of a ring."""
+    """What one of `ranks` ranks takes. parameters: that are trained; frozen: bytes of those that are not; tokens: of a
+    micro-batch, on this rank; ring: ranks of a ring."""
     width, each = 2 if bf16 else 4, per_parameter(memory, bf16, ranks)
-    buffers = frozen * width / (ranks if memory.zero == 3 else 1)
+    buffers = frozen / (ranks if memory.zero == 3 else 1)
     if memory.zero == 3:
-        buffers += 4 * REDUCE_BUCKET + min(parameters + frozen, LIVE) * width * (ranks > 1)
+        buffers += 4 * REDUCE_BUCKET + min(parameters * width + frozen, LIVE * width) * (ranks > 1)
     elif ranks > 1:
         buffers += 4 * min(parameters, REDUCE_BUCKET)
     kept = work = None

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringflash.models import delta_heads, delta_layers, experts_of
+from ringflash.models.quantized import shape_of
 from ringflash.ring.cost import Heads
 
 
@@ -38,11 +38,6 @@ def matmul_parameters(model: PreTrainedModel, frozen: bool = False) -> int:
     looked_up = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     counted = [weight for weight in looked_up if weight is not head and not (frozen and weight.requires_grad)]
     return total - sum(shape_of(weight).numel() for weight in counted)
-
-
-def shape_of(parameter: Tensor) -> torch.Size:
-    """A parameter's shape, also where ZeRO 3 has divided it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def attention_flops(pairs: float, heads: Heads) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ringflash.errors import ConfigError
-from ringflash.training.flops import shape_of
+from ringflash.models.quantized import shape_of
 from ringflash.training.host_adamw import HostAdamW
 from ringflash.training.learning_rate import SCHEDULES, fraction_of_peak
 from ringflash.training.split_adamw import SplitAdamW

@@ -21,7 +21,8 @@ from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import attention_kernels, check_length, read_config, tiles_of
 from ringflash.models.configuration import DTYPES, ModelConfig
-from ringflash.models.lora import add_lora, description
+from ringflash.models.lora import UNCALLED, add_lora, description
+from ringflash.models.quantized import BYTES, quantizable
 from ringflash.training.agreement import disagreements
 from ringflash.training.config import Config
 from ringflash.training.estimate import Estimate, estimate
@@ -161,12 +162,13 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     tile = memory.loss_tile or tile_for(model_config.vocab_size)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
+    quantized = f", linear layers in {kind}" if (kind := config.model.lora.quantize_base) else ""
     kernels = " and ".join(attention_kernels(config.model, config.attention, model_config, device))
     found = _estimate(config, model_config, model, ranks)
     kinds = {"fp32": "", "bf16": ", bf16 optimizer states", "host": ", fp32 optimizer states on the host"}
     states = kinds[memory.optimizer_states]
     return [
-        f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}",
+        f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}{quantized}",
         *adapters,
         f"data       {_text(config.data)}, tokenizer {config.data.tokenizer}",
         f"{_grid(config, ranks, where)}; attention kernel {kernels}",
@@ -198,11 +200,14 @@ def _step(config: Config, ranks: int) -> str:
 def _estimate(config: Config, model_config: PreTrainedConfig, model: PreTrainedModel, ranks: int) -> Estimate:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    bf16 = DTYPES[config.model.dtype] == torch.bfloat16
+    quantized = quantizable(model, UNCALLED) if config.model.lora.quantize_base else 0
+    frozen = BYTES * quantized + (2 if bf16 else 4) * (parameters - trained - quantized)
     ring, ulysses = config.parallel.ring_size(ranks), config.parallel.ulysses or 1
     shard = Layout.zigzag(config.data.sequence_length, ring, ulysses).shard_length // ulysses
     return estimate(
-        model_config, trained, config.memory, bf16=DTYPES[config.model.dtype] == torch.bfloat16,
-        tokens=config.optim.micro_batch * shard, ranks=ranks, ring=ring, frozen=parameters - trained,
+        model_config, trained, config.memory, bf16=bf16, tokens=config.optim.micro_batch * shard, ranks=ranks,
+        ring=ring, frozen=frozen,
     )  # fmt: skip
 
 

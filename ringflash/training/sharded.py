@@ -32,8 +32,8 @@ from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.building import check_loaded
 from ringflash.models.lora import merged
+from ringflash.models.quantized import shape_of
 from ringflash.training.files import remove, write_atomically
-from ringflash.training.flops import shape_of
 from ringflash.training.world import World
 
 SHARD = 4 * 2**30  # bytes of a file of weights

@@ -158,6 +158,12 @@ def test_a_model_with_experts_can_have_adapters_on_its_attention():
         ({"merge": False}, "merge=false has no effect without model.lora.rank"),
         ({"rank": 2, "alpha": 0.0}, "alpha=0.0 must be above 0"),
         ({"rank": 2, "dropout": 1.0}, "dropout=1.0 must be 0 or more and below 1"),
+        ({"rank": 2, "quantize_base": "int8"}, "quantize_base=int8 is not one of null, nf4"),
+        (
+            {"rank": 2, "quantize_base": "nf4"},
+            "quantize_base=nf4: the adapters cannot be merged",
+        ),
+        ({"quantize_base": "nf4"}, "quantize_base=nf4 has no effect without model.lora.rank"),
         ({"path": "x", "targets": ["q_proj"]}, r"targets=\['q_proj'\]: the adapter of model.lora.path=x has its own"),
     ],
     ids=str,
@@ -173,6 +179,9 @@ def test_peft_is_asked_for_where_it_is_missing(monkeypatch):
     LoraConfig()
     with pytest.raises(ConfigError, match=r"^model\.lora needs the package peft, which is not installed here"):
         LoraConfig(rank=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(ConfigError, match=r"^model\.lora needs the package bitsandbytes, which is not installed here"):
+        LoraConfig(rank=2, quantize_base="nf4", merge=False)
 
 
 def test_random_weights_are_not_adapted():

@@ -9,13 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from ringflash.command import ReadConfig, load_encoder, load_model
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
-from ringflash.models.lora import CONFIG, WEIGHTS
+from ringflash.models import ModelConfig, build_model, read_config
+from ringflash.models.lora import CONFIG, UNCALLED, WEIGHTS, LoraConfig
+from ringflash.models.quantized import BYTES, quantizable
 from ringflash.training.config import compose
+from ringflash.training.flops import matmul_parameters
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs
 from tests.models.cases import TINY
@@ -46,11 +49,12 @@ def losses_of(folder):
     return [record["loss"] for record in read(folder / "metrics.jsonl") if "loss" in record]
 
 
-def plain(config, base, **lora):
+def plain(config, base, quantized=None, **lora):
     """Losses, gradient norms and the model of a loop without ringflash, each document alone."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    options = {} if quantized is None else {"quantization_config": quantized}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager", **options)
     torch.manual_seed(config.seed)
-    model = peft.get_peft_model(model, peft.LoraConfig(**lora))
+    model = peft.get_peft_model(model, peft.LoraConfig(**lora)).train()  # in evaluation, bitsandbytes repacks weights
     trained = [p for p in model.parameters() if p.requires_grad]
     optim, figures = config.optim, []
     betas = optim.beta1, optim.beta2
@@ -119,6 +123,82 @@ def test_adapters_are_those_of_plain_peft(ranks, text, base, size, others, lora)
     first, second = (load_model(config, torch.device("cpu")) for config in asked)
     assert all(torch.equal(p, second.get_parameter(name)) for name, p in first.named_parameters())
     assert load_encoder(asked[0], first)[1].get_vocab() == load_encoder(asked[1], second)[1].get_vocab()
+
+
+NF4 = ["model.lora.quantize_base=nf4", "model.lora.merge=false", "memory.recompute=true", "checkpoint.every=2"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("size", "others"),
+    [
+        (1, ["memory.zero=0", "memory.mlp_tile=128"]),
+        (
+            2,
+            ["memory.zero=2", "memory.layer_inputs=host", "memory.mlp_tile=128", "model.lora.targets=[q_proj,up_proj]"],
+        ),
+    ],
+    ids=["zero-0", "two-ranks"],
+)
+def test_adapters_on_a_base_in_4_bits_are_those_of_plain_peft(ranks, text, base, size, others):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run = lora_run(text, base, *NF4, *others)
+    error, printed = ranks.run(fitted, size, run)[0]
+    assert error is None
+    assert "parameters in fp32, linear layers in nf4" in printed
+    assert "MLP tiles of 128 tokens" in printed
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["lm_head"]
+    )
+    targets = compose(run)[0].model.lora.targets or "all-linear"
+    figures, model = plain(compose(run)[0], base, nf4, r=4, target_modules=targets, lora_alpha=8)
+    folder = text.parent / "runs" / "run"
+    records = [record for record in read(folder / "metrics.jsonl") if "gradient_norm" in record]
+    for record, (loss, norm) in zip(records, figures, strict=True):
+        assert (record["loss"], record["gradient_norm"]) == pytest.approx((loss, norm), rel=1e-5)
+    expected, found = peft.get_peft_model_state_dict(model), load_file(folder / "adapter" / WEIGHTS)
+    assert all(torch.allclose(found[name], x, rtol=0, atol=1e-5) for name, x in expected.items())
+    assert expected.keys() == found.keys()
+    wide = lora_run(text, base, *(x for x in NF4 if "base" not in x), *others, "name=wide")
+    assert ranks.run(fitted, size, wide)[0][0] is None
+    assert losses_of(folder.with_name("wide")) != pytest.approx(losses_of(folder), rel=1e-3)
+
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    losses = losses_of(folder)
+    assert ranks.run(fitted, size, [*run, "resume=auto"])[0][0] is None
+    assert losses_of(folder) == losses
+    assert all(torch.equal(x, found[name]) for name, x in load_file(folder / "adapter" / WEIGHTS).items())
+    (stored, *_) = (folder / "checkpoints" / "step-00000004" / "state").glob("*model_states.pt")
+    assert all(".lora_" in name for name in torch.load(stored, weights_only=False)["module"])
+
+
+def test_weights_in_4_bits_are_counted_as_the_weights_that_they_stand_for(base):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def built(**options):
+        lora = LoraConfig(rank=4, targets=["q_proj"], merge=False, **options)
+        return build_model(ModelConfig(path=str(base), dtype="bf16", lora=lora))
+
+    wide, narrow = built(), built(quantize_base="nf4")
+    assert matmul_parameters(wide, True) == matmul_parameters(narrow, True)
+    states = [p.quant_state for p in narrow.parameters() if hasattr(p, "quant_state")]
+    assert sum(torch.Size(state.shape).numel() for state in states) == quantizable(wide, UNCALLED)
+    held = [x for p in narrow.parameters() if hasattr(p, "quant_state") for x in (p, p.quant_state.absmax)]
+    assert sum(x.nbytes for x in held) == pytest.approx(BYTES * quantizable(wide, UNCALLED), rel=0.02)
+
+
+def test_what_a_base_in_4_bits_cannot_have_is_refused(text, base, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for others, message in (
+        (["memory.zero=3"], r"needs memory\.zero=0, 1 or 2: DeepSpeed divides no weights of 4 bits"),
+        (["memory.recompute=false"], r"needs memory\.recompute=true: without it MLPs keep dequantized weights"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^model\.lora\.quantize_base=nf4 {message}"):
+            compose(lora_run(text, base, *NF4, *others))
+    AutoConfig.for_model("mixtral", **TINY).save_pretrained(base)
+    with pytest.raises(ConfigError, match=r"^model\.lora\.quantize_base=nf4: the experts of model_type=mixtral are no"):
+        read_config(compose(lora_run(text, base, *NF4))[0].model)
 
 
 @pytest.mark.ranks
