@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedConfig
@@ -45,7 +46,8 @@ from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.sequences import Sequences
 from ringflash.ring.watchdog import Label
 
-PACKAGE = "flash-linear-attention"
+PACKAGE, CORE = "flash-linear-attention", "fla-core"  # the second has the kernels, and comes with the first
+OLDEST = "0.6"  # of these, whose functions take chunk_indices
 
 
 class _Projected(NamedTuple):
@@ -111,11 +113,17 @@ def put_on_ring(config: PreTrainedConfig) -> bool:
 
 def device_refusal(config: PreTrainedConfig, device: torch.device) -> str | None:
     """None, or why the gated DeltaNet layers of a configuration cannot run on a device."""
-    if delta_heads(config) is None or device.type == "cpu" or importlib.util.find_spec("fla") is not None:
+    if delta_heads(config) is None or device.type == "cpu":
+        return None
+    try:
+        found = metadata.version(CORE)
+    except metadata.PackageNotFoundError:
+        found = None
+    if found is not None and Version(found) >= Version(OLDEST):
         return None
     return (
-        f"model_type={config.model_type} needs the package {PACKAGE} for its linear attention on device {device}, and "
-        f"it is not installed here: pip install {PACKAGE}"
+        f"model_type={config.model_type} needs {PACKAGE} {OLDEST} or newer for linear attention on device {device}; "
+        f"this environment has {f'{CORE} {found}' if found else 'none'}: pip install --upgrade {PACKAGE}"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _NORMS = {  # RMSNorms, and what is added to the stored weight
     "67b3975b61e0": 0.0,  # helium: the weight in fp32, too
     "869a9a6eb2b9-2172588a0e76": 1.0,  # gemma, with its _norm
 }
+_GATED_NORM = "6d4bb7376d2c"  # of gated DeltaNet layers (qwen3_next): times SiLU of a gate
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}  # by their classes
 _ROTARY = ("7f584885cc6a", "0175d472c9ad")  # llama's apply_rotary_pos_emb and rotate_half
 _ATTENTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {  # and the keywords that attention gets of the module
@@ -125,6 +127,9 @@ def _fuse_norms(model: nn.Module) -> bool:
     norms = [module for module in model.modules() if _is_norm(module)]
     for module in norms:
         _set_forward(module, _norm)
+    for module in model.modules() if find_spec("fla") is not None else ():
+        if _code(module) == _GATED_NORM:
+            _set_forward(module, _gated_norm)
     layer: Any
     for layer in model.modules():
         if (
@@ -183,6 +188,13 @@ def _norm(
     offset = _NORMS[_code(module)]
     stream, normed = rms_norm(hidden_states, module.weight, _epsilon(module), residual=residual, offset=offset)
     return (stream, normed) if both else normed
+
+
+def _gated_norm(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+    """The norm of hidden_states, times SiLU of the gate, by flash-linear-attention."""
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated
+
+    return rms_norm_gated(hidden_states, gate, module.weight, None, eps=module.variance_epsilon)
 
 
 def _rotary_norm(module: Any, heads: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Gated DeltaNet layers on the ring: what `tests.models.proof` and `tests.training.test_step` do not prove of them."""
 
 import json
+from importlib import metadata
 
 import pytest
 import torch
@@ -114,6 +115,12 @@ def test_a_configuration_that_is_not_supported_is_refused_with_its_field(fields,
         read_config(ModelConfig(architecture=architecture("qwen3_5_text", **fields)))
 
 
+def version_or_error(found):
+    if found is None:
+        raise metadata.PackageNotFoundError("fla-core")
+    return found
+
+
 def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cache(monkeypatch):
     settings = ModelConfig(architecture=architecture("qwen3_5_text"))
     config = read_config(settings)
@@ -121,9 +128,12 @@ def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cac
         with pytest.raises(ConfigError, match=r"linear_num_key_heads=12 does not divide among the 8 ranks"):
             resolve_parallel(parallel, config, 4096, 8, 8)
     assert resolve_parallel(ParallelConfig(ring=4, ulysses=1), config, 4096, 8, 8)[0].ulysses == 1  # two replicas
-    monkeypatch.setattr(delta_net.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install flash-linear-attention"):
-        attention_kernels(settings, AttentionConfig(), config, torch.device("meta"))
+    for found, message in {"0.5.9": r"has fla-core 0\.5\.9: pip install", None: "has none: pip install"}.items():
+        monkeypatch.setattr(delta_net.metadata, "version", lambda name, found=found: version_or_error(found))
+        with pytest.raises(ConfigError, match=message):
+            attention_kernels(settings, AttentionConfig(), config, torch.device("meta"))
+    monkeypatch.setattr(delta_net.metadata, "version", lambda name: "0.10.0")
+    assert attention_kernels(settings, AttentionConfig(), config, torch.device("meta")) == ["blocked"]
     with pytest.raises(ValueError, match="model_type=qwen3_5_text is not supported by a RingCache"):
         RingCache(tiny("qwen3_5_text"), capacity=64)
 
