@@ -15,8 +15,8 @@ tokens, then some rows of out and dq at full size (benchmarks/checks.py). A kern
 and not timed. The exit code is then 1, as it is if one of ringflash's kernels raises.
 
 Inputs are standard normal. A forward keeps what a backward needs. A backward is `torch.autograd.grad` alone. It
-includes all that a user pays for: for ringflash also delta = rowsum(dout * out), zeroing three fp32 buffers, and
-converting them to the inputs' dtype. Kernels take turns in an order that is shuffled each round, so that power capping
+includes all that a user pays for: for ringflash also delta = rowsum(dout * out), zeroing fp32 buffers, and converting
+them to the inputs' dtype. Kernels take turns in an order that is shuffled each round, so that power capping
 affects all alike. A figure is the median of its rounds (benchmarks/timing.py).
 
 FLOPs are counted from the mask: 4 D per visible pair and query head in the forward, and 2.5 times that in the backward.

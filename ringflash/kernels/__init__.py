@@ -21,6 +21,8 @@ earlier calls write it to the Partial alone. After the last call, `out` is compl
 
 backward: lse and delta, fp32 [B, Hq, Sq], belong to the whole softmax over all shards: delta = rowsum(dout * out).
 Gradients are *added* to dq, dk and dv, which are fp32, have the shapes of q, k and v, and a contiguous last dimension.
+If one call has all queries of its keys, dk and dv may instead have the dtype of 16-bit inputs. They are then *written*,
+all rows, with 0 where no query sees a key.
 With `center` [B, 1, Hkv, D], the keys are k - center, and lse is the lse of those keys. The function center computes
 both; `compensation` explains why.
 round_into writes a complete sum in the inputs' dtype.

@@ -94,8 +94,11 @@ def backward(
     dv: Tensor,
     center: Tensor | None = None,
 ) -> None:
-    """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract."""
+    """Add this block's gradients to dq, dk and dv, or write dk and dv. See `ringflash.kernels` for the contract."""
     k = k if center is None else k - center
+    results, written = (dk, dv), dk.dtype != torch.float32
+    if written:  # query tiles add to the same keys
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in results)
     for rows, keys, visible in _tiles(intervals):
         q_tile, dout_tile = _fold(q[:, rows], k), _fold(dout[:, rows], k)
         lse_tile, delta_tile = (x[:, :, rows].reshape(len(q), k.shape[2], -1, 1) for x in (lse, delta))
@@ -105,6 +108,9 @@ def backward(
         dq[:, rows] += _unfold(ds @ _keys(k, keys), q)
         dk[:, keys] += (ds.transpose(-1, -2) @ q_tile).transpose(1, 2)
         dv[:, keys] += (p.transpose(-1, -2) @ dout_tile).transpose(1, 2)
+    if written:
+        for result, x in zip(results, (dk, dv), strict=True):
+            round_into(result, x)
 
 
 def _tiles(intervals: Intervals) -> Iterator[tuple[slice, slice, Tensor]]:

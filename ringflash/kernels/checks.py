@@ -101,15 +101,30 @@ def check_alike(kernel: str, q: Tensor, k: Tensor, scale: float, v: Tensor, **ot
 
 def check_rows(kernel: str, like: Tensor, **tensors: Tensor) -> None:
     """Raise ValueError unless each is fp32, [B, S, H, D] or [B, H, S] of `like`, with a contiguous last dimension."""
-    B, S, H, D = like.shape
     for name, x in tensors.items():
-        shape = (B, H, S) if x.dim() == 3 else (B, S, H, D)
-        contiguous = x.stride(-1) == 1 or x.shape[-1] == 1
-        if x.shape != shape or x.dtype != torch.float32 or not contiguous:
-            raise ValueError(
-                f"kernel={kernel} takes {name} as {[*shape]}, torch.float32, last dimension contiguous, "
-                f"got {[*x.shape]}, {x.dtype}, strides {x.stride()}"
-            )
+        _check_row(kernel, like, name, x, torch.float32)
+
+
+def _check_row(kernel: str, like: Tensor, name: str, x: Tensor, dtype: torch.dtype) -> None:
+    B, S, H, D = like.shape
+    shape = (B, H, S) if x.dim() == 3 else (B, S, H, D)
+    contiguous = x.stride(-1) == 1 or x.shape[-1] == 1
+    if x.shape != shape or x.dtype != dtype or not contiguous:
+        raise ValueError(
+            f"kernel={kernel} takes {name} as {[*shape]}, {dtype}, last dimension contiguous, "
+            f"got {[*x.shape]}, {x.dtype}, strides {x.stride()}"
+        )
+
+
+def check_key_gradients(kernel: str, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Raise ValueError unless dk and dv fit k and v and are both fp32, to add to, or both of k's dtype, to write."""
+    if dk.dtype != dv.dtype or dk.dtype not in (torch.float32, k.dtype):
+        raise ValueError(
+            f"kernel={kernel} takes dk and dv both as torch.float32, to add to, or both as {k.dtype}, to write, "
+            f"got {dk.dtype} and {dv.dtype}"
+        )
+    _check_row(kernel, k, "dk", dk, dk.dtype)
+    _check_row(kernel, v, "dv", dv, dk.dtype)
 
 
 def check_center(kernel: str, k: Tensor, center: Tensor | None) -> None:

@@ -7,8 +7,8 @@ The mathematics is that of `portable_backward`: with p = 2^(c s - log2(e) lse) a
 One program holds a tile of keys of one KV head. It loops over the queries query_start:query_end that see them, 64 or
 128 at a time, for each query head of the group or for some of them (`programs_a_group`). dq has many writers; dk and dv
 have several if a group is divided. They are added in L2 by the copy engine's fp32 reduction, whose order differs from
-run to run. `deterministic=True` calls `portable_backward`, which has one writer per gradient and seven products instead
-of five.
+run to run. If a group is not divided and the caller has no other queries, its dk and dv are written in 16 bits.
+`deterministic=True` calls `portable_backward`, which has one writer per gradient and seven products instead of five.
 
 Two consumers, one warpgroup each, divide the products: by keys at head_dim 64 and 128 (`hopper_backward_64`,
 `hopper_backward_128`), and by gradients at 256 (`hopper_backward_256`). The producer, one warp, loads q, dout and the
@@ -28,9 +28,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ringflash.kernels import hopper_backward_64, hopper_backward_128, hopper_backward_256, portable_backward
-from ringflash.kernels.checks import check_center
+from ringflash.kernels.checks import check_center, check_key_gradients
 from ringflash.kernels.hopper_backward_parts import Call
-from ringflash.kernels.hopper_parts import L2_BYTES, REGISTERS, ROWS, check_inputs, check_rows, processors, tiles
+from ringflash.kernels.hopper_parts import (
+    L2_BYTES,
+    REGISTERS,
+    ROWS,
+    check_addresses,
+    check_inputs,
+    check_rows,
+    processors,
+    tiles,
+)
 from ringflash.kernels.portable_backward import center, delta, round_into
 from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales
 from ringflash.mask import Intervals
@@ -148,11 +157,12 @@ def backward(
     deterministic: bool = False,
     tuning: Tuning | None = None,
 ) -> None:
-    """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
+    """Add this block's gradients to dq, dk and dv, or write dk and dv. See `ringflash.kernels` for the contract.
 
     The order of additions differs from run to run; with deterministic=True, `portable_backward` computes all three
     gradients, bit-equal from run to run. Raises ValueError, with the values, if `hopper_parts.supports` refuses, if a
-    tensor does not fit q and k, or if scale is not positive. tuning replaces the table's choice.
+    tensor does not fit q and k, if scale is not positive, or if the tuning is not for this head size. tuning replaces
+    the table's choice.
     """
     if deterministic:
         portable_backward.backward(
@@ -161,30 +171,38 @@ def backward(
         return
     check_inputs(q, k, scale, softcap, intervals, v=v, dout=dout)
     check_rows(q, lse=lse, delta=delta, dq=dq)
-    check_rows(k, dk=dk, dv=dv)
+    check_key_gradients("hopper", k, v, dk, dv)
+    check_addresses(dk=dk, dv=dv)
     check_center("hopper", k, center)
-    if 0 in q.shape or 0 in k.shape:
-        return
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
     rows = ROWS.value
     t, registers = tuning or TUNINGS[D], REGISTERS[2]
-    order = intervals.key_order[2 * rows]
-    if not order.nonempty:
+    if t.block_q != TUNINGS[D].block_q:
+        raise ValueError(f"kernel=hopper takes block_q={TUNINGS[D].block_q} at head_dim {D}, got {t.block_q}")
+    order, results = intervals.key_order[2 * rows], (dk, dv)
+    written = dk.dtype != torch.float32
+    if 0 in q.shape or 0 in k.shape or not order.nonempty:
+        if written:
+            torch._foreach_zero_(results)
         return
     parts = 1 if D <= 128 else 2
     keys = 2 * rows // parts  # per program
     split = programs_a_group(Hq // Hkv, order.longest / order.total / parts, B * Hkv, processors(q.device))
+    if written and split > 1:  # several programs add to a tile
+        dk, dv = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
+    # Tiles that no query sees have nothing to add, but zeros to write.
+    count = order.nonempty if dk.dtype == torch.float32 else order.tiles.shape[1]
     lse_factor = -1 / scale if D > 64 and softcap is None else -LOG2_E
     of_center = (k, 0, 0) if center is None else (center, center.stride(0), center.stride(2))  # not read without one
     with torch.cuda.device_of(q):
-        backward_kernel[(parts * B * Hkv * split * order.nonempty,)](
+        backward_kernel[(parts * B * Hkv * split * count,)](
             *(tiles(q, t.block_q), tiles(k, keys), tiles(v, keys), tiles(dout, t.block_q)),
             *(tiles(dq, rows, 64), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
-            *(order.tiles, interval_stride(order.tiles), *of_center, order.nonempty),
+            *(order.tiles, interval_stride(order.tiles), *of_center, count),
             *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, min(heads_in_l2(q, k), B * Hkv), scale),
             *(*score_scales(scale, softcap), lse_factor),
             D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
@@ -192,6 +210,9 @@ def backward(
             CAPPED=softcap is not None, CENTERED=center is not None,
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
+    if written and split > 1:
+        for result, x in zip(results, (dk, dv), strict=True):
+            round_into(result, x)
 
 
 def programs_a_group(group: int, longest: float, pairs: int, processors: int) -> int:

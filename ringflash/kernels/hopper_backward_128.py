@@ -24,7 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
-from ringflash.kernels.hopper_backward_parts import add_tile, center_keys, make_full, make_rows, stage_dq, weights
+from ringflash.kernels.hopper_backward_parts import (
+    center_keys,
+    make_full,
+    make_rows,
+    stage_dq,
+    store_gradient,
+    weights,
+)
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
     NEG_INF,
@@ -230,24 +237,33 @@ def walk_queries(
 
 
 @gluon.jit
-def add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO: gl.constexpr):
-    """Add half of dq of the last query tile, whose product is in flight, and then dk and dv.
+def store_gradients(dk_acc, dv_acc, row, job, shared, descriptors, call, WHO: gl.constexpr):
+    """Add or write this consumer's dk and dv, staged in the shared memory of k and v.
 
-    Once neither consumer reads k and v, their shared memory stages dk and dv in fp32, one tile per consumer.
+    In fp32 there is room for one tile per consumer, in 16 bits for both.
     """
-    dq, dk, dv = descriptors[4], descriptors[5], descriptors[6]
+    dk, dv = descriptors[5], descriptors[6]
+    ROOM: gl.constexpr = 2 if dk.dtype == gl.float32 else 4
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], dk.dtype)
+    staged = reinterpret(shared.kv.tiles, dk.dtype, [ROOM, ROWS, call.D], layout)
+    store_gradient(dk_acc * call.scale, staged.index(WHO), dk, [job.batch, job.head_kv, row, 0])
+    if ROOM == 2:
+        tma.store_wait(0)  # the copy engine, which reads the same shared memory
+    store_gradient(dv_acc, staged.index(ROOM - 2 + WHO), dv, [job.batch, job.head_kv, row, 0])
+    tma.store_wait(0)
+
+
+@gluon.jit
+def finish(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO: gl.constexpr):
+    """Add half of dq of the last query tile, whose product is in flight; then add or write dk and dv."""
+    dq = descriptors[4]
     tma.store_wait(0)
     dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
     stage_dq(dq_half, shared.dq.index(WHO), call.scale)
     fence_async_shared()
     add_out(dq, place, shared.dq.index(WHO))
-    sync(DONE, 256, 4)  # the other consumer
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
-    staged = reinterpret(shared.kv.tiles, gl.float32, [2, ROWS, call.D], layout).index(WHO)
-    add_tile(dk_acc * call.scale, staged, dk, [job.batch, job.head_kv, row, 0])
-    tma.store_wait(0)  # the copy engine, which reads the same shared memory
-    add_tile(dv_acc, staged, dv, [job.batch, job.head_kv, row, 0])
-    tma.store_wait(0)
+    sync(DONE, 256, 4)  # the other consumer; neither reads k and v after this
+    store_gradients(dk_acc, dv_acc, row, job, shared, descriptors, call, WHO)
 
 
 @gluon.jit
@@ -278,4 +294,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         # dq of the last query tile, then dk and dv.
         dq_next = begin_dq(shared, number, call, WHO)
         place = [job.batch, dq_head, dq_row, WHO * (call.D // 2)]
-        add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
+        finish(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
+    elif descriptors[5].dtype != gl.float32:  # no query sees these keys
+        unseen = gl.zeros([ROWS, call.D], gl.float32, A)
+        store_gradients(unseen, unseen, job.first_row + WHO * ROWS, job, shared, descriptors, call, WHO)

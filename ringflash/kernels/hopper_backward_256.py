@@ -29,7 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_in, reinterpret
-from ringflash.kernels.hopper_backward_parts import add_tile, center_keys, make_full, make_rows, stage_dq, weights
+from ringflash.kernels.hopper_backward_parts import (
+    center_keys,
+    make_full,
+    make_rows,
+    stage_dq,
+    store_gradient,
+    weights,
+)
 from ringflash.kernels.hopper_parts import (
     FIRST_BARRIER,
     NEG_INF,
@@ -235,9 +242,23 @@ def step(
 
 
 @gluon.jit
+def finish(acc, job, shared, descriptors, call, WHO: gl.constexpr):
+    """dv or dk to memory: k and v make room for dv, q for dk."""
+    dk, dv = descriptors[5], descriptors[6]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], dk.dtype)
+    if WHO == 0:
+        staged = reinterpret(shared.kv.tiles, dv.dtype, [ROWS, call.D], layout)
+        store_gradient(acc, staged, dv, [job.batch, job.head_kv, job.first_row, 0])
+    else:
+        staged = reinterpret(shared.q, dk.dtype, [ROWS, call.D], layout)
+        store_gradient(acc * call.scale, staged, dk, [job.batch, job.head_kv, job.first_row, 0])
+    tma.store_wait(0)  # the copy engine, reading
+
+
+@gluon.jit
 def consume(call, shared, descriptors, WHO: gl.constexpr):
     """A consumer: dv (WHO 0) or dk (WHO 1) of this program's keys, and half of dq's columns."""
-    dq, dk, dv = descriptors[4], descriptors[5], descriptors[6]
+    dq = descriptors[4]
     A: gl.constexpr = product_layout(call.D)
     S: gl.constexpr = product_layout(call.BLOCK_Q)
     COLUMN: gl.constexpr = WHO * (call.D // 2)
@@ -293,13 +314,8 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
             dq_piece = warpgroup_mma_wait(0, deps=(begin_dq(shared, number, call, COLUMN + piece * PIECE),))
             add_dq(dq_piece, shared, dq, job.batch, dq_head, dq_row, COLUMN + piece * PIECE, call, WHO)
 
-        # 4. dv and dk in fp32, staged in the memory of k and v, and of q, once neither consumer reads these.
+        # 4. dv and dk, once neither consumer reads k, v and q.
         sync(INPUTS_READ, 256, 4)  # the other consumer
-        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], gl.float32)
-        if WHO == 0:
-            staged = reinterpret(shared.kv.tiles, gl.float32, [ROWS, call.D], layout)
-            add_tile(acc, staged, dv, [job.batch, job.head_kv, job.first_row, 0])
-        else:
-            staged = reinterpret(shared.q, gl.float32, [ROWS, call.D], layout)
-            add_tile(acc * call.scale, staged, dk, [job.batch, job.head_kv, job.first_row, 0])
-        tma.store_wait(0)  # the copy engine, which reads the same shared memory
+        finish(acc, job, shared, descriptors, call, WHO)
+    elif descriptors[5].dtype != gl.float32:  # no query sees these keys
+        finish(gl.zeros([ROWS, call.D], gl.float32, A), job, shared, descriptors, call, WHO)

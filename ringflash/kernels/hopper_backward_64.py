@@ -23,7 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gluon_names import add_out, aggregate
-from ringflash.kernels.hopper_backward_128 import EMPTY, PUBLISHED, add_gradients, announce, walk_queries
+from ringflash.kernels.hopper_backward_128 import (
+    EMPTY,
+    PUBLISHED,
+    announce,
+    finish,
+    store_gradients,
+    walk_queries,
+)
 from ringflash.kernels.hopper_backward_parts import center_keys, make_full, make_rows, stage_dq
 from ringflash.kernels.hopper_parts import (
     ROWS,
@@ -221,4 +228,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         # dq of the last query tile, then dk and dv.
         dq_next = begin_dq(shared, number, call, WHO)
         place = [job.batch, dq_head, dq_row + WHO * ROWS, 0]
-        add_gradients(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
+        finish(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
+    elif descriptors[5].dtype != gl.float32:  # no query sees these keys
+        unseen = gl.zeros([ROWS, call.D], gl.float32, A)
+        store_gradients(unseen, unseen, job.first_row + WHO * ROWS, job, shared, descriptors, call, WHO)

@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ringflash.kernels.gluon_names import add_out, aggregate, reinterpret
+from ringflash.kernels.gluon_names import add_out, aggregate, copy_out, reinterpret
 from ringflash.kernels.hopper_parts import ROWS, Job, mask_scores, softcap, tile_run
 
 
@@ -181,8 +181,14 @@ def stage_dq(dq_tile, staged, scale):
 
 
 @gluon.jit
-def add_tile(tile, staged, gradient, place):
-    """Add a tile of dk or dv to memory, through shared memory `staged`. The copy engine clips rows past the end."""
-    staged.store(tile)
+def store_gradient(tile, staged, gradient, place):
+    """Add a tile of dk or dv to fp32 memory, or write it in 16 bits, through shared memory `staged`.
+
+    The copy engine clips rows past the end.
+    """
+    staged.store(tile.to(gradient.dtype))
     fence_async_shared()  # makes the threads' writes visible to the copy engine
-    add_out(gradient, place, staged)
+    if gradient.dtype == gl.float32:
+        add_out(gradient, place, staged)
+    else:
+        copy_out(gradient, place, staged)

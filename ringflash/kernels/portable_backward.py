@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringflash.kernels.checks import check_center, check_rows
+from ringflash.kernels.checks import check_center, check_key_gradients, check_rows
 from ringflash.kernels.portable_compensation import center, subtract
 from ringflash.kernels.portable_parts import (
     LARGE_SHARED,
@@ -118,12 +118,15 @@ def load_lse(lse, rows, valid):
 
 
 @triton.jit
-def add_to(x, tile, rows, valid, stride_s, column, BLOCK_D: tl.constexpr, D: tl.constexpr):
-    """x[rows] += tile, in BLOCK_D columns from `column` on."""
+def store_gradient(x, tile, rows, valid, stride_s, column, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """x[rows] += tile where x is fp32, else x[rows] = tile, in BLOCK_D columns from `column` on."""
     columns = column + tl.arange(0, BLOCK_D)
     x += rows.to(tl.int64)[:, None] * stride_s + columns[None, :]
     inside = valid[:, None] & (columns < D)[None, :]
-    tl.store(x, tl.load(x, inside, 0.0) + tile, inside)
+    if x.dtype.element_ty == tl.float32:
+        tl.store(x, tl.load(x, inside, 0.0) + tile, inside)
+    else:
+        tl.store(x, tile.to(x.dtype.element_ty), inside)
 
 
 # -- dq: one program per query tile
@@ -215,7 +218,7 @@ def dq_kernel(
             )  # fmt: skip
 
         dq_head = dq + batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
-        add_to(dq_head, acc * scale, rows, valid, dq_stride_s, column, BLOCK_C, D)
+        store_gradient(dq_head, acc * scale, rows, valid, dq_stride_s, column, BLOCK_C, D)
 
 
 # -- dk and dv: one program per key tile
@@ -289,7 +292,7 @@ def dkdv_kernel(
     end += batch.to(tl.int64) * interval_stride_b
     last = tl.minimum(first + BLOCK_K, keys) - 1
     lo, tiles, full_from, full_to = tile_run(start, end, first, last, BLOCK_Q)
-    if tiles == 0:
+    if dk.dtype.element_ty == tl.float32 and tiles == 0:  # nothing to add; in 16 bits, zeros to write
         return
 
     q = (q, q_stride_b, q_stride_s, q_stride_h, queries)
@@ -338,9 +341,9 @@ def dkdv_kernel(
         dk_head = dk + batch.to(tl.int64) * dk_stride_b + head_kv.to(tl.int64) * dk_stride_h
         dv_head = dv + batch.to(tl.int64) * dv_stride_b + head_kv.to(tl.int64) * dv_stride_h
         if OF_K:
-            add_to(dk_head, dk_acc * scale, rows, valid, dk_stride_s, column, BLOCK_C, D)
+            store_gradient(dk_head, dk_acc * scale, rows, valid, dk_stride_s, column, BLOCK_C, D)
         if OF_V:
-            add_to(dv_head, dv_acc, rows, valid, dv_stride_s, column, BLOCK_DV, DV)
+            store_gradient(dv_head, dv_acc, rows, valid, dv_stride_s, column, BLOCK_DV, DV)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -429,17 +432,18 @@ def backward(
     dq_tuning: Tuning | None = None,
     dkdv_tuning: tuple[Tuning, ...] | None = None,
 ) -> None:
-    """Add this block's gradients to dq, dk and dv. See `ringflash.kernels` for the contract.
+    """Add this block's gradients to dq, dk and dv, or write dk and dv. See `ringflash.kernels` for the contract.
 
     Raises ValueError, with the values, if `portable_parts.supports` refuses, if a tensor does not fit q and k, or if
     scale is not positive. The tunings replace the tables' choice.
     """
     check_inputs(q, k, scale, softcap, intervals, v=v, dout=dout)
     check_rows("portable", q, lse=lse, delta=delta, dq=dq)
-    check_rows("portable", k, dk=dk)
-    check_rows("portable", v, dv=dv)
+    check_key_gradients("portable", k, v, dk, dv)
     check_center("portable", k, center)
     if 0 in q.shape or 0 in k.shape:
+        if dk.dtype != torch.float32:
+            torch._foreach_zero_((dk, dv))
         return
     if center is not None:
         k = subtract(k, center, intervals)

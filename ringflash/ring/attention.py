@@ -23,8 +23,9 @@ Only what later ranks see is sent (`ring.routes`). The additional memory does no
 - a third shard of gradients if a rank's own gradients return while it still forwards those of others, as with
   documents, wide windows or contiguous layouts.
 
-On a ring of one, the backward processes groups of heads, so that only one group's fp32 gradients exist at a time. With
-one KV head, heads cannot be halved; the backward then has two sections, a quarter of the keys and the rest.
+On a ring of one, the backward processes groups of heads, so that only one group's fp32 gradients exist at a time: its
+dq, since dk and dv are written in 16 bits (`AttentionPlan.writes_gradients`). With one KV head, heads cannot be halved;
+in a ring, the backward then has two sections, a quarter of the keys and the rest.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import Loopback
 from ringflash.ring.watchdog import Label
 
-GROUP_BYTES = 2**30  # of fp32 gradients at once on a ring of one: 16384 tiles of 128 rows of 128, which fill any GPU
+# Of fp32 gradients at once on a ring of one: 16384 tiles of 128 rows of 128, which fill any GPU. Where the Hopper
+# kernel divides 8 or more query heads of a KV head among programs, it holds dk and dv in fp32, too: a quarter as much.
+GROUP_BYTES = 2**30
 
 
 def ring_attention(
@@ -163,7 +166,9 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
     dq, dk, dv = (torch.empty(x.shape, dtype=exact, device=x.device) for x in (q, k, v))
     dsink = None if sink is None else torch.zeros_like(sink)
-    groups = _head_groups(q, k, v) if ring.size == 1 and ulysses is None else [(slice(None), slice(None))]
+    groups = [(slice(None), slice(None))]
+    if ring.size == 1 and ulysses is None:
+        groups = _head_groups(q, k, () if layer.plan.writes_gradients(q.dtype) else (k, v))
     for of_q, of_k in groups:
         by_query, by_key = (q, dout, *residue, dq), (k, v, dk, dv)
         q_, dout_, *residue_, dq_ = (x[:, :, of_q] for x in by_query)
@@ -188,14 +193,14 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink
 
 
-def _head_groups(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+def _head_groups(q: Tensor, k: Tensor, added_to: tuple[Tensor, ...]) -> list[tuple[slice, slice]]:
     """Groups of (query heads, KV heads) whose fp32 gradients take at most GROUP_BYTES, or that have one KV head.
 
-    A ring of one computes the backward group by group: fp32 gradients of all heads are 16 GiB for a million tokens of
-    16 query and 8 KV heads of 128.
+    added_to: which of k and v have fp32 gradients, beside q. A ring of one computes the backward group by group: fp32
+    dq of all heads is 8 GiB for a million tokens of 16 query heads of 128.
     """
     kv_heads, queries_per_key = k.shape[2], q.shape[2] // k.shape[2]
-    of_all = 4 * sum(x.numel() for x in (q, k, v))
+    of_all = 4 * sum(x.numel() for x in (q, *added_to))
     groups = next((n for n in range(1, kv_heads) if kv_heads % n == 0 and of_all <= n * GROUP_BYTES), kv_heads)
     width = kv_heads // groups
     return [

@@ -14,7 +14,7 @@ from ringflash.kernels import Kernel
 from ringflash.partial import Partial, merge_sink
 from ringflash.ring.execution import Memory
 from ringflash.ring.plan import AttentionPlan
-from ringflash.ring.schedule import OWN, Attend, Call, Schedule, Shape
+from ringflash.ring.schedule import OWN, RESULTS, Attend, Call, Schedule, Shape
 from ringflash.ring.watchdog import Label
 
 
@@ -178,7 +178,7 @@ class Backward(_Pass):
             self.dq.append(dq[:, :, of_q])
 
     def attend(self, step: Attend) -> None:
-        """Add a hop's gradients to a section."""
+        """Add a hop's gradients to a section, or write them if no other hop has any."""
         (dout, q, lse, delta, center), dq = self.of_queries[step.section], self.dq[step.section]
         for intervals in self.hops[step.section][step.hop].intervals:
             (k, v), (dk, dv) = self.keys(step), self.gradients(step.gradients, step.section)
@@ -188,7 +188,9 @@ class Backward(_Pass):
             )  # fmt: skip
 
     def gradients(self, buffer: str, section: int) -> tuple[Tensor, Tensor]:
-        """dk and dv [B, rows, heads, D] in a section's buffer, to add to."""
+        """dk and dv [B, rows, heads, D] in a section's buffer, to add to, or in the results, to write."""
+        if buffer == RESULTS:
+            return self.results[1], self.results[2]
         if buffer not in self._gradients:
             (x,), (begin, end), k = self.memory[buffer], self.sections[section].heads, self.own[0]
             batch, heads = k.shape[0], end - begin
@@ -203,9 +205,10 @@ class Backward(_Pass):
         """Write a section's complete sums in the results' dtype, while the other stream's last kernel runs."""
         section, round_into = self.sections[step.section], self.layer.kernel.round_into
         rows, heads = slice(*section.rows), slice(*section.heads)
-        own = self.gradients(section.gradients(self.rank, 0), step.section)
-        for result, x in zip(self.results[1:], own, strict=True):
-            round_into(result[:, rows, heads], x)
+        if not section.written:
+            own = self.gradients(section.gradients(self.rank, 0), step.section)
+            for result, x in zip(self.results[1:], own, strict=True):
+                round_into(result[:, rows, heads], x)
         if section.rows.begin == 0:
             round_into(self.results[0][:, :, self.query_heads[step.section]], self.dq[step.section])
 

@@ -198,6 +198,14 @@ class AttentionPlan:
             self._schedules[shape] = compile_passes(self, shape)
         return self._schedules[shape]
 
+    def writes_gradients(self, dtype: torch.dtype) -> bool:
+        """Whether one call of a kernel computes dk and dv of inputs of that dtype, and so writes them in 16 bits.
+
+        Else calls add to fp32 sums: those of several hops or masks, and those that Ulysses adds up over its ranks.
+        """
+        calls = len(self.masks) * (1 + max(route.last_hop for route in self.routes))
+        return calls == 1 and self.ulysses is None and dtype != torch.float32
+
     def computed(self, i: int) -> list[int]:
         """The hops that local rank ring.local[i] computes, in order; the first is 0."""
         return [s for s, hops in enumerate(self.hops) if hops[i].intervals]

@@ -32,14 +32,15 @@ cannot deadlock, and a Loopback runs them side by side.
 
 Keys of hop s lie in buffer "keys s % 2". A message fills rows of the peer's buffer of the same name. Gradients of a hop
 lie in one of two buffers per section, which take turns: one is added to and sent while the other receives. A rank's own
-gradients return into the latter, or into a third buffer where any rank still carries others' by then.
+gradients return into the latter, or into a third buffer where any rank still carries others' by then. Where one call
+computes all of them, as on a ring of one, there is no buffer: the kernel writes them into the results.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from ringflash.ring.plan import AttentionPlan
 
 OWN = "own"  # this rank's keys and values, in the layout in which they are sent
+RESULTS = "results"  # dk and dv as the pass returns them
 
 
 class Rows(NamedTuple):
@@ -110,8 +112,8 @@ class Clear:
 class Attend:
     """Run the kernel on a section of a hop's keys.
 
-    keys: the buffer with the hop's keys and values. gradients: the buffer of their gradients, in the backward. pairs:
-    visible (query, key) pairs over the masks' batch rows.
+    keys: the buffer with the hop's keys and values. gradients: the buffer of their gradients, in the backward, or
+    RESULTS. pairs: visible (query, key) pairs over the masks' batch rows.
     """
 
     stream: int
@@ -154,13 +156,17 @@ Step = Post | Wait | Clear | Attend | Fork | Join | Call
 
 @dataclass(frozen=True)
 class Section:
-    """KV heads and rows of every shard that one stream processes; routes count from the first of these rows."""
+    """KV heads and rows of every shard that one stream processes; routes count from the first of these rows.
+
+    written: one call computes their gradients and writes them in 16 bits.
+    """
 
     index: int
     stream: int
     heads: Range
     rows: Range
     routes: tuple[Route, ...]
+    written: bool = False
 
     @functools.cached_property
     def returned_early(self) -> bool:
@@ -178,6 +184,8 @@ class Section:
 
         A rank's own gradients, of hop 0, return into the buffer that is next in turn, unless that is still needed.
         """
+        if self.written:
+            return RESULTS
         if s == 0 and self.returned_early:
             return f"returned {self.index}"
         return f"gradients {self.index}.{(s or self.routes[rank].first_return + 1) % 2}"
@@ -260,6 +268,8 @@ def compile_passes(plan: AttentionPlan, shape: Shape) -> tuple[Schedule, Schedul
     ranks, routes, length = plan.ring.local, plan.routes, plan.layout.shard_length
     heads = head_sections(routes, length, shape.key_heads)
     sections = heads if len(heads) > 1 else _row_sections(heads[0])  # of the backward
+    if plan.writes_gradients(shape.dtype):
+        sections = tuple(replace(section, written=True) for section in sections)
     keys = _key_buffers(routes, length, shape)
     gradients = {name: (buffer,) for section in sections for name, buffer in _gradient_buffers(section, shape)}
     forward, backward = [], []
@@ -314,7 +324,7 @@ def _gradient_buffers(section: Section, shape: Shape) -> Iterator[tuple[str, Buf
     row = shape.batch * (last - head) * (shape.key_dim + shape.value_dim)
     names = {section.gradients(0, s) for s in range(1, _hops(section.routes))}
     names |= {section.gradients(rank, 0) for rank in range(len(section.routes))}
-    for name in sorted(names):
+    for name in sorted(names - {RESULTS}):
         yield name, Buffer((end - begin, row), torch.float32)
 
 
@@ -358,7 +368,8 @@ def backward_steps(
         yield _post_keys(rank, routes, 1, 0)
     yield Call(0, "delta", "prepare")  # this and the next steps run while the first keys are sent
     for section in sections:
-        yield _clear_gradients(rank, section, order[0], 0)
+        if not section.written:
+            yield _clear_gradients(rank, section, order[0], 0)
     for s in order:
         if s > 0:
             yield Wait(0, f"hop {s}")

@@ -155,8 +155,8 @@ def _work(config: PreTrainedConfig, heads: Heads, tokens: int, width: int, ring:
     # of two layers, a norm's result and the residual stream's gradient
     numbers = 2 * projected + rotated + 2 * result + 4 * sum(input_widths(config))
     gradients = 4 * tokens * projected
-    if ring == 1:
-        gradients = min(gradients, GROUP_BYTES)
+    if ring == 1:  # by groups of heads; dk and dv of 16-bit inputs are written in 16 bits
+        gradients = min(4 * tokens * (heads.query * heads.dim if width == 2 else projected), GROUP_BYTES)
     # a ring's keys and values, and their gradients in fp32, are received while others are used
     received = 2 * tokens * heads.key_width * (width + 4) if ring > 1 else 0
     return tokens * numbers * width + gradients + received

@@ -69,15 +69,20 @@ def dense(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def by_kernel(p: Problem, forward: Callable, backward: Callable) -> dict[str, Tensor]:
-    """out, lse, dq, dk and dv by a kernel, forward then backward; gradients are added to buffers that hold noise."""
+def by_kernel(p: Problem, forward: Callable, backward: Callable, written: bool = False) -> dict[str, Tensor]:
+    """out, lse, dq, dk and dv by a kernel, forward then backward; gradients are added to buffers that hold noise.
+
+    written: dk and dv are written in the inputs' 16 bits, where NaN was.
+    """
     intervals = p.mask.intervals(p.q.device)
     state = forward(p.q, p.k, p.v, intervals, scale=p.scale, softcap=p.softcap)
     delta = delta_of(p.dout, state)
     held = {name: torch.randn(x.shape, device=x.device) for name, x in (("dq", p.q), ("dk", p.k), ("dv", p.v))}
-    sums = {name: x.clone() for name, x in held.items()}
-    backward(p.dout, p.q, p.k, p.v, state.lse, delta, intervals, scale=p.scale, softcap=p.softcap, **sums)
-    return {"out": state.out, "lse": state.lse, **{name: sums[name].double() - held[name].double() for name in held}}
+    results = {"dk": torch.full_like(p.k, torch.nan), "dv": torch.full_like(p.v, torch.nan)} if written else {}
+    sums = {name: x.clone() for name, x in held.items() if name not in results}
+    backward(p.dout, p.q, p.k, p.v, state.lse, delta, intervals, scale=p.scale, softcap=p.softcap, **sums, **results)
+    added = {name: x.double() - held[name].double() for name, x in sums.items()}
+    return {"out": state.out, "lse": state.lse, **added, **results}
 
 
 def strided(x: Tensor) -> Tensor:

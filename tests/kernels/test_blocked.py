@@ -16,7 +16,8 @@ from tests.strategies import masks
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_every_mask_is_within_the_bound_of_float64(mask, dtype):
     p = problem(mask(300), heads=(4, 2), head_dim=32, dtype=dtype)  # 300 tokens are two tiles of queries
-    assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
+    written = dtype != torch.float32
+    assert violations(p, by_kernel(p, blocked.forward, blocked.backward, written)) == []
 
 
 @pytest.mark.parametrize("softcap", [0.5, 20.0, 10000.0])

@@ -32,14 +32,19 @@ WRONG = {
     "dout": ({"dout": Q[:, :, :2]}, r"dout as \[1, 8, 4, 64\], .*got \[1, 8, 2, 64\]"),
     "delta": ({"delta": ROWS[:, :, :7]}, r"delta as \[1, 4, 8\], .*got \[1, 4, 7\]"),
     "center": ({"center": K[:, :1].float()}, r"center as \[1, 1, 2, 64\], torch.float16, .*torch.float32"),
-    "dk": ({"dk": K}, r"dk as \[1, 8, 2, 64\], torch.float32, .*torch.float16"),
+    "dk": ({"dk": torch.zeros(1, 8, 4, 64)}, r"dk as \[1, 8, 2, 64\], torch.float32, .*got \[1, 8, 4, 64\]"),
+    "dv": ({"dk": K, "dv": K[:, :7]}, r"dv as \[1, 8, 2, 64\], torch.float16, .*got \[1, 7, 2, 64\]"),
+    "dk alone in 16 bits": (
+        {"dk": K},
+        r"dk and dv both as torch.float32, .*or both as torch.float16, .*got torch.float16 and torch.float32",
+    ),
 }
 
 
 @pytest.mark.parametrize("kernel", ["portable", "hopper"])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_tensor_that_does_not_fit_is_refused_in_the_kernels_name(name, kernel):
-    backward = name in ("dout", "delta", "dk", "center")
+    backward = name.startswith(("d", "center"))
     module = importlib.import_module(f"ringflash.kernels.{kernel}_{'backward' if backward else 'forward'}")
     parts = importlib.import_module(f"ringflash.kernels.{kernel}_parts")
     arguments = {"q": Q, "k": K, "v": K, "intervals": INTERVALS, "scale": 0.125}
@@ -53,3 +58,16 @@ def test_a_tensor_that_does_not_fit_is_refused_in_the_kernels_name(name, kernel)
         pytest.raises(ValueError, match=f"^kernel={kernel} takes {told}"),
     ):
         (module.backward if backward else module.forward)(**arguments | wrong)
+
+
+def test_a_tuning_of_another_head_size_is_refused():
+    from ringflash.kernels import hopper_backward, hopper_parts
+
+    gradients = {f"d{x}": torch.zeros(y.shape) for x, y in (("q", Q), ("k", K), ("v", K))}
+    with (
+        mock.patch.object(hopper_parts, "supports", return_value=None),
+        pytest.raises(ValueError, match=r"^kernel=hopper takes block_q=128 at head_dim 64, got 64$"),
+    ):
+        hopper_backward.backward(
+            Q, Q, K, K, ROWS, ROWS, INTERVALS, scale=0.125, **gradients, tuning=hopper_backward.TUNINGS[128]
+        )

@@ -85,17 +85,23 @@ def center(*tensors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Te
     return portable_compensation.center(*tensors, scale=scale)
 
 
-def checked(kernel: str, mask: IntervalMask, **options) -> list[str]:
-    p = problem(mask, device="cuda", **options)
+def found(p: Problem, forward: Callable, backward: Callable) -> list[str]:
+    """What is wrong with out and the gradients, where dk and dv are added and, in 16 bits, where they are written."""
+    ways = ["added"] if p.k.dtype == torch.float32 else ["added", "written"]
     with mock.patch("torch.empty", poisoned):
-        actual = by_kernel(p, *kernels(kernel))
-    return violations(p, actual)
+        results = {way: by_kernel(p, forward, backward, way == "written") for way in ways}
+    return [f"{way}: {line}" for way, actual in results.items() for line in violations(p, actual)]
+
+
+def checked(kernel: str, mask: IntervalMask, **options) -> list[str]:
+    return found(problem(mask, device="cuda", **options), *kernels(kernel))
 
 
 @over(hopper=product([64, 128, 256], HALF), portable=product([64, 128], ALL))
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_is_within_the_bound_of_float64(name, kernel, head_dim, dtype):
-    assert checked(kernel, MASKS[name](1111), heads=(4, 2), head_dim=head_dim, dtype=dtype) == []
+    """Three query heads of a group have one program on Hopper, which then writes dk and dv, if asked to."""
+    assert checked(kernel, MASKS[name](1111), heads=(6, 2), head_dim=head_dim, dtype=dtype) == []
 
 
 @over(portable=product([32, 40, 80, 96, 192, 256, 320, 512], ALL))
@@ -112,7 +118,7 @@ def test_query_heads_share_kv_heads(heads, kernel, head_dim, dtype):
 @over(hopper=product([64, 128, 256], BF16), portable=product([128], BF16))
 @pytest.mark.parametrize("length", LENGTHS)
 def test_any_length(length, kernel, head_dim, dtype):
-    assert checked(kernel, MASKS["causal"](length), heads=(2, 1), head_dim=head_dim, dtype=dtype) == []
+    assert checked(kernel, MASKS["causal"](length), heads=(3, 1), head_dim=head_dim, dtype=dtype) == []
 
 
 @over(hopper=product([64, 128], BF16), portable=product([64, 128], BF16))
@@ -126,7 +132,7 @@ def test_long_sequences(name, kernel, head_dim, dtype):
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
 def test_results_and_gradients_under_a_softcap_are_within_the_bound(softcap, kernel, head_dim, dtype):
     mask = MASKS["causal"](600)
-    assert checked(kernel, mask, heads=(2, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
+    assert checked(kernel, mask, heads=(3, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
 
 
 @over(hopper=product([64, 128, 256], HALF), portable=product([64, 128, 512], HALF))
@@ -144,7 +150,7 @@ def test_gradients_do_not_suffer_from_the_results_rounding(softcap, kernel, head
 @over(hopper=product([64, 128, 256], HALF), portable=product([64, 128, 256, 512], ALL))
 @pytest.mark.parametrize("name", ["causal", "packed", "many queries, two keys", "rows that see nothing among others"])
 def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim, dtype):
-    p = problem(MASKS[name](1111), heads=(8, 4), head_dim=head_dim, dtype=dtype, device="cuda", means=(2.0, 0.5))
+    p = problem(MASKS[name](1111), heads=(12, 4), head_dim=head_dim, dtype=dtype, device="cuda", means=(2.0, 0.5))
     p.k[1, :, 0] -= 2  # a head whose keys have no mean
     forward, backward = kernels(kernel)
 
@@ -153,15 +159,13 @@ def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim
         assert c[1, 0, 1:].any(1).all()
         assert k.shape[1] == 2 or not c[1, 0, 0].any()  # two keys may be alike by chance
         for kv in (slice(0, 1), slice(1, 4)):  # heads come in parts
-            of_q = slice(2 * kv.start, 2 * kv.stop)
+            of_q = slice(3 * kv.start, 3 * kv.stop)
             backward(
                 dout[:, :, of_q], q[:, :, of_q], k[:, :, kv], v[:, :, kv], shifted[:, of_q], delta[:, of_q], intervals,
                 scale=scale, softcap=softcap, dq=dq[:, :, of_q], dk=dk[:, :, kv], dv=dv[:, :, kv], center=c[:, :, kv],
             )  # fmt: skip
 
-    with mock.patch("torch.empty", poisoned):
-        actual = by_kernel(p, forward, centered)
-    assert violations(p, actual) == []
+    assert found(p, forward, centered) == []
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
@@ -251,14 +255,15 @@ def test_strided_views_give_the_same_bits(kernel, head_dim, dtype):
 
 
 @over(hopper=product([64, 128, 256], BF16), portable=product([64, 128], BF16))
-def test_deterministic_runs_are_bit_equal(kernel, head_dim, dtype):
+@pytest.mark.parametrize("written", [False, True], ids=["added", "written"])
+def test_deterministic_runs_are_bit_equal(written, kernel, head_dim, dtype):
     forward, backward = kernels(kernel)
     options = {"deterministic": True} if kernel == "hopper" else {}  # portable always is
     p = problem(MASKS["packed"](3000), heads=(8, 2), head_dim=head_dim, dtype=dtype, device="cuda")
     runs = []
     for _ in range(3):
         torch.manual_seed(1)  # the noise that by_kernel adds gradients to
-        runs.append(by_kernel(p, forward, lambda *args, **named: backward(*args, **named, **options)))
+        runs.append(by_kernel(p, forward, lambda *args, **named: backward(*args, **named, **options), written))
     assert [name for run in runs for name in run if not torch.equal(run[name], runs[0][name])] == []
 
 

@@ -162,6 +162,11 @@ def test_extra_memory_is_two_shards_of_keys_and_two_of_gradients_whatever_the_ri
     assert backward_bytes == in_backward(kv_heads) - unused + third
 
 
+def test_a_ring_of_one_holds_no_gradients_in_fp32_but_dq(monkeypatch):
+    _, most, _ = passes(monkeypatch, IntervalMask.causal(SHARD), Layout.contiguous(SHARD, 1), 0)
+    assert most == in_backward(2) - 2 * 2 * (KEYS + GRADIENTS)
+
+
 def test_a_sink_takes_a_few_numbers_a_row_and_the_residue(monkeypatch):
     most, *_ = passes(monkeypatch, *MASKS["causal"](8), 0, sink=torch.zeros(HEADS))
     assert most <= in_forward(2) + QUERIES + 3 * ROWS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, kernels
 from ringflash.layout import LAYOUTS
-from ringflash.ring.schedule import Attend, Clear, Post, Shape, Wait
+from ringflash.ring.schedule import RESULTS, Attend, Clear, Post, Shape, Wait
 from tests.ring.cases import on_ring, whole_inputs
 from tests.strategies import masks
 
@@ -84,6 +84,9 @@ def test_gradients_of_every_key_that_is_seen_return_to_their_owner(plan, key_hea
         for r, step in enumerate(steps):
             if isinstance(step, Clear):
                 rows[r].update({(x.buffer, i): frozenset() for x in step.rows for i in range(x.begin, x.end)})
+            if isinstance(step, Attend) and step.gradients == RESULTS:  # one call writes all rows, whatever it sees
+                assert rows[r] == {}
+                rows[r] = {(RESULTS, i): frozenset() for i in range(plan.layout.shard_length)}
             if isinstance(step, Attend) and step.gradients and step.pairs:
                 section = schedule.sections[step.section]
                 for block in plan.hops_of(section.rows)[step.hop][r].intervals:
@@ -115,7 +118,20 @@ def test_documents_that_stay_on_their_rank_are_one_launch_and_no_buffer_of_keys(
     for schedule in schedules(plan):
         assert not any(isinstance(step, (Post, Wait)) for step in schedule.steps[0])
         assert sum(isinstance(step, Attend) for step in schedule.steps[0]) == 1
-        assert not [name for name in schedule.buffers if name.startswith("keys")]
+        assert schedule.buffers == {}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "leading_tokens", "dtype"),
+    [(4, 0, torch.bfloat16), (1, 2, torch.bfloat16), (1, 0, torch.float32)],
+    ids=["several hops", "two masks", "fp32"],
+)
+def test_calls_add_to_fp32_sums_where_one_call_does_not_write_the_gradients(ranks, leading_tokens, dtype):
+    whole = AttentionPlan(IntervalMask.causal(64), Layout.zigzag(64, ranks), Loopback(ranks), None, leading_tokens)
+    _, schedule = whole.window(20).schedules(Shape(1, 4, 2, 8, 8, dtype))
+    into = {step.gradients for step in schedule.steps[0] if isinstance(step, Attend)}
+    assert into
+    assert into <= {name for name, buffer in schedule.buffers.items() if buffer[0].dtype == torch.float32}
 
 
 def test_schedules_are_compiled_once_per_shape_and_kept_with_the_plan():
