@@ -198,7 +198,7 @@ def test_longrope_is_that_of_the_whole_text_and_refused_where_an_answer_passes_t
     asked = longrope(600)
     printed = [answers([*asked, *more])[0] for more in ([], ["rope_length=2000"], ["rope_length=600"])]
     assert printed[0] == printed[1] != printed[2]
-    crossing = r"rope_type=longrope turns .* grows from 644 to 656 tokens while a cache keeps its keys: rope_length=N"
+    crossing = r"rope_type=longrope depends .* grows from 644 to 656 tokens while a cache keeps its keys: rope_length=N"
     with pytest.raises(ConfigError, match=crossing):
         answers(longrope(650))
     with pytest.raises(ConfigError, match=r"^rope_length=0 must be 1 or more"):

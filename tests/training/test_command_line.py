@@ -96,7 +96,7 @@ UNREADABLE = {
     "Data.path=/x/a=b": "Data.path is not a setting; did you mean data.path?",
     "lr=1": "lr is not a setting; did you mean optim.lr?",
     "optim.LR=1": "optim.LR is not a setting; did you mean optim.lr?",
-    "checkpoint.at=x": "checkpoint.at is not a setting; checkpoint has every, keep",
+    "checkpoint.at=x": "checkpoint.at is not a setting; checkpoint has every, every_minutes, keep, keep_best",
     "model.lora.r=8": "model.lora.r is not a setting; model.lora has rank, alpha, dropout, targets",
     "hydra.run.dir=x": "hydra.run.dir is not a setting",
     "hydra/launcher=basic": "hydra/launcher is not a setting",
@@ -149,7 +149,8 @@ ENDS = {int: [-1, 0, 2**31, 2**64, 10**30], float: [-math.inf, -1.0, 0.0, 5e-324
 TAKEN = {
     "seed": [0, 2**31], "data.seed": [0, 2**31], "data.held_out": [0.0, 5e-324], "memory.zero": [0],
     "evaluation.every": [0], "evaluation.needle.every": [0], "evaluation.needle.depths": [0],
-    "checkpoint.every": [0], "optim.warmup": [0], "optim.lr": [0.0, 5e-324, 1.5, 1e308],
+    "checkpoint.every": [0], "checkpoint.every_minutes": [0.0, 5e-324, 1.5, 1e308], "optim.warmup": [0],
+    "optim.lr": [0.0, 5e-324, 1.5, 1e308],
     "optim.final_lr": [0.0, 5e-324], "optim.decay": [5e-324], "optim.beta1": [0.0, 5e-324],
     "optim.beta2": [0.0, 5e-324], "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],
     "model.lora.dropout": [0.0],
