@@ -28,7 +28,8 @@ PASSES = {
         True,
     ): "axk1 deepseek_v2 deepseek_v3 diffllama ernie4_5 ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite helium "
     "hunyuan_v1_dense hunyuan_v1_moe hy_v3 laguna mimo_v2_flash ministral3 smollm3 youtu",
-    (NORM_MLP, False): "afmoe exaone4 gemma3_text granite_swa minicpm3 olmo2 olmo3",
+    (NORM_MLP, False): "afmoe exaone4 gemma3_text granite_swa minicpm3 olmo2 olmo3 olmo_hybrid qwen3_5_moe_text "
+    "qwen3_5_text qwen3_next",
     (NORM_ROTARY, True): "arcee mellum mixtral qwen3_moe",
     (NORM_ROTARY, False): "granitemoe granitemoeshared",
     (("norm",), True): "bitnet glm minimax_m2 olmoe seed_oss",
