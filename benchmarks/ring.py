@@ -1,6 +1,6 @@
 """The ring: what it costs a GPU beyond its kernels, what it costs in precision, and where its GPUs would wait.
 
-    python benchmarks/ring.py --device cpu --quick                   # any machine, seconds: does it work here
+    python benchmarks/ring.py --device cpu --quick                   # any machine, a minute: does it work here
     python benchmarks/ring.py --timeline --tflops 500                # any machine, seconds: 128k tokens on 8 ranks
     python benchmarks/ring.py --timeline --tflops 650/550 --gbps 50 --mask window 4096 --layout contiguous --ranks 16
     python benchmarks/ring.py --error --device cpu                   # any machine, a minute

@@ -1,6 +1,6 @@
 """Standard attention against flash attention: memory and time from 1k to 1M tokens, forward and backward.
 
-    python benchmarks/standard.py --device cpu      # any machine: 256 to 8k tokens, in seconds
+    python benchmarks/standard.py --device cpu      # any machine: 256 to 8k tokens, in a minute
     python benchmarks/standard.py                   # a GPU: 1k to 1M tokens
     python benchmarks/standard.py --tokens 4k 64k --heads 4 --dim 64
 
