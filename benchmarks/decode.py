@@ -246,14 +246,12 @@ def _row(
 def tunings() -> list[Contender]:
     """The Triton kernel with other tiles and splits than its table's."""
     from ringflash.kernels import decode, portable_decode
-    from ringflash.kernels.portable_parts import Tuning
+    from ringflash.kernels.portable_parts import Tuning, sm_count
 
     def under(tuning: Tuning, programs_per_sm: int, q: Tensor, k: Tensor, v: Tensor) -> Decode:
         end = torch.full((1, 1), k.shape[1], dtype=torch.int32, device=q.device)
         spans = ((torch.zeros_like(end), end),)
-        splits = portable_decode.splits_for(
-            k.shape[1], k.shape[0] * k.shape[2], portable_decode.sms(q.device), programs_per_sm
-        )
+        splits = portable_decode.splits_for(k.shape[1], k.shape[0] * k.shape[2], sm_count(q.device), programs_per_sm)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = portable_decode.decode(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ringflash.kernels.portable_parts import sm_count
 
 TILE = 2048  # elements of a program's tile: 16 per thread of four warps
 LARGEST_ROW = 32768  # elements of a row that one program holds in registers
@@ -40,12 +40,7 @@ def tile_of(width: int) -> tuple[int, int, int]:
 
 def programs_for(tiles: int, device: torch.device) -> int:
     """The number of programs that share `tiles` tiles, each with its own partial sums."""
-    return min(tiles, 4 if INTERPRETED else _multiprocessors(device) * PROGRAMS_PER_SM)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return min(tiles, 4 if INTERPRETED else sm_count(device) * PROGRAMS_PER_SM)
 
 
 def dense(x: Tensor | None) -> Tensor | None:

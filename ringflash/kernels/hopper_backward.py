@@ -5,9 +5,9 @@ The mathematics is that of `portable_backward`: with p = 2^(c s - log2(e) lse) a
     dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
 
 One program holds a tile of keys of one KV head. It loops over the queries query_start:query_end that see them, 64 or
-128 at a time, for each query head of the group or for some of them (`programs_a_group`). dq has many writers; dk and dv
-have several if a group is divided. They are added in L2 by the copy engine's fp32 reduction, whose order differs from
-run to run. If a group is not divided and the caller has no other queries, its dk and dv are written in 16 bits.
+128 at a time, for each query head of the group or for some of them (`programs_per_group`). dq has many writers; dk and
+dv have several if a group is divided. They are added in L2 by the copy engine's fp32 reduction, whose order differs
+from run to run. If a group is not divided and the caller has no other queries, its dk and dv are written in 16 bits.
 `deterministic=True` calls `portable_backward`, which has one writer per gradient and seven products instead of five.
 
 Two consumers, one warpgroup each, divide the products: by keys at head_dim 64 and 128 (`hopper_backward_64`,
@@ -37,11 +37,10 @@ from ringflash.kernels.hopper_parts import (
     check_addresses,
     check_inputs,
     check_rows,
-    processors,
     tiles,
 )
 from ringflash.kernels.portable_backward import center, delta, round_into
-from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales
+from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales, sm_count
 from ringflash.mask import Intervals
 
 __all__ = ["backward", "center", "delta", "round_into"]
@@ -188,7 +187,7 @@ def backward(
         return
     parts = 1 if D <= 128 else 2
     keys = 2 * rows // parts  # per program
-    split = programs_a_group(Hq // Hkv, order.longest / order.total / parts, B * Hkv, processors(q.device))
+    split = programs_per_group(Hq // Hkv, order.longest / order.total / parts, B * Hkv, sm_count(q.device))
     if written and split > 1:  # several programs add to a tile
         dk, dv = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
     # Tiles that no query sees have nothing to add, but zeros to write.
@@ -215,7 +214,7 @@ def backward(
             round_into(result, x)
 
 
-def programs_a_group(group: int, longest: float, pairs: int, processors: int) -> int:
+def programs_per_group(group: int, longest: float, pairs: int, sms: int) -> int:
     """The number of programs among which the query heads of a KV tile are divided.
 
     A program has at most HEADS of them, and fewer if tiles would otherwise finish unevenly. longest: a head's longest
@@ -223,7 +222,7 @@ def programs_a_group(group: int, longest: float, pairs: int, processors: int) ->
     dk and dv, about 3 steps.
     """
     split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= HEADS)
-    while group % (2 * split) == 0 and longest / split > 0.9 * pairs / processors:
+    while group % (2 * split) == 0 and longest / split > 0.9 * pairs / sms:
         split *= 2
     return split
 

@@ -69,7 +69,6 @@ from ringflash.kernels.hopper_parts import (
     counter,
     make_pipe,
     next_tile,
-    processors,
     product_layout,
     receive_job,
     supports,
@@ -86,6 +85,7 @@ from ringflash.kernels.portable_parts import (
     result_without_keys,
     score_scales,
     seen_argument,
+    sm_count,
 )
 from ringflash.mask import Intervals
 from ringflash.partial import Partial
@@ -547,7 +547,7 @@ def forward(
         out_tiles if x is out else x if direct else tiles(x, ROWS.value) for x in (carried, final)
     )
     with torch.cuda.device_of(q):
-        forward_kernel[(min(B * Hq * q_tiles, processors(q.device)),)](
+        forward_kernel[(min(B * Hq * q_tiles, sm_count(q.device)),)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
             *(carry_tiles, out_tiles, final_tiles, *carried.stride()[:3], *out.stride()[:3], *final.stride()[:3]),
             *seen_argument(seen, lse),

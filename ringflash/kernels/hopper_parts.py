@@ -332,12 +332,6 @@ def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLay
     return gl.NVMMASharedLayout.get_default_for([*block], DTYPES[dtype])
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def counter(device: torch.device) -> Tensor:
     """The current stream's int32 counter for `next_tile`, made once. It is 0 between two launches."""
     if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream; it zeroes this counter itself

@@ -20,8 +20,6 @@ graph. Keys beyond a row's end are never read, so a cache need not be cleared.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -40,6 +38,7 @@ from ringflash.kernels.portable_parts import (
     interval_stride,
     load_tile,
     score_scales,
+    sm_count,
     softcap,
     visible,
 )
@@ -47,7 +46,6 @@ from ringflash.partial import Partial
 
 LEAST_KEYS = 256  # per split: shorter ones cost more in the combination than they save
 MOST_SPLITS = 256
-INTERPRETED_SMS = 4  # assumed for Triton's interpreter: a few splits
 PARTS = 32  # loaded at once by the combination
 
 
@@ -225,7 +223,7 @@ def decode(
     rows = Sq * (Hq // Hkv)
     t = tuning or tuning_for(max(D, DV), q.dtype, rows, arch(q))
     tiles = triton.cdiv(rows, t.block_q)
-    splits = splits or splits_for(capacity, B * Hkv * tiles, sms(q.device), programs_per_sm(t, max(D, DV)))
+    splits = splits or splits_for(capacity, B * Hkv * tiles, sm_count(q.device), programs_per_sm(t, max(D, DV)))
     out = torch.empty(len(spans) * splits, B, Sq, Hq, DV, dtype=torch.float32, device=q.device)
     lse = torch.empty(len(spans) * splits, B, Hq, Sq, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -267,13 +265,3 @@ def supports(q: Tensor, k: Tensor, softcap: float | None, value_dim: int | None 
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels run on tensors of this device: on a GPU, or in Triton's interpreter."""
     return device.type == "cuda" or not isinstance(combine_kernel, triton.JITFunction)
-
-
-def sms(device: torch.device) -> int:
-    """SMs of a GPU, or the number assumed for Triton's interpreter."""
-    return _sms_of(device) if device.type == "cuda" else INTERPRETED_SMS
-
-
-@functools.cache
-def _sms_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

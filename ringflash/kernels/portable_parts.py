@@ -27,6 +27,7 @@ from ringflash.partial import Partial
 
 HEAD_DIMS = range(32, 513, 8)  # a row of 16-bit values must be a multiple of 16 bytes, the copy engine's unit
 LARGE_SHARED = (90, 100, 103)  # 227 KB per program, and products that read shared memory: large tiles pay
+INTERPRETED_SMS = 4  # assumed for Triton's interpreter: a few programs
 LOG2_E = 1.4426950408889634
 NEG_INF = tl.constexpr(float("-inf"))
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -148,6 +149,14 @@ def arch(q: Tensor) -> int:
 def _arch(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """SMs of a GPU, or the number assumed for Triton's interpreter."""
+    if device.type != "cuda":
+        return INTERPRETED_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def score_scales(scale: float, softcap: float | None) -> tuple[float, float]:

@@ -347,9 +347,9 @@ def test_no_tile_lies_over_a_barrier(compiled):
     ],
 )
 def test_a_groups_heads_are_divided_where_a_tile_would_outlast_the_others(group, longest, pairs, programs):
-    from ringflash.kernels.hopper_backward import programs_a_group
+    from ringflash.kernels.hopper_backward import programs_per_group
 
-    assert programs_a_group(group, longest, pairs, processors=132) == programs
+    assert programs_per_group(group, longest, pairs, sms=132) == programs
 
 
 @pytest.mark.parametrize(
