@@ -9,7 +9,7 @@ engine, loss, optimizer     the model under DeepSpeed
 step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
 positions                   the loss by position in a document
 meter, flops, metrics       a step's figures, and where they are written
-checkpoint, reshard         what a run can be resumed from, also on another number of ranks
+checkpoint, reshard         what a run can be resumed from, also if ranks or ZeRO stage change
 export                      what a run leaves
 loop                        the run, top to bottom
 """

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,6 +53,7 @@ FREE = (
 # may need larger micro-batches. The optimizer's others, clip and weight_decay among them, are restored from the
 # checkpoint.
 REPORTED = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay", "optim.micro_batch")
+SHARDING = ("zero", "optimizer_states")  # of memory: which states are in a rank's files
 TOKENIZER = "tokenizer.digest"  # says why other tokens are; one that gives the same tokens is not refused
 BY_DIGEST = {
     "data.digest": "the tokens of data.path or data.sources, by their digest",
@@ -142,7 +143,7 @@ def load_best(engine: deepspeed.DeepSpeedEngine, folder: Path, best: Best, world
                 f"{path}, which has the lowest held-out loss, is corrupt ({fault}): resume=auto "
                 f"checkpoint.keep_best=false exports the last weights"
             )
-        _load(engine, path, manifest["ranks"], world)
+        _load(engine, path, manifest, world)
 
 
 def save(
@@ -216,7 +217,7 @@ def resume(
     path, manifest = intact
     changes = _check_fits(path, manifest, world, settings or {})
     with world.without_timeout(f"loading {path}"):
-        _load(engine, path, manifest["ranks"], world)
+        _load(engine, path, manifest, world)
     if world.is_first:
         for corrupt, fault in faults.items():
             log(f"{corrupt} is corrupt ({fault}); trying the checkpoint before it")
@@ -239,11 +240,11 @@ def _newest_intact(folder: Path, world: World) -> tuple[tuple[Path, dict[str, An
     return None, faults
 
 
-def _load(engine: deepspeed.DeepSpeedEngine, path: Path, ranks: int, world: World) -> None:
-    """Load the files of a intact checkpoint that `ranks` ranks wrote."""
+def _load(engine: deepspeed.DeepSpeedEngine, path: Path, manifest: dict[str, Any], world: World) -> None:
+    """Load the files of an intact checkpoint."""
     try:
-        if ranks != world.size and engine.zero_optimization():
-            reshard.load(engine, path, STATE, ranks, world)
+        if engine.zero_optimization() and not _is_sharded_alike(manifest, engine, world):
+            reshard.load(engine, path / STATE, manifest["ranks"], world)
             return
         loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not adapted(engine.module))
         if isinstance(engine.basic_optimizer, HostAdamW):
@@ -254,6 +255,12 @@ def _load(engine: deepspeed.DeepSpeedEngine, path: Path, ranks: int, world: Worl
         ) from error
     if loaded is None:
         raise RuntimeError(f"{path} has its digests, but DeepSpeed finds nothing to load in it")
+
+
+def _is_sharded_alike(manifest: dict[str, Any], engine: deepspeed.DeepSpeedEngine, world: World) -> bool:
+    """Whether each rank of this run finds its states in the files of the rank of that number."""
+    before, memory = manifest["settings"], asdict(engine.module.memory)
+    return manifest["ranks"] == world.size and all(before.get(f"memory.{x}", memory[x]) == memory[x] for x in SHARDING)
 
 
 def _check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> list[str]:
@@ -282,7 +289,7 @@ def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
         if before.get(key) != now.get(key):
             if key == "data.digest" and before.get(TOKENIZER) not in (None, now.get(TOKENIZER)):
                 key = TOKENIZER
-            if key in REPORTED and key in before:
+            if key in before and _may_change(key, (before[key], now.get(key))):
                 changes.append(f"{key}={now.get(key)} replaces {before[key]}")
                 continue
             name = BY_DIGEST.get(key, key)
@@ -291,6 +298,15 @@ def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
                 f"that value, or start again (resume=never)"
             )
     return changes
+
+
+def _may_change(key: str, values: tuple[Any, Any]) -> bool:
+    """Whether a resumed run may change a setting, which is reported, from the first of the values to the second."""
+    if key == "memory.zero":
+        return 0 not in values  # without ZeRO, all ranks have all states, in one file
+    if key == "memory.optimizer_states":
+        return "bf16" not in values  # which have other bits of the weights and rounded moments
+    return key in REPORTED
 
 
 def _bound(settings: dict, prefix: str = "") -> dict:

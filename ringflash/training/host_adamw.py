@@ -117,7 +117,7 @@ class HostAdamW(torch.optim.Optimizer):
     def load(self, folder: Path, rank: int) -> None:
         """Read the chunks back in place. Raises ValueError if the file has another size."""
         held = self.held()
-        saved = self.mapped(folder, rank, [sum(chunk.shape[1] for chunk in chunks) for chunks in held])
+        saved = mapped(folder, rank, [sum(chunk.shape[1] for chunk in chunks) for chunks in held])
         for chunk, source in zip(itertools.chain(*held), itertools.chain(*saved), strict=True):
             chunk.copy_(source)
 
@@ -125,19 +125,25 @@ class HostAdamW(torch.optim.Optimizer):
         """The chunks of each flat weight."""
         return [state[CHUNKS] for state in self.state.values()]
 
-    @staticmethod
-    def mapped(folder: Path, rank: int, sizes: list[int]) -> list[list[Tensor]]:
-        """The chunks that a rank saved, for flat weights of these sizes; they are read when they are used.
+    def write_weights(self) -> None:
+        """Write the masters, rounded, to the weights."""
+        for weight, state in self.state.items():
+            for part, (master, *_) in zip(weight.data.view(-1).split(CHUNK), state[CHUNKS], strict=True):
+                part.copy_(master)
 
-        Raises ValueError if the file has another size.
-        """
-        file, total = folder / FILE.format(rank), len(STATES) * sum(sizes)
-        if (found := file.stat().st_size) != 4 * total:
-            raise ValueError(f"{file} has {found} bytes of optimizer states instead of {4 * total}")
-        flat = torch.from_file(str(file), size=total, dtype=torch.float32)
-        parts = [[len(STATES) * min(CHUNK, size - at) for at in range(0, size, CHUNK)] for size in sizes]
-        chunks = iter(flat.split([*itertools.chain(*parts)]))
-        return [[next(chunks).view(len(STATES), -1) for _ in of_weight] for of_weight in parts]
+
+def mapped(folder: Path, rank: int, sizes: list[int]) -> list[list[Tensor]]:
+    """The chunks that a rank saved, for flat weights of these sizes; they are read when they are used.
+
+    Raises ValueError if the file has another size.
+    """
+    file, total = folder / FILE.format(rank), len(STATES) * sum(sizes)
+    if (found := file.stat().st_size) != 4 * total:
+        raise ValueError(f"{file} has {found} bytes of optimizer states instead of {4 * total}")
+    flat = torch.from_file(str(file), size=total, dtype=torch.float32)
+    parts = [[len(STATES) * min(CHUNK, size - at) for at in range(0, size, CHUNK)] for size in sizes]
+    chunks = iter(flat.split([*itertools.chain(*parts)]))
+    return [[next(chunks).view(len(STATES), -1) for _ in of_weight] for of_weight in parts]
 
 
 def _passing(chunks: list[Tensor], device: torch.device) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Reshard: load a ZeRO checkpoint on another number of ranks than wrote it.
+"""Reshard: load a ZeRO checkpoint on another number of ranks, at another stage, or with its states elsewhere.
 
 The optimizer's weights and moments are flat tensors, of which each rank has other fragments of the parameters:
 
@@ -13,6 +13,7 @@ The optimizer's weights and moments are flat tensors, of which each rank has oth
 
 Both are lists of `Fragment`, for the ranks that wrote the checkpoint and for those that read it. Each rank maps all
 files into memory and copies what its own fragments overlap. Elements are copied as they are, so nothing is rounded.
+The 16-bit weights are then derived from the fp32 ones, as after a step.
 
 DeepSpeed's universal checkpoints are not used: they write every state a second time, know AdamW's two moments only, and
 at ZeRO 3 give all parameter groups the weight decay of the first.
@@ -20,6 +21,7 @@ at ZeRO 3 give all parameter groups the weight decay of the first.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +32,12 @@ import torch
 from deepspeed.checkpoint import constants as ds
 from torch import Tensor
 
-from ringflash.models.lora import adapted
+from ringflash.training import host_adamw
 from ringflash.training.engine import flat_weights
-from ringflash.training.host_adamw import STATES as HOST_STATES
 from ringflash.training.host_adamw import HostAdamW
 from ringflash.training.world import World
 
-FLAT = "flat"  # beside the names of the optimizer's states: the flat weights themselves, as DeepSpeed has them
+MASTER = host_adamw.STATES[0]  # beside the names of the optimizer's states: the weights that it updates
 
 
 class Fragment(NamedTuple):
@@ -55,29 +56,40 @@ class Flat(NamedTuple):
     states: dict[str, list[Tensor]]
 
 
-def load(engine: deepspeed.DeepSpeedEngine, path: Path, tag: str, ranks: int, world: World) -> None:
-    """Load the ZeRO checkpoint `path`/`tag` that `ranks` ranks wrote; all ranks call it, between steps."""
-    zero, adamw = engine.optimizer, engine.basic_optimizer
-    model = _read(engine._get_ckpt_name(str(path), tag, pp_placeholder="0"))
-    saved = [_read(_optimizer_file(engine, path, tag, rank))[ds.OPTIMIZER_STATE_DICT] for rank in range(ranks)]
-    before = []
-    for rank, state in enumerate(saved):
-        chunks = adamw.mapped(path / tag, rank, _sizes(state)) if isinstance(adamw, HostAdamW) else None
-        before += flats(state, model[ds.PARAM_SHAPES], rank, ranks, chunks)
+def load(engine: deepspeed.DeepSpeedEngine, folder: Path, ranks: int, world: World) -> None:
+    """Load what `ranks` ranks wrote at ZeRO 1, 2 or 3; all ranks call it, between steps.
 
-    if hasattr(zero, "checkpoint_event_prologue"):
+    Buffers and frozen weights are not loaded: training does not change those that the model was built with.
+    """
+    zero, adamw = engine.optimizer, engine.basic_optimizer
+    model = _read(folder, "*mp_rank_00_model_states.pt")
+    before = []
+    for rank in range(ranks):
+        saved = _read(folder, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")[ds.OPTIMIZER_STATE_DICT]
+        on_host = (folder / host_adamw.FILE.format(rank)).exists()
+        chunks = host_adamw.mapped(folder, rank, _sizes(saved)) if on_host else None
+        before += flats(saved, model[ds.PARAM_SHAPES], rank, ranks, chunks)
+
+    if engine.zero_optimization_partition_weights():
         zero.checkpoint_event_prologue()
-    model[ds.FROZEN_PARAM_FRAGMENTS] = None  # of one earlier rank; the model was built with the same frozen weights
-    engine.load_module_state_dict(model, strict=not adapted(engine.module))
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, model[counter])
-    _make_states(engine, saved[0])
+    _make_states(engine, _base(saved)["state"][0], before[0])
     chunks = adamw.held() if isinstance(adamw, HostAdamW) else None
     fill(flats(zero.state_dict(), engine._get_zero_param_shapes(), world.rank, world.size, chunks), before)
-    # DeepSpeed's own loader is given what is in place already, and derives the 16-bit weights from it.
+    _derive_weights(engine, world)
+
+
+def _derive_weights(engine: deepspeed.DeepSpeedEngine, world: World) -> None:
+    """Derive the 16-bit weights on all ranks, by DeepSpeed's own loader, which is given what is in place already."""
+    zero = engine.optimizer
+    if isinstance(engine.basic_optimizer, HostAdamW):
+        engine.basic_optimizer.write_weights()
     zero.load_state_dict({world.rank: zero.state_dict()}, load_from_fp32_weights=True)
-    if hasattr(zero, "checkpoint_event_epilogue"):
+    if engine.zero_optimization_partition_weights():
         zero.checkpoint_event_epilogue()
+    else:
+        zero.update_lp_params()
 
 
 def flats(
@@ -95,11 +107,12 @@ def flats(
         else:
             paddings = state[ds.PARAM_ALIGNMENT_PADDINGS][number] if _is_lean(state) else [0] * len(numels)
             fragments = [*_of_parts_of_all(numels, paddings, rank, _sizes(state)[number])]
-        states = {FLAT: [weights.detach().view(-1)]}
         if chunks is not None:
-            states |= {name: [*rows] for name, rows in zip(HOST_STATES, zip(*chunks[number], strict=True), strict=True)}
+            rows = zip(*chunks[number], strict=True)
+            states = {name: [*row] for name, row in zip(host_adamw.STATES, rows, strict=True)}
         else:
             of_adamw = _base(state)["state"][number]
+            states = {MASTER: [weights.detach().view(-1)]}
             states |= {name: [x] for name, x in of_adamw.items() if _is_flat(x)}
         found.append(Flat(fragments, states))
     return found
@@ -130,16 +143,20 @@ def fill(now: list[Flat], before: list[Flat]) -> None:
                 raise ValueError(f"elements {mine.begin} to {mine.end} of {mine.parameter}: {missing} are in no file")
 
 
-def _make_states(engine: deepspeed.DeepSpeedEngine, saved: dict[str, Any]) -> None:
-    """Make the states that the optimizer would make in its first step, with the saved number of steps."""
-    pattern = next(iter(_base(saved)["state"].values()))
+def _make_states(engine: deepspeed.DeepSpeedEngine, saved: dict[str, Any], flat: Flat) -> None:
+    """Make the states that the optimizer would make in its first step, with the saved number of steps.
+
+    saved, flat: the states of one flat tensor, of any rank.
+    """
+    on_host = isinstance(engine.basic_optimizer, HostAdamW)
     for weights in flat_weights(engine):
         state = engine.basic_optimizer.state[weights]
-        for name, value in pattern.items():
-            if _is_flat(value):
-                state[name] = torch.zeros_like(weights, dtype=value.dtype)
-            else:
-                state[name] = value.clone() if isinstance(value, Tensor) else value
+        if on_host:
+            state["step"] = int(saved["step"])
+            continue
+        state |= {name: copy.deepcopy(x) for name, x in saved.items() if not _is_flat(x)}
+        for name in flat.states.keys() - {MASTER}:
+            state[name] = torch.zeros_like(weights, dtype=flat.states[name][0].dtype)
 
 
 def _of_parts_of_all(numels: dict[str, int], paddings: list[int], rank: int, size: int) -> Iterator[Fragment]:
@@ -201,10 +218,6 @@ def _is_flat(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _optimizer_file(engine: deepspeed.DeepSpeedEngine, path: Path, tag: str, rank: int) -> str:
-    return engine._get_rank_zero_ckpt_name(str(path), tag, 0, rank, engine.bfloat16_enabled())
-
-
-def _read(file: str) -> dict[str, Any]:
-    """A file of DeepSpeed's, whose tensors are read when they are used."""
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """The first file of DeepSpeed's of that name, in which * is anything; its tensors are read when they are used."""
+    return torch.load(min(folder.glob(name)), map_location="cpu", mmap=True, weights_only=False)

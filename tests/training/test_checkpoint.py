@@ -318,6 +318,21 @@ def test_a_changed_learning_rate_or_micro_batch_is_taken_and_reported(ranks, tmp
     ]
 
 
+def test_the_stage_and_the_place_of_states_may_change_where_they_can_be_resharded():
+    def changes(before, now):
+        names = ("memory.zero", "memory.optimizer_states")
+        return checkpoint._check_settings("path", *(dict(zip(names, x, strict=True)) for x in (before, now)))
+
+    assert changes((1, "fp32"), (3, "host")) == [
+        "memory.optimizer_states=host replaces fp32",
+        "memory.zero=3 replaces 1",
+    ]
+    with pytest.raises(ConfigError, match=r"^memory\.zero=1 differs from 0, with which path was written: resume with"):
+        changes((0, "fp32"), (1, "fp32"))
+    with pytest.raises(ConfigError, match=r"^memory\.optimizer_states=bf16 differs from host"):
+        changes((1, "host"), (1, "bf16"))
+
+
 def write_with(folder, settings):
     """One checkpoint of these settings."""
     world = joined(None)

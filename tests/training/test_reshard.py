@@ -1,4 +1,4 @@
-"""A checkpoint that is loaded on another number of ranks continues the run: same data, same losses, same weights."""
+"""A run continues on another number of ranks and with its states sharded in another way: same data, losses, weights."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from ringflash.training.engine import build_engine
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import read
 from ringflash.training.optimizer import OptimConfig
-from ringflash.training.reshard import FLAT, Flat, Fragment, fill
+from ringflash.training.reshard import MASTER, Flat, Fragment, fill
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import LENGTH, SEQUENCES, build, joined, sequences
 from tests.training.runs import fitted, settings
@@ -36,7 +36,7 @@ def flat_of(fragments, size, chunk, values=None):
     whole = torch.zeros(size, dtype=torch.int64)
     for f in fragments if values else ():
         whole[f.at : f.at + f.end - f.begin] = values[f.parameter][f.begin : f.end]
-    return Flat(fragments, {FLAT: [*whole.split(chunk)]})
+    return Flat(fragments, {MASTER: [*whole.split(chunk)]})
 
 
 @pytest.mark.parametrize("before", [parts_of_all, parts_of_each])
@@ -49,7 +49,7 @@ def test_every_element_arrives_where_the_new_ranks_have_it(before, now, earlier,
         flat = flat_of(fragments, size, 3)
         fill([flat], saved)
         expected = flat_of(fragments, size, 3, values)
-        assert torch.cat(flat.states[FLAT]).tolist() == torch.cat(expected.states[FLAT]).tolist()
+        assert torch.cat(flat.states[MASTER]).tolist() == torch.cat(expected.states[MASTER]).tolist()
 
 
 def test_elements_that_no_file_holds_are_named():
@@ -63,56 +63,67 @@ def losses_of(folder, zero, states, dtype, resumed):
     """Losses of four steps, with a checkpoint after the second one; resumed: of those after it."""
     world, own = joined(None), engine._deepspeed_settings
     optim = OptimConfig(steps=4, batch=SEQUENCES, micro_batch=SEQUENCES, warmup=0, lr=1e-2)
+    memory = MemoryConfig(zero=zero, optimizer_states=states)
+    settings = {"memory": {"zero": zero, "optimizer_states": states}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_adamw, "CHUNK", 1000)
         groups = {"sub_group_size": 10**9 if resumed else 3000}  # ZeRO 3 ends a flat tensor there
         patch.setattr(engine, "_deepspeed_settings", lambda *a: (s := own(*a))["zero_optimization"].update(groups) or s)
-        memory = MemoryConfig(zero=zero, optimizer_states=states)
         trained = build_engine(build("llama").to(dtype), optim, memory, world)
         trained.module.reserve_host_memory(LENGTH)
         data = prepare(trained, sequences("uneven"), world, lambda mask: Layout.zigzag(LENGTH, world.size))
         if resumed:
-            assert checkpoint.resume(trained, folder, world, {}, lambda line: None) == 2
+            assert checkpoint.resume(trained, folder, world, settings, lambda line: None) == 2
         losses = []
         while trained.global_steps < 4:
             losses.append(train_step(trained, data, world).loss.item())
             if trained.global_steps == 2:
-                checkpoint.save(trained, folder, 2, world, 1, {})
+                checkpoint.save(trained, folder, 2, world, 1, settings)
     return losses
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("zero", "states", "dtype"),
+    ("dtype", "before", "now", "size"),
     [
-        (0, "fp32", torch.float32),
-        (1, "fp32", torch.bfloat16),
-        (2, "fp32", torch.float32),
-        (3, "fp32", torch.float32),
-        (3, "bf16", torch.bfloat16),
-        (1, "host", torch.bfloat16),
+        (torch.float32, (0, "fp32"), (0, "fp32"), 3),
+        (torch.bfloat16, (1, "fp32"), (1, "fp32"), 3),
+        (torch.float32, (2, "fp32"), (2, "fp32"), 3),
+        (torch.float32, (3, "fp32"), (3, "fp32"), 3),
+        (torch.bfloat16, (3, "bf16"), (1, "bf16"), 1),
+        (torch.bfloat16, (1, "host"), (1, "host"), 3),
+        (torch.bfloat16, (1, "fp32"), (3, "host"), 2),
+        (torch.bfloat16, (3, "host"), (2, "fp32"), 1),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_steps_after_a_checkpoint_of_two_ranks_have_the_same_losses_on_three(ranks, tmp_path, zero, states, dtype):
-    expected = ranks.run(losses_of, 2, tmp_path, zero, states, dtype, False)[0]
-    found = ranks.run(losses_of, 3, tmp_path, zero, states, dtype, True)[0]
+def test_steps_after_a_checkpoint_of_two_ranks_have_the_same_losses(ranks, tmp_path, dtype, before, now, size):
+    expected = ranks.run(losses_of, 2, tmp_path, *before, dtype, False)[0]
+    found = ranks.run(losses_of, size, tmp_path, *now, dtype, True)[0]
     assert found == pytest.approx(expected[2:], rel=1e-6 if dtype == torch.float32 else 1e-4)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("zero", "earlier", "now"), [(1, 2, 1), (3, 1, 2)], ids=["zero-1-shrinks", "zero-3-grows"])
-def test_a_run_of_replicas_continues_on_another_number_of_ranks(ranks, text, zero, earlier, now):
-    run = settings(text, "name=run", "parallel.ring=1", "optim.batch=2", "optim.lr=1e-2", f"memory.zero={zero}")
+@pytest.mark.parametrize(
+    ("zero", "earlier", "now", "changes"),
+    [
+        ((1, 1), 2, 1, "; ranks=1 replaces 2"),
+        ((3, 3), 1, 2, "; ranks=2 replaces 1"),
+        ((1, 3), 2, 2, "; memory.zero=3 replaces 1"),
+    ],
+    ids=["shrinks", "grows", "at-another-stage"],
+)
+def test_a_run_of_replicas_continues_with_its_states_sharded_in_another_way(ranks, text, zero, earlier, now, changes):
+    run = settings(text, "name=run", "parallel.ring=1", "optim.batch=2", "optim.lr=1e-2")
     folder = text.parent / "runs" / "run"
-    assert ranks.run(fitted, earlier, run)[0][0] is None
+    assert ranks.run(fitted, earlier, [*run, f"memory.zero={zero[0]}"])[0][0] is None
     expected, weights = read(folder / "metrics.jsonl"), load_file(folder / "model" / "model.safetensors")
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
     shutil.rmtree(folder / "model")
 
-    error, printed = ranks.run(fitted, now, [*run, "resume=auto"])[0]
+    error, printed = ranks.run(fitted, now, [*run, f"memory.zero={zero[1]}", "resume=auto"])[0]
     assert error is None
-    assert f"step-00000003; ranks={now} replaces {earlier}\n" in printed
+    assert f"step-00000003{changes}\n" in printed
     records = read(folder / "metrics.jsonl")
     assert len(records) == len(expected)
     for name in ("step", "learning_rate", "pairs"):  # the pairs are those of the same documents
