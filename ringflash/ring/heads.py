@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ringflash.ring.message import Message
 from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.transport import Allocate
 from ringflash.ring.watchdog import Label
 
 
@@ -36,9 +37,9 @@ def head_blocks(plan: AttentionPlan) -> list[int]:
 
 
 def to_heads(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> list[Tensor]:
-    """parts [local ranks * B, n, F] of the tokens held here, to [local ranks, T, F / ranks] of some heads.
+    """parts [local ranks * B, n, F] of the local tokens, to [local ranks, T, F / ranks] of some heads.
 
-    All parts have one dtype. A part's features are those of its heads in order; the number of ranks divides the heads.
+    All parts have the same dtype. A part's features are those of its heads, in order. The number of ranks divides them.
     """
     if _stays(plan, len(parts[0])):
         return [part.reshape(1, -1, part.shape[-1]) for part in parts]
@@ -46,7 +47,7 @@ def to_heads(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> list
 
 
 def to_tokens(x: Tensor, plan: AttentionPlan, label: Label) -> Tensor:
-    """x [local ranks, T, F / ranks] of some heads, to [local ranks * B, n, F] of the tokens held here.
+    """x [local ranks, T, F / ranks] of some heads, to [local ranks * B, n, F] of the local tokens.
 
     Tokens past the end of a sequence get 0.
     """
@@ -92,7 +93,7 @@ def _gathered(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> tup
     x = x.unflatten(1, (len(ring.local), -1)).movedim(1, 0).contiguous()
     widths = [part.shape[-1] // ranks for part in parts]
     with ring.receive_buffers(label) as allocate:
-        received = _exchanged(x, [allocate(x.shape[1:], x.dtype) for _ in ring.local], plan, label)
+        received = _exchanged(x, plan, label, allocate)
         del x
         columns = zip(*(shards.flatten(0, 2).split(widths, dim=-1) for shards in received), strict=True)
         return tuple(_together([_ordered(x, order) for x in of_ranks]) for of_ranks in columns)
@@ -108,17 +109,19 @@ def _scattered(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> tu
         into.copy_(part) if order is None else into.index_copy_(1, order, part)
     x = x.view(len(ring.local), ring.size, rows, layout.shard_length, -1)
     with ring.receive_buffers(label) as allocate:
-        received = _exchanged(x, [allocate(x.shape[1:], x.dtype) for _ in ring.local], plan, label)
-        x = torch.cat(received, dim=1)
+        x = torch.cat(_exchanged(x, plan, label, allocate), dim=1)
     if ulysses is not None:  # [ring, local * B, S, W] to [ranks, local * B, n, W]
         x = x.unflatten(2, (ulysses.size, -1)).movedim(2, 0)
         x = ulysses.exchange(x, label.at("exchange of heads for tokens")).flatten(0, 1)
     return tuple(part.movedim(0, -2).flatten(-2) for part in x.split(widths, dim=-1))
 
 
-def _exchanged(x: Tensor, received: list[Tensor], plan: AttentionPlan, label: Label) -> list[Tensor]:
-    """Send x[i, r] of local rank i to rank r of the ring; received[i][r] is what rank r sent to it."""
+def _exchanged(x: Tensor, plan: AttentionPlan, label: Label, allocate: Allocate) -> list[Tensor]:
+    """Send x[i, r] of local rank i to rank r of the ring. Entry r of result i is what rank r sent to local rank i."""
     ring = plan.ring
+    if ring.size == 1:
+        return [*x]
+    received = [allocate(x.shape[1:], x.dtype) for _ in ring.local]
     steps = [(i, rank, step) for i, rank in enumerate(ring.local) for step in range(1, ring.size)]
     to = [(i, rank, (rank + step) % ring.size) for i, rank, step in steps]
     by = [(i, rank, (rank - step) % ring.size) for i, rank, step in steps]

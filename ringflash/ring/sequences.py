@@ -40,7 +40,9 @@ class Sequences:
         """The sequences of a layout. starts: where documents begin, bool [rows, length]."""
         rows, length = starts.shape
         positions = torch.stack([layout.positions(rank) for rank in range(layout.ranks)]).flatten()
-        place = positions.argsort()[:length]
+        place = torch.empty_like(positions)
+        place[positions] = torch.arange(len(positions))
+        place = place[:length]
         source, index = place // layout.shard_length, place % layout.shard_length
         order = ((source * rows + torch.arange(rows)[:, None]) * layout.shard_length + index).flatten()
         in_order = len(positions) == length and torch.equal(order, torch.arange(rows * length))
