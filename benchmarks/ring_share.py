@@ -5,18 +5,23 @@
                                                   the rank's own time
 
 An efficiency of 1 means that the ring adds nothing to its kernels and gives every rank the same work. The rank runs the
-code that training runs, on a ring object that delivers nothing. Its time includes the carry, accumulation in fp32,
+code that training runs, on a ring object without neighbours. Its time includes the carry, accumulation in fp32,
 zeroing, delta, the gradients' return and the conversion to the inputs' dtype.
+
+Each rank is timed twice: with messages that are already there (`OneRank`), and with messages that are copied to their
+places (`CopiedRank`). Copy engines write messages without multiprocessors, but these copies run on them. The second
+figure is therefore an upper bound on what arrivals cost the GPU. Neither includes waiting for a slow link.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,13 +30,15 @@ from benchmarks import checks, ring_cases, timing
 from benchmarks.ring_cases import Noise, Passes, RingCase, whole_ring
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, Loopback, kernels
+from ringflash.ring.execution import Memory
 from ringflash.ring.message import Message
-from ringflash.ring.ranges import Range, Ranges
+from ringflash.ring.schedule import Rows
 from ringflash.ring.transport import Allocate
 from ringflash.ring.watchdog import Label
 
 CHECKED_LENGTH = 2048
 COLUMNS = ("forward", "backward", "both")
+COPIED = "slowest with copies"
 
 # Efficiency forward, backward, both of others' zigzag rings under a causal mask, 32/8 heads of 128, bf16, by (tokens,
 # ranks). "one rank": their code's compute for one rank, communication free, timed as here on one H100 80GB SXM, but not
@@ -70,59 +77,86 @@ class Arrival:
             self.event.wait()
 
 
-class OneRank:
-    """A rank of a ring of `size` without the others: the data that it would receive is random and arrives at once.
+_zero_in_place = Memory.zero
 
-    Zeros draw less power than random numbers, and a GPU then runs at a higher clock. So receive buffers are filled with
-    random numbers once and reused from pass to pass. A pass may clear the part of a buffer that its first message
-    leaves unwritten. If later messages arrive there, random numbers are copied to it.
+
+def _zero_elsewhere(memory: Memory, several: Sequence[Rows]) -> None:
+    """Zero gradients in place, but rows of keys in other memory of the same size."""
+    of_keys = [rows for rows in several if rows.buffer.startswith("keys")]
+    if views := [x for rows in of_keys for x in memory.rows(rows)]:
+        torch._foreach_zero_([torch.empty_like(x) for x in views])
+    _zero_in_place(memory, [rows for rows in several if rows not in of_keys])
+
+
+class OneRank:
+    """A rank of a ring of `size` without the others: what it would receive is already there, and nothing is copied.
+
+    Receive buffers are filled with random numbers once and reused from pass to pass. Zeros would draw less power, and
+    the GPU would then run at a higher clock. A pass zeroes the rows of keys that its first message leaves unwritten,
+    and later messages may fill them. These zeros are written to other memory, so that kernels read random numbers.
+
+    A pass adds to the gradients that it would receive, so these grow by the same amount in every pass. `check_finite`
+    raises an error if they overflow.
     """
 
     def __init__(self, size: int, rank: int, device: torch.device | str = "cpu") -> None:
         self.size = size
         self.local: tuple[int, ...] = (rank,)
         self.device = torch.device(device)
-        self._noise = Noise()
-        self._buffers: list[Tensor] = []  # in the order in which a pass asks for them
-        self._here: dict[int, Ranges] = {}  # in this pass, elements that are not cleared, by address
+        self.buffers: list[Tensor] = []  # in the order in which a pass asks for them
 
     @contextmanager
     def receive_buffers(self, label: Label) -> Iterator[Allocate]:
         """The buffers of earlier passes, if they fit."""
-        self._here.clear()
         count = itertools.count()
 
         def kept(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             n = next(count)
-            if n == len(self._buffers) or (self._buffers[n].shape, self._buffers[n].dtype) != (tuple(shape), dtype):
-                self._buffers[n:] = [torch.randn(*shape, dtype=dtype, device=self.device)]
-            return self._buffers[n]
+            if n == len(self.buffers) or (self.buffers[n].shape, self.buffers[n].dtype) != (tuple(shape), dtype):
+                self.buffers[n:] = [torch.randn(*shape, dtype=dtype, device=self.device)]
+            return self.buffers[n]
 
-        yield kept
+        with self._zeroing():
+            yield kept
+
+    def _zeroing(self) -> AbstractContextManager[object]:
+        """A context in which a pass zeroes rows of keys in other memory."""
+        return mock.patch.object(Memory, "zero", _zero_elsewhere)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Arrival:
-        """Copy random numbers to cleared places, on the current stream."""
-        copied = False
-        self._here = {_address(m.tensor): _EVERYTHING for m in outgoing} | self._here
-        before = dict(self._here)
-        for message in incoming:
-            x, address = message.tensor, _address(message.tensor)
-            start = int(x.storage_offset())
-            coming = Ranges([Range(start, start + x.numel())])
-            for begin, end in coming.without(before.get(address, _EVERYTHING)):
-                part = x.view(-1)[begin - start : end - start]
-                part.copy_(self._noise.like(part))
-                copied = True
-            self._here[address] = self._here.get(address, Ranges()).union(coming)
-        on_gpu = copied and self.device.type == "cuda"
-        return Arrival(torch.cuda.current_stream(self.device).record_event() if on_gpu else None)
+        """Leave the messages' places as they are."""
+        return Arrival(None)
+
+    def check_finite(self) -> None:
+        """Raise ArithmeticError if a receive buffer holds inf or NaN."""
+        if not all(bool(x.isfinite().all()) for x in self.buffers):
+            raise ArithmeticError(f"rank {self.local[0]} of {self.size}: a receive buffer holds inf or NaN")
 
 
-_EVERYTHING = Ranges([Range(0, 2**62)])  # of a buffer
+class CopiedRank(OneRank):
+    """A rank whose messages are copies of random numbers, on a stream of their own.
 
+    The copies start after what was queued before the exchange, and the wait ends after them, as with copy engines. A
+    copy reads as much memory as it writes, as a rank does that sends as much as it receives.
+    """
 
-def _address(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    def __init__(self, size: int, rank: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(size, rank, device)
+        self._noise = Noise()
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _zeroing(self) -> AbstractContextManager[object]:
+        """A context in which a pass zeroes in place: messages arrive later."""
+        return nullcontext()
+
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], label: Label) -> Arrival:
+        """Copy random numbers to the places of all incoming messages."""
+        if self._copying is not None and incoming:
+            self._copying.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copying):  # of None, as on the CPU, this does nothing
+            for message in incoming:
+                message.tensor.copy_(self._noise.like(message.tensor))
+        return Arrival(self._copying.record_event() if self._copying is not None and incoming else None)
 
 
 @dataclass(frozen=True)
@@ -130,8 +164,9 @@ class Share:
     """Times of some ranks of a case.
 
     status: "timed", "WRONG" or "failed"; reason: why it was not timed. errors: those of the small ring against float64,
-    by tensor. whole, ranks: times of one call over the whole causal sequence, and of each rank, by direction. share_ms:
-    the time of a rank in a perfect ring. busiest: the pairs of the rank with most, relative to the mean.
+    by tensor. busiest: the pairs of the rank with most, relative to the mean. share_ms: the time of a rank in a perfect
+    ring. whole, ranks, copied: times of one call over the whole causal sequence, of each rank, and of each rank whose
+    messages are copied, by direction.
     ns_per_million_pairs: of the whole call, for one query head.
     """
 
@@ -144,24 +179,28 @@ class Share:
     share_ms: dict[str, float] = field(default_factory=dict)
     whole: dict[str, Timing] = field(default_factory=dict)
     ranks: dict[int, dict[str, Timing]] = field(default_factory=dict)
+    copied: dict[int, dict[str, Timing]] = field(default_factory=dict)
     ns_per_million_pairs: dict[str, float] = field(default_factory=dict)
 
-    def milliseconds(self, column: str) -> list[float]:
-        """Each timed rank's time: forward, backward, or both."""
-        return [sum(took[d].ms for d in took if column in (d, "both")) for took in self.ranks.values()]
+    def milliseconds(self, column: str) -> dict[str, float]:
+        """Forward, backward, or both: of the slowest timed rank, of their mean, and of the slowest with copies."""
+        alone, copied = (
+            [sum(took[d].ms for d in took if column in (d, "both")) for took in ranks.values()]
+            for ranks in (self.ranks, self.copied)
+        )
+        return {"slowest": max(alone), "mean": sum(alone) / len(alone), COPIED: max(copied)}
 
     def efficiency(self, column: str) -> dict[str, float]:
-        """Of the slowest timed rank, and of their mean time."""
+        """The same as efficiencies."""
         share = sum(ms for direction, ms in self.share_ms.items() if column in (direction, "both"))
-        times = self.milliseconds(column)
-        return {"slowest": share / max(times), "mean": share * len(times) / sum(times)}
+        return {which: share / ms for which, ms in self.milliseconds(column).items()}
 
     def summary(self) -> dict[str, Any]:
         """Efficiencies by which rank and column, or the status."""
         if self.status != "timed":
             return {"status": self.status, "reason": self.reason}
         by_column = {column: self.efficiency(column) for column in COLUMNS}
-        return {which: {c: round(by_column[c][which], 4) for c in COLUMNS} for which in ("slowest", "mean")}
+        return {which: {c: round(by_column[c][which], 4) for c in COLUMNS} for which in by_column["both"]}
 
 
 def measure(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device, seconds: float) -> Share:
@@ -204,8 +243,10 @@ def _timed(
     whole = case.whole()
     inputs = case.inputs(dtype, device)
     pairs = pairs_by_rank(case.plan(Loopback(case.ranks)))
+    ranks = measured_ranks(pairs)
     rings = {"whole": OneRank(1, 0, device)}
-    rings |= {f"rank {rank}": OneRank(case.ranks, rank, device) for rank in measured_ranks(pairs)}
+    rings |= {f"rank {rank}": OneRank(case.ranks, rank, device) for rank in ranks}
+    rings |= {f"copied {rank}": CopiedRank(case.ranks, rank, device) for rank in ranks}
     runs: dict[str, Callable[[], object]] = {}
     for name, ring in rings.items():
         plan = (whole if name == "whole" else case).plan(ring)
@@ -218,12 +259,15 @@ def _timed(
             raise took
         name, _, direction = run.rpartition(" ")
         times[name][direction] = took
-    whole_times = times.pop("whole")
+    for ring in rings.values():
+        ring.check_finite()
+    whole_times = times["whole"]
     part = case.head_pairs() / whole.head_pairs() / case.ranks
     return Share(
         str(case), kernel, "timed", errors=errors, busiest=max(pairs) * len(pairs) / sum(pairs),
         share_ms={direction: took.ms * part for direction, took in whole_times.items()}, whole=whole_times,
-        ranks={int(name.removeprefix("rank ")): took for name, took in times.items()},
+        ranks={rank: times[f"rank {rank}"] for rank in ranks},
+        copied={rank: times[f"copied {rank}"] for rank in ranks},
         ns_per_million_pairs={d: took.ms * 1e12 / whole.head_pairs() for d, took in whole_times.items()},
     )  # fmt: skip
 
@@ -234,6 +278,7 @@ def passes(plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Pass
         return ring_cases.passes(inputs, plan, kernel)
     with timing.side_stream(plan.ring.device) as stream:
         forward, backward = ring_cases.passes(inputs, plan, kernel)
+        backward()  # all receive buffers are allocated and filled before a graph is captured
         return timing.Graph.of(forward, stream), timing.Graph.of(backward, stream)
 
 
@@ -254,7 +299,7 @@ def peer_figures(case: RingCase) -> dict[str, tuple[float | None, ...]]:
 
 
 def table(case: RingCase, share: Share, header: bool) -> str:
-    """A line for the slowest rank, one for the mean, and one per peer."""
+    """A line for the slowest rank, one for the mean, one for the slowest with copies, and one per peer."""
     lines = []
     if header:
         lines.append(_line("case", "ring", "rank", ["forward", "backward", "both", "busiest", "ms fwd + bwd"]))
@@ -263,11 +308,12 @@ def table(case: RingCase, share: Share, header: bool) -> str:
     if share.status != "timed":
         lines.append(f"{share.case:<26} {ours:<42} {share.status}: {share.reason}")
     else:
-        for which, of_all in (("slowest", max), ("mean", lambda times: sum(times) / len(times))):
-            ms = " + ".join(f"{of_all(share.milliseconds(direction)):.2f}" for direction in COLUMNS[:2])
+        ms = {direction: share.milliseconds(direction) for direction in COLUMNS[:2]}
+        for which in share.efficiency("both"):
             cells = [f"{share.efficiency(column)[which]:.3f}" for column in COLUMNS]
             rank = f"{which} of {','.join(map(str, share.ranks))}"
-            lines.append(_line(share.case, ours, rank, [*cells, f"{share.busiest:.3f}", ms]))
+            took = " + ".join(f"{of[which]:.2f}" for of in ms.values())
+            lines.append(_line(share.case, ours, rank, [*cells, f"{share.busiest:.3f}", took]))
     for name, figures in peer_figures(case).items():
         lines.append(
             _line(share.case, name, "not of this run", [*("-" if x is None else f"{x:.3f}" for x in figures), "", ""])
@@ -277,11 +323,11 @@ def table(case: RingCase, share: Share, header: bool) -> str:
 
 def _line(case: str, ring: str, rank: str, cells: list[str]) -> str:
     numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 8, 8, 16), strict=True))
-    return f"{case:<26} {ring:<42} {rank:<20} {numbers}"
+    return f"{case:<26} {ring:<42} {rank:<30} {numbers}"
 
 
 def draw(path: Path, cases: list[RingCase], shares: list[Share], title: str) -> None:
-    """Bars of efficiency by case: our slowest rank and mean, and the peers."""
+    """Bars of efficiency by case: our slowest rank, mean and slowest rank with copies, and the peers."""
     from matplotlib.figure import Figure
 
     timed = [(case, share) for case, share in zip(cases, shares, strict=True) if share.status == "timed"]
@@ -290,7 +336,7 @@ def draw(path: Path, cases: list[RingCase], shares: list[Share], title: str) -> 
         bars: dict[str, dict[int, float]] = {}
         for x, (case, share) in enumerate(timed):
             for which, value in share.efficiency(column).items():
-                bars.setdefault(f"ringflash, {which} rank", {})[x] = value
+                bars.setdefault(f"ringflash, {which}", {})[x] = value
             for name, figures in peer_figures(case).items():
                 if (figure_ := figures[i]) is not None:
                     bars.setdefault(name, {})[x] = figure_

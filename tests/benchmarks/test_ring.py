@@ -9,12 +9,13 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import ring, ring_error, ring_share, ring_timeline
+from benchmarks import ring, ring_error, ring_share, ring_timeline, timing
 from benchmarks.ring_cases import RingCase, kernels_wrapped, lognormal_lengths
-from benchmarks.ring_share import OneRank
+from benchmarks.ring_share import COPIED, CopiedRank, OneRank
 from benchmarks.ring_timeline import Speed
 from ringflash import Loopback, kernels
 from ringflash.ring import execution
+from ringflash.ring.schedule import Shape
 
 CPU = torch.device("cpu")
 TINY = {"heads": (4, 2), "dim": 16}
@@ -41,23 +42,6 @@ def last_line(capsys):
 # -- one rank's share
 
 
-class Counted(OneRank):
-    """A rank that counts the elements it is to receive, and those of them that it copies."""
-
-    received = copied = 0
-
-    def exchange(self, outgoing, incoming, label):
-        like = self._noise.like
-
-        def counting(x):
-            self.copied += x.numel()
-            return like(x)
-
-        self.received += sum(m.tensor.numel() for m in incoming)
-        with mock.patch.object(self._noise, "like", counting):
-            return super().exchange(outgoing, incoming, label)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_rank_alone_launches_what_its_plan_says_and_never_on_zeros(case):
     launches = Counter()
@@ -81,19 +65,69 @@ def test_one_rank_alone_launches_what_its_plan_says_and_never_on_zeros(case):
 
     inputs = case.inputs(torch.float32, CPU)
     for rank in range(case.ranks):
-        alone = Counted(case.ranks, rank)
+        alone = OneRank(case.ranks, rank)
         plan = case.plan(alone)
         with kernels_wrapped(counting):
             launches.clear()
             forward, backward = ring_share.passes(plan, inputs, "blocked")
             backward()
+            filled = [x.clone() for x in alone.buffers]
             with mock.patch.object(torch, "randn", None):  # buffers are there, and full
                 forward(), backward()
-        assert alone.copied <= alone.received / 3
         computed = len(plan.computed(0))
         # Halves of the heads; the forward runs once more, for the graph of the backward.
         assert launches == {"forward": 2 * 2 * computed, "backward": 2 * 2 * computed}
         assert sum(hops[0].pairs for hops in plan.hops) == ring_share.pairs_by_rank(plan)[rank]
+        schedule, _ = plan.schedules(Shape(1, 4, 2, 16, 16, torch.float32))
+        keys = sum(map(len, schedule.buffers.values()))
+        assert keys >= 2
+        assert all(map(torch.equal, alone.buffers[:keys], filled))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_of_absent_ranks_grow_by_the_same_small_amount_in_every_pass(case):
+    inputs = case.inputs(torch.float32, CPU)
+    for rank in range(case.ranks):
+        alone, after = OneRank(case.ranks, rank), []
+        _, backward = ring_share.passes(case.plan(alone), inputs, "blocked")
+        for _ in range(3):
+            backward()
+            after.append([x.clone() for x in alone.buffers])
+        for first, second, third in zip(*after, strict=True):
+            torch.testing.assert_close(third - second, second - first, atol=1e-4, rtol=1e-4)
+            assert float((second - first).abs().max()) < 1e3  # fp32 has room for 1e35 passes
+        alone.check_finite()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_rank_with_copies_reads_only_what_was_copied_or_cleared(case):
+    inputs = case.inputs(torch.float32, CPU)
+    for rank in range(case.ranks):
+        copied = CopiedRank(case.ranks, rank)
+        forward, backward = ring_share.passes(case.plan(copied), inputs, "blocked")
+        for run in (forward, backward):
+            run()
+            for x in copied.buffers:
+                x.fill_(torch.nan)
+            results = run()
+            assert all(x.isfinite().all() for x in (results if run is backward else [results]))
+
+
+class Overflown(CopiedRank):
+    """A rank in which a pass has left NaN."""
+
+    def check_finite(self):
+        self.buffers[-1][-1, -1] = torch.nan
+        super().check_finite()
+
+
+def test_a_receive_buffer_with_nan_fails_its_case(monkeypatch):
+    monkeypatch.setattr(timing, "interleaved", lambda runs, *_: dict.fromkeys(runs, timing.Timing(1.0, 1.0, 1.0, 1)))
+    assert ring_share.measure(CASES[0], "auto", torch.float32, CPU, 0.01).status == "timed"
+    monkeypatch.setattr(ring_share, "CopiedRank", Overflown)
+    share = ring_share.measure(CASES[0], "auto", torch.float32, CPU, 0.01)
+    assert share.status == "failed"
+    assert share.reason == "ArithmeticError: rank 0 of 4: a receive buffer holds inf or NaN"
 
 
 def test_times_are_held_against_the_right_share(monkeypatch):
@@ -103,9 +137,11 @@ def test_times_are_held_against_the_right_share(monkeypatch):
     both = sum(took.ms for took in share.whole.values()) * part
     assert share.status == "timed"
     assert share.share_ms["forward"] == pytest.approx(share.whole["forward"].ms * part)
-    assert share.efficiency("both")["slowest"] == pytest.approx(both / max(share.milliseconds("both")))
+    assert share.efficiency("both")["slowest"] == pytest.approx(both / share.milliseconds("both")["slowest"])
     assert share.efficiency("both")["slowest"] <= share.efficiency("both")["mean"]
-    assert {0, 2, 3} <= share.ranks.keys()
+    assert {0, 2, 3} <= share.ranks.keys() == share.copied.keys()
+    slowest = max(took["backward"].ms for took in share.copied.values())
+    assert share.efficiency("backward")[COPIED] == pytest.approx(share.share_ms["backward"] / slowest)
 
 
 def test_a_quick_run_ends_with_a_table_a_plot_and_json(tmp_path, capsys):
@@ -115,7 +151,7 @@ def test_a_quick_run_ends_with_a_table_a_plot_and_json(tmp_path, capsys):
     assert code == 0
     assert (tmp_path / "ring-cpu.png").stat().st_size > 10_000
     for case, row in zip(ring.CPU_QUICK, contents["rows"], strict=True):
-        assert sum(line.startswith(f"{case} ") for line in printed.splitlines()) == 2
+        assert sum(line.startswith(f"{case} ") for line in printed.splitlines()) == 3
         assert last["efficiency"][str(case)] == row["efficiency"]
         assert max(row["errors"].values()) < 1e-5
     assert {"device", "torch", "triton", "date", "commit"} <= contents["card"].keys()
