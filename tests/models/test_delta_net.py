@@ -2,6 +2,7 @@
 
 import json
 from importlib import metadata
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -176,3 +177,29 @@ def test_a_causal_model_of_the_whole_folder_is_the_text_model_in_a_loop_of_ones_
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="ring")
     loss = loaded(**ring_inputs(TOKENS, TOKENS, ring=Loopback(3), config=loaded.config)).loss
     torch.testing.assert_close(loss, model(**ring_inputs(TOKENS, TOKENS, ring=Loopback(1), config=model.config)).loss)
+
+
+def gradients_on(device, dtype, monkeypatch, kernels, ranks=1):
+    """Every gradient of a small model, by flash-linear-attention or by transformers' functions in plain torch."""
+    heads = {
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    }
+    model = with_weights(tiny("qwen3_5_text", **heads)).to(device, dtype)
+    monkeypatch.setattr(delta_net, "_has_kernels", lambda x: kernels)
+    inputs = ring_inputs(TOKENS, TOKENS, documents=DOCUMENTS, ring=Loopback(ranks, device), config=model.config)
+    return {name: x.double() for name, x in loss_and_gradients(model, inputs)[1].items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("fla") is None, reason="flash-linear-attention is not installed")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_on_a_gpu_the_error_of_bf16_is_at_most_twice_that_of_transformers_functions(monkeypatch, ranks):
+    device = torch.device("cuda")
+    exact = gradients_on(device, torch.float32, monkeypatch, kernels=False)
+    plain = gradients_on(device, torch.bfloat16, monkeypatch, kernels=False)
+    found = gradients_on(device, torch.bfloat16, monkeypatch, kernels=True, ranks=ranks)
+    for name, x in exact.items():
+        assert (found[name] - x).norm() <= 2 * (plain[name] - x).norm(), name
