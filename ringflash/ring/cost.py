@@ -32,8 +32,8 @@ import torch
 from ringflash.layout import Layout
 from ringflash.load_balance import by_hop
 from ringflash.mask import IntervalMask
+from ringflash.ring.compiler import backward_steps, forward_steps, head_sections
 from ringflash.ring.routes import routes
-from ringflash.ring.schedule import backward_steps, forward_steps, head_sections
 from ringflash.ring.simulation import Rates, simulate
 
 # Operations per pair, query head, and dimension of keys and of values: 2 forward; backward 2.5 times that.

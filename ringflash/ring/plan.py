@@ -42,9 +42,10 @@ from torch import Tensor
 
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, Intervals, check_tokens, rows_seen, to_device
+from ringflash.ring.compiler import compile_passes
 from ringflash.ring.ranges import Range
 from ringflash.ring.routes import Route, routes
-from ringflash.ring.schedule import Schedule, Shape, compile_passes
+from ringflash.ring.schedule import Schedule, Shape
 from ringflash.ring.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -195,8 +196,15 @@ class AttentionPlan:
     def schedules(self, shape: Shape) -> tuple[Schedule, Schedule]:
         """The forward and backward schedules of layers of this shape, compiled once."""
         if shape not in self._schedules:
-            self._schedules[shape] = compile_passes(self, shape)
+            self._schedules[shape] = compile_passes(
+                self.ring.local, self.routes, self.layout.shard_length, self._pairs, shape,
+                self.writes_gradients(shape.dtype),
+            )  # fmt: skip
         return self._schedules[shape]
+
+    def _pairs(self, rows: Range) -> list[list[int]]:
+        """Visible pairs of each local rank on each hop, with these rows of every shard's keys."""
+        return [[hop.pairs for hop in hops] for hops in zip(*self.hops_of(rows), strict=True)]
 
     def writes_gradients(self, dtype: torch.dtype) -> bool:
         """Whether one call of a kernel computes dk and dv of inputs of that dtype, and so writes them in 16 bits.
