@@ -40,7 +40,7 @@ from ringflash.mask import IntervalMask
 from ringflash.ring import recompute
 from ringflash.ring.checks import check_call, check_tensors
 from ringflash.ring.execution import Memory, run
-from ringflash.ring.passes import Backward, Forward, Layer, Saved, together
+from ringflash.ring.passes import Backward, Forward, Layer, Saved, concatenate
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import Loopback
 from ringflash.ring.watchdog import Label
@@ -138,7 +138,7 @@ class _RingAttention(torch.autograd.Function):
                     for i, tensors in enumerate(_by_rank(q, k, v, ranks=len(ring.local)))
                 ]
                 run(schedule, workers, ring, label)
-            out, *kept = (together(list(parts)) for parts in zip(*(x.results for x in workers), strict=True))
+            out, *kept = (concatenate(list(parts)) for parts in zip(*(x.results for x in workers), strict=True))
             if ulysses is not None:
                 out = ulysses.tokens(out, label.at("exchange of results"))
             results = recompute.keep(out, *kept)
@@ -183,7 +183,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None
             ]
             run(schedule, workers, ring, label)
         if sink is not None and dsink is not None:
-            of_queries = together([x.sink_gradient(layer.own_sink(sink)[of_q]) for x in workers])
+            of_queries = concatenate([x.sink_gradient(layer.own_sink(sink)[of_q]) for x in workers])
             layer.own_sink(dsink)[of_q].copy_(-of_queries.sum((0, 2)))
         del workers  # and their fp32 gradients, before those of the next group
     if ulysses is not None:

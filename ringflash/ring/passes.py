@@ -121,7 +121,7 @@ class Forward(_Pass):
             for x in residue:
                 x[:, :, heads] = state.out.sub_(self.out[:, :, heads])
             lse.append(state.lse)
-        self.results = self.out, together(lse, dim=1), *residue
+        self.results = self.out, concatenate(lse, dim=1), *residue
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +222,6 @@ class Backward(_Pass):
         return weight.mul_(self.delta)
 
 
-def together(parts: list[Tensor], dim: int = 0) -> Tensor:
+def concatenate(parts: list[Tensor], dim: int = 0) -> Tensor:
     """The parts concatenated; a single part is returned as it is."""
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
