@@ -39,9 +39,11 @@ resume=()
 # srun does not inherit --cpus-per-task from sbatch. SRUN is split into words.
 # shellcheck disable=SC2086
 srun --kill-on-bad-exit=1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" ${SRUN:-} \
-    "$PWD/launch/torchrun.sh" "${SLURM_GPUS_ON_NODE:-1}" "$@" "${resume[@]}"
-if [ -e "$RINGFLASH_STOPPED" ]; then
+    "$PWD/launch/torchrun.sh" "${SLURM_GPUS_ON_NODE:-1}" "$@" "${resume[@]}" && code=0 || code=$?
+if [ -e "$RINGFLASH_STOPPED" ]; then  # its checkpoint is written, even if a node failed afterwards
     rm -f "$RINGFLASH_STOPPED"
     echo "launch/slurm.sh: job $SLURM_JOB_ID is queued again"
     scontrol requeue "$SLURM_JOB_ID"
+    exit
 fi
+exit "$code"

@@ -91,7 +91,7 @@ def test_slurm_starts_a_launcher_per_machine_with_all_its_cores(tmp_path):
 
 def test_slurm_queues_a_stopped_job_again_and_resumes_it(tmp_path):
     environment = {**SLURM, **fakes(tmp_path, FAKES), "SLURM_RESTART_COUNT": "1"}
-    result = launch("slurm.sh", *SETTINGS, **environment, SCRIPT='eval touch "$RINGFLASH_STOPPED"')
+    result = launch("slurm.sh", *SETTINGS, **environment, SCRIPT='eval touch "$RINGFLASH_STOPPED" ; false')
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "srun.txt").read_text().splitlines()[-1] == "resume=auto"
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 4711\n"

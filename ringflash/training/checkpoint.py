@@ -13,6 +13,8 @@ With checkpoint.keep_best, the checkpoint of the lowest held-out loss is kept as
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -243,18 +245,25 @@ def _newest_intact(folder: Path, world: World) -> tuple[tuple[Path, dict[str, An
 def _load(engine: deepspeed.DeepSpeedEngine, path: Path, manifest: dict[str, Any], world: World) -> None:
     """Load the files of an intact checkpoint."""
     try:
-        if engine.zero_optimization() and not _is_sharded_alike(manifest, engine, world):
-            reshard.load(engine, path / STATE, manifest["ranks"], world)
-            return
-        loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not adapted(engine.module))
-        if isinstance(engine.basic_optimizer, HostAdamW):
-            engine.basic_optimizer.load(path / STATE, world.rank)
+        with contextlib.redirect_stdout(io.StringIO()):  # on every rank, DeepSpeed prints the name of a variable
+            loaded = _load_state(engine, path, manifest, world)
     except Exception as error:
         raise RuntimeError(
             f"{path} has the digests that were written, but DeepSpeed cannot load it: {error}"
         ) from error
-    if loaded is None:
+    if not loaded:
         raise RuntimeError(f"{path} has its digests, but DeepSpeed finds nothing to load in it")
+
+
+def _load_state(engine: deepspeed.DeepSpeedEngine, path: Path, manifest: dict[str, Any], world: World) -> bool:
+    """Load this rank's state. Returns whether there was one."""
+    if engine.zero_optimization() and not _is_sharded_alike(manifest, engine, world):
+        reshard.load(engine, path / STATE, manifest["ranks"], world)
+        return True
+    loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not adapted(engine.module))
+    if isinstance(engine.basic_optimizer, HostAdamW):
+        engine.basic_optimizer.load(path / STATE, world.rank)
+    return loaded is not None
 
 
 def _is_sharded_alike(manifest: dict[str, Any], engine: deepspeed.DeepSpeedEngine, world: World) -> bool:
