@@ -86,8 +86,8 @@ own heads ([ringflash/models/delta_net.py](../ringflash/models/delta_net.py)). I
 - A recomputed layer runs its exchanges and its recurrence again. `memory.attention_results` concerns attention alone.
 - Such a model cannot use a cache, so `ringflash.generate` and needle searches refuse it. dynamic and longrope RoPE are
   refused as well.
-- Published Qwen3.5 folders are of models with images. `model.path` takes their text model, without the layers for images
-  and for multi-token prediction, and a run exports that text model.
+- Published Qwen3.5 folders are of models with images. `model.path` takes their text model, without the layers for
+  images and for multi-token prediction, and a run exports that text model.
 
 ## Families that are refused
 
