@@ -50,6 +50,7 @@ from ringflash.ring.watchdog import Label
 GROUP_BYTES = 2**30
 
 
+@torch.compiler.disable(reason="streams and exchanges cannot be part of a compiled graph")
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -94,6 +95,7 @@ def ring_attention(
         return _RingAttention.apply(q, k, v, sink, shared)
 
 
+@torch.compiler.disable(reason="its plan is made on the host")
 def flash_attention(
     q: Tensor,
     k: Tensor,

@@ -442,6 +442,13 @@ def test_a_second_derivative_is_refused_also_where_the_incoming_gradient_has_non
             torch.autograd.grad(loss, q, create_graph=True, retain_graph=True)
 
 
+def test_compiled_code_calls_attention_between_its_graphs(recwarn):
+    q, mask = torch.randn(1, 32, 2, 16), IntervalMask.causal(32)
+    compiled = torch.compile(lambda q: flash_attention(2 * q, q, q, mask) + 1, backend="eager")
+    torch.testing.assert_close(compiled(q), flash_attention(2 * q, q, q, mask) + 1)
+    assert not list(recwarn)
+
+
 def test_a_ring_of_no_ranks_is_refused():
     with pytest.raises(ValueError, match="got size=0"):
         Loopback(0)
