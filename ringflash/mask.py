@@ -138,8 +138,8 @@ class IntervalMask:
         """Each token sees only its own document.
 
         lengths: token counts of the documents in order, as a list, array or tensor of integers; if batch rows differ, a
-        list of these or two dimensions. length: that of the sequence, by default the largest sum of a row; tokens past
-        a row's last document see nothing.
+        list of these or two dimensions. They are cu_seqlens.diff() of flash_attn's cu_seqlens. length: that of the
+        sequence, by default the largest sum of a row; tokens past a row's last document see nothing.
         """
         rows, _ = document_rows(lengths)
         longest = max(map(sum, rows))

@@ -36,6 +36,8 @@ _HARMLESS = {
     "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "position_ids", "return_dict", "shift_labels", "tokenizer", "use_cache",
 }  # fmt: skip
+# Keywords by which collators tell flash_attn which documents a row holds.
+_PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "position_ids")
 
 
@@ -76,6 +78,11 @@ def check_keywords(attention_mask: Tensor | RingMask | None, keywords: dict[str,
     refused = {name: value for name, value in keywords.items() if name not in _HARMLESS and value is not None}
     if "labels" in refused:
         raise ValueError("labels went to a model that makes no loss of them: call it without labels")
+    if packed := refused.keys() & _PACKED:
+        raise ValueError(
+            f"{min(packed)} is not read by ring attention: give packed documents to ring_inputs, as "
+            f"documents=cu_seq_lens_q.diff(), and the model what it returns alone"
+        )
     if refused:
         name, value = next(iter(refused.items()))
         shown = [*value.shape] if isinstance(value, Tensor) else f"{value!r:.100}"

@@ -46,7 +46,8 @@ def ring_inputs(
     input_ids, labels: int64 [B, S], the same on every rank of the ring. Labels are not shifted yet. S need not divide
     among the ranks.
     documents: token counts of packed documents, which sum to S: one list, or one per row (or arrays or tensors of
-    integers). No token sees or predicts a token of another document, and positions start from 0 in each.
+    integers). No token sees or predicts a token of another document, and positions start from 0 in each. They are
+    cu_seqlens.diff() where flash_attn's cu_seqlens are at hand.
     leading_tokens: number of tokens at the start of each document that layers with a sliding window also see.
     layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", which has the least predicted
     time for these documents and the layers of `config`; or a function that returns a mask's layout.
@@ -215,9 +216,15 @@ def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
         if (total := sum(lengths)) != length:
             raise ValueError(
                 f"sum(documents{'' if alike else f'[{row}]'})={total} must be the {length} tokens of a row of "
-                f"input_ids; padding is a document of its own, its labels {_IGNORE}"
+                f"input_ids{_cumulative(lengths, length)}; padding is a document of its own, its labels {_IGNORE}"
             )
     return IntervalMask.documents(counts, length)
+
+
+def _cumulative(lengths: list[int], length: int) -> str:
+    """What to add to an error about counts that look like the cu_seqlens of flash_attn, which begin with 0."""
+    given = len(lengths) > 1 and lengths[0] == 0 and lengths[-1] == length and lengths == sorted(lengths)
+    return " (if these are cu_seqlens, give documents=cu_seqlens.diff())" if given else ""
 
 
 def agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:

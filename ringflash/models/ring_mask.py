@@ -9,8 +9,9 @@ implementation reads attention_mask, so this mask raises an error when it is rea
     >>> mask[:, None, None, :]
     Traceback (most recent call last):
     ValueError: inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by \
-Tensor.__getitem__): load the model with attn_implementation="ring"; chunked and linear \
-attention also need ring_inputs(config=model.config)
+Tensor.__getitem__): load the model with attn_implementation="ring" and a configuration of its own, since a model \
+made of it later changes this one; ring_inputs(config=model.config) refuses models that cannot run on the ring, and \
+chunked and linear attention need it
 
 Models that do not read attention_mask raise no error: those without attention (RWKV, xLSTM), CPM-Ant, and attention
 registered with transformers' AttentionInterface without a function for its masks. ring_inputs(config=...) refuses such
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _JOINS = {"cat", "concat", "concatenate", "hstack", "stack", "pad", "new_ones", "new_zeros", "new_full"}
 _LEAVE = ("to", "cpu", "cuda", "pin_memory", "detach", "clone", "contiguous", "bool", "record_stream")
 _READ = (
-    "getitem", "setitem", "iter", "bool", "int", "float", "index", "contains", "array", "eq", "ne", "lt", "le", "gt",
+    "setitem", "iter", "bool", "int", "float", "index", "contains", "array", "eq", "ne", "lt", "le", "gt",
     "ge", "invert", "neg", "abs", "and", "rand", "or", "ror", "xor", "rxor", "add", "radd", "sub", "rsub", "mul",
     "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul",
     "lshift", "rshift",
@@ -84,6 +85,13 @@ class RingMask:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __getitem__(self, index: Any) -> RingMask:
+        """This mask, for slices that leave nothing out, which newer versions of Gemma 4 take; an error for others."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(x, slice) and (x.start or 0, x.stop, x.step) == (0, None, None) for x in parts):
+            _refuse("__getitem__")
+        return self
+
     def __repr__(self) -> str:
         return f"RingMask(shape={[*self.shape]}, labels={self.labels})"
 
@@ -108,8 +116,9 @@ def _refuse(name: str) -> NoReturn:
         )
     raise ValueError(
         f"inputs of ring_inputs went to a model that is not on the ring (its attention_mask was read by "
-        f'Tensor.{name}): load the model with attn_implementation="ring"; chunked and linear attention also need '
-        f"ring_inputs(config=model.config)"
+        f'Tensor.{name}): load the model with attn_implementation="ring" and a configuration of its own, since a model '
+        f"made of it later changes this one; ring_inputs(config=model.config) refuses models that cannot run on the "
+        f"ring, and chunked and linear attention need it"
     )
 
 

@@ -14,7 +14,7 @@ from ringflash.models import ring_inputs
 from ringflash.models.ring_mask import RingMask
 from tests.models.cases import TINY, tiny
 
-OFF_THE_RING = 'not on the ring .*attn_implementation="ring"'
+OFF_THE_RING = 'not on the ring .*attn_implementation="ring" and a configuration of its own'
 TOKENS = torch.arange(1, 33)[None]
 OTHERS = [
     *(("llama", name) for name in ("sdpa", "eager", "flex_attention")),
@@ -90,6 +90,7 @@ def test_what_carries_inputs_to_a_model_leaves_the_mask_as_it_is():
     ):  # fmt: skip
         model, inputs = tiny("llama"), inputs_of()
         assert model(**inputs | {"attention_mask": carried}).loss == model(**inputs).loss
+    assert mask[:] is mask[:, :, 0:, :] is mask
     assert repr(mask) == "RingMask(shape=[2, 16], labels=31)"
 
 
@@ -100,6 +101,7 @@ READINGS = [
     lambda x: x.unsqueeze(1), lambda x: torch.ones(2, 16) * x, lambda x: torch.where(x, 1, 0), lambda x: x.tolist(),
     lambda x: torch.nn.functional.scaled_dot_product_attention(*torch.ones(3, 1, 1, 2, 4), attn_mask=x),
     lambda x: torch.zeros(2, 16).masked_fill(x, 1.0), lambda x: operator.index(x), lambda x: x.expand(2, 2, 16),
+    lambda x: x[:, ::2],
 ]  # fmt: skip
 
 
