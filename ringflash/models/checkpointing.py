@@ -6,6 +6,7 @@ Between forward and backward, a layer keeps its input and its attention result, 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ def _enable(
                     f"recomputing a layer would run the ring again; leave it out"
                 )
         gradient_checkpointing_kwargs = given | needed
-    type(model).gradient_checkpointing_enable(model, gradient_checkpointing_kwargs, *args, **kwargs)
+    with warnings.catch_warnings():  # newer versions of transformers call this for their new name of it, too
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+        type(model).gradient_checkpointing_enable(model, gradient_checkpointing_kwargs, *args, **kwargs)
     if model.config._attn_implementation == "ring" and keep != Keep():
         _set_places(model, keep, gradient_checkpointing_kwargs or {})
 

@@ -28,6 +28,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1e-3, 0.25  # seconds between two polls of the stor
 NAMED = 4  # ranks that a report names at the most
 NO_LIMIT = timedelta(days=365)
 
+_set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # the first from torch 2.14
 _PREFIX = "ringflash/without-timeout"
 
 
@@ -99,9 +100,9 @@ def _collectives_without_limit() -> Iterator[None]:
         for device in group._device_types[:1]
     }
     for group in groups:
-        dist.distributed_c10d._set_pg_timeout(NO_LIMIT, group)
+        _set_timeout(NO_LIMIT, group)
     try:
         yield
     finally:
         for group, timeout in groups.items():
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+            _set_timeout(timeout, group)
