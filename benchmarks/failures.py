@@ -63,8 +63,11 @@ class Row:
         return "\n".join([f"{self.failure:<18} {times}  {first}", *(f"{'':<36}  {line}" for line in rest)])
 
 
-def measure(failure: str, ranks: int, limit: float, folder: Path) -> Row:
-    """Train in `folder`, send the last rank the failure's signal after three steps, and wait for the end."""
+def measure(failure: str, ranks: int, limit: float, folder: Path, launched: list[psutil.Process]) -> Row:
+    """Train in `folder`, send the last rank the failure's signal after three steps, and wait for the end.
+
+    The launcher is added to `launched`.
+    """
     name, (sent, setting) = failure.replace(" ", "-"), FAILURES[failure]
     settings = [
         *SETTINGS,
@@ -78,6 +81,7 @@ def measure(failure: str, ranks: int, limit: float, folder: Path) -> Row:
     command = [sys.executable, "launch/local.py", "--ranks", str(ranks), *settings]
     with printed.open("w") as file:
         launcher = psutil.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    launched.append(launcher)
     try:
         metrics = folder / name / "metrics.jsonl"
         deadline = time.monotonic() + limit
@@ -95,8 +99,15 @@ def measure(failure: str, ranks: int, limit: float, folder: Path) -> Row:
             time.sleep(0.1)
         return Row(failure, ranks, reported, ended, _lines(printed.read_bytes()[before:]))
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
+        _kill(launcher)
+
+
+def _kill(launcher: psutil.Process) -> None:
+    """End a launcher and its ranks, each of which leads a session of its own."""
+    with suppress(psutil.NoSuchProcess):
+        for process in [launcher, *launcher.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _rank(launcher: psutil.Process, rank: int) -> psutil.Process:
@@ -125,12 +136,21 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     facts = card(torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}, None)
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    found = []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # of many_gpus.sh
+    found: list[Row] = []
+    launched: list[psutil.Process] = []
     # All at once, since they mostly wait.
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(FAILURES)) as threads:
-        for row in threads.map(lambda name: measure(name, args.ranks, args.limit, Path(folder)), FAILURES):
-            found.append(row)
-            print(row, flush=True)
+        try:
+            for row in threads.map(
+                lambda name: measure(name, args.ranks, args.limit, Path(folder), launched), FAILURES
+            ):
+                found.append(row)
+                print(row, flush=True)
+        except BaseException:  # Ctrl-C too: threads end when their launchers have
+            for launcher in launched:
+                _kill(launcher)
+            raise
     write_json(args.out, {"card": facts, "rows": [asdict(row) for row in found]})
     print(json.dumps({row.failure: row.ended for row in found}))
     return 0 if all(row.ended is not None for row in found) else 1

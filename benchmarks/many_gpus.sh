@@ -8,13 +8,14 @@
 #   benchmarks/many_gpus.sh failures       one rank killed, one rank stopped: what is printed, and when       2 minutes
 #
 # GPUS=N takes the first N GPUs. LENGTHS="131072 262144" are lengths for `training` (131072 by default); longer ones take longer.
+# `correct` needs pytest: pip install -c constraints.txt '.[train,dev]'.
 # The minutes of `correct` and `efficiency` are those of two H200; the others are estimates.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-$PWD/benchmarks/results} PATH="$PWD/.venv/bin:$PATH"
 [ $# -gt 0 ] || set -- correct efficiency training failures
 for part in "$@"; do
-    [[ $part =~ ^(correct|efficiency|training|failures)$ ]] || { sed -n '2,11s/^# \?//p' "$0"; exit 2; }
+    [[ $part =~ ^(correct|efficiency|training|failures)$ ]] || { sed -n '2,12s/^# \?//p' "$0"; exit 2; }
 done
 here=$(python3 -c "import torch; print(torch.cuda.device_count())") || exit 2
 gpus=${GPUS:-$here}
@@ -24,29 +25,34 @@ if ! [[ $gpus =~ ^[0-9]+$ ]] || [ "$gpus" -lt 2 ] || [ "$gpus" -gt "$here" ]; th
 fi
 CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$gpus" <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((here - 1)))}")
 export CUDA_VISIBLE_DEVICES
-mkdir -p "$OUT"
+mkdir -p "$OUT" || exit 2
 ranks=(torchrun --standalone --nproc-per-node "$gpus")
 failed=()
+limited() {  # SECONDS COMMAND...; it is in a process group of its own, which Ctrl-C does not reach
+    timeout "$@" &
+    wait "$!"
+}
+trap '[ -z "${!:-}" ] || { kill "$!"; wait "$!"; } 2> /dev/null; exit 130' INT TERM
 for part in "$@"; do
     echo "== $part, $gpus GPUs"
     case $part in
     correct)
         tests=(tests/ring/test_gpus.py tests/training/test_gpus.py)
-        timeout 300 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short -k "not that_hangs" "${tests[@]}"
+        limited 300 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short -k "not that_hangs" "${tests[@]}"
         ;;
     efficiency)
-        timeout 240 "${ranks[@]}" benchmarks/ring.py --between --many --seconds 0.3 --out "$OUT"
+        limited 240 "${ranks[@]}" benchmarks/ring.py --between --many --seconds 0.3 --out "$OUT"
         ;;
     training)
         for tokens in ${LENGTHS:-131072}; do
-            timeout 200 "${ranks[@]}" benchmarks/training.py --out "$OUT/training-$gpus.json" \
+            limited 200 "${ranks[@]}" benchmarks/training.py --out "$OUT/training-$gpus.json" \
                 --tokens "$tokens" --warm 32768 --batches 1 "parallel.ring=$gpus" --variant qwen3-0.6b: --variant \
                 "llama3-8b:experiment=llama3-8b-128k memory=long model.architecture.max_position_embeddings=$tokens" ||
                 failed+=("training at $tokens tokens")
         done
         ;;
     failures)
-        timeout 200 python3 benchmarks/failures.py --ranks "$gpus" --out "$OUT/failures.json"
+        limited 200 python3 benchmarks/failures.py --ranks "$gpus" --out "$OUT/failures.json"
         ;;
     esac || failed+=("$part")
 done

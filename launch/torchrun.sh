@@ -18,6 +18,10 @@ ranks=$1
 shift
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+if [ "${NNODES:-1}" != 1 ]; then
+    [ -n "${HEAD:-}" ] || { echo "launch/torchrun.sh: NNODES=$NNODES needs HEAD=first-machine:port, on each machine" >&2; exit 2; }
+    echo "launch/torchrun.sh: waits until NNODES=$NNODES machines have come to HEAD=$HEAD" >&2
+fi
 logs=()
 [ -z "${LOGS:-}" ] || logs=(--log-dir "$LOGS/$(hostname)" --tee 3)
 exec python launch/with_signals.py torchrun --nproc-per-node "$ranks" --nnodes "${NNODES:-1}" "${logs[@]}" \

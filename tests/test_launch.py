@@ -121,6 +121,12 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_and_its_exit_code_says_how_t
     assert [parsed.training_script, *parsed.training_script_args] == ["train.py", rank]
 
 
+def test_several_machines_without_a_place_to_meet_are_refused():
+    result = launch("torchrun.sh", "8", NNODES="2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "NNODES=2 needs HEAD=first-machine:port" in result.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_a_scripts_command(script):
     for arguments, code in ((["--help"], 0), ([], 2)):

@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import psutil
 import pytest
 
 from benchmarks import failures
 
-SLEEPER = (
-    "import subprocess, sys, os; [subprocess.Popen(['sleep', '60'], env={'RANK': str(r)}) for r in range(2)]; input()"
-)
+SLEEPER = """
+import subprocess
+for rank in range(2):
+    subprocess.Popen(["sleep", "60"], env={"RANK": str(rank)}, start_new_session=True)
+input()
+"""
 
 
 def test_lines_of_progress_are_no_report():
@@ -19,7 +23,7 @@ def test_lines_of_progress_are_no_report():
     assert failures._lines(printed) == ["ringflash: rank 0, step 3: waits"]
 
 
-def test_the_rank_that_is_named_is_found():
+def test_the_rank_that_is_named_is_found_and_ends_with_its_launcher():
     launcher = psutil.Popen([sys.executable, "-c", SLEEPER], stdin=subprocess.PIPE, start_new_session=True)
     try:
         while [child.name() for child in launcher.children()] != ["sleep", "sleep"]:  # before exec: python's variables
@@ -27,8 +31,12 @@ def test_the_rank_that_is_named_is_found():
         assert failures._rank(launcher, 1).environ()["RANK"] == "1"
         with pytest.raises(RuntimeError, match="rank 2 has no process"):
             failures._rank(launcher, 2)
+        ranks = launcher.children()
+        failures._kill(launcher)
+        assert psutil.wait_procs(ranks, timeout=20)[1] == []
     finally:
-        os.killpg(launcher.pid, 9)
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, 9)
 
 
 def test_a_row_shows_both_times_and_all_lines():

@@ -1,18 +1,21 @@
 """benchmarks/many_gpus.sh runs what it was asked for, or says that it did not."""
 
 import os
+import signal
 import stat
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Stands in for python3, which counts four GPUs, and for torchrun, which fails at one length.
-FAKES = {
-    "python3": '[ "$1" = -c ] && echo 4',
-    "torchrun": 'echo "$CUDA_VISIBLE_DEVICES: $*"; [[ "$*" != *"--tokens 64"* ]]',
-}
+# Stands in for python3, which counts four GPUs, and for torchrun, which hangs at one length and fails at another.
+TORCHRUN = """
+echo "$CUDA_VISIBLE_DEVICES: $*"
+case "$*" in *"--tokens 9 "*) sleep 60;; *"--tokens 64 "*) exit 1; esac
+"""
+FAKES = {"python3": '[ "$1" = -c ] && echo 4', "torchrun": TORCHRUN}
 
 
 @pytest.fixture
@@ -23,10 +26,11 @@ def run(tmp_path):
         path.write_text(text if text.startswith("#!") else f"#!/bin/bash\n{text}\n")
         path.chmod(stat.S_IRWXU)
 
-    def ran(*parts, **environment):
+    def ran(*parts, begin=subprocess.run, **environment):
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
         command = [tmp_path / "benchmarks/many_gpus.sh", *parts]
-        return subprocess.run(command, env={**os.environ, **path, **environment}, capture_output=True, text=True)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return begin(command, env={**os.environ, **path, **environment}, **streams)
 
     return ran
 
@@ -46,3 +50,16 @@ def test_the_first_gpus_are_taken_and_what_failed_is_listed(run):
     assert result.returncode == 1
     assert result.stdout.count("3,2: --standalone --nproc-per-node 2 ") == 2
     assert result.stderr == "== failed: training at 64 tokens\n"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_a_signal_ends_the_part_that_runs_and_no_other_begins(run, sent):
+    running = run("training", "efficiency", begin=subprocess.Popen, GPUS="4", LENGTHS="9 128")
+    assert "training" in running.stdout.readline()
+    assert "--tokens 9" in running.stdout.readline()
+    rest = None
+    while rest is None:  # bash puts off a signal that comes just before it begins to wait
+        running.send_signal(sent)
+        with suppress(subprocess.TimeoutExpired):
+            rest, _ = running.communicate(timeout=1)  # until the part has closed its end, too
+    assert (running.returncode, rest) == (130, "")
