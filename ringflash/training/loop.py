@@ -74,7 +74,7 @@ def fit(config: Config, resolved: str) -> bool:
     Raises ConfigError, naming the setting, for what cannot work, and DivergedError if training diverges.
     """
     job = preflight.check(config)
-    world = join(job.config.parallel)
+    world = join(job.config.parallel, config)
     torch.manual_seed(config.seed)
     needles = Needles.of(job.config, job.tokenizer, world)
     model = _build_model(job, world)

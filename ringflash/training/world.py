@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,8 @@ from ringflash.ring.ulysses import Ulysses
 from ringflash.ring.watchdog import Watchdog
 from ringflash.training.parallel import ParallelConfig
 from ringflash.training.without_timeout import without_timeout
+
+_PLACES = (".path", "data.cache", "data.tokenizer")  # ends of settings: machines may keep the same files elsewhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +105,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(config: ParallelConfig) -> World:
+def join(config: ParallelConfig, settings: Any = None) -> World:
     """Connect this process with the others, on the grid of a resolved configuration.
+
+    settings: a dataclass of all settings as they were given, which must be the same on all ranks; None: not compared.
 
     Each rank uses a GPU and NCCL, or gloo if the machine has no GPU. The environment is that of torchrun or deepspeed;
     without a launcher, the world is one process. Raises ConfigError if this machine has more ranks than GPUs, if the
-    grid does not divide the ranks, and if machines chose different grids.
+    grid does not divide the ranks, and if machines chose different grids or were given different settings.
     """
     device = local_device()
     _environment_of_one()
@@ -117,6 +123,8 @@ def join(config: ParallelConfig) -> World:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     neighbours = config.ulysses or 1
     _check_agreed(neighbours, device)
+    if settings is not None:
+        _check_same(dict(_named(settings)), device)
     grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
@@ -149,6 +157,32 @@ def _check_agreed(neighbours: int, device: torch.device) -> None:
             f"parallel.ulysses=null resolves to {least} on some machines and to {most} on others, which have another "
             f"number of ranks: set it, such as parallel.ulysses=1"
         )
+
+
+def _check_same(settings: dict[str, Any], device: torch.device) -> None:
+    """Raise ConfigError, on every rank, if one was given other settings than rank 0, and would train in its own way."""
+    box = [settings]
+    dist.broadcast_object_list(box, src=0)
+    names = [name for name in box[0] if not name.endswith(_PLACES)]
+    others = [i for i, name in enumerate(names, 1) if settings.get(name) != box[0][name]]
+    last = torch.tensor(max(others, default=0), device=device)
+    dist.all_reduce(last, dist.ReduceOp.MAX)
+    if last:
+        name = names[int(last) - 1]
+        own = f" and {settings.get(name)} on this rank" if int(last) in others else ""
+        raise ConfigError(
+            f"{name} differs between ranks, {box[0][name]} on rank 0{own}: start all machines with the same settings"
+        )
+
+
+def _named(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of each setting of a dataclass of settings and of dataclasses of them."""
+    for field in fields(settings):
+        name, value = prefix + field.name, getattr(settings, field.name)
+        if is_dataclass(value):
+            yield from _named(value, f"{name}.")
+        else:
+            yield name, value
 
 
 def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:

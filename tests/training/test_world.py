@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from ringflash.errors import ConfigError
 from ringflash.training import world
+from ringflash.training.parallel import ParallelConfig
 
 ROOT = Path(__file__).parents[2]
 TWO_RANKS = """
@@ -57,6 +59,29 @@ def test_a_grid_that_machines_of_unequal_size_chose_differently_is_refused_on_ev
     assert ranks.run(grid_chosen_by_each, 3, (2, 2, 2)) == [None] * 3
     for message in ranks.run(grid_chosen_by_each, 3, (4, 2, 8)):
         assert message.startswith("parallel.ulysses=null resolves to 2 on some machines and to 8 on others")
+
+
+def settings_given_to_each(settings):
+    """The error of a rank that was given settings[rank]."""
+    try:
+        world._check_same(settings[dist.get_rank()], torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.ranks
+def test_settings_that_differ_between_machines_are_refused_on_every_rank_and_places_may_differ(ranks):
+    alike = [{"optim.lr": 0.1, "seed": 1, "data.cache": rank, "model.path": rank} for rank in range(3)]
+    assert ranks.run(settings_given_to_each, 3, alike) == [None] * 3
+    found = ranks.run(settings_given_to_each, 3, [*alike[:2], alike[2] | {"optim.lr": 0.2}])
+    same = "start all machines with the same settings"
+    assert found[:2] == [f"optim.lr differs between ranks, 0.1 on rank 0: {same}"] * 2
+    assert found[2] == f"optim.lr differs between ranks, 0.1 on rank 0 and 0.2 on this rank: {same}"
+
+
+def test_settings_are_named_as_they_are_given():
+    config = make_dataclass("Config", [("parallel", ParallelConfig)])(ParallelConfig(ring=4))
+    assert dict(world._named(config))["parallel.ring"] == 4
 
 
 def test_a_rank_that_knows_only_its_local_rank_takes_the_gpu_of_that_number(monkeypatch):
