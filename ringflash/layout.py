@@ -176,8 +176,8 @@ class Layout:
     def pairs(self, mask: IntervalMask) -> Tensor:
         """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
 
-        Bounds never decrease, so the queries divide into runs that lie in one chunk and whose bounds lie in one chunk.
-        The keys below such a bound are all chunks before that chunk, and a part of it.
+        Bounds never decrease, so the queries divide into runs within one chunk whose bounds are within one chunk. The
+        keys below such a bound are all chunks before that chunk, and a part of it.
         """
         ranks, count, chunk = self.ranks, self.chunks.numel(), self.chunk
         owner = torch.empty(count, dtype=torch.int64)

@@ -243,7 +243,7 @@ def step(
 
 @gluon.jit
 def finish(acc, job, shared, descriptors, call, WHO: gl.constexpr):
-    """dv or dk to memory: k and v make room for dv, q for dk."""
+    """Write dv or dk to memory. The shared memory of k and v stages dv, that of q stages dk."""
     dk, dv = descriptors[5], descriptors[6]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, call.D], dk.dtype)
     if WHO == 0:

@@ -113,7 +113,7 @@ def calls_per_layer(config: PreTrainedConfig) -> int:
 def input_widths(config: PreTrainedConfig) -> list[int]:
     """How many numbers per token each input of a layer has, which a checkpointed layer keeps.
 
-    Gemma 3n's hidden states are several, and its layers and Gemma 4's take a second, smaller input of their own.
+    Gemma 3n has several hidden states. Its layers and Gemma 4's also take a second, smaller input.
     """
     own = getattr(config, "hidden_size_per_layer_input", None)
     return [config.hidden_size * getattr(config, "altup_num_inputs", 1), *([own] if own else [])]

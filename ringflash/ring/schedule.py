@@ -24,16 +24,17 @@ own keys and values to rank 1:
          0  attend hop 3      8 pairs          8 pairs          8 pairs          8 pairs
          0  finish
 
-With several KV heads there are two sections, a half of the heads each, on two streams; with one, the backward has two
-sections of the keys, on one stream. A section's gradients travel while the kernel adds to the other's.
+With several KV heads, there are two sections, each with half of the heads, on two streams. With one KV head, the
+backward has two sections of the keys, on one stream. A section's gradients are sent while the kernel adds to the
+other's.
 
-All ranks' lists have the same kinds of step at the same places, with nothing to do where a rank is idle. So ranks
-cannot deadlock, and a Loopback runs them side by side.
+All ranks have the same kinds of steps in the same order; an idle rank has nothing to do in a step. So ranks cannot
+deadlock, and a Loopback runs them side by side.
 
-Keys of hop s lie in buffer "keys s % 2". A message fills rows of the peer's buffer of the same name. Gradients of a hop
-lie in one of two buffers per section, which take turns: one is added to and sent while the other receives. A rank's own
-gradients return into the latter, or into a third buffer where any rank still carries others' by then. Where one call
-computes all of them, as on a ring of one, there is no buffer: the kernel writes them into the results.
+The keys of hop s are in buffer "keys s % 2". A message fills rows of the peer's buffer with the same name. The
+gradients of a hop are in one of two buffers per section, which alternate: one is added to and sent while the other
+receives. A rank's own gradients return into the latter, or into a third buffer if any rank still forwards others' by
+then. If one call computes all gradients, as on a ring of one, there is no buffer: the kernel writes the results.
 """
 
 from __future__ import annotations

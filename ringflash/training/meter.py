@@ -49,9 +49,9 @@ class Meter:
 
 
 def _traffic(world: World, imbalance: float) -> dict[str, float]:
-    """What was exchanged since the last call: GiB summed over ranks; waits, hops and imbalance of the largest rank.
+    """Traffic since the last call: GiB summed over ranks; the highest waits, number of hops and imbalance of any rank.
 
-    The step's loss must have been read before, so that the GPU's waits are over and known.
+    The step's loss must have been read before, so that the GPU's waits are complete.
     """
     drained = world.watchdog.drain()
     ring, ulysses = drained["ring"], drained["ulysses"]

@@ -75,7 +75,7 @@ class Needles:
 
 
 def record(cells: list[Cell]) -> dict[str, float]:
-    """For the metrics: needle_found and needle_loss in the mean, and of each cell, as needle_loss/4096-50."""
+    """Values for the metrics: the means needle_found and needle_loss, and each cell's, such as needle_loss/4096-50."""
     found = {"needle_found": [float(x.found) for x in cells], "needle_loss": [x.loss for x in cells]}
     means = {name: sum(values) / len(values) for name, values in found.items()}
     of_cells = {

@@ -205,7 +205,7 @@ def test_steps_of_more_than_eight_digits_are_the_newest(tmp_path):
     assert checkpoint._written(tmp_path)[0].name == "step-123456789"
 
 
-def test_an_unsound_checkpoint_is_moved_aside_beside_earlier_ones(tmp_path):
+def test_a_corrupt_checkpoint_is_moved_aside_beside_earlier_ones(tmp_path):
     path = written(tmp_path, 2)
     for name in ("step-00000002.corrupt", "step-00000002.corrupt-2"):
         assert checkpoint._aside(path).name == name
@@ -261,7 +261,7 @@ def write_after(folder):
 
 
 @pytest.mark.ranks
-def test_a_new_checkpoint_outlives_unsound_ones_of_later_steps(ranks, tmp_path):
+def test_a_new_checkpoint_outlives_corrupt_ones_of_later_steps(ranks, tmp_path):
     ranks.run(write_three, 1, tmp_path, 1, 3)
     for step in (2, 3):
         (tmp_path / f"step-0000000{step}" / "manifest.json").unlink()
