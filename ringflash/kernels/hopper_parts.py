@@ -202,7 +202,7 @@ class Job:
 
     @gluon.jit
     def fields(self):
-        """The job as a vector of 8, for `receive_job`: all but the KV head, which consumers do not need."""
+        """The job as a vector of 8, for `receive_job`: all but the KV head, which is head // group."""
         i = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [1], [0]))
         heads = gl.where(i == 1, self.head, gl.where(i == 2, self.into, self.first_row))
         where = gl.where(i == 0, self.batch, heads)
@@ -211,9 +211,9 @@ class Job:
 
 
 @gluon.jit
-def receive_job(fields):
-    """The job with these 8 fields, which are in shared memory. For a warpgroup."""
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # each thread reads all of them
+def receive_job(fields, WARPS: gl.constexpr = 4):
+    """The job with these 8 fields, which are in shared memory. For a partition of WARPS."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])  # each thread reads all of them
     i = gl.arange(0, 8, layout=layout)
     x = fields.load(layout)
     head = gl.sum(gl.where(i == 1, x, 0), 0)

@@ -103,7 +103,7 @@ def compile_case(name: str):
     rows = hopper_parts.ROWS.value
     registers = hopper_parts.REGISTERS[getattr(tuning, "consumers", 2)]
     constants = {
-        "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"], "DIRECT": head_dim > 128,
+        "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"],
         "CENTERED": case["centered"], "FINISHES": case["finishes"],
         "CONSUMER_REGISTERS": registers.consumer, "PRODUCER_REGISTERS": registers.producer,
     }  # fmt: skip

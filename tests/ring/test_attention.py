@@ -403,7 +403,7 @@ def test_what_is_of_the_wrong_kind_is_refused_by_its_name(call, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 8), (128, 8), (128, 1)])
+@pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 8), (128, 8), (128, 1), (256, 8)])
 def test_two_streams_on_a_gpu_are_exact_again_and_again(head_dim, kv_heads):
     """Five layers' worth of work is queued without waiting, so that memory is used again while streams still run."""
     plan = AttentionPlan(IntervalMask.causal(2048), Layout.zigzag(2048, 4), Loopback(4, "cuda"))
