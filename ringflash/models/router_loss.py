@@ -55,7 +55,7 @@ def router_loss(router_logits: Sequence[Tensor], active: int, plan: AttentionPla
         counts.scatter_add_(0, chosen.flatten(), held.long().repeat_interleave(active))
         probabilities = probabilities + (p * held[:, None]).sum(0)
     _sum_over_ranks(counts, plan)
-    tokens = len(router_logits) * (rows // len(plan.local_holders)) * plan.layout.length
+    tokens = len(router_logits) * (rows // len(plan.local_ranks)) * plan.layout.length
     return experts / tokens * (counts.to(dtype) / tokens * probabilities).sum()
 
 

@@ -76,7 +76,7 @@ class AttentionPlan:
     mask: an IntervalMask, or a tuple of masks that share no pair; attention is then over the union of their pairs.
     ulysses: the ranks among which each ring shard of the layout is divided. leading_tokens: the number of a document's
     first tokens that are also visible in a layer's `window`. hops[s][i]: hop s of local rank ring.local[i]. routes[c]:
-    the route of rank c's keys. token_layout: which rank holds which tokens outside attention. local_holders: the ranks
+    the route of rank c's keys. token_layout: which rank holds which tokens outside attention. local_ranks: the ranks
     of token_layout that are local. Raises ValueError if masks, layout and ring do not fit each other, and TypeError for
     other types.
     """
@@ -87,7 +87,7 @@ class AttentionPlan:
     ulysses: Ulysses | None = None
     leading_tokens: int = 0
     token_layout: Layout = field(init=False)
-    local_holders: tuple[int, ...] = field(init=False)
+    local_ranks: tuple[int, ...] = field(init=False)
     masks: tuple[IntervalMask, ...] = field(init=False)
     hops: tuple[tuple[Hop, ...], ...] = field(init=False)
     routes: tuple[Route, ...] = field(init=False)
@@ -102,7 +102,7 @@ class AttentionPlan:
         self._check()
         size, own = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
         object.__setattr__(self, "token_layout", self.layout.split(size))
-        object.__setattr__(self, "local_holders", tuple(rank * size + own for rank in self.ring.local))
+        object.__setattr__(self, "local_ranks", tuple(rank * size + own for rank in self.ring.local))
         object.__setattr__(self, "hops", self._hops(slice(0, self.layout.shard_length)))
         object.__setattr__(self, "routes", routes(masks, self.layout))
 
@@ -227,7 +227,7 @@ class AttentionPlan:
             raise TypeError(f"x must be a tensor [B, {self.layout.length}, ...], got {type(x).__name__}")
         if x.dim() < 2 or self.batch not in (1, len(x)):
             raise ValueError(f"a plan of {self.batch} batch rows and {self.layout.length} tokens got {[*x.shape]}")
-        shards = [self.token_layout.shard(x, rank, padding=padding) for rank in self.local_holders]
+        shards = [self.token_layout.shard(x, rank, padding=padding) for rank in self.local_ranks]
         return to_device(torch.cat(shards), self.ring.device)
 
     def position_ids(self, batch: int | None = None) -> Tensor:
@@ -251,9 +251,9 @@ class AttentionPlan:
         ring's device.
         """
         begins = torch.where(self._document_starts(), torch.arange(self.layout.length), 0).cummax(1).values
-        in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_holders])
+        in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_ranks])
         in_sequence = in_sequence.repeat_interleave(self.batch, dim=0)
-        in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_holders])
+        in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_ranks])
         in_document[in_sequence >= self.layout.length] = 0
         return to_device(torch.stack([in_sequence, in_document]), self.ring.device)
 
@@ -280,7 +280,7 @@ class AttentionPlan:
             document = self._document_starts().cumsum(1)
             counts = torch.zeros(self.batch, self.layout.length + 1, dtype=torch.int64)
             lengths = counts.scatter_add_(1, document, torch.ones_like(document)).gather(1, document)
-            return torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_holders])
+            return torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_ranks])
 
     def _document_starts(self) -> Tensor:
         """Where documents begin, bool [batch, length]."""

@@ -59,7 +59,7 @@ def own_part(plan_here, plan_there, x):
     """The part of all ranks' results that the rank of plan_here has."""
     if x.dim() < 4:
         return None  # a sink's gradient, which is a sum over ranks
-    whole = plan_there.token_layout.unshard(x.chunk(len(plan_there.local_holders)))
+    whole = plan_there.token_layout.unshard(x.chunk(len(plan_there.local_ranks)))
     return plan_here.shard(whole)
 
 
