@@ -291,7 +291,7 @@ class Watchdog:
     def _report(self) -> None:
         """Report where this rank is, and make the others report."""
         try:
-            words = self.where()
+            words = self.describe()
         except Exception as error:  # a group that is gone, a GPU in an error state: the run ends in any case
             words = f"rank {self.rank}, step {self.step}: hangs, and where is not known ({error})"
         print(f"\nringflash: {words}", file=sys.stderr, flush=True)  # below a progress bar
@@ -343,8 +343,8 @@ class Watchdog:
         print(f"\nringflash: rank {self.rank}, step {self.step}: ends: {words}", file=sys.stderr, flush=True)
         self._end()
 
-    def where(self) -> str:
-        """The report: rank, step, and what the rank waits for."""
+    def describe(self) -> str:
+        """Rank, step, and what the rank waits for, as one line of a report."""
         with self._lock:
             if not self._waits:
                 what = self._silent or f"waits for no rank; its last wait was in {self._last}"

@@ -100,10 +100,10 @@ def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     guard.wait([], "ring", Label("on the GPU", "forward"), lambda: Pending((1,), (3,)), 8, torch.device("cuda"))
     guard.wait([], "ring", Label("on the host", "forward"), lambda: Pending((2,)), 8, torch.device("cpu"))
-    assert "on the GPU, forward: waits for rank 1, or for rank 3 to receive what it sent since " in guard.where()
+    assert "on the GPU, forward: waits for rank 1, or for rank 3 to receive what it sent since " in guard.describe()
     Passing.passed = True
     assert guard.drain()["ring"].seconds == pytest.approx(5e-3, abs=1e-3)
-    assert "waits for no rank; its last wait was in on the GPU" in guard.where()
+    assert "waits for no rank; its last wait was in on the GPU" in guard.describe()
     guard.close()
 
 
@@ -127,7 +127,7 @@ def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
     class Work:
         def wait(self):
             looked.append(guard.drain()["ring"].seconds)
-            looked.append(guard.where())
+            looked.append(guard.describe())
 
     on_a_gpu(monkeypatch, Unrecorded)
     monkeypatch.setattr(Passing, "passed", False)
@@ -141,8 +141,8 @@ def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
 def test_a_meeting_is_reported_and_not_counted():
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     with guard.meeting(Label("layer 1", "forward", "memory for messages"), lambda: Pending((1, 2))):
-        assert "memory for messages: waits for rank 1 and rank 2 since " in guard.where()
-    assert "waits for no rank" in guard.where()
+        assert "memory for messages: waits for rank 1 and rank 2 since " in guard.describe()
+    assert "waits for no rank" in guard.describe()
     assert guard.drain()["ring"] == Traffic()
     guard.close()
 
@@ -163,7 +163,7 @@ def test_a_wait_that_raised_is_over(monkeypatch, device):
         guard.wait([Breaking()], "ring", Label("hop 1", "forward"), lambda: Pending((1,)), 8, torch.device(device))
     with pytest.raises(ArithmeticError), guard.meeting(Label("memory", "forward"), lambda: Pending((1,))):
         raise ArithmeticError
-    assert "waits for no rank" in guard.where()
+    assert "waits for no rank" in guard.describe()
     guard.close()
 
 
@@ -240,9 +240,9 @@ def test_time_without_a_wait_is_not_counted_as_one(monkeypatch):
     guard, begun = Watchdog(1e6, end=lambda: pytest.fail("ended")), []
     clock.now = 1000.0
     with guard.meeting(Label("memory", "forward"), lambda: Pending((1,))):
-        begun.append(guard.where())
+        begun.append(guard.describe())
         clock.now = 1002.0
-        begun.append(guard.where())
+        begun.append(guard.describe())
     guard.close()
     assert [said.split(" since ")[1] for said in begun] == ["0 s", "2 s"]
 
