@@ -37,7 +37,7 @@ import numpy as np
 
 from ringflash.data.formats import Fields, Record, RecordError
 from ringflash.data.records import IGNORE, Document, clean
-from ringflash.data.tokenizer import text_only, unsigned
+from ringflash.data.tokenizer import text_only, uint32_array
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
@@ -325,8 +325,8 @@ def _labelled(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> tuple[np.
 
     A token of spaces may have the empty offsets (end, end), which lies in the span that it ends in.
     """
-    tokens = unsigned(encoding.ids).astype(np.int64)
-    begins, ends = unsigned([*itertools.chain.from_iterable(encoding.offsets)]).reshape(-1, 2).T
+    tokens = uint32_array(encoding.ids).astype(np.int64)
+    begins, ends = uint32_array([*itertools.chain.from_iterable(encoding.offsets)]).reshape(-1, 2).T
     trained = np.zeros(len(tokens), bool)
     for begin, end in spans:
         trained |= (ends > begin) & ((begins < end) | ((begins == ends) & (ends == end)))

@@ -125,7 +125,7 @@ def _fast(backend: Tokenizer, tokenizer: Any, name: str, texts: list[str]) -> li
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # tokenizers raises a bare Exception, such as for an unknown word without an unk_token
         raise ConfigError(f"data.tokenizer={name} cannot encode the text of data.path: {reason(error)}") from error
-    found = [unsigned(encoding.ids) for encoding in encodings]
+    found = [uint32_array(encoding.ids) for encoding in encodings]
     if any((ids == tokenizer.eos_token_id).any() for ids in found):
         raise ConfigError(
             f"data.tokenizer={name} makes its eos_token={tokenizer.eos_token} of ordinary text, so a document "
@@ -134,8 +134,8 @@ def _fast(backend: Tokenizer, tokenizer: Any, name: str, texts: list[str]) -> li
     return found
 
 
-def unsigned(numbers: list[int]) -> np.ndarray:
-    """Numbers as an array of uint32, in half the time of np.array."""
+def uint32_array(numbers: list[int]) -> np.ndarray:
+    """The numbers as an array of uint32, in half the time of np.array."""
     return np.frombuffer(array("I", numbers), np.uintc)
 
 
