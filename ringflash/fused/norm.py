@@ -8,7 +8,8 @@ Backward, with g = dy (offset + w):
     dx = dresidual = dh + r (g - h r mean(g h r))
     dw = sum over rows of dy h r
 
-Each program of the backward walks many rows, and adds its part of dw up in registers; the parts are then summed.
+Each program of the backward walks many rows, and adds its part of dw up in registers; the parts are then summed. A
+frozen weight gets no dw.
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ class _RMSNorm(torch.autograd.Function):
         rows, columns, warps = tile_of(h.shape[-1])
         tiles = triton.cdiv(len(inverse), rows)
         programs = programs_for(tiles, h.device)
-        parts = torch.empty(programs, h.shape[-1], dtype=torch.float32, device=h.device)
+        trained = ctx.needs_input_grad[1]
+        parts = torch.empty(programs, h.shape[-1], dtype=torch.float32, device=h.device) if trained else None
         _backward[(programs,)](
             h, weight, inverse, dh, dy, dx, parts, len(inverse), h.shape[-1], ctx.offset, tiles,
-            ADDS=dh is not None, ROWS=rows, COLUMNS=columns, num_warps=warps,
+            ADDS=dh is not None, TRAINED=trained, ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
-        return dx, parts.sum(0).to(weight.dtype), dx if ctx.adds else None, None, None
+        return dx, None if parts is None else parts.sum(0).to(weight.dtype), dx if ctx.adds else None, None, None
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def _forward(
 @triton.jit
 def _backward(
     h, weight, inverse, dh, dy, dx, parts, count, width, offset, tiles,
-    ADDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ADDS: tl.constexpr, TRAINED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Every programs-th tile of rows, and this program's part of dw."""
     column = tl.arange(0, COLUMNS)
@@ -108,10 +110,12 @@ def _backward(
         r = tl.load(inverse + row, row < count, 0.0)
         n = tl.load(h + at, inside, 0.0).to(tl.float32) * r[:, None]
         g = tl.load(dy + at, inside, 0.0).to(tl.float32)
-        dw += tl.sum(g * n, 0)
+        if TRAINED:
+            dw += tl.sum(g * n, 0)
         g = g * w[None, :]
         d = r[:, None] * (g - n * (tl.sum(g * n, 1) / width)[:, None])
         if ADDS:
             d += tl.load(dh + at, inside, 0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), inside)
-    tl.store(parts + tl.program_id(0) * width + column, dw, column < width)
+    if TRAINED:
+        tl.store(parts + tl.program_id(0) * width + column, dw, column < width)

@@ -6,7 +6,8 @@ With x the two halves (x1, x2) of a head's D dimensions, and c, s the cosines an
     y1 = n1 c1 - n2 s1
     y2 = n2 c2 + n1 s2
 
-Backward: dn1 = dy1 c1 + dy2 s2, dn2 = dy2 c2 - dy1 s1, then as in `norm`. r is computed again instead of being kept.
+Backward: dn1 = dy1 c1 + dy2 s2, dn2 = dy2 c2 - dy1 s1, then as in `norm`. r is computed again instead of being kept. A
+frozen weight gets no gradient.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ class _Rotary(torch.autograd.Function):
         dx = torch.empty_like(dy)
         call = _call(dy, cos, weight)
         programs = programs_for(call["tiles"], dy.device) if weight is not None else call["tiles"]
-        parts = None
-        if weight is not None:
+        trained, parts = ctx.needs_input_grad[3], None
+        if trained:
             parts = torch.empty(programs, dy.shape[-1], dtype=torch.float32, device=dy.device)
-        _backward[(programs,)](x, cos, sin, weight, dy, dx, parts, eps=ctx.eps, offset=ctx.offset, **call)
+        call |= {"eps": ctx.eps, "offset": ctx.offset, "TRAINED": trained}
+        _backward[(programs,)](x, cos, sin, weight, dy, dx, parts, **call)
         dweight = None if parts is None or weight is None else parts.sum(0).to(weight.dtype)
         return dx, None, None, dweight, None, None
 
@@ -126,7 +128,7 @@ def _forward(
 @triton.jit
 def _backward(
     x, cos, sin, weight, dy, dx, parts, count, heads, tokens, half, eps, offset, tiles,
-    NORM: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr, TRAINED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Every programs-th tile of heads, and this program's part of dw."""
     column = tl.arange(0, HALF)
@@ -142,15 +144,16 @@ def _backward(
             n1, n2 = _halves(x, at, inside, half)
             r = _inverse(n1, n2, half, eps)[:, None]
             n1, n2 = n1 * r, n2 * r
-            dw1 += tl.sum(d1 * n1, 0)
-            dw2 += tl.sum(d2 * n2, 0)
+            if TRAINED:
+                dw1 += tl.sum(d1 * n1, 0)
+                dw2 += tl.sum(d2 * n2, 0)
             w1, w2 = _weights(weight, offset, column, half)
             d1, d2 = d1 * w1, d2 * w2
             mean = ((tl.sum(d1 * n1, 1) + tl.sum(d2 * n2, 1)) / (2 * half))[:, None]
             d1, d2 = r * (d1 - n1 * mean), r * (d2 - n2 * mean)
         tl.store(dx + at, d1.to(dx.dtype.element_ty), inside)
         tl.store(dx + half + at, d2.to(dx.dtype.element_ty), inside)
-    if NORM:
+    if TRAINED:
         part = parts + tl.program_id(0) * (2 * half) + column
         tl.store(part, dw1, column < half)
         tl.store(part + half, dw2, column < half)

@@ -18,7 +18,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError, in_one_line
-from ringflash.models.quantized import KINDS, weight_of
+from ringflash.models.quantized import KINDS
 
 if TYPE_CHECKING:
     import peft
@@ -142,30 +142,6 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 def adapted(model: nn.Module) -> dict[str, Any]:
     """The layers of a model that have an adapter, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-
-
-class Parts(NamedTuple):
-    """A linear layer's tensors, those of an adapter None if there is none: y = W x + bias + scale B (A x)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    a: Tensor | None = None
-    b: Tensor | None = None
-    scale: float = 0.0
-
-
-def parts_of(layer: Any) -> Parts | None:
-    """The parts of a linear layer; None for a layer of another kind, and for an adapter with dropout or out of use."""
-    if (weight := weight_of(layer)) is not None:
-        return Parts(weight, layer.bias)
-    names = [name for name in getattr(layer, "active_adapters", []) if name in getattr(layer, "lora_A", {})]
-    if len(names) != 1 or (weight := weight_of(layer.base_layer)) is None:
-        return None
-    a, b, dropout = (part[names[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    in_use = not layer.merged and not layer.disable_adapters
-    if not in_use or layer.lora_variant or b.bias is not None or type(dropout) is nn.Dropout:
-        return None
-    return Parts(weight, layer.base_layer.bias, a.weight, b.weight, layer.scaling[names[0]])
 
 
 def description(model: PreTrainedModel) -> str:

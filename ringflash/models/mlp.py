@@ -4,7 +4,7 @@
     a   = combine(act, h_i)    act(up), or act(gate) * up
     y   = a D^T + d
 
-With a LoRA adapter, a product also adds scale (x A^T) B^T, and its own weight is frozen.
+With a LoRA adapter, a product also adds scale (x A^T) B^T, and its own weight is frozen (`models.low_rank`).
 
 In a checkpointed layer, only x is kept, and the backward recomputes h and a one tile of tokens at a time, which
 checkpointing does once in any case. x is saved before y is computed: torch's checkpoint stops recomputing as soon as it
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ringflash.models.lora import Parts, parts_of
+from ringflash.models.low_rank import Parts, parts_of, product, product_backward, reduced, reduced_gradient
 from ringflash.models.sources import digest
 
 TENSORS = 4  # of a product's `Parts`: W, bias, A and B; what an MLP lacks is None
@@ -181,7 +181,7 @@ class _Mlp:
 
     def hidden(self, x: Tensor, weights: Sequence[Any]) -> list[Tensor]:
         """The tensors h_i."""
-        return [_product(x, parts) for parts in self.parts(weights)[:-1]]
+        return [product(x, reduced(x, parts), parts) for parts in self.parts(weights)[:-1]]
 
     def activated(self, hidden: list[Tensor], overwrite: bool) -> Tensor:
         """a. overwrite: whether h may be overwritten."""
@@ -219,25 +219,14 @@ class _Mlp:
         self, x: Tensor, dy: Tensor, hidden: list[Tensor], weights: Sequence[Any], sums: _Sums, dx: Tensor
     ) -> None:
         *inputs, output = self.parts(weights)
-        a, dhidden = self.activation_backward(hidden, _product_backward(dy, output))
-        sums.add(len(inputs), dy, a, output)
+        u = reduced_gradient(dy, output)
+        a, dhidden = self.activation_backward(hidden, product_backward(dy, u, output))
+        sums.add(len(inputs), dy, u, a, output)
         del a
         for i, (dh, parts) in enumerate(zip(dhidden, inputs, strict=True)):
-            _product_backward(dh, parts, dx, add=i > 0)
-            sums.add(i, dh, x, parts)
-
-
-def _product(x: Tensor, parts: Parts, out: Tensor | None = None) -> Tensor:
-    """x W^T + bias + scale (x A^T) B^T."""
-    weight, bias, a, b, scale = parts
-    y = torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
-    return y if a is None or b is None else y.addmm_(x @ a.T, b.T, alpha=scale)
-
-
-def _product_backward(dy: Tensor, parts: Parts, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """The gradient of x; add: to what `out` has."""
-    dx = torch.addmm(out, dy, parts.weight, out=out) if add and out is not None else torch.mm(dy, parts.weight, out=out)
-    return dx if parts.a is None or parts.b is None else dx.addmm_(dy @ parts.b, parts.a, alpha=parts.scale)
+            u = reduced_gradient(dh, parts)
+            product_backward(dh, u, parts, dx, add=i > 0)
+            sums.add(i, dh, u, x, parts)
 
 
 class _Sums:
@@ -247,17 +236,17 @@ class _Sums:
         self.weights, self.needed, self.in_fp32 = weights, needed, in_fp32
         self.totals: list[Tensor | None] = [None] * len(weights)
 
-    def add(self, number: int, dout: Tensor, x: Tensor, parts: Parts) -> None:
-        """Add those of the product `number`, of x, with these parts."""
+    def add(self, number: int, dout: Tensor, u: Tensor | None, x: Tensor, parts: Parts) -> None:
+        """Add those of the product `number`, of x, with these parts. u: `reduced_gradient` of dout."""
         weight, bias, a, b = range(number * TENSORS, (number + 1) * TENSORS)
         self._add(weight, dout, x)
         if self.needed[bias]:
             of_bias = dout.sum(0, dtype=torch.float32)
             before = self.totals[bias]
             self.totals[bias] = of_bias if before is None else before + of_bias
-        if parts.a is not None and parts.b is not None:
-            self._add(a, parts.scale * (dout @ parts.b), x)
-            self._add(b, dout, parts.scale * (x @ parts.a.T))
+        if u is not None and (t := reduced(x, parts)) is not None:
+            self._add(a, u, x)
+            self._add(b, dout, t)
 
     def _add(self, at: int, dout: Tensor, x: Tensor) -> None:
         """Add dout^T x to the gradient of weight `at`, if that is needed."""
@@ -301,7 +290,7 @@ class _Computed(torch.autograd.Function):
         output = mlp.parts(weights)[-1]
         for here in mlp.tiles(len(x)):
             a = mlp.activated(mlp.hidden(x[here], weights), overwrite=True)
-            _product(a, output, out=y[here])
+            product(a, reduced(a, output), output, out=y[here])
         return y
 
     @staticmethod
@@ -317,7 +306,8 @@ class _Kept(torch.autograd.Function):
         hidden = mlp.hidden(x, weights)
         ctx.mlp, ctx.overwritten = mlp, False
         ctx.save_for_backward(x, *hidden, *weights)
-        return _product(mlp.activated(hidden, overwrite=False), mlp.parts(weights)[-1])
+        a, output = mlp.activated(hidden, overwrite=False), mlp.parts(weights)[-1]
+        return product(a, reduced(a, output), output)
 
     @staticmethod
     @once_differentiable

@@ -29,6 +29,7 @@ from ringflash.models import (
     tile_mlps,
 )
 from ringflash.models.lora import adapted
+from ringflash.models.low_rank import replace_adapted, replaced_layers
 from ringflash.training import one_rank
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead
@@ -51,6 +52,7 @@ class TrainedModel(nn.Module):
         softcap = getattr(model.config, "final_logit_softcapping", None)
         scale = logit_scale(model.config)
         model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap, fused_loss, scale)
+        replace_adapted(model)
         if memory.recompute:
             checkpoint_layers(model, memory.keep)
             tile_mlps(model, memory.mlp_tile)
@@ -134,8 +136,10 @@ def build_engine(
     passes = fuse_layers(model, fused, world.device)
     passes += [name for name, on in (("loss", fused_loss), ("optimizer", fused_optimizer)) if on]
     trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
-    for mlp in replaced_mlps(model):
-        set_z3_leaf_module(mlp, True)
+    for module in [*replaced_mlps(model), *replaced_layers(model)]:
+        set_z3_leaf_module(module, True)
+    if memory.zero == 3 and adapted(model):  # else the first layer's leaf modules would reduce gradients too early:
+        model.enable_input_require_grads()  # if no input needs a gradient, torch runs their backward hooks first
     for buffer in model.buffers():  # DeepSpeed moves no buffer of a model whose weights are divided already
         buffer.data = buffer.data.to(world.device)
     bf16, zero0, states = model.dtype == torch.bfloat16, memory.zero == 0, memory.optimizer_states

@@ -62,6 +62,19 @@ def rotary_excess(name: str, dtype: torch.dtype, device: str = "cpu") -> float:
     return cases.excess(fused, plain, [x.to(device, dtype) for x in inputs])
 
 
+def frozen_weight_differences() -> list[float]:
+    """How much the gradient of x differs, for a norm and for rotary heads, if the weight gets none."""
+    torch.manual_seed(0)
+    x, dy, cos, sin = torch.randn(4, 2, 9, 3, 64)
+    x, weight = x.requires_grad_(), torch.randn(64, requires_grad=True)
+    functions = (
+        lambda w: rms_norm(x, w, 1e-6)[1],
+        lambda w: rotary(x, cos[:, :, 0], sin[:, :, 0], w, 1e-6),
+    )
+    pairs = [[torch.autograd.grad(f(w), x, dy)[0] for w in (weight, weight.detach())] for f in functions]
+    return [float((trained - frozen).abs().max()) for trained, frozen in pairs]
+
+
 def gated_excess(activation: str, dtype: torch.dtype, device: str = "cpu") -> float:
     """How far gated is from float64, over what is allowed; also for values whose exponential overflows."""
     torch.manual_seed(0)

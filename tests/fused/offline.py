@@ -25,24 +25,37 @@ FP32 = {
 INTEGERS = {"labels": "i64", "high": "i16", "low": "i16", "mean": "i16", "square": "i16"}
 
 
-def norm_of(width: int, adds: bool) -> tuple[dict, int]:
+def norm_of(width: int, **more: bool) -> tuple[dict, int]:
     """Constants and warps of a norm's launch."""
     rows, columns, warps = tile_of(width)
-    return {"ADDS": adds, "ROWS": rows, "COLUMNS": columns}, warps
+    return {"ADDS": True, "ROWS": rows, "COLUMNS": columns} | more, warps
+
+
+def rotary_of(normed: bool, **more: bool) -> tuple[dict, int]:
+    """Constants and warps of rotary's launch."""
+    return {"NORM": normed, "ROWS": 16, "HALF": 64} | more, 4
 
 
 # name: (kernel, its constants and warps)
 KERNELS = {
     **{
-        f"{name}-{width}": (kernel, norm_of(width, True))
+        f"{name}-{width}": (kernel, norm_of(width, **more))
         for width in (64, 1024, 5120, 16384)
-        for name, kernel in (("norm-forward", norm._forward), ("norm-backward", norm._backward))
+        for name, kernel, more in (
+            ("norm-forward", norm._forward, {}),
+            ("norm-backward", norm._backward, {"TRAINED": True}),
+        )
     },
     **{
-        f"rotary-{name}-{normed}": (kernel, ({"NORM": normed, "ROWS": 16, "HALF": 64}, 4))
+        f"rotary-{name}-{normed}": (kernel, rotary_of(normed, **more))
         for normed in (True, False)
-        for name, kernel in (("forward", rotary._forward), ("backward", rotary._backward))
+        for name, kernel, more in (
+            ("forward", rotary._forward, {}),
+            ("backward", rotary._backward, {"TRAINED": normed}),
+        )
     },
+    "norm-frozen-1024": (norm._backward, norm_of(1024, TRAINED=False)),
+    "rotary-frozen": (rotary._backward, rotary_of(True, TRAINED=False)),
     **{
         f"gated-{name}-{gelu}": (kernel, ({"GELU": gelu, "BLOCK": gated.BLOCK}, 8))
         for gelu in (True, False)

@@ -35,6 +35,10 @@ def test_rotary_is_exact(claim, case, dtype):
     assert claim("rotary_excess", case, dtype) <= 1
 
 
+def test_a_frozen_weight_leaves_the_gradient_of_the_input_as_it_is(claim):
+    assert claim("frozen_weight_differences") == [0, 0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated_is_exact(claim, activation, dtype):

@@ -1,17 +1,22 @@
 """LoRA's adapters: what can have one, how they are drawn and read back, and what is refused by name."""
 
 import json
+from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringflash import Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, checkpoint_layers, ring_inputs
 from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig, adapted, add_lora, merge, merged, write_adapter
+from ringflash.models.low_rank import replace_adapted
 from tests.models.cases import tiny
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -72,6 +77,49 @@ def test_a_model_that_peft_wraps_has_its_loss_and_gradients_on_a_ring(model_type
     losses = [model(input_ids=x, labels=x).loss * (x.shape[1] - 1) for x in tokens.split(lengths, 1)]
     expected = results(sum(losses) / (40 - 2))
     assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in zip(found, expected, strict=True))
+
+
+class Passes(TorchDispatchMode):
+    """Counts the operations that read or write a tensor of [tokens, out] or its transpose, by name."""
+
+    def __init__(self, tokens, out):
+        super().__init__()
+        self.shapes, self.counts = ((tokens, out), (out, tokens)), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, found) if isinstance(x, torch.Tensor)]
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "mul", "add") and any(tuple(x.shape) in self.shapes for x in tensors):
+            self.counts[name] += 1
+        return found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_adapted_layer_has_the_gradients_of_peft_without_passes_over_its_outputs(bias):
+    layer = nn.Sequential(nn.Linear(16, 24, bias))
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, layer)
+    exact, layer = layer.double(), deepcopy(layer).float()
+    x, dy = torch.randn(2, 20, 16), torch.randn(2, 20, 24)
+
+    def results(module, x):
+        x = x.clone().requires_grad_()
+        y = module(x)
+        y.backward(dy.to(y.dtype))
+        return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+
+    expected = results(exact, x.double())
+    replace_adapted(layer)
+    with Passes(40, 24) as passes:
+        found = results(layer, x)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(y.double(), expected[name], rtol=1e-5, atol=1e-6) for name, y in found.items())
+    # B t with the bias, and + W x; then u, dB and dx
+    assert passes.counts == ({"addmm": 1, "addmm_": 3, "mm": 1} if bias else {"addmm_": 3, "mm": 2})
+    layer[0].merge()
+    with pytest.raises(RuntimeError, match="had it merged"):
+        layer(x)
 
 
 def test_a_recomputed_layer_drops_what_its_forward_dropped():
