@@ -38,8 +38,12 @@ class Corpus(Protocol):
 class Evaluated(Corpus, Protocol):
     """A corpus to evaluate on."""
 
+    @property
+    def sources(self) -> list[str]:
+        """The names of all sources; "" if there is only one."""
+
     def source_of(self, index: int) -> str:
-        """The name of the source of the index-th sequence; "" if there is only one source."""
+        """The name of the source of the index-th sequence."""
 
     def unigram_entropy(self) -> float:
         """Nats per predicted token under the frequencies of these tokens: the loss without any context."""
@@ -60,6 +64,11 @@ class TokenCorpus(Split):
     def description(self, length: int) -> list[str]:
         """Two lines."""
         return summary(self, length)
+
+    @property
+    def sources(self) -> list[str]:
+        """See `Evaluated`."""
+        return [""]
 
     def source_of(self, index: int) -> str:
         """See `Evaluated`."""

@@ -59,9 +59,14 @@ class Mixture:
             for line in summary(corpus, length, f"{name}, {share / total:.1%} of the sequences: ")
         ]
 
+    @property
+    def sources(self) -> list[str]:
+        """See `Evaluated`."""
+        return [*self.corpora]
+
     def source_of(self, index: int) -> str:
         """See `Evaluated`."""
-        return [*self.corpora][locate(self.shares, index)[0]]
+        return self.sources[locate(self.shares, index)[0]]
 
     def unigram_entropy(self) -> float:
         """See `Evaluated`."""

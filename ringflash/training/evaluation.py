@@ -127,6 +127,12 @@ class Evaluation:
         """What the losses are of: two evaluations of one identity can be compared."""
         return f"{self.config.sequences} sequences of {self.corpus.digest}"
 
+    @property
+    def left_out(self) -> list[str]:
+        """The sources that no evaluated sequence is from."""
+        evaluated = {*map(self.corpus.source_of, range(self.config.sequences))}
+        return [source for source in self.corpus.sources if source not in evaluated]
+
     def loss(self, engine: deepspeed.DeepSpeedEngine, sequences: int | None = None) -> HeldOut:
         """Losses over `sequences` of them (default: evaluation.sequences).
 

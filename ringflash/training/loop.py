@@ -161,6 +161,11 @@ def _batches(
 def _evaluate_first(run: Run, evaluation: Evaluation | None, needles: Needles | None) -> None:
     """Evaluate the model before the first step. A resumed run evaluates only a part, to find failures early."""
     record: dict[str, float] = {}
+    if evaluation is not None and run.metrics is not None and evaluation.left_out:
+        count, names = run.job.config.evaluation.sequences, ", ".join(evaluation.left_out)
+        run.metrics.write_line(
+            f"evaluation.sequences={count} have none of {names}: raise it to evaluate on all sources"
+        )
     if evaluation is not None:
         before = evaluation.loss(run.engine, sequences=1 if run.start else None)
         record |= before.record()

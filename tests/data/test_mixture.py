@@ -11,6 +11,7 @@ from ringflash.data import batch, load_corpora, stream
 from ringflash.data.config import DataConfig, SourceConfig, WeightedSource
 from ringflash.data.mixture import locate
 from ringflash.errors import ConfigError
+from ringflash.training.evaluation import Evaluation, EvaluationConfig
 from tests.data.cases import write_jsonl, write_parquet, write_texts
 
 
@@ -81,6 +82,8 @@ def test_each_source_has_its_own_held_out_documents_in_the_same_shares(config):
     found = letters(held_out, range(40))
     assert [found.count(letter) for letter in "abc"] == [20, 10, 10]
     assert "".join(map(held_out.source_of, range(40))) == found
+    evaluation = Evaluation(EvaluationConfig(sequences=2), held_out, 32, None, None)
+    assert evaluation.left_out == [source for source in "abc" if source not in found[:2]] != []
     p = np.array([0.5, 0.25, 0.25]) * 31 / 32  # and an end per document
     expected = -(p * np.log(p)).sum() - 1 / 32 * np.log(1 / 32)
     assert held_out.unigram_entropy() == pytest.approx(expected)
