@@ -79,7 +79,7 @@ def sequences_per_epoch(corpus: Split, length: int) -> int:
         raise ConfigError(
             f"data.path={corpus.source} has no document for {corpus.split} of at most data.sequence_length={length} "
             f"tokens, and data.packing={corpus.packing} drops longer ones: give more documents, a longer sequence, or "
-            f"data.packing=truncate or split"
+            f"data.packing=truncate, or split for other than conversations"
         )
     return count
 
