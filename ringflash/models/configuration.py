@@ -111,7 +111,7 @@ class AttentionConfig:
 
     deterministic: bool = False
     """Make gradients bit-equal from run to run, and after a resume. This is slower with the hopper kernel; the others
-    are always deterministic."""
+    are always deterministic. Models with linear attention refuse it on GPUs."""
 
     compensated: bool = True
     """Compensate in the gradients for the rounding of attention's 16-bit output, at a small cost in speed and
@@ -342,7 +342,7 @@ def attention_kernels(
         except ValueError as error:
             raise ConfigError(str(error).replace("kernel=", "attention.kernel=")) from error
         names.add(kernel.name)
-    if (reason := device_refusal(hf_config, device)) is not None:
+    if (reason := device_refusal(hf_config, device, DTYPES[config.dtype], attention.deterministic)) is not None:
         raise ConfigError(
             f"model.architecture.{reason}" if config.path is None else f"model.path={config.path}: {reason}"
         )

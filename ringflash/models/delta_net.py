@@ -29,6 +29,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ from ringflash.ring.watchdog import Label
 
 PACKAGE, CORE = "flash-linear-attention", "fla-core"  # the second has the kernels, and comes with the first
 OLDEST = "0.6"  # of these, whose functions take chunk_indices
+OLDEST_TRITON = "3.7.1"  # on Hopper: older ones compile a kernel of the backward wrongly, so that fla raises there
 
 
 class _Projected(NamedTuple):
@@ -111,20 +113,60 @@ def put_on_ring(config: PreTrainedConfig) -> bool:
     return bool(others)
 
 
-def device_refusal(config: PreTrainedConfig, device: torch.device) -> str | None:
-    """None, or why the gated DeltaNet layers of a configuration cannot run on a device."""
+def device_refusal(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype | None = None, deterministic: bool = False
+) -> str | None:
+    """None, or why the gated DeltaNet layers of a configuration cannot run on a device.
+
+    dtype: that of the weights; None if it is not known yet. deterministic: gradients must be bit-equal from run to run.
+    """
     if delta_heads(config) is None or device.type == "cpu":
         return None
     try:
         found = metadata.version(CORE)
     except metadata.PackageNotFoundError:
         found = None
-    if found is not None and Version(found) >= Version(OLDEST):
+    if found is None or Version(found) < Version(OLDEST):
+        return (
+            f"model_type={config.model_type} needs {PACKAGE} {OLDEST} or newer for linear attention on device "
+            f"{device}; this environment has {f'{CORE} {found}' if found else 'none'}: pip install --upgrade {PACKAGE}"
+        )
+    if (older := _triton_too_old(device)) is not None:
+        return (
+            f"model_type={config.model_type} needs triton {OLDEST_TRITON} or newer for linear attention on device "
+            f"{device}, a Hopper GPU; this environment has triton {older}, with which {PACKAGE} refuses the backward: "
+            f"gradients would be wrong. Upgrade torch (2.13 comes with triton 3.7.1), or pip install tilelang"
+        )
+    reason = _gradients_refusal(dtype, deterministic)
+    return reason and f"model_type={config.model_type} {reason}"
+
+
+def _triton_too_old(device: torch.device) -> str | None:
+    """The version of Triton, where flash-linear-attention refuses the backward with it; else None.
+
+    With tilelang, flash-linear-attention has another kernel.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
         return None
-    return (
-        f"model_type={config.model_type} needs {PACKAGE} {OLDEST} or newer for linear attention on device {device}; "
-        f"this environment has {f'{CORE} {found}' if found else 'none'}: pip install --upgrade {PACKAGE}"
-    )
+    import triton
+
+    found: str = triton.__version__
+    return found if Version(found) < Version(OLDEST_TRITON) and find_spec("tilelang") is None else None
+
+
+def _gradients_refusal(dtype: torch.dtype | None, deterministic: bool) -> str | None:
+    """None, or why gradients by flash-linear-attention are not those that were asked for."""
+    if dtype == torch.float32:
+        return (
+            f"is not supported in fp32 on GPUs, where {PACKAGE} gives wrong gradients of A_log and dt_bias; "
+            f"use bf16 (model.dtype=bf16)"
+        )
+    if deterministic:
+        return (
+            f"is not supported with deterministic=True (attention.deterministic=true) on GPUs: {PACKAGE} times its "
+            f"kernels in each process and takes the fastest, so gradients may differ from run to run"
+        )
+    return None
 
 
 def _on_ring(kind: Any) -> Callable[..., Tensor]:
@@ -168,6 +210,10 @@ def _check(
         )
     if reason := delta_refusal(module.num_k_heads, sequence_ranks(plan)):
         raise ValueError(reason)
+    kind = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+    if _has_kernels(hidden_states) and (reason := _gradients_refusal(dtype, keywords.get("deterministic", False))):
+        raise ValueError(f"linear attention {reason}")
 
 
 @torch.compiler.disable  # exchanges cannot be part of a compiled graph

@@ -82,7 +82,13 @@ own heads ([ringflash/models/delta_net.py](../ringflash/models/delta_net.py)). I
 - The number of ranks that share a sequence (ring x ulysses) must divide `linear_num_key_heads`: by default 16, or 30
   for OLMo Hybrid.
 - On GPUs, these layers need flash-linear-attention (`pip install flash-linear-attention`). On the CPU, transformers'
-  own functions compute them, document by document. No GPU has trained such a model on the ring yet.
+  own functions compute them, document by document.
+- On Hopper GPUs, flash-linear-attention refuses the backward with triton older than 3.7.1, whose gradients would be
+  wrong. torch 2.11 comes with triton 3.6.0, and torch 2.13 with 3.7.1. tilelang also helps, but was not tried here.
+- On GPUs, fp32 is refused, since flash-linear-attention's gradients of `A_log` and `dt_bias` were wrong in it. Those in
+  bf16 were as exact as by transformers' functions ([log](log.md#2026-11-30-gated-deltanet-on-an-h200)).
+- On GPUs, `attention.deterministic=true` is refused: flash-linear-attention times its kernels in each process and
+  takes the fastest.
 - A recomputed layer runs its exchanges and its recurrence again. `memory.attention_results` concerns attention alone.
 - Such a model cannot use a cache, so `ringflash.generate` and needle searches refuse it. dynamic and longrope RoPE are
   refused as well.

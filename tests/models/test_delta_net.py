@@ -1,6 +1,7 @@
 """Gated DeltaNet layers on the ring: what `tests.models.proof` and `tests.training.test_step` do not prove of them."""
 
 import json
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -55,7 +56,7 @@ def test_a_model_off_the_ring_is_what_it_was_before():
 
 WRONG = {
     "without the configuration": (
-        lambda model: ring_inputs(TOKENS, ring=Loopback(2)), "linear attention also need ring_inputs"),
+        lambda model: ring_inputs(TOKENS, ring=Loopback(2)), "chunked and linear attention need it"),
     "more ranks than key heads divide among": (
         lambda model: ring_inputs(TOKENS, ring=Loopback(8), config=model.config),
         r"linear_num_key_heads=12 does not divide among the 8 ranks of a sequence .*parallel\.ring=4"),
@@ -66,7 +67,7 @@ WRONG = {
     "a keyword that could change what tokens see": (
         lambda model: ring_inputs(TOKENS, ring=Loopback(1), config=model.config)
         | {"cu_seq_lens_q": torch.tensor([0, 9])},
-        "cu_seq_lens_q=.* is not supported"),
+        "cu_seq_lens_q is not read by ring attention"),
 }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def version_or_error(found):
 
 
 def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cache(monkeypatch):
-    settings = ModelConfig(architecture=architecture("qwen3_5_text"))
+    settings = ModelConfig(architecture=architecture("qwen3_5_text"), dtype="bf16")
     config = read_config(settings)
     for parallel in (ParallelConfig(), ParallelConfig(ring=4, ulysses=2)):
         with pytest.raises(ConfigError, match=r"linear_num_key_heads=12 does not divide among the 8 ranks"):
@@ -135,8 +136,49 @@ def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cac
             attention_kernels(settings, AttentionConfig(), config, torch.device("meta"))
     monkeypatch.setattr(delta_net.metadata, "version", lambda name: "0.10.0")
     assert attention_kernels(settings, AttentionConfig(), config, torch.device("meta")) == ["blocked"]
+    with pytest.raises(ConfigError, match=r"qwen3_5_text is not supported in fp32 on GPUs.* \(model\.dtype=bf16\)"):
+        attention_kernels(replace(settings, dtype="fp32"), AttentionConfig(), config, torch.device("meta"))
+    with pytest.raises(ConfigError, match=r"qwen3_5_text is not supported with .*\(attention\.deterministic=true\)"):
+        attention_kernels(settings, AttentionConfig(deterministic=True), config, torch.device("meta"))
     with pytest.raises(ValueError, match="model_type=qwen3_5_text is not supported by a RingCache"):
         RingCache(tiny("qwen3_5_text"), capacity=64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "tilelang", "refused"),
+    [
+        ((9, 0), "3.6.0", None, True),
+        ((9, 0), "3.7.0", None, True),
+        ((9, 0), "3.7.1", None, False),
+        ((9, 0), "3.6.0", "tilelang", False),
+        ((8, 0), "3.6.0", None, False),
+        ((10, 0), "3.6.0", None, False),
+    ],
+)
+def test_a_triton_that_miscompiles_the_backward_is_refused_on_hopper_alone(
+    monkeypatch, capability, triton, tilelang, refused
+):
+    monkeypatch.setattr(delta_net.metadata, "version", lambda name: "0.6.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("triton.__version__", triton)
+    monkeypatch.setattr(delta_net, "find_spec", {"tilelang": tilelang}.get)
+    reason = delta_net.device_refusal(tiny("qwen3_5_text").config, torch.device("cuda"), torch.bfloat16)
+    assert (reason is not None) == refused
+    assert not refused or "needs triton 3.7.1 or newer for linear attention on device cuda" in reason
+    assert not refused or f"this environment has triton {triton}" in reason
+
+
+def test_a_layer_refuses_gradients_that_its_kernels_do_not_give(monkeypatch):
+    monkeypatch.setattr(delta_net, "_has_kernels", lambda x: True)
+    model = tiny("qwen3_5_text")
+    inputs = ring_inputs(TOKENS, ring=Loopback(1), config=model.config)
+    with pytest.raises(ValueError, match="linear attention is not supported in fp32 on GPUs"):
+        model(**inputs)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="linear attention is not supported with deterministic=True"),
+    ):
+        model(**inputs, deterministic=True)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
@@ -198,6 +240,8 @@ def gradients_on(device, dtype, monkeypatch, kernels, ranks=1):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_on_a_gpu_the_error_of_bf16_is_at_most_twice_that_of_transformers_functions(monkeypatch, ranks):
     device = torch.device("cuda")
+    if (reason := delta_net.device_refusal(tiny("qwen3_5_text").config, device)) is not None:
+        pytest.skip(reason)
     exact = gradients_on(device, torch.float32, monkeypatch, kernels=False)
     plain = gradients_on(device, torch.bfloat16, monkeypatch, kernels=False)
     found = gradients_on(device, torch.bfloat16, monkeypatch, kernels=True, ranks=ranks)
