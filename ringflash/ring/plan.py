@@ -250,7 +250,7 @@ class AttentionPlan:
         A document begins at a token if no pair of the masks crosses it. int64 [2, local ranks * batch, n], on the
         ring's device.
         """
-        begins = torch.where(self._document_starts(), torch.arange(self.layout.length), 0).cummax(1).values
+        begins = self._document_begins()
         in_sequence = torch.stack([self.token_layout.positions(rank) for rank in self.local_ranks])
         in_sequence = in_sequence.repeat_interleave(self.batch, dim=0)
         in_document = in_sequence - torch.cat([self.token_layout.shard(begins, rank) for rank in self.local_ranks])
@@ -260,13 +260,14 @@ class AttentionPlan:
     def sequences(self, rows: int) -> Sequences:
         """The order of all shards' tokens, for inputs of `rows` batch rows; made once.
 
-        Call this where a step's inputs are made, as `position_ids`. Raises ValueError if the rows do not fit the masks.
+        Call this where a step's inputs are made, as `position_ids`. Raises ValueError if the rows do not fit the masks,
+        or if the mask is not causal within documents, which is what a recurrence computes.
         """
         if rows < 1 or rows % self.batch:
             raise ValueError(f"a plan whose masks have {self.batch} batch rows does not fit a batch of {rows}")
         if rows not in self._sequences:
             with torch.device("cpu"):  # as in window
-                starts = self._document_starts().repeat_interleave(rows // self.batch, dim=0)
+                starts = self._causal_starts().repeat_interleave(rows // self.batch, dim=0)
                 self._sequences[rows] = Sequences.of(self.layout, starts, self.ring.device)
         return self._sequences[rows]
 
@@ -286,6 +287,21 @@ class AttentionPlan:
         """Where documents begin, bool [batch, length]."""
         starts = (mask.document_starts().expand(self.batch, -1) for mask in self.masks)
         return functools.reduce(torch.logical_and, starts)
+
+    def _document_begins(self) -> Tensor:
+        """The first token of each token's document, int64 [batch, length]."""
+        return torch.where(self._document_starts(), torch.arange(self.layout.length), 0).cummax(1).values
+
+    def _causal_starts(self) -> Tensor:
+        """Where documents begin, bool [batch, length]. Raises ValueError if the mask is not causal within them."""
+        first, ends = self.masks[0], torch.arange(1, self.layout.length + 1)
+        if len(self.masks) > 1 or not (torch.equal(first.lo, self._document_begins()) and (first.hi == ends).all()):
+            raise ValueError(
+                f"mask={self.mask!r:.100} is not causal within documents. Layers that carry a state over tokens see "
+                f"exactly the tokens of their document up to their own, as in IntervalMask.causal(S) & "
+                f"IntervalMask.documents(...)"
+            )
+        return self._document_starts()
 
     def __repr__(self) -> str:
         return f"AttentionPlan({self.mask!r}, {self.layout!r}, ring of {self.ring.size})"

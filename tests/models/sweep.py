@@ -90,6 +90,8 @@ own heads ([ringflash/models/delta_net.py](../ringflash/models/delta_net.py)). I
 - On GPUs, `attention.deterministic=true` is refused: flash-linear-attention times its kernels in each process and
   takes the fastest.
 - A recomputed layer runs its exchanges and its recurrence again. `memory.attention_results` concerns attention alone.
+- A plan of your own must be causal within documents. Windows, prefixes and other masks are refused, since a state
+  cannot follow them.
 - Such a model cannot use a cache, so `ringflash.generate` and needle searches refuse it. dynamic and longrope RoPE are
   refused as well.
 - Published Qwen3.5 folders are of models with images. `model.path` takes their text model, without the layers for

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ringflash import Loopback
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import (
     AttentionConfig,
@@ -76,6 +76,23 @@ def test_a_call_that_would_be_wrong_on_shards_is_refused(make, message):
     model = tiny("qwen3_5_text")
     with pytest.raises(ValueError, match=message):
         model(**make(model))
+
+
+OTHER_MASKS = {
+    "prefix": IntervalMask.prefix(150, 9),
+    "window": IntervalMask.window(150, left=8),
+    "full": IntervalMask.full(150),
+    "window and leading tokens": IntervalMask.causal(150).windowed(8, leading_tokens=2),
+}
+
+
+@pytest.mark.parametrize("mask", OTHER_MASKS.values(), ids=OTHER_MASKS)
+def test_a_mask_that_a_state_cannot_follow_is_refused(mask):
+    model = tiny("qwen3_5_text")
+    inputs = ring_inputs(TOKENS, ring=Loopback(2), config=model.config)
+    plan = AttentionPlan(mask, Layout.zigzag(150, 2), Loopback(2))
+    with pytest.raises(ValueError, match=r"^mask=.* is not causal within documents"):
+        model(**inputs | {"plan": plan, "position_ids": plan.position_ids(2)})
 
 
 def test_masks_by_layer_type_do_not_hide_that_linear_attention_was_not_told(monkeypatch):
