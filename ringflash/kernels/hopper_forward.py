@@ -24,9 +24,10 @@ rows see (full) and which only some (edges):
 Edges come first: the first tile is computed before the loops and masked in any case, and the bounds of rows no longer
 take registers when the full tiles run. The loop over full tiles is the same for every mask.
 
-The producer is one warp that only starts copies. Consumers take turns in starting their products (named barriers). At
-head_dim 128 there are two, A and B. Their registers hold p of one tile and the scores of the next, and the tensor cores
-run one consumer's products under the other's exponentials:
+The producer is one warp, which starts copies. It also takes the query tiles; at head_dim 256, another warp does.
+Consumers take turns in starting their products (named barriers). At head_dim 128 there are two, A and B. Their
+registers hold p of one tile and the scores of the next, and the tensor cores run one consumer's products under the
+other's exponentials:
 
     copy engine     k3 v2             k4 v3             k5 v4
     tensor cores    A: q k2, p1 v1  | B: q k2, p1 v1  | A: q k3, p2 v2  | B: q k3, p2 v2
