@@ -20,7 +20,7 @@ from ringflash import kernels
 from ringflash.errors import ConfigError, hub_hint
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
-from ringflash.models.delta_net import device_refusal
+from ringflash.models.delta_kernels import device_refusal
 from ringflash.models.families import TEXT_MODELS, allow_untested, family_refusal, has_chunks, has_delta
 from ringflash.models.layers import layer_kinds
 from ringflash.models.lora import ROPE, LoraConfig, is_adapter, read_fields

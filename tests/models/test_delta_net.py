@@ -17,7 +17,7 @@ from ringflash.models import (
     RingCache,
     attention_kernels,
     build_model,
-    delta_net,
+    delta_kernels,
     read_config,
     ring_inputs,
 )
@@ -148,10 +148,10 @@ def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cac
             resolve_parallel(parallel, config, 4096, 8, 8)
     assert resolve_parallel(ParallelConfig(ring=4, ulysses=1), config, 4096, 8, 8)[0].ulysses == 1  # two replicas
     for found, message in {"0.5.9": r"has fla-core 0\.5\.9: pip install", None: "has none: pip install"}.items():
-        monkeypatch.setattr(delta_net.metadata, "version", lambda name, found=found: version_or_error(found))
+        monkeypatch.setattr(delta_kernels.metadata, "version", lambda name, found=found: version_or_error(found))
         with pytest.raises(ConfigError, match=message):
             attention_kernels(settings, AttentionConfig(), config, torch.device("meta"))
-    monkeypatch.setattr(delta_net.metadata, "version", lambda name: "0.10.0")
+    monkeypatch.setattr(delta_kernels.metadata, "version", lambda name: "0.10.0")
     assert attention_kernels(settings, AttentionConfig(), config, torch.device("meta")) == ["blocked"]
     with pytest.raises(ConfigError, match=r"qwen3_5_text is not supported in fp32 on GPUs.* \(model\.dtype=bf16\)"):
         attention_kernels(replace(settings, dtype="fp32"), AttentionConfig(), config, torch.device("meta"))
@@ -175,18 +175,18 @@ def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cac
 def test_a_triton_that_miscompiles_the_backward_is_refused_on_hopper_alone(
     monkeypatch, capability, triton, tilelang, refused
 ):
-    monkeypatch.setattr(delta_net.metadata, "version", lambda name: "0.6.0")
+    monkeypatch.setattr(delta_kernels.metadata, "version", lambda name: "0.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("triton.__version__", triton)
-    monkeypatch.setattr(delta_net, "find_spec", {"tilelang": tilelang}.get)
-    reason = delta_net.device_refusal(tiny("qwen3_5_text").config, torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(delta_kernels, "find_spec", {"tilelang": tilelang}.get)
+    reason = delta_kernels.device_refusal(tiny("qwen3_5_text").config, torch.device("cuda"), torch.bfloat16)
     assert (reason is not None) == refused
     assert not refused or "needs triton 3.7.1 or newer for linear attention on device cuda" in reason
     assert not refused or f"this environment has triton {triton}" in reason
 
 
 def test_a_layer_refuses_gradients_that_its_kernels_do_not_give(monkeypatch):
-    monkeypatch.setattr(delta_net, "_has_kernels", lambda x: True)
+    monkeypatch.setattr(delta_kernels, "_has_kernels", lambda x: True)
     model = tiny("qwen3_5_text")
     inputs = ring_inputs(TOKENS, ring=Loopback(1), config=model.config)
     with pytest.raises(ValueError, match="linear attention is not supported in fp32 on GPUs"):
@@ -247,7 +247,7 @@ def gradients_on(device, dtype, monkeypatch, kernels, ranks=1):
         "linear_value_head_dim": 64,
     }
     model = with_weights(tiny("qwen3_5_text", **heads)).to(device, dtype)
-    monkeypatch.setattr(delta_net, "_has_kernels", lambda x: kernels)
+    monkeypatch.setattr(delta_kernels, "_has_kernels", lambda x: kernels)
     inputs = ring_inputs(TOKENS, TOKENS, documents=DOCUMENTS, ring=Loopback(ranks, device), config=model.config)
     return {name: x.double() for name, x in loss_and_gradients(model, inputs)[1].items()}
 
@@ -257,7 +257,7 @@ def gradients_on(device, dtype, monkeypatch, kernels, ranks=1):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_on_a_gpu_the_error_of_bf16_is_at_most_twice_that_of_transformers_functions(monkeypatch, ranks):
     device = torch.device("cuda")
-    if (reason := delta_net.device_refusal(tiny("qwen3_5_text").config, device)) is not None:
+    if (reason := delta_kernels.device_refusal(tiny("qwen3_5_text").config, device)) is not None:
         pytest.skip(reason)
     exact = gradients_on(device, torch.float32, monkeypatch, kernels=False)
     plain = gradients_on(device, torch.bfloat16, monkeypatch, kernels=False)
