@@ -96,7 +96,7 @@ def _gathered(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> tup
         received = _exchanged(x, plan, label, allocate)
         del x
         columns = zip(*(shards.flatten(0, 2).split(widths, dim=-1) for shards in received), strict=True)
-        return tuple(_together([_ordered(x, order) for x in of_ranks]) for of_ranks in columns)
+        return tuple(_stacked([_ordered(x, order) for x in of_ranks]) for of_ranks in columns)
 
 
 def _scattered(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> tuple[Tensor, ...]:
@@ -140,5 +140,5 @@ def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
     return x.clone() if order is None else x.index_select(0, order)
 
 
-def _together(of_ranks: list[Tensor]) -> Tensor:
+def _stacked(of_ranks: list[Tensor]) -> Tensor:
     return of_ranks[0][None] if len(of_ranks) == 1 else torch.stack(of_ranks)
