@@ -122,9 +122,9 @@ def join(config: ParallelConfig, settings: Any = None) -> World:
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     neighbours = config.ulysses or 1
-    _check_agreed(neighbours, device)
     if settings is not None:
         _check_same(dict(_named(settings)), device)
+    _check_agreed(neighbours, device)
     grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
@@ -176,13 +176,16 @@ def _check_same(settings: dict[str, Any], device: torch.device) -> None:
 
 
 def _named(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of each setting of a dataclass of settings and of dataclasses of them."""
-    for field in fields(settings):
-        name, value = prefix + field.name, getattr(settings, field.name)
+    """(name, value) of each setting of a dataclass, and of those in it. For a dict of dataclasses, also its keys."""
+    parts = settings if isinstance(settings, dict) else {x.name: getattr(settings, x.name) for x in fields(settings)}
+    for name, value in parts.items():
         if is_dataclass(value):
-            yield from _named(value, f"{name}.")
+            yield from _named(value, f"{prefix}{name}.")
+        elif isinstance(value, dict) and all(map(is_dataclass, value.values())):
+            yield from _named(value, f"{prefix}{name}.")
+            yield prefix + name, [*value]
         else:
-            yield name, value
+            yield prefix + name, value
 
 
 def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:

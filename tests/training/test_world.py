@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ringflash.data.config import DataConfig, WeightedSource
 from ringflash.errors import ConfigError
 from ringflash.training import world
 from ringflash.training.parallel import ParallelConfig
@@ -79,9 +80,12 @@ def test_settings_that_differ_between_machines_are_refused_on_every_rank_and_pla
     assert found[2] == f"optim.lr differs between ranks, 0.1 on rank 0 and 0.2 on this rank: {same}"
 
 
-def test_settings_are_named_as_they_are_given():
-    config = make_dataclass("Config", [("parallel", ParallelConfig)])(ParallelConfig(ring=4))
-    assert dict(world._named(config))["parallel.ring"] == 4
+def test_settings_are_named_as_they_are_given_and_sources_may_be_in_other_places():
+    config = make_dataclass("Config", [("parallel", ParallelConfig), ("data", DataConfig)])
+    kept_in = [DataConfig(sources={"web": WeightedSource(path=path, weight=3)}) for path in ("/here", "/there")]
+    here, there = (dict(world._named(config(ParallelConfig(ring=4), data))) for data in kept_in)
+    assert (here["parallel.ring"], here["data.sources"], here["data.sources.web.weight"]) == (4, ["web"], 3)
+    assert {name for name in here if here[name] != there[name]} == {"data.sources.web.path"}
 
 
 def test_a_rank_that_knows_only_its_local_rank_takes_the_gpu_of_that_number(monkeypatch):
