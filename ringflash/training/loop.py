@@ -312,7 +312,10 @@ def _best(run: Run, evaluation: Evaluation | None) -> Best | None:
 def _out_of_patience(run: Run, best: Best | None, step: int) -> bool:
     """Whether the run ends after `step`, since evaluation.patience evaluations have not lowered the held-out loss."""
     every, patience = run.job.config.evaluation.every, run.job.config.evaluation.patience
-    if best is None or patience is None or step // every - best.step // every < patience:
+    if best is None or patience is None:
+        return False
+    since = best.step or run.start  # steps before checkpoint.keep_best was set had no evaluation that counts
+    if step // every - since // every < patience:
         return False
     if run.metrics is not None:
         run.metrics.write_line(f"ends after step {step}: {patience} evaluations did not lower the held-out loss")
@@ -329,9 +332,10 @@ def _finish(
     config, world = run.job.config, run.world
     held_out = evaluation.loss(run.engine) if evaluation is not None else None
     divergence.check_end(steps, None if held_out is None else held_out.loss)
+    before = best
     if best is not None and held_out is not None:
         best = best.after(steps, held_out.loss)
-    if saved < steps:
+    if saved < steps or best != before:  # the checkpoint of the lowest loss has that loss
         run.save(steps, best)
     if best is not None and best.step != steps:
         checkpoint.load_best(run.engine, run.checkpoints, best, world)

@@ -79,6 +79,16 @@ def test_a_run_ends_when_its_patience_does_and_a_resumed_one_counts_the_same_eva
 
 
 @pytest.mark.ranks
+def test_a_resumed_run_counts_no_evaluations_before_keep_best_and_knows_that_the_last_was_the_lowest(ranks, text):
+    run = settings(text, "name=best", "evaluation.every=2", "checkpoint.every=1", "checkpoint.keep=1")
+    best = ["resume=auto", "checkpoint.keep_best=true", "evaluation.patience=2"]
+    for end, others, kept in (("5", [], [5]), ("7", best, [7]), ("12", best, [7, 10])):
+        losses = {0: 5.0, 2: 4.0, 4: 4.0, 5: 3.0, 6: 2.0, 7: 1.0, 8: 2.0, 10: 2.0}
+        assert ranks.run(scripted, 1, [*run, *others, f"optim.steps={end}"], losses)[0][0] is None
+        assert steps_of(text.parent / "runs" / "best") == kept
+
+
+@pytest.mark.ranks
 def test_the_best_of_another_number_of_ranks_is_exported(ranks, text):
     run, folder = settings(text, "name=best", *KEPT, "resume=auto", "optim.batch=4"), text.parent / "runs" / "best"
     assert ranks.run(scripted, 2, [*run, "optim.steps=3"])[0][0] is None
