@@ -30,7 +30,11 @@ def main() -> int:
         return 0 if len(sys.argv) > 1 else 2
     with stop_note() as stopped:
         hold_signal()
-        launcher = subprocess.Popen(sys.argv[1:])
+        try:
+            launcher = subprocess.Popen(sys.argv[1:])
+        except OSError as error:
+            print(f"launch/with_signals.py: {sys.argv[1]} cannot be started: {error.strerror}", file=sys.stderr)
+            return 127
         terms = 0
 
         def receive(number: int, frame: object) -> None:

@@ -127,6 +127,13 @@ def test_several_machines_without_a_place_to_meet_are_refused():
     assert "NNODES=2 needs HEAD=first-machine:port" in result.stderr
 
 
+def test_a_launcher_that_is_not_installed_is_named_in_one_line():
+    command = [sys.executable, ROOT / "launch" / "with_signals.py", "no-torchrun", "train.py"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 127
+    assert result.stderr == "launch/with_signals.py: no-torchrun cannot be started: No such file or directory\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_a_scripts_command(script):
     for arguments, code in ((["--help"], 0), ([], 2)):
