@@ -56,6 +56,7 @@ FREE = (
 # checkpoint.
 REPORTED = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay", "optim.micro_batch")
 SHARDING = ("zero", "optimizer_states")  # of memory: which states are in a rank's files
+LORA = ("model.lora.rank", "model.lora.digest")  # without which a run has no others of model.lora
 TOKENIZER = "tokenizer.digest"  # says why other tokens are; one that gives the same tokens is not refused
 BY_DIGEST = {
     "data.digest": "the tokens of data.path or data.sources, by their digest",
@@ -294,7 +295,7 @@ def _grid(world: World) -> dict[str, int]:
 
 def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
     changes = []
-    for key in sorted((before.keys() | now.keys()) - {TOKENIZER}):
+    for key in sorted((before.keys() | now.keys()) - {TOKENIZER}, key=lambda key: (key not in LORA, key)):
         if before.get(key) != now.get(key):
             if key == "data.digest" and before.get(TOKENIZER) not in (None, now.get(TOKENIZER)):
                 key = TOKENIZER

@@ -290,6 +290,10 @@ def test_a_new_checkpoint_outlives_corrupt_ones_of_later_steps(ranks, tmp_path):
             "the model of model.path, .*=b differs from None",
         ),
         ({"optim": {"lr": 1.0, "clip": 1.0, "steps": 9}, "model": {"layers": 3}}, "model.layers=3 differs from None"),
+        (
+            {"optim": {"lr": 1.0, "clip": 1.0, "steps": 9}, "model": {"lora": {"dropout": 0.0, "rank": 2}}},
+            "model.lora.rank=2 differs from None",
+        ),
     ],
 )
 def test_a_changed_setting_is_refused_and_more_steps_are_not(ranks, tmp_path, now, message):
