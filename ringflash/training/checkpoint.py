@@ -144,7 +144,7 @@ def load_best(engine: deepspeed.DeepSpeedEngine, folder: Path, best: Best, world
         if fault is not None:
             raise ConfigError(
                 f"{path}, which has the lowest held-out loss, is corrupt ({fault}): resume=auto "
-                f"checkpoint.keep_best=false exports the last weights"
+                f"checkpoint.keep_best=false evaluation.patience=null exports the last weights"
             )
         _load(engine, path, manifest, world)
 
