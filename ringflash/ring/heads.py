@@ -43,7 +43,7 @@ def to_heads(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> list
     """
     if _stays(plan, len(parts[0])):
         return [part.reshape(1, -1, part.shape[-1]) for part in parts]
-    return list(_ToHeads.apply(plan, label, *parts))
+    return list(_Exchange.apply(plan, label, True, *parts))
 
 
 def to_tokens(x: Tensor, plan: AttentionPlan, label: Label) -> Tensor:
@@ -52,7 +52,7 @@ def to_tokens(x: Tensor, plan: AttentionPlan, label: Label) -> Tensor:
     Tokens past the end of a sequence get 0.
     """
     rows = x.shape[1] // plan.layout.length
-    return x.reshape(rows, -1, x.shape[-1]) if _stays(plan, rows) else _ToTokens.apply(plan, label, x)[0]
+    return x.reshape(rows, -1, x.shape[-1]) if _stays(plan, rows) else _Exchange.apply(plan, label, False, x)[0]
 
 
 def _stays(plan: AttentionPlan, rows: int) -> bool:
@@ -60,26 +60,17 @@ def _stays(plan: AttentionPlan, rows: int) -> bool:
     return sequence_ranks(plan) == 1 and plan.sequences(rows).order is None
 
 
-class _ToHeads(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """`_gathered` or `_scattered`, and the other one as its gradient."""
+
     @staticmethod
-    def forward(ctx, plan: AttentionPlan, label: Label, *parts: Tensor):
-        ctx.call = plan, label._replace(direction="backward")
-        return _gathered(parts, plan, label)
+    def forward(ctx, plan: AttentionPlan, label: Label, to_heads: bool, *parts: Tensor):
+        ctx.back = plan, label._replace(direction="backward"), not to_heads
+        return (_gathered if to_heads else _scattered)(parts, plan, label)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        return None, None, *_ToTokens.apply(*ctx.call, *gradients)
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plan: AttentionPlan, label: Label, *parts: Tensor):
-        ctx.call = plan, label._replace(direction="backward")
-        return _scattered(parts, plan, label)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        return None, None, *_ToHeads.apply(*ctx.call, *gradients)
+        return None, None, None, *_Exchange.apply(*ctx.back, *gradients)
 
 
 def _gathered(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> tuple[Tensor, ...]:

@@ -47,34 +47,26 @@ def test_the_ranks_of_a_machine_are_read_from_the_launchers_environment(monkeypa
     assert world.local_world_size() == here
 
 
-def grid_chosen_by_each(ulysses):
-    """The error of a rank that chose ulysses[rank]."""
+def error_of_each(check, given):
+    """The error with which a rank's check refuses given[rank]."""
     try:
-        world._check_agreed(ulysses[dist.get_rank()], torch.device("cpu"))
+        check(given[dist.get_rank()], torch.device("cpu"))
     except ConfigError as error:
         return str(error)
 
 
 @pytest.mark.ranks
 def test_a_grid_that_machines_of_unequal_size_chose_differently_is_refused_on_every_rank(ranks):
-    assert ranks.run(grid_chosen_by_each, 3, (2, 2, 2)) == [None] * 3
-    for message in ranks.run(grid_chosen_by_each, 3, (4, 2, 8)):
+    assert ranks.run(error_of_each, 3, world._check_agreed, (2, 2, 2)) == [None] * 3
+    for message in ranks.run(error_of_each, 3, world._check_agreed, (4, 2, 8)):
         assert message.startswith("parallel.ulysses=null resolves to 2 on some machines and to 8 on others")
-
-
-def settings_given_to_each(settings):
-    """The error of a rank that was given settings[rank]."""
-    try:
-        world._check_same(settings[dist.get_rank()], torch.device("cpu"))
-    except ConfigError as error:
-        return str(error)
 
 
 @pytest.mark.ranks
 def test_settings_that_differ_between_machines_are_refused_on_every_rank_and_places_may_differ(ranks):
     alike = [{"optim.lr": 0.1, "seed": 1, "data.cache": rank, "model.path": rank} for rank in range(3)]
-    assert ranks.run(settings_given_to_each, 3, alike) == [None] * 3
-    found = ranks.run(settings_given_to_each, 3, [*alike[:2], alike[2] | {"optim.lr": 0.2}])
+    assert ranks.run(error_of_each, 3, world._check_same, alike) == [None] * 3
+    found = ranks.run(error_of_each, 3, world._check_same, [*alike[:2], alike[2] | {"optim.lr": 0.2}])
     same = "start all machines with the same settings"
     assert found[:2] == [f"optim.lr differs between ranks, 0.1 on rank 0: {same}"] * 2
     assert found[2] == f"optim.lr differs between ranks, 0.1 on rank 0 and 0.2 on this rank: {same}"
