@@ -19,7 +19,7 @@ tests)
     workers=()
     if python3 -c "import xdist" 2> /dev/null; then workers=(-n "${WORKERS:-6}"); fi
     timeout 1200 python3 -m pytest -m gpu "${workers[@]}" -p no:cacheprovider --tb=short \
-        tests/kernels tests/ring tests/fused tests/test_offload.py tests/training/test_host_adamw.py
+        tests/kernels tests/ring tests/fused tests/test_offload.py tests/training/optimizers/test_host_adamw.py
     ;;
 attention)
     timeout 540 python3 benchmarks/attention.py --out "$out" "${@:2}"

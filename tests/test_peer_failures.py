@@ -551,7 +551,7 @@ def compiled_by_an_engine(folder):
     """What building DeepSpeed's engine leaves in the folder for compiled extensions."""
     from ringflash.training.engine import build_engine
     from ringflash.training.memory import MemoryConfig
-    from ringflash.training.optimizer import OptimConfig
+    from ringflash.training.optimizers.config import OptimConfig
     from tests.training.engines import build, joined
 
     with pytest.MonkeyPatch.context() as patch:

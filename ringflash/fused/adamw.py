@@ -1,7 +1,7 @@
 """AdamW on split weights, in one pass: weight, its low bits, both moments and the gradient, 16 bits each.
 
-The arithmetic is that of `training.split_adamw`, in fp32. Each moment is rounded to bf16 at random, up or down with
-the probability that makes it right on average, from the bits of Philox at (seed, element).
+The arithmetic is that of `training.optimizers.split_adamw`, in fp32. Each moment is rounded to bf16 at random, up or
+down with the probability that makes it right on average, from the bits of Philox at (seed, element).
 """
 
 from __future__ import annotations

@@ -1,17 +1,21 @@
 """The trainer.
 
+loop                        the run, top to bottom
 config, overrides, help     the settings: typed, read from a command line, listed
+preflight, agreement        what is refused before anything is allocated; what a pretrained model makes doubtful
+parallel, world             the grid of ring, Ulysses and replicas: chosen, and connected
+without_timeout             work that takes some ranks hours while the others wait
 memory, estimate            the settings that save GPU memory; the memory and disk that a run will take
-preflight                   what is refused before anything is allocated, and the log of what will run
-world, without_timeout      ring, Ulysses and replicas; work without a timeout
-failure, stop               how a run fails, and how it ends early with a checkpoint
-engine, loss, optimizer     the model under DeepSpeed
+engine, loss, optimizers    the model under DeepSpeed
+sharded                     with ZeRO 3, a model that is never whole in one rank's memory
 step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
 positions                   the loss by position in a document
 meter, flops, metrics       a step's figures, and where they are written
+run_folder, files           the folder of a run, and files that are complete or absent
 checkpoint, reshard         what a run can be resumed from, also if ranks or ZeRO stage change
-export                      what a run leaves
-loop                        the run, top to bottom
+export                      the trained model as a Hugging Face folder
+stop, failure               how a run ends early with a checkpoint, and how it fails
+divergence, out_of_memory   two of its failures: losses that are not finite, and full GPUs
 """
 
 import os

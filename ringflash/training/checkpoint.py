@@ -34,7 +34,7 @@ from ringflash.models.lora import adapted
 from ringflash.training import reshard
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import digest, remove, write_atomically, writing
-from ringflash.training.host_adamw import HostAdamW
+from ringflash.training.optimizers.host_adamw import HostAdamW
 from ringflash.training.world import World
 
 STATE = "state"

@@ -30,7 +30,7 @@ from ringflash.training.checkpoint import CheckpointConfig
 from ringflash.training.evaluation import EvaluationConfig
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import LoggerConfig
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.overrides import for_hydra, kind_of, typed_value, unknown, wanted
 from ringflash.training.parallel import ParallelConfig
 

@@ -30,11 +30,12 @@ from ringflash.models import (
 )
 from ringflash.models.lora import adapted
 from ringflash.models.low_rank import replace_adapted, replaced_layers
-from ringflash.training import one_rank
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead
 from ringflash.training.memory import MemoryConfig
-from ringflash.training.optimizer import OptimConfig, build_optimizer, start_moments
+from ringflash.training.optimizers import one_rank
+from ringflash.training.optimizers.build import build_optimizer, start_moments
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.positions import ByPosition
 from ringflash.training.sharded import start_deepspeed
 from ringflash.training.world import World

@@ -136,7 +136,7 @@ def losses(vocabulary: int, softcap: float | None, dtype: torch.dtype, device: s
 def adamw_distances(device: str = "cpu") -> dict[str, float]:
     """How far the kernel's step is from the plain one's: the master's movement, and each moment (relative norms)."""
     from ringflash.fused.adamw import adamw_
-    from ringflash.training.split_adamw import _plain_step, joined, split
+    from ringflash.training.optimizers.split_adamw import _plain_step, joined, split
 
     torch.manual_seed(0)
     weight, low = split(torch.randn(5000, device=device) * 0.02)

@@ -8,7 +8,7 @@ from ringflash.layout import Layout
 from ringflash.models import ModelConfig, build_model
 from ringflash.training.engine import build_engine
 from ringflash.training.memory import MemoryConfig
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.parallel import ParallelConfig
 from ringflash.training.world import World, join
 from tests.models.cases import SPECIFIC, TINY

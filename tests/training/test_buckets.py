@@ -6,7 +6,7 @@ from ringflash import Layout
 from ringflash.training import engine
 from ringflash.training.engine import build_engine
 from ringflash.training.memory import MemoryConfig
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import LENGTH, SEQUENCES, build, joined, sequences
 

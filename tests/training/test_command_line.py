@@ -19,7 +19,7 @@ from ringflash.data.documents import find_files
 from ringflash.errors import ConfigError, shown
 from ringflash.models import ModelConfig, build_model, read_config
 from ringflash.training.config import Config, built, compose
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.preflight import check_ranks
 from tests import forked
 

@@ -14,7 +14,7 @@ from ringflash.training.divergence import LIMIT, Divergence
 from ringflash.training.engine import build_engine
 from ringflash.training.export import export
 from ringflash.training.memory import MemoryConfig
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import LENGTH, build, joined, sequences
 from tests.training.fits import SETTINGS, fit_on_ranks, weights_of

@@ -12,7 +12,7 @@ from ringflash.training.engine import build_engine
 from ringflash.training.evaluation import HeldOut, evaluate
 from ringflash.training.loss import tiled_cross_entropy
 from ringflash.training.memory import MemoryConfig
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.positions import ByPosition, means, no_totals
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import DOCUMENTS, LENGTH, SEQUENCES, build, joined, sequences

@@ -36,7 +36,8 @@ def step(ranks: int) -> dict[str, Tensor]:
     from ringflash.models import AttentionConfig, FusedConfig, fuse_layers, ring_inputs
     from ringflash.training.engine import TrainedModel
     from ringflash.training.memory import MemoryConfig
-    from ringflash.training.optimizer import OptimConfig, build_optimizer
+    from ringflash.training.optimizers.build import build_optimizer
+    from ringflash.training.optimizers.config import OptimConfig
     from tests.models.cases import tiny
 
     model = tiny("qwen3")

@@ -11,7 +11,7 @@ from ringflash.models import AttentionConfig, attention, ring_inputs
 from ringflash.training.engine import TrainedModel, build_engine
 from ringflash.training.evaluation import evaluate
 from ringflash.training.memory import MemoryConfig
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.step import prepare, train_step
 from ringflash.training.world import World
 from tests.training.engines import DOCUMENTS, LENGTH, SEQUENCES, build, joined, sequences

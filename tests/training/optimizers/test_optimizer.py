@@ -21,7 +21,8 @@ from ringflash.training.config import compose
 from ringflash.training.engine import build_engine
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import read
-from ringflash.training.optimizer import OptimConfig, build_optimizer, parameter_groups
+from ringflash.training.optimizers.build import build_optimizer, parameter_groups
+from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.step import prepare, train_step
 from tests.models.cases import tiny
 from tests.training.engines import LENGTH, build, joined, sequences

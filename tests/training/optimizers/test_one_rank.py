@@ -6,11 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ringflash import Layout
-from ringflash.training import host_adamw, one_rank
 from ringflash.training.engine import build_engine
 from ringflash.training.memory import MemoryConfig
-from ringflash.training.one_rank import in_chunks
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers import host_adamw, one_rank
+from ringflash.training.optimizers.config import OptimConfig
+from ringflash.training.optimizers.one_rank import in_chunks
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import LENGTH, SEQUENCES, build, joined, sequences
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ringflash import Layout
-from ringflash.training import host_adamw
 from ringflash.training.engine import build_engine
-from ringflash.training.host_adamw import HostAdamW
 from ringflash.training.memory import MemoryConfig
-from ringflash.training.optimizer import OptimConfig
+from ringflash.training.optimizers import host_adamw
+from ringflash.training.optimizers.config import OptimConfig
+from ringflash.training.optimizers.host_adamw import HostAdamW
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import LENGTH, SEQUENCES, build, joined, sequences
 from tests.training.fits import weights_of

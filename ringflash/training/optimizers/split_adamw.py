@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringflash.training.one_rank import gradients_of, in_chunks
+from ringflash.training.optimizers.one_rank import gradients_of, in_chunks
 
 CHUNK = 2**24  # elements updated at once: only these have joined gradients and fp32 copies
 

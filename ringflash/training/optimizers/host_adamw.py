@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ringflash.offload import PinnedPool
-from ringflash.training.one_rank import gradients_of, in_chunks
+from ringflash.training.optimizers.one_rank import gradients_of, in_chunks
 
 CHUNK = 2**24  # elements per chunk: 192 MiB of states
 IN_FLIGHT = 3  # chunks on the GPU: one is copied in, one is updated, one is copied out

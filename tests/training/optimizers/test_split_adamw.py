@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ringflash.training.split_adamw import SplitAdamW, joined, split, stochastic_round
+from ringflash.training.optimizers.split_adamw import SplitAdamW, joined, split, stochastic_round
 
 TIES = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000, 0x00008000, 0x7F7F7FFF, 0], dtype=torch.int32)
 
