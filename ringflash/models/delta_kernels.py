@@ -17,8 +17,8 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ringflash.models.digests import globals_of
 from ringflash.models.layers import delta_heads
-from ringflash.models.sources import globals_of
 from ringflash.ring.sequences import Sequences
 
 PACKAGE, CORE = "flash-linear-attention", "fla-core"  # the second has the kernels, and comes with the first

@@ -37,8 +37,8 @@ from transformers import PreTrainedConfig
 
 from ringflash.models.checks import check_keywords
 from ringflash.models.delta_kernels import call_refusal, convolved, recurrence
+from ringflash.models.digests import digest
 from ringflash.models.layers import delta_heads, delta_refusal
-from ringflash.models.sources import digest
 from ringflash.ring.heads import head_blocks, sequence_ranks, to_heads, to_tokens
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.sequences import Sequences
@@ -83,7 +83,7 @@ class _Form(NamedTuple):
     out: str = "out_proj"
 
 
-_FORMS = {  # by the digest of a layer's forward (`models.sources`)
+_FORMS = {  # by the digest of a layer's forward (`models.digests`)
     "230b4c2bedce": _Form(_split),
     "fb348a396c2e": _Form(_split_by_head),
     "5d613e382e37": _Form(_separate, "o_norm", "o_proj"),

@@ -2,7 +2,7 @@
 
 A layer's matrix products and its attention stay as they are, and the passes between them are replaced by those of
 `ringflash.fused`. This file lists the code of transformers that computes exactly the same arithmetic, by digests of its
-source (`models.sources`). All other classes stay as they are. Weights are used only in the forward of the module that
+source (`models.digests`). All other classes stay as they are. Weights are used only in the forward of the module that
 owns them, so ZeRO 3 gathers them as usual. MLPs, which become a single function (`models.mlp`), must be leaf modules.
 """
 
@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from ringflash.errors import ConfigError
 from ringflash.models.attention import ring_attention_forward
 from ringflash.models.cache import RingCache
+from ringflash.models.digests import digest, globals_of
 from ringflash.models.mlp import GATED, form_of, replace_forward
-from ringflash.models.sources import digest, globals_of
 
 WHEN = ("auto", "always", "never")
 # Digests of forwards, each with the first family that has it.

@@ -14,11 +14,11 @@ from transformers import PreTrainedConfig
 
 from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask, document_rows
-from ringflash.models.chunks import by_layer_type
 from ringflash.models.configuration import refusal
 from ringflash.models.delta_kernels import device_refusal
 from ringflash.models.delta_net import put_on_ring
 from ringflash.models.layers import delta_heads, delta_refusal, layer_masks
+from ringflash.models.llama4 import by_layer_type
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, fastest
 from ringflash.ring.plan import AttentionPlan

@@ -4,7 +4,7 @@
     a   = combine(act, h_i)    act(up), or act(gate) * up
     y   = a D^T + d
 
-With a LoRA adapter, a product also adds scale (x A^T) B^T, and its own weight is frozen (`models.low_rank`).
+With a LoRA adapter, a product also adds scale (x A^T) B^T, and its own weight is frozen (`models.lora_linear`).
 
 In a checkpointed layer, only x is kept, and the backward recomputes h and a one tile of tokens at a time, which
 checkpointing does once in any case. x is saved before y is computed: torch's checkpoint stops recomputing as soon as it
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ringflash.models.low_rank import Parts, parts_of, product, product_backward, reduced, reduced_gradient
-from ringflash.models.sources import digest
+from ringflash.models.digests import digest
+from ringflash.models.lora_linear import Parts, parts_of, product, product_backward, reduced, reduced_gradient
 
 TENSORS = 4  # of a product's `Parts`: W, bias, A and B; what an MLP lacks is None
 ELEMENTS = 2**27  # elements of h per tile by default: 256 MiB in bf16, and enough for matrix products at full speed
@@ -55,7 +55,7 @@ class Form(NamedTuple):
     combine: Callable[..., Tensor]
 
 
-# By the digest of an MLP's forward (`models.sources`), each with the first family that has it.
+# By the digest of an MLP's forward (`models.digests`), each with the first family that has it.
 GATED = "9eb101c4fe03"
 FORMS = {
     GATED: Form(("gate_proj", "up_proj"), "down_proj", "act_fn", _gated),  # llama

@@ -29,7 +29,7 @@ from ringflash.models import (
     tile_mlps,
 )
 from ringflash.models.lora import adapted
-from ringflash.models.low_rank import replace_adapted, replaced_layers
+from ringflash.models.lora_linear import replace_adapted, replaced_layers
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead
 from ringflash.training.memory import MemoryConfig

@@ -16,7 +16,7 @@ from ringflash import Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, checkpoint_layers, ring_inputs
 from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig, adapted, add_lora, merge, merged, write_adapter
-from ringflash.models.low_rank import replace_adapted
+from ringflash.models.lora_linear import replace_adapted
 from tests.models.cases import tiny
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -1,6 +1,6 @@
 """A digest tells a function by what it computes: layout, comments and annotations do not count, and code does."""
 
-from ringflash.models.sources import digest, globals_of
+from ringflash.models.digests import digest, globals_of
 
 
 def plain(x):
