@@ -1,7 +1,7 @@
 """Documents to batches: text is tokenised once, packed by a pure function of (seed, step), and sharded over ranks.
 
 text, JSON, CSV, parquet  --documents.py-->  tokens.npy, labels.npy  --corpus.py-->  train and held-out TokenCorpus
-                                                                        several: mixture.py, one by one: shards.py
+                                                                        several: mixture.py, one by one: streamed.py
                                                                                         |  packing.py
 a rank's inputs  <--training/step.py--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
 """

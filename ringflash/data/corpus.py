@@ -19,7 +19,7 @@ BLOCK = 1 << 22  # tokens counted at once
 
 
 class Corpus(Protocol):
-    """An endless stream of packed sequences: of one corpus, several (`mixture`), or one file at a time (`shards`)."""
+    """An endless stream of packed sequences: of one corpus, several (`mixture`), or one file at a time (`streamed`)."""
 
     @property
     def digest(self) -> str:

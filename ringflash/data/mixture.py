@@ -24,7 +24,7 @@ from ringflash.data.config import DataConfig
 from ringflash.data.corpus import Corpus, Evaluated, TokenCorpus, entropy, load_corpus
 from ringflash.data.documents import check_source
 from ringflash.data.packing import Packed, check_labels, pack, sequences_per_epoch, summary
-from ringflash.data.shards import Shards
+from ringflash.data.streamed import StreamedCorpus
 from ringflash.errors import ConfigError
 
 
@@ -86,7 +86,9 @@ def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Ev
     for name, part in config.parts().items() if not config.stream else ():
         with _named(f"data.sources.{name}" if name else ""):
             loaded[name] = load_corpus(part, verify=verify)
-    training: Corpus = Shards(config) if config.stream else _mixed(config, {name: x[0] for name, x in loaded.items()})
+    training: Corpus = (
+        StreamedCorpus(config) if config.stream else _mixed(config, {name: x[0] for name, x in loaded.items()})
+    )
     if (own := config.evaluated()) is not None:
         with _named("data.evaluation"):
             held_out = replace(load_corpus(own, verify=verify)[0], split="evaluation")

@@ -1,4 +1,4 @@
-"""Shards: a corpus too large to tokenise before training. Its files are tokenised one by one, shortly before use.
+"""StreamedCorpus: a corpus too large to tokenise before training. Each file is tokenised shortly before its use.
 
     order of an epoch       c        a        b              drawn from (seed, epoch)
     tokens on the disk      read     ahead
@@ -32,8 +32,11 @@ from ringflash.errors import ConfigError
 LEDGER = "ledger.json"
 
 
-class Shards:
-    """The files of `config`, each a corpus. digest: covers their names and sizes, the tokenizer and the settings."""
+class StreamedCorpus:
+    """The files of `config`, each a corpus. digest: covers their names and sizes, the tokenizer and the settings.
+
+    file, in methods: its number in `files`.
+    """
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -60,10 +63,10 @@ class Shards:
     def packed(self, seed: int, index: int, length: int) -> Packed:
         """The index-th sequence of the stream. Raises ConfigError for a file that cannot be used."""
         epoch, place, number = self._find(seed, index)
-        shard = self._order(seed, epoch)[place]
-        corpus = self._corpus(shard)
+        file = self._order(seed, epoch)[place]
+        corpus = self._corpus(file)
         self._prepare(seed, epoch, place)
-        return pack(corpus, seed, epoch * self._counts[str(shard)] + number, length)
+        return pack(corpus, seed, epoch * self._counts[str(file)] + number, length)
 
     def _find(self, seed: int, index: int) -> tuple[int, int, int]:
         """The epoch, the place in its order, and the number in that file of a sequence."""
@@ -87,24 +90,24 @@ class Shards:
         """The files in the order of an epoch."""
         return epoch_generator(seed, epoch).permutation(len(self.files)).tolist()
 
-    def _count(self, shard: int) -> int:
+    def _count(self, file: int) -> int:
         """The sequences of a file."""
-        if str(shard) not in self._counts:
+        if str(file) not in self._counts:
             self._counts |= self._ledger()
-        if str(shard) not in self._counts:
-            self._corpus(shard)
-        return self._counts[str(shard)]
+        if str(file) not in self._counts:
+            self._corpus(file)
+        return self._counts[str(file)]
 
-    def _corpus(self, shard: int) -> TokenCorpus:
+    def _corpus(self, file: int) -> TokenCorpus:
         """The documents of a file, which is tokenised first unless it is in the cache."""
-        if shard not in self._loaded:
-            self._loaded[shard] = self._tokenised(shard)
-        return self._loaded[shard]
+        if file not in self._loaded:
+            self._loaded[file] = self._tokenised(file)
+        return self._loaded[file]
 
-    def _tokenised(self, shard: int) -> TokenCorpus:
+    def _tokenised(self, file: int) -> TokenCorpus:
         """The documents of a file. One process of a machine tokenises it, and the others wait."""
-        with self._locked(str(shard)):
-            corpus, _ = load_corpus(self._part(shard), quiet=True)
+        with self._locked(str(file)):
+            corpus, _ = load_corpus(self._part(file), quiet=True)
         length = self.config.sequence_length
         try:
             count = sequences_per_epoch(corpus, length)
@@ -113,16 +116,14 @@ class Shards:
             count = 0
         with self._locked(LEDGER):
             known = self._ledger()
-            if known.get(str(shard), count) != count:
+            if known.get(str(file), count) != count:
                 raise ConfigError(
-                    f"{self.files[shard]} has {count} sequences, and had {known[str(shard)]} when it was read before: "
+                    f"{self.files[file]} has {count} sequences, and had {known[str(file)]} when it was read before: "
                     f"the files of data.stream=true must not change; delete {self._folder} to begin again with them"
                 )
-            if str(shard) not in known and (cut := truncated_labels(corpus, length)):
-                print(
-                    f"{self.files[shard]}: the first {length:,} tokens of {cut:,} documents hold no label", flush=True
-                )
-            self._counts = known | {str(shard): count}
+            if str(file) not in known and (cut := truncated_labels(corpus, length)):
+                print(f"{self.files[file]}: the first {length:,} tokens of {cut:,} documents hold no label", flush=True)
+            self._counts = known | {str(file): count}
             new = self._folder / f"{LEDGER}.new"
             new.write_text(json.dumps(self._counts), encoding="utf-8")
             new.replace(self._folder / LEDGER)
@@ -133,21 +134,21 @@ class Shards:
         order = self._order(seed, epoch)
         following = order[place + 1] if place + 1 < len(order) else self._order(seed, epoch + 1)[0]
         wanted = {order[place], following, order[max(place - 1, 0)]}
-        for shard in [shard for shard in self._loaded if shard not in wanted]:
-            del self._loaded[shard]
-            shutil.rmtree(cache_folder(self._part(shard)), ignore_errors=True)
+        for file in [file for file in self._loaded if file not in wanted]:
+            del self._loaded[file]
+            shutil.rmtree(cache_folder(self._part(file)), ignore_errors=True)
         if following not in self._loaded and following != self._ahead:
             self._ahead = following
             # A daemon: a run that ends does not wait for it, and the next one continues what it leaves.
-            threading.Thread(target=self._try, args=(following,), name="next shard", daemon=True).start()
+            threading.Thread(target=self._try, args=(following,), name="next file", daemon=True).start()
 
-    def _try(self, shard: int) -> None:
+    def _try(self, file: int) -> None:
         with contextlib.suppress(ConfigError):  # raised where the file is used
-            self._tokenised(shard)
+            self._tokenised(file)
 
-    def _part(self, shard: int) -> DataConfig:
+    def _part(self, file: int) -> DataConfig:
         return dataclasses.replace(
-            self.config, path=str(self.files[shard]), stream=False, held_out=0.0, evaluation=SourceConfig()
+            self.config, path=str(self.files[file]), stream=False, held_out=0.0, evaluation=SourceConfig()
         )
 
     def _ledger(self) -> dict[str, int]:

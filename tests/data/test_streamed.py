@@ -10,7 +10,7 @@ import torch
 from ringflash.data import batch, load_corpora, load_corpus
 from ringflash.data.config import DataConfig, SourceConfig
 from ringflash.data.packing import epoch_generator, pack, sequences_per_epoch
-from ringflash.data.shards import Shards
+from ringflash.data.streamed import StreamedCorpus
 from ringflash.errors import ConfigError
 from tests.data.cases import write_jsonl, write_parquet
 
@@ -52,15 +52,15 @@ def expected(config, tmp_path, seed, epochs):
 
 def tokenised_files(monkeypatch):
     """The numbers of the files that are tokenised or read from the cache, as they are."""
-    found, real = [], Shards._tokenised
-    monkeypatch.setattr(Shards, "_tokenised", lambda self, shard: found.append(shard) or real(self, shard))
+    found, real = [], StreamedCorpus._tokenised
+    monkeypatch.setattr(StreamedCorpus, "_tokenised", lambda self, file: found.append(file) or real(self, file))
     return found
 
 
 def settled():
     """Wait for the threads that tokenise ahead."""
     for thread in threading.enumerate():
-        if thread.name == "next shard":
+        if thread.name == "next file":
             thread.join()
 
 
@@ -77,7 +77,7 @@ def test_the_stream_is_the_sequences_of_each_file_in_an_order_drawn_per_epoch(co
 
 def test_rows_of_two_replicas_are_those_of_one(config, tmp_path):
     exact = expected(config(), tmp_path, seed=0, epochs=2)
-    halves = [Shards(config()), Shards(config())]
+    halves = [StreamedCorpus(config()), StreamedCorpus(config())]
     for step in range(5):
         for half, rows in zip(halves, (range(2), range(2, 4)), strict=True):
             found = batch(half, seed=0, step=step, batch_size=4, length=LENGTH, rows=rows).tokens
@@ -88,14 +88,14 @@ def test_rows_of_two_replicas_are_those_of_one(config, tmp_path):
 @pytest.mark.parametrize("lost", [False, True], ids=["", "ledger lost"])
 def test_a_resumed_stream_continues_exactly_and_tokenises_no_file_before_its_place(config, tmp_path, monkeypatch, lost):
     exact = expected(config(), tmp_path, seed=1, epochs=2)
-    first = Shards(config())
+    first = StreamedCorpus(config())
     for i in range(9):
         first.packed(1, i, LENGTH)
     settled()
     if lost:
         (first._folder / "ledger.json").unlink()
     found = tokenised_files(monkeypatch)
-    resumed = Shards(config())
+    resumed = StreamedCorpus(config())
     assert torch.equal(resumed.packed(1, 9, LENGTH).tokens, exact[9])
     settled()
     order = epoch_generator(1, 0).permutation(len(COUNTS)).tolist()
@@ -107,13 +107,13 @@ def test_a_resumed_stream_continues_exactly_and_tokenises_no_file_before_its_pla
 def test_a_source_to_evaluate_on_is_tokenised_whole(config, tmp_path):
     own = SourceConfig(path=str(tmp_path / "text" / "3.parquet"))
     training, held_out = load_corpora(config(evaluation=own))
-    assert isinstance(training, Shards)
+    assert isinstance(training, StreamedCorpus)
     assert (len(held_out), sequences_per_epoch(held_out, LENGTH)) == (11, 5)
 
 
 def test_a_file_that_cannot_be_used_is_refused_with_its_line_when_it_is_reached(config, tmp_path):
     (tmp_path / "text" / "0.jsonl").write_text('{"text": 1}')
-    stream = Shards(config())
+    stream = StreamedCorpus(config())
     with pytest.raises(ConfigError, match=r"0\.jsonl line 1: data\.field=text holds int, not text"):
         batch(stream, seed=0, step=0, batch_size=20, length=LENGTH)
     settled()
@@ -125,21 +125,21 @@ def test_a_file_whose_answers_are_all_cut_off_is_reported_and_has_no_sequences(t
         (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
     asked = {"path": str(tmp_path), "cache": str(tmp_path / "cache"), "sequence_length": 16, "stream": True}
     packing = {"field": "input_ids", "packing": "truncate", "held_out": 0.0}
-    stream = Shards(DataConfig(**asked, **packing))
+    stream = StreamedCorpus(DataConfig(**asked, **packing))
     assert {(stream.packed(0, i, 16).labels == 7).sum().item() for i in range(6)} == {1}
     settled()
     assert capsys.readouterr().out == f"{tmp_path}/b.jsonl: the first 16 tokens of 2 documents hold no label\n"
 
 
 def test_a_file_that_has_changed_is_refused(config, tmp_path):
-    stream = Shards(config())
+    stream = StreamedCorpus(config())
     for i in range(11):
         stream.packed(0, i, LENGTH)
     settled()
     file = tmp_path / "text" / "0.jsonl"
     file.write_text(file.read_text().replace("aaaaaaa", "a\\u0061"))  # of the same size
     with pytest.raises(ConfigError, match=r"0\.jsonl has \d sequences, and had 3 when it was read before"):
-        Shards(config())._tokenised(0)
+        StreamedCorpus(config())._tokenised(0)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_a_file_that_has_changed_is_refused(config, tmp_path):
 )
 def test_what_cannot_be_streamed_is_refused(config, settings, message):
     with pytest.raises(ConfigError, match=message):
-        Shards(config(**settings)).packed(0, 0, settings["sequence_length"])
+        StreamedCorpus(config(**settings)).packed(0, 0, settings["sequence_length"])
 
 
 def test_epochs_are_refused(config):
     with pytest.raises(ConfigError, match=r"optim\.epochs needs a number of sequences, which data\.stream=true"):
-        Shards(config()).epoch_length(LENGTH)
+        StreamedCorpus(config()).epoch_length(LENGTH)
