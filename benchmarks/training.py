@@ -53,10 +53,11 @@ from ringflash.ring.cost import Machine, peak_flops, predict
 from ringflash.training.config import Config, compose
 from ringflash.training.engine import build_engine
 from ringflash.training.flops import attention_flops, delta_flops, matmul_parameters, step_flops
+from ringflash.training.launcher import local_world_size
 from ringflash.training.meter import memory_gib
 from ringflash.training.parallel import layout_chooser
 from ringflash.training.step import MicroBatch, prepare, train_step
-from ringflash.training.world import World, join, local_world_size
+from ringflash.training.world import World, join
 
 EXPERIMENT = ("experiment=qwen3-0.5b-128k", "parallel.ulysses=1")
 LEFT = 2**28  # bytes that earlier variants may leave: cuBLAS's workspace, 32 MiB, stays

@@ -3,7 +3,7 @@
 loop                        the run, top to bottom
 config, overrides, help     the settings: typed, read from a command line, listed
 preflight, agreement        what is refused before anything is allocated; what a pretrained model makes doubtful
-parallel, world             the grid of ring, Ulysses and replicas: chosen, and connected
+launcher, parallel, world   the launcher's ranks; the grid of ring, Ulysses and replicas: chosen, and connected
 without_timeout             work that takes some ranks hours while the others wait
 memory, estimate            the settings that save GPU memory; the memory and disk that a run will take
 engine, loss, optimizers    the model under DeepSpeed

@@ -30,6 +30,7 @@ import psutil
 import torch.distributed as dist
 
 from ringflash.errors import ConfigError, DiskError, DivergedError, GpuMemoryError
+from ringflash.training import launcher
 
 ON_ALL_RANKS = (ConfigError, DivergedError)  # raised by every rank: one line is enough
 PATIENCE = 5.0  # seconds that a silent rank waits for the one that reports
@@ -49,7 +50,7 @@ def one_line(parent: int) -> Iterator[None]:
     """
     if "WORLD_SIZE" not in os.environ:
         report_signals()
-    elif {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & os.environ.keys():  # torchrun's and deepspeed's
+    elif launcher.is_torchrun_or_deepspeed():
         threading.Thread(target=_end_with_launcher, args=(parent,), name="launcher-watch", daemon=True).start()
     try:
         yield
@@ -61,7 +62,7 @@ def one_line(parent: int) -> Iterator[None]:
             # The launcher ends all ranks as soon as one exits, so the rank that reports must exit first.
             time.sleep(PATIENCE)
             if dist.is_initialized():
-                _report_to_torchrun(f"rank {_rank()} stopped: another rank failed first")
+                _report_to_torchrun(f"rank {launcher.rank()} stopped: another rank failed first")
                 _end(1)
         if not isinstance(error, ConfigError):
             print(file=sys.stderr)  # below a progress bar
@@ -91,15 +92,15 @@ def stopped(number: int) -> str:
 
 def _end_with_launcher(parent: int) -> None:
     """Exit once the launcher that started this process is gone."""
-    launcher = _launcher(parent)
-    while _launcher(os.getppid()) == launcher:
+    parents = _launching_processes(parent)
+    while _launching_processes(os.getppid()) == parents:
         time.sleep(POLL)
-    if os.environ.get("LOCAL_RANK") == "0":
-        print(f"\nringflash: rank {_rank()} ends: its launcher was killed", file=sys.stderr, flush=True)
+    if launcher.local_rank() == 0:
+        print(f"\nringflash: rank {launcher.rank()} ends: its launcher was killed", file=sys.stderr, flush=True)
     _end(1)
 
 
-def _launcher(parent: int) -> tuple[int, int | None]:
+def _launching_processes(parent: int) -> tuple[int, int | None]:
     """The parent process, and under deepspeed also its parent: the inner launcher outlives the outer one."""
     if os.environ.get("CROSS_SIZE") != "1":
         return parent, None
@@ -114,10 +115,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ON_ALL_RANKS):
         return f"ringflash: {message}"
     if lost_peer(error):
-        return f"ringflash: rank {_rank()} lost the connection to a rank whose process has ended: {message}"
+        return f"ringflash: rank {launcher.rank()} lost the connection to a rank whose process has ended: {message}"
     where = traceback.extract_tb(error.__traceback__)[-1:] if not message else []
     message = message or " ".join(f"in {frame.name}, {frame.filename}:{frame.lineno}" for frame in where)
-    return f"ringflash: rank {_rank()} failed: {type(error).__name__}: {message}"
+    return f"ringflash: rank {launcher.rank()} failed: {type(error).__name__}: {message}"
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -138,7 +139,7 @@ def claim_report(error: BaseException) -> bool:
 
     Before the ranks are connected, rank 0 reports, since it raises the same error.
     """
-    rank = _rank()
+    rank = str(launcher.rank())
     if not dist.is_initialized():
         return rank == "0"
     try:
@@ -154,10 +155,6 @@ def claim_report(error: BaseException) -> bool:
 def first_failure(store: dist.Store) -> str | None:
     """The report of the rank that failed first, if any has failed."""
     return store.get(_MESSAGE).decode() if store.check([_MESSAGE]) else None
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", "0")
 
 
 def _end(code: int) -> None:

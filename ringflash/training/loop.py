@@ -24,7 +24,7 @@ from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
-from ringflash.training import checkpoint, metrics, preflight, run_folder, sharded, stop
+from ringflash.training import checkpoint, launcher, metrics, preflight, run_folder, sharded, stop
 from ringflash.training.checkpoint import Best
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
@@ -39,7 +39,7 @@ from ringflash.training.out_of_memory import explained
 from ringflash.training.parallel import LayoutChooser, layout_chooser
 from ringflash.training.preflight import Job
 from ringflash.training.step import MicroBatch, prepare, train_step
-from ringflash.training.world import World, is_local_rank_0, join, local_world_size
+from ringflash.training.world import World, join
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _layout_chooser(run: Run) -> LayoutChooser:
         run.job.model_config,
         config.data.sequence_length,
         world.ring.size,
-        world.broadcast(local_world_size()),  # all ranks of a ring must choose alike, even if machines differ
+        world.broadcast(launcher.local_world_size()),  # all ranks of a ring must choose alike, even if machines differ
         run.metrics.write_line if run.metrics else lambda reason: None,
     )
 
@@ -235,7 +235,7 @@ def _load_corpora(config: Config, world: World) -> tuple[Corpus, Evaluated | Non
             load_corpora(config.data)
     cached = f"the tokens of {source} in data.cache={config.data.cache}"
     with world.without_timeout(f"checking {cached}"):
-        if is_local_rank_0() and not world.is_first:
+        if launcher.local_rank() == 0 and not world.is_first:
             load_corpora(config.data)
     with world.without_timeout(f"reading {cached}"):
         training, held_out = load_corpora(config.data, verify=False)
@@ -286,7 +286,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
         locked = run_folder.acquire(output_dir, config.name, config.resume) if world.is_first else None
     folder = world.broadcast(locked and locked.path)
     with world.without_timeout(f"looking for {folder} on every machine"):
-        if is_local_rank_0():
+        if launcher.local_rank() == 0:
             run_folder.check_shared(folder, config.output_dir)
     start = checkpoint.resume(engine, folder / "checkpoints", world, settings)
     opened = None

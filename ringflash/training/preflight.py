@@ -23,13 +23,13 @@ from ringflash.models import attention_kernels, check_length, read_config, tiles
 from ringflash.models.configuration import DTYPES, ModelConfig
 from ringflash.models.lora import UNCALLED, add_lora, description
 from ringflash.models.quantized import BYTES, quantizable
+from ringflash.training import launcher
 from ringflash.training.agreement import disagreements
 from ringflash.training.config import Config
 from ringflash.training.estimate import Estimate, estimate
 from ringflash.training.loss import tile_for
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.parallel import resolve_parallel
-from ringflash.training.world import is_rank_0, local_device, local_world_size, world_size
 
 
 class Job(NamedTuple):
@@ -42,10 +42,10 @@ class Job(NamedTuple):
 
 def check(config: Config) -> Job:
     """Raise ConfigError, on every rank, for a run that these ranks cannot do. Otherwise rank 0 logs the run."""
-    device, ranks = local_device(), world_size()
+    device, ranks = launcher.local_device(), launcher.world_size()
     model_config, tokenizer = check_inputs(config, device)
     config, reason = _on_ranks(config, model_config, ranks)
-    if is_rank_0():
+    if launcher.rank() == 0:
         notes = disagreements(config, model_config, tokenizer)
         print(*_summary(config, model_config, ranks, device), *notes, *filter(None, [reason]), sep="\n", flush=True)
     return Job(config, model_config, tokenizer)
@@ -56,7 +56,7 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
 
     All ranks are assumed to be GPUs, where model.dtype=auto is bf16. Raises ConfigError for a run that they cannot do.
     """
-    ranks = world_size()
+    ranks = launcher.world_size()
     if config.model.dtype == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bf16"))
     notes = []
@@ -72,7 +72,7 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
 def _on_ranks(config: Config, model_config: PreTrainedConfig, ranks: int) -> tuple[Config, str | None]:
     """The configuration with its grid, and the reason of that; ConfigError for one that cannot run."""
     length = config.data.sequence_length
-    parallel, reason = resolve_parallel(config.parallel, model_config, length, ranks, local_world_size())
+    parallel, reason = resolve_parallel(config.parallel, model_config, length, ranks, launcher.local_world_size())
     config = dataclasses.replace(config, parallel=parallel)
     check_ranks(config, ranks)
     return config, reason

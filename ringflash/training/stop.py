@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ringflash.training import launcher
 from ringflash.training.world import World
 
 SIGNAL = signal.SIGUSR1
@@ -43,4 +44,4 @@ def exit_code() -> int:
     """The exit code of a rank whose run was stopped before its last step. Also leaves the file."""
     if note := os.environ.get(NOTE):
         Path(note).touch()
-    return 0 if {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & os.environ.keys() else INCOMPLETE
+    return 0 if launcher.is_torchrun_or_deepspeed() else INCOMPLETE

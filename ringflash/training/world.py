@@ -11,8 +11,6 @@ own sequences. Inside a replica, neighbours (GPUs of one node) exchange heads, a
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
@@ -27,6 +25,7 @@ from ringflash.errors import ConfigError
 from ringflash.ring.transport import ProcessRing
 from ringflash.ring.ulysses import Ulysses
 from ringflash.ring.watchdog import Watchdog
+from ringflash.training import launcher
 from ringflash.training.parallel import ParallelConfig
 from ringflash.training.without_timeout import without_timeout
 
@@ -78,33 +77,6 @@ class World:
         return without_timeout(what, self.rank, self.size, self.watchdog)
 
 
-def local_world_size() -> int:
-    """Ranks on this machine, from the environment of torchrun or deepspeed; without it all, but at most one per GPU."""
-    given = _ranks_by_launcher()
-    if given is not None:
-        return given
-    return min(world_size(), torch.cuda.device_count()) if torch.cuda.is_available() else world_size()
-
-
-def _ranks_by_launcher() -> int | None:
-    given = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    return next((int(size) for size in given if size), None)
-
-
-def is_local_rank_0() -> bool:
-    """Whether this is the first rank of its machine, from the launcher's environment; true without a launcher."""
-    return _local_rank() == 0
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    """Ranks of this run, from the launcher's environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def join(config: ParallelConfig, settings: Any = None) -> World:
     """Connect this process with the others, on the grid of a resolved configuration.
 
@@ -114,9 +86,9 @@ def join(config: ParallelConfig, settings: Any = None) -> World:
     without a launcher, the world is one process. Raises ConfigError if this machine has more ranks than GPUs, if the
     grid does not divide the ranks, and if machines chose different grids or were given different settings.
     """
-    device = local_device()
-    _environment_of_one()
-    size = config.ring_size(world_size())
+    device = launcher.local_device()
+    launcher.set_environment_of_one()
+    size = config.ring_size(launcher.world_size())
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=config.timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
@@ -214,32 +186,3 @@ def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timeout  # new_group warns where it differs from its own
     return options
-
-
-def is_rank_0() -> bool:
-    """Whether this is the first rank of the run, from the launcher's environment; true without a launcher."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def local_device() -> torch.device:
-    """This rank's GPU, made the current one, or the CPU. Raises ConfigError for more ranks here than GPUs."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = _local_rank()
-    here = max(_ranks_by_launcher() or 1, local_rank + 1)
-    if here > torch.cuda.device_count():
-        raise ConfigError(
-            f"{here} ranks on {socket.gethostname()} but {torch.cuda.device_count()} GPUs: "
-            f"start as many processes as GPUs (--nproc-per-node {torch.cuda.device_count()})"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def _environment_of_one() -> None:
-    """Set the environment that a launcher would have set, for a process without one."""
-    if "WORLD_SIZE" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

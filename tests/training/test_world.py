@@ -30,23 +30,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(
-    ("launcher", "here"),
-    [
-        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8),  # torchrun
-        ({"WORLD_SIZE": "16", "LOCAL_SIZE": "8"}, 8),  # deepspeed
-        ({"WORLD_SIZE": "16"}, 16),
-        ({}, 1),
-    ],
-)
-def test_the_ranks_of_a_machine_are_read_from_the_launchers_environment(monkeypatch, launcher, here):
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in launcher.items():
-        monkeypatch.setenv(name, value)
-    assert world.local_world_size() == here
-
-
 def error_of_each(check, given):
     """The error with which a rank's check refuses given[rank]."""
     try:
@@ -78,21 +61,6 @@ def test_settings_are_named_as_they_are_given_and_sources_may_be_in_other_places
     here, there = (dict(world._named(config(ParallelConfig(ring=4), data))) for data in kept_in)
     assert (here["parallel.ring"], here["data.sources"], here["data.sources.web.weight"]) == (4, ["web"], 3)
     assert {name for name in here if here[name] != there[name]} == {"data.sources.web.path"}
-
-
-def test_a_rank_that_knows_only_its_local_rank_takes_the_gpu_of_that_number(monkeypatch):
-    """Slurm's srun or mpirun without torchrun: 16 ranks of two machines, 8 GPUs on each."""
-    taken = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert world.local_device() == torch.device("cuda", 3)
-    assert taken == [3]
-    assert world.local_world_size() == 8
 
 
 @pytest.mark.gpu
