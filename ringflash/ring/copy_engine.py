@@ -100,7 +100,7 @@ class CopyEngine:
         self._running, self._watchdog = label, watchdog
         exchanged = [*self._sent, *self._received]
         try:
-            yield self._empty
+            yield self._tensor
         except BaseException:
             self._broken = label if exchanged != [*self._sent, *self._received] else None
             raise
@@ -120,7 +120,7 @@ class CopyEngine:
             self._received[source] += 1
             _write(self._freeing, self._flag(source, _FREE, self.rank), self._received[source])
             arrival = _Arrival(self._flag(self.rank, _HERE, source), self._received[source], self.device)
-            works.append((arrival, Pending(sources=(self._in_run(source),))))
+            works.append((arrival, Pending(sources=(self._global_ranks[source],))))
         if outgoing:
             self._copying.wait_stream(here)
         for destination in dict.fromkeys(m.destination for m in outgoing):
@@ -131,13 +131,16 @@ class CopyEngine:
                     self._copy(message)
             _write(self._copying, self._flag(destination, _HERE, self.rank), self._sent[destination])
             works.append(
-                (_Copied(self._copying.record_event(), self.device), Pending(destinations=(self._in_run(destination),)))
+                (
+                    _Copied(self._copying.record_event(), self.device),
+                    Pending(destinations=(self._global_ranks[destination],)),
+                )
             )
         return works
 
     def _copy(self, message: Message) -> None:
         x, target = message.tensor, self._in_receive_buffers(message.target)
-        into = self._taken[_storage(target)].everywhere[message.destination] + target.data_ptr() - _storage(target)
+        into = self._taken[_storage(target)].addresses[message.destination] + target.data_ptr() - _storage(target)
         _done(_driver().cuMemcpyDtoDAsync(into, x.data_ptr(), x.nbytes, self._copying.cuda_stream))
 
     def _in_receive_buffers(self, x: Tensor | None) -> Tensor:
@@ -145,31 +148,31 @@ class CopyEngine:
             raise ValueError("the target of a message between GPUs must be one of the running pass's receive buffers")
         return x
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor in the smallest free block that is large enough, or in a new block."""
         size = math.prod(shape) * dtype.itemsize
         taken = self._taken.values()
         fitting = [b for b in self._blocks if b not in taken and b.memory.numel() >= size]
         if not fitting:
-            self._give_one_back()
+            self._free_largest()
             fitting = [self._map(_rounded(size))]
             self._blocks += fitting
         block = min(fitting, key=lambda b: b.memory.numel())
         self._taken[_storage(block.memory)] = block
         return block.memory[:size].view(dtype).view(*shape)
 
-    def _give_one_back(self) -> None:
+    def _free_largest(self) -> None:
         """Free the largest block not taken, which is too small: there are never more blocks than a pass takes."""
         left = [b for b in self._blocks if b not in self._taken.values()]
         if left:
-            with self._waiting():  # no rank writes to it any more: every pass waits for its messages
+            with self._host_wait():  # no rank writes to it any more: every pass waits for its messages
                 torch.cuda.synchronize(self.device)
             self._blocks.remove(max(left, key=lambda b: b.memory.numel()))
 
     def _map(self, size: int) -> _Block:
         """Memory that all ranks map. All ranks call this, and their hosts wait for each other."""
         memory, error = self._allocate(size)
-        self._meet(error)
+        self._raise_on_all(error)
         # rendezvous() also blocks on all ranks, but holds the GIL: the watchdog could not report a missing rank.
         addresses = tuple(_symmetric().rendezvous(memory, self.group).buffer_ptrs)
         if addresses[self.rank] != memory.data_ptr():  # type: ignore[union-attr]
@@ -188,38 +191,35 @@ class CopyEngine:
                 torch.cuda.empty_cache()
         return None, error
 
-    def _meet(self, error: str | None) -> None:
+    def _raise_on_all(self, error: str | None) -> None:
         """Let the host wait for all ranks, each with its error or None. On all ranks, any error raises RuntimeError."""
         errors: list[str | None] = [None] * self.size
-        with self._waiting():
+        with self._host_wait():
             dist.all_gather_object(errors, error, self.group)
         for rank, refused in enumerate(errors):
             if refused is not None:
                 raise RuntimeError(
-                    f"rank {self._in_run(rank)} on {socket.gethostname()} has no memory that its ring can map "
+                    f"rank {self._global_ranks[rank]} on {socket.gethostname()} has no memory that its ring can map "
                     f"({refused}); transport='nccl' (parallel.transport=nccl) does without"
                 )
 
-    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+    def _host_wait(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the host waits for the other ranks, watched by the watchdog."""
         if self._watchdog is None:
             return contextlib.nullcontext()
         assert self._running is not None
-        others = Pending(tuple(self._in_run(rank) for rank in range(self.size) if rank != self.rank))
-        return self._watchdog.meeting(self._running.at("memory for messages"), lambda: others)
+        others = Pending(tuple(self._global_ranks[rank] for rank in range(self.size) if rank != self.rank))
+        return self._watchdog.host_wait(self._running.at("memory for messages"), lambda: others)
 
     def _flag(self, owner: int, kind: int, rank: int) -> int:
         """Address of the flag of a kind that `owner` has for a rank."""
-        return self._flags.everywhere[owner] + 4 * (kind * self.size + rank)
-
-    def _in_run(self, rank: int) -> int:
-        return self._global_ranks[rank]
+        return self._flags.addresses[owner] + 4 * (kind * self.size + rank)
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
     memory: Tensor  # uint8, this rank's
-    everywhere: tuple[int, ...]  # address of each rank's block in this GPU's address space
+    addresses: tuple[int, ...]  # address of each rank's block in this GPU's address space
 
 
 def _rounded(size: int) -> int:

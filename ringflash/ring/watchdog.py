@@ -42,7 +42,7 @@ from ringflash.ring.streams import current_stream
 POLL = 0.25  # seconds between two checks
 BEAT = 5.0  # seconds between two heartbeats
 SILENCE = 30.0  # seconds without an answer that are always allowed: threads wait while a rank imports or compiles
-LAST_WORDS = 3.0  # seconds between a rank's report and its exit: launchers end all ranks as soon as one exits
+EXIT_DELAY = 3.0  # seconds between a rank's report and its exit: launchers end all ranks as soon as one exits
 REPORT = 30.0  # seconds between two reports of work without a limit
 GRACE = 10.0  # seconds for a rank to end by itself once another has failed
 _KEY = "ringflash/hangs"
@@ -110,7 +110,7 @@ class _Wait:
         return self.on_gpu is not None and self.queued and self.on_gpu[1].query()
 
 
-class Meeting(Protocol):
+class Barrier(Protocol):
     """Ranks that work without a limit and wait for each other. Both methods may query the store."""
 
     def report(self) -> str | None:
@@ -123,7 +123,7 @@ class Meeting(Protocol):
 @dataclass(eq=False)
 class _Work:
     what: str
-    meeting: Meeting
+    barrier: Barrier
     begun: float
     due: float
 
@@ -157,13 +157,13 @@ class Watchdog:
         self._closed = threading.Event()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._others_report = threading.Event()
-        self._looker = threading.Thread(target=self._look, args=(device,), name="ring-watch", daemon=True)
-        self._looker.start()
+        self._watcher = threading.Thread(target=self._watch, args=(device,), name="ring-watch", daemon=True)
+        self._watcher.start()
         self._silent = ""  # the report on the next rank, once it has not answered for too long
         self._listener: threading.Thread | None = None
         if store is not None:
-            heart = Heartbeat(store, rank, ranks, BEAT) if ranks > 1 else None
-            listen = (store, heart)
+            heartbeat = Heartbeat(store, rank, ranks, BEAT) if ranks > 1 else None
+            listen = (store, heartbeat)
             self._listener = threading.Thread(target=self._listen, args=listen, name="ring-watch-store", daemon=True)
             self._listener.start()
 
@@ -205,15 +205,15 @@ class Watchdog:
                 return self._spare_events.pop()
         return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-    def meeting(self, label: Label, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
+    def host_wait(self, label: Label, pending: Callable[[], Pending]) -> AbstractContextManager[None]:
         """A context in which the host waits for other ranks. It is not counted as traffic."""
         return self._host_waits(_Wait(label, pending))
 
     @contextmanager
-    def without_limit(self, what: str, meeting: Meeting) -> Iterator[None]:
+    def without_limit(self, what: str, barrier: Barrier) -> Iterator[None]:
         """A context in which `what` is reported every REPORT seconds, and ended only if a rank has failed."""
         now = time.monotonic()
-        self._work, before = _Work(what, meeting, now, now + REPORT), self._work
+        self._work, before = _Work(what, barrier, now, now + REPORT), self._work
         try:
             yield
         finally:
@@ -254,7 +254,7 @@ class Watchdog:
         """Stop watching at the end of a run. A thread that is inside the store when Python exits aborts the process."""
         self._closed.set()
         if self._listener is not None:
-            self._listener.join(LAST_WORDS)
+            self._listener.join(EXIT_DELAY)
 
     def _advance(self) -> None:
         """Remove waits that the GPU has passed."""
@@ -269,13 +269,13 @@ class Watchdog:
             self._traffic[wait.kind].seconds += seconds
         self._last, self._moved = wait.label, time.monotonic()
 
-    def _look(self, device: int | None) -> None:
+    def _watch(self, device: int | None) -> None:
         if device is not None:
             torch.cuda.set_device(device)
         while not self._closed.wait(POLL):
             if self._is_late() or self._others_report.is_set():
                 self._report()
-                if not self._closed.wait(LAST_WORDS):
+                if not self._closed.wait(EXIT_DELAY):
                     self._end()
                 return
 
@@ -291,22 +291,22 @@ class Watchdog:
     def _report(self) -> None:
         """Report where this rank is, and make the others report."""
         try:
-            words = self.describe()
+            message = self.describe()
         except Exception as error:  # a group that is gone, a GPU in an error state: the run ends in any case
-            words = f"rank {self.rank}, step {self.step}: hangs, and where is not known ({error})"
-        print(f"\nringflash: {words}", file=sys.stderr, flush=True)  # below a progress bar
+            message = f"{self._here}: hangs, and where is not known ({error})"
+        _print(message)
         if self._store is not None:
             threading.Thread(target=self._store.set, args=(_KEY, "1"), daemon=True).start()
 
-    def _listen(self, store: dist.Store, heart: Heartbeat | None) -> None:
+    def _listen(self, store: dist.Store, heartbeat: Heartbeat | None) -> None:
         """Watch work without a limit and the next rank; end if a rank hangs or the store is gone."""
         while not self._closed.wait(POLL):
             try:
-                silent = heart.beat() if heart else 0.0
+                silent = heartbeat.beat() if heartbeat else 0.0
                 if (work := self._work) is not None:
-                    self._look_after(work)
-                elif heart and silent > max(self.limit, SILENCE):
-                    self._silent = f"rank {heart.next} has not answered since {silent:.0f} s"
+                    self._check_work(work)
+                elif heartbeat and silent > max(self.limit, SILENCE):
+                    self._silent = f"rank {heartbeat.next} has not answered since {silent:.0f} s"
                 if self._silent or store.check([_KEY]):
                     self._others_report.set()
                     return
@@ -316,13 +316,13 @@ class Watchdog:
                 return
             except RuntimeError:
                 continue
-        if heart:
+        if heartbeat:
             with suppress(RuntimeError):  # the store may be gone
-                heart.stop()
+                heartbeat.stop()
 
-    def _look_after(self, work: _Work) -> None:
+    def _check_work(self, work: _Work) -> None:
         """Report the work when that is due. End if a rank has failed while this one is in a collective with it."""
-        if work.meeting.failed():
+        if work.barrier.failed():
             if not self._closed.wait(GRACE) and self._work is work:
                 self._end()
             return
@@ -330,17 +330,15 @@ class Watchdog:
         if now < work.due:
             return
         work.due = now + REPORT
-        words = work.meeting.report()
-        if words is not None and self._work is work:
-            words = f"rank {self.rank}, step {self.step}: {words} since {now - work.begun:.0f} s: {work.what}"
-            print(f"\nringflash: {words}", file=sys.stderr, flush=True)
+        message = work.barrier.report()
+        if message is not None and self._work is work:
+            _print(f"{self._here}: {message} since {now - work.begun:.0f} s: {work.what}")
 
     def _end_without_store(self) -> None:
         """End because the launcher, or the rank that held the store, has ended: nothing else would end this rank."""
-        if self._closed.wait(LAST_WORDS):  # the store went at the end of a complete run
+        if self._closed.wait(EXIT_DELAY):  # the store went at the end of a complete run
             return
-        words = "the run's store is gone: its launcher, or the rank that held it, has ended"
-        print(f"\nringflash: rank {self.rank}, step {self.step}: ends: {words}", file=sys.stderr, flush=True)
+        _print(f"{self._here}: ends: the run's store is gone: its launcher, or the rank that held it, has ended")
         self._end()
 
     def describe(self) -> str:
@@ -348,6 +346,14 @@ class Watchdog:
         with self._lock:
             if not self._waits:
                 what = self._silent or f"waits for no rank; its last wait was in {self._last}"
-                return f"rank {self.rank}, step {self.step}: {what}"
+                return f"{self._here}: {what}"
             wait, seconds = self._waits[0], time.monotonic() - self._moved
-        return f"rank {self.rank}, step {self.step}, {wait.label}: waits for {wait.pending()} since {seconds:.0f} s"
+        return f"{self._here}, {wait.label}: waits for {wait.pending()} since {seconds:.0f} s"
+
+    @property
+    def _here(self) -> str:
+        return f"rank {self.rank}, step {self.step}"
+
+
+def _print(line: str) -> None:
+    print(f"\nringflash: {line}", file=sys.stderr, flush=True)  # below a progress bar

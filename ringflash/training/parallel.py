@@ -17,7 +17,7 @@ from ringflash.models import delta_heads, delta_refusal, layer_kinds, layer_mask
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, best_ulysses, fastest
 from ringflash.ring.transport import TRANSPORTS
 from ringflash.ring.ulysses import heads_refusal
-from ringflash.ring.watchdog import LAST_WORDS, POLL
+from ringflash.ring.watchdog import EXIT_DELAY, POLL
 
 YEAR = 365 * 24 * 60  # in minutes
 LayoutChooser = Callable[[IntervalMask], Layout]  # a step's layout over a ring
@@ -71,7 +71,7 @@ class ParallelConfig:
             raise ConfigError(f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be above 0 and finite")
         if not 1 <= self.timeout_minutes <= YEAR:  # gloo's clock, in nanoseconds, wraps after 292 years
             raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more, and {YEAR} at most")
-        if self.hop_timeout_seconds + LAST_WORDS + 2 * POLL > 60 * self.timeout_minutes:
+        if self.hop_timeout_seconds + EXIT_DELAY + 2 * POLL > 60 * self.timeout_minutes:
             raise ConfigError(
                 f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be at least 4 s less than "
                 f"parallel.timeout_minutes={self.timeout_minutes}: otherwise NCCL aborts before the watchdog can "

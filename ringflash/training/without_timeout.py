@@ -40,20 +40,20 @@ class OtherRankError(RuntimeError):
 def without_timeout(what: str, rank: int, size: int, watchdog: Watchdog) -> Iterator[None]:
     """`World.without_timeout` for this rank of `size`."""
     store = dist.distributed_c10d._get_default_store()
-    meeting = _Meeting(store, f"{_PREFIX}/{store.add(f'{_PREFIX}/of-{rank}', 1)}", rank, size)
-    with watchdog.without_limit(what, meeting), _collectives_without_limit():
+    barrier = _Barrier(store, f"{_PREFIX}/{store.add(f'{_PREFIX}/of-{rank}', 1)}", rank, size)
+    with watchdog.without_limit(what, barrier), _collectives_without_limit():
         try:
             yield
         except BaseException as error:
             failure.claim_report(error)
             raise
-        meeting.arrive()
-        meeting.wait()
+        barrier.arrive()
+        barrier.wait()
 
 
 @dataclass
-class _Meeting:
-    """A meeting of all ranks, each of which arrives when its work is done."""
+class _Barrier:
+    """A barrier of all ranks, each of which arrives when its work is done."""
 
     store: dist.Store
     key: str
@@ -75,7 +75,7 @@ class _Meeting:
                 raise OtherRankError(message)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-        self.store.delete_key(f"{self.key}/{self.rank}")  # a long run has many meetings
+        self.store.delete_key(f"{self.key}/{self.rank}")  # a long run has many barriers
 
     def failed(self) -> bool:
         return failure.first_failure(self.store) is not None

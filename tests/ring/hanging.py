@@ -28,7 +28,7 @@ def attend_in_vain(ring):
 
 def with_one_rank_that_never_comes(hanging):
     """What this rank says; the hanging one sleeps instead of its second layer."""
-    watchdog.LAST_WORDS, said, ended = 0.1, io.StringIO(), threading.Event()
+    watchdog.EXIT_DELAY, said, ended = 0.1, io.StringIO(), threading.Event()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     guard = Watchdog(60.0, rank, store, end=ended.set)
     guard.step = 12

@@ -119,7 +119,7 @@ def test_what_is_sent_arrives_in_the_other_ranks_receive_buffers(monkeypatch, na
 # -- the protocol, on streams that advance in any order
 
 
-QUIET = types.SimpleNamespace(meeting=lambda context, pending: nullcontext())  # a watch
+QUIET = types.SimpleNamespace(host_wait=lambda label, pending: nullcontext())  # a watchdog
 
 
 class FakeStream:
@@ -439,7 +439,7 @@ def with_one_rank_that_never_maps_memory():
         monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
         monkeypatch.setattr(copy_engine, "current_stream", lambda device: FakeStream())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-        monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
+        monkeypatch.setattr(watchdog, "EXIT_DELAY", 0.1)
         monkeypatch.setattr(copy_engine, "_symmetric", OwnMemory)
         peer = copy_engine.CopyEngine(dist.distributed_c10d._get_default_group(), torch.device("cpu"))
         store = dist.distributed_c10d._get_default_store()

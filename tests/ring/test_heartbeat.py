@@ -65,7 +65,7 @@ def test_a_rank_that_has_not_begun_or_is_done_is_not_missed(clock):
 
 
 def test_a_rank_that_is_silent_ends_the_others_with_a_line(capfd, monkeypatch):
-    for name, seconds in (("POLL", 0.02), ("LAST_WORDS", 0.1), ("BEAT", 0.1), ("SILENCE", 0.4)):
+    for name, seconds in (("POLL", 0.02), ("EXIT_DELAY", 0.1), ("BEAT", 0.1), ("SILENCE", 0.4)):
         monkeypatch.setattr(watchdog, name, seconds)
     store, ended = dist.HashStore(), [threading.Event() for _ in range(2)]
     third = Heartbeat(store, 2, 3, interval=0.0)
@@ -82,7 +82,7 @@ def test_a_rank_that_is_silent_ends_the_others_with_a_line(capfd, monkeypatch):
 
 
 def test_work_without_a_limit_ends_no_rank_that_waits_for_another(monkeypatch):
-    class Meeting:
+    class Barrier:
         def report(self):
             return None
 
@@ -94,6 +94,6 @@ def test_work_without_a_limit_ends_no_rank_that_waits_for_another(monkeypatch):
     store = dist.HashStore()
     Heartbeat(store, 1, 2, interval=0.0).beat()
     guard = Watchdog(0.1, 0, store, end=lambda: pytest.fail("ended"), ranks=2)
-    with guard.without_limit("tokenising", Meeting()):
+    with guard.without_limit("tokenising", Barrier()):
         assert not guard._others_report.wait(0.5)
     guard.close()

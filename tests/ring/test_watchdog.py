@@ -138,9 +138,9 @@ def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
     guard.close()
 
 
-def test_a_meeting_is_reported_and_not_counted():
+def test_a_host_that_waits_is_reported_and_not_counted():
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
-    with guard.meeting(Label("layer 1", "forward", "memory for messages"), lambda: Pending((1, 2))):
+    with guard.host_wait(Label("layer 1", "forward", "memory for messages"), lambda: Pending((1, 2))):
         assert "memory for messages: waits for rank 1 and rank 2 since " in guard.describe()
     assert "waits for no rank" in guard.describe()
     assert guard.drain()["ring"] == Traffic()
@@ -161,7 +161,7 @@ def test_a_wait_that_raised_is_over(monkeypatch, device):
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     with pytest.raises(RuntimeError, match="connection reset"):
         guard.wait([Breaking()], "ring", Label("hop 1", "forward"), lambda: Pending((1,)), 8, torch.device(device))
-    with pytest.raises(ArithmeticError), guard.meeting(Label("memory", "forward"), lambda: Pending((1,))):
+    with pytest.raises(ArithmeticError), guard.host_wait(Label("memory", "forward"), lambda: Pending((1,))):
         raise ArithmeticError
     assert "waits for no rank" in guard.describe()
     guard.close()
@@ -173,7 +173,7 @@ def test_a_gpu_in_error_does_not_silence_the_watchdog(monkeypatch, capsys):
             raise RuntimeError("an illegal memory access was encountered")
 
     on_a_gpu(monkeypatch, Failing)
-    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(watchdog, "EXIT_DELAY", 0.1)
     ended = threading.Event()
     guard = Watchdog(60.0, end=ended.set)
     guard.wait([], "ring", Label("hop 1", "forward"), lambda: Pending((1,)), 8, torch.device("cuda"))
@@ -214,7 +214,7 @@ def waiting(guard, work):
 
 
 def test_a_rank_reports_and_exits_though_the_store_does_not_answer(monkeypatch, capsys):
-    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(watchdog, "EXIT_DELAY", 0.1)
     ended, work = threading.Event(), Never()
     guard = Watchdog(0.5, 0, FrozenStore(), end=ended.set)
     waiting(guard, work)
@@ -239,7 +239,7 @@ def test_time_without_a_wait_is_not_counted_as_one(monkeypatch):
     monkeypatch.setattr(watchdog, "time", clock)
     guard, begun = Watchdog(1e6, end=lambda: pytest.fail("ended")), []
     clock.now = 1000.0
-    with guard.meeting(Label("memory", "forward"), lambda: Pending((1,))):
+    with guard.host_wait(Label("memory", "forward"), lambda: Pending((1,))):
         begun.append(guard.describe())
         clock.now = 1002.0
         begun.append(guard.describe())
@@ -248,7 +248,7 @@ def test_time_without_a_wait_is_not_counted_as_one(monkeypatch):
 
 
 def test_a_rank_that_does_not_know_where_it_hangs_ends_too(monkeypatch, capsys):
-    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(watchdog, "EXIT_DELAY", 0.1)
     ended, work = threading.Event(), Never()
     guard = Watchdog(0.3, 7, end=ended.set)
     arguments = ([work], "ring", Label("layer 5", "forward"), lambda: 1 / 0, 8, torch.device("cpu"))
@@ -259,7 +259,7 @@ def test_a_rank_that_does_not_know_where_it_hangs_ends_too(monkeypatch, capsys):
 
 
 def test_a_run_that_ends_during_its_last_report_is_not_killed(monkeypatch):
-    monkeypatch.setattr(watchdog, "LAST_WORDS", 1e6)
+    monkeypatch.setattr(watchdog, "EXIT_DELAY", 1e6)
     reported, ended, work = threading.Event(), threading.Event(), Never()
     monkeypatch.setattr(Watchdog, "_report", lambda self: reported.set())
     guard = Watchdog(0.3, end=ended.set)
@@ -267,8 +267,8 @@ def test_a_run_that_ends_during_its_last_report_is_not_killed(monkeypatch):
     assert reported.wait(LIMIT)
     work.done.set()
     guard.close()
-    guard._looker.join(LIMIT)
-    assert not guard._looker.is_alive()
+    guard._watcher.join(LIMIT)
+    assert not guard._watcher.is_alive()
     assert not ended.is_set()
 
 
@@ -292,7 +292,7 @@ class Failing:
     ("error", "hears"), [(RuntimeError("once"), True), (dist.DistNetworkError("gone"), False)], ids=["error", "gone"]
 )
 def test_a_store_is_asked_again_until_it_is_gone(monkeypatch, error, hears):
-    monkeypatch.setattr(watchdog, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(watchdog, "EXIT_DELAY", 0.1)
     ended = threading.Event()
     guard = Watchdog(60.0, 0, Failing(error), end=ended.set)
     guard._listener.join(LIMIT)

@@ -118,7 +118,7 @@ def test_a_rank_that_fails_in_work_without_a_timeout_ends_those_that_wait(ranks,
 
 
 class Abandoned:
-    """A meeting to which one rank will not come."""
+    """A barrier that one rank never reaches."""
 
     def report(self):
         return "waits for rank 1"
@@ -146,7 +146,7 @@ class Gone:
 
 @pytest.mark.parametrize("closes", [False, True], ids=["launcher", "end-of-run"])
 def test_a_rank_whose_store_is_gone_ends_unless_its_run_is_complete(monkeypatch, capsys, closes):
-    monkeypatch.setattr(watchdog, "LAST_WORDS", 1e6 if closes else 0.1)
+    monkeypatch.setattr(watchdog, "EXIT_DELAY", 1e6 if closes else 0.1)
     ended = threading.Event()
     guard = Watchdog(60.0, 2, Gone(), end=ended.set, ends_with_store=True)
     if closes:
