@@ -18,7 +18,7 @@ property are closed under the three things that distributed attention does to a 
     ....###.
     .....###
 
-Masks live on the CPU; only the `Intervals` that a kernel reads are copied to the device.
+Masks live on the CPU; only the `Intervals` that a kernel reads are copied to the device (`ringflash.intervals`).
 """
 
 from __future__ import annotations
@@ -32,43 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows per tile of the kernels that launch tiles by an Order.
-ORDERED_TILES = (128, 192)
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """Launch order of a kernel's query tiles, or key tiles: longest first, with tiles of one document adjacent.
-
-    A long tile launched last would leave most of the GPU idle. Tiles of one document read the same keys, which then
-    come from L2. A query tile's length is the number of keys from the first that its first row sees to the last that
-    its last row sees, and 0 if no row sees a key; for key tiles, keys and queries change places.
-    Fields: tiles int32 [B|1, ceil(rows / rows per tile)], on the kernel's device. On the host: nonempty, the largest
-    number of tiles of a batch row whose length is above 0; longest, the largest length; total, the sum of all lengths,
-    averaged over batch rows.
-    """
-
-    tiles: Tensor
-    nonempty: int
-    longest: int
-    total: float
-
-
-@dataclass(frozen=True, eq=False)
-class Intervals:
-    """What a kernel knows about a mask: the keys that each query sees, and the queries that see each key.
-
-    All tensors are int32, contiguous and on the kernel's device; their batch dimension is 1 if all batch rows agree.
-    Query i sees keys ``start[i]:end[i]``; key j is seen by queries ``query_start[j]:query_end[j]``. All four vectors
-    are non-decreasing, and ``start <= end``, so a tile's bounds can be read at its first and last row.
-    """
-
-    start: Tensor  # [B|1, Sq]
-    end: Tensor  # [B|1, Sq]
-    query_start: Tensor  # [B|1, Skv]
-    query_end: Tensor  # [B|1, Skv]
-    query_order: dict[int, Order]  # by rows per tile
-    key_order: dict[int, Order]
+from ringflash.intervals import ORDERED_TILES, Intervals, launch_order, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,30 +214,10 @@ class IntervalMask:
         start, end, query_start, query_end = (
             to_device(x.to(torch.int32).contiguous(), device) for x in (self.lo, self.hi, back.lo, back.hi)
         )
-        orders = ({rows: mask._order(rows, device) for rows in ORDERED_TILES} for mask in (self, back))
+        orders = (
+            {rows: launch_order(mask.lo, mask.hi, rows, device) for rows in ORDERED_TILES} for mask in (self, back)
+        )
         return Intervals(start, end, query_start, query_end, *orders)
-
-    def _order(self, rows: int, device: torch.device | str) -> Order:
-        """The order of tiles of `rows` queries: by document, and longest first both among and within documents.
-
-        A document here is a run of tiles whose last queries have the same first key, or the same end.
-        """
-        if not self.queries:
-            return Order(torch.zeros(self.batch, 0, dtype=torch.int32, device=device), 0, 0, 0.0)
-        first = torch.arange(0, self.queries, rows)
-        last = (first + rows).clamp(max=self.queries) - 1
-        pairs = torch.nn.functional.pad((self.hi - self.lo).cumsum(1), (1, 0))
-        walked = (self.hi[:, last] - self.lo[:, first]) * (pairs[:, last + 1] > pairs[:, first])
-        same = (self.lo[:, last].diff(dim=1) == 0) | (self.hi[:, last].diff(dim=1) == 0)
-        document = torch.nn.functional.pad((~same).cumsum(1), (1, 0))
-        longest = torch.zeros_like(walked).scatter_reduce(1, document, walked, "amax").gather(1, document)
-        tiles = torch.arange(len(first)).expand(self.batch, -1)
-        for key in (-walked, document, -longest, walked == 0):  # the last decides, then the one before it
-            tiles = tiles.gather(1, key.gather(1, tiles).argsort(dim=1, stable=True))
-        return Order(
-            to_device(tiles.to(torch.int32), device),
-            nonempty=int((walked > 0).sum(1).max()), longest=int(walked.max()), total=float(walked.sum()) / self.batch,
-        )  # fmt: skip
 
     def dense(self) -> Tensor:
         """The mask as booleans [B|1, Sq, Skv]; for tests and pictures."""
@@ -286,30 +230,6 @@ class IntervalMask:
     def __str__(self) -> str:
         rows = ["".join("#" if seen else "." for seen in row) for row in self.dense()[0].tolist()]
         return "\n".join(rows)
-
-
-def rows_seen(masks: Sequence[IntervalMask], device: torch.device | str = "cpu") -> list[Tensor | None]:
-    """Counts that tell which queries each of several kernel calls sees, and which later ones see, one entry per mask.
-
-    masks: those of the calls, in order, over the same queries. An entry is int32 [2, B|1, Sq + 1]: how many of the
-    queries before each one see anything under this mask, and how many do under later ones. The counts at a tile's first
-    and last row tell whether it is seen. For a single mask, the entry is None.
-
-    >>> rows_seen([IntervalMask.causal(3), IntervalMask(torch.tensor([[0, 0, 0]]), torch.tensor([[0, 1, 2]]), 3)])[0]
-    tensor([[[0, 1, 2, 3]],
-    <BLANKLINE>
-            [[0, 0, 1, 2]]], dtype=torch.int32)
-    """
-    if len(masks) < 2:
-        return [None] * len(masks)
-    counts: list[Tensor | None] = []
-    later = torch.zeros(1, masks[0].queries, dtype=torch.bool)
-    for mask in reversed(masks):
-        now = mask.hi > mask.lo
-        both = torch.stack(torch.broadcast_tensors(now, later)).cumsum(-1)
-        counts.append(to_device(torch.nn.functional.pad(both, (1, 0)).to(torch.int32), device))
-        later = later | now
-    return counts[::-1]
 
 
 def check_tokens(name: str, count: Any, least: int = 0) -> int:
@@ -356,13 +276,3 @@ def _document_bounds(lengths: Tensor, length: int) -> tuple[Tensor, Tensor]:
     lo[:used] = (ends - lengths).repeat_interleave(lengths)
     hi[:used] = ends.repeat_interleave(lengths)
     return lo, hi
-
-
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on a device; copies to a GPU are asynchronous.
-
-    They read from pinned memory, which torch does not reuse until the copy is done. For pageable memory, CUDA does not
-    promise that it has been read when the call returns.
-    """
-    from_host = x.device.type == "cpu" and torch.device(device).type == "cuda"
-    return (x.pin_memory() if from_host else x).to(device, non_blocking=True)

@@ -7,8 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # files and packages of ringflash, from the lowest up; those of a row do not import each other
-    ("errors", "docstrings", "mask", "load_balance", "partial"),
-    ("layout", "offload", "kernels"),
+    ("errors", "docstrings", "intervals", "load_balance", "partial"),
+    ("mask", "offload", "kernels"),
+    ("layout",),
     ("ring", "fused", "data"),
     ("models",),
     ("reading",),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringflash import IntervalMask
-from ringflash.mask import ORDERED_TILES
+from ringflash.intervals import ORDERED_TILES
 from tests.strategies import masks
 
 lengths = st.integers(1, 40)

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ringflash.intervals import Intervals
 from ringflash.kernels.checks import check_seen, like_out, request_refusal
 from ringflash.kernels.compensation import center
-from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge
 
 __all__ = ["backward", "center", "delta", "forward", "round_into", "supports"]

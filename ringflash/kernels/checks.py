@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ringflash.mask import Intervals
+from ringflash.intervals import Intervals
 
 # Kernels compute in fp32. In this range, a scale, a softcap and their quotient neither overflow nor become 0.
 LEAST, MOST = 1e-15, 1e15

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringflash.intervals import Intervals
 from ringflash.kernels import blocked
 from ringflash.kernels.checks import check_spans, check_tensors, like_out, number_refusal, request_refusal
-from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge, merge_sink
 
 RUN = 8192  # keys of one run in plain torch, which copies them in fp32
@@ -103,7 +103,7 @@ def parts(
     for start, end in spans:
         for first in range(int(start.min()), int(end.max()), RUN) if start.numel() else ():
             k_run, v_run = (x[:, first : first + RUN] for x in (k, v))
-            within = _bounds(*((bound - first).clamp(0, k_run.shape[1]) for bound in (start, end)))
+            within = Intervals.of_queries(*((bound - first).clamp(0, k_run.shape[1]) for bound in (start, end)))
             j = torch.arange(k_run.shape[1], device=q.device)
             unseen = (j < within.start[:, :1]) | (j >= within.end[:, -1:])  # may hold NaN, and 0 x NaN is NaN
             v_run = v_run.masked_fill(unseen[..., None, None], 0.0)
@@ -153,11 +153,6 @@ def _portable() -> ModuleType | str:
         if (error.name or "").partition(".")[0] != "triton":
             raise
         return f"needs Triton 3.6 or newer ({error}): pip install triton, or kernel=blocked, which is plain torch"
-
-
-def _bounds(start: Tensor, end: Tensor) -> Intervals:
-    """Intervals for a forward alone, without a transpose and an order of tiles."""
-    return Intervals(start, end, start, end, {}, {})
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ringflash.intervals import Intervals
 from ringflash.kernels import hopper_backward_64, hopper_backward_128, hopper_backward_256, portable_backward
 from ringflash.kernels.checks import check_center, check_key_gradients
 from ringflash.kernels.hopper_backward_parts import Call
@@ -41,7 +42,6 @@ from ringflash.kernels.hopper_parts import (
 )
 from ringflash.kernels.portable_backward import center, delta, round_into
 from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales, sm_count
-from ringflash.mask import Intervals
 
 __all__ = ["backward", "center", "delta", "round_into"]
 

@@ -50,6 +50,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ringflash.intervals import Intervals
 from ringflash.kernels import hopper_forward_128, hopper_forward_256
 from ringflash.kernels.checks import check_out, check_seen
 from ringflash.kernels.hopper_forward_parts import Call
@@ -72,7 +73,6 @@ from ringflash.kernels.portable_parts import (
     seen_argument,
     sm_count,
 )
-from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
 __all__ = ["forward", "supports"]

@@ -15,11 +15,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ringflash.intervals import Intervals
 from ringflash.kernels import checks
 from ringflash.kernels.checks import address_refusal, check_alike, check_intervals, request_refusal, stride_refusal
 from ringflash.kernels.gluon_names import TESTED, aggregate, copy_in, triton_version
 from ringflash.kernels.portable_parts import LOG2_E, arch
-from ringflash.mask import Intervals
 
 ROWS = gl.constexpr(64)  # of a consumer's tile: those of one wgmma
 NEG_INF = gl.constexpr(float("-inf"))

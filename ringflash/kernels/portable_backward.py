@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflash.intervals import Intervals
 from ringflash.kernels.checks import check_center, check_key_gradients, check_rows
 from ringflash.kernels.portable_compensation import center, subtract
 from ringflash.kernels.portable_parts import (
@@ -47,7 +48,6 @@ from ringflash.kernels.portable_parts import (
     warps_of_64_rows,
     warps_of_whole_rows,
 )
-from ringflash.mask import Intervals
 
 __all__ = ["backward", "center", "delta", "round_into"]
 

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflash.intervals import Intervals
 from ringflash.kernels.compensation import BITS, LARGEST, SAMPLED, SPREAD, least_share, sampling
 from ringflash.kernels.portable_parts import interval_stride, warps_of_whole_rows
-from ringflash.mask import Intervals
 
 SHIFTED_ROWS = 128  # per program of center_kernel
 KEYS = tl.constexpr(

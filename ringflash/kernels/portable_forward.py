@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflash.intervals import Intervals
 from ringflash.kernels.checks import check_out, check_rows, check_seen, like_out
 from ringflash.kernels.portable_parts import (
     LARGE_SHARED,
@@ -53,7 +54,6 @@ from ringflash.kernels.portable_parts import (
     visible,
     warps_of_64_rows,
 )
-from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
 __all__ = ["forward", "supports"]

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ringflash.intervals import Intervals
 from ringflash.kernels.checks import (
     OUT_DTYPES,
     address_refusal,
@@ -22,7 +23,6 @@ from ringflash.kernels.checks import (
     request_refusal,
     stride_refusal,
 )
-from ringflash.mask import Intervals
 from ringflash.partial import Partial
 
 HEAD_DIMS = range(32, 513, 8)  # a row of 16-bit values must be a multiple of 16 bytes, the copy engine's unit

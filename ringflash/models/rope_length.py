@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ringflash.mask import check_tokens, to_device
+from ringflash.intervals import to_device
+from ringflash.mask import check_tokens
 from ringflash.models.rope import LENGTH_DEPENDENT, listed, rope_parameters, scales_by_position
 from ringflash.ring.plan import AttentionPlan
 

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ringflash.intervals import Intervals, to_device
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask, Intervals, check_tokens, to_device
+from ringflash.mask import IntervalMask, check_tokens
 
 if TYPE_CHECKING:
     from ringflash.ring.transport import Ring
@@ -228,4 +229,4 @@ class _Rows:
         if len(queries) > FEW:
             return IntervalMask(start, stop, len(keys)).intervals(self.ring.device)
         start, stop = (to_device(x.to(torch.int32), self.ring.device) for x in (start, stop))
-        return Intervals(start, stop, start, stop, {}, {})
+        return Intervals.of_queries(start, stop)

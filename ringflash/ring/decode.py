@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ringflash import kernels
+from ringflash.intervals import Intervals
 from ringflash.kernels import decode
 from ringflash.kernels.checks import like_out
-from ringflash.mask import Intervals
 from ringflash.partial import Partial, merge_sink
 from ringflash.ring.cache_plan import FEW, RankStep, Step
 from ringflash.ring.message import Message
@@ -74,7 +74,7 @@ class DeviceStep:
     def on(cls, device: torch.device) -> DeviceStep:
         """Tensors that no step has been copied to yet."""
         start, end = torch.zeros(2, 1, 1, dtype=torch.int32, device=device)
-        return cls(torch.zeros(1, dtype=torch.int64, device=device), Intervals(start, end, start, end, {}, {}))
+        return cls(torch.zeros(1, dtype=torch.int64, device=device), Intervals.of_queries(start, end))
 
     def take(self, step: Step) -> None:
         """Copy a step's numbers, without a host synchronisation."""

@@ -40,8 +40,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ringflash.intervals import Intervals, rows_seen, to_device
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask, Intervals, check_tokens, rows_seen, to_device
+from ringflash.mask import IntervalMask, check_tokens
 from ringflash.ring.compiler import compile_passes
 from ringflash.ring.ranges import Range
 from ringflash.ring.routes import Route, routes
@@ -60,7 +61,7 @@ class Hop:
     source: the rank whose keys are processed. pairs: visible (query, key) pairs, over the masks' batch rows. intervals:
     the nonempty masks between this rank's queries and those keys, on the ring's device. A hop without any is skipped,
     except hop 0, which starts the result. seen: for each of these, which queries see a key in it and in later ones
-    (`mask.rows_seen`); None if there is only one.
+    (`intervals.rows_seen`); None if there is only one.
     """
 
     source: int

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringflash.intervals import to_device
 from ringflash.layout import Layout
-from ringflash.mask import to_device
 
 CHUNK = 64  # tokens that kernels of linear attention process at once
 
