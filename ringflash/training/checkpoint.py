@@ -8,7 +8,7 @@
 A run resumes from the newest intact checkpoint, whose files are those in its manifest. If the newest is corrupt, an
 older one is used. Folders with any other name belong to the user and are not touched.
 
-With checkpoint.keep_best, the checkpoint of the lowest held-out loss is kept as well. Its manifest has that loss.
+With checkpoint.keep_best, the checkpoint of the lowest held-out loss is kept as well. Manifests have that loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 import os
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -113,25 +113,29 @@ class Timer:
 class Best:
     """The lowest held-out loss of a run so far, and the step after which it was measured; 0 before there is one.
 
-    of: what it was evaluated on. Losses of other evaluations are not compared with it.
+    of: what it was evaluated on. Losses of other evaluations are not compared with it. evaluations: how many followed
+    and did not lower it.
     """
 
     of: str
     step: int = 0
     loss: float = math.inf
+    evaluations: int = 0
 
     def after(self, step: int, loss: float) -> Best:
         """The lowest, of this one and that of a later step."""
-        return Best(self.of, step, loss) if loss < self.loss else self
+        return Best(self.of, step, loss) if loss < self.loss else replace(self, evaluations=self.evaluations + 1)
 
 
 def find_best(folder: Path, of: str, world: World) -> Best:
-    """The lowest held-out loss of the checkpoints under `folder`."""
+    """The lowest held-out loss in the newest manifest under `folder` that has one, and whose checkpoint is there."""
     best = Best(of)
-    for path in reversed(_written(folder)) if world.is_first else ():
-        match _read_manifest(path):
-            case {"step": step, "best": {"of": str(found), "loss": float(loss)}}, None if found == of:
-                best = best.after(step, loss)
+    for path in _written(folder) if world.is_first else ():
+        match _read_manifest(path)[0].get("best"):
+            case {"of": str(found), "step": int(step), "loss": float(loss), "evaluations": int(evaluations)}:
+                if found == of and _path(folder, step).is_dir():
+                    best = Best(of, step, loss, evaluations)
+                    break
     return world.broadcast(best)
 
 
@@ -189,8 +193,8 @@ def save(
                 "settings": _bound(settings or {}),
                 "files": files,
             }
-            if best is not None and best.step == step:
-                manifest["best"] = {"loss": best.loss, "of": best.of}
+            if best is not None and best.step:
+                manifest["best"] = asdict(best)
             write_atomically(aside / MANIFEST, json.dumps(manifest, indent=1))
             remove(path)
             os.rename(aside, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +113,8 @@ def fit(config: Config, resolved: str) -> bool:
             done = step
             if not divergence.finite(step, record):
                 continue
-            if best is not None:
-                best = best.after(step, record.get("held_out_loss", math.inf))
+            if best is not None and "held_out_loss" in record:
+                best = best.after(step, record["held_out_loss"])
             due = _due(step, config.checkpoint.every) or timer.due()
             if stopping or due or (best is not None and best.step == step):
                 run.save(step, best)
@@ -311,11 +310,8 @@ def _best(run: Run, evaluation: Evaluation | None) -> Best | None:
 
 def _out_of_patience(run: Run, best: Best | None, step: int) -> bool:
     """Whether the run ends after `step`, since evaluation.patience evaluations have not lowered the held-out loss."""
-    every, patience = run.job.config.evaluation.every, run.job.config.evaluation.patience
-    if best is None or patience is None:
-        return False
-    since = best.step or run.start  # steps before checkpoint.keep_best was set had no evaluation that counts
-    if step // every - since // every < patience:
+    patience = run.job.config.evaluation.patience
+    if best is None or patience is None or best.evaluations < patience:
         return False
     if run.metrics is not None:
         run.metrics.write_line(f"ends after step {step}: {patience} evaluations did not lower the held-out loss")
@@ -333,7 +329,7 @@ def _finish(
     held_out = evaluation.loss(run.engine) if evaluation is not None else None
     divergence.check_end(steps, None if held_out is None else held_out.loss)
     before = best
-    if best is not None and held_out is not None:
+    if best is not None and held_out is not None and held_out.loss < best.loss:
         best = best.after(steps, held_out.loss)
     if saved < steps or best != before:  # the checkpoint of the lowest loss has that loss
         run.save(steps, best)

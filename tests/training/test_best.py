@@ -1,5 +1,6 @@
 """With checkpoint.keep_best, a run keeps the checkpoint of its lowest held-out loss and exports its weights."""
 
+import dataclasses
 import json
 import shutil
 
@@ -79,6 +80,17 @@ def test_a_run_ends_when_its_patience_does_and_a_resumed_one_counts_the_same_eva
 
 
 @pytest.mark.ranks
+def test_a_resumed_run_with_more_frequent_evaluations_counts_those_that_took_place(ranks, text):
+    run = settings(text, "name=best", *KEPT, "evaluation.patience=2", "resume=auto")
+    losses = {0: 5.0, 2: 1.0, 4: 2.0, 5: 2.0, 6: 2.0}
+    for others, end in ((["evaluation.every=2", "optim.steps=4"], 4), (["evaluation.every=1"], 5)):
+        error, printed = ranks.run(scripted, 1, [*run, *others], losses)[0]
+        assert error is None
+        assert ("ends after step 5: 2 evaluations did not" in printed) == (end == 5)
+        assert steps_of(text.parent / "runs" / "best") == [2, end]
+
+
+@pytest.mark.ranks
 def test_a_resumed_run_counts_no_evaluations_before_keep_best_and_knows_that_the_last_was_the_lowest(ranks, text):
     run = settings(text, "name=best", "evaluation.every=2", "checkpoint.every=1", "checkpoint.keep=1")
     best = ["resume=auto", "checkpoint.keep_best=true", "evaluation.patience=2"]
@@ -100,28 +112,30 @@ def test_the_best_of_another_number_of_ranks_is_exported(ranks, text):
     assert all(found[name].equal(x) for name, x in expected.items())
 
 
-def scored(folder, step, loss, of="a"):
-    path = written(folder, step)
-    changed(best={"loss": loss, "of": of})(path)
-    return path
+def scored(folder, step, best):
+    changed(best=dataclasses.asdict(best))(written(folder, step))
 
 
-def test_the_lowest_is_found_again_among_those_of_the_same_evaluation(tmp_path):
+def test_the_lowest_is_found_again_in_the_newest_manifest_of_the_same_evaluation_whose_checkpoint_is_there(tmp_path):
     assert find_best(tmp_path, "a", ALONE) == Best("a")
-    scored(tmp_path, 1, 3.0)
-    scored(tmp_path, 2, 2.0)
+    first, lower = Best("a", 1, 3.0), Best("a", 2, 2.0, evaluations=1)
+    scored(tmp_path, 1, first)
+    scored(tmp_path, 2, lower)
     written(tmp_path, 3)
-    scored(tmp_path, 4, 1.0, of="b")
-    changed(best=[2.0])(written(tmp_path, 5))
-    assert find_best(tmp_path, "a", ALONE) == Best("a", 2, 2.0)
+    scored(tmp_path, 4, Best("b", 4, 1.0))
+    scored(tmp_path, 5, Best("a", 9, 1.0))
+    changed(best=[2.0])(written(tmp_path, 6))
+    assert find_best(tmp_path, "a", ALONE) == lower
     assert find_best(tmp_path, "b", ALONE).step == 4
     (tmp_path / "step-00000002" / "state" / "model.pt").write_bytes(b"m")
     with pytest.raises(ConfigError, match=r"step-00000002, which has the lowest held-out loss, is corrupt \(state/mod"):
-        checkpoint.load_best(None, tmp_path, Best("a", 2, 2.0), ALONE)
+        checkpoint.load_best(None, tmp_path, lower, ALONE)
+    shutil.rmtree(tmp_path / "step-00000002")
+    assert find_best(tmp_path, "a", ALONE) == first
 
 
 def test_a_loss_that_is_no_number_is_never_the_lowest():
-    assert Best("a").after(1, float("nan")) == Best("a")
+    assert Best("a").after(1, float("nan")) == Best("a", evaluations=1)
     assert json.loads(json.dumps(Best("a").after(1, 2.0).loss)) == 2.0
 
 
