@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ringflash.errors import ConfigError
+from ringflash.models import ModelConfig
 from ringflash.training.config import CONFIGS, Config, _schema, compose
 from ringflash.training.help import settings_help
 from ringflash.training.overrides import RENAMED
@@ -27,6 +28,12 @@ def test_every_experiment_composes_and_names_its_run(name):
     config, resolved = compose([f"experiment={name}", "data.path=somewhere"])
     assert config.name == name
     assert f"name: {name}" in resolved
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_takes_a_pretrained_model(name):
+    config, _ = compose([f"experiment={name}", "data.path=somewhere", "model=pretrained", "model.path=folder"])
+    assert config.model == ModelConfig(path="folder")
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("debug", "qwen3-0.5b-128k")])
