@@ -27,11 +27,17 @@ class DiskError(OSError):
     """A file of a run was not written; the message is one line that names it and the space left."""
 
 
-def hub_hint(path: str) -> str:
-    """How to get a model or tokenizer whose name on the Hugging Face hub was given as a folder; else nothing."""
-    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+def hub_hint(path: str, *, dataset: bool = False) -> str:
+    """How to get a model, tokenizer or data set whose name on the Hugging Face hub was given as a folder; else nothing.
+
+    A data set's name has an owner. One without may be a mistyped folder.
+    """
+    owner = r"[\w.-]+/" if dataset else r"([\w.-]+/)?"
+    if os.path.exists(path) or not re.fullmatch(owner + r"[\w.-]+", path):
         return ""
-    return f"; nothing is downloaded: `hf download {path[:100]} --local-dir FOLDER` downloads a model from the hub"
+    kind, option = ("data set", " --repo-type dataset") if dataset else ("model", "")
+    command = f"hf download {path[:100]}{option} --local-dir FOLDER"
+    return f"; nothing is downloaded: `{command}` downloads a {kind} from the hub"
 
 
 def in_one_line(error: BaseException) -> str:

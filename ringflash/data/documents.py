@@ -31,7 +31,7 @@ from ringflash.data.formats import format_of
 from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
 from ringflash.data.scratch import delete_abandoned, others, scratch_folder
 from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_digest, tokenizer_size
-from ringflash.errors import ConfigError, reason
+from ringflash.errors import ConfigError, hub_hint, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +112,7 @@ def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
     path = Path(config.path or "").expanduser()
     if not os.path.exists(path):  # pathlib raises for a name that is too long
         hint = "; patterns belong into data.files" if glob.has_magic(str(config.path)) else ""
-        raise ConfigError(f"data.path={config.path} does not exist{hint}")
+        raise ConfigError(f"data.path={config.path} does not exist{hint}{hub_hint(str(config.path), dataset=True)}")
     _check_one_split(config, path)
     found = Matches([path], []) if path.is_file() else search(path, config.files)
     files = [file for file in found.files if not _is_about_a_dataset(file)]
@@ -136,8 +136,9 @@ def _check_one_split(config: DataConfig, path: Path) -> None:
 
 
 def _is_about_a_dataset(file: Path) -> bool:
-    """Whether a file is metadata that `datasets` saves beside its tables."""
-    return file.name in ("state.json", "dataset_info.json") and any(file.parent.glob("*.arrow"))
+    """Whether a file is metadata that `datasets` saves beside its tables, or that it wrote on the hub."""
+    saved = file.name in ("state.json", "dataset_info.json") and any(file.parent.glob("*.arrow"))
+    return saved or file.name == "dataset_infos.json"
 
 
 def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:

@@ -346,6 +346,11 @@ def test_paths_that_lead_nowhere_are_refused_whatever_their_length(tmp_path):
         assert refusal(load).endswith(
             f"; nothing is downloaded: `hf download {hub} --local-dir FOLDER` downloads a model from the hub"
         )
+    assert refusal(lambda: find_files(DataConfig(path=hub))) == (
+        f"data.path={hub} does not exist; nothing is downloaded: `hf download {hub} --repo-type dataset --local-dir "
+        f"FOLDER` downloads a data set from the hub"
+    )
+    assert refusal(lambda: find_files(DataConfig(path="corpus"))) == "data.path=corpus does not exist"
     (tmp_path / "adapter_config.json").write_text("{}")
     assert f"model.path={tmp_path} holds an adapter of peft: merge it" in refusal(
         lambda: read_config(ModelConfig(path=str(tmp_path)))
