@@ -17,6 +17,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUILT = "built"  # in a scratch folder
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-zA-Z])")  # begins the name of a file or folder
 
 
 def python_stdlib() -> str:
@@ -120,7 +122,25 @@ def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
         there = f"; the folder has {suffixes(found.others)}" if found.others else ""
         raise ConfigError(f"data.path={config.path} data.files={list(config.files)} match no file{there}")
     asked = "data.chat=true" if config.chat else f"data.field={config.field}" if config.field else None
-    return [(file, format_of(file, config.format, asked, config.field == IDS)) for file in files], found.others
+    sources = [(file, format_of(file, config.format, asked, config.field == IDS)) for file in files]
+    _check_named_splits(config, path, sources)
+    return sources, found.others
+
+
+def _check_named_splits(config: DataConfig, path: Path, sources: list[Source]) -> None:
+    """Refuse records of several splits, such as train-00000-of-00002.parquet and test.parquet.
+
+    Splits that data.files names are all wanted. Texts are exempt: source code has test.py beside train.py.
+    """
+    named = (SPLIT.match(name) for file, form in sources if form != "text" for name in file.relative_to(path).parts)
+    splits = sorted({match[1] for match in named if match})
+    unasked = [split for split in splits if not any(split in pattern for pattern in config.files)]
+    if "train" in splits and len(splits) > 1 and unasked:
+        pattern = "**/train*" if any(file.name.startswith("train") for file, _ in sources) else "**/train*/**/*"
+        raise ConfigError(
+            f"data.path={config.path} holds the splits {', '.join(splits)} of a data set: name those to train on in "
+            f"data.files, as in data.files='[\"{pattern}\"]'; data.evaluation.path and .files evaluate on another"
+        )
 
 
 def _check_one_split(config: DataConfig, path: Path) -> None:

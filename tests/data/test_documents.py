@@ -1,6 +1,7 @@
 """The same texts give the same tokens from any format, once; and whatever is wrong with them is said in one line."""
 
 import gzip
+import json
 import os
 import socket
 from dataclasses import replace
@@ -278,6 +279,24 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     filtered = table.filter(lambda row: row["number"] % 2 == 0)
     filtered.save_to_disk(tmp_path / "filtered")
     assert texts_of(config(tmp_path, tmp_path / "filtered")) == TEXTS[::2]
+
+
+def test_files_of_several_splits_are_refused_unless_data_files_names_them(tmp_path):
+    for folder, names in (("flat", ("train-00000-of-00001", "test-00000-of-00001")), ("deep", ("train/a", "test/b"))):
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(tmp_path / folder / f"{name}.jsonl")
+        with pytest.raises(
+            ConfigError, match=r"holds the splits test, train of a data set: name .*\*\*/train\*"
+        ) as error:
+            texts_of(config(tmp_path, tmp_path / folder))
+        suggested = json.loads(str(error.value).split("'")[1])
+        assert texts_of(config(tmp_path, tmp_path / folder, files=suggested)) == TEXTS
+    assert texts_of(config(tmp_path, tmp_path / "flat", files=["train*", "test*"])) == [*TEXTS, *TEXTS]
+    (tmp_path / "flat" / "test-00000-of-00001.jsonl").rename(tmp_path / "flat" / "tests.jsonl")
+    assert texts_of(config(tmp_path, tmp_path / "flat")) == [*TEXTS, *TEXTS]
+    write_texts(tmp_path / "code" / "train")
+    assert texts_of(config(tmp_path, write_texts(tmp_path / "code" / "test").parent)) == [*TEXTS, *TEXTS]
 
 
 def test_a_folder_of_several_splits_is_refused_with_their_names(tmp_path):
