@@ -51,6 +51,7 @@ ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their role
     "human": "user",
     "gpt": "assistant",
     "observation": "tool",
+    "function_call": "assistant",  # whose value is the JSON of the call
 }
 
 
@@ -351,7 +352,21 @@ def _from_sharegpt(place: str, message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(speaker, str) or speaker not in ROLES:
         raise RecordError(f"{place} is from {speaker!r:.60}, which is not one of {', '.join(ROLES)}")
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        return {"role": ROLES[speaker], "content": None, "tool_calls": _calls(place, message["value"]), **rest}
     return {"role": ROLES[speaker], "content": message["value"], **rest}
+
+
+def _calls(place: str, value: Any) -> list[dict[str, Any]]:
+    """tool_calls of the JSON of one call or of a list of them."""
+    found = _from_json(value)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= {*call} for call in calls):
+        raise RecordError(
+            f"{place} is from function_call and holds {value!r:.60}; it must be the JSON of a call with its name and "
+            f"arguments, or of a list of calls"
+        )
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

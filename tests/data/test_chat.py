@@ -171,6 +171,18 @@ def test_messages_of_sharegpt_are_read():
     assert trained(SMOLLM2, {"messages": theirs}) == trained(SMOLLM2, {"messages": messages})
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "list"])
+def test_function_calls_and_observations_of_sharegpt_are_read_as_tool_calls_and_results(several):
+    call = json.dumps([CALL["function"]] * 2 if several else CALL["function"])
+    theirs = [("human", "add"), ("function_call", call), ("observation", "2"), ("gpt", "It is 2.")]
+    messages = chat("add", "", "", "It is 2.")
+    messages[1] = {"role": "assistant", "content": None, "tool_calls": [CALL] * (1 + several)}
+    messages[2] = {"role": "tool", "content": "2"}
+    record = {"messages": [{"from": speaker, "value": value} for speaker, value in theirs], "tools": json.dumps([TOOL])}
+    parse = dialogues(QWEN3).parse
+    assert parse("here", record) == parse("here", {"messages": messages, "tools": [TOOL]})
+
+
 def test_variables_reach_the_template():
     found = trained(QWEN3, {"messages": chat("hi", "hello")}, enable_thinking=False)
     assert found == [["hello<|im_end|>\n"]]
@@ -302,6 +314,10 @@ REFUSED = {
     "an unknown speaker": (
         {"messages": [{"from": "bing", "value": "hi"}]},
         "message 1 of messages is from 'bing', which is not one of system, user, assistant, tool, human, gpt, observ",
+    ),
+    "a function call without arguments": (
+        {"messages": [{"from": "human", "value": "add"}, {"from": "function_call", "value": '{"name": "add"}'}]},
+        'message 2 of messages is from function_call and holds \'{"name": "add"}\'; it must be the JSON of a call with',
     ),
     "half a weight": (
         {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0.5}]},
