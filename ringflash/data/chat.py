@@ -1,8 +1,9 @@
 """Conversations to documents: the tokenizer's own chat template, with the loss on the assistant's turns only.
 
 A record holds `messages` (role and content, optionally tool_calls and the template's own fields) and optionally
-`tools`, or a `prompt` and its `completion`, both text or both messages. ShareGPT messages (from and value) are read
-too. An assistant's message with weight 0 is not trained on. The spans to train on are found in one of two ways:
+`tools` and `system`, the text of a first message, or a `prompt` and its `completion`, both text or both messages.
+ShareGPT messages (from and value) are read too. An assistant's message with weight 0 is not trained on. The spans to
+train on are found in one of two ways:
 
 1. The template marks them with {% generation %} blocks.
 2. Otherwise, they follow from renderings of the conversation's beginnings. At an assistant's turn i, the model is
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-MESSAGES, TOOLS, PROMPT, COMPLETION = "messages", "tools", "prompt", "completion"
+MESSAGES, TOOLS, SYSTEM, PROMPT, COMPLETION = "messages", "tools", "system", "prompt", "completion"
 WEIGHT = "weight"  # of an assistant's message, as in OpenAI's format: 0 or 1
 ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -83,7 +84,7 @@ class Dialogues:
                 f"data.tokenizer={name} has no {lacks}, which data.chat=true needs: give the tokenizer of a chat model"
             )
         self.field = field or MESSAGES
-        self.fields = Fields((self.field, TOOLS, PROMPT, COMPLETION), self._refusal)
+        self.fields = Fields((self.field, TOOLS, SYSTEM, PROMPT, COMPLETION), self._refusal)
         self._tokenizer, self._name, self._variables = tokenizer, name, variables
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         spelled = [re.escape(token) for token in special if len(token) > 1]
@@ -112,12 +113,18 @@ class Dialogues:
         if record.get(self.field) is not None or not asks:
             messages, first = self._messages(where, self.field, record.get(self.field)), 0
         elif isinstance(record.get(PROMPT), str) and isinstance(record.get(COMPLETION), str):
+            if record.get(SYSTEM):
+                raise RecordError(
+                    f"{where} has a {SYSTEM}, which a {PROMPT} of text has no place for: make both messages"
+                )
             return [self._pair(where, record[PROMPT], record[COMPLETION])]
         else:
             asked = self._messages(where, PROMPT, record.get(PROMPT))
             messages, first = [*asked, *self._messages(where, COMPLETION, record.get(COMPLETION))], len(asked)
         if messages[0]["role"] == "assistant":
             raise RecordError(f"{where} begins with a message of the role assistant, which no prompt asks for")
+        if record.get(SYSTEM):
+            messages, first = [self._system(where, record[SYSTEM], messages), *messages], first and first + 1
         tools = self._tools(where, record.get(TOOLS))
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         trained = [i for i in answers if messages[i].get(WEIGHT, 1)]
@@ -188,6 +195,13 @@ class Dialogues:
                 raise RecordError(f"{place} holds content of the type {kinds[0]}; only text is supported")
             found.append(self._plain(place, {**message, "content": content, **_with_objects(message)}))
         return found
+
+    def _system(self, where: str, value: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The first message, where a record has its text beside the messages."""
+        if not isinstance(value, str) or messages[0]["role"] == SYSTEM:
+            beside = "beside a message of that role" if isinstance(value, str) else f"of {value!r:.60}, not text"
+            raise RecordError(f"{where} has a {SYSTEM} {beside}: keep one, which is text")
+        return {"role": SYSTEM, "content": self._plain(f"{where}: {SYSTEM}", value)}
 
     def _tools(self, where: str, value: Any) -> list[Any] | None:
         """Tools in the form that templates expect, as JSON schemas. Tables often hold them as text."""

@@ -306,9 +306,12 @@ DAMAGE = {
     "contents null": (corpus_json(lambda _: None), "corpus.json holds a NoneType, not an object"),
     "contents a list": (corpus_json(lambda _: [1]), "corpus.json holds a list, not an object"),
     "contents not text": (overwritten("corpus.json", 0, 9), "corpus.json cannot be read: 'utf-8' codec"),
-    "contents of another format": (corpus_json(lambda c: c | {"format": 3}), "corpus.json has format 3, not 8"),
+    "contents of another format": (
+        corpus_json(lambda c: c | {"format": 3}),
+        f"corpus.json has format 3, not {cache.FORMAT}",
+    ),
     "contents without a key": (
-        corpus_json(lambda c: {"format": 8}),
+        corpus_json(lambda c: {"format": cache.FORMAT}),
         "corpus.json has other contents than",
     ),
     "another vocabulary": (

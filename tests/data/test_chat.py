@@ -183,6 +183,19 @@ def test_function_calls_and_observations_of_sharegpt_are_read_as_tool_calls_and_
     assert parse("here", record) == parse("here", {"messages": messages, "tools": [TOOL]})
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["messages", "prompt and completion"])
+def test_a_system_beside_the_messages_is_the_first_of_them(split):
+    messages = chat("hi", "hello", "more?", "yes")
+    first = [{"role": "system", "content": "Be kind."}]
+    beside, inside = [
+        {"prompt": [*begin, *messages[:2]], "completion": messages[2:]} if split else {"messages": [*begin, *messages]}
+        for begin in ([], first)
+    ]
+    parse = dialogues(QWEN3).parse
+    assert parse("here", beside | {"system": "Be kind."}) == parse("here", inside)
+    assert parse("here", inside | {"system": ""}) == parse("here", inside)
+
+
 def test_variables_reach_the_template():
     found = trained(QWEN3, {"messages": chat("hi", "hello")}, enable_thinking=False)
     assert found == [["hello<|im_end|>\n"]]
@@ -318,6 +331,18 @@ REFUSED = {
     "a function call without arguments": (
         {"messages": [{"from": "human", "value": "add"}, {"from": "function_call", "value": '{"name": "add"}'}]},
         'message 2 of messages is from function_call and holds \'{"name": "add"}\'; it must be the JSON of a call with',
+    ),
+    "two system prompts": (
+        {"messages": [{"role": "system", "content": "a"}, *chat("hi", "hello")], "system": "b"},
+        "line 2 has a system beside a message of that role: keep one, which is text",
+    ),
+    "a system that is a list": (
+        {"messages": chat("hi", "hello"), "system": ["b"]},
+        "line 2 has a system of ['b'], not text: keep one, which is text",
+    ),
+    "a system beside texts": (
+        {"prompt": "hi", "completion": "hello", "system": "b"},
+        "line 2 has a system, which a prompt of text has no place for: make both messages",
     ),
     "half a weight": (
         {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0.5}]},
