@@ -150,7 +150,7 @@ def _forward(module: nn.Module, form: Form, mlp: _Mlp, x: Tensor) -> Tensor:
     else:
         detached = [None if w is None else w.detach() for w in weights]
         y = _Computed.apply(mlp, _Tiled.apply(mlp, rows, *weights), rows.detach(), detached)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,11 @@ class _Mlp:
         return [Parts(*weights[at : at + TENSORS])._replace(scale=scale) for at, scale in each]
 
     def tiles(self, tokens: int) -> Iterator[slice]:
-        """Slices of tokens of about equal length, of `tile` at most."""
-        tile = self.tile or tokens
-        count = max(1, -(-tokens // tile))
-        tile = min(tile, -(-tokens // count // 128) * 128)
-        return (slice(begin, begin + tile) for begin in range(0, tokens, max(1, tile)))
+        """Slices of tokens of about equal length, of `tile` at most; one for no tokens, whose gradients are 0."""
+        whole = max(1, tokens)
+        tile = self.tile or whole
+        tile = min(tile, -(-whole // -(-whole // tile) // 128) * 128)
+        return (slice(begin, begin + tile) for begin in range(0, whole, tile))
 
     def hidden(self, x: Tensor, weights: Sequence[Any]) -> list[Tensor]:
         """The tensors h_i."""

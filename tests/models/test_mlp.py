@@ -79,6 +79,16 @@ def test_any_tile_gives_the_output_and_gradients_of_the_whole(model_type, tile):
     assert worst(results(model_type, torch.float32, tile, recompute=True), exact) < 1e-6
 
 
+@pytest.mark.parametrize("tile", [None, 128])
+def test_no_tokens_give_gradients_of_0(tile):
+    module = next(m for m in tiny("phi").modules() if form_of(m) is not None)
+    mlp.replace_forward(module, None, tile)
+    x = torch.zeros(1, 0, TINY["hidden_size"], requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert [p.grad.count_nonzero().item() for p in module.parameters()] == [0] * 4
+
+
 @pytest.mark.parametrize("lora", [LoraConfig(rank=3, alpha=5), LoraConfig(rank=3, targets=["down_proj"])], ids=str)
 def test_adapters_in_tiles_have_the_gradients_of_peft_and_frozen_weights_none(lora):
     exact = results("llama", torch.float64, lora=lora)
