@@ -51,14 +51,15 @@ def main() -> None:
         from ringflash.training import stop
         from ringflash.training.agreement import disagreements
         from ringflash.training.loop import fit
-        from ringflash.training.preflight import check_inputs, planned
+        from ringflash.training.preflight import check_inputs, planned, unchecked
 
         config, resolved = compose([argument for argument in arguments if argument not in options])
         if "--print" in options:
-            inputs = check_inputs(config, torch.device("cuda") if torch.cuda.is_available() else None)
+            device = torch.device("cuda") if torch.cuda.is_available() else None
+            inputs = check_inputs(config, device)
             print(resolved.rstrip())
             plan = planned(config, inputs[0]) if "WORLD_SIZE" in os.environ else []
-            for line in plan + disagreements(config, *inputs):
+            for line in plan + disagreements(config, *inputs) + unchecked(device):
                 print(line, file=sys.stderr)
             return
         stop.install_handler()

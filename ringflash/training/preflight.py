@@ -8,6 +8,7 @@ that is too short, and a run folder that cannot be used or resumed.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +68,16 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
     found = _estimate(config, model_config, _without_memory(config.model, model_config), ranks)
     lines = [_grid(config, ranks), _step(config, ranks), f"estimate   {found}"]
     return [*lines, *notes, *filter(None, [reason])]
+
+
+def unchecked(device: torch.device | None) -> list[str]:
+    """The lines that `train.py --print` adds about checks that it leaves to the run. device: None without a GPU."""
+    lines = []
+    if "WORLD_SIZE" not in os.environ:
+        lines.append("unchecked  ranks and memory: for 8 GPUs, put WORLD_SIZE=8 LOCAL_WORLD_SIZE=8 before the command")
+    if device is None:
+        lines.append("unchecked  attention.kernel and fused.*, which depend on the GPU: this machine has none")
+    return lines
 
 
 def _on_ranks(config: Config, model_config: PreTrainedConfig, ranks: int) -> tuple[Config, str | None]:

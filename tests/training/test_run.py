@@ -19,7 +19,7 @@ from ringflash.kernels import portable_parts
 from ringflash.training import checkpoint, metrics
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
-from ringflash.training.preflight import check_inputs
+from ringflash.training.preflight import check_inputs, unchecked
 from tests import forked
 from tests.training.launched import ENVIRONMENT, LIMIT, command, failing, run
 from tests.training.runs import fitted, settings
@@ -312,9 +312,19 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers(monkeypatch):
 
 
 def test_print_shows_a_configuration_that_can_be_read_back():
-    stdout = forked.run([sys.executable, "train.py", "--print", "optim.lr=1e-5"]).stdout
-    assert "lr: 1.0e-05" in stdout
-    assert OmegaConf.create(stdout).optim.lr == 1e-5
+    result = forked.run([sys.executable, "train.py", "--print", "optim.lr=1e-5"])
+    assert "lr: 1.0e-05" in result.stdout
+    assert OmegaConf.create(result.stdout).optim.lr == 1e-5
+    assert result.stderr.splitlines()[-2:] == unchecked(None)
+
+
+def test_print_lists_what_it_leaves_to_the_run(monkeypatch):
+    ranks, gpu = unchecked(None)
+    assert re.match(r"unchecked  ranks and memory: .* WORLD_SIZE=8", ranks)
+    assert re.match(r"unchecked  attention\.kernel and fused\.\*, .*: this machine has none", gpu)
+    assert unchecked(torch.device("cuda")) == [ranks]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert unchecked(None) == [gpu]
 
 
 REFUSED_BY_PRINT = {
