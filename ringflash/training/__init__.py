@@ -12,7 +12,7 @@ step, evaluation, needle    one optimizer step, the held-out loss, and needles i
 positions                   the loss by position in a document
 meter, flops, metrics       a step's figures, and where they are written
 run_folder, files           the folder of a run, and files that are complete or absent
-checkpoint, reshard         what a run can be resumed from, also if ranks or ZeRO stage change
+checkpoints                 what a run can be resumed from, also if ranks or ZeRO stage change
 export                      the trained model as a Hugging Face folder
 stop, failure               how a run ends early with a checkpoint, and how it fails
 divergence, out_of_memory   two of its failures: losses that are not finite, and full GPUs

@@ -26,7 +26,7 @@ from ringflash.data import DataConfig, python_stdlib
 from ringflash.errors import ConfigError, in_one_line, shown
 from ringflash.models import ARCHITECTURES, AttentionConfig, FusedConfig, ModelConfig, field_refusal
 from ringflash.models.architecture import LARGEST
-from ringflash.training.checkpoint import CheckpointConfig
+from ringflash.training.checkpoints.checkpoint import CheckpointConfig
 from ringflash.training.evaluation import EvaluationConfig
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import LoggerConfig

@@ -23,8 +23,9 @@ from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
-from ringflash.training import checkpoint, launcher, metrics, preflight, run_folder, sharded, stop
-from ringflash.training.checkpoint import Best
+from ringflash.training import launcher, metrics, preflight, run_folder, sharded, stop
+from ringflash.training.checkpoints import checkpoint
+from ringflash.training.checkpoints.checkpoint import Best
 from ringflash.training.config import Config
 from ringflash.training.divergence import Divergence
 from ringflash.training.engine import build_engine

@@ -8,7 +8,8 @@ import torch
 
 from ringflash.errors import ConfigError, DivergedError
 from ringflash.layout import Layout
-from ringflash.training import checkpoint, failure, metrics
+from ringflash.training import failure, metrics
+from ringflash.training.checkpoints import checkpoint
 from ringflash.training.config import compose
 from ringflash.training.divergence import LIMIT, Divergence
 from ringflash.training.engine import build_engine

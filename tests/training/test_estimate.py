@@ -9,8 +9,8 @@ from ringflash.training import preflight
 from ringflash.training.config import compose
 from ringflash.training.estimate import estimate, per_parameter
 from ringflash.training.memory import MemoryConfig
+from tests.training.checkpoints.test_checkpoint import write_three
 from tests.training.engines import build
-from tests.training.test_checkpoint import write_three
 
 GIB = 2**30
 PARAMETERS = {1024: 596_049_920, 4096: 8_030_261_248}  # of Qwen3-0.6B and Llama-3-8B, by hidden size

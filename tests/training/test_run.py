@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
 from ringflash.kernels import portable_parts
-from ringflash.training import checkpoint, metrics
+from ringflash.training import metrics
+from ringflash.training.checkpoints import checkpoint
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs, unchecked

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from ringflash.errors import ConfigError
 from ringflash.ring import watchdog
 from ringflash.ring.watchdog import Watchdog
-from ringflash.training import checkpoint, loop
+from ringflash.training import loop
+from ringflash.training.checkpoints import checkpoint
 from ringflash.training.config import compose
 from ringflash.training.export import export
 from ringflash.training.without_timeout import NO_LIMIT, OtherRankError

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from ringflash import Layout
-from ringflash.training import checkpoint, engine, reshard
+from ringflash.training import engine
+from ringflash.training.checkpoints import checkpoint, reshard
+from ringflash.training.checkpoints.reshard import MASTER, Flat, Fragment, fill
 from ringflash.training.engine import build_engine
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import read
 from ringflash.training.optimizers import host_adamw
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.reshard import MASTER, Flat, Fragment, fill
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import LENGTH, SEQUENCES, build, joined, sequences
 from tests.training.runs import fitted, settings

@@ -8,13 +8,13 @@ import pytest
 from safetensors.torch import load_file
 
 from ringflash.errors import ConfigError
-from ringflash.training import checkpoint
-from ringflash.training.checkpoint import Best, find_best
+from ringflash.training.checkpoints import checkpoint
+from ringflash.training.checkpoints.checkpoint import Best, find_best
 from ringflash.training.config import compose
 from ringflash.training.evaluation import Evaluation, HeldOut
 from ringflash.training.metrics import read
+from tests.training.checkpoints.test_checkpoint import ALONE, changed, written
 from tests.training.runs import fitted, settings
-from tests.training.test_checkpoint import ALONE, changed, written
 from tests.training.test_lora import base  # noqa: F401, a fixture
 
 LOSSES = {0: 5.0, 1: 4.0, 2: 2.0, 3: 3.0, 4: 1.5, 5: 2.5, 6: 1.9}  # held-out, by step

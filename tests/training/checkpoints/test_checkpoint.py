@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ringflash import Layout
 from ringflash.errors import ConfigError, DiskError
-from ringflash.training import checkpoint
+from ringflash.training.checkpoints import checkpoint, compatibility, manifest
 from ringflash.training.step import prepare, train_step
 from ringflash.training.world import World
 from tests.training.engines import LENGTH, SEQUENCES, engine_on, joined, sequences
@@ -195,21 +195,21 @@ def test_folders_of_other_names_are_no_checkpoints(tmp_path):
     intact = written(tmp_path, 1)
     for name in ("step-00000009-best", "step-9", "best", "step-00000009.partial", "step-00000009.corrupt", "step-x"):
         shutil.copytree(intact, tmp_path / name)
-    assert checkpoint._written(tmp_path) == [intact]
-    assert checkpoint._written(tmp_path / "missing") == []
+    assert manifest.written(tmp_path) == [intact]
+    assert manifest.written(tmp_path / "missing") == []
 
 
 def test_steps_of_more_than_eight_digits_are_the_newest(tmp_path):
-    assert checkpoint._written(written(tmp_path, 123456789).parent)[0].name == "step-123456789"
+    assert manifest.written(written(tmp_path, 123456789).parent)[0].name == "step-123456789"
     written(tmp_path, 99999999)
-    assert checkpoint._written(tmp_path)[0].name == "step-123456789"
+    assert manifest.written(tmp_path)[0].name == "step-123456789"
 
 
 def test_a_corrupt_checkpoint_is_moved_aside_beside_earlier_ones(tmp_path):
     path = written(tmp_path, 2)
     for name in ("step-00000002.corrupt", "step-00000002.corrupt-2"):
-        assert checkpoint._aside(path).name == name
-        checkpoint._aside(path).mkdir()
+        assert manifest.corrupt_name(path).name == name
+        manifest.corrupt_name(path).mkdir()
 
 
 @pytest.mark.ranks
@@ -325,7 +325,7 @@ def test_a_changed_learning_rate_or_micro_batch_is_taken_and_reported(ranks, tmp
 def test_the_stage_and_the_place_of_states_may_change_where_they_can_be_resharded():
     def changes(before, now):
         names = ("memory.zero", "memory.optimizer_states")
-        return checkpoint._check_settings("path", *(dict(zip(names, x, strict=True)) for x in (before, now)))
+        return compatibility._check_settings("path", *(dict(zip(names, x, strict=True)) for x in (before, now)))
 
     assert changes((1, "fp32"), (3, "host")) == [
         "memory.optimizer_states=host replaces fp32",
@@ -364,10 +364,10 @@ def test_a_ring_resumes_as_replicas_with_the_loss_that_it_would_have(ranks, tmp_
 @pytest.mark.ranks
 def test_a_checkpoint_of_a_release_that_counted_positions_through_the_sequence_is_refused(ranks, tmp_path):
     ranks.run(write_three, 1, tmp_path, 1, 1)
-    manifest = tmp_path / "step-00000003" / checkpoint.MANIFEST
-    written = json.loads(manifest.read_text())
+    file = tmp_path / "step-00000003" / manifest.MANIFEST
+    written = json.loads(file.read_text())
     assert written.pop("positions") == "document"
-    manifest.write_text(json.dumps(written))
+    file.write_text(json.dumps(written))
     with pytest.raises(AssertionError, match=r"step-00000003 counts positions within each sequence, .* each document"):
         ranks.run(resume_and_step, 1, tmp_path, 1)
 
@@ -407,5 +407,5 @@ def test_a_manifest_lists_every_file(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.pt").write_bytes(b"123")
     world = World(0, 1, torch.device("cpu"), None, None, None, 0, 1)
-    digests = checkpoint._digests(tmp_path, checkpoint._files_to_read(tmp_path, world))
+    digests = manifest.digests_of(tmp_path, world)
     assert json.loads(json.dumps(digests))["a/b.pt"][0] == 3
