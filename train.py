@@ -49,8 +49,8 @@ def main() -> None:
             print(f"{__doc__}\n{settings_help()}")
             return
         from ringflash.training import stop
-        from ringflash.training.agreement import disagreements
         from ringflash.training.loop import fit
+        from ringflash.training.mismatches import mismatches
         from ringflash.training.preflight import check_inputs, planned, unchecked
 
         config, resolved = compose([argument for argument in arguments if argument not in options])
@@ -59,7 +59,7 @@ def main() -> None:
             inputs = check_inputs(config, device)
             print(resolved.rstrip())
             plan = planned(config, inputs[0]) if "WORLD_SIZE" in os.environ else []
-            for line in plan + disagreements(config, *inputs) + unchecked(device):
+            for line in plan + mismatches(config, *inputs) + unchecked(device):
                 print(line, file=sys.stderr)
             return
         stop.install_handler()

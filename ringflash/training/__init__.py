@@ -2,12 +2,12 @@
 
 loop                        the run, top to bottom
 config, overrides, help     the settings: typed, read from a command line, listed
-preflight, agreement        what is refused before anything is allocated; what a pretrained model makes doubtful
+preflight, mismatches       what is refused before anything is allocated; what a pretrained model makes doubtful
 launcher, parallel, world   the launcher's ranks; the grid of ring, Ulysses and replicas: chosen, and connected
 without_timeout             work that takes some ranks hours while the others wait
 memory, estimate            the settings that save GPU memory; the memory and disk that a run will take
 engine, loss, optimizers    the model under DeepSpeed
-sharded                     with ZeRO 3, a model that is never whole in one rank's memory
+zero3                       with ZeRO 3, a model that is never whole in one rank's memory
 step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
 positions                   the loss by position in a document
 meter, flops, metrics       a step's figures, and where they are written

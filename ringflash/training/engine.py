@@ -37,8 +37,8 @@ from ringflash.training.optimizers import one_rank
 from ringflash.training.optimizers.build import build_optimizer, start_moments
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.positions import ByPosition
-from ringflash.training.sharded import start_deepspeed
 from ringflash.training.world import World
+from ringflash.training.zero3 import start_deepspeed
 
 
 class TrainedModel(nn.Module):

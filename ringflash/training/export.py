@@ -24,8 +24,8 @@ from ringflash.models import ModelConfig
 from ringflash.models.lora import adapted, write_adapter
 from ringflash.training.divergence import check_weights
 from ringflash.training.files import remove, replace_folder, writing
-from ringflash.training.sharded import write_weights
 from ringflash.training.world import World
+from ringflash.training.zero3 import write_weights
 
 GENERATION = "generation_config.json"
 

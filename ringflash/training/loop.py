@@ -23,7 +23,7 @@ from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
-from ringflash.training import launcher, metrics, preflight, run_folder, sharded, stop
+from ringflash.training import launcher, metrics, preflight, run_folder, stop, zero3
 from ringflash.training.checkpoints import checkpoint
 from ringflash.training.checkpoints.checkpoint import Best
 from ringflash.training.config import Config
@@ -219,7 +219,7 @@ def _build_model(job: Job, world: World) -> PreTrainedModel:
     """Build the model, and rehearse its export on rank 0: before tokenising, which may take hours."""
     config = job.config
     with world.without_timeout(f"building the model of {_source(config)}"):
-        makers = (sharded.random_model, sharded.pretrained_model) if config.memory.zero == 3 else None
+        makers = (zero3.random_model, zero3.pretrained_model) if config.memory.zero == 3 else None
         model = build_model(config.model, makers)
         if world.is_first:
             generation = generation_file(config.model.path)

@@ -25,11 +25,11 @@ from ringflash.models.configuration import DTYPES, ModelConfig
 from ringflash.models.lora import UNCALLED, add_lora, description
 from ringflash.models.quantized import BYTES, quantizable
 from ringflash.training import launcher
-from ringflash.training.agreement import disagreements
 from ringflash.training.config import Config
 from ringflash.training.estimate import Estimate, estimate
 from ringflash.training.loss import tile_for
 from ringflash.training.memory import MemoryConfig
+from ringflash.training.mismatches import mismatches
 from ringflash.training.parallel import resolve_parallel
 
 
@@ -47,7 +47,7 @@ def check(config: Config) -> Job:
     model_config, tokenizer = check_inputs(config, device)
     config, reason = _on_ranks(config, model_config, ranks)
     if launcher.rank() == 0:
-        notes = disagreements(config, model_config, tokenizer)
+        notes = mismatches(config, model_config, tokenizer)
         print(*_summary(config, model_config, ranks, device), *notes, *filter(None, [reason]), sep="\n", flush=True)
     return Job(config, model_config, tokenizer)
 

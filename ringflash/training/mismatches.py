@@ -23,7 +23,7 @@ HIGH = 1e-3  # a learning rate that soon undoes pretraining, where all weights a
 SPARE = 1024  # rows of a vocabulary that is padded to a round number
 
 
-def disagreements(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def mismatches(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """One line each for a high learning rate, and for an end of text or a vocabulary that differs from model.path's."""
     path, name, lr = config.model.path, config.data.tokenizer, config.optim.lr
     if not path:

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from ringflash.training.agreement import disagreements
 from ringflash.training.config import compose
+from ringflash.training.mismatches import mismatches
 from ringflash.training.preflight import check_inputs
 from tests.data.cases import write_texts, write_tokenizer
 
@@ -26,7 +26,7 @@ def reported(tmp_path):
             (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
         settings = [f"model.path={model}", f"data.path={text}", f"data.tokenizer={tokenizer}"]
         config, _ = compose(["model=pretrained", "data=text", "data.sequence_length=64", *settings, *more])
-        return [line.replace(str(tmp_path), "") for line in disagreements(config, *check_inputs(config))]
+        return [line.replace(str(tmp_path), "") for line in mismatches(config, *check_inputs(config))]
 
     return lines
 

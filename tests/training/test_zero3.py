@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, build_model
-from ringflash.training import sharded
-from ringflash.training.sharded import pretrained_model, random_model, write_weights
+from ringflash.training import zero3
+from ringflash.training.zero3 import pretrained_model, random_model, write_weights
 from tests.models.cases import architecture, tiny
 from tests.training.engines import joined
 
@@ -48,7 +48,7 @@ def built(model_type, folder=None):
 
 
 def exported(folder, out, shard):
-    world, sharded.SHARD = joined(None), shard
+    world, zero3.SHARD = joined(None), shard
     model = build_model(ModelConfig(path=folder, dtype="fp32"), MAKERS)
     write_weights(model, Path(out), world, lambda: model.config.save_pretrained(out))
 
@@ -160,7 +160,7 @@ class Resident:
 
 def growth(folder):
     """By how much a rank grows while a model is built whole; built, loaded and exported divided; in MB."""
-    world, found, sharded.SHARD = joined(None), {}, 5 * 10**6
+    world, found, zero3.SHARD = joined(None), {}, 5 * 10**6
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back to the system at once
     build_model(ModelConfig(architecture=architecture("llama"), dtype="fp32"), MAKERS)  # what is imported first
     config = ModelConfig(architecture=architecture("llama", **LARGE), dtype="fp32")
