@@ -48,10 +48,10 @@ from benchmarks import cases, checks, contenders, report, sweep, timing
 from benchmarks.cases import Case
 from benchmarks.checks import Reference
 from benchmarks.contenders import Contender
+from benchmarks.options import DTYPES, parse, shared_parser
 from benchmarks.report import Row
 from benchmarks.timing import Timing
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIRECTIONS = ("forward", "backward")
 CHECKED_LENGTH = 2048
 
@@ -174,25 +174,18 @@ def _peak(device: torch.device) -> tuple[float | None, str]:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on the CPU)")
+    parser = shared_parser(__doc__, seconds=0.4)
     parser.add_argument("--quick", action="store_true", help="two cases; on the CPU, tiny ones")
     parser.add_argument("--cases", nargs="+", default=[], metavar="CASE", help="parts of names, or whole cases")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of kernels' names")
-    parser.add_argument("--seconds", type=float, default=0.4, help="measured per figure (%(default)s)")
     parser.add_argument(
         "--against", type=Path, metavar="CHECKOUT", help="another version of ringflash to time in the same turns"
     )
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
-    parser.add_argument("--commit", help="recorded in the report if the checkout has no .git")
     parser.add_argument(
         "--sweep", nargs="*", choices=sweep.TARGETS, metavar="KERNEL",
         help=f"tile sizes instead of cases: all, or some of {', '.join(sweep.TARGETS)}",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
+    options = parse(parser, arguments)
     if options.sweep is not None and options.device == "cpu":
         parser.error("--sweep times Triton kernels and needs --device cuda")
     full, quick = (cases.GPU_CASES, cases.GPU_QUICK) if options.device == "cuda" else (cases.CPU_CASES, cases.CPU_QUICK)
@@ -200,7 +193,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         options.cases = cases.selected(options.cases, quick if options.quick else full)
     except ValueError as error:
         parser.error(str(error))
-    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     return options
 
 
@@ -229,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             torch.cuda.empty_cache()
     title = f"attention, {options.dtype}, {facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
     undrawn = report.plot(file.with_suffix(".png"), rows, title)
-    print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
+    report.print_written(file, undrawn)
     ours = [entrant.name for entrant in entrants if entrant.ours]
     wrong = [
         f"{row.status}: {row.kernel}, {row.case}, {row.direction}: {row.reason}"

@@ -30,7 +30,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,13 +45,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import checks, decode_contenders, report, timing
 from benchmarks.contenders import Absent
 from benchmarks.decode_contenders import Contender, Decode
+from benchmarks.options import DTYPES, SUFFIXES, free_bytes, parse, shared_parser, whole_number
 from benchmarks.timing import Timing
 
 CONTEXTS = ("1k", "8k", "64k", "256k", "1M")
 GPU_CASES = [f"{b},{h},{c},128" for h in ("32,8", "28,4") for c in CONTEXTS for b in (1, 8)]
 CPU_CASES = ["2,4,2,1k,64"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SUFFIXES = {"k": 2**10, "M": 2**20}
 COPIED = 2**31  # bytes
 COLD = 2**28  # bytes of caches that a run reads: several times any L2
 MOST_LAYERS = 64
@@ -73,7 +71,7 @@ class Case:
     def parse(cls, text: str) -> Case:
         """The case with this name. Raises ValueError for another form."""
         try:
-            numbers = [int(x.rstrip("kM")) * SUFFIXES.get(x[-1:], 1) for x in text.split(",")]
+            numbers = [*map(whole_number, text.split(","))]
             case = cls(*numbers)
         except (TypeError, ValueError):
             raise ValueError(f"{text} is not B,Hq,Hkv,C,D, such as 1,32,8,64k,128") from None
@@ -157,14 +155,6 @@ def copy_rate(device: torch.device, seconds: float) -> float:
     if isinstance(took, Exception):
         raise took
     return 2 * count / took.ms * 1e3
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(
@@ -345,21 +335,14 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> str | None:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on the CPU)")
+    parser = shared_parser(__doc__, seconds=0.1)
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="B,Hq,Hkv,C,D (default: all)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of contenders' names")
-    parser.add_argument("--seconds", type=float, default=0.1, help="measured per figure (%(default)s)")
     parser.add_argument("--sweep", action="store_true", help="tiles and splits of the Triton kernel, best first")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
-    parser.add_argument("--commit", help="recorded in the report if the checkout has no .git")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
+    options = parse(parser, arguments)
     if options.sweep and options.device == "cpu":
         parser.error("--sweep times Triton kernels and needs --device cuda")
-    options.dtype = DTYPES[options.dtype or ("bf16" if options.device == "cuda" else "fp32")]
+    options.dtype = DTYPES[options.dtype]
     try:
         given = options.cases or (GPU_CASES if options.device == "cuda" else CPU_CASES)
         options.cases = [Case.parse(x) for x in given]
@@ -397,7 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows += found
         report.write_json(file, {"benchmark": "decode", "card": facts, "rows": [asdict(row) for row in rows]})
         undrawn = "a sweep has none" if options.sweep else plot(file.with_suffix(".png"), rows, title)
-    print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
+    report.print_written(file, undrawn)
     ours = [entrant.name for entrant in asked if entrant.ours]
     wrong = [row for row in rows if row.status == "WRONG" or (row.status == "failed" and row.kernel in ours)]
     print(json.dumps({"benchmark": "decode", "device": facts["device"], "percent_of_copy": summary(rows)}))

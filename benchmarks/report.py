@@ -171,6 +171,11 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     aside.rename(path)
 
 
+def print_written(file: Path, undrawn: str | None) -> None:
+    """Print which files a benchmark has written. undrawn: None, or why there is no plot."""
+    print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
+
+
 def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """The rows as a JSON array's objects."""
     return [asdict(row) for row in rows]

@@ -51,7 +51,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report, ring_between, ring_error, ring_share, ring_timeline, timing
-from benchmarks.attention import DTYPES
+from benchmarks.options import DTYPES, parse, shared_parser
 from benchmarks.ring_cases import RingCase
 from ringflash import kernels
 from ringflash.layout import LAYOUT_NAMES
@@ -105,7 +105,7 @@ def efficiency(options: argparse.Namespace, device: torch.device, facts: dict[st
         if device.type == "cuda":
             torch.cuda.empty_cache()
     title = f"{options.dtype}, {_signature(facts)}"
-    _written(file, _drawn(ring_share.draw, file, cases, shares, title))
+    report.print_written(file, _drawn(ring_share.draw, file, cases, shares, title))
     wrong = [f"{s.status}: {s.case}: {s.reason}" for s in shares if s.status != "timed"]
     return _closed("ring", facts, wrong, {"efficiency": {s.case: s.summary() for s in shares}})
 
@@ -123,7 +123,7 @@ def error(options: argparse.Namespace, device: torch.device, facts: dict[str, st
     contents = {"benchmark": "ring error", "card": facts, "case": described, "bound": bound}
     report.write_json(file, contents | {"rows": [dataclasses.asdict(row) for row in found], "growth": grown})
     title = f"error against ring size: {described}, bf16 inputs\n{_signature(facts)}"
-    _written(file, _drawn(ring_error.draw, file, found, bound, title))
+    report.print_written(file, _drawn(ring_error.draw, file, found, bound, title))
     rounded = {ring: {name: round(x, 3) for name, x in by.items()} for ring, by in grown.items()}
     return _closed("ring error", facts, wrong, {"growth": rounded})
 
@@ -145,10 +145,12 @@ def timeline(options: argparse.Namespace, device: torch.device, facts: dict[str,
     print(f"links of {enough:.3g} GB/s or more cost under 1% of the time\n")
     file = options.out / f"ring-timeline-{report.slug(device)}.json"
     found = predicted.summary() | {"tflops": [forward, backward], "gbps": options.gbps, "sufficient_gbps": enough}
-    spans = {name: played.spans for name, played in predicted.passes.items()}
+    spans = {name: simulated.spans for name, simulated in predicted.passes.items()}
     contents = {"benchmark": "ring timeline", "card": facts, "case": _described(case), "speed": source}
     report.write_json(file, contents | {"found": found, "spans": {"fields": Span._fields, **spans}})
-    _written(file, _drawn(ring_timeline.draw, file, predicted, f"{subtitle}; {facts['date']}, {facts['commit']}"))
+    report.print_written(
+        file, _drawn(ring_timeline.draw, file, predicted, f"{subtitle}; {facts['date']}, {facts['commit']}")
+    )
     rounded = {name: round(x, 4) if isinstance(x, float) else x for name, x in found.items()}
     return _closed("ring timeline", facts, [], {"predicted": rounded})
 
@@ -239,10 +241,6 @@ def _drawn(draw: Any, file: Path, *what: Any) -> str | None:
     return None
 
 
-def _written(file: Path, undrawn: str | None) -> None:
-    print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
-
-
 def _closed(benchmark: str, facts: dict[str, str], wrong: list[str], found: dict[str, Any]) -> int:
     """Print what is wrong, then the summary. Returns the exit code."""
     print("".join(f"{line}\n" for line in wrong), end="")
@@ -251,7 +249,7 @@ def _closed(benchmark: str, facts: dict[str, str], wrong: list[str], found: dict
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_parser(__doc__, seconds=1.0)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--error", action="store_const", dest="mode", const=error, help="error against ring size")
     mode.add_argument(
@@ -259,11 +257,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     mode.add_argument("--between", action="store_const", dest="mode", const=between, help="the ring between GPUs")
     parser.add_argument("--many", action="store_true", help="with --between: the cases of benchmarks/many_gpus.sh")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on the CPU)")
     parser.add_argument("--quick", action="store_true", help="one small case; on the CPU, tiny ones")
     parser.add_argument("--kernel", default="auto", choices=("auto", *kernels.FASTEST_FIRST), help="(%(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="measured per figure (%(default)s)")
     parser.add_argument("--length", help="tokens, such as 131072 or 128k")
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--heads", help="query and KV heads, such as 32/8")
@@ -274,11 +269,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layout", choices=LAYOUT_NAMES)
     parser.add_argument("--tflops", help="the kernel's speed, FORWARD/BACKWARD or one number for both")
     parser.add_argument("--gbps", type=float, default=400.0, help="GB/s of each rank's link, each way (%(default)g)")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
-    parser.add_argument("--commit", help="recorded in the report if the checkout has no .git")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
+    options = parse(parser, arguments)
     if options.mode is timeline and options.tflops is None and options.device == "cpu":
         parser.error("--timeline on the CPU needs the speed of a GPU's kernel, such as --tflops 650/550")
     for name in ("gbps", "seconds"):
@@ -289,7 +280,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if options.mode is between and (options.device == "cpu" or int(os.environ.get("WORLD_SIZE", "1")) < 2):
         parser.error("--between needs two GPUs or more: torchrun --nproc-per-node 2 benchmarks/ring.py --between")
     options.mode = options.mode or efficiency
-    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
     try:
         if options.tflops is not None:
             options.tflops = _two_numbers(options.tflops, float, "--tflops")

@@ -73,7 +73,7 @@ class Timeline:
 
     def percent(self, kind: str) -> float:
         """The percentage of all ranks' time in spans of a kind."""
-        spent = sum(played.total(kind) for played in self.passes.values())
+        spent = sum(simulated.total(kind) for simulated in self.passes.values())
         return 100 * spent / (self.seconds * self.case.ranks)
 
     @property
@@ -96,11 +96,11 @@ class Timeline:
 
 def predict(case: RingCase, speed: Speed, passes: tuple[Schedule, Schedule]) -> Timeline:
     """The timeline of the case's schedules at a speed."""
-    played = (
+    simulated = (
         simulate(schedule.steps, rates(case, schedule, seconds, speed.link))
         for schedule, seconds in zip(passes, (speed.forward, speed.backward), strict=True)
     )
-    return Timeline(case, speed, *played)
+    return Timeline(case, speed, *simulated)
 
 
 def sufficient_link(case: RingCase, speed: Speed, passes: tuple[Schedule, Schedule]) -> float:
@@ -135,8 +135,8 @@ def table(timeline: Timeline) -> str:
     lines = [f"{'rank':>4} " + "".join(f"{name + ', ms':>24}" for name in (*columns, "done")) + f"{'GB sent':>10}"]
     lines.append("-" * len(lines[0]))
     for rank in range(timeline.case.ranks):
-        done = [played.finished[rank] for played in timeline.passes.values()]
-        spent = [[played.total(kind, rank) for played in timeline.passes.values()] for kind in columns]
+        done = [simulated.finished[rank] for simulated in timeline.passes.values()]
+        spent = [[simulated.total(kind, rank) for simulated in timeline.passes.values()] for kind in columns]
         cells = "".join(f"{f'{1e3 * f:.2f} + {1e3 * b:.2f}':>24}" for f, b in (*spent, done))
         lines.append(f"{rank:>4} {cells}{timeline.bytes_sent[rank] / 1e9:>10.3f}")
     return "\n".join(lines)
@@ -149,22 +149,24 @@ def draw(path: Path, timeline: Timeline, subtitle: str) -> None:
 
     ranks = timeline.case.ranks
     figure = Figure(figsize=(13, 1.7 + 0.42 * ranks), layout="constrained")
-    widths = [played.seconds for played in timeline.passes.values()]
+    widths = [simulated.seconds for simulated in timeline.passes.values()]
     panels = figure.subplots(1, 2, sharey=True, width_ratios=widths)
-    for axes, (name, played) in zip(panels, timeline.passes.items(), strict=True):
+    for axes, (name, simulated) in zip(panels, timeline.passes.items(), strict=True):
         for kind, colour in COLOURS.items():
             low, high = (0.12, 0.4) if kind in ("keys", "gradients") else (0.42, 0.88)
             for rank in range(ranks):
                 bars = [
-                    (1e3 * s.begin, 1e3 * (s.end - s.begin)) for s in played.spans if (s.rank, s.kind) == (rank, kind)
+                    (1e3 * s.begin, 1e3 * (s.end - s.begin))
+                    for s in simulated.spans
+                    if (s.rank, s.kind) == (rank, kind)
                 ]
                 place = (rank + 1 - high, high - low)  # ranks downward
                 axes.broken_barh(bars, place, facecolor=colour, edgecolor="white", linewidth=0.3)
-        for span in played.spans:
+        for span in simulated.spans:
             if span.kind == "compute" and span.end - span.begin > 0.012 * sum(widths):
                 middle = 1e3 * (span.begin + span.end) / 2
                 axes.text(middle, span.rank + 0.35, str(span.hop), size=6, color="white", ha="center", va="center")
-        axes.set(title=name, xlabel="ms", xlim=(0, 1e3 * played.seconds), ylim=(ranks, 0))
+        axes.set(title=name, xlabel="ms", xlim=(0, 1e3 * simulated.seconds), ylim=(ranks, 0))
         axes.title.set_fontsize(9)
         axes.set_yticks([rank + 0.5 for rank in range(ranks)], [f"rank {rank}" for rank in range(ranks)], fontsize=8)
         axes.tick_params(axis="y", length=0)

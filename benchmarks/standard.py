@@ -20,7 +20,6 @@ folder --out (benchmarks/results). The last line printed is the table as JSON.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -38,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report, timing
-from benchmarks.decode import DTYPES, SUFFIXES, free_bytes
+from benchmarks.options import DTYPES, free_bytes, parse, shared_parser, whole_number
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ring_attention
 
@@ -254,27 +253,15 @@ def plot(path: Path, rows: Sequence[Row], capacity: int, title: str) -> str | No
     return None
 
 
-def _tokens(text: str) -> int:
-    """A number, with k or M if it ends in one. Raises ValueError for other text."""
-    return int(text.rstrip("kM")) * SUFFIXES.get(text[-1:], 1)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on the CPU)")
-    parser.add_argument("--tokens", nargs="+", type=_tokens, help="lengths, as 4k or 1M (default: see above)")
+    parser = shared_parser(__doc__, seconds=0.05)
+    parser.add_argument("--tokens", nargs="+", type=whole_number, help="lengths, as 4k or 1M (default: see above)")
     parser.add_argument("--heads", type=int, default=1, help="query and KV heads (%(default)s)")
     parser.add_argument("--dim", type=int, help="head size (default: 128 on a GPU, 64 on the CPU)")
-    parser.add_argument("--seconds", type=float, default=0.05, help="measured per figure, at least (%(default)s)")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plot")
-    parser.add_argument("--commit", help="recorded in the report if the checkout has no .git")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; --device cpu works anywhere")
+    options = parse(parser, arguments)
     device, on_gpu = torch.device(options.device), options.device == "cuda"
-    dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
+    dtype = DTYPES[options.dtype]
     dim = options.dim or (128 if on_gpu else 64)
     capacity = free_bytes(device)
     facts = report.card(device, {}, options.commit)
@@ -293,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows += found
         report.write_json(file, {"benchmark": "standard", "card": facts, "rows": [asdict(row) for row in rows]})
         undrawn = plot(file.with_suffix(".png"), rows, capacity, title)
-    print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
+    report.print_written(file, undrawn)
     shown = [
         {"kind": row.kind, "tokens": row.tokens, "both_bytes": row.both_bytes, "reason": row.reason} for row in rows
     ]

@@ -235,11 +235,11 @@ def test_a_timeline_sends_the_plans_bytes(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_is_computed_before_its_keys_arrive_and_no_span_overlaps_another(case, link):
     timeline = ring_timeline.predict(case, dataclasses.replace(SPEED, link=link), ring_timeline.schedules(case))
-    for name, played in timeline.passes.items():
+    for name, simulated in timeline.passes.items():
         seconds_a_pair = getattr(SPEED, name)
         plan = case.plan(Loopback(case.ranks))
         for rank in range(case.ranks):
-            own = [span for span in played.spans if span.rank == rank]
+            own = [span for span in simulated.spans if span.rank == rank]
             computing = sorted((s for s in own if s.kind not in ("keys", "gradients")), key=lambda span: span.begin)
             assert all(a.end <= b.begin + 1e-15 for a, b in itertools.pairwise(computing))
             arrivals = sorted(span.end for span in own if span.kind == "keys")
@@ -248,8 +248,8 @@ def test_nothing_is_computed_before_its_keys_arrive_and_no_span_overlaps_another
                 if span.kind == "compute" and span.hop > 0 and link < float("inf"):
                     assert span.begin >= arrivals[received.index(span.hop)]
             pairs = sum(hops[rank].pairs for hops in plan.hops) * case.heads
-            assert played.total("compute", rank) == pytest.approx(pairs * seconds_a_pair)
-            assert played.finished[rank] >= pairs * seconds_a_pair * (1 - 1e-9)
+            assert simulated.total("compute", rank) == pytest.approx(pairs * seconds_a_pair)
+            assert simulated.finished[rank] >= pairs * seconds_a_pair * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -60,8 +60,8 @@ def test_every_variant_is_timed_and_bytes_are_those_of_the_larger_ring(ranks, ca
     assert found["part"] == pytest.approx(case.head_pairs() / case.whole().head_pairs() / case.ranks)
     reasons = set(found["refused"].values())
     assert reasons == {"has no packed mask"} if case.kind == "packed" else len(reasons) == 1
-    played = range(2) if case.ranks == 2 else [case.ranks // 2]
-    received = max(bytes_received(case, rank) for rank in played)
+    emulated = range(2) if case.ranks == 2 else [case.ranks // 2]
+    received = max(bytes_received(case, rank) for rank in emulated)
     assert found["gib"] * 2**30 == received > 0
 
 

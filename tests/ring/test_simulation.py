@@ -18,16 +18,16 @@ def post(rank, rows, stream=0):
     return Post(stream, "hop 1", (Send(1 - rank, *sent),), (Receive(1 - rank, sent[1]),))
 
 
-def spans(played, rank):
-    return [(span.kind, span.begin, span.end) for span in played.spans if span.rank == rank]
+def spans(simulated, rank):
+    return [(span.kind, span.begin, span.end) for span in simulated.spans if span.rank == rank]
 
 
 def test_two_ranks_by_hand():
     """3 s of own keys, 10 bytes at 1 per second meanwhile, 2 s of the other's: 3 + 7 s of waiting + 2."""
     steps = [[post(r, 10), attend(0, 3), Wait(0, "hop 1"), attend(1, 2)] for r in range(2)]
-    played = simulate(steps, A_SECOND_PER_PAIR_AND_BYTE)
-    assert (played.finished, played.sent, played.seconds) == ([12.0, 12.0], [10, 10], 12.0)
-    assert spans(played, 0) == [
+    simulated = simulate(steps, A_SECOND_PER_PAIR_AND_BYTE)
+    assert (simulated.finished, simulated.sent, simulated.seconds) == ([12.0, 12.0], [10, 10], 12.0)
+    assert spans(simulated, 0) == [
         ("keys", 0.0, 10.0), ("compute", 0.0, 3.0), ("wait for the link", 3.0, 10.0), ("compute", 10.0, 12.0),
     ]  # fmt: skip
 
@@ -44,9 +44,9 @@ def test_a_gpu_computes_on_one_stream_while_the_other_waits():
         [Fork(), post(r, 10), Wait(0, "hop 1"), attend(0, 5, stream=1), attend(1, 2), Join(), attend(1, 1)]
         for r in range(2)
     ]
-    played = simulate(steps, A_SECOND_PER_PAIR_AND_BYTE)
-    assert played.finished == [13.0, 13.0]
-    assert [span for span in spans(played, 0) if span[0] == "compute"] == [
+    simulated = simulate(steps, A_SECOND_PER_PAIR_AND_BYTE)
+    assert simulated.finished == [13.0, 13.0]
+    assert [span for span in spans(simulated, 0) if span[0] == "compute"] == [
         ("compute", 0.0, 5.0), ("compute", 10.0, 12.0), ("compute", 12.0, 13.0),
     ]  # fmt: skip
 
@@ -58,8 +58,8 @@ def test_one_gpu_runs_one_kernel_at_a_time_whatever_its_stream():
 
 def test_an_exchange_without_messages_touches_no_link():
     steps = [[post(r, 10), Post(0, "nothing"), Wait(0, "nothing"), attend(0, 1), Wait(0, "hop 1")] for r in range(2)]
-    played = simulate(steps, A_SECOND_PER_PAIR_AND_BYTE)
-    assert spans(played, 0)[:2] == [("keys", 0.0, 10.0), ("compute", 0.0, 1.0)]
+    simulated = simulate(steps, A_SECOND_PER_PAIR_AND_BYTE)
+    assert spans(simulated, 0)[:2] == [("keys", 0.0, 10.0), ("compute", 0.0, 1.0)]
 
 
 def test_ranks_with_different_numbers_of_steps_are_refused():
