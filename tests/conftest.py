@@ -35,24 +35,24 @@ def interpreting():
 
 @pytest.fixture(scope="session")
 def gpus():
-    """A pool of NCCL processes, one a GPU."""
+    """A pool of NCCL processes, one per GPU."""
     pool = Pool("nccl")
     yield pool
     pool.close()
 
 
 def pytest_collection_modifyitems(items):
-    """Modules with slow tests come first: one that began last would leave the other workers nothing to do."""
+    """Run modules with slow tests first: if one began last, the other workers would be idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish():
-    """What was imported stays: collections of garbage look at what comes later."""
+    """Exclude what was imported from garbage collection."""
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same random numbers, whatever ran before."""
+    """Every test draws the same random numbers, whichever tests ran before."""
     torch.manual_seed(0)

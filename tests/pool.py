@@ -27,7 +27,7 @@ class RankError(AssertionError):
 
 
 class Pool:
-    """Processes that wait for work, started when a rank is first needed; on "nccl" each has a GPU of its own."""
+    """Processes that wait for work, started when a rank is first needed; with "nccl", each has its own GPU."""
 
     def __init__(self, backend: str = "gloo") -> None:
         self.backend = backend

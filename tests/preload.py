@@ -1,4 +1,4 @@
-"""What the fork server imports: processes forked from it have all this, and their collector does not look at it again.
+"""The imports of the fork server. Processes forked from it share them, and garbage collection skips them.
 
 DeepSpeed collects garbage in each engine of ZeRO 3, which would take as long as the rest of a small test.
 """

@@ -1,4 +1,4 @@
-"""Chunks are dealt evenly, all pairs are still there, and what an exchange is said to change is what it changes."""
+"""Chunks are assigned evenly, no pair is lost, and an exchange of chunks changes the table as its formula says."""
 
 import torch
 from hypothesis import given
@@ -28,7 +28,7 @@ def test_hop_s_is_with_the_keys_of_the_rank_s_places_back(seed, ranks):
 
 
 @given(st.integers(0, 2**16), st.integers(1, 6), st.integers(1, 5), st.data())
-def test_an_exchange_changes_the_table_as_if_it_were_counted_anew(seed, ranks, each, data):
+def test_an_exchange_changes_the_table_as_if_it_were_counted_again(seed, ranks, each, data):
     chunks = ranks * each
     chunk = data.draw(st.integers(0, chunks - 1))
     pairs, owner = drawn(seed, chunks).double(), torch.arange(chunks) % ranks

@@ -1,4 +1,4 @@
-"""benchmarks/attention.py tells the truth: what it counts, what it times, what it calls wrong and what is not there."""
+"""benchmarks/attention.py counts, times and checks correctly, and gives the reason for what it does not time."""
 
 import dataclasses
 import itertools

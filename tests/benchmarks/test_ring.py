@@ -1,4 +1,4 @@
-"""benchmarks/ring.py tells the truth: a share is a rank's whole work, rounding shows, keys come before compute."""
+"""benchmarks/ring.py: a share is a rank's whole work, rounding shows, and keys arrive before they are used."""
 
 import dataclasses
 import itertools

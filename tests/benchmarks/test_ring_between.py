@@ -1,4 +1,4 @@
-"""benchmarks/ring.py --between: GPUs that play a larger ring send and wait as it would, and what ran is told truly."""
+"""benchmarks/ring.py --between: GPUs that emulate a larger ring send and wait as its ranks would."""
 
 import dataclasses
 from unittest import mock
@@ -31,7 +31,7 @@ class HostEvent:
 
 
 def measured(case):
-    """What a rank finds of a case on processes of this machine instead of GPUs, and for how long it kept busy."""
+    """A rank's results for a case, on processes instead of GPUs, and how long it kept busy."""
     group, busy = dist.distributed_c10d._get_default_group(), []
     with (
         mock.patch.multiple(torch.cuda, Event=HostEvent, synchronize=lambda *_: None, _sleep=lambda *_: None),
@@ -132,7 +132,7 @@ def test_a_ring_that_finds_something_else_than_a_loopback_is_not_timed(ranks):
 
 @dataclasses.dataclass
 class Ran:
-    """Something that a GPU ran, as the profiler tells."""
+    """A kernel or copy that a GPU ran, as the profiler reports it."""
 
     what: str
     stream: int

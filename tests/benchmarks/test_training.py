@@ -47,7 +47,7 @@ def test_every_variant_has_a_row_per_mask_and_sees_the_same_weights_and_tokens(t
 
 
 def left_over(*settings):
-    """How many of a variant's optimizer and weights are still there after it was freed."""
+    """How many of a variant's objects, optimizer and weights, survive after it was freed."""
     config, _ = compose([*training.EXPERIMENT, "model=tiny-llama", "model.dtype=bf16", "data.path=text", *settings])
     variant = training.ringflash(config, joined(None), 64)
     variant.step(variant.plan(training.batch("causal", 64, 97, 0)))

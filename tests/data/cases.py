@@ -19,7 +19,7 @@ lengths = st.lists(st.integers(1, 20), min_size=1, max_size=12)
 
 
 def corpus(lengths: list[int], chosen: list[int] | None = None) -> TokenCorpus:
-    """Documents of the given lengths; every token differs from every other, so a token tells where it is from."""
+    """Documents of the given lengths. All tokens differ, so each shows where it is from."""
     return TokenCorpus(
         tokens=np.arange(sum(lengths), dtype=np.uint16),
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
@@ -37,7 +37,7 @@ def write_texts(folder: Path, texts: list[str] = TEXTS) -> Path:
 
 
 def write_jsonl(file: Path, texts: list[str | None] = TEXTS, field: str = "text") -> Path:
-    """A JSON Lines file with a text a line, and a field that only the last has."""
+    """A JSON Lines file with one text per line, and a field that only the last line has."""
     rows = [{field: text} for text in texts]
     rows[-1]["late"] = 1
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,7 +45,7 @@ def write_jsonl(file: Path, texts: list[str | None] = TEXTS, field: str = "text"
 
 
 def write_parquet(file: Path, texts: list[str | None] = TEXTS, field: str = "text") -> Path:
-    """A parquet file with a text a row, in row groups of two."""
+    """A parquet file with one text per row, in row groups of two."""
     table = pyarrow.table({field: texts, "number": list(range(len(texts)))})
     pyarrow.parquet.write_table(table, file, row_group_size=2)
     return file

@@ -35,7 +35,7 @@ def calls(monkeypatch):
 
 
 def entries(tmp_path):
-    """What lies in the cache's folder."""
+    """The names in the cache's folder."""
     return sorted((tmp_path / "cache").iterdir())
 
 
@@ -191,7 +191,7 @@ def test_abandoned_folders_of_other_names_are_deleted_after_a_week(tmp_path):
 
 
 def build_until_killed(settings):
-    """A builder that never gets to the end of its arrays."""
+    """A builder that never completes its arrays."""
     cache.np.save = lambda *_: signal.pause()
     tokenised(settings)
 

@@ -1,4 +1,4 @@
-"""The same texts give the same tokens from any format, once; and whatever is wrong with them is said in one line."""
+"""The same texts give the same tokens in any format, tokenised once; every fault is reported in one line."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Compile the fused kernels for GPUs that are not here: one JSON object per kernel, its registers, stack and spills.
+"""Compile the fused kernels without a GPU: one JSON object per kernel, its registers, stack and spills.
 
 `test_compiles.py` runs it in a process of its own, because kernels imported under TRITON_INTERPRET cannot be compiled.
 """

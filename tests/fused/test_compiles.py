@@ -1,4 +1,4 @@
-"""The fused kernels compile for GPUs that are not here, and keep their rows in registers."""
+"""The fused kernels compile without a GPU, and keep their rows in registers."""
 
 from __future__ import annotations
 

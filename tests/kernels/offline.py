@@ -1,4 +1,4 @@
-"""Compile the portable kernels for GPUs that are not here, and count what decides their speed in the machine code.
+"""Compile the portable kernels without a GPU, and count what decides their speed in the machine code.
 
 Prints one JSON object per case; `tests/kernels/test_compiles.py` runs it in a process of its own, because kernels that
 were imported under TRITON_INTERPRET cannot be compiled. By hand, for one architecture or all:

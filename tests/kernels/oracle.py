@@ -98,7 +98,7 @@ def delta_of(dout: Tensor, state: Partial) -> Tensor:
 
 
 def violations(p: Problem, actual: dict[str, Tensor]) -> list[str]:
-    """What is further from float64 than the rule allows, in words; empty if all is well."""
+    """The tensors whose error against float64 exceeds the bound, in words; empty if none does."""
     exact = dense(p, torch.float64)
     plain = None if p.q.dtype == torch.float32 else dense(p, p.q.dtype)
     found = []

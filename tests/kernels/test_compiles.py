@@ -1,4 +1,4 @@
-"""The portable kernels compile for GPUs that are not here, and their machine code is the one that is fast.
+"""The portable kernels compile without a GPU, and what decides their speed in the machine code holds.
 
 Compiled in a process of its own, where kernels are never interpreted; about a minute on two cores, seconds when
 Triton's cache has them. `python -m tests.kernels.offline` prints the figures that are compared here.

@@ -70,7 +70,7 @@ def dense(arguments: dict, visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def errors(arguments: dict, visible: Tensor) -> list[str]:
-    """What of flash_decode's result is further from float64 than the rule allows; empty if nothing is."""
+    """The results of flash_decode whose error against float64 exceeds the bound; empty if none does."""
     truth, dtype = dense(arguments, visible, torch.float64), arguments["q"].dtype
     with mock.patch("torch.empty", poisoned):
         out = flash_decode(**arguments)

@@ -86,7 +86,7 @@ def center(*tensors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Te
 
 
 def found(p: Problem, forward: Callable, backward: Callable) -> list[str]:
-    """What is wrong with out and the gradients, where dk and dv are added and, in 16 bits, where they are written."""
+    """Violations of the bound by out and the gradients, with dk and dv added and, in 16 bits, written."""
     ways = ["added"] if p.k.dtype == torch.float32 else ["added", "written"]
     with mock.patch("torch.empty", poisoned):
         results = {way: by_kernel(p, forward, backward, way == "written") for way in ways}
@@ -209,7 +209,7 @@ def rising(rise: float, head_dim: int, dtype: torch.dtype) -> Problem:
 @over(hopper=product([64, 128, 256], HALF), portable=product([128], BF16))
 @pytest.mark.parametrize("rise", [-0.2, 0.02, 0.04, 0.06, 0.1, 3.0])
 def test_scores_that_rise_from_key_to_key_are_within_the_bound(rise, kernel, head_dim, dtype):
-    """Hopper takes a row's maximum again when a weight passes 2^8: never, every few tiles of 128 keys, in each tile."""
+    """Hopper takes a new maximum when a weight exceeds 2^8: never, every few tiles of 128 keys, or in each tile."""
     p = rising(rise, head_dim, dtype)
     assert violations(p, by_kernel(p, *kernels(kernel))) == []
 
@@ -320,7 +320,7 @@ def test_tensors_of_more_than_2_to_the_31_elements(kernel, head_dim, dtype):
 
 @pytest.fixture
 def neighbour() -> Iterator[None]:
-    """Another process that keeps the GPU busy: it then changes between processes in the middle of a long kernel."""
+    """Another process that keeps the GPU busy, so that the GPU switches processes in the middle of a long kernel."""
     busy = "import torch\nx = torch.ones(8192, 8192, device='cuda')\nprint(flush=True)\nwhile True: (x @ x)[0].cpu()"
     with subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -382,7 +382,7 @@ def test_a_carry_over_many_tiles_of_which_half_are_skipped(head_dim, dtype):
 @pytest.mark.parametrize("longest_last", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_carry_in_batch_rows_of_which_one_has_many_tiles_more(head_dim, longest_last):
-    """More tiles than programs, and most of one row see nothing of the first half: the others must not be left out."""
+    """There are more tiles than programs. Most tiles of one row see none of the first half; no other may be skipped."""
     forward, _ = kernels("hopper")
     length = 6000
     rows = [[length], [length // 16] * 16]

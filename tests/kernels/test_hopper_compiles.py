@@ -1,4 +1,4 @@
-"""The Hopper kernels compile for a GPU that is not here, and their machine code is the one that was timed.
+"""The Hopper kernels compile without a GPU, and their machine code is that which was timed.
 
 Compiled in a process of its own, where kernels are never interpreted; half a minute on two cores, seconds when Triton's
 cache has them. With the installed Triton, and with those that `make test` puts beside it. Prints the figures that are
@@ -214,7 +214,7 @@ def product_loops(code: str) -> list[str]:
 
 
 def without_what_votes_skip(loop: str) -> str:
-    """A loop as a warp passes it in almost every step: no rescaling, no second computation of weights."""
+    """A loop as a warp runs it in almost every step: without rescaling and without a second computation of weights."""
     skipped = r"(VOTE\.ANY (P\d), P\d ;.*?@!\2 BRA `\((\.L_x_\d+)\) ;).*?\n(?=\s*\3:)"
     return re.sub(skipped, r"\1\n", loop, flags=re.DOTALL)
 
@@ -248,7 +248,7 @@ def family(report: dict) -> str:
 
 
 def breaking(compiled: list[dict], **rules) -> list[str]:
-    """The reports that break a rule, with all their figures."""
+    """The reports that violate a rule, with all their figures."""
     return [f"breaks {rule}: {r}" for r in compiled for rule, holds in rules.items() if not holds(r)]
 
 

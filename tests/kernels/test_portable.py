@@ -53,7 +53,7 @@ def kernels(tma: bool = True, columns: int = 256, apart: bool = False):
 
 
 def checked(p: Problem, *tiles: Any) -> list[str]:
-    """What is wrong with out and the gradients; dk and dv of fp16 are written, of fp32 added."""
+    """Violations of the bound by out and the gradients; dk and dv of fp16 are written, of fp32 added."""
     with mock.patch("torch.empty", poisoned):
         actual = by_kernel(p, *kernels(*tiles), written=p.k.dtype != torch.float32)
     return violations(p, actual)
@@ -189,7 +189,7 @@ def nothing_to_see() -> list[tuple]:
 
 
 def refusal(change: str) -> str:
-    """What the kernels say to a request that is wrong in one thing."""
+    """The kernels' errors for requests with a single fault."""
     forward, backward = kernels()
     p = problem(MASKS["causal"](16), heads=(4, 2), head_dim=32)
     q, k, v, dout, mask, scale, softcap, out = p.q, p.k, p.v, p.dout, p.mask, p.scale, None, None

@@ -1,4 +1,4 @@
-"""The fastest kernel that can do the request is taken; one that is named says why it cannot."""
+"""The fastest kernel that supports the request is selected; a named kernel that does not gives the reason."""
 
 import subprocess
 import sys

@@ -134,7 +134,7 @@ def test_a_loss_that_may_shift_labels_again_is_refused():
 
 
 class Loop(Trainer):
-    """A Trainer as far as a layer can see it: settings, and compute_loss, which calls the model."""
+    """What a layer sees of a Trainer: its settings, and compute_loss, which calls the model."""
 
     def __init__(self, compute_loss_func=None, **args):
         self.compute_loss_func = compute_loss_func
@@ -145,7 +145,7 @@ class Loop(Trainer):
 
 
 class OneOfTwo(Loopback):
-    """A rank whose neighbours live in other processes, as far as a plan can see it."""
+    """What a plan sees of a rank whose neighbours are in other processes."""
 
     def __init__(self):
         super().__init__(2)
@@ -168,7 +168,7 @@ def test_a_trainers_settings_that_divide_by_a_ranks_labels_or_shift_them_again_a
 
 
 class Wrapper(torch.nn.Module):
-    """A user's own, whose names are those of a Trainer's settings."""
+    """A user's model, with attributes named as a Trainer's settings."""
 
     def __init__(self, model):
         super().__init__()
@@ -256,7 +256,7 @@ def test_a_look_at_the_stack_reads_models_and_no_layers(monkeypatch):
 
 
 class Outer(torch.nn.Module):
-    """A user's own, which frees a tensor after the model's call, and looks at its own locals."""
+    """A user's forward, which frees a tensor after the model's call and reads its own locals."""
 
     def __init__(self, keeps):
         super().__init__()

@@ -55,7 +55,7 @@ def stand_in(recorded, monkeypatch):
 
 
 def answers(model, tokens, prompts=((11, 0), (5, 3), (11, 0)), graphed=True, **graph_options):
-    """New tokens after prompts on one document: each some of its own tokens again."""
+    """New tokens after prompts on one document; each prompt repeats some of the document's tokens."""
     cache = RingCache(model, 100, chunk=2, rope_length=100)
     prefill(model, tokens[:, :READ], cache)
     state, found = cache.snapshot(), []

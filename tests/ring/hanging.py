@@ -1,4 +1,4 @@
-"""A ring one of whose ranks never comes."""
+"""A ring in which one rank hangs."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ def attend_in_vain(ring):
 
 
 def with_one_rank_that_never_comes(hanging):
-    """What this rank says; the hanging one sleeps instead of its second layer."""
+    """This rank's report; the hanging rank sleeps instead of running its second layer."""
     watchdog.EXIT_DELAY, said, ended = 0.1, io.StringIO(), threading.Event()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     guard = Watchdog(60.0, rank, store, end=ended.set)

@@ -179,7 +179,7 @@ def test_a_causal_ring_sends_keys_once_per_pass_and_gradients_once():
 
 
 def shuffled(length, ranks, per_rank):
-    """A layout of chunks dealt at random, so that what is needed of a shard lies in several runs."""
+    """A layout of randomly assigned chunks, so that the needed part of a shard consists of several runs."""
     dealt = torch.randperm(ranks * per_rank, generator=torch.Generator().manual_seed(ranks)).view(ranks, per_rank)
     return Layout(length, -(-length // dealt.numel()), dealt.sort(1).values)
 
@@ -405,7 +405,7 @@ def test_what_is_of_the_wrong_kind_is_refused_by_its_name(call, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 8), (128, 8), (128, 1), (256, 8)])
 def test_two_streams_on_a_gpu_are_exact_again_and_again(head_dim, kv_heads):
-    """Five layers' worth of work is queued without waiting, so that memory is used again while streams still run."""
+    """Five layers are queued without waiting, so that memory is reused while streams still run."""
     plan = AttentionPlan(IntervalMask.causal(2048), Layout.zigzag(2048, 4), Loopback(4, "cuda"))
     inputs = [x.cuda().bfloat16() for x in whole_inputs(1, 2048, 32, kv_heads, head_dim)]
     runs = [on_ring(inputs, plan) for _ in range(5)]

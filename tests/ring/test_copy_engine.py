@@ -1,4 +1,4 @@
-"""Copies land where the other rank looks for them, whatever the streams' timing; what GPUs do is in test_gpus."""
+"""Copies arrive where the other rank expects them, whatever the streams' timing; `test_gpus` runs on real GPUs."""
 
 import contextlib
 import ctypes
@@ -51,7 +51,7 @@ class Noting:
         return nullcontext(allocate)
 
     def place(self, message: Message, x: torch.Tensor) -> tuple:
-        """Who sends to whom, the number of the block where it lands, the place in there."""
+        """Sender and receiver, the number of the block that receives the message, and the offset in it."""
         storages = [block.untyped_storage()._cdata for block in self.blocks]
         number = storages.index(x.untyped_storage()._cdata)
         offset = x.data_ptr() - self.blocks[number].data_ptr()
@@ -123,7 +123,7 @@ QUIET = types.SimpleNamespace(host_wait=lambda label, pending: nullcontext())  #
 
 
 class FakeStream:
-    """Work in order; each piece says whether it was done, or has to wait."""
+    """Work in order. Each piece returns whether it is done or has to wait."""
 
     def __init__(self, device=None) -> None:
         self.cuda_stream = self
@@ -243,7 +243,7 @@ class Machine:
         return types.SimpleNamespace(buffer_ptrs=[x.data_ptr() for x in everywhere])
 
     def run(self, seed: int) -> bool:
-        """Advance what can until nothing can; whether all is done. Some streams go far ahead of others."""
+        """Advance all streams as far as they can, some far ahead of others. Returns whether all are done."""
         draw = random.Random(seed)
         while left := [stream for stream in self.streams if stream.queue]:
             if draw.random() < 0.1:
@@ -325,7 +325,7 @@ def alone(machine):
 
 
 def test_all_ranks_have_come_before_memory_is_mapped_in_a_pass(machine, alone):
-    """Mapping waits for the others while holding the GIL, so nothing could report a rank that never came."""
+    """Mapping waits for the other ranks while it holds the GIL, so that nothing could report a missing rank."""
     for _ in range(2):
         with alone.receive_buffers(A_PASS, QUIET) as allocate:
             allocate((4,), torch.float32)
@@ -393,7 +393,7 @@ def fail(alone, label, exchanging):
 
 
 def test_after_an_error_passes_run_only_if_nothing_was_exchanged(alone):
-    """What was under way arrives at any time, in memory that the next pass may have taken."""
+    """Messages in flight arrive at any time, in memory that the next pass may use."""
     for label, exchanging in ((Label("layer 1", "forward"), False), (Label("layer 2", "forward"), True)):
         with pytest.raises(ArithmeticError):
             fail(alone, label, exchanging)
@@ -432,7 +432,7 @@ class OwnMemory:
 
 
 def with_one_rank_that_never_maps_memory():
-    """What a rank says that waits for the other in a pass which needs memory for the first time."""
+    """The report of a rank that waits for the other one in a pass that first needs memory."""
     said, ended, rank = io.StringIO(), threading.Event(), dist.get_rank()
     guard = Watchdog(1.0, rank, end=ended.set)
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(said):
@@ -480,7 +480,7 @@ class Mapped(copy_engine.CopyEngine):
 
 
 def rings_made_each_step():
-    """How often peers are made, their carrier, and whether the watch of a ring that was given none knows an end."""
+    """How many engines are made, what carries messages, and whether a ring without a watchdog gets one with a limit."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(copy_engine, "CopyEngine", Mapped)
         monkeypatch.setattr(copy_engine, "_timeout", lambda group, device: 1200.0)
@@ -524,7 +524,7 @@ def test_a_transport_that_does_not_exist_is_refused():
 
 
 def refusals(machines, indices, reached, seen=2):
-    """Why these cannot be peers, as the ranks of a gloo group find."""
+    """The reasons why the ranks of a gloo group have no copy engine."""
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(socket, "gethostname", lambda: machines[rank])

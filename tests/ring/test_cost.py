@@ -265,7 +265,7 @@ def test_short_sequences_exchange_heads_and_long_ones_go_round_the_ring():
 
 
 def test_what_a_step_sends_is_counted_to_the_byte():
-    """A window of half a shard: one hop of its keys, in both passes, and one of their gradients, home."""
+    """A window of half a shard: its keys travel one hop in both passes, and their gradients return."""
     mask, layout = IntervalMask.window(4096, left=256), Layout.contiguous(4096, 8)
     seconds = predict(mask, layout, LLAMA_8B, Machine(flops=1e30, bytes_per_second=1e9))
     assert seconds == pytest.approx(256 * 8 * 128 * (2 * 2 * 2 + 2 * 4) / 1e9)

@@ -1,6 +1,6 @@
 """A cache that ranks share gives what one rank gives: prefill in chunks, new tokens, windows, another prompt.
 
-A model's layers are played by random queries, keys and values of every position, against float64 over all of them.
+Random queries, keys and values of every position stand for a model's layers, against float64 over all of them.
 """
 
 from __future__ import annotations

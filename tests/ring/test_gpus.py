@@ -1,4 +1,4 @@
-"""A ring between GPUs, by copy engines or NCCL, gives bit for bit what its ranks give side by side on one of them."""
+"""A ring between GPUs, by copy engines or NCCL, gives the same bits as all its ranks side by side on one GPU."""
 
 import pytest
 import torch
@@ -124,7 +124,7 @@ def test_sequences_of_any_length_find_room_in_as_many_blocks_as_a_pass_takes(gpu
 
 
 def waits():
-    """What a watch counts of a layer, and whether it says that nothing is under way when the GPU is done."""
+    """What a watchdog counts in a layer, and whether it reports no wait when the GPU is done."""
     guard = Watchdog(60.0)
     ring = ProcessRing(device="cuda", watchdog=guard)
     plan = AttentionPlan(causal(), Layout.zigzag(LENGTH, ring.size), ring)

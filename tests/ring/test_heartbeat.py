@@ -1,4 +1,4 @@
-"""A rank whose count stays is missed by the rank before it, and not before it has begun or once it is done."""
+"""A rank whose counter stops is reported by the rank before it, but not before it has begun or after it is done."""
 
 import threading
 

@@ -28,7 +28,7 @@ ROWS = SHARD * HEADS * 4  # of lse or delta
 
 @dataclass
 class Following(TorchDispatchMode):
-    """Bytes that live, at most, and the largest storage made since that was last set to 0."""
+    """The peak of allocated bytes, and the largest storage allocated since that figure was reset."""
 
     known: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
     most: int = 0
@@ -60,7 +60,7 @@ class Following(TorchDispatchMode):
 
 
 class Alone:
-    """One rank of a ring whose others say nothing."""
+    """One rank of a ring whose other ranks send nothing."""
 
     def __init__(self, size: int, rank: int, following: Following) -> None:
         self.size, self.local, self.device, self.following = size, (rank,), torch.device("cpu"), following

@@ -40,7 +40,7 @@ wait $!
 
 @functools.cache
 def refusal():
-    """None, or why this machine does not let us lay a cable between two namespaces."""
+    """None, or why this machine does not allow a virtual cable between two namespaces."""
     if missing := [tool for tool in ("unshare", "ip") if shutil.which(tool) is None]:
         return f"{missing[0]} is not installed"
     trial = "unshare --net true; ip link add cable0 type veth peer name cable1"

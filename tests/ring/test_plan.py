@@ -76,7 +76,7 @@ def test_routes_carry_all_that_ranks_further_on_see(data, length, ranks, name):
 
 
 def sent(plan):
-    """Tokens of keys that travel, a list a hop."""
+    """Tokens of keys that are sent, one list per hop."""
     return [sum(route.keys[s].tokens for route in plan.routes) for s in range(1, plan.ring.size)]
 
 
@@ -87,7 +87,7 @@ def test_with_a_window_and_a_contiguous_layout_only_the_windows_tail_moves_to_on
 
 
 def needed(plan):
-    """Tokens of keys that would travel if each stopped where the last rank that sees it is."""
+    """Tokens of keys that would be sent if each key stopped at the last rank that sees it."""
     ranks, total = plan.ring.size, 0
     for source in range(ranks):
         later = torch.zeros(plan.layout.shard_length, dtype=torch.bool)
@@ -126,7 +126,7 @@ PACKED = IntervalMask.causal(LENGTH) & IntervalMask.documents([900, 9000, 3100, 
          "packed balanced"],
 )  # fmt: skip
 def test_no_more_keys_travel_than_ranks_further_on_see(mask, layout, excess):
-    """But for gaps below 1/32 of a shard, which are not worth a message."""
+    """Except gaps below 1/32 of a shard, which are not worth a message."""
     plan = AttentionPlan(mask, layout, Loopback(8))
     assert sum(sent(plan)) <= needed(plan) * (1 + excess)
     messages = [runs for route in plan.routes for runs in (*route.keys, *route.forwarded, *route.returned)]

@@ -37,7 +37,7 @@ def places(count: int, shape: tuple[int, ...], stride: tuple[int, ...], offset: 
 
 
 class Clocks:
-    """What each stream knows of each, and who last touched what."""
+    """What each stream has waited for, and which stream last accessed each element."""
 
     def __init__(self) -> None:
         self.known = np.eye(4, dtype=np.int64)
@@ -290,8 +290,8 @@ def test_no_stream_races_where_a_sink_is_merged_after_both(monkeypatch, rank):
     assert races(monkeypatch, FakeNccl, 3, rank, IntervalMask.causal, "zigzag", 2, sink=True) == []
 
 
-def test_memory_that_stream_1_gives_out_too_early_is_found(monkeypatch):
-    """Without the fork after the last read."""
+def test_memory_that_stream_1_reuses_too_early_is_found(monkeypatch):
+    """Without the fork after the last read, memory is reused too early."""
     fork, calls = FakeStreams.fork, itertools.count(1)
     monkeypatch.setattr(FakeStreams, "fork", lambda self: None if next(calls) % 4 == 0 else fork(self))
     found = races(monkeypatch, FakeNccl, 3, 1, IntervalMask.causal, "zigzag", 2)

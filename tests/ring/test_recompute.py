@@ -37,7 +37,7 @@ def launches(monkeypatch):
 
 
 class Telling(Loopback):
-    """A Loopback that knows what each exchange was about."""
+    """A Loopback that records the label of each exchange."""
 
     def __init__(self, size):
         super().__init__(size)

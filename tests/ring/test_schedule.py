@@ -1,4 +1,4 @@
-"""A schedule, read as data: ranks agree on every message, nothing is read before it is there, nothing is lost."""
+"""A schedule, read as data: ranks agree on every message, nothing is read before it arrives, and nothing is lost."""
 
 import inspect
 from collections import Counter

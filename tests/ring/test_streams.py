@@ -1,4 +1,4 @@
-"""Two streams are two streams, ordered only by the fork and the end; on the CPU there is one order."""
+"""Two streams are ordered only by fork and join; on the CPU there is one order."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def test_every_rank_reports_where_it_is_and_which_rank_it_waits_for_and_then_exi
     assert "rank 1, step 12: waits for no rank; its last wait was in layer 5, backward" in said[1]
 
 
-def whom_a_ring_of_some_ranks_waits_for():
-    """In a ring of ranks 1 and 2: for the one message, to be taken, and for the other, to come."""
+def ranks_that_a_ring_of_some_waits_for():
+    """In a ring of ranks 1 and 2: one message is to be received, and the other is to arrive."""
     group = dist.new_group([1, 2])
     if dist.get_rank() == 0:
         return None
@@ -43,7 +43,7 @@ def whom_a_ring_of_some_ranks_waits_for():
 
 @pytest.mark.ranks
 def test_ranks_are_named_by_their_number_in_the_run(ranks):
-    found = ranks.run(whom_a_ring_of_some_ranks_waits_for, 3)
+    found = ranks.run(ranks_that_a_ring_of_some_waits_for, 3)
     assert found == [None, (Pending((), (2,)), Pending((2,))), (Pending((), (1,)), Pending((1,)))]
 
 
@@ -71,7 +71,7 @@ def test_waits_bytes_and_hops_are_counted_and_handed_over_once(ranks):
 
 
 class Passing:
-    """An event on a GPU that comes when it is told to."""
+    """A GPU event that completes when the test says so."""
 
     passed = False
 
@@ -108,7 +108,7 @@ def test_a_wait_of_the_host_leaves_those_of_a_gpu_where_they_are(monkeypatch):
 
 
 def test_a_wait_that_is_not_queued_yet_has_not_passed(monkeypatch):
-    """An event says that it has passed until it is recorded, and the thread may look at any time."""
+    """An event counts as passed until it is recorded, and the thread may query it at any time."""
 
     class Unrecorded(Passing):
         recorded = False
@@ -156,7 +156,7 @@ class Breaking:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_wait_that_raised_is_over(monkeypatch, device):
-    """Who catches the error goes on; nothing is left that would end the process later."""
+    """A caller that catches the error continues, and no wait is left that would end the process later."""
     on_a_gpu(monkeypatch, Passing)
     guard = Watchdog(60.0, end=lambda: pytest.fail("ended"))
     with pytest.raises(RuntimeError, match="connection reset"):
@@ -189,7 +189,7 @@ def test_a_watch_with_nothing_to_wait_for_stays_silent(capsys):
 
 
 class FrozenStore:
-    """A store on a machine that does not answer any more."""
+    """A store on a machine that no longer answers."""
 
     def check(self, keys):
         time.sleep(60)
@@ -199,7 +199,7 @@ class FrozenStore:
 
 
 class Never:
-    """A work that is not done before it is told."""
+    """A work that completes when the test says so."""
 
     def __init__(self):
         self.done = threading.Event()

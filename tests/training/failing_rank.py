@@ -1,4 +1,4 @@
-"""train.py, but with a first argument of its own that says what happens to it.
+"""train.py with one more argument, the first, which says how a rank fails.
 
 raise, hang     in its fifth tile rank 1 raises, or sleeps: two hops of two halves of the heads are a layer, so that is
                 in layer 1, whose keys are already on their way

@@ -1,4 +1,4 @@
-"""A run that is asked to stop leaves a checkpoint, from which it can be resumed, and whoever started it sees that."""
+"""A run that is asked to stop writes a checkpoint, can be resumed from it, and has an exit code of its own."""
 
 import faulthandler
 import signal

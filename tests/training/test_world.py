@@ -31,7 +31,7 @@ torch.distributed.destroy_process_group()
 
 
 def error_of_each(check, given):
-    """The error with which a rank's check refuses given[rank]."""
+    """The error that a rank's check raises for given[rank]."""
     try:
         check(given[dist.get_rank()], torch.device("cpu"))
     except ConfigError as error:
