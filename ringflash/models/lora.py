@@ -132,7 +132,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     except Exception as error:  # of peft, of any kind
         raise ConfigError(f"{_source(config)}: peft cannot adapt this model: {in_one_line(error)}") from error
     kinds = (peft.tuners.lora.Linear, getattr(peft.tuners.lora, "Linear4bit", None))
+    head = model.get_output_embeddings()
     for name, layer in adapted(model).items():
+        if layer is head:
+            raise ConfigError(
+                f"{_source(config)}: {name} cannot have an adapter, since the loss reads its weight alone"
+            )
         if type(layer) not in kinds:
             raise ConfigError(f"{_source(config)}: {name} is no plain linear layer, and cannot have an adapter")
     if config.path is not None:

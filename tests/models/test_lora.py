@@ -258,11 +258,12 @@ def reshaped(folder):
         (lambda folder: edited(folder, init_lora_weights="pissa"), "init_lora_weights=pissa in adapter_config.json"),
         (lambda folder: edited(folder, modules_to_save=["lm_head"]), "modules_to_save="),
         (lambda folder: edited(folder, target_modules=["q_proj"]), "which has no adapter for base_model.model."),
+        (lambda folder: edited(folder, target_modules=["lm_head"]), "lm_head cannot have an adapter"),
         (lambda folder: edited(folder, target_modules=["nothing"]), "peft cannot adapt this model: "),
         (lambda folder: edited(folder, r=2), r"has .*lora_A.weight \[3, 32\], and this model \[2, 32\]"),
         (reshaped, r"has .*layers.1.mlp.up_proj.lora_A.weight \[3, 31\], and this model \[3, 32\]"),
     ],
-    ids=["no-weights", "damaged", "ia3", "dora", "pissa", "modules-to-save", "too-many", "none", "rank", "shape"],
+    ids=["no-weights", "damaged", "ia3", "dora", "pissa", "saved", "too-many", "head", "none", "rank", "shape"],
 )  # fmt: skip
 def test_an_adapter_that_would_be_wrong_is_refused(folder, change, message):
     change(folder)
