@@ -74,7 +74,7 @@ def load(engine: deepspeed.DeepSpeedEngine, folder: Path, ranks: int, world: Wor
         zero.checkpoint_event_prologue()
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, model[counter])
-    _make_states(engine, _base(saved)["state"][0], before[0])
+    _make_states(engine, _base(saved)["state"].get(0, {}), before[0])
     chunks = adamw.held() if isinstance(adamw, HostAdamW) else None
     fill(flats(zero.state_dict(), engine._get_zero_param_shapes(), world.rank, world.size, chunks), before)
     _derive_weights(engine, world)
@@ -111,9 +111,9 @@ def flats(
             rows = zip(*chunks[number], strict=True)
             states = {name: [*row] for name, row in zip(host_adamw.STATES, rows, strict=True)}
         else:
-            of_adamw = _base(state)["state"][number]
+            own = _base(state)["state"].get(number, {})  # SGD without momentum has no states
             states = {MASTER: [weights.detach().view(-1)]}
-            states |= {name: [x] for name, x in of_adamw.items() if _is_flat(x)}
+            states |= {name: [x] for name, x in own.items() if _is_flat(x)}
         found.append(Flat(fragments, states))
     return found
 

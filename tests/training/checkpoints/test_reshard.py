@@ -111,16 +111,18 @@ def test_steps_after_a_checkpoint_of_two_ranks_have_the_same_losses(ranks, tmp_p
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("zero", "earlier", "now", "changes"),
+    ("zero", "earlier", "now", "optim", "changes"),
     [
-        ((1, 1), 2, 1, "; ranks=1 replaces 2"),
-        ((3, 3), 1, 2, "; ranks=2 replaces 1"),
-        ((1, 3), 2, 2, "; memory.zero=3 replaces 1"),
+        ((1, 1), 2, 1, [], "; ranks=1 replaces 2"),
+        ((3, 3), 1, 2, ["optim.optimizer=sgd", "optim.beta1=0"], "; ranks=2 replaces 1"),  # which has no states
+        ((1, 3), 2, 2, [], "; memory.zero=3 replaces 1"),
     ],
-    ids=["shrinks", "grows", "at-another-stage"],
+    ids=["shrinks", "grows-without-momentum", "at-another-stage"],
 )
-def test_a_run_of_replicas_continues_with_its_states_sharded_in_another_way(ranks, text, zero, earlier, now, changes):
-    run = settings(text, "name=run", "parallel.ring=1", "optim.batch=2", "optim.lr=1e-2")
+def test_a_run_of_replicas_continues_with_its_states_sharded_in_another_way(
+    ranks, text, zero, earlier, now, optim, changes
+):
+    run = settings(text, "name=run", "parallel.ring=1", "optim.batch=2", "optim.lr=1e-2", *optim)
     folder = text.parent / "runs" / "run"
     assert ranks.run(fitted, earlier, [*run, f"memory.zero={zero[0]}"])[0][0] is None
     expected, weights = read(folder / "metrics.jsonl"), load_file(folder / "model" / "model.safetensors")
