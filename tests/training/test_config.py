@@ -128,6 +128,10 @@ def test_epochs_on_a_command_line_replace_the_steps_of_the_defaults(overrides, s
 def test_dictionaries_of_the_data_take_any_key():
     config, _ = compose(["data=chat", "data.path=x", "data.chat_template_kwargs={enable_thinking: false}"])
     assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    evaluated = ["data=chat", "data.path=x", "data.held_out=0", "data.evaluation.path=y"]
+    for variables in (".chat_template_kwargs={a: 1}", "={chat_template_kwargs: {a: 1}}"):
+        config, _ = compose([*evaluated, f"data.evaluation{variables}"])
+        assert config.data.evaluated().chat_template_kwargs == {"a": 1}
     config, _ = compose(
         ["data=mixture", "data.sources={a: {path: x, files: ['*.py'], weight: 2}, b: {path: y, weight: 1}}"]
     )
