@@ -79,13 +79,14 @@ class TokenCorpus(Split):
         return entropy(self.unigram())
 
     def unigram(self) -> np.ndarray:
-        """How often each token is predicted, int64 [vocabulary]."""
+        """How often each token is predicted, int64 [vocabulary], or longer if labels have other tokens."""
         counts = np.zeros(self.vocabulary, np.int64)
         cuts = np.searchsorted(self.lengths.cumsum(), np.arange(BLOCK, self.total, BLOCK))
         for group in np.split(np.arange(len(self)), cuts):
             if len(group):
                 targets = np.concatenate([self.targets(i) for i in group])
-                counts += np.bincount(targets[targets != IGNORE], minlength=self.vocabulary)
+                found = np.bincount(targets[targets != IGNORE], minlength=len(counts))
+                counts = np.pad(counts, (0, len(found) - len(counts))) + found
         return counts
 
 

@@ -70,9 +70,9 @@ class Mixture:
 
     def unigram_entropy(self) -> float:
         """See `Evaluated`."""
-        frequencies = np.zeros(max(corpus.vocabulary for corpus in self.corpora.values()))
-        for corpus, share in zip(self.corpora.values(), self.shares, strict=True):
-            counts = corpus.unigram()
+        unigrams = [corpus.unigram() for corpus in self.corpora.values()]
+        frequencies = np.zeros(max(map(len, unigrams)))
+        for counts, share in zip(unigrams, self.shares, strict=True):
             frequencies[: len(counts)] += share * counts / max(counts.sum(), 1)
         return entropy(frequencies)
 

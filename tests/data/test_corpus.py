@@ -31,10 +31,12 @@ def test_the_vocabulary_is_what_occurs_in_either_split(tmp_path):
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=9), st.data())
-def test_the_unigram_entropy_is_that_of_the_splits_tokens(texts, data):
+def test_the_unigram_entropy_is_that_of_the_tokens_to_predict(texts, data):
     chosen = sorted(data.draw(st.sets(st.integers(0, len(texts) - 1), min_size=1)))
+    whole = np.concatenate(texts)
     split = TokenCorpus(
-        tokens=np.concatenate(texts).astype(np.uint16),
+        tokens=whole.astype(np.uint16),
+        labels=data.draw(st.sampled_from([None, whole + 5])),  # some of which are no token of the corpus
         offsets=np.cumsum([0, *map(len, texts)]),
         selection=np.array(chosen),
         vocabulary=10,
