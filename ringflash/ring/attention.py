@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 from ringflash import kernels
-from ringflash.kernels.checks import like_out
+from ringflash.kernels.checks import check_tensors, like_out
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask
 from ringflash.ring import recompute
-from ringflash.ring.checks import check_call, check_tensors
+from ringflash.ring.checks import check_call
 from ringflash.ring.execution import Memory, run
 from ringflash.ring.passes import Backward, Forward, Layer, Saved, concatenate
 from ringflash.ring.plan import AttentionPlan

@@ -9,8 +9,6 @@ from ringflash.kernels.checks import check_tensors, number_refusal
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.ulysses import heads_refusal
 
-__all__ = ["check_call", "check_tensors"]
-
 
 def check_call(
     q: Tensor,

@@ -44,12 +44,12 @@ class Worker(Protocol):
 
 def run(schedule: Schedule, workers: Sequence[Worker], ring: Ring, label: Label) -> None:
     """Run the steps of all local ranks side by side. workers: one per local rank, in order. label: the pass."""
-    under_way: dict[str, Transfer] = {}
-    places: Iterator[tuple[Any, ...]] = zip(*schedule.steps, strict=True)
+    in_flight: dict[str, Transfer] = {}
+    side_by_side: Iterator[tuple[Any, ...]] = zip(*schedule.steps, strict=True)
     if torch.autograd._profiler_enabled():
-        places = _shown(places)
+        side_by_side = _profiled(side_by_side)
     with Streams(schedule.streams, ring.device) as streams:
-        for steps in places:
+        for steps in side_by_side:
             step = steps[0]
             streams.switch(step.stream)
             match step:
@@ -58,9 +58,9 @@ def run(schedule: Schedule, workers: Sequence[Worker], ring: Ring, label: Label)
                         worker.attend(x)
                 case Post():
                     messages = _messages(workers, steps, ring.local)
-                    under_way[step.label] = ring.exchange(*messages, label.at(step.label))
+                    in_flight[step.label] = ring.exchange(*messages, label.at(step.label))
                 case Wait():
-                    under_way.pop(step.label).wait()
+                    in_flight.pop(step.label).wait()
                 case Clear():
                     for worker, x in zip(workers, steps, strict=True):
                         worker.memory.zero(x.rows)
@@ -73,9 +73,9 @@ def run(schedule: Schedule, workers: Sequence[Worker], ring: Ring, label: Label)
                         getattr(worker, x.method)(x)
 
 
-def _shown(places: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+def _profiled(side_by_side: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
     """The same steps, each in a profiler span that lasts until the next step."""
-    for steps in places:
+    for steps in side_by_side:
         with torch.profiler.record_function(steps[0].label):
             yield steps
 

@@ -65,7 +65,7 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ulysses=1))
         notes = ["parallel   parallel.ulysses=null depends on the speed of the GPUs; without them, 1 is assumed"]
     config, reason = _on_ranks(config, model_config, ranks)
-    found = _estimate(config, model_config, _without_memory(config.model, model_config), ranks)
+    found = _estimate(config, model_config, _meta_model(config.model, model_config), ranks)
     lines = [_grid(config, ranks), _step(config, ranks), f"estimate   {found}"]
     return [*lines, *notes, *filter(None, [reason])]
 
@@ -110,7 +110,7 @@ def check_inputs(
             f"has {layers} layers"
         )
     checks_model = config.model.lora.enabled or config.memory.mlp_tile is not None
-    model = _without_memory(config.model, model_config) if checks_model else None
+    model = _meta_model(config.model, model_config) if checks_model else None
     if model is not None and config.memory.mlp_tile is not None and not tiles_of(model):
         raise ConfigError(
             f"memory.mlp_tile={config.memory.mlp_tile}: no MLP of model_type={model_config.model_type} has a form that "
@@ -155,7 +155,7 @@ def check_ranks(config: Config, ranks: int) -> None:
         )
 
 
-def _without_memory(config: ModelConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
+def _meta_model(config: ModelConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device. Raises ConfigError for adapters that it cannot have."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
@@ -166,7 +166,7 @@ def _without_memory(config: ModelConfig, model_config: PreTrainedConfig) -> PreT
 
 def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device: torch.device) -> list[str]:
     """Model, data, ranks, step and memory."""
-    model = _without_memory(config.model, model_config)
+    model = _meta_model(config.model, model_config)
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     adapters = [f"adapters   {description(model)}"] if config.model.lora.enabled else []
     memory = config.memory
@@ -181,13 +181,13 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     return [
         f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}{quantized}",
         *adapters,
-        f"data       {_text(config.data)}, tokenizer {config.data.tokenizer}",
+        f"data       {_data_paths(config.data)}, tokenizer {config.data.tokenizer}",
         f"{_grid(config, ranks, where)}; attention kernel {kernels}",
         _step(config, ranks),
-        f"memory     ZeRO {memory.zero}{states}, {_kept(memory)}{_mlp_tiles(memory, model)}, loss tiles of "
+        f"memory     ZeRO {memory.zero}{states}, {_recomputation(memory)}{_mlp_tiling(memory, model)}, loss tiles of "
         f"{min(tile, config.data.sequence_length):,} tokens",
         *([f"estimate   {found}"] if device.type == "cuda" else []),
-        *_disk(config, found.checkpoint),
+        *_disk_warning(config, found.checkpoint),
     ]
 
 
@@ -222,7 +222,7 @@ def _estimate(config: Config, model_config: PreTrainedConfig, model: PreTrainedM
     )  # fmt: skip
 
 
-def _disk(config: Config, checkpoint: float) -> list[str]:
+def _disk_warning(config: Config, checkpoint: float) -> list[str]:
     """A line if the disk has no room for the checkpoints, of `checkpoint` bytes each."""
     output_dir = Path(config.output_dir)
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.is_dir())
@@ -237,7 +237,7 @@ def _disk(config: Config, checkpoint: float) -> list[str]:
     ]
 
 
-def _kept(memory: MemoryConfig) -> str:
+def _recomputation(memory: MemoryConfig) -> str:
     """The description of what layers keep for the backward, and where."""
     if not memory.recompute:
         return "no recomputation"
@@ -246,7 +246,7 @@ def _kept(memory: MemoryConfig) -> str:
     return f"recomputation (results of attention: {memory.attention_results}, inputs: {memory.layer_inputs})"
 
 
-def _mlp_tiles(memory: MemoryConfig, model: PreTrainedModel) -> str:
+def _mlp_tiling(memory: MemoryConfig, model: PreTrainedModel) -> str:
     """The number of tokens per MLP tile, if layers are recomputed."""
     if not memory.recompute:
         return ""
@@ -254,7 +254,7 @@ def _mlp_tiles(memory: MemoryConfig, model: PreTrainedModel) -> str:
     return f", MLP tiles of {' or '.join(f'{tile:,}' for tile in tiles)} tokens" if tiles else ", MLPs not tiled"
 
 
-def _text(data: DataConfig) -> str:
+def _data_paths(data: DataConfig) -> str:
     """The paths, with a note on the demo's text."""
     note = " (source text of Python's standard library; data=... trains on other text)"
     paths = [part.path for part in data.parts().values()]

@@ -85,8 +85,8 @@ def test_print_plans_any_number_of_ranks_on_a_machine_without_them(monkeypatch):
 def test_a_disk_without_room_for_the_checkpoints_is_reported(tmp_path, monkeypatch):
     config, _ = compose([f"output_dir={tmp_path}/not/yet", "checkpoint.keep=2"])
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * GIB))
-    assert preflight._disk(config, 100 * GIB) == []
-    assert preflight._disk(config, 101 * GIB) == [
+    assert preflight._disk_warning(config, 100 * GIB) == []
+    assert preflight._disk_warning(config, 101 * GIB) == [
         "disk       checkpoint.keep=2 needs room for 3 checkpoints, while one is written: 303.0 GiB, and 300.0 are "
         f"free in output_dir={tmp_path}/not/yet"
     ]

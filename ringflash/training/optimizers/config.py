@@ -64,6 +64,12 @@ class OptimConfig:
         for name, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in names:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} is not one of {', '.join(names)}")
+        self._check_duration()
+        self._check_numbers()
+        self._check_overlap()
+
+    def _check_duration(self) -> None:
+        """Raise ConfigError unless either steps or epochs are set."""
         if self.steps is None and self.epochs is None:
             raise ConfigError("optim.steps=null needs optim.epochs: set one of them")
         if self.steps is not None and self.epochs is not None:
@@ -72,6 +78,9 @@ class OptimConfig:
             )
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError(f"optim.epochs={self.epochs} must be more than 0 and finite")
+
+    def _check_numbers(self) -> None:
+        """Raise ConfigError for a number that is out of its range."""
         if not 0 < self.decay <= 1:
             raise ConfigError(f"optim.decay={self.decay} must be a fraction of the steps, more than 0 and at most 1")
         counts = ["batch", "micro_batch", *(["steps"] if self.steps is not None else [])]
@@ -90,13 +99,17 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and below 1")
 
-        if self.steps is not None and self.warmup > self.steps:
+    def _check_overlap(self) -> None:
+        """Raise ConfigError if the run has fewer steps than warm-up and decay take together."""
+        if self.steps is None:
+            return
+        if self.warmup > self.steps:
             raise ConfigError(
                 f"optim.warmup={self.warmup} is more than optim.steps={self.steps}: the learning rate would never "
                 f"reach optim.lr={self.lr}; set optim.warmup={self.steps} or less"
             )
-        falls = self._decay() if self.schedule == "warmup_stable_decay" else 0
-        if self.steps is not None and self.warmup + falls > self.steps:
+        decay = self._decay_steps() if self.schedule == "warmup_stable_decay" else 0
+        if self.warmup + decay > self.steps:
             raise ConfigError(
                 f"optim.warmup={self.warmup} and optim.decay={self.decay} of optim.steps={self.steps} overlap: give "
                 f"more steps, or less of either"
@@ -118,8 +131,8 @@ class OptimConfig:
         except ConfigError as error:
             raise ConfigError(f"optim.epochs={self.epochs} has {steps} steps: {error}") from error
 
-    def _decay(self) -> int:
-        """Steps of the last decay."""
+    def _decay_steps(self) -> int:
+        """Steps of the last decay; with epochs, `of_epoch` must have set the steps."""
         return max(1, round(self.decay * (self.steps or 0)))
 
     def accumulation(self, replicas: int) -> int:
@@ -134,5 +147,5 @@ class OptimConfig:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
-        steps, decay = self.total_steps, self._decay()
+        steps, decay = self.total_steps, self._decay_steps()
         return self.lr * fraction_of_peak(self.schedule, step, steps, self.warmup, decay, self.final_lr)
