@@ -202,7 +202,7 @@ def _answer(
     out: Any = model.generate(  # type: ignore[operator]
         ids, generation_config=settings, past_key_values=cache, attention_mask=torch.ones_like(ids),
         streamer=_streamer(config, tokenizer) if world.is_first else None,
-        logits_processor=LogitsProcessorList([_OfFirstRank(world)]),
+        logits_processor=LogitsProcessorList([_LogitsOfRank0(world)]),
     )  # fmt: skip
     seconds, count = now(world.device) - begin, out.shape[1] - ids.shape[1]
     report(world, f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s)")
@@ -225,7 +225,7 @@ def _streamer(config: GenerateConfig, tokenizer: Any) -> TextStreamer:
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-class _OfFirstRank:
+class _LogitsOfRank0:
     """Every rank takes rank 0's logits, so that all choose the same token, whatever their GPUs round."""
 
     def __init__(self, world: World) -> None:

@@ -265,12 +265,12 @@ def _in_order(job: Job) -> Iterator[Any]:
         return
     with _without_threads():
         context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job, os.getpid()))
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid()))
 
         def encode(groups: Groups) -> Iterator[tuple[tuple[int, int], Encoded]]:
             waiting: deque[Any] = deque()
             for behind, group in groups:
-                waiting.append((behind, pool.submit(_encoded_here, group)))
+                waiting.append((behind, pool.submit(_encode_in_thread, group)))
                 if len(waiting) > AHEAD * workers:
                     behind, first = waiting.popleft()
                     yield behind, first.result()
@@ -302,22 +302,22 @@ def _without_threads() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _begin(job: Job, parent: int) -> None:
+def _start_worker(job: Job, parent: int) -> None:
     """Initialise a worker, which ends with its parent and leaves signals to it."""
     global _job, _thread
     _job, _thread = job, ThreadPoolExecutor(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
-def _encoded_here(group: Sequence[Part]) -> Encoded:
+def _encode_in_thread(group: Sequence[Part]) -> Encoded:
     """Encode a group in a thread, which has its own malloc arena.
 
     In the arena inherited from the parent process, the tokenizer takes 18 percent longer.

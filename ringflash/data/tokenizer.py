@@ -104,23 +104,23 @@ def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
 
     eos = cast(int, tokenizer.eos_token_id)
     if isinstance(tokenizer, ByT5Tokenizer):
-        return Encoder(functools.partial(_bytes, np.uint16(tokenizer.offset)), [], [eos])
+        return Encoder(functools.partial(_encode_bytes, np.uint16(tokenizer.offset)), [], [eos])
     if tokenizer.is_fast:
         backend = text_only(tokenizer, name)
-        begin, end = _added(backend)
-        ids = functools.partial(_fast, backend, tokenizer, name)
+        begin, end = _added_tokens(backend)
+        ids = functools.partial(_encode_fast, backend, tokenizer, name)
     else:
-        begin, end = _split(tokenizer.build_inputs_with_special_tokens([eos + 1]), eos + 1)
-        ids = functools.partial(_slow, tokenizer, name)
+        begin, end = _split_around(tokenizer.build_inputs_with_special_tokens([eos + 1]), eos + 1)
+        ids = functools.partial(_encode_slow, tokenizer, name)
     return Encoder(ids, begin, end if end[-1:] == [eos] else [*end, eos])
 
 
-def _bytes(offset: np.uint16, texts: list[str]) -> list[np.ndarray]:
+def _encode_bytes(offset: np.uint16, texts: list[str]) -> list[np.ndarray]:
     """ByT5's ids: its own loop over characters does 2 MB/s, and takes "</s>" for its eos."""
     return [np.frombuffer(text.encode(), np.uint8) + offset for text in texts]
 
 
-def _fast(backend: Tokenizer, tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
+def _encode_fast(backend: Tokenizer, tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
     try:
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # tokenizers raises a bare Exception, such as for an unknown word without an unk_token
@@ -139,7 +139,7 @@ def uint32_array(numbers: list[int]) -> np.ndarray:
     return np.frombuffer(array("I", numbers), np.uintc)
 
 
-def _added(backend: Tokenizer) -> tuple[list[int], list[int]]:
+def _added_tokens(backend: Tokenizer) -> tuple[list[int], list[int]]:
     """The tokens that a fast tokenizer adds before and after a text."""
     for text in itertools.chain("a", (backend.decode([number]) for number in range(backend.get_vocab_size()))):
         try:
@@ -152,12 +152,12 @@ def _added(backend: Tokenizer) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _split(whole: list[int], inside: int) -> tuple[list[int], list[int]]:
+def _split_around(whole: list[int], inside: int) -> tuple[list[int], list[int]]:
     place = whole.index(inside)
     return whole[:place], whole[place + 1 :]
 
 
-def _slow(tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
+def _encode_slow(tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:
     found = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

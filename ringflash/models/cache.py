@@ -143,7 +143,7 @@ class RingCache(Cache):
         if total > self.capacity:
             raise ValueError(
                 f"a RingCache of capacity={self.capacity} tokens holds {self.plan.length}, and cannot hold {tokens} "
-                f"more: one of capacity={total} takes {_size(self.bytes_for(total))} per batch row on each process"
+                f"more: one of capacity={total} takes {_with_unit(self.bytes_for(total))} per batch row on each process"
             )
         self.plan.begin(tokens, self.layout)
 
@@ -290,7 +290,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
     if tokens > cache.capacity:
         raise ValueError(
             f"input_ids of {tokens} tokens do not fit a RingCache of capacity={cache.capacity}: one for them takes "
-            f"{_size(cache.bytes_for(tokens))} per batch row on each process"
+            f"{_with_unit(cache.bytes_for(tokens))} per batch row on each process"
         )
     if isinstance(ring, ProcessRing):
         agree(checksum(ring.device, input_ids), [ring])
@@ -354,5 +354,5 @@ def _left(window: int | None) -> int | None:
     return None if window is None else window - 1
 
 
-def _size(count: float) -> str:
+def _with_unit(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ringflash.ring.plan import AttentionPlan
 
 _JOINS = {"cat", "concat", "concatenate", "hstack", "stack", "pad", "new_ones", "new_zeros", "new_full"}
-_LEAVE = ("to", "cpu", "cuda", "pin_memory", "detach", "clone", "contiguous", "bool", "record_stream")
+_UNREAD = ("to", "cpu", "cuda", "pin_memory", "detach", "clone", "contiguous", "bool", "record_stream")
 _READ = (
     "setitem", "iter", "bool", "int", "float", "index", "contains", "array", "eq", "ne", "lt", "le", "gt",
     "ge", "invert", "neg", "abs", "and", "rand", "or", "ror", "xor", "rxor", "add", "radd", "sub", "rsub", "mul",
@@ -122,7 +122,7 @@ def _refuse(name: str) -> NoReturn:
     )
 
 
-def _leaving(name: str) -> Callable:
+def _returns_itself(name: str) -> Callable:
     def method(self: RingMask, *args: Any, **kwargs: Any) -> RingMask:
         return self
 
@@ -130,7 +130,7 @@ def _leaving(name: str) -> Callable:
     return method
 
 
-def _reading(name: str) -> Callable:
+def _refuses(name: str) -> Callable:
     def method(self: RingMask, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse(name)
 
@@ -138,7 +138,7 @@ def _reading(name: str) -> Callable:
     return method
 
 
-for _name in _LEAVE:
-    setattr(RingMask, _name, _leaving(_name))
+for _name in _UNREAD:
+    setattr(RingMask, _name, _returns_itself(_name))
 for _name in (f"__{short}__" for short in _READ):
-    setattr(RingMask, _name, _reading(_name))
+    setattr(RingMask, _name, _refuses(_name))

@@ -86,7 +86,7 @@ class CachePlan:
         self._rows = {left: _Rows(ring, rows_for(capacity, chunk, ring.size, left), left) for left in self.windows}
         self.length = 0
         self._held = [0] * ring.size  # tokens on each rank, in layers without windows
-        self._forward: list[_Tokens] = []
+        self._forward: list[_NewTokens] = []
         self._steps: dict[int | None, tuple[Step, ...]] = {}
 
     def rows(self, left: int | None) -> int:
@@ -115,7 +115,7 @@ class CachePlan:
         """The steps of a layer with this window in the forward that has begun."""
         return self._steps[left]
 
-    def _shared(self, tokens: int, layout: Layout) -> _Tokens:
+    def _shared(self, tokens: int, layout: Layout) -> _NewTokens:
         if layout.length != tokens or layout.ranks != self.ring.size or tokens > self.chunk:
             raise ValueError(
                 f"a layout of {layout.length} tokens on {layout.ranks} ranks does not fit {tokens} new tokens on a "
@@ -123,9 +123,9 @@ class CachePlan:
             )
         queries = [layout.positions(rank) + self.length for rank in range(self.ring.size)]
         end = self.length + tokens
-        return _Tokens(0, queries, [x[x < end] for x in queries], end, sharded=True)
+        return _NewTokens(0, queries, [x[x < end] for x in queries], end, sharded=True)
 
-    def _computed_everywhere(self, tokens: int) -> list[_Tokens]:
+    def _computed_everywhere(self, tokens: int) -> list[_NewTokens]:
         """Pieces of at most `chunk` tokens. Each rank stores a run of each, so that all hold about the same number."""
         pieces, held = [], list(self._held)
         for begin in range(0, tokens, self.chunk):
@@ -139,7 +139,7 @@ class CachePlan:
                 heapq.heapreplace(fewest, (count + 1, rank))
             held = [a + b for a, b in zip(held, counts, strict=True)]
             stored = list(positions.split(counts))
-            pieces.append(_Tokens(begin, [positions], stored, int(positions[-1]) + 1, sharded=False))
+            pieces.append(_NewTokens(begin, [positions], stored, int(positions[-1]) + 1, sharded=False))
         return pieces
 
     def snapshot(self) -> CacheState:
@@ -175,7 +175,7 @@ class CacheState:
 
 
 @dataclass(frozen=True, eq=False)
-class _Tokens:
+class _NewTokens:
     """New tokens: positions of the queries (per rank, or one list for all ranks), and those that each rank stores."""
 
     begin: int  # in the forward
@@ -197,12 +197,12 @@ class _Rows:
         """Allocated with the first token, so that even a cache that is too large can report its size."""
         return torch.zeros(len(self.ring.local), self.capacity, dtype=torch.int64)
 
-    def step(self, new: _Tokens) -> Step:
+    def step(self, new: _NewTokens) -> Step:
         """The step of new tokens, after which their rows are in use."""
         ranks = tuple(self._rank_step(i, rank, new) for i, rank in enumerate(self.ring.local))
         return Step(new.begin, new.begin + (0 if new.sharded else len(new.queries[0])), new.sharded, ranks)
 
-    def _rank_step(self, i: int, rank: int, new: _Tokens) -> RankStep:
+    def _rank_step(self, i: int, rank: int, new: _NewTokens) -> RankStep:
         positions, stored, kept = self.positions[i], new.stored[rank], None
         if self.count[i] + len(stored) > self.capacity and self.left is not None:
             first = min(int(x[0]) for x in new.queries) - self.left

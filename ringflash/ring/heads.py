@@ -41,7 +41,7 @@ def to_heads(parts: Sequence[Tensor], plan: AttentionPlan, label: Label) -> list
 
     All parts have the same dtype. A part's features are those of its heads, in order. The number of ranks divides them.
     """
-    if _stays(plan, len(parts[0])):
+    if _is_local(plan, len(parts[0])):
         return [part.reshape(1, -1, part.shape[-1]) for part in parts]
     return list(_Exchange.apply(plan, label, True, *parts))
 
@@ -52,10 +52,10 @@ def to_tokens(x: Tensor, plan: AttentionPlan, label: Label) -> Tensor:
     Tokens past the end of a sequence get 0.
     """
     rows = x.shape[1] // plan.layout.length
-    return x.reshape(rows, -1, x.shape[-1]) if _stays(plan, rows) else _Exchange.apply(plan, label, False, x)[0]
+    return x.reshape(rows, -1, x.shape[-1]) if _is_local(plan, rows) else _Exchange.apply(plan, label, False, x)[0]
 
 
-def _stays(plan: AttentionPlan, rows: int) -> bool:
+def _is_local(plan: AttentionPlan, rows: int) -> bool:
     """Whether one rank holds all tokens, in order."""
     return sequence_ranks(plan) == 1 and plan.sequences(rows).order is None
 

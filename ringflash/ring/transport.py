@@ -67,11 +67,11 @@ class Ring(Protocol):
 
 def plain_buffers(device: torch.device) -> AbstractContextManager[Allocate]:
     """The receive buffers of a ring whose messages may arrive in any memory."""
-    return nullcontext(_Anywhere(device).allocate)
+    return nullcontext(_PlainMemory(device).allocate)
 
 
 @dataclass(frozen=True)
-class _Anywhere:
+class _PlainMemory:
     """Any memory of a device. It is a class because torch.compile can trace a method, but not a closure."""
 
     device: torch.device

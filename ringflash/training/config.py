@@ -161,7 +161,7 @@ def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Conf
         _expand_home(settings)
         return built(Config, settings), OmegaConf.to_yaml(OmegaConf.create(settings))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_in_one_line(error, overrides)) from error
+        raise ConfigError(_message_of(error, overrides)) from error
 
 
 def _implied(overrides: Sequence[str]) -> list[str]:
@@ -225,7 +225,7 @@ def _expand_home(settings: dict[str, Any]) -> None:
                 raise ConfigError(f"{key}={value} names no user of this machine") from error
 
 
-def _in_one_line(error: Exception, overrides: Sequence[str]) -> str:
+def _message_of(error: Exception, overrides: Sequence[str]) -> str:
     """The error with the setting and its value as typed, or else Hydra's or OmegaConf's own message."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")

@@ -65,12 +65,12 @@ class Divergence:
 
 def check_weights(engine: deepspeed.DeepSpeedEngine, world: World, file: object) -> None:
     """Raise DivergedError on every rank if a weight is not finite, before `file` is written."""
-    found = torch.stack([has_inf_or_nan(_held(p, world)) for p in engine.module.parameters()]).any()
+    found = torch.stack([has_inf_or_nan(_local_weights(p, world)) for p in engine.module.parameters()]).any()
     if world.max(found.float()).item():
         raise DivergedError(f"{file} is not written: the weights are not finite; {ADVICE}")
 
 
-def _held(p: Any, world: World) -> Tensor:
+def _local_weights(p: Any, world: World) -> Tensor:
     """This rank's part of a parameter, which ZeRO 3 shards; without the padding, which is never written."""
     if not hasattr(p, "ds_tensor"):
         return p.detach()

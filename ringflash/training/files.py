@@ -41,7 +41,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _of_disk(error):
+        if not _is_disk_error(error):
             raise
         folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
         free = shutil.disk_usage(folder).free / 2**30
@@ -50,7 +50,7 @@ def writing(path: Path) -> Iterator[None]:
         raise DiskError(f"{path} was not written: {in_one_line(known)}; {free:.3g} GiB are free on its disk") from error
 
 
-def _of_disk(error: Exception) -> bool:
+def _is_disk_error(error: Exception) -> bool:
     """Whether the disk is the cause. torch and safetensors raise their own errors, without an error number."""
     if isinstance(error, OSError):
         return not isinstance(error, (ConnectionError, TimeoutError))

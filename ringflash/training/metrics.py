@@ -64,7 +64,7 @@ class Metrics:
         write_atomically(self.path, "".join(_json(line) for line in kept))
         self._file = self.path.open("a", buffering=1)
         self._wandb = None if config.mode == "disabled" else _wandb_run(config, folder, settings)
-        self._events = _events(folder, start) if config.tensorboard else None
+        self._events = _tensorboard_writer(folder, start) if config.tensorboard else None
         self._steps, self._line_due = steps, 0.0
         # disable=None: no bar where stderr is no terminal
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=None)
@@ -226,7 +226,7 @@ def _draw_by_position(axes: Any, lines: dict[str, dict[str, float]]) -> None:
     axes.legend()
 
 
-def _events(folder: Path, start: int) -> Any:
+def _tensorboard_writer(folder: Path, start: int) -> Any:
     """TensorBoard's writer of a run. Earlier events of steps after `start` are not shown."""
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 

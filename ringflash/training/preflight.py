@@ -45,7 +45,7 @@ def check(config: Config) -> Job:
     """Raise ConfigError, on every rank, for a run that these ranks cannot do. Otherwise rank 0 logs the run."""
     device, ranks = launcher.local_device(), launcher.world_size()
     model_config, tokenizer = check_inputs(config, device)
-    config, reason = _on_ranks(config, model_config, ranks)
+    config, reason = _resolved(config, model_config, ranks)
     if launcher.rank() == 0:
         notes = mismatches(config, model_config, tokenizer)
         print(*_summary(config, model_config, ranks, device), *notes, *filter(None, [reason]), sep="\n", flush=True)
@@ -64,7 +64,7 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
     if config.parallel.ulysses is None and not torch.cuda.is_available():
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ulysses=1))
         notes = ["parallel   parallel.ulysses=null depends on the speed of the GPUs; without them, 1 is assumed"]
-    config, reason = _on_ranks(config, model_config, ranks)
+    config, reason = _resolved(config, model_config, ranks)
     found = _estimate(config, model_config, _meta_model(config.model, model_config), ranks)
     lines = [_grid(config, ranks), _step(config, ranks), f"estimate   {found}"]
     return [*lines, *notes, *filter(None, [reason])]
@@ -80,7 +80,7 @@ def unchecked(device: torch.device | None) -> list[str]:
     return lines
 
 
-def _on_ranks(config: Config, model_config: PreTrainedConfig, ranks: int) -> tuple[Config, str | None]:
+def _resolved(config: Config, model_config: PreTrainedConfig, ranks: int) -> tuple[Config, str | None]:
     """The configuration with its grid, and the reason of that; ConfigError for one that cannot run."""
     length = config.data.sequence_length
     parallel, reason = resolve_parallel(config.parallel, model_config, length, ranks, launcher.local_world_size())

@@ -95,7 +95,7 @@ def join(config: ParallelConfig, settings: Any = None) -> World:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     neighbours = config.ulysses or 1
     if settings is not None:
-        _check_same(dict(_named(settings)), device)
+        _check_same(dict(_flattened(settings)), device)
     _check_agreed(neighbours, device)
     grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
@@ -147,14 +147,14 @@ def _check_same(settings: dict[str, Any], device: torch.device) -> None:
         )
 
 
-def _named(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flattened(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(name, value) of each setting of a dataclass, and of those in it. For a dict of dataclasses, also its keys."""
     parts = settings if isinstance(settings, dict) else {x.name: getattr(settings, x.name) for x in fields(settings)}
     for name, value in parts.items():
         if is_dataclass(value):
-            yield from _named(value, f"{prefix}{name}.")
+            yield from _flattened(value, f"{prefix}{name}.")
         elif isinstance(value, dict) and all(map(is_dataclass, value.values())):
-            yield from _named(value, f"{prefix}{name}.")
+            yield from _flattened(value, f"{prefix}{name}.")
             yield prefix + name, [*value]
         else:
             yield prefix + name, value
@@ -167,7 +167,7 @@ def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.Proc
     first use it together. An exchange of the ring may concern only some ranks, so a barrier does this here.
     """
     groups = {
-        tuple(row): dist.new_group(row, timeout=timeout, pg_options=_urgent(timeout) if len(row) > 1 else None)
+        tuple(row): dist.new_group(row, timeout=timeout, pg_options=_high_priority(timeout) if len(row) > 1 else None)
         for row in members.tolist()
     }
     mine = next(group for row, group in groups.items() if rank in row)
@@ -175,7 +175,7 @@ def _group_of(rank: int, members: torch.Tensor, timeout: timedelta) -> dist.Proc
     return mine
 
 
-def _urgent(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
+def _high_priority(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
     """NCCL options of a group whose transfers overlap attention: a stream of high priority; None on gloo.
 
     NCCL moves data with a kernel, and attention kernels fill all SMs. With high priority, NCCL's kernel gets the first

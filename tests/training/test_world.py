@@ -58,7 +58,7 @@ def test_settings_that_differ_between_machines_are_refused_on_every_rank_and_pla
 def test_settings_are_named_as_they_are_given_and_sources_may_be_in_other_places():
     config = make_dataclass("Config", [("parallel", ParallelConfig), ("data", DataConfig)])
     kept_in = [DataConfig(sources={"web": WeightedSource(path=path, weight=3)}) for path in ("/here", "/there")]
-    here, there = (dict(world._named(config(ParallelConfig(ring=4), data))) for data in kept_in)
+    here, there = (dict(world._flattened(config(ParallelConfig(ring=4), data))) for data in kept_in)
     assert (here["parallel.ring"], here["data.sources"], here["data.sources.web.weight"]) == (4, ["web"], 3)
     assert {name for name in here if here[name] != there[name]} == {"data.sources.web.path"}
 

@@ -103,10 +103,10 @@ def flats(
     for number, (weights, of_group) in enumerate(zip(_weights(state), shapes, strict=True)):
         numels = {name: math.prod(shape) for name, shape in of_group.items()}
         if ds.FP32_FLAT_GROUPS in state:
-            fragments = [*_of_parts_of_each(numels, rank, ranks)]
+            fragments = [*_fragments_of_each(numels, rank, ranks)]
         else:
-            paddings = state[ds.PARAM_ALIGNMENT_PADDINGS][number] if _is_lean(state) else [0] * len(numels)
-            fragments = [*_of_parts_of_all(numels, paddings, rank, _sizes(state)[number])]
+            paddings = state[ds.PARAM_ALIGNMENT_PADDINGS][number] if _leaves_out_padding(state) else [0] * len(numels)
+            fragments = [*_fragments_of_group(numels, paddings, rank, _sizes(state)[number])]
         if chunks is not None:
             rows = zip(*chunks[number], strict=True)
             states = {name: [*row] for name, row in zip(host_adamw.STATES, rows, strict=True)}
@@ -159,7 +159,7 @@ def _make_states(engine: deepspeed.DeepSpeedEngine, saved: dict[str, Any], flat:
             state[name] = torch.zeros_like(weights, dtype=flat.states[name][0].dtype)
 
 
-def _of_parts_of_all(numels: dict[str, int], paddings: list[int], rank: int, size: int) -> Iterator[Fragment]:
+def _fragments_of_group(numels: dict[str, int], paddings: list[int], rank: int, size: int) -> Iterator[Fragment]:
     """A rank's fragments where all parameters, end to end, are cut into parts of `size` elements."""
     start, offset = rank * size, 0
     for (name, numel), padding in zip(numels.items(), paddings, strict=True):
@@ -169,7 +169,7 @@ def _of_parts_of_all(numels: dict[str, int], paddings: list[int], rank: int, siz
         offset += numel + padding
 
 
-def _of_parts_of_each(numels: dict[str, int], rank: int, ranks: int) -> Iterator[Fragment]:
+def _fragments_of_each(numels: dict[str, int], rank: int, ranks: int) -> Iterator[Fragment]:
     """A rank's fragments where every parameter is cut into `ranks` parts."""
     at = 0
     for name, numel in numels.items():
@@ -205,11 +205,11 @@ def _base(state: dict[str, Any]) -> dict[str, Any]:
 
 def _sizes(state: dict[str, Any]) -> list[int]:
     """Elements of each flat tensor, also where padding is left out of the weights that are saved."""
-    left_out = state[ds.GROUP_PADDINGS] if _is_lean(state) else [0] * len(_weights(state))
+    left_out = state[ds.GROUP_PADDINGS] if _leaves_out_padding(state) else [0] * len(_weights(state))
     return [weights.numel() + more for weights, more in zip(_weights(state), left_out, strict=True)]
 
 
-def _is_lean(state: dict[str, Any]) -> bool:
+def _leaves_out_padding(state: dict[str, Any]) -> bool:
     """Whether padding is left out, as by all of DeepSpeed's optimizers below ZeRO 3 but that of ZeRO 1 with bf16."""
     return ds.PARAM_ALIGNMENT_PADDINGS in state
 

@@ -80,7 +80,7 @@ class HostAdamW(torch.optim.Optimizer):
     def _update(self, weight: Tensor, gradients: list[Tensor], group: dict[str, Any], scale: Tensor | None) -> None:
         chunks, done = self.state[weight][CHUNKS], self.state[weight]["step"] - 1
         parts, flat = in_chunks(gradients, CHUNK), weight.view(-1).split(CHUNK)
-        for states, gradient, part in zip(_passing(chunks, weight.device), parts, flat, strict=True):
+        for states, gradient, part in zip(_streamed(chunks, weight.device), parts, flat, strict=True):
             g = gradient.float()
             if scale is not None:
                 g *= scale.to(g.device)
@@ -146,7 +146,7 @@ def mapped(folder: Path, rank: int, sizes: list[int]) -> list[list[Tensor]]:
     return [[next(chunks).view(len(STATES), -1) for _ in of_weight] for of_weight in parts]
 
 
-def _passing(chunks: list[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _streamed(chunks: list[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Each chunk on the device, to be updated in place; then it goes back to the host."""
     if device.type != "cuda":
         yield from chunks

@@ -27,12 +27,12 @@ NUMELS = {"one": 1, "seven": 7, "none-on-some": 2, "large": 30}
 def parts_of_all(ranks):
     """Each rank's fragments and the size of its flat tensor, with padding inside and at the end."""
     paddings, size = [3, 0, 5, 0], -(-(sum(NUMELS.values()) + 8) // ranks)
-    return [([*reshard._of_parts_of_all(NUMELS, paddings, rank, size)], size) for rank in range(ranks)]
+    return [([*reshard._fragments_of_group(NUMELS, paddings, rank, size)], size) for rank in range(ranks)]
 
 
 def parts_of_each(ranks):
     size = sum(-(-numel // ranks) for numel in NUMELS.values())
-    return [([*reshard._of_parts_of_each(NUMELS, rank, ranks)], size) for rank in range(ranks)]
+    return [([*reshard._fragments_of_each(NUMELS, rank, ranks)], size) for rank in range(ranks)]
 
 
 def flat_of(fragments, size, chunk, values=None):
