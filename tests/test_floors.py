@@ -1,6 +1,8 @@
-"""A module imports only from its own floor and those below it."""
+"""A module imports only from its own floor and those below it, and each package's docstring lists its files."""
 
 import ast
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,15 @@ def test_a_part_imports_from_the_floors_below_it_alone(part):
     assert PARTS[part]
     others = {(path.name, other) for path in PARTS[part] for other in imported(path) - {part}}
     assert [(name, other) for name, other in others if FLOOR[other] >= FLOOR[part]] == []
+
+
+@pytest.mark.parametrize(
+    "package", [path.parent for path in sorted((ROOT / "ringflash").rglob("*/__init__.py"))], ids=lambda path: path.name
+)
+def test_the_docstring_of_a_package_lists_its_files(package):
+    listed = re.findall(r"[\w*]+", ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or "")
+    files = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
+    assert [file for file in files if not any(fnmatch(file, pattern) for pattern in listed)] == []
 
 
 def test_every_part_has_a_floor():

@@ -4,6 +4,17 @@ text, JSON, CSV, parquet  --documents.py-->  tokens.npy, labels.npy  --corpus.py
                                                                         several: mixture.py, one by one: streamed.py
                                                                                         |  packing.py
 a rank's inputs  <--training/step.py--  Batch [B, S]  <--batches.py--  packed sequences of S tokens
+
+    config                      the settings
+    files, text, formats        the files of a path, their text, and the records in it
+    records, chat               what a record means: text, token ids or a conversation, as documents
+    tokenizer, pieces           text to tokens, a long text in pieces
+    documents, build            tokenise once, by one process per core, and continue a build that was stopped
+    cache, scratch              the tokens on disk, complete or absent
+    split, corpus               the training and the held-out documents
+    packing, best_fit           documents to sequences of equal length
+    mixture, streamed           several sources; files that are tokenised during training
+    batches                     the sequences of a step
 """
 
 from ringflash.data.batches import Batch, batch, prefetch, stream

@@ -26,6 +26,14 @@ all rows, with 0 where no query sees a key.
 With `center` [B, 1, Hkv, D], the keys are k - center, and lse is the lse of those keys. The function center computes
 both; `compensation` explains why.
 round_into writes a complete sum in the inputs' dtype.
+
+    blocked             plain torch: the CPU's kernel, and the readable definition
+    portable_*          Triton, sm_80 and newer
+    hopper_*            Gluon, sm_90: each head size has its own warps
+    gluon_names         one name each for functions that Triton's versions name differently
+    decode              flash_decode: a few queries over a long cache
+    compensation        how gradients are protected from the rounding of out
+    checks              what every kernel refuses, in its own name
 """
 
 from __future__ import annotations

@@ -14,17 +14,17 @@ other caches, keywords that attention.py does not know). An error also refuses m
 shards: other architectures, whose tokens may interact outside attention, and models whose loss or positions need the
 whole sequence.
 
-configuration, building         settings to a model; architecture checks their values
-families, layers                the architectures that are known, and the attention of each of their layers
-inputs, ring_mask               a rank's inputs from whole sequences, and the mask that only the ring can read
-attention, checks               what transformers calls in each layer, and the calls that it refuses
-rope, rope_length, llama4       positions that depend on the model, on a document's length, on a chunk
-delta_net, delta_kernels        layers of linear attention (gated DeltaNet)
-router_loss                     the experts' load-balancing loss over whole sequences
-checkpointing, mlp, fused       recomputation, tiled MLPs, fused passes: set on a model's modules
-lora, lora_linear, quantized    adapters, their products, and QLoRA's 4-bit weights
-cache, graph                    generation: the KV cache, and a CUDA graph of each step
-digests                         recognises code of transformers by its source
+    configuration, building         settings to a model; architecture checks their values
+    families, layers                the architectures that are known, and the attention of each of their layers
+    inputs, ring_mask               a rank's inputs from whole sequences, and the mask that only the ring can read
+    attention, checks               what transformers calls in each layer, and the calls that it refuses
+    rope, rope_length, llama4       positions that depend on the model, on a document's length, on a chunk
+    delta_net, delta_kernels        layers of linear attention (gated DeltaNet)
+    router_loss                     the experts' load-balancing loss over whole sequences
+    checkpointing, mlp, fused       recomputation, tiled MLPs, fused passes: set on a model's modules
+    lora, lora_linear, quantized    adapters, their products, and QLoRA's 4-bit weights
+    cache, graph                    generation: the KV cache, and a CUDA graph of each step
+    digests                         recognises code of transformers by its source
 """
 
 from ringflash.models.attention import ring_attention_forward
