@@ -94,7 +94,8 @@ def run(config: GenerateConfig, world: World) -> None:
     """Read the document and answer the prompts. Raises ConfigError, on every rank, for what cannot work."""
     import torch
 
-    text = _document_text(config, world)
+    file = config.document
+    text = "" if file is None else world.from_rank_0(lambda: text_of("document", file))
     model = load_model(config, world.device)
     encoder, tokenizer = load_encoder(config, model)
     turn = _turn(config, encoder, tokenizer)
@@ -112,16 +113,6 @@ def run(config: GenerateConfig, world: World) -> None:
             _check_prompt(len(prompt), max(lengths), cache)
             _answer(config, model, tokenizer, cache, torch.cat([ids, ids.new_tensor([prompt])], dim=1), world)
             cache.restore(state)
-
-
-def _document_text(config: GenerateConfig, world: World) -> str:
-    """The document's text, which rank 0 reads; empty without a document. Raises ConfigError if it cannot be read."""
-    if config.document is None:
-        return ""
-    text = world.broadcast(text_of("document", config.document) if world.is_first else None)
-    if isinstance(text, ConfigError):
-        raise text
-    return text
 
 
 def _reserve(

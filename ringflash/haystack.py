@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ringflash.data.tokenizer import Encoder
-    from ringflash.training.world import World
 
 CHARACTERS = 32  # tokenised per token of the longest haystack, since a text may be far longer
 
@@ -103,16 +102,11 @@ class Cell:
     loss: float
 
 
-def read_text(config: HaystackConfig, world: World) -> str:
-    """The haystack's text, which rank 0 reads. Raises ConfigError, on every rank, if the file is not text."""
-    text = world.broadcast(_text(config) if world.is_first else None)
-    if isinstance(text, ConfigError):
-        raise text
-    return text
+def read_text(config: HaystackConfig) -> str:
+    """The text of the file, or the sources of Python's standard library, sorted by name.
 
-
-def _text(config: HaystackConfig) -> str | ConfigError:
-    """The text of the file, or the sources of Python's standard library, sorted by name."""
+    Raises ConfigError if the file is not text.
+    """
     if config.text is not None:
         return text_of(f"{config.group}text", config.text)
     sources = sorted(Path(python_stdlib()).glob("*.py"))

@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 STDIN = "-"
 
 
-def text_of(name: str, path: str) -> str | ConfigError:
-    """The text of a file, or of standard input (-), or what is wrong with it: rank 0 reads, and all ranks raise."""
+def text_of(name: str, path: str) -> str:
+    """The text of a file, or of standard input (-). Raises ConfigError, with `name`, if it is empty or not UTF-8."""
     where = "standard input" if path == STDIN else f"{name}={path}"
     try:
         held = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
         text = held.decode()
     except UnicodeDecodeError as error:
-        return ConfigError(f"{where} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}")
+        byte = error.object[error.start]
+        raise ConfigError(f"{where} is not text in UTF-8: byte {error.start} is {byte:#04x}") from error
     except OSError as error:
-        return ConfigError(f"{where} cannot be read: {error.strerror or reason(error)}")
-    return text if text.strip() else ConfigError(f"{where} {'holds white space alone' if text else 'is empty'}")
+        raise ConfigError(f"{where} cannot be read: {error.strerror or reason(error)}") from error
+    if not text.strip():
+        raise ConfigError(f"{where} {'holds white space alone' if text else 'is empty'}")
+    return text
 
 
 def ids_of(encoder: Encoder, text: str) -> list[int]:

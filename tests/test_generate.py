@@ -26,7 +26,7 @@ from tests.data.chat_cases import LLAMA3, SMOLLM2, chat_tokenizer
 
 ALONE = SimpleNamespace(
     size=1, is_first=True, device=torch.device("cpu"), ring=Loopback(1), broadcast=lambda x: x, max=lambda x: x,
-    without_timeout=lambda what: contextlib.nullcontext(),
+    from_rank_0=lambda make: make(), without_timeout=lambda what: contextlib.nullcontext(),
 )  # fmt: skip
 
 

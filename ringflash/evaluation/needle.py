@@ -43,7 +43,7 @@ class NeedleConfig(ReadConfig, HaystackConfig):
 
 def run(config: NeedleConfig, world: World) -> list[Cell]:
     """All cells of the grid, reported and written. Raises ConfigError, on every rank, for what cannot work."""
-    text = read_text(config, world)
+    text = world.from_rank_0(lambda: read_text(config))
     model = load_model(config, world.device)
     encoder, _ = load_encoder(config, model)
     if not config.extrapolate_positions:  # before hours with the shorter ones

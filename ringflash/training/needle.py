@@ -43,7 +43,8 @@ class Needles:
         asked = config.evaluation.needle.of_length(length)
         if not asked.every:
             return None
-        rows = rows_of(asked, read_text(asked, world), encoder(tokenizer, config.data.tokenizer), config.seed)
+        text = world.from_rank_0(lambda: read_text(asked))
+        rows = rows_of(asked, text, encoder(tokenizer, config.data.tokenizer), config.seed)
         ring = replica_ring(world, config.parallel)
         chunk = max(2 * ring.size, min(CHUNK, length))  # the run has memory for `length` tokens at once
         return cls(asked.every, rows, ring, chunk, config.attention.kernel, world)

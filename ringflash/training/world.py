@@ -11,11 +11,11 @@ own sequences. Inside a replica, neighbours (GPUs of one node) exchange heads, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from ringflash.training import launcher
 from ringflash.training.parallel import ParallelConfig
 from ringflash.training.without_timeout import without_timeout
 
+T = TypeVar("T")
 _PLACES = (".path", "data.cache", "data.tokenizer")  # ends of settings: machines may keep the same files elsewhere
 
 
@@ -64,6 +65,19 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def from_rank_0(self, make: Callable[[], T]) -> T:
+        """The result of make() on rank 0, on every rank. A ConfigError that it raises there is raised on every rank."""
+        made: T | ConfigError | None = None
+        if self.is_first:
+            try:
+                made = make()
+            except ConfigError as error:
+                made = error
+        made = self.broadcast(made)
+        if isinstance(made, ConfigError):
+            raise made
+        return made  # type: ignore[return-value]  # made on rank 0
 
     def without_timeout(self, what: str) -> AbstractContextManager[None]:
         """Let some ranks work without a timeout: all ranks enter this context, and leave it when all are done.

@@ -16,6 +16,7 @@ from ringflash.data.config import DataConfig, WeightedSource
 from ringflash.errors import ConfigError
 from ringflash.training import world
 from ringflash.training.parallel import ParallelConfig
+from ringflash.training.world import World
 
 ROOT = Path(__file__).parents[2]
 TWO_RANKS = """
@@ -53,6 +54,27 @@ def test_settings_that_differ_between_machines_are_refused_on_every_rank_and_pla
     same = "start all machines with the same settings"
     assert found[:2] == [f"optim.lr differs between ranks, 0.1 on rank 0: {same}"] * 2
     assert found[2] == f"optim.lr differs between ranks, 0.1 on rank 0 and 0.2 on this rank: {same}"
+
+
+def made_on_rank_0(error):
+    """The rank that made a value, or the error that it raised there."""
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), None, None, None, 0, 1)
+
+    def make():
+        if error:
+            raise ConfigError(f"refused on rank {world.rank}")
+        return world.rank
+
+    try:
+        return world.from_rank_0(make)
+    except ConfigError as raised:
+        return str(raised)
+
+
+@pytest.mark.ranks
+def test_what_rank_0_makes_or_raises_reaches_every_rank(ranks):
+    assert ranks.run(made_on_rank_0, 2, False) == [0, 0]
+    assert ranks.run(made_on_rank_0, 2, True) == ["refused on rank 0"] * 2
 
 
 def test_settings_are_named_as_they_are_given_and_sources_may_be_in_other_places():
