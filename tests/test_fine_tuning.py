@@ -52,14 +52,15 @@ def folder(tmp_path):
 @pytest.mark.timeout(900)
 def test_every_command_and_program_of_the_page_runs(folder):
     programs = {re.search(r"# Save as (\w+\.py)", code)[1]: code for code in blocks("python")}
-    assert [*programs] == ["conversations.py", "ask.py"]
+    assert [*programs] == ["conversations.py", "ask.py", "preferences.py"]
     for name, code in programs.items():
         (folder / name).write_text(code, encoding="utf-8")
     outputs = ("training ", "held-out ", "adapters ")
     download, train, lora, qlora, *others = [block for block in blocks("") if not block.startswith(outputs)]
     assert download.startswith("hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir smollm2\n")
-    assert len(others) == 3
+    assert len(others) == 4
     run("python conversations.py", folder)
+    run("python preferences.py", folder)
     printed = run(train, folder)
     assert re.search(r"^training +380 documents of [\d,]+ tokens, [\d,]+ of them predicted, in \d+ seq", printed, re.M)
     assert (folder / "runs" / "additions" / "model" / "model.safetensors").exists()
@@ -67,5 +68,6 @@ def test_every_command_and_program_of_the_page_runs(folder):
     assert "rank: 16" in run(lora, folder)
     if importlib.util.find_spec("bitsandbytes"):
         assert "quantize_base: nf4" in run(qlora, folder)
-    for command, setting in zip(others, ("field: input_ids", "keep_best: true", "field: input_ids"), strict=True):
+    expected = ("preferences: true", "field: input_ids", "keep_best: true", "field: input_ids")
+    for command, setting in zip(others, expected, strict=True):
         assert setting in run(command, folder)

@@ -324,15 +324,17 @@ class Dialogues:
         encodings = {True: iter(chats), False: iter(pairs)}
         for rendered in parsed:
             tokens, labels = _labelled(next(encodings[rendered.is_chat]), rendered.spans)
-            yield self._ended(tokens, labels) if not rendered.is_chat else Document(tokens, labels, rendered.begins)
+            document = Document(tokens, labels, rendered.begins)
+            yield document if rendered.is_chat else self._ended(document)
 
-    def _ended(self, tokens: np.ndarray, labels: np.ndarray) -> Document:
+    def _ended(self, document: Document) -> Document:
         """A completion's document, with its end of text as a label."""
-        eos = self._tokenizer.eos_token_id
+        eos, tokens, labels = self._tokenizer.eos_token_id, document.tokens, document.labels
+        assert labels is not None
         if not len(tokens) or tokens[-1] != eos:
-            return Document(np.append(tokens, eos), np.append(labels, np.int32(eos)))
+            return document._replace(tokens=np.append(tokens, eos), labels=np.append(labels, np.int32(eos)))
         labels[-1] = eos
-        return Document(tokens, labels)
+        return document
 
 
 def _labelled(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

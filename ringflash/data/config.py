@@ -89,6 +89,10 @@ class DataConfig:
     """The records are conversations (messages, optionally tools), or prompts with completions. The loss is computed on
     the assistant's turns. data.field names the field with the messages; null: "messages"."""
 
+    preferences: bool = False
+    """The records of data.chat=true are pairs: prompt, chosen and rejected, all texts or all messages. The loss is DPO,
+    with the settings of preference.*. The prompt may also be the messages that chosen and rejected both begin with."""
+
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """More variables for the tokenizer's chat template, such as {enable_thinking: false}."""
 
@@ -152,6 +156,8 @@ class DataConfig:
             )
         if self.chat and self.field == IDS:
             raise ConfigError(f"data.field={IDS} and data.chat=true exclude each other: tokens have no messages")
+        if self.preferences:
+            self._check_preferences()
         if self.chat_template_kwargs and not self.chat:
             raise ConfigError("data.chat_template_kwargs is only read with data.chat=true")
         if not self.path and not self.sources:
@@ -172,6 +178,15 @@ class DataConfig:
             )
         if not self.evaluation.path and any(vars(self.evaluation).values()):
             raise ConfigError("data.evaluation has no path; add data.evaluation.path=... to the command line")
+
+    def _check_preferences(self) -> None:
+        for key, valid, expected in (
+            ("chat", self.chat, "true, by which chosen and rejected are read"),
+            ("field", self.field is None, "null: the fields are prompt, chosen and rejected"),
+            ("packing", self.packing == "whole", "whole: the answers of a pair are neither cut nor divided"),
+        ):
+            if not valid:
+                raise ConfigError(f"data.preferences=true: data.{key}={getattr(self, key)} must be {expected}")
 
     def _check_sources(self) -> None:
         weights = {name: source.weight for name, source in self.sources.items()}

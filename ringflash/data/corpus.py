@@ -109,10 +109,13 @@ def load_corpus(config: DataConfig, *, verify: bool = True, quiet: bool = False)
     ConfigError for input that cannot be used, or for too few records to hold one out.
     """
     found = tokenised(config, verify=verify, quiet=quiet)
+    offsets, middles, starts = found.offsets, None, found.starts
+    if config.preferences:  # two documents per record, which are one here
+        offsets, middles, starts = offsets[::2], offsets[1::2], None
     if found.labels is not None and not _predicts(found.labels):
         raise ConfigError(f"data.path={config.path} has labels that are all {IGNORE}: there is nothing to learn")
-    documents = len(found.offsets) - 1
-    starts = np.arange(documents) if found.starts is None else found.starts
+    documents = len(offsets) - 1
+    starts = np.arange(documents) if starts is None else starts
     count = len(starts)
     if config.held_out and count < 2:
         raise ConfigError(
@@ -126,8 +129,8 @@ def load_corpus(config: DataConfig, *, verify: bool = True, quiet: bool = False)
     of_document = held_out[np.searchsorted(starts, np.arange(documents), side="right") - 1]
     digests = filter(None, (found.contents["digest"], found.contents["labels_digest"]))
     whole = TokenCorpus(
-        found.tokens, found.offsets, np.arange(documents), found.contents["vocabulary"], digest="-".join(digests),
-        source=str(config.path), labels=found.labels, packing=config.packing,
+        found.tokens, offsets, np.arange(documents), found.contents["vocabulary"], digest="-".join(digests),
+        source=str(config.path), labels=found.labels, packing=config.packing, middles=middles,
     )  # fmt: skip
     return (
         dataclasses.replace(whole, selection=np.flatnonzero(~of_document)),

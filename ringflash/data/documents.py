@@ -29,6 +29,7 @@ from ringflash.data.chat import Dialogues
 from ringflash.data.config import DataConfig
 from ringflash.data.files import Matches, search, suffixes
 from ringflash.data.formats import format_of
+from ringflash.data.preferences import Preferences
 from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
 from ringflash.data.scratch import delete_abandoned, others, scratch_folder
 from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_digest, tokenizer_size
@@ -163,6 +164,8 @@ def _is_about_a_dataset(file: Path) -> bool:
 
 def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
     """What the records of `config` mean. Raises ConfigError for a tokenizer that cannot encode them."""
+    if config.preferences:
+        return Preferences(tokenizer, config.tokenizer, config.chat_template_kwargs)
     if config.chat:
         return Dialogues(tokenizer, config.tokenizer, config.field, config.chat_template_kwargs)
     if config.field == IDS:
@@ -205,5 +208,6 @@ def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTraine
     made_of = [
         *(cache.FORMAT, stats, config.format is None, config.malformed, config.field or FIELD),
         *(tokenizer_digest(tokenizer, config.chat), config.chat_template_kwargs),
+        *["preferences"] * config.preferences,
     ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

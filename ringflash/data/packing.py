@@ -17,6 +17,8 @@ whole at length 8, where the rest of each sequence is padding, in documents of i
 With cut, the last tokens of an epoch that do not fill a sequence are left out. With the others, the same lengths
 share a sequence in every epoch, but documents of equal length change places, as does the order of sequences.
 
+Pairs (data.preferences) are packed whole, the two documents of each side by side.
+
 No state is carried from one sequence to the next, so any rank can make any sequence at any time.
 """
 
@@ -77,11 +79,15 @@ def sequences_per_epoch(corpus: Split, length: int) -> int:
         return corpus.total // length
     if not (count := len(_plan(corpus, length).ends)):
         raise ConfigError(
-            f"data.path={corpus.source} has no document for {corpus.split} of at most data.sequence_length={length} "
-            f"tokens, and data.packing={corpus.packing} drops longer ones: give more documents, a longer sequence, or "
-            f"data.packing=truncate, or split for other than conversations"
+            f"data.path={corpus.source} has no {corpus.noun} for {corpus.split} of at most "
+            f"data.sequence_length={length} tokens, and data.packing={corpus.packing} drops longer ones: give more "
+            f"{corpus.noun}s, a longer sequence{_hint(corpus)}"
         )
     return count
+
+
+def _hint(corpus: Split) -> str:
+    return "" if corpus.middles is not None else ", or data.packing=truncate, or split for other than conversations"
 
 
 def check_labels(corpus: Split, length: int) -> None:
@@ -120,7 +126,10 @@ def pack(corpus: Split, seed: int, index: int, length: int) -> Packed:
     end = plan.ends[order[number]]
     begin = plan.ends[order[number] - 1] if order[number] else 0
     here = chosen[plan.places[begin:end]]
-    parts = [(i, slice(start, start + length)) for i, start in zip(plan.kept[here], plan.begins[here], strict=True)]
+    if corpus.middles is None:
+        parts = [(i, slice(start, start + length)) for i, start in zip(plan.kept[here], plan.begins[here], strict=True)]
+    else:
+        parts = [(i, half) for i in plan.kept[here] for half in corpus.halves(i)]
     pieces = [corpus.document(i)[part] for i, part in parts]
     targets = [corpus.targets(i)[part] for i, part in parts]
     padding = length - sum(map(len, pieces))
@@ -210,9 +219,9 @@ def summary(corpus: Split, length: int, name: str = "") -> list[str]:
     counts = [f"{bound:,}: {count:,}" for bound, count in zip(bounds, at_most, strict=True)][first:last]
     predicted = "" if corpus.labels is None else f", {_labelled(corpus):,} of them predicted"
     return [
-        f"{corpus.split:<10} {name}{documents:,} documents of {tokens:,} tokens{predicted}, in {sequences:,} sequences "
-        f"per epoch, {kept / sequences / length:.1%} full{lost}",
-        f"{'':<10} documents by length, at most: {', '.join(counts)}",
+        f"{corpus.split:<10} {name}{documents:,} {corpus.noun}s of {tokens:,} tokens{predicted}, in {sequences:,} "
+        f"sequences per epoch, {kept / sequences / length:.1%} full{lost}",
+        f"{'':<10} {corpus.noun}s by length, at most: {', '.join(counts)}",
     ]
 
 

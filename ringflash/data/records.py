@@ -3,6 +3,7 @@
     Texts       a field holds text                                              data.field=text
     TokenIds    a field holds token ids, and perhaps another their labels       data.field=input_ids
     Dialogues   messages, or a prompt and its completion: chat.py               data.chat=true
+    Preferences a prompt with a chosen and a rejected answer: preferences.py    data.preferences=true
 
 Each of them is a `Reading`. It splits a record into parts (only long texts have several), parses each part, with errors
 that say where it is, and encodes the parsed parts in groups. One process splits; many processes parse and encode.

@@ -11,11 +11,13 @@ weights are peft's with its adapter's name, "default", in them; in an adapter's 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +149,22 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 def adapted(model: nn.Module) -> dict[str, Any]:
     """The layers of a model that have an adapter, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, a model computes in evaluation mode what it would without adapters, and no gradients."""
+    training, layers = model.training, adapted(model).values()
+    try:
+        model.eval()
+        for layer in layers:
+            layer._disable_adapters = True  # peft's enable_adapters would also freeze them
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        model.train(training)
 
 
 def description(model: PreTrainedModel) -> str:

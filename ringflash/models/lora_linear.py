@@ -37,16 +37,21 @@ class Parts(NamedTuple):
 
 
 def parts_of(layer: Any) -> Parts | None:
-    """The parts of a linear layer; None for a layer of another kind, and for an adapter with dropout or out of use."""
+    """The parts of a linear layer; None for a layer of another kind, and for an adapter that is merged or has dropout.
+
+    A disabled adapter is none.
+    """
     names = [name for name in getattr(layer, "active_adapters", []) if name in getattr(layer, "lora_A", {})]
     if not names:
         return None if (weight := weight_of(layer)) is None else Parts(weight, layer.bias)
     a, b, dropout = (part[names[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    in_use = len(names) == 1 and not layer.merged and not layer.disable_adapters
+    in_use = len(names) == 1 and not layer.merged
     if not in_use or layer.lora_variant or b.bias is not None or type(dropout) is nn.Dropout:
         return None
     if (weight := weight_of(layer.base_layer)) is None:
         return None
+    if layer.disable_adapters:
+        return Parts(weight, layer.base_layer.bias)
     return Parts(weight, layer.base_layer.bias, a.weight, b.weight, layer.scaling[names[0]])
 
 
@@ -92,8 +97,12 @@ def replaced_layers(model: nn.Module) -> list[nn.Module]:
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """y [..., out] of x [..., in]."""
     if (parts := parts_of(layer)) is None:
-        raise RuntimeError("a layer that is computed with its adapter had it merged, disabled or changed")
-    y = _Adapted.apply(partial(weight_of, layer.base_layer), x.flatten(0, -2), *parts)
+        raise RuntimeError("a layer that is computed with its adapter had it merged or changed")
+    rows = x.flatten(0, -2)
+    if parts.a is None:
+        y = product(rows, None, parts)
+    else:
+        y = _Adapted.apply(partial(weight_of, layer.base_layer), rows, *parts)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

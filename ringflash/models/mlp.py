@@ -141,8 +141,8 @@ def _width(module: nn.Module, form: Form) -> int:
 def _forward(module: nn.Module, form: Form, mlp: _Mlp, x: Tensor) -> Tensor:
     """y [..., H] of x [..., H]."""
     products = _products(module, form)
-    if products is None or tuple(parts.scale for parts in products) != mlp.scales:
-        raise RuntimeError("an MLP that is computed as one function had its adapters merged, disabled or changed")
+    if products is None or any(x.a is not None and x.scale != y for x, y in zip(products, mlp.scales, strict=True)):
+        raise RuntimeError("an MLP that is computed as one function had its adapters merged or changed")
     weights: list[Any] = [x for parts in products for x in parts[:TENSORS]]
     rows = x.flatten(0, -2)
     if mlp.tile is None:

@@ -33,6 +33,7 @@ from ringflash.training.metrics import LoggerConfig
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.overrides import for_hydra, kind_of, typed_value, unknown, wanted
 from ringflash.training.parallel import ParallelConfig
+from ringflash.training.preference import PreferenceConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LONGEST_NAME = 200  # bytes; a file system takes 255, and -2 or .partial may follow
@@ -87,6 +88,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning-rate schedule."""
 
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """The loss of pairs, with data.preferences=true."""
+
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Loss on held-out documents, and searches for needles in long texts."""
 
@@ -109,6 +113,7 @@ class Config:
             raise ConfigError(f"name={self.name[:20]}... has {len(self.name.encode())} bytes, {LONGEST_NAME} at most")
         self._check_best()
         self._check_quantized()
+        self._check_preference()
         if found := re.search(r"[\[*?]", self.output_dir):
             raise ConfigError(
                 f"output_dir={self.output_dir} holds {found[0]!r}: DeepSpeed would take it for a pattern on resume"
@@ -140,6 +145,31 @@ class Config:
             raise ConfigError(
                 f"model.lora.quantize_base={kind} needs memory.recompute=true: without it MLPs keep dequantized weights"
             )
+
+    def _check_preference(self) -> None:
+        """Raise ConfigError for preferences without new adapters, and for settings of a loss that is not computed."""
+        lora = self.model.lora
+        if self.data.preferences and lora.path is not None:
+            raise ConfigError(
+                f"data.preferences=true needs new adapters: without that of model.lora.path={lora.path}, the model is "
+                f"not the one that training starts from; merge the adapter (model.lora.merge=true), and set model.path "
+                f"to the result"
+            )
+        if self.data.preferences and not lora.enabled:
+            raise ConfigError(
+                "data.preferences=true needs LoRA, such as model.lora.rank=16: the model without its adapters is the "
+                "reference"
+            )
+        if not self.data.preferences and self.preference != PreferenceConfig():
+            name = next(f.name for f in fields(self.preference) if getattr(self.preference, f.name) != f.default)
+            raise ConfigError(
+                f"preference.{name}={getattr(self.preference, name)} has no effect without data.preferences=true"
+            )
+
+    @property
+    def pair_loss(self) -> PreferenceConfig | None:
+        """With preferences, the settings of their loss."""
+        return self.preference if self.data.preferences else None
 
 
 def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[Config, str]:

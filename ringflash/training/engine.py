@@ -28,7 +28,7 @@ from ringflash.models import (
     router_loss,
     tile_mlps,
 )
-from ringflash.models.lora import adapted
+from ringflash.models.lora import adapted, without_adapters
 from ringflash.models.lora_linear import replace_adapted, replaced_layers
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead
@@ -36,7 +36,8 @@ from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers import one_rank
 from ringflash.training.optimizers.build import build_optimizer, start_moments
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.positions import ByPosition
+from ringflash.training.preference import Preferences
+from ringflash.training.sums import Sums
 from ringflash.training.world import World
 from ringflash.training.zero3 import start_deepspeed
 
@@ -98,25 +99,35 @@ class TrainedModel(nn.Module):
         labels: object,
         num_items_in_batch: object,
         router_weight: Tensor | None = None,
-        by_position: ByPosition | None = None,
+        by_position: Sums | None = None,
+        preferences: Preferences | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Summed loss of this rank's shard, from the inputs of `ring_inputs`. `step` divides it by all ranks' labels.
 
+        preferences: the pairs of this micro-batch, whose losses are summed instead of the tokens', in equal shares.
         by_position: collects the tokens' losses. router_weight: the factor of the experts' load-balancing loss, which
         is added if the configuration has output_router_logits. Only its gradient is added: the returned value is the
-        loss of the tokens alone.
+        loss of the tokens or pairs alone.
         """
-        config, inputs = self.model.config, inputs | self.attention
+        config, inputs, head = self.model.config, inputs | self.attention, self.model.lm_head
         body: Any = self.model.base_model
         if body is self.model:  # Llama 4's class names a base model that it does not have
             body = self.model.model
-        if router_weight is None or not getattr(config, "output_router_logits", False):
-            return self.model.lm_head(body(**inputs).last_hidden_state, shift_labels, by_position)
-        outputs = body(**inputs, output_router_logits=True)
+        if preferences is not None:
+            with without_adapters(self.model):
+                reference = preferences.log_probabilities(head, body(**inputs).last_hidden_state, shift_labels)
+        routed = router_weight is not None and getattr(config, "output_router_logits", False)
+        outputs = body(**inputs, **{"output_router_logits": True} if routed else {})
+        if preferences is not None:
+            loss = preferences.loss(head, outputs.last_hidden_state, shift_labels, reference)
+        else:
+            loss = head(outputs.last_hidden_state, shift_labels, by_position)
+        if not routed:
+            return loss
         share = router_loss(outputs.router_logits, experts_of(config)[1], inputs["plan"])
         added = config.router_aux_loss_coef * router_weight * share
-        return self.model.lm_head(outputs.last_hidden_state, shift_labels, by_position) + (added - added.detach())
+        return loss + (added - added.detach())
 
 
 def build_engine(

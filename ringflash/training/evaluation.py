@@ -21,10 +21,11 @@ from ringflash.haystack import HaystackConfig
 from ringflash.models import ModelConfig, cache_refusal
 from ringflash.models.rope_length import length_refusal
 from ringflash.reading import check_positions
-from ringflash.training.metrics import HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
+from ringflash.training import positions, preference
+from ringflash.training.metrics import HELD_OUT, HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
 from ringflash.training.parallel import LayoutChooser
-from ringflash.training.positions import ByPosition, means, no_totals
-from ringflash.training.step import shard
+from ringflash.training.preference import PreferenceConfig
+from ringflash.training.step import forward, shard
 from ringflash.training.world import World
 
 
@@ -98,18 +99,26 @@ class EvaluationConfig:
 class HeldOut:
     """Mean losses in nats per predicted token: over all tokens, by range of positions, such as "4k-8k", and by source.
 
-    by_source is empty if there is one source alone.
+    by_source is empty if there is one source alone. With preferences, losses are per pair, and none is by position;
+    rewards has the other means, such as "rewards/margins".
     """
 
     loss: float
     by_position: dict[str, float] = field(default_factory=dict)
     by_source: dict[str, float] = field(default_factory=dict)
+    rewards: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What a loss is of."""
+        return "pair" if self.rewards else "token"
 
     def record(self) -> dict[str, float]:
-        """For the metrics: held_out_loss, held_out_loss/4k-8k, and held_out_loss_of/books."""
+        """For the metrics: held_out_loss, held_out_loss/4k-8k, held_out_loss_of/books, held_out_rewards/margins."""
         by_position = {HELD_OUT_BY_POSITION + name: x for name, x in self.by_position.items()}
         by_source = {HELD_OUT_BY_SOURCE + name: x for name, x in self.by_source.items()}
-        return {"held_out_loss": self.loss} | by_position | by_source
+        rewards = {HELD_OUT + name: x for name, x in self.rewards.items()}
+        return {HELD_OUT + "loss": self.loss} | by_position | by_source | rewards
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ class Evaluation:
     length: int
     world: World
     layout_for: LayoutChooser
+    pair_loss: PreferenceConfig | None = None
 
     @property
     def identity(self) -> str:
@@ -140,7 +150,8 @@ class Evaluation:
         """
         numbers = range(sequences or self.config.sequences)
         batches = (batch(self.corpus, seed=0, step=i, batch_size=1, length=self.length) for i in numbers)
-        held_out = evaluate(engine, batches, self.world, self.layout_for, map(self.corpus.source_of, numbers))
+        sources = map(self.corpus.source_of, numbers)
+        held_out = evaluate(engine, batches, self.world, self.layout_for, sources, self.pair_loss)
         self.world.watchdog.drain()
         return held_out
 
@@ -152,19 +163,31 @@ def evaluate(
     world: World,
     layout_for: LayoutChooser,
     sources: Iterable[str] = itertools.repeat(""),
+    pair_loss: PreferenceConfig | None = None,
 ) -> HeldOut:
-    """Losses over batches; every ring computes each batch in full. sources: the name of each batch's source."""
+    """Losses over batches; every ring computes each batch in full.
+
+    sources: the name of each batch's source. pair_loss: with preferences.
+    """
     engine.eval()
-    of_source: dict[str, Tensor] = {}
+    of_source: dict[str, tuple[Tensor, Tensor]] = {}
     for sequences, source in zip(batches, sources, strict=False):
-        totals = of_source.setdefault(source, no_totals(world.device))
-        inputs = shard(sequences, world, layout_for, engine.module.model.config)
-        engine(**inputs, by_position=ByPosition.of(inputs, totals))
+        none = positions.no_totals(world.device), preference.no_totals(world.device)
+        inputs = shard(sequences, world, layout_for, engine.module.model.config, pair_loss)
+        forward(engine, inputs, *of_source.setdefault(source, none))
     engine.train()
     for totals in of_source.values():
-        world.sum(totals)
-    whole = torch.stack([*of_source.values()]).sum(0)
-    loss, count = whole.sum(1).tolist()
-    sums = {source: totals.sum(1).tolist() for source, totals in of_source.items()}
+        for x in totals:
+            world.sum(x)
+    of_tokens, of_pairs = (torch.stack(x).sum(0) for x in zip(*of_source.values(), strict=True))
+    loss, count = _loss(of_tokens, of_pairs)
+    sums = {source: _loss(*totals) for source, totals in of_source.items()}
     by_source = {source: x / labels for source, (x, labels) in sums.items() if labels}
-    return HeldOut(loss / max(count, 1), means(whole), by_source if len(sums) > 1 else {})
+    return HeldOut(
+        loss / max(count, 1), positions.means(of_tokens), by_source if len(sums) > 1 else {}, preference.means(of_pairs)
+    )
+
+
+def _loss(of_tokens: Tensor, of_pairs: Tensor) -> list[float]:
+    """The summed loss and the number of tokens or pairs, of totals one of which is zero."""
+    return (of_tokens.sum(1) + of_pairs[:, 0]).tolist()

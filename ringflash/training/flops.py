@@ -51,7 +51,8 @@ def delta_flops(config: PreTrainedConfig, tokens: float) -> float:
     return 0.0 if heads is None else 18.0 * delta_layers(config) * tokens * heads.value * heads.dim * heads.value_dim
 
 
-def step_flops(weights: int, tokens: int, attention: float, frozen: int = 0) -> float:
+def step_flops(weights: int, tokens: int, attention: float, frozen: int = 0, reference: bool = False) -> float:
     """Operations of a step: weights, and of these those frozen, as matmul_parameters counts them; attention's and the
-    delta rule's, of all layers."""
-    return (6.0 * weights - 2.0 * frozen) * tokens + attention
+    delta rule's, of all layers. reference: whether a forward of the frozen weights alone is added, as in DPO."""
+    added = 2.0 * frozen * tokens + attention / 3 if reference else 0.0
+    return (6.0 * weights - 2.0 * frozen) * tokens + attention + added

@@ -87,7 +87,8 @@ def fit(config: Config, resolved: str) -> bool:
     layout_for = _layout_chooser(run)
     evaluation = None
     if held_out is not None:
-        evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
+        length = config.data.sequence_length
+        evaluation = Evaluation(config.evaluation, held_out, length, world, layout_for, config.pair_loss)
     _evaluate_first(run, evaluation, needles)
     best = _best(run, evaluation)
     divergence = Divergence(world, run.metrics)
@@ -154,7 +155,7 @@ def _batches(
         length=config.data.sequence_length,
         rows=range(world.replica * share, (world.replica + 1) * share),
         start_step=run.start,
-        prepare=lambda batch: prepare(run.engine, batch, world, layout_for),
+        prepare=lambda batch: prepare(run.engine, batch, world, layout_for, config.pair_loss),
     )
 
 
@@ -266,8 +267,10 @@ def _settings(job: Job, resolved: str, training: Corpus, world: World) -> dict[s
         with world.without_timeout(f"reading {_source(config)} for its digest"):
             found = model_digest(Path(config.model.path)) if world.is_first else None
         settings["model"]["digest"] = world.broadcast(found)
+    if not config.data.preferences:
+        del settings["preference"], settings["data"]["preferences"]  # which checkpoints of runs without do not have
     if not config.model.lora.enabled:
-        del settings["model"]["lora"]  # which checkpoints of runs without it do not have
+        del settings["model"]["lora"]  # likewise
     elif config.model.lora.path:
         found = model_digest(Path(config.model.lora.path), ADAPTER_CONFIG) if world.is_first else None
         settings["model"]["lora"]["digest"] = world.broadcast(found)
@@ -339,7 +342,8 @@ def _finish(
     exported = _export(run)
     with world.without_timeout("finishing the loss plot and wandb's run"):
         if run.metrics is not None:
-            entropy = evaluation.corpus.unigram_entropy() if evaluation is not None else None
+            of_tokens = evaluation if config.pair_loss is None else None
+            entropy = of_tokens.corpus.unigram_entropy() if of_tokens is not None else None
             run.metrics.conclude(steps, {} if held_out is None else held_out.record(), entropy)
             _print_outcome(run.folder, exported, held_out, entropy, config.evaluation.needle.every > 0, best)
     _leave(world)
@@ -385,18 +389,22 @@ def _print_outcome(
     best: Best | None,
 ) -> None:
     """Print the held-out loss and the paths of all results."""
+    unit = "token" if held_out is None else held_out.unit
     if held_out is not None:
-        print(f"held-out loss     {held_out.loss:.4f} nats per token")
+        print(f"held-out loss     {held_out.loss:.4f} nats per {unit}")
         if held_out.by_position:
             print(f"  by position     {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_position.items())}")
         if held_out.by_source:
             print(f"  by source       {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_source.items())}")
+        if held_out.rewards:
+            print(f"  rewards         {', '.join(f'{name[8:]}: {x:.4f}' for name, x in held_out.rewards.items())}")
+    if entropy is not None:
         print(f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context")
     if best is not None:
-        print(f"lowest            {best.loss:.4f} nats per token after step {best.step}, whose weights are exported")
+        print(f"lowest            {best.loss:.4f} nats per {unit} after step {best.step}, whose weights are exported")
     for path in exported:
         print(f"{path.name:<17} {path}")
-    print(f"loss plot         {metrics.plot(folder, entropy)}")
+    print(f"loss plot         {metrics.plot(folder, entropy, unit)}")
     if searched:
         print(f"needles           {folder / 'needle.png'}")
     print(f"metrics           {folder / metrics.FILE}")

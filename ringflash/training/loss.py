@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ringflash.data.records import IGNORE
 from ringflash.models.mlp import add_product
-from ringflash.training.positions import ByPosition
+from ringflash.training.sums import Sums
 
 LOGITS = 2**28  # per tile by default: half a GiB in bf16, and enough for matrix products at full speed
 
@@ -40,16 +40,18 @@ def tiled_cross_entropy(
     fused: bool = False,
     bias: Tensor | None = None,
     scale: float = 1.0,
-    by_position: ByPosition | None = None,
+    sums: Sums | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Summed cross entropy, fp32 scalar.
 
     hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 for no label; tile: tokens whose logits are
     held at once; softcap: of the logits, or None; fused: use the Triton kernel; bias: [V] or None; scale: of the
-    logits, before the cap; by_position: receives the tokens' losses. Differentiable in hidden, weight and bias.
+    logits, before the cap; sums: receives the tokens' losses; weights: fp32 [N], factors of these losses, or None.
+    Differentiable in hidden, weight and bias.
     """
     grad = torch.is_grad_enabled()  # which a Function's forward cannot tell
-    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale, by_position, grad)
+    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale, sums, weights, grad)
 
 
 class LossHead(nn.Linear):
@@ -70,16 +72,18 @@ class LossHead(nn.Linear):
         self.fused: bool = fused
         self.scale: float = scale
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, by_position: ByPosition | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, sums: Sums | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         """Logits [..., V], neither scaled nor capped; with labels, int64 of hidden's shape but the last, their loss.
 
-        by_position: see `tiled_cross_entropy`.
+        sums, weights: see `tiled_cross_entropy`.
         """
         if labels is None:
             return super().forward(hidden)
         return tiled_cross_entropy(
             hidden.flatten(0, -2), self.weight, labels.flatten(), self.tile, self.softcap, self.fused, self.bias,
-            self.scale, by_position,
+            self.scale, sums, weights,
         )  # fmt: skip
 
 
@@ -95,7 +99,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         fused: bool,
         scale: float,
-        by_position: ByPosition | None,
+        sums: Sums | None,
+        weights: Tensor | None,
         grad: bool,
     ) -> Tensor:
         differentiate = grad and any(ctx.needs_input_grad)
@@ -115,10 +120,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 logits *= scale
             losses, dlogits = cross_entropy(logits, labels[here])
-            loss += losses.sum()
-            if by_position is not None:
-                by_position.add(begin, losses)
+            if sums is not None:
+                sums.add(begin, losses)
+            loss += (losses if weights is None else losses * weights[here]).sum()
             if differentiate:
+                if weights is not None:
+                    dlogits *= weights[here].unsqueeze(1)
                 if scale != 1.0:
                     dlogits *= scale
                 if dbias is not None:
@@ -134,7 +141,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         gradients = (None if x is None else x * dloss.to(x.dtype) for x in ctx.saved_tensors)
-        return *gradients, None, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None, None
 
 
 def _cross_entropy(

@@ -8,7 +8,7 @@ import time
 import torch
 
 from ringflash.ring.cost import peak_flops
-from ringflash.training import flops, positions
+from ringflash.training import flops, positions, preference
 from ringflash.training.metrics import BY_POSITION
 from ringflash.training.step import StepResult
 from ringflash.training.world import World
@@ -42,9 +42,11 @@ class Meter:
             "memory_gib": memory_gib(self.world.device),
         }
         if self.peak is not None:
-            done = flops.step_flops(self.weights, self.tokens, attention, self.frozen)
+            compared = bool(result.preferences[1].any())
+            done = flops.step_flops(self.weights, self.tokens, attention, self.frozen, compared)
             record["mfu"] = done / seconds / (self.peak * self.world.size)
         record |= {BY_POSITION + name: x for name, x in positions.means(result.by_position).items()}
+        record |= preference.means(result.preferences)
         return record | _traffic(self.world, result.imbalance)
 
 

@@ -22,6 +22,7 @@ from ringflash.training.files import write_atomically, write_figure, writing
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb-id"
+HELD_OUT = "held_out_"  # and the name of a value
 BY_POSITION, HELD_OUT_BY_POSITION = "loss/", "held_out_loss/"  # and a range of positions, in names of values
 HELD_OUT_BY_SOURCE = "held_out_loss_of/"  # and a source
 LINE_INTERVAL = 10.0  # seconds between two lines of progress in a log
@@ -118,9 +119,9 @@ class Metrics:
 
         If a complete run is resumed, this record already exists, unless the run was killed after its last checkpoint.
         """
-        written = any(record["step"] == step and "unigram_entropy" in record for record in read(self.path))
-        if held_out and unigram_entropy is not None and not written:
-            self.log(step, held_out | {"unigram_entropy": unigram_entropy})
+        written = any(record["step"] == step and "loss" not in record for record in read(self.path))
+        if held_out and not written:
+            self.log(step, held_out | ({} if unigram_entropy is None else {"unigram_entropy": unigram_entropy}))
         self.close()
 
     def close(self, exit_code: int = 0, preempted: bool = False) -> None:
@@ -164,9 +165,10 @@ def check_plot(folder: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / "loss.png"))
 
 
-def plot(folder: Path, unigram: float | None) -> Path:
+def plot(folder: Path, unigram: float | None, unit: str = "token") -> Path:
     """Draw the training loss, and the held-out loss and unigram entropy if text is held out, to loss.png.
 
+    unit: what a loss is of.
     A second panel has the loss by position in a document: held-out, of the first and the last evaluation that have it,
     and training, as the mean of the last RECENT steps.
     """
@@ -182,7 +184,7 @@ def plot(folder: Path, unigram: float | None) -> Path:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", "-").replace("-loss", " loss"), **style)
     if unigram is not None:
         axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy, held out")
-    axes.set(xlabel="step", ylabel="nats per token", title=folder.name)
+    axes.set(xlabel="step", ylabel=f"nats per {unit}", title=folder.name)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

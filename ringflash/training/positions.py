@@ -6,40 +6,28 @@ of a document are on all ranks: each rank sums the losses of its tokens by range
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ringflash.data.records import IGNORE
+from ringflash.training.sums import Sums, sums_by
 
 RANGES = 16
 FIRST_BOUND = 4096  # tokens; each bound is twice the one before
 
 
 def no_totals(device: torch.device) -> Tensor:
-    """Zeros for `ByPosition`, float64 [2, RANGES]."""
+    """Zeros for `by_position`, float64 [2, RANGES]."""
     return torch.zeros(2, RANGES, dtype=torch.float64, device=device)
 
 
-@dataclass(frozen=True, eq=False)
-class ByPosition:
-    """Collects losses by range. ranges: int64 [N], that of each token. totals: [2, RANGES], of losses and tokens."""
-
-    ranges: Tensor
-    totals: Tensor
-
-    @classmethod
-    def of(cls, inputs: dict[str, Any], totals: Tensor) -> ByPosition:
-        """For a rank's inputs, whose predicted tokens are counted in `totals`."""
-        found = cls(ranges_of(inputs["position_ids"].flatten()), totals)
-        totals[1] += _sums((inputs["shift_labels"] != IGNORE).flatten(), found.ranges)
-        return found
-
-    def add(self, begin: int, losses: Tensor) -> None:
-        """Add the losses [n] of tokens begin to begin + n."""
-        self.totals[0] += _sums(losses, self.ranges[begin : begin + len(losses)])
+def by_position(inputs: dict[str, Any], totals: Tensor) -> Sums:
+    """Collects the losses of a rank's inputs in totals[0]; totals[1] counts their predicted tokens. Of `no_totals`."""
+    ranges = ranges_of(inputs["position_ids"].flatten())
+    totals[1] += sums_by((inputs["shift_labels"] != IGNORE).flatten(), ranges, RANGES)
+    return Sums(ranges, totals[0])
 
 
 def means(totals: Tensor) -> dict[str, float]:
@@ -59,9 +47,3 @@ def names() -> list[str]:
     bounds = [0, *(FIRST_BOUND * 2**i for i in range(RANGES - 1))]
     shown = [f"{x // 2**20}M" if x >= 2**20 else f"{x // 1024}k" if x >= 1024 else str(x) for x in bounds]
     return [f"{begin}-{end}" for begin, end in zip(shown, [*shown[1:], ""], strict=True)]
-
-
-def _sums(values: Tensor, ranges: Tensor) -> Tensor:
-    """The sum of the values [N] in each range, float64 [RANGES]; unlike scatter_add, with the same bits each time."""
-    own = ranges == torch.arange(RANGES, device=ranges.device).unsqueeze(1)
-    return torch.where(own, values, 0).sum(1, dtype=torch.float64)

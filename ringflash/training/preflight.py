@@ -181,6 +181,7 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
     return [
         f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}{quantized}",
         *adapters,
+        *_preference(config),
         f"data       {_data_paths(config.data)}, tokenizer {config.data.tokenizer}",
         f"{_grid(config, ranks, where)}; attention kernel {kernels}",
         _step(config, ranks),
@@ -189,6 +190,14 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
         *([f"estimate   {found}"] if device.type == "cuda" else []),
         *_disk_warning(config, found.checkpoint),
     ]
+
+
+def _preference(config: Config) -> list[str]:
+    """A line on the loss of pairs, with preferences."""
+    if (loss := config.pair_loss) is None:
+        return []
+    added = [f"{name} {x:g}" for name, x in vars(loss).items() if x]
+    return [f"loss       DPO, {', '.join(added)}; the reference is the model without its adapters"]
 
 
 def _grid(config: Config, ranks: int, where: str = "GPU") -> str:

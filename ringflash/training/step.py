@@ -5,7 +5,8 @@ DeepSpeed sees plain data parallelism over all ranks and averages their gradient
     local_sum * ranks / valid_tokens
 
 with valid_tokens counted over all ranks and all micro-batches. The average over ranks, summed over micro-batches, is
-then the gradient of the mean loss per predicted token, however unevenly the labels are distributed over shards.
+then the gradient of the mean loss per predicted token, however unevenly the labels are distributed over shards. With
+preferences, pairs are counted instead of tokens.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from ringflash.data.batches import Batch
 from ringflash.data.records import IGNORE
 from ringflash.models import layer_kinds, ring_inputs
 from ringflash.ring.plan import AttentionPlan
+from ringflash.training import positions, preference
 from ringflash.training.flops import attention_flops, delta_flops
 from ringflash.training.parallel import LayoutChooser
-from ringflash.training.positions import ByPosition, no_totals
+from ringflash.training.preference import PreferenceConfig, Preferences
 from ringflash.training.world import World
 
 
 class StepResult(NamedTuple):
     """The results of a step.
 
-    loss: float64 scalar, the mean loss per predicted token over all ranks. gradient_norm: of all weights, before
-    clipping; not finite if the update was skipped. learning_rate: of this step. pairs, attention_flops: float64
+    loss: float64 scalar, the mean loss per predicted token or pair, over all ranks. gradient_norm: of all weights,
+    before clipping; not finite if the update was skipped. learning_rate: of this step. pairs, attention_flops: float64
     scalars, the (query, key) pairs that attention computed over all ranks and layers, and its operations with those of
     linear attention, including the backward. imbalance: those operations of the busiest rank of this ring relative to
-    the mean, minus 1, in the worst micro-batch. by_position: the totals of `ByPosition`, over all ranks.
+    the mean, minus 1, in the worst micro-batch. by_position, preferences: the totals of the losses of tokens or
+    of pairs, over all ranks.
     """
 
     loss: Tensor
@@ -45,6 +48,7 @@ class StepResult(NamedTuple):
     attention_flops: Tensor
     imbalance: float
     by_position: Tensor
+    preferences: Tensor
 
 
 class MicroBatch(NamedTuple):
@@ -60,18 +64,22 @@ class MicroBatch(NamedTuple):
 
 
 def prepare(
-    engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: LayoutChooser
+    engine: deepspeed.DeepSpeedEngine,
+    batch: Batch,
+    world: World,
+    layout_for: LayoutChooser,
+    pair_loss: PreferenceConfig | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches of a step for train_step, with their layouts and plans, including those of windowed layers.
 
     This takes the host seconds for many ranks, so a thread may do it during the step before. batch: this replica's
-    sequences of the step, not sharded. layout_for: returns a mask's layout.
+    sequences of the step, not sharded. layout_for: returns a mask's layout. pair_loss: with preferences.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # in this thread; else memory would be pinned through the first GPU
     micro_batches = batch.split(engine.train_micro_batch_size_per_gpu())
     config = engine.module.model.config
-    shards = [shard(rows, world, layout_for, config) for rows in micro_batches]
+    shards = [shard(rows, world, layout_for, config, pair_loss) for rows in micro_batches]
     return [MicroBatch(inputs, *_work(config, inputs["plan"])) for inputs in shards]
 
 
@@ -80,16 +88,15 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
 
     All ranks skip the update if the gradient norm, or a micro-batch's loss on any rank, is not finite.
     """
-    valid = world.sum(sum((micro.inputs["shift_labels"] != IGNORE).sum() for micro in micro_batches)).clamp(min=1)
+    valid = world.sum(torch.stack([_counted(micro.inputs) for micro in micro_batches]).sum()).clamp(min=1)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     learning_rate = engine.learning_rate(engine.global_steps + 1)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     router_weight = valid / (len(micro_batches) * world.replicas)  # the mean over micro-batches, times `valid`
-    by_position = no_totals(world.device)
+    of_tokens, of_pairs = positions.no_totals(world.device), preference.no_totals(world.device)
     for micro in micro_batches:
-        by_position_here = ByPosition.of(micro.inputs, by_position)
-        loss = engine(**micro.inputs, router_weight=router_weight, by_position=by_position_here)
+        loss = forward(engine, micro.inputs, of_tokens, of_pairs, router_weight=router_weight)
         # 0 * loss makes all gradients NaN if the loss is not finite, without a host synchronisation.
         engine.backward(loss * (world.size / valid + 0 * loss.detach()), scale_wrt_gas=False)
         engine.step()
@@ -107,8 +114,27 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
         pairs=all_pairs,
         attention_flops=all_flops,
         imbalance=_imbalance(flops, world),
-        by_position=world.sum(by_position),
+        by_position=world.sum(of_tokens),
+        preferences=world.sum(of_pairs),
     )
+
+
+def forward(
+    engine: deepspeed.DeepSpeedEngine, inputs: dict[str, Any], of_tokens: Tensor, of_pairs: Tensor, **options: Any
+) -> Tensor:
+    """The summed loss of this rank's inputs, whose parts are added to the totals of tokens or of pairs."""
+    pairs: Preferences | None = inputs.get("preferences")
+    if pairs is None:
+        return engine(**inputs, by_position=positions.by_position(inputs, of_tokens), **options)
+    loss = engine(**inputs, **options)
+    of_pairs += pairs.totals
+    return loss
+
+
+def _counted(inputs: dict[str, Any]) -> Tensor:
+    """The tokens, or the pairs, whose losses this rank sums."""
+    pairs: Preferences | None = inputs.get("preferences")
+    return (inputs["shift_labels"] != IGNORE).sum() if pairs is None else pairs.totals[1, 0]
 
 
 def _work(config: PreTrainedConfig, plan: AttentionPlan) -> tuple[int, float]:
@@ -130,10 +156,19 @@ def _imbalance(work: Tensor, world: World) -> float:
     return float((most * world.ring.size / total.clamp(min=1)).max()) - 1
 
 
-def shard(batch: Batch, world: World, layout_for: LayoutChooser, config: PreTrainedConfig) -> dict[str, Any]:
-    """This rank's inputs of the model for a batch. layout_for: returns a mask's layout."""
+def shard(
+    batch: Batch,
+    world: World,
+    layout_for: LayoutChooser,
+    config: PreTrainedConfig,
+    pair_loss: PreferenceConfig | None = None,
+) -> dict[str, Any]:
+    """This rank's inputs of the model for a batch. layout_for: returns a mask's layout. pair_loss: with preferences."""
     # Ranks drew the same batch from the same seed, so there is nothing to compare; the ring may be in use by a step.
-    return ring_inputs(
+    inputs = ring_inputs(
         batch.tokens, shift_labels=batch.labels, documents=batch.documents, ring=world.ring, ulysses=world.ulysses,
         layout=layout_for, config=config, compare_ranks=False,
     )  # fmt: skip
+    if pair_loss is not None:
+        inputs["preferences"] = Preferences.of(pair_loss, batch, inputs["plan"], world)
+    return inputs

@@ -15,8 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ringflash import Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, checkpoint_layers, ring_inputs
-from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig, adapted, add_lora, merge, merged, write_adapter
+from ringflash.models.lora import (
+    CONFIG,
+    WEIGHTS,
+    LoraConfig,
+    adapted,
+    add_lora,
+    merge,
+    merged,
+    without_adapters,
+    write_adapter,
+)
 from ringflash.models.lora_linear import replace_adapted
+from ringflash.models.mlp import tile_mlps
 from tests.models.cases import tiny
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -120,6 +131,33 @@ def test_an_adapted_layer_has_the_gradients_of_peft_without_passes_over_its_outp
     layer[0].merge()
     with pytest.raises(RuntimeError, match="had it merged"):
         layer(x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_model_without_its_adapters_is_the_one_before_them_and_then_has_them_again(dropout):
+    model = tiny("llama").train()
+    inputs = ring_inputs(torch.arange(3, 43)[None], ring=Loopback(1))
+    expected = model(**inputs).logits
+    add_lora(model, LoraConfig(rank=3, dropout=dropout))
+    replace_adapted(model)
+    tile_mlps(model, 7)
+    for p in adapters(model).values():
+        nn.init.normal_(p)
+
+    def logits():
+        torch.manual_seed(0)
+        return model(**inputs).logits
+
+    before = logits()
+    assert (before - expected).abs().max() > 0.1
+    with without_adapters(model):
+        found = logits()
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    assert not found.requires_grad
+    after = logits()
+    assert torch.equal(after, before)
+    after.sum().backward()
+    assert all(p.grad is not None for p in adapters(model).values())
 
 
 def test_a_recomputed_layer_drops_what_its_forward_dropped():

@@ -100,7 +100,7 @@ def test_adapters_in_tiles_have_the_gradients_of_peft_and_frozen_weights_none(lo
     assert tiled.largest <= max(128 * WIDTH, TOKENS * TINY["hidden_size"])
 
 
-def test_adapters_with_dropout_are_left_alone_and_disabled_ones_refused():
+def test_adapters_with_dropout_are_left_alone_and_merged_ones_refused():
     model = tiny("llama")
     add_lora(model, LoraConfig(rank=3, dropout=0.1, targets=["up_proj"]))
     assert tiles_of(model) == set()
@@ -108,8 +108,8 @@ def test_adapters_with_dropout_are_left_alone_and_disabled_ones_refused():
     add_lora(model, LoraConfig(rank=3))
     tile_mlps(model, 5)
     layer = replaced_mlps(model)[0]
-    layer.up_proj.enable_adapters(False)
-    with pytest.raises(RuntimeError, match="had its adapters merged, disabled or changed"):
+    layer.up_proj.merge()
+    with pytest.raises(RuntimeError, match="had its adapters merged or changed"):
         layer(torch.zeros(1, 2, TINY["hidden_size"]))
 
 

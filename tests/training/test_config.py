@@ -50,6 +50,8 @@ def test_every_experiment_of_long_contexts_fits_its_gpus_and_gives_its_figures(n
 def test_every_option_of_every_group_composes(group, name):
     missing = {"data": ["data.path=somewhere"], "model": ["model.path=somewhere"]} if name != "stdlib" else {}
     needed = missing.get(group, []) if name in ("text", "jsonl", "csv", "parquet", "chat", "pretrained") else []
+    if name == "preferences":
+        needed = ["data.path=somewhere", "model=pretrained", "model.path=somewhere", "model.lora.rank=4"]
     compose([f"{group}={name}", *needed, *["data.sources={a: {path: somewhere}}"] * (name == "mixture")])
 
 

@@ -13,7 +13,7 @@ from ringflash.training.evaluation import HeldOut, evaluate
 from ringflash.training.loss import tiled_cross_entropy
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.positions import ByPosition, means, no_totals
+from ringflash.training.positions import by_position, means, no_totals
 from ringflash.training.step import prepare, train_step
 from tests.training.engines import DOCUMENTS, LENGTH, SEQUENCES, build, joined, sequences
 
@@ -140,8 +140,8 @@ def test_losses_by_position_are_sums_that_leave_the_loss_and_its_gradient_as_the
     labels[4] = -100
     inputs = {"position_ids": 1000 * torch.arange(20), "shift_labels": labels}
     found, totals = [], no_totals(torch.device("cpu"))
-    for by_position in (None, ByPosition.of(inputs, totals)):
-        loss = tiled_cross_entropy(hidden, weight, labels, tile, None, by_position=by_position)
+    for sums in (None, by_position(inputs, totals)):
+        loss = tiled_cross_entropy(hidden, weight, labels, tile, None, sums=sums)
         found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     assert all(map(torch.equal, *found))
     each = nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none").detach().double()

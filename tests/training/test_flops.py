@@ -46,6 +46,8 @@ def test_a_step_is_six_operations_per_weight_and_token_and_six_per_pair_head_and
     attention = attention_flops(11, Heads(query=2, key=1, dim=8, value_dim=6))
     assert attention == 6 * 11 * 2 * (8 + 6)
     assert step_flops(weights=1000, tokens=7, attention=attention) == 6 * 1000 * 7 + attention
+    with_reference = step_flops(weights=1000, tokens=7, attention=attention, frozen=900, reference=True)
+    assert with_reference == (6 * 1000 - 2 * 900 + 2 * 900) * 7 + attention * 4 / 3
 
 
 def test_the_delta_rule_is_18_operations_per_token_head_and_element_of_its_state():

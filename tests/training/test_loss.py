@@ -7,12 +7,12 @@ from torch import nn
 from ringflash.training.loss import LossHead, _capped, tiled_cross_entropy
 
 
-def whole(hidden, weight, labels, softcap, bias=0.0, scale=1.0):
+def whole(hidden, weight, labels, softcap, bias=0.0, scale=1.0, weights=1.0):
     """The same in float64 with all logits at once."""
     logits = scale * (hidden @ weight.T + bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    return (weights * nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)).sum()
 
 
 @pytest.mark.parametrize("tile", [1, 7, 64, 1000])
@@ -32,16 +32,16 @@ def test_any_tile_gives_the_loss_and_gradients_of_whole_logits(tile, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "softcap"])
-def test_a_heads_bias_and_scale_are_those_of_whole_logits(softcap):
-    head, hidden = nn.Linear(16, 97), torch.randn(50, 16)
-    labels = torch.randint(0, 97, (50,))
+def test_a_heads_bias_and_scale_and_weights_of_tokens_are_those_of_whole_logits(softcap):
+    head, hidden = nn.Linear(16, 97), torch.randn(50, 16, requires_grad=True)
+    labels, weights = torch.randint(0, 97, (50,)), torch.randn(50)
     labels[::5] = -100
-    loss = LossHead(head, 7, softcap, scale=0.3)(hidden, labels)
-    exact = [x.detach().double().requires_grad_() for x in (head.weight, head.bias)]
-    expected = whole(hidden.double(), exact[0], labels, softcap, exact[1], 0.3)
+    loss = LossHead(head, 7, softcap, scale=0.3)(hidden, labels, weights=weights)
+    exact = [x.detach().double().requires_grad_() for x in (head.weight, head.bias, hidden)]
+    expected = whole(exact[2], exact[0], labels, softcap, exact[1], 0.3, weights)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     for gradient, reference in zip(
-        torch.autograd.grad(loss, (head.weight, head.bias)), torch.autograd.grad(expected, exact), strict=True
+        torch.autograd.grad(loss, (head.weight, head.bias, hidden)), torch.autograd.grad(expected, exact), strict=True
     ):
         assert (gradient - reference).norm() / reference.norm() < 1e-6
 

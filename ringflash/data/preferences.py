@@ -1,0 +1,87 @@
+"""Preferences to pairs of documents: a prompt with the answer that was chosen, and with the one that was rejected.
+
+A record holds `prompt`, `chosen` and `rejected`, all texts or all messages, as in TRL. With messages, it may also hold
+`tools` and `system`. Without messages in `prompt`, those that `chosen` and `rejected` begin with alike are the prompt:
+
+    prompt                chosen               rejected
+    "2 + 2 = "            "4"                  "5"
+    [user]                [assistant]          [assistant]
+                          [user, assistant]    [user, assistant]
+
+Each half is read as a prompt and its completion are (chat.py), and becomes one document.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ringflash.data.chat import COMPLETION, PROMPT, SYSTEM, TOOLS, Dialogues, Rendered
+from ringflash.data.formats import Fields, Record, RecordError
+
+CHOSEN, REJECTED = "chosen", "rejected"
+
+
+class Preferences(Dialogues):
+    """Records are pairs of a chosen and a rejected answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, variables: dict[str, Any]) -> None:
+        """See `Dialogues`."""
+        super().__init__(tokenizer, name, None, variables)
+        self.fields = Fields((PROMPT, CHOSEN, REJECTED, TOOLS, SYSTEM), _refusal)
+
+    def parse(self, where: str, record: Record) -> list[Rendered]:
+        """The texts of a pair, the chosen one first."""
+        prompt, answers = self._divided(where, record)
+        asked = {PROMPT: prompt, TOOLS: record.get(TOOLS), SYSTEM: record.get(SYSTEM)}
+        chosen, rejected = (
+            self._answer(f"{where}: {name}", asked | {COMPLETION: answer}) for name, answer in answers.items()
+        )
+        if chosen.text == rejected.text:
+            raise RecordError(f"{where} has the same {CHOSEN} and {REJECTED}, which prefers nothing")
+        return [chosen, rejected._replace(begins=False)]
+
+    def _divided(self, where: str, record: Record) -> tuple[Any, dict[str, Any]]:
+        """The prompt and the two answers of a record, all texts or all lists of messages."""
+        prompt: Any = record.get(PROMPT)
+        answers: list[Any] = [record.get(CHOSEN), record.get(REJECTED)]
+        named = dict(zip((CHOSEN, REJECTED), answers, strict=True))
+        if not (all(isinstance(x, str) for x in answers) or all(isinstance(x, list) for x in answers)):
+            held = " and ".join(f"{x!r:.40} in {name}" for name, x in named.items())
+            raise RecordError(f"{where} holds {held}: both must be texts, or both lists of messages")
+        if isinstance(answers[0], str):
+            if not isinstance(prompt, str) or not prompt:
+                raise RecordError(f"{where}: {PROMPT} holds {prompt!r:.40}, and {CHOSEN} a text: it must be one too")
+            return prompt, named
+        if isinstance(prompt, list):
+            return prompt, named
+        self.counts["unread"] += prompt is not None
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False)))
+        return answers[0][:shared], {name: messages[shared:] for name, messages in named.items()}
+
+    def _answer(self, where: str, record: Record) -> Rendered:
+        """The text of a prompt and one answer. Raises RecordError for an answer of several documents."""
+        found = super().parse(where, record)
+        if len(found) > 1:
+            raise RecordError(
+                f"{where} has several messages of the assistant, of which the chat template renders earlier ones "
+                f"differently: give an answer of one message"
+            )
+        return found[0]
+
+    def remarks(self, counts: Counter[str]) -> list[str]:
+        """See `Dialogues`."""
+        unread = f"{counts['unread']:,} records have messages in {CHOSEN} and {REJECTED}, and a text in {PROMPT}"
+        beside = [f"{unread}, which is not read: the messages that both begin with are the prompt"]
+        return beside * (counts["unread"] > 0) + super().remarks(counts)
+
+
+def _refusal(available: Sequence[str]) -> str | None:
+    """None, or why a record with these fields cannot be used."""
+    if lacking := [name for name in (CHOSEN, REJECTED) if name not in available]:
+        return f"has no {' and no '.join(lacking)}; it has {', '.join(available) or 'no field'}"
+    return None
