@@ -52,7 +52,7 @@ from ringflash.models import build_model, layer_masks
 from ringflash.ring.cost import Machine, peak_flops, predict
 from ringflash.training.config import Config, compose
 from ringflash.training.engine import build_engine
-from ringflash.training.flops import attention_flops, delta_flops, matmul_parameters, step_flops
+from ringflash.training.flops import attention_flops, matmul_parameters, state_flops, step_flops
 from ringflash.training.launcher import local_world_size
 from ringflash.training.meter import memory_gib
 from ringflash.training.parallel import layout_chooser
@@ -252,7 +252,7 @@ def attention(model: PreTrainedModel, data: Batch) -> float:
     """Operations of attention on the pairs that a model's layers see, and of linear attention."""
     layers = layer_masks(model.config, data.mask())
     of_pairs = sum(count * attention_flops(mask.area(), heads) for mask, heads, count in layers)
-    return of_pairs + delta_flops(model.config, data.tokens.numel())
+    return of_pairs + state_flops(model.config, data.tokens.numel())
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:

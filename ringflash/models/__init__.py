@@ -19,7 +19,9 @@ whole sequence.
     inputs, ring_mask               a rank's inputs from whole sequences, and the mask that only the ring can read
     attention, checks               what transformers calls in each layer, and the calls that it refuses
     rope, rope_length, llama4       positions that depend on the model, on a document's length, on a chunk
-    delta_net, delta_kernels        layers of linear attention (gated DeltaNet)
+    linear_attention, recurrent     linear attention: the exchange around it, and what each kind of layer gives to it
+    delta_net, mamba2               the kinds: gated DeltaNet and Mamba-2
+    linear_kernels                  convolutions and recurrences on CPUs and GPUs
     router_loss                     the experts' load-balancing loss over whole sequences
     checkpointing, mlp, fused       recomputation, tiled MLPs, fused passes: set on a model's modules
     lora, lora_linear, quantized    adapters, their products, and QLoRA's 4-bit weights
@@ -46,16 +48,16 @@ from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.graph import step_graph
 from ringflash.models.inputs import ring_inputs
 from ringflash.models.layers import (
-    DeltaHeads,
     LayerKind,
+    StateHeads,
     calls_per_layer,
-    delta_heads,
-    delta_layers,
-    delta_refusal,
     input_widths,
     kinds_of_layers,
     layer_kinds,
     layer_masks,
+    state_heads,
+    state_layers,
+    state_refusal,
 )
 from ringflash.models.mlp import replaced_mlps, tile_mlps, tiles_of
 from ringflash.models.ring_mask import RingMask
@@ -65,13 +67,13 @@ from ringflash.models.router_loss import router_loss
 __all__ = [
     "ARCHITECTURES",
     "AttentionConfig",
-    "DeltaHeads",
     "FusedConfig",
     "Keep",
     "LayerKind",
     "ModelConfig",
     "RingCache",
     "RingMask",
+    "StateHeads",
     "allow_untested",
     "attention_kernels",
     "build_model",
@@ -79,9 +81,6 @@ __all__ = [
     "calls_per_layer",
     "check_length",
     "checkpoint_layers",
-    "delta_heads",
-    "delta_layers",
-    "delta_refusal",
     "experts_of",
     "field_refusal",
     "fix_rope_length",
@@ -99,6 +98,9 @@ __all__ = [
     "ring_inputs",
     "rope_per_document",
     "router_loss",
+    "state_heads",
+    "state_layers",
+    "state_refusal",
     "step_graph",
     "tile_mlps",
     "tiles_of",

@@ -21,6 +21,7 @@ _COUNTS = {
     "num_global_key_value_heads", "head_dim", "global_head_dim", "max_position_embeddings",
     "original_max_position_embeddings", "sliding_window", "num_local_experts", "num_experts_per_tok",
 }  # fmt: skip
+_OPTIONAL = {("granitemoehybrid", "num_local_experts")}  # counts of which there may be none
 _ABOVE_0 = {"rope_theta", "factor", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
 # transformers makes a Python list of layers, long before there is a weight; a window may be longer than any sequence
 _MOST = {"num_hidden_layers": 10_000, "sliding_window": math.inf}
@@ -39,7 +40,8 @@ def value_refusal(settings: Mapping[str, Any]) -> str | None:
         if name == "rope_theta" and not isinstance(value, int | float):
             return f"{key}={value} must be a number"
         if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_id"):
-            least, most = 1 if name in _COUNTS else 0, _MOST.get(name, LARGEST)
+            counted = name in _COUNTS and (settings.get("model_type"), name) not in _OPTIONAL
+            least, most = int(counted), _MOST.get(name, LARGEST)
             if name in _ABOVE_0 and not 0 < value < math.inf:
                 return f"{key}={value} must be above 0 and finite"
             if not least <= value < math.inf:

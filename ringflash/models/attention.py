@@ -16,8 +16,8 @@ from ringflash.mask import check_tokens
 from ringflash.models.cache import RingCache, pop_pending
 from ringflash.models.checks import check_call, check_keywords
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
-from ringflash.models.delta_net import put_on_ring
 from ringflash.models.layers import first_attention
+from ringflash.models.linear_attention import put_on_ring
 from ringflash.models.llama4 import of_layer, scaled_in_document
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope import scales_by_position

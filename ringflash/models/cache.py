@@ -35,9 +35,9 @@ from ringflash.kernels.checks import OUT_DTYPES
 from ringflash.layout import Layout
 from ringflash.mask import check_tokens
 from ringflash.models.configuration import refusal
-from ringflash.models.families import has_chunks, has_delta
+from ringflash.models.families import has_chunks
 from ringflash.models.inputs import agree, checksum
-from ringflash.models.layers import calls_per_layer, layer_kinds
+from ringflash.models.layers import calls_per_layer, layer_kinds, state_heads
 from ringflash.models.rope_length import is_length_aware, length_refusal
 from ringflash.ring.cache_plan import CHUNK, CachePlan, CacheState, rows_for
 from ringflash.ring.decode import Attention, DeviceStep, LayerCache, attention_on_device, cached_attention
@@ -324,7 +324,7 @@ def cache_refusal(config: PreTrainedConfig) -> str | None:
             f"model_type={config.model_type} is not supported by a RingCache: it keeps the keys of one call of "
             f"attention per layer"
         )
-    if has_delta(config.model_type):
+    if state_heads(config) is not None:
         return (
             f"model_type={config.model_type} is not supported by a RingCache: it keeps keys, and no states of linear "
             f"attention"

@@ -20,9 +20,9 @@ from ringflash import kernels
 from ringflash.errors import ConfigError, hub_hint
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
-from ringflash.models.delta_kernels import device_refusal
-from ringflash.models.families import TEXT_MODELS, allow_untested, family_refusal, has_chunks, has_delta
+from ringflash.models.families import TEXT_MODELS, Recurrence, allow_untested, family_refusal, has_chunks, recurrence_of
 from ringflash.models.layers import layer_kinds
+from ringflash.models.linear_kernels import device_refusal
 from ringflash.models.lora import ROPE, LoraConfig, is_adapter, read_fields
 from ringflash.models.rope import LENGTH_DEPENDENT, extended, rope_kinds, rope_refusal, supported_positions
 from ringflash.models.rope_length import length_refusal
@@ -146,12 +146,17 @@ def _configuration(config: ModelConfig) -> PreTrainedConfig:
     for name in settings:
         if (reason := field_refusal(model_type, name)) is not None:
             raise ConfigError(reason)
-    if (reason := value_refusal(settings)) is not None:
+    if (reason := value_refusal({"model_type": model_type, **settings})) is not None:
         raise ConfigError(f"model.architecture.{reason}")
     try:
         hf_config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # transformers raises its own validation types
         raise ConfigError(refused("model.architecture.", error, settings)) from error
+    if (layers := settings.get("num_hidden_layers", hf_config.num_hidden_layers)) != hf_config.num_hidden_layers:
+        raise ConfigError(
+            f"model.architecture.num_hidden_layers={layers} is not the {hf_config.num_hidden_layers} layers that "
+            f"layer_types={hf_config.layer_types} has"
+        )
     special = settings | {"pad_token_id": hf_config.pad_token_id}  # which has a row of the embedding, set or not
     if (reason := token_refusal(special, hf_config.vocab_size)) is not None:
         raise ConfigError(f"model.architecture.{reason}")
@@ -277,23 +282,25 @@ def refusal(config: PreTrainedConfig) -> str | None:
         return BIDIRECTIONAL.replace("is_causal=False", f"use_bidirectional_attention={seen}")
     if has_chunks(config.model_type) and not config.attention_chunk_size:
         return f"attention_chunk_size={config.attention_chunk_size} is not supported: it must be 1 or more tokens"
-    return (_delta_refusal(config) if has_delta(config.model_type) else None) or rope_refusal(config)
+    recurrence = recurrence_of(config.model_type)
+    return (None if recurrence is None else _recurrence_refusal(config, recurrence)) or rope_refusal(config)
 
 
-def _delta_refusal(config: Any) -> str | None:
-    """None, or what of a model with gated DeltaNet layers is not supported."""
+def _recurrence_refusal(config: Any, names: Recurrence) -> str | None:
+    """None, or what of a model with linear attention is not supported."""
     kinds = config.layer_types
-    if set(kinds) - {"linear_attention", "full_attention"} or "full_attention" not in kinds:
+    if set(kinds) - {*names.layers} or not {"full_attention", "hybrid"} & {*kinds}:
         return (
-            f"layer_types={kinds} is not supported: all must be linear_attention or full_attention, and one the latter"
+            f"layer_types={kinds} is not supported: all must be one of {', '.join(names.layers)}, and one must have "
+            f"attention"
         )
-    if config.hidden_act != "silu":
-        return f"hidden_act={config.hidden_act} is not supported: the convolutions of linear attention have silu alone"
-    if config.linear_num_value_heads % config.linear_num_key_heads:
-        return (
-            f"linear_num_value_heads={config.linear_num_value_heads} is not divisible by "
-            f"linear_num_key_heads={config.linear_num_key_heads}"
-        )
+    if names.activation is not None and (activation := getattr(config, names.activation)) != "silu":
+        return f"{names.activation}={activation} is not supported: the convolutions of linear attention have silu alone"
+    key, value = getattr(config, names.key_heads), getattr(config, names.value_heads)
+    if value % key:
+        return f"{names.value_heads}={value} is not divisible by {names.key_heads}={key}"
+    if weight := getattr(config, "z_loss_coefficient", 0.0):
+        return f"z_loss_coefficient={weight} is not supported: that loss would be a mean over a shard; set it to 0"
     if (by_length := rope_kinds(config)) in LENGTH_DEPENDENT:
         return f"rope_parameters.rope_type={by_length} is not supported in a model with linear attention"
     return None
@@ -351,6 +358,8 @@ def attention_kernels(
 
 def experts_of(config: PreTrainedConfig) -> tuple[int, int]:
     """Experts of a layer, and the number that a token is routed to; (1, 1) where there are none."""
+    if config.model_type == "nemotron_h" and "moe" not in config.layer_types:
+        return 1, 1
     experts, active = (
         next((x for name in names if (x := getattr(config, name, None))), 1) for names in (_EXPERTS, _ACTIVE)
     )
@@ -363,5 +372,5 @@ def logit_scale(config: PreTrainedConfig) -> float:
         return 1 / config.logits_scaling
     if config.model_type == "hyperclovax":
         return config.logits_scaling
-    given = getattr(config, "logit_scale", None)
+    given = getattr(config, "lm_head_multiplier" if config.model_type == "falcon_h1" else "logit_scale", None)
     return 1.0 if given is None else given

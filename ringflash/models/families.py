@@ -20,24 +20,60 @@ class Windows(Enum):
     ALL = "all, where sliding_window is set"
 
 
+class Recurrence(NamedTuple):
+    """Layers of linear attention: the fields of a configuration that describe them, and their classes.
+
+    Each value head has a state [dim, value_dim], and as many value heads share each key head.
+    """
+
+    key_heads: str
+    value_heads: str
+    dim: str
+    value_dim: str
+    classes: tuple[str, ...]  # what the names of transformers' classes end with
+    operations: int  # of a token's forward, per element of a state
+    activation: str | None = "hidden_act"  # that of the convolutions; None: always SiLU
+    layers: tuple[str, ...] = ("linear_attention", "full_attention")  # what layer_types may name
+    gpus: bool = True  # whether its kernels are proven on GPUs
+
+
 class Family(NamedTuple):
     """What a family asks of attention, apart from causal masks and grouped heads."""
 
     windows: Windows = Windows.NONE
     needs: str = ""  # further needs, for docs/models.md
     chunks: bool = False  # whether the layers that layer_types names chunked_attention are limited to chunks
-    delta: bool = False  # whether the layers that layer_types names linear_attention are gated DeltaNet
+    recurrence: Recurrence | None = None  # of the layers that layer_types names linear_attention or hybrid
 
 
 _EXPERTS, _LATENT = "experts", "latent heads (MLA): keys larger than values"
-_DELTA = "gated DeltaNet layers"
+_DELTA, _MAMBA = "gated DeltaNet layers", "Mamba-2 layers"
 _SOME, _ALL = Windows.SOME, Windows.ALL
+# With the delta rule, keys and queries read a state, and an update writes it. In a scan no key reads it.
+_DELTA_RULE = Recurrence(
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    ("GatedDeltaNet",), operations=6,
+)  # fmt: skip
+_SCAN = Recurrence(
+    "mamba_n_groups",
+    "mamba_n_heads",
+    "mamba_d_state",
+    "mamba_d_head",
+    ("Mixer", "MambaLayer"),
+    operations=4,
+    gpus=False,
+)
+_NEMOTRON_SCAN = _SCAN._replace(
+    key_heads="n_groups", value_heads="mamba_num_heads", dim="ssm_state_size", value_dim="mamba_head_dim",
+    activation="mamba_hidden_act", layers=(*_SCAN.layers, "moe", "mlp"),
+)  # fmt: skip
 
 FAMILIES = {
     "afmoe": Family(_SOME, _EXPERTS),
     "apertus": Family(),
     "arcee": Family(),
     "axk1": Family(needs=f"{_EXPERTS}, {_LATENT}"),
+    "bamba": Family(needs=_MAMBA, recurrence=_SCAN),
     "bitnet": Family(),
     "cohere": Family(needs="logit_scale"),
     "cohere2": Family(_SOME, "logit_scale"),
@@ -51,6 +87,7 @@ FAMILIES = {
     "ernie4_5_moe": Family(needs=_EXPERTS),
     "exaone4": Family(_SOME),
     "exaone_moe": Family(_SOME, _EXPERTS),
+    "falcon_h1": Family(needs=f"{_MAMBA} beside attention, multipliers", recurrence=_SCAN._replace(layers=("hybrid",))),
     "flex_olmo": Family(needs=_EXPERTS),
     "gemma": Family(),
     "gemma2": Family(_SOME, "softcaps of scores and logits"),
@@ -67,6 +104,9 @@ FAMILIES = {
     "granite_swa": Family(_SOME, "sinks, logits_scaling"),
     "granitemoe": Family(needs=f"{_EXPERTS}, logits_scaling"),
     "granitemoe_swa": Family(_SOME, f"{_EXPERTS}, sinks, logits_scaling"),
+    "granitemoehybrid": Family(
+        needs=f"{_MAMBA}, layers without positions, {_EXPERTS}, logits_scaling", recurrence=_SCAN
+    ),
     "granitemoeshared": Family(needs=f"{_EXPERTS}, logits_scaling"),
     "helium": Family(),
     "hunyuan_v1_dense": Family(needs="dynamic RoPE with alpha"),
@@ -86,10 +126,13 @@ FAMILIES = {
     "mistral": Family(_ALL),
     "mixtral": Family(_ALL, _EXPERTS),
     "nanochat": Family(needs="softcap of logits"),
+    "nemotron_h": Family(
+        needs=f"{_MAMBA}, no positions, layers of experts or of an MLP alone", recurrence=_NEMOTRON_SCAN
+    ),
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(_SOME),
-    "olmo_hybrid": Family(needs=f"{_DELTA}, layers without positions", delta=True),
+    "olmo_hybrid": Family(needs=f"{_DELTA}, layers without positions", recurrence=_DELTA_RULE),
     "olmoe": Family(needs=_EXPERTS),
     "persimmon": Family(),
     "phi": Family(needs="bias of logits"),
@@ -98,10 +141,10 @@ FAMILIES = {
     "qwen2": Family(_SOME),
     "qwen2_moe": Family(_SOME, _EXPERTS),
     "qwen3": Family(_SOME),
-    "qwen3_5_moe_text": Family(needs=f"{_DELTA}, {_EXPERTS}", delta=True),
-    "qwen3_5_text": Family(needs=_DELTA, delta=True),
+    "qwen3_5_moe_text": Family(needs=f"{_DELTA}, {_EXPERTS}", recurrence=_DELTA_RULE),
+    "qwen3_5_text": Family(needs=_DELTA, recurrence=_DELTA_RULE),
     "qwen3_moe": Family(_ALL, _EXPERTS),
-    "qwen3_next": Family(needs=f"{_DELTA}, {_EXPERTS}", delta=True),
+    "qwen3_next": Family(needs=f"{_DELTA}, {_EXPERTS}", recurrence=_DELTA_RULE),
     "seed_oss": Family(),
     "smollm3": Family(_SOME, "layers without positions"),
     "solar_open": Family(needs=_EXPERTS),
@@ -112,17 +155,18 @@ FAMILIES = {
 ARCHITECTURES = tuple(FAMILIES)
 
 _RECURRENT = "layers of linear attention, recurrence or convolution carry state over the tokens of a shard"
+_SHARED = "its layers share an attention that does not know in which of them it runs"
 _IMAGES = "a model of images and text, and only models of text are on the ring"
 _NO_PLAN = "transformers passes no keywords, and so no plan, to its attention"
 _OWN_MASK = "its attention makes a mask of its own"
 _SPARSE = "its attention selects keys by score, which no interval of keys describes"
 REFUSED = {
     **dict.fromkeys(
-        ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba",
-         "mamba2", "minimax", "nemotron_h", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
-         "zaya"),
+        ("falcon_mamba", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba",
+         "mamba2", "minimax", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zaya"),
         _RECURRENT,
     ),
+    "zamba2": _SHARED,
     **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), _SPARSE),
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mllama"), _IMAGES),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), f"{_IMAGES}; of its folders, model.path takes the text model"),
@@ -182,9 +226,9 @@ def has_chunks(model_type: str) -> bool:
     return model_type in FAMILIES and FAMILIES[model_type].chunks
 
 
-def has_delta(model_type: str) -> bool:
-    """Whether a family has layers of gated DeltaNet."""
-    return model_type in FAMILIES and FAMILIES[model_type].delta
+def recurrence_of(model_type: str) -> Recurrence | None:
+    """The linear attention of a family; None for a family without any."""
+    return FAMILIES[model_type].recurrence if model_type in FAMILIES else None
 
 
 def windows_of(model_type: str, by_layer: bool) -> Windows:

@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig
 from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask, document_rows
 from ringflash.models.configuration import refusal
-from ringflash.models.delta_kernels import device_refusal
-from ringflash.models.delta_net import put_on_ring
-from ringflash.models.layers import delta_heads, delta_refusal, layer_masks
+from ringflash.models.layers import layer_masks, state_heads, state_refusal
+from ringflash.models.linear_attention import put_on_ring
+from ringflash.models.linear_kernels import device_refusal
 from ringflash.models.llama4 import by_layer_type
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, fastest
@@ -114,7 +114,7 @@ def _model_inputs(
     keywords, count = ({}, None) if targets is None else _shard_labels(targets, plan)
     shard = plan.shard(ids)
     stand_in = RingMask(shard.shape, count, plan.ring.device, plan=plan)
-    if config is not None and delta_heads(config) is not None:
+    if config is not None and state_heads(config) is not None:
         plan.sequences(len(ids))
     return keywords | {
         "input_ids": shard,
@@ -147,9 +147,7 @@ def _check_config(config: Any, ranks: int, device: torch.device) -> None:
         return
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config must be model.config, a transformers configuration, got {type(config).__name__}")
-    delta = delta_heads(config)
-    shares = None if delta is None else delta_refusal(delta.key, ranks)
-    if (reason := refusal(config) or shares or device_refusal(config, device)) is not None:
+    if (reason := refusal(config) or state_refusal(config, ranks) or device_refusal(config, device)) is not None:
         raise ValueError(f"config.{reason}")
     put_on_ring(config)
 

@@ -1,22 +1,25 @@
 """The arguments of attention in each layer of a model, from its configuration: heads, their sizes, windows.
 
 Layers of one model may differ. Gemma 4's full layers have larger and fewer KV heads than those with a window, and
-MiMo-V2-Flash's have half as many KV heads. Layouts, FLOPs, memory and caches are counted kind by kind. Gated DeltaNet
-layers have no attention, but heads of their own.
+MiMo-V2-Flash's have half as many KV heads. Layouts, FLOPs, memory and caches are counted kind by kind. Layers of linear
+attention have heads with states, beside attention or without it.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
 from ringflash.mask import IntervalMask
-from ringflash.models.families import Windows, has_chunks, has_delta, windows_of
+from ringflash.models.families import Recurrence, Windows, has_chunks, recurrence_of, windows_of
+from ringflash.models.recurrent import divides
 from ringflash.ring.cost import Heads, Layers
 from ringflash.ring.plan import AttentionPlan
+
+# What layer_types names the layers with linear attention, and those with attention.
+_STATES, _ATTENTIONS = ("linear_attention", "hybrid"), ("full_attention", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,17 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
-class DeltaHeads:
-    """Heads of gated DeltaNet layers: their numbers, and their sizes, which are also those of a state."""
+class StateHeads:
+    """Heads of linear attention: their numbers, and their sizes, which are also those of a value head's state.
+
+    operations: those of a token's forward per element of a state.
+    """
 
     key: int
     value: int
     dim: int
     value_dim: int
+    operations: int
 
     @property
     def convolved(self) -> int:
@@ -56,42 +63,47 @@ class DeltaHeads:
         return 2 * self.key * self.dim + self.value * self.value_dim
 
 
-def delta_heads(config: PreTrainedConfig) -> DeltaHeads | None:
-    """The heads of a model's gated DeltaNet layers; None for a family without any."""
-    if not has_delta(config.model_type):
+def state_heads(config: PreTrainedConfig) -> StateHeads | None:
+    """The heads of a model's linear attention; None for a model without any."""
+    if (recurrence := recurrence_of(config.model_type)) is None or not state_layers(config):
         return None
-    of_key, of_value = config.linear_key_head_dim, config.linear_value_head_dim
-    return DeltaHeads(config.linear_num_key_heads, config.linear_num_value_heads, of_key, of_value)
+    key, value, dim, value_dim = (getattr(config, name) for name in recurrence[:4])
+    return StateHeads(key, value, dim, value_dim, recurrence.operations)
 
 
-def delta_layers(config: PreTrainedConfig) -> int:
-    """The number of a model's gated DeltaNet layers."""
-    return sum(kind is None for kind in kinds_of_layers(config))
+def state_layers(config: PreTrainedConfig) -> int:
+    """The number of a model's layers with linear attention."""
+    return 0 if recurrence_of(config.model_type) is None else sum(kind in _STATES for kind in config.layer_types)
 
 
-def delta_refusal(key_heads: int, ranks: int) -> str | None:
-    """None, or why the `ranks` ranks of a sequence cannot share these heads."""
-    if key_heads % ranks == 0:
+def state_refusal(config: PreTrainedConfig, ranks: int) -> str | None:
+    """None, or why the `ranks` ranks of a sequence cannot share a model's heads of linear attention."""
+    heads, recurrence = state_heads(config), recurrence_of(config.model_type)
+    if heads is None or recurrence is None:
         return None
-    most = math.gcd(key_heads, ranks)
+    return sharing_refusal(recurrence, heads.key, heads.value, ranks)
+
+
+def sharing_refusal(recurrence: Recurrence, key: int, value: int, ranks: int) -> str | None:
+    """None, or why the `ranks` ranks of a sequence cannot share these key heads and value heads."""
+    if divides(key, value, ranks):
+        return None
+    most = max(n for n in range(1, ranks) if ranks % n == 0 and divides(key, value, n))
     return (
-        f"linear_num_key_heads={key_heads} does not divide among the {ranks} ranks of a sequence (ring x ulysses), "
-        f"which exchange tokens for heads: give each sequence {most}, as by parallel.ring={most} parallel.ulysses=1"
+        f"{recurrence.value_heads}={value} with {recurrence.key_heads}={key} does not divide among the {ranks} ranks "
+        f"of a sequence (ring x ulysses), which exchange tokens for heads: give each sequence {most}, as by "
+        f"parallel.ring={most} parallel.ulysses=1"
     )
 
 
 def kinds_of_layers(config: PreTrainedConfig) -> list[LayerKind | None]:
     """The kind of each layer, in order; None for layers without attention."""
-    delta = has_delta(config.model_type)
-    return [
-        None if delta and config.layer_types[layer] == "linear_attention" else _kind(config, layer)
-        for layer in range(config.num_hidden_layers)
-    ]
+    return [_kind(config, layer) if attends else None for layer, attends in enumerate(_attends(config))]
 
 
 def first_attention(config: PreTrainedConfig) -> int:
     """The first layer with attention, which a model must have."""
-    return config.layer_types.index("full_attention") if has_delta(config.model_type) else 0
+    return _attends(config).index(True)
 
 
 def layer_kinds(config: PreTrainedConfig) -> dict[LayerKind, int]:
@@ -117,6 +129,13 @@ def input_widths(config: PreTrainedConfig) -> list[int]:
     """
     own = getattr(config, "hidden_size_per_layer_input", None)
     return [config.hidden_size * getattr(config, "altup_num_inputs", 1), *([own] if own else [])]
+
+
+def _attends(config: PreTrainedConfig) -> list[bool]:
+    """Whether each layer has attention."""
+    if recurrence_of(config.model_type) is None:
+        return [True] * config.num_hidden_layers
+    return [kind in _ATTENTIONS for kind in config.layer_types]
 
 
 def chunk_size(config: PreTrainedConfig, layer: int) -> int | None:

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from ringflash.models import (
-    DeltaHeads,
     Keep,
+    StateHeads,
     calls_per_layer,
-    delta_heads,
     experts_of,
     input_widths,
     kinds_of_layers,
     layer_kinds,
+    state_heads,
 )
 from ringflash.ring.attention import GROUP_BYTES
 from ringflash.ring.cost import Heads
@@ -97,8 +97,8 @@ def estimate(
     if memory.recompute and experts_of(config)[0] == 1:
         kept = sum(kept_sizes(config, memory.keep, tokens, width, "gpu"))
         work = max(_work(config, kind.heads, tokens, width, ring) for kind in layer_kinds(config))
-        if (delta := delta_heads(config)) is not None:
-            work = max(work, _delta_work(config, delta, tokens, width, ring))
+        if (of_states := state_heads(config)) is not None:
+            work = max(work, _state_work(config, of_states, tokens, width, ring))
         work += on_host / config.num_hidden_layers  # a layer's share is on its way
     return Estimate(
         states=parameters * each.states + buffers,
@@ -162,8 +162,8 @@ def _work(config: PreTrainedConfig, heads: Heads, tokens: int, width: int, ring:
     return tokens * numbers * width + gradients + received
 
 
-def _delta_work(config: PreTrainedConfig, heads: DeltaHeads, tokens: int, width: int, ring: int) -> float:
-    """Bytes that the backward of a gated DeltaNet layer holds, of flash-linear-attention's tensors and the norm's.
+def _state_work(config: PreTrainedConfig, heads: StateHeads, tokens: int, width: int, ring: int) -> float:
+    """Bytes that the backward of a layer of linear attention holds, of flash-linear-attention's tensors and the norm's.
 
     A rank has some tokens of all heads or all tokens of some heads, which are as many numbers.
     """

@@ -6,9 +6,9 @@ not computed either, which is not subtracted.) Attention takes 4 operations per 
 and head dimension forward (q k^T and p v) and twice that backward. Masked pairs are not counted and neither is
 recomputation, so this is causal MFU: the operations that the model needs, divided by the peak of the GPUs.
 
-The delta rule of linear attention takes 6 operations per token, value head and element of the head's state forward (a
-key and a query read the state, and an update writes it) and twice that backward. Kernels that work on chunks of tokens
-do more, which is not counted.
+Linear attention takes operations per token, value head and element of the head's state. With the delta rule these are 6
+forward: a key and a query read the state, and an update writes it. In Mamba-2 layers no key reads it, so they are 4.
+The backward takes twice as many. Kernels that work on chunks of tokens do more, which is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ringflash.models import delta_heads, delta_layers, experts_of
+from ringflash.models import experts_of, state_heads, state_layers
 from ringflash.models.quantized import shape_of
 from ringflash.ring.cost import Heads
 
@@ -45,14 +45,15 @@ def attention_flops(pairs: float, heads: Heads) -> float:
     return 6.0 * pairs * heads.products
 
 
-def delta_flops(config: PreTrainedConfig, tokens: float) -> float:
-    """Operations of a step's delta rule on tokens, in all gated DeltaNet layers of a model; 0 without any."""
-    heads = delta_heads(config)
-    return 0.0 if heads is None else 18.0 * delta_layers(config) * tokens * heads.value * heads.dim * heads.value_dim
+def state_flops(config: PreTrainedConfig, tokens: float) -> float:
+    """Operations of a step's linear attention on tokens, in all layers of a model; 0 without any."""
+    if (heads := state_heads(config)) is None:
+        return 0.0
+    return 3.0 * heads.operations * state_layers(config) * tokens * heads.value * heads.dim * heads.value_dim
 
 
 def step_flops(weights: int, tokens: int, attention: float, frozen: int = 0, reference: bool = False) -> float:
-    """Operations of a step: weights, and of these those frozen, as matmul_parameters counts them; attention's and the
-    delta rule's, of all layers. reference: whether a forward of the frozen weights alone is added, as in DPO."""
+    """Operations of a step: weights, and of these those frozen, as matmul_parameters counts them; attention's, also
+    linear, of all layers. reference: whether a forward of the frozen weights alone is added, as in DPO."""
     added = 2.0 * frozen * tokens + attention / 3 if reference else 0.0
     return (6.0 * weights - 2.0 * frozen) * tokens + attention + added

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from ringflash.errors import ConfigError
 from ringflash.layout import FITTED, LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask
-from ringflash.models import delta_heads, delta_refusal, layer_kinds, layer_masks
+from ringflash.models import layer_kinds, layer_masks, state_refusal
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, best_ulysses, fastest
 from ringflash.ring.transport import TRANSPORTS
 from ringflash.ring.ulysses import heads_refusal
@@ -101,10 +101,9 @@ def resolve_parallel(
     Raises ConfigError if heads do not divide among the Ulysses ranks, or those of linear attention among all ranks of a
     sequence, or if the Ulysses ranks are not on one machine.
     """
-    if (delta := delta_heads(model)) is not None:
-        sharing = ranks if config.ulysses is None else config.ring_size(ranks) * config.ulysses
-        if (reason := delta_refusal(delta.key, sharing)) is not None:
-            raise ConfigError(f"model.architecture.{reason}")
+    sharing = ranks if config.ulysses is None else config.ring_size(ranks) * config.ulysses
+    if (reason := state_refusal(model, sharing)) is not None:
+        raise ConfigError(f"model.architecture.{reason}")
     if config.ulysses is None:
         ulysses, why = best_ulysses(
             layer_masks(model, IntervalMask.causal(length)), ranks, ranks_per_node, _machine(config, across=False),

@@ -24,7 +24,7 @@ from ringflash.data.records import IGNORE
 from ringflash.models import layer_kinds, ring_inputs
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training import positions, preference
-from ringflash.training.flops import attention_flops, delta_flops
+from ringflash.training.flops import attention_flops, state_flops
 from ringflash.training.parallel import LayoutChooser
 from ringflash.training.preference import PreferenceConfig, Preferences
 from ringflash.training.world import World
@@ -144,8 +144,8 @@ def _work(config: PreTrainedConfig, plan: AttentionPlan) -> tuple[int, float]:
         of_kind = layers * sum(hop.pairs for hops in kind.plan(plan).hops for hop in hops)
         pairs += of_kind
         flops += attention_flops(of_kind, kind.heads)
-    # All ranks have the same part of the delta rule: that of some heads.
-    return pairs, flops + delta_flops(config, plan.batch * plan.layout.length / plan.ring.size)
+    # All ranks have the same part of linear attention: that of some heads.
+    return pairs, flops + state_flops(config, plan.batch * plan.layout.length / plan.ring.size)
 
 
 def _imbalance(work: Tensor, world: World) -> float:

@@ -28,15 +28,24 @@ DELTA = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 12, "linear_num_value_heads": 24,
     "linear_key_head_dim": 4, "linear_value_head_dim": 2,
 }  # fmt: skip
+# 12 heads in 2 groups: blocks of 2 and 4 ranks are of one group, and those of 3 ranks are of one or of both.
+MAMBA = {
+    "layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 12, "mamba_n_groups": 2, "mamba_d_state": 6,
+    "mamba_expand": 3, "time_step_limit": (0.9, 1.6),
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
 
 SPECIFIC = {
+    "bamba": {**{name: x for name, x in MAMBA.items() if name != "layer_types"}, "attn_layer_indices": [1]},
     "cohere": {"logit_scale": 0.3},
     "cohere2": {"logit_scale": 0.3},
     "cohere2_moe": {"logit_scale": 0.3},
     "diffllama": {"lambda_std_dev": 0.3},  # gradients of lambda are otherwise a thousandth of all, and rounding shows
+    "falcon_h1": {**{name: x for name, x in MAMBA.items() if name != "layer_types"}, "mamba_d_ssm": 48,
+                  "key_multiplier": 0.7, "lm_head_multiplier": 0.3, "ssm_in_multiplier": 1.3, "mamba_rms_norm": True,
+                  "ssm_multipliers": [0.8, 1.2, 0.9, 1.1, 0.7], "mamba_norm_before_gate": False},
     "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0,
                "query_pre_attn_scalar": 8},
     "gemma3_text": {"final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8},
@@ -55,6 +64,7 @@ SPECIFIC = {
     "granitemoe": {"logits_scaling": 3.0},
     "granitemoe_swa": {"logits_scaling": 3.0},
     "granitemoeshared": {"logits_scaling": 3.0},
+    "granitemoehybrid": {**MAMBA, "logits_scaling": 3.0},
     "hyperclovax": {"logits_scaling": 0.3},
     "llama": {"rope_parameters": LLAMA3},
     "llama4_text": {"intermediate_size_mlp": 64, "attention_chunk_size": 7, "no_rope_layer_interval": 2,
@@ -63,6 +73,9 @@ SPECIFIC = {
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}, "max_position_embeddings": 64},
     "mistral": {"sliding_window": 7},
     "nanochat": {"final_logit_softcapping": 4.0},
+    "nemotron_h": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
+                   "mamba_num_heads": 12, "mamba_head_dim": 4, "n_groups": 2, "ssm_state_size": 6, "time_step_min": 0.9,
+                   "moe_shared_expert_intermediate_size": 16},
     "olmo_hybrid": DELTA,
     "phi3": {"sliding_window": 6, "eos_token_id": 1, "bos_token_id": 2},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},

@@ -22,7 +22,9 @@ PHI4 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20, "sl
 BEYOND = {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}
 ALPHA = {"rope_parameters": DYNAMIC | {"alpha": 3.0}, "max_position_embeddings": 20}
 ALSO = {  # further models of a family whose models differ in kind
-    "gemma4_text": [GEMMA4_EXPERTS], "hunyuan_v1_dense": [ALPHA], "llama": [BEYOND], "phi3": [PHI4],
+    "falcon_h1": [{"mamba_rms_norm": False}], "gemma4_text": [GEMMA4_EXPERTS],
+    "granitemoehybrid": [{"position_embedding_type": "rope", "num_local_experts": 0}],
+    "hunyuan_v1_dense": [ALPHA], "llama": [BEYOND], "phi3": [PHI4],
     "olmo_hybrid": [{"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "linear_allow_neg_eigval": False}],
     "phimoe": [{"rope_parameters": PHIMOE_ROPE}],
 }  # fmt: skip

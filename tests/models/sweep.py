@@ -28,7 +28,7 @@ document by document, in fp32. It covers:
   with those of the actual call of attention;
 - two models where the models of a family differ in kind: shared keys and experts for Gemma 4, a window and longrope for
   Phi 3 and phimoe, dynamic RoPE for Llama and Hunyuan. Their documents are shorter and longer than the original length.
-  OLMo Hybrid is proven with and without positions.
+  OLMo Hybrid and Granite 4 are proven with and without positions, and Falcon-H1 with and without a gated norm.
 
 The table has the largest relative errors of a loss (PASS: {loss:g} at most), and of a parameter's gradient
 ({gradient:g} at most). transformers {version}.
@@ -74,26 +74,37 @@ The family cannot be used with a cache. Published checkpoints are of `llama4`, w
 
 ## Linear attention
 
-The Qwen3.5, Qwen3-Next and OLMo Hybrid families have gated DeltaNet layers, which carry a state from token to token of
-a document. In such a layer, the ranks of a sequence exchange tokens for heads, and each computes whole documents of its
-own heads ([ringflash/models/delta_net.py](../ringflash/models/delta_net.py)). In your own loop, pass the model's
+These families have layers that carry a state from token to token of a document:
+
+- Qwen3.5, Qwen3-Next and OLMo Hybrid have gated DeltaNet layers
+  ([ringflash/models/delta_net.py](../ringflash/models/delta_net.py)).
+- Nemotron-H, Granite 4 (granitemoehybrid), Bamba and Falcon-H1 have Mamba-2 layers
+  ([ringflash/models/mamba2.py](../ringflash/models/mamba2.py)).
+
+In such a layer, the ranks of a sequence exchange tokens for heads, and each computes whole documents of its own heads
+([ringflash/models/linear_attention.py](../ringflash/models/linear_attention.py)). In your own loop, pass the model's
 `config` to `ring_inputs`.
 
-- The number of ranks that share a sequence (ring x ulysses) must divide `linear_num_key_heads`: by default 16, or 30
-  for OLMo Hybrid.
-- On GPUs, these layers need flash-linear-attention (`pip install flash-linear-attention`). On the CPU, transformers'
-  own functions compute them, document by document.
+- The ranks that share a sequence (ring x ulysses) share the heads with states: `linear_num_value_heads`, or Mamba-2's
+  heads. Their number must be a multiple of the number of ranks and of that of key heads (Mamba-2's groups of B and C).
+  Of 48 heads in one group, 2, 3, 4, 6, 8, 12, 16, 24 or 48 ranks can have shares.
+- Ranks whose heads share a key head each get a copy of it. More ranks than key heads therefore exchange more: with
+  Granite 4's single group, each rank receives B and C of all tokens.
+- On GPUs, these layers need flash-linear-attention (`pip install flash-linear-attention`). On the CPU, plain torch
+  computes them, document by document.
+- Mamba-2 layers have run on the CPU alone, and GPUs are refused.
 - On Hopper GPUs, flash-linear-attention refuses the backward with triton older than 3.7.1, whose gradients would be
   wrong. torch 2.11 comes with triton 3.6.0, and torch 2.13 with 3.7.1. tilelang also helps, but was not tried here.
-- On GPUs, fp32 is refused, since flash-linear-attention's gradients of `A_log` and `dt_bias` were wrong in it. Those in
-  bf16 were as exact as by transformers' functions ([log](log.md#2026-11-30-gated-deltanet-on-an-h200)).
+- On GPUs, fp32 is refused, since flash-linear-attention's gradients of `A_log` and `dt_bias` were wrong in it. Those of
+  gated DeltaNet layers in bf16 were as exact as by transformers' functions
+  ([log](log.md#2026-11-30-gated-deltanet-on-an-h200)).
 - On GPUs, `attention.deterministic=true` is refused: flash-linear-attention times its kernels in each process and
   takes the fastest.
 - A recomputed layer runs its exchanges and its recurrence again. `memory.attention_results` concerns attention alone.
 - A plan of your own must be causal within documents. Windows, prefixes and other masks are refused, since a state
   cannot follow them.
 - Such a model cannot use a cache, so `ringflash.generate` and needle searches refuse it. dynamic and longrope RoPE are
-  refused as well.
+  refused as well, and so is Bamba's `z_loss_coefficient`.
 - Published Qwen3.5 folders are of models with images. `model.path` takes their text model, without the layers for
   images and for multi-token prediction, and a run exports that text model.
 

@@ -28,12 +28,12 @@ PASSES = {
         True,
     ): "axk1 deepseek_v2 deepseek_v3 diffllama ernie4_5 ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite helium "
     "hunyuan_v1_dense hunyuan_v1_moe hy_v3 laguna mimo_v2_flash ministral3 smollm3 youtu",
-    (NORM_MLP, False): "afmoe exaone4 gemma3_text granite_swa minicpm3 olmo2 olmo3 olmo_hybrid qwen3_5_moe_text "
-    "qwen3_5_text qwen3_next",
+    (NORM_MLP, False): "afmoe bamba exaone4 gemma3_text granite_swa minicpm3 olmo2 olmo3 "
+    "olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next",
     (NORM_ROTARY, True): "arcee mellum mixtral qwen3_moe",
     (NORM_ROTARY, False): "granitemoe granitemoeshared",
     (("norm",), True): "bitnet glm minimax_m2 olmoe seed_oss",
-    (("norm",), False): "apertus flex_olmo glm4 gpt_oss granitemoe_swa phi3",
+    (("norm",), False): "apertus falcon_h1 flex_olmo glm4 gpt_oss granitemoe_swa granitemoehybrid nemotron_h phi3",
     (("rotary",), False): "jais2 phimoe",
     (("mlp",), False): "cohere cohere2 gemma4_text olmo",
     ((), False): "cohere2_moe gemma3n_text gpt_neox llama4_text nanochat persimmon phi starcoder2",
@@ -41,6 +41,7 @@ PASSES = {
 # One family of each kind of norm, attention, layer and activation.
 PROVEN = (
     "deepseek_v3",
+    "falcon_h1",
     "gemma2",
     "gemma3_text",
     "gpt_oss",
@@ -49,6 +50,7 @@ PROVEN = (
     "llama",
     "mistral",
     "mixtral",
+    "nemotron_h",
     "qwen2",
     "qwen3",
 )
@@ -67,7 +69,7 @@ def distance(model_type: str, recompute: bool) -> tuple[list[str], float]:
     from tests.models.cases import loss_and_gradients
 
     ids = torch.randint(1, 97, (2, 24), generator=torch.Generator().manual_seed(0))
-    inputs = ring_inputs(ids, ids, ring=Loopback(1), documents=[[9, 15], [24]])
+    inputs = ring_inputs(ids, ids, ring=Loopback(1), documents=[[9, 15], [24]], config=tiny(model_type).config)
 
     def results(fuse: bool):
         model = tiny(model_type).train()

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ringflash.models import ModelConfig, read_config
 from ringflash.models.lora import LoraConfig, add_lora
 from ringflash.ring.cost import Heads, peak_flops
-from ringflash.training.flops import attention_flops, delta_flops, matmul_parameters, step_flops
+from ringflash.training.flops import attention_flops, matmul_parameters, state_flops, step_flops
 from tests.models.cases import architecture
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
@@ -53,8 +53,10 @@ def test_a_step_is_six_operations_per_weight_and_token_and_six_per_pair_head_and
 def test_the_delta_rule_is_18_operations_per_token_head_and_element_of_its_state():
     config = read_config(ModelConfig(architecture=architecture("qwen3_5_text", num_hidden_layers=3, layer_types=[
         "linear_attention", "full_attention", "linear_attention"])))  # fmt: skip
-    assert delta_flops(config, 7) == 18 * 2 * 7 * 24 * 4 * 2
-    assert delta_flops(AutoConfig.for_model("llama", **SIZES), 7) == 0
+    assert state_flops(config, 7) == 18 * 2 * 7 * 24 * 4 * 2
+    scan = read_config(ModelConfig(architecture=architecture("falcon_h1", num_hidden_layers=3)))
+    assert state_flops(scan, 7) == 12 * 3 * 7 * 12 * 6 * 4
+    assert state_flops(AutoConfig.for_model("llama", **SIZES), 7) == 0
     experts = AutoModelForCausalLM.from_config(read_config(ModelConfig(architecture=architecture("qwen3_5_moe_text"))))
     convolution = experts.model.layers[0].linear_attn.conv1d.weight
     before = matmul_parameters(experts)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet layers on the ring: what `tests.models.proof` and `tests.training.test_step` do not prove of them."""
+"""Linear attention on the ring: what `tests.models.proof` and `tests.training.test_step` do not prove of them."""
 
 import json
 from dataclasses import replace
@@ -17,9 +17,13 @@ from ringflash.models import (
     RingCache,
     attention_kernels,
     build_model,
-    delta_kernels,
+    experts_of,
+    kinds_of_layers,
+    linear_kernels,
     read_config,
     ring_inputs,
+    state_heads,
+    state_layers,
 )
 from ringflash.training.parallel import ParallelConfig, resolve_parallel
 from tests.models.cases import architecture, loss_and_gradients, plain_of, tiny, with_weights
@@ -28,10 +32,18 @@ TOKENS = torch.randint(3, 97, (2, 150), generator=torch.Generator().manual_seed(
 DOCUMENTS = [[70, 1, 64, 15], [9, 141]]  # of chunks of 64 tokens: more than one, a part of one, exactly one
 
 
-@pytest.mark.parametrize("layout", ["balanced", "striped"])
-def test_rows_of_other_documents_longer_than_a_chunk_equal_eager_attention(layout):
-    model = with_weights(tiny("qwen3_5_text"))
-    inputs = ring_inputs(TOKENS, TOKENS, documents=DOCUMENTS, ring=Loopback(4), layout=layout, config=model.config)
+@pytest.mark.parametrize(
+    ("model_type", "ranks", "layout"),
+    [
+        ("qwen3_5_text", 4, "balanced"),
+        ("qwen3_5_text", 8, "striped"),  # which share 12 key heads, and have 3 value heads each
+        ("nemotron_h", 4, "striped"),
+        ("falcon_h1", 6, "document_local"),
+    ],
+)
+def test_rows_of_other_documents_longer_than_a_chunk_equal_eager_attention(model_type, ranks, layout):
+    model = with_weights(tiny(model_type))
+    inputs = ring_inputs(TOKENS, TOKENS, documents=DOCUMENTS, ring=Loopback(ranks), layout=layout, config=model.config)
     loss, gradients = loss_and_gradients(model, inputs)
     plain, total = plain_of(model), 0.0
     for row, lengths in zip(TOKENS, DOCUMENTS, strict=True):
@@ -57,9 +69,9 @@ def test_a_model_off_the_ring_is_what_it_was_before():
 WRONG = {
     "without the configuration": (
         lambda model: ring_inputs(TOKENS, ring=Loopback(2)), "chunked and linear attention need it"),
-    "more ranks than key heads divide among": (
-        lambda model: ring_inputs(TOKENS, ring=Loopback(8), config=model.config),
-        r"linear_num_key_heads=12 does not divide among the 8 ranks of a sequence .*parallel\.ring=4"),
+    "more ranks than value heads divide among": (
+        lambda model: ring_inputs(TOKENS, ring=Loopback(16), config=model.config),
+        r"linear_num_value_heads=24 with .*key_heads=12 does not divide among the 16 ranks .*parallel\.ring=8"),
     "inputs of another plan": (
         lambda model: ring_inputs(TOKENS, ring=Loopback(2), config=model.config)
         | {"plan": ring_inputs(TOKENS[:, :9], ring=Loopback(2))["plan"]},
@@ -120,18 +132,37 @@ def test_a_layer_of_another_release_of_transformers_is_refused(monkeypatch):
 
 
 CONFIGURATIONS = {
-    "no attention": ({"layer_types": ["linear_attention"] * 2}, r"layer_types=\[.*\] is not supported: all must be"),
-    "another activation": ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
-    "heads": ({"linear_num_value_heads": 13}, "linear_num_value_heads=13 is not divisible by linear_num_key_heads=12"),
+    "no attention": (
+        "qwen3_5_text", {"layer_types": ["linear_attention"] * 2}, r"layer_types=\[.*\] is not supported: all must be"),
+    "another activation": ("qwen3_5_text", {"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
+    "another activation of Mamba-2": ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act=gelu is not"),
+    "heads": (
+        "qwen3_5_text", {"linear_num_value_heads": 13},
+        "linear_num_value_heads=13 is not divisible by linear_num_key_heads=12"),
+    "groups": ("nemotron_h", {"n_groups": 5}, "mamba_num_heads=12 is not divisible by n_groups=5"),
+    "a loss of the logits": ("bamba", {"z_loss_coefficient": 0.1}, "z_loss_coefficient=0.1 is not supported"),
+    "layers that are not there": ("nemotron_h", {"num_hidden_layers": 5}, "num_hidden_layers=5 is not the 4 layers"),
     "RoPE by length": (
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type=dynamic is not"),
+        "bamba", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "rope_type=dynamic is not"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "message"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-def test_a_configuration_that_is_not_supported_is_refused_with_its_field(fields, message):
+@pytest.mark.parametrize(("model_type", "fields", "message"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_configuration_that_is_not_supported_is_refused_with_its_field(model_type, fields, message):
     with pytest.raises(ConfigError, match=message):
-        read_config(ModelConfig(architecture=architecture("qwen3_5_text", **fields)))
+        read_config(ModelConfig(architecture=architecture(model_type, **fields)))
+
+
+def test_a_hybrid_family_without_linear_attention_or_without_experts_is_read_as_such():
+    granite = read_config(ModelConfig(architecture=architecture("granitemoehybrid", num_local_experts=0, layer_types=[
+        "full_attention"] * 2)))  # fmt: skip
+    assert (state_heads(granite), experts_of(granite)[0], linear_kernels.device_refusal(granite, torch.device("meta"))
+            ) == (None, 1, None)  # fmt: skip
+    kinds = ["linear_attention", "full_attention", "mlp", "linear_attention"]
+    nemotron = read_config(ModelConfig(architecture=architecture("nemotron_h", layer_types=kinds)))
+    assert (state_layers(nemotron), experts_of(nemotron)) == (2, (1, 1))
+    assert [kind is None for kind in kinds_of_layers(nemotron)] == [True, False, True, True]
 
 
 def version_or_error(found):
@@ -141,17 +172,21 @@ def version_or_error(found):
 
 
 def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cache(monkeypatch):
+    assert (
+        "bamba is not supported on device meta: Mamba-2 layers ran on the CPU alone"
+        in linear_kernels.device_refusal(tiny("bamba").config, torch.device("meta"))
+    )
     settings = ModelConfig(architecture=architecture("qwen3_5_text"), dtype="bf16")
     config = read_config(settings)
-    for parallel in (ParallelConfig(), ParallelConfig(ring=4, ulysses=2)):
-        with pytest.raises(ConfigError, match=r"linear_num_key_heads=12 does not divide among the 8 ranks"):
-            resolve_parallel(parallel, config, 4096, 8, 8)
-    assert resolve_parallel(ParallelConfig(ring=4, ulysses=1), config, 4096, 8, 8)[0].ulysses == 1  # two replicas
+    for parallel in (ParallelConfig(), ParallelConfig(ring=8, ulysses=2)):
+        with pytest.raises(ConfigError, match=r"linear_num_key_heads=12 does not divide among the 16 ranks"):
+            resolve_parallel(parallel, config, 4096, 16, 16)
+    assert resolve_parallel(ParallelConfig(ring=8, ulysses=1), config, 4096, 16, 16)[0].ulysses == 1  # two replicas
     for found, message in {"0.5.9": r"has fla-core 0\.5\.9: pip install", None: "has none: pip install"}.items():
-        monkeypatch.setattr(delta_kernels.metadata, "version", lambda name, found=found: version_or_error(found))
+        monkeypatch.setattr(linear_kernels.metadata, "version", lambda name, found=found: version_or_error(found))
         with pytest.raises(ConfigError, match=message):
             attention_kernels(settings, AttentionConfig(), config, torch.device("meta"))
-    monkeypatch.setattr(delta_kernels.metadata, "version", lambda name: "0.10.0")
+    monkeypatch.setattr(linear_kernels.metadata, "version", lambda name: "0.10.0")
     assert attention_kernels(settings, AttentionConfig(), config, torch.device("meta")) == ["blocked"]
     with pytest.raises(ConfigError, match=r"qwen3_5_text is not supported in fp32 on GPUs.* \(model\.dtype=bf16\)"):
         attention_kernels(replace(settings, dtype="fp32"), AttentionConfig(), config, torch.device("meta"))
@@ -175,18 +210,18 @@ def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cac
 def test_a_triton_that_miscompiles_the_backward_is_refused_on_hopper_alone(
     monkeypatch, capability, triton, tilelang, refused
 ):
-    monkeypatch.setattr(delta_kernels.metadata, "version", lambda name: "0.6.0")
+    monkeypatch.setattr(linear_kernels.metadata, "version", lambda name: "0.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("triton.__version__", triton)
-    monkeypatch.setattr(delta_kernels, "find_spec", {"tilelang": tilelang}.get)
-    reason = delta_kernels.device_refusal(tiny("qwen3_5_text").config, torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(linear_kernels, "find_spec", {"tilelang": tilelang}.get)
+    reason = linear_kernels.device_refusal(tiny("qwen3_5_text").config, torch.device("cuda"), torch.bfloat16)
     assert (reason is not None) == refused
     assert not refused or "needs triton 3.7.1 or newer for linear attention on device cuda" in reason
     assert not refused or f"this environment has triton {triton}" in reason
 
 
 def test_a_layer_refuses_gradients_that_its_kernels_do_not_give(monkeypatch):
-    monkeypatch.setattr(delta_kernels, "_has_kernels", lambda x: True)
+    monkeypatch.setattr(linear_kernels, "_has_kernels", lambda x: True)
     model = tiny("qwen3_5_text")
     inputs = ring_inputs(TOKENS, ring=Loopback(1), config=model.config)
     with pytest.raises(ValueError, match="linear attention is not supported in fp32 on GPUs"):
@@ -247,7 +282,7 @@ def gradients_on(device, dtype, monkeypatch, kernels, ranks=1):
         "linear_value_head_dim": 64,
     }
     model = with_weights(tiny("qwen3_5_text", **heads)).to(device, dtype)
-    monkeypatch.setattr(delta_kernels, "_has_kernels", lambda x: kernels)
+    monkeypatch.setattr(linear_kernels, "_has_kernels", lambda x: kernels)
     inputs = ring_inputs(TOKENS, TOKENS, documents=DOCUMENTS, ring=Loopback(ranks, device), config=model.config)
     return {name: x.double() for name, x in loss_and_gradients(model, inputs)[1].items()}
 
@@ -257,7 +292,7 @@ def gradients_on(device, dtype, monkeypatch, kernels, ranks=1):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_on_a_gpu_the_error_of_bf16_is_at_most_twice_that_of_transformers_functions(monkeypatch, ranks):
     device = torch.device("cuda")
-    if (reason := delta_kernels.device_refusal(tiny("qwen3_5_text").config, device)) is not None:
+    if (reason := linear_kernels.device_refusal(tiny("qwen3_5_text").config, device)) is not None:
         pytest.skip(reason)
     exact = gradients_on(device, torch.float32, monkeypatch, kernels=False)
     plain = gradients_on(device, torch.bfloat16, monkeypatch, kernels=False)
