@@ -24,8 +24,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ringflash.command import ReadConfig, command, load_encoder, load_model, make_cache, now, report, start
+from ringflash.command import ReadConfig, command, now, report, start
 from ringflash.errors import ConfigError, reason
+from ringflash.loading import load_encoder, load_model, make_cache
 from ringflash.reading import STDIN, ids_of, text_of
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
-"""Reading long text: the text of a file, its tokens, and room for a cache of it."""
+"""Read a text of a file or of standard input, and its tokens."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +9,7 @@ from typing import TYPE_CHECKING
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from ringflash.data.tokenizer import Encoder
-    from ringflash.models import RingCache
-    from ringflash.training.world import World
 
 STDIN = "-"
 
@@ -38,32 +33,3 @@ def text_of(name: str, path: str) -> str:
 def ids_of(encoder: Encoder, text: str) -> list[int]:
     """Tokens of a text, nothing added."""
     return encoder.ids([text])[0].tolist()
-
-
-def check_positions(what: str, tokens: int, config: PreTrainedConfig, setting: str) -> None:
-    """Raise ConfigError for more tokens than a model has positions. what: they are; setting: allows more positions."""
-    from ringflash.models.rope import supported_positions
-
-    known = supported_positions(config)
-    if known is not None and tokens > known:
-        raise ConfigError(
-            f"{what} are {tokens} positions, more than the {known} that the model supports: shorten them, or allow it "
-            f"by {setting}=true"
-        )
-
-
-def check_room(what: str, cache: RingCache, world: World) -> None:
-    """Raise ConfigError, on every rank, if the memory of any does not suffice for a cache. what: it is for."""
-    import torch
-
-    if world.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-        free = torch.cuda.mem_get_info(world.device)[0] + unused
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lacking = world.max(torch.tensor([cache.nbytes - free], dtype=torch.int64, device=world.device)).item()
-    if lacking > 0:
-        raise ConfigError(
-            f"{what} need a cache of {cache.nbytes / 2**30:.2f} GiB on each rank, {lacking / 2**30:.2f} GiB more than "
-            f"a rank has free: take more ranks, or fewer tokens"
-        )

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from ringflash.command import ReadConfig, load_model
+from ringflash.command import ReadConfig
+from ringflash.loading import load_model
 from tests import forked
 from tests.models.cases import tiny
 

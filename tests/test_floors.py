@@ -18,6 +18,7 @@ FLOORS = (  # files and packages of ringflash, from the lowest up; those of a ro
     ("haystack",),
     ("training",),
     ("command",),
+    ("loading",),
     ("evaluation", "generate"),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

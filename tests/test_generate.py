@@ -24,10 +24,21 @@ from ringflash.models.lora import LoraConfig
 from ringflash.training.world import World
 from tests.data.chat_cases import LLAMA3, SMOLLM2, chat_tokenizer
 
-ALONE = SimpleNamespace(
-    size=1, is_first=True, device=torch.device("cpu"), ring=Loopback(1), broadcast=lambda x: x, max=lambda x: x,
-    from_rank_0=lambda make: make(), without_timeout=lambda what: contextlib.nullcontext(),
-)  # fmt: skip
+
+class Alone(World):
+    """A world of one rank, without a process group."""
+
+    def broadcast(self, value):
+        return value
+
+    def max(self, x):
+        return x
+
+    def without_timeout(self, what):
+        return contextlib.nullcontext()
+
+
+ALONE = Alone(0, 1, torch.device("cpu"), None, ring=Loopback(1), ulysses=None, replica=0, replicas=1)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +292,7 @@ def test_bad_input_is_named_in_one_line(given, tmp_path):
         ({"new_tokens": 1400}, "a document of 640 tokens, a prompt of 1 .* are 2041 positions, more than the 2000"),
         ({"new_tokens": 10**12, "extrapolate_positions": "true"}, r"need a cache of .* GiB on each rank, .* take more"),
     ):
-        world = SimpleNamespace(**vars(ALONE) | {"ring": change.pop("ring", Loopback(1))})
+        world = replace(ALONE, ring=change.pop("ring", Loopback(1)))
         config = GenerateConfig.parse(
             [f"{name}={value}" for name, value in (asked | change).items() if value is not None]
         )

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringflash.command import ReadConfig, command, load_encoder, load_model, make_cache, now, report, start
+from ringflash.command import ReadConfig, command, now, report, start
 from ringflash.errors import ConfigError
 from ringflash.haystack import Cell, HaystackConfig, heat_map, read_text, rows_of, search
-from ringflash.reading import check_positions
+from ringflash.loading import load_encoder, load_model, make_cache
+from ringflash.models.rope import check_positions
 from ringflash.training.files import write_atomically, write_figure
 
 if TYPE_CHECKING:

@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ringflash.errors import ConfigError
+
 _SHARED = ("rope_type", "rope_theta", "partial_rotary_factor")
 _STRETCHED = ("factor", "original_max_position_embeddings")
 # The keys of each kind, apart from _SHARED.
@@ -68,6 +70,16 @@ def supported_positions(config: PreTrainedConfig) -> int | None:
         if rope.get("rope_type", "default") != "default" and rope.get("factor")
     ]
     return max([known, *scaled])
+
+
+def check_positions(what: str, tokens: int, config: PreTrainedConfig, setting: str) -> None:
+    """Raise ConfigError for more tokens than a model has positions. what: they are; setting: allows more positions."""
+    known = supported_positions(config)
+    if known is not None and tokens > known:
+        raise ConfigError(
+            f"{what} are {tokens} positions, more than the {known} that the model supports: shorten them, or allow it "
+            f"by {setting}=true"
+        )
 
 
 def extended(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:

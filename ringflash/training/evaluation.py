@@ -19,8 +19,8 @@ from ringflash.data.batches import Batch
 from ringflash.errors import ConfigError
 from ringflash.haystack import HaystackConfig
 from ringflash.models import ModelConfig, cache_refusal
+from ringflash.models.rope import check_positions
 from ringflash.models.rope_length import length_refusal
-from ringflash.reading import check_positions
 from ringflash.training import positions, preference
 from ringflash.training.metrics import HELD_OUT, HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
 from ringflash.training.parallel import LayoutChooser

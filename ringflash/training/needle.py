@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from ringflash.data.tokenizer import encoder
 from ringflash.haystack import Cell, Row, read_text, rows_of, search
 from ringflash.models import RingCache
-from ringflash.reading import check_room
 from ringflash.ring.cache_plan import CHUNK
 from ringflash.ring.transport import ProcessRing
 from ringflash.training.config import Config
@@ -61,7 +60,7 @@ class Needles:
             cache = RingCache(
                 model, row.length, ring=self.ring, chunk=self.chunk, kernel=self.kernel, rope_length=row.length
             )
-            check_room(f"evaluation.needle.lengths={row.length} tokens", cache, self.world)
+            self.world.check_room(f"evaluation.needle.lengths={row.length} tokens", cache.nbytes)
             cells += search(model, row, cache)
         engine.train()
         if self.world.device.type == "cuda":

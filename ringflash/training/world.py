@@ -11,6 +11,7 @@ own sequences. Inside a replica, neighbours (GPUs of one node) exchange heads, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
@@ -79,6 +80,20 @@ class World:
             raise made
         return made  # type: ignore[return-value]  # made on rank 0
 
+    def check_room(self, what: str, cache_bytes: int) -> None:
+        """Raise ConfigError, on every rank, if the memory of any does not suffice for a cache. what: it is for."""
+        if self.device.type == "cuda":
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + unused
+        else:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        lacking = self.max(torch.tensor(cache_bytes - free, dtype=torch.int64, device=self.device)).item()
+        if lacking > 0:
+            raise ConfigError(
+                f"{what} need a cache of {cache_bytes / 2**30:.2f} GiB on each rank, {lacking / 2**30:.2f} GiB more "
+                f"than a rank has free: take more ranks, or fewer tokens"
+            )
+
     def without_timeout(self, what: str) -> AbstractContextManager[None]:
         """Let some ranks work without a timeout: all ranks enter this context, and leave it when all are done.
 
@@ -109,8 +124,8 @@ def join(config: ParallelConfig, settings: Any = None) -> World:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     neighbours = config.ulysses or 1
     if settings is not None:
-        _check_same(dict(_flattened(settings)), device)
-    _check_agreed(neighbours, device)
+        _check_same_settings(dict(_flattened(settings)), device)
+    _check_same_ulysses(neighbours, device)
     grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
@@ -133,7 +148,7 @@ def replica_ring(world: World, config: ParallelConfig) -> ProcessRing:
     return ProcessRing(group, world.device, world.watchdog, config.transport)
 
 
-def _check_agreed(neighbours: int, device: torch.device) -> None:
+def _check_same_ulysses(neighbours: int, device: torch.device) -> None:
     """Raise ConfigError, on every rank, if ranks chose different numbers of Ulysses ranks."""
     ends = torch.tensor([neighbours, -neighbours], device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
@@ -145,7 +160,7 @@ def _check_agreed(neighbours: int, device: torch.device) -> None:
         )
 
 
-def _check_same(settings: dict[str, Any], device: torch.device) -> None:
+def _check_same_settings(settings: dict[str, Any], device: torch.device) -> None:
     """Raise ConfigError, on every rank, if one was given other settings than rank 0, and would train in its own way."""
     box = [settings]
     dist.broadcast_object_list(box, src=0)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ringflash import Loopback, haystack
-from ringflash.command import load_encoder
 from ringflash.errors import ConfigError
 from ringflash.evaluation.needle import NeedleConfig, run
 from ringflash.haystack import Row, Task, search, task_of
+from ringflash.loading import load_encoder
 from ringflash.models import RingCache
 from tests.models.cases import tiny
 from tests.test_generate import ALONE, given  # noqa: F401, a fixture

@@ -41,16 +41,16 @@ def error_of_each(check, given):
 
 @pytest.mark.ranks
 def test_a_grid_that_machines_of_unequal_size_chose_differently_is_refused_on_every_rank(ranks):
-    assert ranks.run(error_of_each, 3, world._check_agreed, (2, 2, 2)) == [None] * 3
-    for message in ranks.run(error_of_each, 3, world._check_agreed, (4, 2, 8)):
+    assert ranks.run(error_of_each, 3, world._check_same_ulysses, (2, 2, 2)) == [None] * 3
+    for message in ranks.run(error_of_each, 3, world._check_same_ulysses, (4, 2, 8)):
         assert message.startswith("parallel.ulysses=null resolves to 2 on some machines and to 8 on others")
 
 
 @pytest.mark.ranks
 def test_settings_that_differ_between_machines_are_refused_on_every_rank_and_places_may_differ(ranks):
     alike = [{"optim.lr": 0.1, "seed": 1, "data.cache": rank, "model.path": rank} for rank in range(3)]
-    assert ranks.run(error_of_each, 3, world._check_same, alike) == [None] * 3
-    found = ranks.run(error_of_each, 3, world._check_same, [*alike[:2], alike[2] | {"optim.lr": 0.2}])
+    assert ranks.run(error_of_each, 3, world._check_same_settings, alike) == [None] * 3
+    found = ranks.run(error_of_each, 3, world._check_same_settings, [*alike[:2], alike[2] | {"optim.lr": 0.2}])
     same = "start all machines with the same settings"
     assert found[:2] == [f"optim.lr differs between ranks, 0.1 on rank 0: {same}"] * 2
     assert found[2] == f"optim.lr differs between ranks, 0.1 on rank 0 and 0.2 on this rank: {same}"
