@@ -77,7 +77,7 @@ class EvaluationConfig:
     """Steps between evaluations; 0: only before the first step and after the last."""
 
     sequences: int = 4
-    """Held-out sequences per evaluation."""
+    """Held-out sequences per evaluation; all of them, if a single source has fewer."""
 
     patience: int | None = None
     """With checkpoint.keep_best, end the run after this many evaluations in a row without a lower held-out loss; null:
@@ -133,22 +133,32 @@ class Evaluation:
     pair_loss: PreferenceConfig | None = None
 
     @property
+    def numbers(self) -> range:
+        """The numbers of the evaluated sequences: evaluation.sequences, or all of a single source.
+
+        The shares of several sources may repeat some before others come.
+        """
+        asked = self.config.sequences
+        alone = len(self.corpus.sources) == 1
+        return range(min(asked, self.corpus.epoch_length(self.length)) if alone else asked)
+
+    @property
     def identity(self) -> str:
         """What the losses are of: two evaluations of one identity can be compared."""
-        return f"{self.config.sequences} sequences of {self.corpus.digest}"
+        return f"{len(self.numbers)} sequences of {self.corpus.digest}"
 
     @property
     def left_out(self) -> list[str]:
         """The sources that no evaluated sequence is from."""
-        evaluated = {*map(self.corpus.source_of, range(self.config.sequences))}
+        evaluated = {*map(self.corpus.source_of, self.numbers)}
         return [source for source in self.corpus.sources if source not in evaluated]
 
     def loss(self, engine: deepspeed.DeepSpeedEngine, sequences: int | None = None) -> HeldOut:
-        """Losses over `sequences` of them (default: evaluation.sequences).
+        """Losses over the first `sequences` of them (default: all that are evaluated).
 
         What it exchanges is in no step's record.
         """
-        numbers = range(sequences or self.config.sequences)
+        numbers = self.numbers[:sequences]
         batches = (batch(self.corpus, seed=0, step=i, batch_size=1, length=self.length) for i in numbers)
         sources = map(self.corpus.source_of, numbers)
         held_out = evaluate(engine, batches, self.world, self.layout_for, sources, self.pair_loss)

@@ -84,9 +84,18 @@ def test_each_source_has_its_own_held_out_documents_in_the_same_shares(config):
     assert "".join(map(held_out.source_of, range(40))) == found
     evaluation = Evaluation(EvaluationConfig(sequences=2), held_out, 32, None, None)
     assert evaluation.left_out == [source for source in "abc" if source not in found[:2]] != []
+    assert len(Evaluation(EvaluationConfig(sequences=99), held_out, 32, None, None).numbers) == 99
     p = np.array([0.5, 0.25, 0.25]) * 31 / 32  # and an end per document
     expected = -(p * np.log(p)).sum() - 1 / 32 * np.log(1 / 32)
     assert held_out.unigram_entropy() == pytest.approx(expected)
+
+
+def test_sequences_of_a_single_source_are_evaluated_once(config):
+    held_out = load_corpora(config((2.0, 1.0, 1.0), held_out=0.25))[1].corpora["b"]
+    few, every, more = (Evaluation(EvaluationConfig(sequences=x), held_out, 32, None, None) for x in (2, 98, 99))
+    assert few.numbers == range(2)
+    assert every.numbers == range(held_out.epoch_length(32))
+    assert few.identity != every.identity == more.identity
 
 
 def test_a_source_to_evaluate_on_takes_no_document_from_training(config, tmp_path):
