@@ -26,10 +26,10 @@ REPORTED = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "opt
 LORA = ("model.lora.rank", "model.lora.digest")  # without which a run has no others of model.lora
 TOKENIZER = "tokenizer.digest"  # says why other tokens are; one that gives the same tokens is not refused
 BY_DIGEST = {
-    "data.digest": "the tokens of data.path or data.sources, by their digest",
-    "model.digest": "the model of model.path, by its digest",
-    "model.lora.digest": "the adapter of model.lora.path, by its digest",
-    TOKENIZER: "data.tokenizer, by its digest",
+    "data.digest": "data.path or data.sources has other tokens",
+    "model.digest": "model.path has another model",
+    "model.lora.digest": "model.lora.path has another adapter",
+    TOKENIZER: "data.tokenizer is another one",
 }
 
 
@@ -62,9 +62,13 @@ def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
             if key in before and _may_change(key, (before[key], now.get(key))):
                 changes.append(f"{key}={now.get(key)} replaces {before[key]}")
                 continue
-            name = BY_DIGEST.get(key, key)
+            if key in BY_DIGEST:
+                raise ConfigError(
+                    f"{BY_DIGEST[key]} than when {path} was written (digest {now.get(key)}, not {before.get(key)}): "
+                    f"resume with the same, or start again (resume=never)"
+                )
             raise ConfigError(
-                f"{name}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with "
+                f"{key}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with "
                 f"that value, or start again (resume=never)"
             )
     return changes
