@@ -97,7 +97,7 @@ class Dialogues:
         if self.field in available or {PROMPT, COMPLETION} <= {*available}:
             return None
         return (
-            f"has neither {self.field} nor {PROMPT} and {COMPLETION}; it has {', '.join(available) or 'no field'}: "
+            f"has neither {self.field} nor {PROMPT} and {COMPLETION}; it has {', '.join(available) or 'none':.300}: "
             f"data.field names the field of the messages"
         )
 

@@ -315,7 +315,7 @@ def _csv(file: Path, fields: Fields, delimiter: str = ",") -> Records:
         header = next((row for row in rows if row), None)
         if header is None:
             return
-        _require(fields, header, f"{file} line {rows.line_num}")
+        _require(fields, header, f"{file} line {rows.line_num}, the header,")
         columns = {name: header.index(name) for name in fields.names if name in header}
         for row in filter(None, rows):
             where = f"{file} line {rows.line_num}"

@@ -199,7 +199,7 @@ def missing(field: str, available: Sequence[str]) -> str | None:
     """None, or why a record with these fields cannot be used: it lacks data.field."""
     if field in available:
         return None
-    return f"has no field data.field={field}; it has {', '.join(available) or 'none'}"
+    return f"has no field data.field={field}; it has {', '.join(available) or 'none':.300}"
 
 
 def clean(text: str, where: str) -> str:

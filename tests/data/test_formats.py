@@ -218,8 +218,14 @@ REFUSED = {
     "a long number": ("a.jsonl", b'{"text": "a"}\n' + b"1" * 5000, {}, "line 2 is JSON that cannot be rea"),
     "deep brackets": ("a.json", b"[" * 99999, {}, "a.json is JSON that cannot be read: maximum recursion depth"),
     "lines of a Mac": ("a.csv", b"text,id\ra,1\r", {}, "line 1 is not CSV: a carriage return without a line feed"),
-    "no such column": ("a.csv", b"id,body\n1,a\n", {}, "a.csv line 1 has no field data.field=text; it has id, body"),
-    "another delimiter": ("a.csv", b"id;text\n1;a\n", {}, "a.csv line 1 has no field data.field=text; it has id;text"),
+    "no such column": (
+        "a.csv",
+        b"id,body\n1,a\n",
+        {},
+        "a.csv line 1, the header, has no field data.field=text; it has id, body",
+    ),
+    "another delimiter": ("a.csv", b"id;text\n1;a\n", {}, "the header, has no field data.field=text; it has id;text"),
+    "no header": ("a.csv", b"1," + 500 * b"word " + b"\n", {}, "it has 1, " + 59 * "word " + "wo"),
     "a short record": ("a.csv", b"id,text\n1,a\n2\n", {}, "a.csv line 3 ends a record of 1 columns; the header has 2"),
     "a long record": (
         "a.csv",
@@ -231,7 +237,7 @@ REFUSED = {
         "a.csv",
         b"text,id,text\na,1,b\n",
         {},
-        "line 1 has 2 fields of the name text: one must",
+        "line 1, the header, has 2 fields of the name text: one must",
     ),
     "an open quote": ("a.csv", b'text\n"a\nb\n', {}, "a.csv line 3 is not CSV: unexpected end of data"),
     "a truncated file": (
