@@ -298,7 +298,7 @@ def test_a_grid_and_a_layout_that_are_chosen_are_logged_with_their_reasons(ranks
 def test_an_empty_data_folder_is_refused(ranks, tmp_path):
     (tmp_path / "text").mkdir()
     ((error, _),) = ranks.run(fitted, 1, settings(tmp_path / "text"))
-    assert error == f"data.path={tmp_path}/text data.files=['**/*.txt'] match no file"
+    assert error == f"data.path={tmp_path}/text data.files=['**/*.txt', '**/*.txt.gz', '**/*.txt.zst'] match no file"
 
 
 def test_more_ranks_than_gpus_are_refused_with_both_numbers(monkeypatch):
