@@ -76,12 +76,20 @@ class Dialogues:
     ) -> None:
         """name: of the tokenizer, for messages. field: that of the messages. variables: more, for the template.
 
-        Raises ConfigError for a tokenizer without a template, or without a tokenizer.json.
+        Raises ConfigError for a tokenizer without a template or a tokenizer.json, and for a variable that no template
+        of it reads.
         """
         if not tokenizer.is_fast or not tokenizer.chat_template:
             lacks = "chat_template" if tokenizer.is_fast else "tokenizer.json"
             raise ConfigError(
                 f"data.tokenizer={name} has no {lacks}, which data.chat=true needs: give the tokenizer of a chat model"
+            )
+        templates = tokenizer.chat_template
+        read = {*re.findall(r"\w+", templates if isinstance(templates, str) else " ".join(templates.values()))}
+        if unread := sorted(variables.keys() - read):
+            raise ConfigError(
+                f"data.chat_template_kwargs has {unread[0]}, which the chat template of data.tokenizer={name} does not "
+                f"read"
             )
         self.field = field or MESSAGES
         self.fields = Fields((self.field, TOOLS, SYSTEM, PROMPT, COMPLETION), self._refusal)

@@ -430,6 +430,16 @@ def test_tokenizers_without_a_template_are_refused(tmp_path):
         tokenised(settings(tmp_path, path, tokenizer=str(folder)))
 
 
+def test_a_variable_that_the_template_does_not_read_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"kwargs has enable_thinkng, which the chat template of data.tokenizer=folder"
+    ):
+        dialogues(QWEN3, enable_thinking=False, enable_thinkng=False)
+    with pytest.raises(ConfigError, match="has enable_thinking, which"):
+        dialogues(SMOLLM2, enable_thinking=False)
+    dialogues({"default": SMOLLM2, "tool_use": QWEN3}, enable_thinking=False)
+
+
 def test_a_text_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("hi")
     with pytest.raises(ConfigError, match=r"data\.chat=true needs records, but .*a\.txt is read as text"):
