@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 MESSAGES, TOOLS, SYSTEM, PROMPT, COMPLETION = "messages", "tools", "system", "prompt", "completion"
 WEIGHT = "weight"  # of an assistant's message, as in OpenAI's format: 0 or 1
+PLAIN = {"role", "content", WEIGHT}  # of a message without tool calls or thinking
 ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
     **{role: role for role in ("system", "user", "assistant", "tool")},
     "human": "user",
@@ -144,6 +145,9 @@ class Dialogues:
                 f"{where} has no message of the role assistant, but of {roles}: there is nothing to learn"
             )
         self.counts["beside"] += asks and not first
+        self.counts["empty"] += any(
+            messages[i].keys() <= PLAIN and not str(messages[i]["content"]).strip() for i in trained
+        )
         if self._is_marked(tools):
             return [self._marked(where, messages, tools, first, {*answers} - {*trained})]
         documents = self._by_beginnings(where, messages, tools, trained)
@@ -159,6 +163,11 @@ class Dialogues:
             found.append(
                 f"{counts['beside']:,} records have {self.field}, which are trained on, and a {PROMPT} or {COMPLETION} "
                 f"beside them, which is not read"
+            )
+        if counts["empty"]:
+            found.append(
+                f"{counts['empty']:,} conversations have an empty message of the assistant, which teaches the model to "
+                f"end at once"
             )
         if counts["documents"] > counts["conversations"]:
             found.append(

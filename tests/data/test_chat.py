@@ -305,6 +305,17 @@ def test_a_prompt_beside_messages_is_not_read_which_is_reported(tmp_path, capsys
     assert np.array_equal(found.tokens, alone.tokens)
 
 
+def test_empty_answers_are_reported(tmp_path, capsys):
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    thinks = {"role": "assistant", "content": "", "reasoning_content": "hmm"}
+    silent = [{"messages": chat("hi", *answers)} for answers in ((" ",), ("hello", "more?", ""), ("hello",))]
+    full = [{"messages": [*chat("hi"), answer]} for answer in (call, thinks)]
+    tokenised(settings(tmp_path, write(tmp_path, "a.jsonl", [*silent, *full]), QWEN3))
+    assert "2 conversations have an empty message of the assistant, which" in capsys.readouterr().out
+    tokenised(settings(tmp_path, write(tmp_path, "b.jsonl", full), QWEN3))
+    assert "empty" not in capsys.readouterr().out
+
+
 # -- what is refused
 
 
