@@ -18,19 +18,16 @@ Lines of JSON come unparsed, in blocks, so that the process that reads them is n
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import csv
-import io
 import itertools
 import json
-import lzma
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple
 
+from ringflash.data.text import BLOCK, blocks, compression_suffix, decoded, lines_of, located, opened
 from ringflash.errors import ConfigError, reason
 
 SUFFIXES = {
@@ -48,19 +45,12 @@ SUFFIXES = {
     "arrow": (".arrow",),
 }
 FORMATS = tuple(SUFFIXES)
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
 ON_LINES = "a JSON object is expected on each line (data.format=json reads an array of objects, too)"
 IN_ARRAY = "a JSON object is expected as each record"
-MARKS = {  # UTF-32's begin with UTF-16's
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
-}  # fmt: skip
 ARROW_FILE = b"ARROW1"
 ROWS = 64  # of a table, read at once
-BLOCK = 1 << 22  # bytes of a text, read at once
 LINES = 1 << 20  # bytes of lines of JSON, read at once
 LONGEST = 1 << 28  # bytes of one of them: it is held whole, and parsed
-Part = TypeVar("Part")
 
 
 class RecordError(ConfigError):
@@ -98,7 +88,7 @@ class Lines(NamedTuple):
         position = self.position
         for number, line in enumerate(self.lines, self.number):
             where = f"{self.file} line {number}"
-            text = _decoded(line, where, position)
+            text = decoded(line, where, position)
             position += len(line)
             if not text.strip():
                 continue
@@ -113,7 +103,7 @@ class Lines(NamedTuple):
 def known_format(file: Path) -> str | None:
     """The format that the suffix of a file names, in capitals or not; None for a suffix that is not in the table."""
     name = file.name.lower()
-    suffix = Path(name.removesuffix(_compression_suffix(file))).suffix
+    suffix = Path(name.removesuffix(compression_suffix(file))).suffix
     return next((form for form, suffixes in SUFFIXES.items() if suffix in suffixes), None)
 
 
@@ -150,47 +140,22 @@ def records(file: Path, form: str, fields: Fields, guessed: bool) -> Records:
 
 
 def _text(file: Path, fields: Fields) -> Records:
-    yield str(file), {fields.names[0]: _blocks(file)}
+    yield str(file), {fields.names[0]: blocks(file)}
 
 
 def _whole(file: Path) -> str:
-    return "".join(_blocks(file))
-
-
-def _blocks(file: Path) -> Iterator[str]:
-    """The text of a file, in blocks."""
-    position, left = 0, b""
-    with _opened(file) as stream:
-        while read := stream.read(BLOCK):
-            read = left + read
-            end = len(read) - _unfinished(read)
-            if end:
-                yield _decoded(read[:end], str(file), position)
-            position, left = position + end, read[end:]
-    if left:
-        yield _decoded(left, str(file), position)
-
-
-def _unfinished(read: bytes) -> int:
-    """How many bytes at the end begin a UTF-8 character that they do not finish."""
-    for count in range(1, min(4, len(read) + 1)):
-        byte = read[-count]
-        if byte >= 0xC0:
-            return count if count < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
-        if byte < 0x80:
-            break
-    return 0
+    return "".join(blocks(file))
 
 
 def _guessed_text(file: Path, fields: Fields) -> Records:
-    blocks = _blocks(file)
-    begin = next(blocks, "")
+    rest = blocks(file)
+    begin = next(rest, "")
     if (form := _json_records(begin)) is not None:
         raise ConfigError(
             f"{file} has the suffix of a text, but begins with JSON records: set data.format={form} to read their "
             f"data.field, or data.format=text to train on the file as it is"
         )
-    yield str(file), {fields.names[0]: itertools.chain([begin], blocks)}
+    yield str(file), {fields.names[0]: itertools.chain([begin], rest)}
 
 
 def _json_records(text: str) -> str | None:
@@ -218,8 +183,8 @@ def _json_records(text: str) -> str | None:
 def _json_lines(file: Path, fields: Fields) -> Records:
     block = Lines(file, number=1, position=0, lines=[])
     size = 0
-    with _opened(file) as stream:
-        for line in _located(_held(stream), lambda count: f"{file} after line {count}"):
+    with opened(file) as stream:
+        for line in located(_held(stream), lambda count: f"{file} after line {count}"):
             block.lines.append(line)
             size += len(line)
             if size >= LINES:
@@ -240,7 +205,7 @@ def _held(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _json(file: Path, fields: Fields) -> Records:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         begin = b""
         while not begin.strip(b"\xef\xbb\xbf \t\r\n") and (line := stream.readline(BLOCK)):
             begin = line
@@ -310,7 +275,7 @@ def _json_record(value: Any, fields: Fields, where: str, expected: str) -> Recor
 
 def _csv(file: Path, fields: Fields, delimiter: str = ",") -> Records:
     csv.field_size_limit(sys.maxsize)  # by default 131072 characters, less than a long document
-    rows = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    rows = csv.reader(lines_of(file), delimiter=delimiter, strict=True)
     try:
         header = next((row for row in rows if row), None)
         if header is None:
@@ -360,7 +325,7 @@ def _arrow(file: Path, fields: Fields) -> Records:
 def _rows(file: Path, batches: Iterable[Any], columns: Sequence[str]) -> Records:
     """The rows of a table's record batches."""
     number = 0
-    for batch in _located(batches, lambda _: f"{file} after row {number}"):  # noqa: B023 - the rows before an error
+    for batch in located(batches, lambda _: f"{file} after row {number}"):  # noqa: B023 - the rows before an error
         for row in range(len(batch)):
             number += 1
             where = f"{file} row {number}"
@@ -402,66 +367,3 @@ def _require(fields: Fields, available: Sequence[str], where: str) -> None:
     if doubled := [name for name in fields.names if list(available).count(name) > 1]:
         count = list(available).count(doubled[0])
         raise ConfigError(f"{where} has {count} fields of the name {doubled[0]}: one must have it")
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """The lines of a file, each with its line feed. Only "\\n" ends one: text may hold other separators."""
-    position = 0
-    with _opened(file) as stream:
-        for number, line in enumerate(_located(stream, lambda count: f"{file} after line {count}"), 1):
-            yield _decoded(line, f"{file} line {number}", position)
-            position += len(line)
-
-
-def _located(parts: Iterable[Part], where: Callable[[int], str]) -> Iterator[Part]:
-    """The parts of a file. An error in reading one becomes a ConfigError that begins with where(parts before it)."""
-    rest = iter(parts)
-    for count in itertools.count():
-        try:
-            part = next(rest)
-        except StopIteration:
-            return
-        except Exception as error:  # pyarrow and the codecs share no base class
-            raise ConfigError(f"{where(count)} cannot be read: {reason(error)}") from error
-        yield part
-
-
-def _decoded(read: bytes, where: str, position: int) -> str:
-    """The text of some bytes, which begin at byte `position` of their file, without the file's byte order mark."""
-    if position == 0 and (kind := next((kind for mark, kind in MARKS.items() if read.startswith(mark)), None)):
-        raise ConfigError(f"{where} is {kind}, not UTF-8; iconv -f {kind} -t UTF-8 converts it")
-    if (nul := read.find(b"\0")) >= 0:
-        at = position + nul
-        raise ConfigError(
-            f"{where} holds a NUL at byte {at}, which no text has; if it is UTF-16 without a byte order mark, "
-            f"iconv -f UTF-16{'LE' if at % 2 else 'BE'} -t UTF-8 converts it"
-        )
-    try:
-        return read.decode("utf-8" if position else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        at = position + len(read) - len(error.object) + error.start  # `object` lacks the mark
-        byte = error.object[error.start]
-        raise ConfigError(
-            f"{where} is not UTF-8: {error.reason} at byte {at} (0x{byte:02x}); iconv -f ENCODING -t UTF-8 converts it"
-        ) from error
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed."""
-    import pyarrow
-
-    compression = COMPRESSIONS.get(_compression_suffix(file))
-    with open(file, "rb") as stored:  # by Python: pyarrow takes no name that is not UTF-8
-        if compression is None:
-            yield stored
-        elif compression == "xz":  # which pyarrow does not read
-            with lzma.open(stored) as stream:
-                yield cast(IO[bytes], stream)
-        else:
-            yield io.BufferedReader(pyarrow.input_stream(stored, compression=compression))
-
-
-def _compression_suffix(file: Path) -> str:
-    suffix = file.suffix.lower()
-    return suffix if suffix in COMPRESSIONS else ""
