@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -170,7 +171,7 @@ def _check_loss(model: PreTrainedModel, mask: RingMask | None, shift_labels: Ten
 
 
 def _check_trainer(owner: Any, several: bool) -> None:
-    """Refuse settings of a Trainer that count labels by rank, where there are several, or that shift them again.
+    """Refuse a Trainer that counts labels or trains by rank, where there are several, or that shifts labels again.
 
     Other classes may have such attributes, and mean something else by them.
     """
@@ -182,6 +183,11 @@ def _check_trainer(owner: Any, several: bool) -> None:
             "average_tokens_across_devices=False is not supported on the ring: each rank would divide by its own "
             "labels; set it to True"
         )
+    if several and torch.is_grad_enabled() and _trains_alone(owner):
+        raise ValueError(
+            "the Trainer has not wrapped its model in DDP, so each rank would train on its own gradients: evaluate() "
+            "before train() is the usual reason; set eval_on_start=True instead"
+        )
     if smoothing := getattr(args, "label_smoothing_factor", 0.0):
         raise ValueError(
             f"label_smoothing_factor={smoothing} is not supported on the ring: the Trainer would "
@@ -189,6 +195,13 @@ def _check_trainer(owner: Any, several: bool) -> None:
         )
     if (loss := getattr(owner, "compute_loss_func", None)) is not None:
         raise ValueError(_OTHER_LOSS.format(f"compute_loss_func={_name(loss)}"))
+
+
+def _trains_alone(trainer: Any) -> bool:
+    """Whether a Trainer should sum gradients by DDP, and does not."""
+    wrapped = getattr(trainer, "model_wrapped", None)
+    by_ddp = getattr(getattr(trainer, "accelerator", None), "distributed_type", None) in ("MULTI_CPU", "MULTI_GPU")
+    return by_ddp and not isinstance(getattr(wrapped, "_orig_mod", wrapped), DistributedDataParallel)
 
 
 def _name(function: Any) -> str:

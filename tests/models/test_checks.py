@@ -136,8 +136,8 @@ def test_a_loss_that_may_shift_labels_again_is_refused():
 class Loop(Trainer):
     """What a layer sees of a Trainer: its settings, and compute_loss, which calls the model."""
 
-    def __init__(self, compute_loss_func=None, **args):
-        self.compute_loss_func = compute_loss_func
+    def __init__(self, compute_loss_func=None, accelerator=None, **args):
+        self.compute_loss_func, self.accelerator, self.model_wrapped = compute_loss_func, accelerator, tiny("llama")
         self.args = SimpleNamespace(**{"average_tokens_across_devices": True, "label_smoothing_factor": 0.0} | args)
 
     def compute_loss(self, call):
@@ -157,10 +157,14 @@ class OneOfTwo(Loopback):
     [
         ({"average_tokens_across_devices": False}, "^average_tokens_across_devices=False is not supported"),
         ({"label_smoothing_factor": 0.1}, r"^label_smoothing_factor=0\.1 is not supported on the ring"),
+        (
+            {"accelerator": SimpleNamespace(distributed_type="MULTI_CPU")},
+            "^the Trainer has not wrapped its model in DDP",
+        ),
         ({"compute_loss_func": shift_again}, "^compute_loss_func=shift_again is not supported on the ring: labels are"),
     ],
 )
-def test_a_trainers_settings_that_divide_by_a_ranks_labels_or_shift_them_again_are_refused(args, message):
+def test_a_trainer_that_divides_by_a_ranks_labels_or_trains_it_alone_or_shifts_labels_again_is_refused(args, message):
     plan = ring_inputs(TOKENS, TOKENS, ring=OneOfTwo())["plan"]
     with pytest.raises(ValueError, match=message):
         Loop(**args).compute_loss(lambda: check_call(plan, None, None, None))
