@@ -23,6 +23,8 @@ This file has the constants and the definition in plain torch; `portable_compens
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,5 +70,8 @@ def _mean(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def least_share(count: int) -> float:
-    """The fraction of the variance of `count` keys that their mean's square must exceed for the mean to be used."""
-    return max(WORTH, SIGNIFICANT / max(count - 1, 1))
+    """The fraction of the variance of `count` keys that their mean's square must exceed for the mean to be used.
+
+    The variance of one key, which is 0, tells nothing about the keys of other ranks: then no mean is used.
+    """
+    return max(WORTH, SIGNIFICANT / (count - 1)) if count > 1 else math.inf
