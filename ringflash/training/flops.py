@@ -26,11 +26,13 @@ from ringflash.ring.cost import Heads
 def matmul_parameters(model: PreTrainedModel, frozen: bool = False) -> int:
     """Weights that every token is multiplied with: all matrices except embeddings that are only looked up.
 
-    Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to. A convolution over
-    tokens has [channels, 1, tokens]. frozen: those that are not trained alone.
+    Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to. Their biases are
+    [experts, out], which is no matrix. A convolution over tokens has [channels, 1, tokens]. frozen: those that are not
+    trained alone.
     """
     experts, active = experts_of(model.config)
-    shapes = [shape_of(p) for p in model.parameters() if not (frozen and p.requires_grad)]
+    matrices = [p for name, p in model.named_parameters() if not name.endswith("bias")]
+    shapes = [shape_of(p) for p in matrices if not (frozen and p.requires_grad)]
     total = sum(shape.numel() for shape in shapes if len(shape) == 2)
     for shape in (shape for shape in shapes if len(shape) == 3):
         total += shape.numel() if shape[1] == 1 else shape.numel() * active // experts

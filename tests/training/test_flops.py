@@ -39,7 +39,9 @@ def test_of_the_experts_those_that_a_token_meets_count():
         )
         for n in (1, 2)
     ]
-    assert counts[1] - counts[0] == 3 * 16 * 32  # gate, up and down of one expert
+    expert = 3 * 16 * 32  # gate, up and down, without their biases
+    assert counts[0] == 2 * 16 * 16 + 2 * 16 * 8 + 8 * 16 + expert + 50 * 16  # attention, router, expert, lm_head
+    assert counts[1] - counts[0] == expert
 
 
 def test_a_step_is_six_operations_per_weight_and_token_and_six_per_pair_head_and_dimension_of_keys_and_values():
