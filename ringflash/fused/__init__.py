@@ -3,6 +3,7 @@
     norm                 RMSNorm, with the addition to the residual stream before it
     rotary               rotary positions of queries or keys, with the RMSNorm of each head before them
     gated                act(gate) * up of a gated MLP
+    gated_norm           RMSNorm of x silu(gate), in groups of channels, of Mamba-2 layers
     cross_entropy        losses of a tile of logits, and their gradient in place of them
     adamw                the optimizer's step on weights that are kept as two 16-bit halves
     launch               what the launches share

@@ -34,7 +34,6 @@ class Recurrence(NamedTuple):
     operations: int  # of a token's forward, per element of a state
     activation: str | None = "hidden_act"  # that of the convolutions; None: always SiLU
     layers: tuple[str, ...] = ("linear_attention", "full_attention")  # what layer_types may name
-    gpus: bool = True  # whether its kernels are proven on GPUs
 
 
 class Family(NamedTuple):
@@ -61,7 +60,6 @@ _SCAN = Recurrence(
     "mamba_d_head",
     ("Mixer", "MambaLayer"),
     operations=4,
-    gpus=False,
 )
 _NEMOTRON_SCAN = _SCAN._replace(
     key_heads="n_groups", value_heads="mamba_num_heads", dim="ssm_state_size", value_dim="mamba_head_dim",

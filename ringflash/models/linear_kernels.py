@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ringflash.models.digests import globals_of
-from ringflash.models.families import recurrence_of
 from ringflash.models.layers import state_heads
 from ringflash.ring.sequences import CHUNK, Sequences
 
@@ -121,13 +120,8 @@ def device_refusal(
 
     dtype: that of the weights; None if it is not known yet. deterministic: gradients must be bit-equal from run to run.
     """
-    recurrence = recurrence_of(config.model_type)
-    if recurrence is None or state_heads(config) is None or device.type == "cpu":
+    if state_heads(config) is None or device.type == "cpu":
         return None
-    if not recurrence.gpus:
-        return (
-            f"model_type={config.model_type} is not supported on device {device}: Mamba-2 layers ran on the CPU alone"
-        )
     try:
         found = metadata.version(CORE)
     except metadata.PackageNotFoundError:

@@ -24,6 +24,7 @@ from ringflash.models import (
     kinds_of_layers,
     layer_kinds,
     state_heads,
+    state_layers,
 )
 from ringflash.ring.attention import GROUP_BYTES
 from ringflash.ring.cost import Heads
@@ -98,7 +99,9 @@ def estimate(
         kept = sum(kept_sizes(config, memory.keep, tokens, width, "gpu"))
         work = max(_work(config, kind.heads, tokens, width, ring) for kind in layer_kinds(config))
         if (of_states := state_heads(config)) is not None:
-            work = max(work, _state_work(config, of_states, tokens, width, ring))
+            beside = state_layers(config) + sum(layer_kinds(config).values()) > config.num_hidden_layers
+            more = _state_work(config, of_states, tokens, width, ring)
+            work = work + more if beside else max(work, more)
         work += on_host / config.num_hidden_layers  # a layer's share is on its way
     return Estimate(
         states=parameters * each.states + buffers,

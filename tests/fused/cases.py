@@ -17,6 +17,14 @@ def norm(x: Tensor, weight: Tensor, residual: Tensor | None, offset: float, eps:
     return h, weight * y.to(h.dtype)
 
 
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float = 1e-6) -> Tensor:
+    """x silu(gate), normalised within groups of channels as Zamba2RMSNormGated does."""
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    h = (x.to(wide) * functional.silu(gate.to(wide))).unflatten(-1, (groups, -1))
+    y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * y.flatten(-2).to(x.dtype)
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """Heads [B, S, heads, D] as Qwen3Attention normalises them and turns them by apply_rotary_pos_emb."""
     if weight is not None:

@@ -6,6 +6,7 @@ import torch
 
 from ringflash.fused.cross_entropy import cross_entropy_
 from ringflash.fused.gated import gated, gated_backward_
+from ringflash.fused.gated_norm import gated_norm
 from ringflash.fused.norm import rms_norm
 from ringflash.fused.rotary import rotary
 from ringflash.models import FusedConfig, fuse_layers
@@ -20,6 +21,8 @@ NORMS = {
     "narrow": ((1, 300, 8), False, 0.0),
     "wide": ((1, 3, 5120), True, 0.0),
 }
+# name: (shape, groups of channels)
+GATED_NORMS = {"one-row": ((1, 1, 7), 1), "odd-groups": ((2, 5, 300), 3), "narrow": ((1, 700, 16), 2)}
 # name: (B, S, heads, D), rows of cos and sin, whether heads are normalised
 ROTARIES = {
     "one-token": ((1, 1, 1, 2), 1, True),
@@ -45,6 +48,18 @@ def norm_excess(name: str, dtype: torch.dtype, device: str = "cpu") -> float:
     return cases.excess(fused, plain, [x.to(device, dtype) for x in inputs])
 
 
+def gated_norm_excess(name: str, dtype: torch.dtype, device: str = "cpu") -> float:
+    """How far gated_norm is from float64, over what is allowed."""
+    shape, groups = GATED_NORMS[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape), torch.randn(shape) * 2, torch.randn(shape[-1]) * 0.2 + 1]
+    return cases.excess(
+        lambda x, gate, weight: gated_norm(x, gate, weight, 1e-6, groups),
+        lambda x, gate, weight: cases.gated_norm(x, gate, weight, groups),
+        [x.to(device, dtype) for x in inputs],
+    )
+
+
 def rotary_excess(name: str, dtype: torch.dtype, device: str = "cpu") -> float:
     """How far rotary is from float64, over what is allowed."""
     shape, rows, normalised = ROTARIES[name]
@@ -63,12 +78,13 @@ def rotary_excess(name: str, dtype: torch.dtype, device: str = "cpu") -> float:
 
 
 def frozen_weight_differences() -> list[float]:
-    """How much the gradient of x differs, for a norm and for rotary heads, if the weight gets none."""
+    """How much the gradient of x differs, for norms and for rotary heads, if the weight gets none."""
     torch.manual_seed(0)
     x, dy, cos, sin = torch.randn(4, 2, 9, 3, 64)
     x, weight = x.requires_grad_(), torch.randn(64, requires_grad=True)
     functions = (
         lambda w: rms_norm(x, w, 1e-6)[1],
+        lambda w: gated_norm(x, x, w, 1e-6, 2),
         lambda w: rotary(x, cos[:, :, 0], sin[:, :, 0], w, 1e-6),
     )
     pairs = [[torch.autograd.grad(f(w), x, dy)[0] for w in (weight, weight.detach())] for f in functions]

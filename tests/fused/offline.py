@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
-from ringflash.fused import adamw, cross_entropy, gated, norm, rotary
+from ringflash.fused import adamw, cross_entropy, gated, gated_norm, norm, rotary
 from ringflash.fused.launch import tile_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -28,7 +28,7 @@ INTEGERS = {"labels": "i64", "high": "i16", "low": "i16", "mean": "i16", "square
 def norm_of(width: int, **more: bool) -> tuple[dict, int]:
     """Constants and warps of a norm's launch."""
     rows, columns, warps = tile_of(width)
-    return {"ADDS": True, "ROWS": rows, "COLUMNS": columns} | more, warps
+    return {"ROWS": rows, "COLUMNS": columns} | more, warps
 
 
 def rotary_of(normed: bool, **more: bool) -> tuple[dict, int]:
@@ -42,8 +42,16 @@ KERNELS = {
         f"{name}-{width}": (kernel, norm_of(width, **more))
         for width in (64, 1024, 5120, 16384)
         for name, kernel, more in (
-            ("norm-forward", norm._forward, {}),
-            ("norm-backward", norm._backward, {"TRAINED": True}),
+            ("norm-forward", norm._forward, {"ADDS": True}),
+            ("norm-backward", norm._backward, {"ADDS": True, "TRAINED": True}),
+        )
+    },
+    **{
+        f"gated-norm-{name}-{width}": (kernel, norm_of(width, **more))
+        for width in (512, 8192)
+        for name, kernel, more in (
+            ("forward", gated_norm._forward, {}),
+            ("backward", gated_norm._backward, {"TRAINED": True}),
         )
     },
     **{
@@ -54,7 +62,7 @@ KERNELS = {
             ("backward", rotary._backward, {"TRAINED": normed}),
         )
     },
-    "norm-frozen-1024": (norm._backward, norm_of(1024, TRAINED=False)),
+    "norm-frozen-1024": (norm._backward, norm_of(1024, ADDS=True, TRAINED=False)),
     "rotary-frozen": (rotary._backward, rotary_of(True, TRAINED=False)),
     **{
         f"gated-{name}-{gelu}": (kernel, ({"GELU": gelu, "BLOCK": gated.BLOCK}, 8))
@@ -69,7 +77,7 @@ KERNELS = {
 KERNELS["adamw"] = (adamw._kernel, ({"BLOCK": adamw.BLOCK}, 4))
 POINTERS = {
     "x", "residual", "weight", "h", "y", "inverse", "dh", "dy", "dx", "parts", "cos", "sin", "gate", "up", "out",
-    "dout", "logits", "losses", "gradient", *INTEGERS,
+    "dgate", "dout", "logits", "losses", "gradient", *INTEGERS,
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-STACK = {"norm-backward-16384": 256, "cross-entropy-True": 16}  # bytes per thread; every other kernel spills nothing
+# Bytes per thread; every other kernel spills nothing.
+STACK = {"norm-backward-16384": 256, "gated-norm-backward-8192": 120, "cross-entropy-True": 16}
 
 
 @pytest.mark.slow
@@ -23,5 +24,5 @@ def test_every_kernel_compiles_and_nothing_spills_but_what_is_listed():
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     reports = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(reports) == 42
+    assert len(reports) == 50
     assert [r for r in reports if r["stack"] > STACK.get(r["kernel"].rpartition("-")[0], 0)] == []

@@ -21,6 +21,12 @@ def test_rms_norm_is_exact(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", claims.GATED_NORMS)
+def test_gated_norm_is_exact(case, dtype):
+    assert claims.gated_norm_excess(case, dtype, "cuda") <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", claims.ROTARIES)
 def test_rotary_is_exact(case, dtype):
     assert claims.rotary_excess(case, dtype, "cuda") <= 1

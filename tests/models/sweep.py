@@ -92,12 +92,12 @@ In such a layer, the ranks of a sequence exchange tokens for heads, and each com
   Granite 4's single group, each rank receives B and C of all tokens.
 - On GPUs, these layers need flash-linear-attention (`pip install flash-linear-attention`). On the CPU, plain torch
   computes them, document by document.
-- Mamba-2 layers have run on the CPU alone, and GPUs are refused.
 - On Hopper GPUs, flash-linear-attention refuses the backward with triton older than 3.7.1, whose gradients would be
   wrong. torch 2.11 comes with triton 3.6.0, and torch 2.13 with 3.7.1. tilelang also helps, but was not tried here.
-- On GPUs, fp32 is refused, since flash-linear-attention's gradients of `A_log` and `dt_bias` were wrong in it. Those of
-  gated DeltaNet layers in bf16 were as exact as by transformers' functions
-  ([log](log.md#2026-11-30-gated-deltanet-on-an-h200)).
+- On GPUs, fp32 is refused. In it, flash-linear-attention's gradients of `A_log` and `dt_bias` were wrong with gated
+  DeltaNet layers, and one kernel computes those of both kinds. In bf16, gradients were as exact as by transformers'
+  functions: the log has those of [gated DeltaNet](log.md#2026-11-30-gated-deltanet-on-an-h200) and of
+  [Mamba-2](log.md#2026-11-30-mamba-2-layers-on-an-h200).
 - On GPUs, `attention.deterministic=true` is refused: flash-linear-attention times its kernels in each process and
   takes the fastest.
 - A recomputed layer runs its exchanges and its recurrence again. `memory.attention_results` concerns attention alone.

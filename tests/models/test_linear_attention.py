@@ -172,10 +172,6 @@ def version_or_error(found):
 
 
 def test_the_trainer_refuses_ranks_without_heads_a_gpu_without_kernels_and_a_cache(monkeypatch):
-    assert (
-        "bamba is not supported on device meta: Mamba-2 layers ran on the CPU alone"
-        in linear_kernels.device_refusal(tiny("bamba").config, torch.device("meta"))
-    )
     settings = ModelConfig(architecture=architecture("qwen3_5_text"), dtype="bf16")
     config = read_config(settings)
     for parallel in (ParallelConfig(), ParallelConfig(ring=8, ulysses=2)):
@@ -273,15 +269,17 @@ def test_a_causal_model_of_the_whole_folder_is_the_text_model_in_a_loop_of_ones_
     torch.testing.assert_close(loss, model(**ring_inputs(TOKENS, TOKENS, ring=Loopback(1), config=model.config)).loss)
 
 
-def gradients_on(device, dtype, monkeypatch, kernels, ranks=1):
-    """Every gradient of a small model, by flash-linear-attention or by transformers' functions in plain torch."""
-    heads = {
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 8,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
-    }
-    model = with_weights(tiny("qwen3_5_text", **heads)).to(device, dtype)
+LARGER = {  # heads, and Mamba-2's time steps and layers without experts, whose choices rounding would change
+    "qwen3_5_text": {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64,
+                     "linear_value_head_dim": 64},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 64, "time_step_min": 0.001,
+                   "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+}  # fmt: skip
+
+
+def gradients_on(device, model_type, dtype, monkeypatch, kernels, ranks=1):
+    """Every gradient of a small model, by flash-linear-attention or by plain torch."""
+    model = with_weights(tiny(model_type, **LARGER[model_type])).to(device, dtype)
     monkeypatch.setattr(linear_kernels, "_has_kernels", lambda x: kernels)
     inputs = ring_inputs(TOKENS, TOKENS, documents=DOCUMENTS, ring=Loopback(ranks, device), config=model.config)
     return {name: x.double() for name, x in loss_and_gradients(model, inputs)[1].items()}
@@ -290,12 +288,13 @@ def gradients_on(device, dtype, monkeypatch, kernels, ranks=1):
 @pytest.mark.gpu
 @pytest.mark.skipif(find_spec("fla") is None, reason="flash-linear-attention is not installed")
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_on_a_gpu_the_error_of_bf16_is_at_most_twice_that_of_transformers_functions(monkeypatch, ranks):
+@pytest.mark.parametrize("model_type", LARGER)
+def test_on_a_gpu_the_error_of_bf16_is_at_most_twice_that_of_plain_torch(monkeypatch, model_type, ranks):
     device = torch.device("cuda")
-    if (reason := linear_kernels.device_refusal(tiny("qwen3_5_text").config, device)) is not None:
+    if (reason := linear_kernels.device_refusal(tiny(model_type).config, device)) is not None:
         pytest.skip(reason)
-    exact = gradients_on(device, torch.float32, monkeypatch, kernels=False)
-    plain = gradients_on(device, torch.bfloat16, monkeypatch, kernels=False)
-    found = gradients_on(device, torch.bfloat16, monkeypatch, kernels=True, ranks=ranks)
+    exact = gradients_on(device, model_type, torch.float32, monkeypatch, kernels=False)
+    plain = gradients_on(device, model_type, torch.bfloat16, monkeypatch, kernels=False)
+    found = gradients_on(device, model_type, torch.bfloat16, monkeypatch, kernels=True, ranks=ranks)
     for name, x in exact.items():
         assert (found[name] - x).norm() <= 2 * (plain[name] - x).norm(), name

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from ringflash.models import read_config
+from ringflash.models import ModelConfig, read_config
 from ringflash.training import preflight
 from ringflash.training.config import compose
 from ringflash.training.estimate import estimate, per_parameter
 from ringflash.training.memory import MemoryConfig
+from tests.models.cases import architecture
 from tests.training.checkpoints.test_checkpoint import write_three
 from tests.training.engines import build
 
@@ -46,6 +47,18 @@ def test_a_frozen_weight_takes_its_own_bytes_alone(zero, ranks, width):
 
     assert found(frozen=2e9).gpu - found().gpu == pytest.approx(width * 1e9)
     assert found(frozen=2e9).checkpoint == found().checkpoint
+
+
+def test_a_layer_with_attention_and_linear_attention_holds_the_tensors_of_both():
+    """Falcon H1's layers have both, and Bamba's one of them."""
+
+    def work(model_type, **fields):
+        config = read_config(ModelConfig(architecture=architecture(model_type, **fields)))
+        return estimate(config, 0, MemoryConfig(recompute=True), bf16=True, tokens=64, ranks=1, ring=1).work
+
+    attention, alternating = (work("bamba", attn_layer_indices=layers) for layers in ([0, 1], [1]))
+    assert attention < alternating
+    assert work("falcon_h1", mamba_d_ssm=96) == attention + alternating
 
 
 @pytest.mark.ranks
