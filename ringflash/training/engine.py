@@ -31,7 +31,7 @@ from ringflash.models import (
 from ringflash.models.lora import adapted, without_adapters
 from ringflash.models.lora_linear import replace_adapted, replaced_layers
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
-from ringflash.training.loss import LossHead
+from ringflash.training.loss import LossHead, LossOptions, tile_for
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers import one_rank
 from ringflash.training.optimizers.build import build_optimizer, start_moments
@@ -51,9 +51,10 @@ class TrainedModel(nn.Module):
         super().__init__()
         self.model = model.train()  # transformers loads models for inference, whose layers are not recomputed
         self.attention = asdict(attention)
+        tile = memory.loss_tile or tile_for(model.lm_head.out_features)
         softcap = getattr(model.config, "final_logit_softcapping", None)
-        scale = logit_scale(model.config)
-        model.lm_head = LossHead(model.lm_head, memory.loss_tile, softcap, fused_loss, scale)
+        options = LossOptions(tile, softcap, logit_scale(model.config), fused_loss)
+        model.lm_head = LossHead(model.lm_head, options)
         replace_adapted(model)
         if memory.recompute:
             checkpoint_layers(model, memory.keep)

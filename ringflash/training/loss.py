@@ -9,8 +9,7 @@ summed over tiles in fp32. On a GPU, one kernel per tile overwrites the logits w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,46 +30,51 @@ def tile_for(vocabulary: int) -> int:
     return max(1, LOGITS // vocabulary // 128) * 128
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """How logits are computed from hidden states, and with which kernel their losses.
+
+    tile: tokens whose logits are held at once. softcap: of the logits, or None. scale: of the logits, before the cap.
+    fused: use the Triton kernel.
+    """
+
+    tile: int
+    softcap: float | None = None
+    scale: float = 1.0
+    fused: bool = False
+
+
 def tiled_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    tile: int,
-    softcap: float | None,
-    fused: bool = False,
+    options: LossOptions,
     bias: Tensor | None = None,
-    scale: float = 1.0,
     sums: Sums | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
     """Summed cross entropy, fp32 scalar.
 
-    hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 for no label; tile: tokens whose logits are
-    held at once; softcap: of the logits, or None; fused: use the Triton kernel; bias: [V] or None; scale: of the
-    logits, before the cap; sums: receives the tokens' losses; weights: fp32 [N], factors of these losses, or None.
-    Differentiable in hidden, weight and bias.
+    hidden [N, H]; weight [V, H]; labels int64 [N], already shifted, -100 for no label; bias: [V] or None; sums:
+    receives the tokens' losses; weights: fp32 [N], factors of these losses, or None. Differentiable in hidden, weight
+    and bias.
     """
     grad = torch.is_grad_enabled()  # which a Function's forward cannot tell
-    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, tile, softcap, fused, scale, sums, weights, grad)
+    return _TiledCrossEntropy.apply(hidden, weight, bias, labels, options, sums, weights, grad)
 
 
 class LossHead(nn.Linear):
     """A model's lm_head that can return the loss instead of the logits.
 
     It owns the weight and the bias under their usual names, so ZeRO 3 gathers them when the head is called, and
-    checkpoints name them as usual. scale: what the model multiplies its logits by.
+    checkpoints name them as usual.
     """
 
-    def __init__(
-        self, head: nn.Linear, tile: int | None, softcap: float | None, fused: bool = False, scale: float = 1.0
-    ) -> None:
+    def __init__(self, head: nn.Linear, options: LossOptions) -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         self.weight = head.weight
         self.bias = head.bias
-        self.tile: int = tile_for(head.out_features) if tile is None else tile
-        self.softcap: float | None = softcap
-        self.fused: bool = fused
-        self.scale: float = scale
+        self.options: LossOptions = options
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, sums: Sums | None = None, weights: Tensor | None = None
@@ -82,9 +86,8 @@ class LossHead(nn.Linear):
         if labels is None:
             return super().forward(hidden)
         return tiled_cross_entropy(
-            hidden.flatten(0, -2), self.weight, labels.flatten(), self.tile, self.softcap, self.fused, self.bias,
-            self.scale, sums, weights,
-        )  # fmt: skip
+            hidden.flatten(0, -2), self.weight, labels.flatten(), self.options, self.bias, sums, weights
+        )
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -95,10 +98,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        tile: int,
-        softcap: float | None,
-        fused: bool,
-        scale: float,
+        options: LossOptions,
         sums: Sums | None,
         weights: Tensor | None,
         grad: bool,
@@ -109,25 +109,23 @@ class _TiledCrossEntropy(torch.autograd.Function):
         _, trained, trained_bias, *_ = ctx.needs_input_grad
         dweight = torch.zeros_like(weight, dtype=torch.float32) if grad and trained else None
         dbias = torch.zeros_like(bias, dtype=torch.float32) if grad and trained_bias and bias is not None else None
-        cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-        if fused:
-            cross_entropy = partial(_fused_cross_entropy, softcap=softcap)
-        else:
-            cross_entropy = partial(_cross_entropy, softcap=softcap, dtype=hidden.dtype, differentiate=differentiate)
-        for begin in range(0, len(hidden), tile):
-            here = slice(begin, begin + tile)
+        for begin in range(0, len(hidden), options.tile):
+            here = slice(begin, begin + options.tile)
             logits = hidden[here] @ weight.T if bias is None else torch.addmm(bias, hidden[here], weight.T)
-            if scale != 1.0:
-                logits *= scale
-            losses, dlogits = cross_entropy(logits, labels[here])
+            if options.scale != 1.0:
+                logits *= options.scale
+            if options.fused:
+                losses, dlogits = _fused_cross_entropy(logits, labels[here], options.softcap)
+            else:
+                losses, dlogits = _cross_entropy(logits, labels[here], options.softcap, differentiate)
             if sums is not None:
                 sums.add(begin, losses)
             loss += (losses if weights is None else losses * weights[here]).sum()
             if differentiate:
                 if weights is not None:
                     dlogits *= weights[here].unsqueeze(1)
-                if scale != 1.0:
-                    dlogits *= scale
+                if options.scale != 1.0:
+                    dlogits *= options.scale
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=torch.float32)
                 torch.mm(dlogits, weight, out=dhidden[here])
@@ -141,13 +139,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         gradients = (None if x is None else x * dloss.to(x.dtype) for x in ctx.saved_tensors)
-        return *gradients, None, None, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, softcap: float | None, dtype: torch.dtype, differentiate: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses [N], fp32, and their gradient by the logits in `dtype`, empty unless asked for."""
+def _cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """Losses [N], fp32, and their gradient by the logits in the logits' dtype, empty unless asked for."""
+    dtype = logits.dtype
     logits, slope = _capped(logits.float(), softcap)
     valid = labels != IGNORE
     target = labels.clamp(min=0).unsqueeze(1)

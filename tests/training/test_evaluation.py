@@ -10,7 +10,7 @@ from ringflash.layout import Layout
 from ringflash.training import metrics, positions
 from ringflash.training.engine import build_engine
 from ringflash.training.evaluation import HeldOut, evaluate
-from ringflash.training.loss import tiled_cross_entropy
+from ringflash.training.loss import LossOptions, tiled_cross_entropy
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.positions import by_position, means, no_totals
@@ -141,11 +141,11 @@ def test_losses_by_position_are_sums_that_leave_the_loss_and_its_gradient_as_the
     inputs = {"position_ids": 1000 * torch.arange(20), "shift_labels": labels}
     found, totals = [], no_totals(torch.device("cpu"))
     for sums in (None, by_position(inputs, totals)):
-        loss = tiled_cross_entropy(hidden, weight, labels, tile, None, sums=sums)
+        loss = tiled_cross_entropy(hidden, weight, labels, LossOptions(tile), sums=sums)
         found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     assert all(map(torch.equal, *found))
     each = nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none").detach().double()
     assert totals[1, :4].tolist() == [4, 4, 8, 3]  # the bounds are 4096, 8192 and 16384
     assert totals[0, :3].tolist() == pytest.approx([x.sum().item() for x in each[:17].split([5, 4, 8])])
     with torch.no_grad():
-        assert not tiled_cross_entropy(hidden, weight, labels, tile, None).requires_grad
+        assert not tiled_cross_entropy(hidden, weight, labels, LossOptions(tile)).requires_grad

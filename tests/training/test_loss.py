@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringflash.training.loss import LossHead, _capped, tiled_cross_entropy
+from ringflash.training.loss import LossHead, LossOptions, _capped, tiled_cross_entropy
 
 
 def whole(hidden, weight, labels, softcap, bias=0.0, scale=1.0, weights=1.0):
@@ -21,7 +21,7 @@ def test_any_tile_gives_the_loss_and_gradients_of_whole_logits(tile, softcap):
     hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
     labels = torch.randint(0, 97, (50,))
     labels[::5] = -100
-    loss = tiled_cross_entropy(hidden, weight, labels, tile, softcap)
+    loss = tiled_cross_entropy(hidden, weight, labels, LossOptions(tile, softcap))
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     exact = whole(exact_hidden, exact_weight, labels, softcap)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
@@ -36,7 +36,7 @@ def test_a_heads_bias_and_scale_and_weights_of_tokens_are_those_of_whole_logits(
     head, hidden = nn.Linear(16, 97), torch.randn(50, 16, requires_grad=True)
     labels, weights = torch.randint(0, 97, (50,)), torch.randn(50)
     labels[::5] = -100
-    loss = LossHead(head, 7, softcap, scale=0.3)(hidden, labels, weights=weights)
+    loss = LossHead(head, LossOptions(7, softcap, scale=0.3))(hidden, labels, weights=weights)
     exact = [x.detach().double().requires_grad_() for x in (head.weight, head.bias, hidden)]
     expected = whole(exact[2], exact[0], labels, softcap, exact[1], 0.3, weights)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
@@ -48,7 +48,7 @@ def test_a_heads_bias_and_scale_and_weights_of_tokens_are_those_of_whole_logits(
 
 def test_labels_that_predict_nothing_give_loss_and_gradient_zero():
     hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    loss = tiled_cross_entropy(hidden, weight, torch.full((8,), -100), 3, None)
+    loss = tiled_cross_entropy(hidden, weight, torch.full((8,), -100), LossOptions(3))
     loss.backward()
     assert loss == 0
     assert hidden.grad.abs().max() == 0
@@ -59,7 +59,7 @@ def test_logits_of_more_than_a_tile_never_exist(monkeypatch):
     rows = []
     logsumexp = torch.Tensor.logsumexp
     monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: (rows.append(len(x)), logsumexp(x, dim))[1])
-    tiled_cross_entropy(torch.randn(50, 4), torch.randn(9, 4), torch.zeros(50, dtype=torch.int64), 16, None)
+    tiled_cross_entropy(torch.randn(50, 4), torch.randn(9, 4), torch.zeros(50, dtype=torch.int64), LossOptions(16))
     assert rows == [16, 16, 16, 2]
 
 
@@ -70,7 +70,7 @@ def test_the_weights_gradient_is_summed_over_tiles_in_fp32():
     errors = []
     for tile in (16, 4096):
         w = weight.bfloat16().requires_grad_()
-        tiled_cross_entropy(hidden.bfloat16(), w, labels, tile, None).backward()
+        tiled_cross_entropy(hidden.bfloat16(), w, labels, LossOptions(tile)).backward()
         exact = weight.bfloat16().double().requires_grad_()
         whole(hidden.bfloat16().double(), exact, labels, None).backward()
         errors.append(((w.grad.double() - exact.grad).norm() / exact.grad.norm()).item())
@@ -79,7 +79,7 @@ def test_the_weights_gradient_is_summed_over_tiles_in_fp32():
 
 def test_a_loss_head_without_labels_gives_logits_and_shares_its_weight():
     plain = nn.Linear(8, 5, bias=False)
-    head = LossHead(plain, 4, None)
+    head = LossHead(plain, LossOptions(4))
     assert head.weight is plain.weight
     x = torch.randn(2, 3, 8)
     torch.testing.assert_close(head(x), plain(x))
