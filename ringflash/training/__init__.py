@@ -11,7 +11,7 @@ zero3                       with ZeRO 3, a model that is never whole in one rank
 step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
 preference                  DPO, the loss of pairs of a chosen and a rejected answer
 positions, sums             the loss by position in a document; losses summed by group of tokens
-meter, flops, metrics       a step's figures, and where they are written
+meter, flops, metrics       a step's figures, and where they are written; loss_plot draws them
 run_folder, files           the folder of a run, and files that are complete or absent
 checkpoints                 what a run can be resumed from, also if ranks or ZeRO stage change
 export                      the trained model as a Hugging Face folder

@@ -23,7 +23,7 @@ from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
-from ringflash.training import launcher, metrics, preflight, run_folder, stop, zero3
+from ringflash.training import launcher, loss_plot, metrics, preflight, run_folder, stop, zero3
 from ringflash.training.checkpoints import checkpoint
 from ringflash.training.checkpoints.checkpoint import Best
 from ringflash.training.config import Config
@@ -297,7 +297,7 @@ def _open(job: Job, world: World, model: PreTrainedModel, settings: dict[str, An
         if world.is_first:
             run_folder.check_start(folder, start, config.optim.total_steps)
             write_atomically(folder / "config.yaml", resolved)
-            metrics.check_plot(folder)
+            loss_plot.check_plot(folder)
             print(f"fused      {', '.join(engine.fused) or 'nothing'}", flush=True)
             if world.ring.size > 1:
                 print(f"messages   in rings of {world.ring.size} ranks, carried by {world.ring.carrier}", flush=True)
@@ -404,7 +404,7 @@ def _print_outcome(
         print(f"lowest            {best.loss:.4f} nats per {unit} after step {best.step}, whose weights are exported")
     for path in exported:
         print(f"{path.name:<17} {path}")
-    print(f"loss plot         {metrics.plot(folder, entropy, unit)}")
+    print(f"loss plot         {loss_plot.plot(folder, entropy, unit)}")
     if searched:
         print(f"needles           {folder / 'needle.png'}")
     print(f"metrics           {folder / metrics.FILE}")

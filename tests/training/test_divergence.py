@@ -8,7 +8,7 @@ import torch
 
 from ringflash.errors import ConfigError, DivergedError
 from ringflash.layout import Layout
-from ringflash.training import failure, metrics
+from ringflash.training import failure, loss_plot, metrics
 from ringflash.training.checkpoints import checkpoint
 from ringflash.training.config import compose
 from ringflash.training.divergence import LIMIT, Divergence
@@ -199,7 +199,7 @@ def test_metrics_are_json_for_strict_readers_and_wandb_has_them_too(tmp_path, mo
     assert wandb[0] == (2, {"loss": -math.inf, "lr": 1e-3, "ring_hops": 4})
     assert math.isnan(wandb[1][1]["held_out_loss"])
     assert wandb[2] == 1
-    assert metrics.plot(tmp_path, 3.0).stat().st_size > 1000
+    assert loss_plot.plot(tmp_path, 3.0).stat().st_size > 1000
 
 
 def printed_for(error, monkeypatch, capsys):

@@ -1,13 +1,11 @@
 """Losses by position in a document are those of plain transformers, held-out and of training, on any ranks."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
 from ringflash.layout import Layout
-from ringflash.training import metrics, positions
+from ringflash.training import positions
 from ringflash.training.engine import build_engine
 from ringflash.training.evaluation import HeldOut, evaluate
 from ringflash.training.loss import LossOptions, tiled_cross_entropy
@@ -105,32 +103,6 @@ def test_ranges_are_named_by_their_bounds():
 
 def test_documents_within_the_first_range_have_no_losses_by_position():
     assert HeldOut(2.0).record() == {"held_out_loss": 2.0}
-
-
-def test_a_record_has_a_value_per_range_and_the_plot_shows_the_first_the_last_and_those_of_training(
-    tmp_path, monkeypatch
-):
-    drawn = {}
-    monkeypatch.setattr(metrics, "_draw_by_position", lambda axes, lines: drawn.update(lines))
-    (tmp_path / metrics.FILE).write_text("")
-    log = metrics.Metrics(metrics.LoggerConfig(mode="disabled"), tmp_path, {}, 0, 30)
-    for step in range(1, 31):
-        held_out = HeldOut(2.0, {"0-4k": 2.5 - step / 10, "4k-8k": math.nan})
-        trained = {"loss": 3.0, "loss/0-4k": float(step)} | ({"loss/8k-16k": 7.0} if step == 25 else {})
-        log.log(step, trained | (held_out.record() if step % 10 == 0 else {}))
-    log.close()
-    assert metrics.read(tmp_path / metrics.FILE)[-1] == {
-        "step": 30, "loss": 3.0, "loss/0-4k": 30.0,
-        "held_out_loss": 2.0, "held_out_loss/0-4k": -0.5, "held_out_loss/4k-8k": None,
-    }  # fmt: skip
-    metrics.plot(tmp_path, None)
-    assert drawn == {
-        "held-out, step 10": {"0-4k": 1.5, "4k-8k": pytest.approx(math.nan, nan_ok=True)},
-        "held-out, step 30": {"0-4k": -0.5, "4k-8k": pytest.approx(math.nan, nan_ok=True)},
-        "training, steps 11 to 30": {"0-4k": 20.5, "8k-16k": 7.0},
-    }
-    monkeypatch.undo()
-    assert metrics.plot(tmp_path, None).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("tile", [3, 64])

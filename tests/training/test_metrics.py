@@ -1,11 +1,11 @@
-"""The plot and the wandb run of a folder can be written and continued, or the file in the way is named."""
+"""The wandb run and the TensorBoard events of a folder are continued, or the file in the way is named."""
 
 import importlib.util
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ringflash.errors import ConfigError, DiskError
+from ringflash.errors import ConfigError
 from ringflash.haystack import Cell, heat_map
 from ringflash.training import metrics
 
@@ -29,15 +29,6 @@ def test_a_wandb_id_that_cannot_be_read_is_named(tmp_path):
         metrics._wandb_id(tmp_path / "wandb-id")
 
 
-@pytest.mark.parametrize(
-    "write", [metrics.check_plot, lambda folder: metrics.plot(folder, None)], ids=["check", "plot"]
-)
-def test_a_plot_that_cannot_be_written_is_named(tmp_path, write):
-    (tmp_path / "loss.png").mkdir()
-    with pytest.raises(DiskError, match=r"loss\.png was not written: .*Is a directory"):
-        write(tmp_path)
-
-
 def test_a_run_is_also_written_to_tensorboard_and_begins_again_where_it_is_resumed(tmp_path):
     config = metrics.LoggerConfig(mode="disabled", tensorboard=True)
     for start in (0, 2):
@@ -59,12 +50,6 @@ def test_tensorboard_is_refused_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"logger\.tensorboard=true needs the package tensorboard, which is not inst"):
         metrics.LoggerConfig(tensorboard=True)
-
-
-def test_a_plot_is_replaced(tmp_path):
-    (tmp_path / "loss.png").write_bytes(b"of an earlier run")
-    metrics.check_plot(tmp_path)
-    assert metrics.plot(tmp_path, None).stat().st_size > 1000
 
 
 def test_a_job_log_gets_lines_at_intervals_instead_of_a_bar(tmp_path, capsys, monkeypatch):
