@@ -19,6 +19,7 @@ stop, failure               how a run ends early with a checkpoint, and how it f
 divergence, out_of_memory   two of its failures: losses that are not finite, and full GPUs
 """
 
+import logging
 import os
 import warnings
 
@@ -28,3 +29,5 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # On every step DeepSpeed calls collectives by names that newer torch deprecates; a user cannot change that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+# peft imports bitsandbytes, which asks on some CPUs to install a kernel that `models.quantized` does not use.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,6 +1,7 @@
 """A run with LoRA trains the adapters that plain peft trains on transformers' eager attention, and them alone."""
 
 import json
+import logging
 import re
 import shutil
 
@@ -172,6 +173,11 @@ def test_adapters_on_a_base_in_4_bits_are_those_of_plain_peft(ranks, text, base,
     assert all(torch.equal(x, found[name]) for name, x in load_file(folder / "adapter" / WEIGHTS).items())
     (stored, *_) = (folder / "checkpoints" / "step-00000004" / "state").glob("*model_states.pt")
     assert all(".lora_" in name for name in torch.load(stored, weights_only=False)["module"])
+
+
+def test_bitsandbytes_asks_for_no_other_package():
+    ops = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert [ops.isEnabledFor(level) for level in (logging.WARNING, logging.ERROR)] == [False, True]
 
 
 def test_weights_in_4_bits_are_counted_as_the_weights_that_they_stand_for(base):
