@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, shown
 from ringflash.training.world import World
 
 POSITIONS = "document"  # where positions begin; in manifests without this entry, with the sequence
@@ -59,17 +59,18 @@ def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
         if before.get(key) != now.get(key):
             if key == "data.digest" and before.get(TOKENIZER) not in (None, now.get(TOKENIZER)):
                 key = TOKENIZER
+            was, is_now = shown(before.get(key)), shown(now.get(key))
             if key in before and _may_change(key, (before[key], now.get(key))):
-                changes.append(f"{key}={now.get(key)} replaces {before[key]}")
+                changes.append(f"{key}={is_now} replaces {was}")
                 continue
             if key in BY_DIGEST:
                 raise ConfigError(
-                    f"{BY_DIGEST[key]} than when {path} was written (digest {now.get(key)}, not {before.get(key)}): "
+                    f"{BY_DIGEST[key]} than when {path} was written (digest {is_now}, not {was}): "
                     f"resume with the same, or start again (resume=never)"
                 )
             raise ConfigError(
-                f"{key}={now.get(key)} differs from {before.get(key)}, with which {path} was written: resume with "
-                f"that value, or start again (resume=never)"
+                f"{key}={is_now} differs from {was}, with which {path} was written: resume with that value, or start "
+                f"again (resume=never)"
             )
     return changes
 

@@ -283,16 +283,16 @@ def test_a_new_checkpoint_outlives_corrupt_ones_of_later_steps(ranks, tmp_path):
         ),
         (
             {"optim": {"lr": 1.0, "clip": 1.0}, "data": {"digest": "b"}, "tokenizer": {"digest": "a"}},
-            r"data.path or data.sources has other tokens than .* \(digest b, not None\)",
+            r"data.path or data.sources has other tokens than .* \(digest b, not null\)",
         ),
         (
             {"optim": {"lr": 1.0, "clip": 1.0}, "model": {"digest": "b"}},
-            r"model.path has another model than .* \(digest b, not None\)",
+            r"model.path has another model than .* \(digest b, not null\)",
         ),
-        ({"optim": {"lr": 1.0, "clip": 1.0, "steps": 9}, "model": {"layers": 3}}, "model.layers=3 differs from None"),
+        ({"optim": {"lr": 1.0, "clip": 1.0, "steps": 9}, "model": {"layers": 3}}, "model.layers=3 differs from null"),
         (
             {"optim": {"lr": 1.0, "clip": 1.0, "steps": 9}, "model": {"lora": {"dropout": 0.0, "rank": 2}}},
-            "model.lora.rank=2 differs from None",
+            "model.lora.rank=2 differs from null",
         ),
     ],
 )
