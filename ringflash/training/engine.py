@@ -36,7 +36,7 @@ from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers import one_rank
 from ringflash.training.optimizers.build import build_optimizer, start_moments
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.preference import Preferences
+from ringflash.training.preference import PreferencePairs
 from ringflash.training.sums import Sums
 from ringflash.training.world import World
 from ringflash.training.zero3 import start_deepspeed
@@ -101,7 +101,7 @@ class TrainedModel(nn.Module):
         num_items_in_batch: object,
         router_weight: Tensor | None = None,
         by_position: Sums | None = None,
-        preferences: Preferences | None = None,
+        preferences: PreferencePairs | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Summed loss of this rank's shard, from the inputs of `ring_inputs`. `step` divides it by all ranks' labels.

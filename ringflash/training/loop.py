@@ -392,12 +392,11 @@ def _print_outcome(
     unit = "token" if held_out is None else held_out.unit
     if held_out is not None:
         print(f"held-out loss     {held_out.loss:.4f} nats per {unit}")
-        if held_out.by_position:
-            print(f"  by position     {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_position.items())}")
-        if held_out.by_source:
-            print(f"  by source       {', '.join(f'{name}: {x:.4f}' for name, x in held_out.by_source.items())}")
-        if held_out.rewards:
-            print(f"  rewards         {', '.join(f'{name[8:]}: {x:.4f}' for name, x in held_out.rewards.items())}")
+        rewards = {name.removeprefix("rewards/"): x for name, x in held_out.rewards.items()}
+        parts = {"by position": held_out.by_position, "by source": held_out.by_source, "rewards": rewards}
+        for part, means in parts.items():
+            if means:
+                print(f"  {part:<15} {', '.join(f'{name}: {x:.4f}' for name, x in means.items())}")
     if entropy is not None:
         print(f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context")
     if best is not None:

@@ -59,7 +59,7 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Preferences:
+class PreferencePairs:
     """The pairs of a micro-batch.
 
     documents: int64 [N], the document of each of this rank's tokens; pair i has the documents 2 i, chosen, and 2 i + 1.
@@ -75,7 +75,7 @@ class Preferences:
     totals: Tensor
 
     @classmethod
-    def of(cls, config: PreferenceConfig, batch: Batch, plan: AttentionPlan, world: World) -> Preferences:
+    def of(cls, config: PreferenceConfig, batch: Batch, plan: AttentionPlan, world: World) -> PreferencePairs:
         """Those of a batch, in which the pairs of each row come before its padding."""
         numbers, labels, count = [], [], 0
         for row, lengths in zip(batch.labels, batch.documents, strict=True):
@@ -127,7 +127,7 @@ class Preferences:
 
 
 def no_totals(device: torch.device) -> Tensor:
-    """Zeros for the totals of `Preferences`, float64 [2, FIGURES]."""
+    """Zeros for the totals of `PreferencePairs`, float64 [2, FIGURES]."""
     return torch.zeros(2, len(FIGURES), dtype=torch.float64, device=device)
 
 

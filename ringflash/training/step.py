@@ -26,7 +26,7 @@ from ringflash.ring.plan import AttentionPlan
 from ringflash.training import positions, preference
 from ringflash.training.flops import attention_flops, state_flops
 from ringflash.training.parallel import LayoutChooser
-from ringflash.training.preference import PreferenceConfig, Preferences
+from ringflash.training.preference import PreferenceConfig, PreferencePairs
 from ringflash.training.world import World
 
 
@@ -123,7 +123,7 @@ def forward(
     engine: deepspeed.DeepSpeedEngine, inputs: dict[str, Any], of_tokens: Tensor, of_pairs: Tensor, **options: Any
 ) -> Tensor:
     """The summed loss of this rank's inputs, whose parts are added to the totals of tokens or of pairs."""
-    pairs: Preferences | None = inputs.get("preferences")
+    pairs: PreferencePairs | None = inputs.get("preferences")
     if pairs is None:
         return engine(**inputs, by_position=positions.by_position(inputs, of_tokens), **options)
     loss = engine(**inputs, **options)
@@ -133,7 +133,7 @@ def forward(
 
 def _counted(inputs: dict[str, Any]) -> Tensor:
     """The tokens, or the pairs, whose losses this rank sums."""
-    pairs: Preferences | None = inputs.get("preferences")
+    pairs: PreferencePairs | None = inputs.get("preferences")
     return (inputs["shift_labels"] != IGNORE).sum() if pairs is None else pairs.totals[1, 0]
 
 
@@ -170,5 +170,5 @@ def shard(
         layout=layout_for, config=config, compare_ranks=False,
     )  # fmt: skip
     if pair_loss is not None:
-        inputs["preferences"] = Preferences.of(pair_loss, batch, inputs["plan"], world)
+        inputs["preferences"] = PreferencePairs.of(pair_loss, batch, inputs["plan"], world)
     return inputs
