@@ -17,9 +17,8 @@ from ringflash.kernels.compensation import BITS, LARGEST, SAMPLED, SPREAD, least
 from ringflash.kernels.portable_parts import interval_stride, warps_of_whole_rows
 
 SHIFTED_ROWS = 128  # per program of center_kernel
-KEYS = tl.constexpr(
-    128
-)  # per program of subtract_kernel, and written beyond the keys that are seen: no kernel's tile is longer
+# Per program of subtract_kernel, and written beyond the keys that are seen: no kernel's tile is longer.
+KEYS = tl.constexpr(128)
 DROPPED = tl.constexpr(24 - BITS)  # bits of fp32's mantissa that c drops
 HALF = tl.constexpr(1 << (23 - BITS))  # of the last bit that it keeps
 
