@@ -21,7 +21,7 @@ _COUNTS = {
     "num_global_key_value_heads", "head_dim", "global_head_dim", "max_position_embeddings",
     "original_max_position_embeddings", "sliding_window", "num_local_experts", "num_experts_per_tok",
 }  # fmt: skip
-_OPTIONAL = {("granitemoehybrid", "num_local_experts")}  # counts of which there may be none
+_WITHOUT_EXPERTS = {"num_local_experts", "num_experts_per_tok"}  # counts that are 0 in Granite 4's dense models
 _ABOVE_0 = {"rope_theta", "factor", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
 # transformers makes a Python list of layers, long before there is a weight; a window may be longer than any sequence
 _MOST = {"num_hidden_layers": 10_000, "sliding_window": math.inf}
@@ -31,6 +31,7 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 def value_refusal(settings: Mapping[str, Any]) -> str | None:
     """None, or the first field of a configuration that no model can have, "hidden_size=0 must be ..."."""
+    dense = settings.get("model_type") == "granitemoehybrid" and settings.get("num_local_experts") == 0
     for key, value in _leaves(settings):
         name = key.rpartition(".")[2]
         if name in _FIXED and value is not _FIXED[name]:
@@ -40,8 +41,8 @@ def value_refusal(settings: Mapping[str, Any]) -> str | None:
         if name == "rope_theta" and not isinstance(value, int | float):
             return f"{key}={value} must be a number"
         if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_id"):
-            counted = name in _COUNTS and (settings.get("model_type"), name) not in _OPTIONAL
-            least, most = int(counted), _MOST.get(name, LARGEST)
+            least = 1 if name in _COUNTS and not (dense and name in _WITHOUT_EXPERTS) else 0
+            most = _MOST.get(name, LARGEST)
             if name in _ABOVE_0 and not 0 < value < math.inf:
                 return f"{key}={value} must be above 0 and finite"
             if not least <= value < math.inf:

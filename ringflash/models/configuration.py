@@ -363,7 +363,7 @@ def experts_of(config: PreTrainedConfig) -> tuple[int, int]:
     experts, active = (
         next((x for name in names if (x := getattr(config, name, None))), 1) for names in (_EXPERTS, _ACTIVE)
     )
-    return experts, active
+    return experts, min(active, experts)
 
 
 def logit_scale(config: PreTrainedConfig) -> float:

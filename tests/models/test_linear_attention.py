@@ -155,10 +155,12 @@ def test_a_configuration_that_is_not_supported_is_refused_with_its_field(model_t
 
 
 def test_a_hybrid_family_without_linear_attention_or_without_experts_is_read_as_such():
-    granite = read_config(ModelConfig(architecture=architecture("granitemoehybrid", num_local_experts=0, layer_types=[
-        "full_attention"] * 2)))  # fmt: skip
-    assert (state_heads(granite), experts_of(granite)[0], linear_kernels.device_refusal(granite, torch.device("meta"))
-            ) == (None, 1, None)  # fmt: skip
+    dense = {"num_local_experts": 0, "layer_types": ["full_attention"] * 2}
+    granite = read_config(ModelConfig(architecture=architecture("granitemoehybrid", **dense)))
+    assert (state_heads(granite), experts_of(granite)) == (None, (1, 1))
+    assert linear_kernels.device_refusal(granite, torch.device("meta")) is None
+    with pytest.raises(ConfigError, match="num_experts_per_tok=0 must be 1 or more"):
+        read_config(ModelConfig(architecture=architecture("granitemoehybrid", num_experts_per_tok=0)))
     kinds = ["linear_attention", "full_attention", "mlp", "linear_attention"]
     nemotron = read_config(ModelConfig(architecture=architecture("nemotron_h", layer_types=kinds)))
     assert (state_layers(nemotron), experts_of(nemotron)) == (2, (1, 1))
