@@ -26,6 +26,9 @@ IGNORE = -100  # the label of a token that is not predicted; torch's cross entro
 FIELD = "text"  # the field to read if data.field=null and the format has fields
 EMPTY = "empty"  # the count of documents without text or tokens
 IDS = "input_ids"  # the field of token ids
+READ_BY = {  # fields of other records, and the settings that read them
+    "messages": "data=chat", "conversations": "data=chat data.field=conversations", IDS: f"data.field={IDS}",
+}  # fmt: skip
 TOKENISED = (IDS, "labels", "attention_mask", "position_ids", "cu_seqlens")  # what tokenised records hold
 
 
@@ -199,7 +202,8 @@ def missing(field: str, available: Sequence[str]) -> str | None:
     """None, or why a record with these fields cannot be used: it lacks data.field."""
     if field in available:
         return None
-    return f"has no field data.field={field}; it has {', '.join(available) or 'none':.300}"
+    hint = next((f"; {setting} reads {name}" for name, setting in READ_BY.items() if name in available), "")
+    return f"has no field data.field={field}; it has {', '.join(available) or 'none':.300}{hint}"
 
 
 def clean(text: str, where: str) -> str:
