@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ringflash.models.linear_kernels import convolved, delta_rule
-from ringflash.models.recurrent import Form, Projected, Share
+from ringflash.models.mixer import Mixer, Projected, Share
 from ringflash.ring.sequences import Sequences
 
 
@@ -62,12 +62,12 @@ def _finish(module: Any, out: Tensor, gate: Tensor, norm: str = "norm", projecti
     return getattr(module, projection)(normed.view(out.shape))
 
 
-def _form(project: Callable[[Any, Tensor], Projected], finish: Callable[[Any, Tensor, Tensor], Tensor]) -> Form:
-    return Form(("num_k_heads", "num_v_heads"), project, _recur, finish)
+def _mixer(project: Callable[[Any, Tensor], Projected], finish: Callable[[Any, Tensor, Tensor], Tensor]) -> Mixer:
+    return Mixer(("num_k_heads", "num_v_heads"), project, _recur, finish)
 
 
-FORMS = {  # by the digest of a layer's forward (`models.digests`)
-    "230b4c2bedce": _form(_split, _finish),
-    "fb348a396c2e": _form(_split_by_head, _finish),
-    "5d613e382e37": _form(_separate, partial(_finish, norm="o_norm", projection="o_proj")),
+MIXERS = {  # by the digest of a layer's forward (`models.digests`)
+    "230b4c2bedce": _mixer(_split, _finish),
+    "fb348a396c2e": _mixer(_split_by_head, _finish),
+    "5d613e382e37": _mixer(_separate, partial(_finish, norm="o_norm", projection="o_proj")),
 }

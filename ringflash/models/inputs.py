@@ -15,10 +15,10 @@ from transformers import PreTrainedConfig
 from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask, document_rows
 from ringflash.models.configuration import refusal
+from ringflash.models.families import has_chunks, recurrence_of
 from ringflash.models.layers import layer_masks, state_heads, state_refusal
 from ringflash.models.linear_attention import put_on_ring
 from ringflash.models.linear_kernels import device_refusal
-from ringflash.models.llama4 import by_layer_type
 from ringflash.models.ring_mask import RingMask
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, fastest
 from ringflash.ring.plan import AttentionPlan
@@ -119,7 +119,7 @@ def _model_inputs(
     return keywords | {
         "input_ids": shard,
         "position_ids": plan.position_ids(len(ids)),
-        "attention_mask": stand_in if config is None else by_layer_type(stand_in, config),
+        "attention_mask": stand_in if config is None else _by_layer_type(stand_in, config),
         "plan": plan,
         "use_cache": False,
     }
@@ -136,6 +136,13 @@ def _shard_labels(shifted: Tensor, plan: AttentionPlan) -> tuple[dict[str, Any],
     held = plan.shard(shifted, _IGNORE)
     count = int((shifted != _IGNORE).sum())
     return {"labels": held, "shift_labels": held, "num_items_in_batch": max(1, count)}, count  # no label: a loss of 0
+
+
+def _by_layer_type(mask: RingMask, config: PreTrainedConfig) -> RingMask | dict[str, RingMask]:
+    """The mask, or a dictionary of it by layer type for families of whose layers transformers would read a mask."""
+    if recurrence_of(config.model_type) is not None:
+        return dict.fromkeys(("full_attention", "linear_attention"), mask)
+    return dict.fromkeys(config.layer_types, mask) if has_chunks(config.model_type) else mask
 
 
 def _check_config(config: Any, ranks: int, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from ringflash.mask import IntervalMask
 from ringflash.models.families import Recurrence, Windows, has_chunks, recurrence_of, windows_of
-from ringflash.models.recurrent import divides
+from ringflash.models.mixer import divides
 from ringflash.ring.cost import Heads, Layers
 from ringflash.ring.plan import AttentionPlan
 

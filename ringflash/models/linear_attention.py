@@ -34,12 +34,12 @@ from ringflash.models.digests import digest
 from ringflash.models.families import Recurrence, recurrence_of
 from ringflash.models.layers import sharing_refusal, state_layers
 from ringflash.models.linear_kernels import call_refusal
-from ringflash.models.recurrent import Form, Share, copied
+from ringflash.models.mixer import Mixer, Share, copied
 from ringflash.ring.heads import head_blocks, sequence_ranks, to_heads, to_tokens
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.watchdog import Label
 
-_FORMS = delta_net.FORMS | mamba2.FORMS
+_MIXERS = delta_net.MIXERS | mamba2.MIXERS
 _OF_ATTENTION = {"kernel", "deterministic", "compensated"}  # keywords that other layers read
 
 
@@ -61,8 +61,8 @@ def put_on_ring(config: PreTrainedConfig) -> bool:
 def _on_ring(kind: Any, recurrence: Recurrence) -> Callable[..., Tensor]:
     """A forward for a class of layers: that of this file in calls with a plan, else the class's own."""
     original = kind.forward
-    form = _FORMS.get(digest(original))
-    if form is None:
+    mixer = _MIXERS.get(digest(original))
+    if mixer is None:
         raise ValueError(
             f"{kind.__name__} of transformers {transformers.__version__} is not supported on the ring: its forward is "
             f"not the one that ringflash knows"
@@ -76,10 +76,10 @@ def _on_ring(kind: Any, recurrence: Recurrence) -> Callable[..., Tensor]:
         if plan is None:
             return original(self, hidden_states, cache_params, attention_mask, **keywords)
         _check(plan, hidden_states, cache_params, attention_mask, keywords)
-        key, value = (getattr(self, name) for name in form.heads)
+        key, value = (getattr(self, name) for name in mixer.heads)
         if reason := sharing_refusal(recurrence, key, value, sequence_ranks(plan)):
             raise ValueError(reason)
-        return _forward(self, form, hidden_states, plan)
+        return _forward(self, mixer, hidden_states, plan)
 
     forward.of_the_ring = True  # type: ignore[attr-defined]
     return forward
@@ -103,15 +103,15 @@ def _check(plan: Any, hidden_states: Tensor, cache: Any, attention_mask: Any, ke
 
 
 @torch.compiler.disable  # exchanges cannot be part of a compiled graph
-def _forward(module: Any, form: Form, hidden_states: Tensor, plan: AttentionPlan) -> Tensor:
-    projected = form.project(module, hidden_states)
+def _forward(module: Any, mixer: Mixer, hidden_states: Tensor, plan: AttentionPlan) -> Tensor:
+    projected = mixer.project(module, hidden_states)
     label = Label(f"layer {module.layer_idx}", "forward")
     sequences = plan.sequences(len(hidden_states) // len(plan.ring.local))
-    ranks, key_heads = sequence_ranks(plan), getattr(module, form.heads[0])
+    ranks, key_heads = sequence_ranks(plan), getattr(module, mixer.heads[0])
     parts = [*(copied(x, 2, key_heads, ranks) for x in projected.of_keys), *projected.of_values]
     of_ranks = zip(*to_heads(parts, plan, label), strict=True)
     own = [
-        form.recur(module, [x[None] for x in of_rank], Share(block, ranks, key_heads), sequences)
+        mixer.recur(module, [x[None] for x in of_rank], Share(block, ranks, key_heads), sequences)
         for block, of_rank in zip(head_blocks(plan), of_ranks, strict=True)
     ]
-    return form.finish(module, to_tokens(torch.cat(own), plan, label), projected.gate)
+    return mixer.finish(module, to_tokens(torch.cat(own), plan, label), projected.gate)

@@ -10,19 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from ringflash.models.families import has_chunks, recurrence_of
 from ringflash.models.layers import chunk_size
-from ringflash.models.ring_mask import RingMask
 from ringflash.ring.plan import AttentionPlan
-
-
-def by_layer_type(mask: RingMask, config: PreTrainedConfig) -> RingMask | dict[str, RingMask]:
-    """The mask, or a dictionary of it by layer type for families of whose layers transformers would read a mask."""
-    if recurrence_of(config.model_type) is not None:
-        return dict.fromkeys(("full_attention", "linear_attention"), mask)
-    return dict.fromkeys(config.layer_types, mask) if has_chunks(config.model_type) else mask
 
 
 def of_layer(plan: AttentionPlan, module: Any) -> AttentionPlan:

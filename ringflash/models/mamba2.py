@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from ringflash.models.linear_kernels import convolved, scan
-from ringflash.models.recurrent import Form, Projected, Share
+from ringflash.models.mixer import Mixer, Projected, Share
 from ringflash.ring.sequences import Sequences
 
 
@@ -68,7 +68,7 @@ def _finish(module: Any, out: Tensor, gate: Tensor) -> Tensor:
 
 
 _HEADS = ("n_groups", "num_heads")
-FORMS = {  # by the digest of a layer's forward (`models.digests`)
-    "babce40f389d": Form(_HEADS, _project, _recur, _finish),  # nemotron_h
-    "a5d3c1e26441": Form(_HEADS, _project_scaled, _recur, _finish),  # falcon_h1
+MIXERS = {  # by the digest of a layer's forward (`models.digests`)
+    "babce40f389d": Mixer(_HEADS, _project, _recur, _finish),  # nemotron_h
+    "a5d3c1e26441": Mixer(_HEADS, _project_scaled, _recur, _finish),  # falcon_h1
 }

@@ -48,8 +48,8 @@ class Share:
         return self.of_values(copied(weight, 0, self.key_heads, self.blocks))
 
 
-class Form(NamedTuple):
-    """A kind of layer. heads: the names of a module's numbers of key heads and of value heads.
+class Mixer(NamedTuple):
+    """How a kind of layer mixes tokens. heads: the names of a module's numbers of key heads and of value heads.
 
     project: what a module makes of hidden states [B, n, H]. recur: the result [1, T, F] of a share of the heads, from
     its parts of what was projected, first those of key heads, each [1, T, F]. finish: the layer's result [B, n, H] from
