@@ -31,9 +31,11 @@ def test_every_experiment_composes_and_names_its_run(name):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_takes_a_pretrained_model(name):
-    config, _ = compose([f"experiment={name}", "data.path=somewhere", "model=pretrained", "model.path=folder"])
+def test_every_experiment_takes_a_pretrained_model_and_other_data(name):
+    other = ["model=pretrained", "model.path=folder", "data=csv", "data.path=somewhere"]
+    config, _ = compose([f"experiment={name}", *other])
     assert config.model == ModelConfig(path="folder")
+    assert config.data.files == compose(["data=csv", "data.path=somewhere"])[0].data.files
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("debug", "qwen3-0.5b-128k")])
