@@ -1,4 +1,5 @@
-"""Warnings about settings that do not match a pretrained model: another end of text, vocabulary or learning rate.
+"""Warnings about settings that do not match: a pretrained model with another end of text, vocabulary or learning rate,
+and text to evaluate on that is trained on too.
 
 These settings are not refused, since a model may be given new tokens, another end or a high learning rate. Ids that the
 model does not have are refused by `check_vocabulary`.
@@ -13,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ringflash.data import load_tokenizer
+from ringflash.data import DataConfig, load_tokenizer
+from ringflash.data.documents import find_files
 from ringflash.data.tokenizer import tokenizer_size
 from ringflash.errors import ConfigError
 from ringflash.training.config import Config
@@ -24,11 +26,12 @@ SPARE = 1024  # rows of a vocabulary that is padded to a round number
 
 
 def mismatches(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """One line each for a high learning rate, and for an end of text or a vocabulary that differs from model.path's."""
+    """One line each for evaluated files that are trained on, for a high learning rate, and for an end of text or a
+    vocabulary that differs from model.path's."""
     path, name, lr = config.model.path, config.data.tokenizer, config.optim.lr
+    lines = _evaluated_and_trained(config.data)
     if not path:
-        return []
-    lines = []
+        return lines
     if lr > HIGH and not config.model.lora.enabled and config.optim.optimizer == "adamw":
         lines.append(
             f"optim      optim.lr={lr} is high for the pretrained weights of model.path={path}: full fine-tuning "
@@ -42,6 +45,17 @@ def mismatches(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTok
             f"{' or '.join(map(str, ends))}: set eos_token_id there to stop at both"
         )
     return lines + [f"tokenizer  {line}" for line in _vocabularies(config, model.vocab_size, tokenizer)]
+
+
+def _evaluated_and_trained(data: DataConfig) -> list[str]:
+    evaluated = data.evaluated()
+    if evaluated is None:
+        return []
+    trained = {file.resolve() for part in data.parts().values() for file, _ in find_files(part)[0]}
+    files = [file for file, _ in find_files(evaluated)[0]]
+    both = sum(file.resolve() in trained for file in files)
+    note = f"data.evaluation.path={evaluated.path} has {len(files):,} files, of which {both:,} are trained on, too"
+    return [f"evaluation {note}"] * (both > 0)
 
 
 def _vocabularies(config: Config, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

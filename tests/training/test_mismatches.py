@@ -36,6 +36,14 @@ def test_those_that_agree_are_not_reported(reported):
     assert reported(1, own=None, vocab_size=1000) == []
 
 
+def test_files_that_are_evaluated_and_trained_on_are_counted(reported, tmp_path):
+    other, evaluated = write_texts(tmp_path / "other", ["a"]), ["optim=adamw", "data.held_out=0"]
+    assert reported(1, more=[*evaluated, f"data.evaluation.path={other}"]) == []
+    (other / "link.txt").symlink_to(tmp_path / "text" / "000.txt")
+    [line] = reported(1, more=[*evaluated, f"data.evaluation.path={other}"])
+    assert line == "evaluation data.evaluation.path=/other has 2 files, of which 1 are trained on, too"
+
+
 def test_another_end_is_reported_with_both_ids(reported):
     [line] = reported(0, generation=[2])
     assert line == (
