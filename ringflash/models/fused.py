@@ -32,8 +32,8 @@ _NORMS = {  # RMSNorms, and what is added to the stored weight
     "67b3975b61e0": 0.0,  # helium: the weight in fp32, too
     "869a9a6eb2b9-2172588a0e76": 1.0,  # gemma, with its _norm
 }
-_GATED_NORM = "6d4bb7376d2c"  # of gated DeltaNet layers (qwen3_next): times SiLU of a gate
-_GATE_NORMS: dict[str, Callable[[Any], int]] = {  # of Mamba-2 layers: of x times SiLU of a gate, in groups of channels
+_DELTA_NORM = "6d4bb7376d2c"  # of gated DeltaNet layers (qwen3_next): times SiLU of a gate
+_MAMBA_NORMS: dict[str, Callable[[Any], int]] = {  # of Mamba-2 layers: of x times SiLU of a gate, in groups of channels
     "434bb67d0003": lambda module: 1,  # bamba
     "cc95d062878b": lambda module: len(module.weight) // module.group_size,  # nemotron_h
     "f36161945572": lambda module: module.n_groups,  # falcon_h1
@@ -133,10 +133,10 @@ def _fuse_norms(model: nn.Module) -> bool:
     for module in norms:
         _set_forward(module, _norm)
     for module in model.modules():
-        if _code(module) == _GATED_NORM and find_spec("fla") is not None:
-            _set_forward(module, _gated_norm)
-        if _code(module) in _GATE_NORMS and not getattr(module, "norm_before_gate", False):
-            _set_forward(module, _gate_norm)
+        if _code(module) == _DELTA_NORM and find_spec("fla") is not None:
+            _set_forward(module, _delta_norm)
+        if _code(module) in _MAMBA_NORMS and not getattr(module, "norm_before_gate", False):
+            _set_forward(module, _mamba_norm)
     layer: Any
     for layer in model.modules():
         if (
@@ -197,18 +197,18 @@ def _norm(
     return (stream, normed) if both else normed
 
 
-def _gated_norm(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+def _delta_norm(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     """The norm of hidden_states, times SiLU of the gate, by flash-linear-attention."""
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
     return rms_norm_gated(hidden_states, gate, module.weight, None, eps=module.variance_epsilon)
 
 
-def _gate_norm(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+def _mamba_norm(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     """The norm of hidden_states times SiLU of the gate."""
     from ringflash.fused.gated_norm import gated_norm
 
-    return gated_norm(hidden_states, gate, module.weight, _epsilon(module), _GATE_NORMS[_code(module)](module))
+    return gated_norm(hidden_states, gate, module.weight, _epsilon(module), _MAMBA_NORMS[_code(module)](module))
 
 
 def _rotary_norm(module: Any, heads: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
