@@ -43,6 +43,8 @@ _KNOWN = {
     "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 UNCALLED = ("correction_coefs",)  # linear layers whose weight alone is read: Gemma 3n's; adapters would do nothing
+# Linear layers that peft refuses, by model_type: transformers' kernels for Mamba-2 layers read their weight alone.
+_REFUSED = {"falcon_h1": ("out_proj",), "nemotron_h": ("out_proj",)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class LoraConfig:
     """The fraction of an adapter's inputs that is dropped, in training alone."""
 
     targets: list[str] = field(default_factory=list)
-    """Names of the linear layers that get an adapter, such as [q_proj,v_proj]; none: all but lm_head."""
+    """Names of the linear layers that get an adapter, such as [q_proj,v_proj]; none: all but lm_head, and
+    out_proj of Falcon-H1 and Nemotron-H."""
 
     rslora: bool = False
     """Scale by alpha / sqrt(rank), for large ranks."""
@@ -262,13 +265,14 @@ def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
 
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    names = [name for name in linear if not name.endswith(UNCALLED)]
+    unadapted = UNCALLED + _REFUSED.get(model.config.model_type, ())
+    names = [name for name in linear if not name.endswith(unadapted)]
     known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
     for target in config.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise ConfigError(
-                f"model.lora.targets: {target} is not one of this model's linear layers, which are {known}; lm_head, "
-                f"embeddings and experts cannot have an adapter"
+                f"model.lora.targets: {target} is not one of the layers that can have an adapter, which are {known}; "
+                f"lm_head, embeddings and experts cannot"
             )
     shapes = [getattr(p, "ds_shape", p.shape) for p in model.parameters()]
     if not config.targets and any(len(shape) == 3 and shape[1] > 1 for shape in shapes):  # no convolution

@@ -65,15 +65,25 @@ def test_all_linear_layers_but_the_head_get_adapters_and_nothing_else_is_trained
     assert of_hybrid == LINEAR | DELTA
 
 
-def test_layers_that_are_not_called_get_none():
+def test_layers_that_are_not_called_or_that_peft_refuses_get_none():
+    dense = {"layer_types": ["linear_attention", "full_attention", "mlp"], "num_hidden_layers": 3}
+    for model in (tiny("falcon_h1"), tiny("nemotron_h", **dense)):
+        add_lora(model, RANK)
+        found = {name.rpartition(".")[2] for name in adapted(model)}
+        assert found - LINEAR == {"in_proj"}
+    with pytest.raises(ConfigError, match=r"^model\.lora\.targets: out_proj is not one of"):
+        with_adapters(replace(RANK, targets=["out_proj"]), "falcon_h1")
     assert "correction_coefs" not in {name.rpartition(".")[2] for name in adapted(with_adapters(RANK, "gemma3n_text"))}
     with pytest.raises(ConfigError, match=r"^model\.lora\.targets: correction_coefs is not one of"):
         with_adapters(replace(RANK, targets=["correction_coefs"]), "gemma3n_text")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_5_text"])
-def test_a_model_that_peft_wraps_has_its_loss_and_gradients_on_a_ring(model_type):
-    config = peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+@pytest.mark.parametrize(
+    ("model_type", "targets"),
+    [("llama", "all-linear"), ("qwen3_5_text", "all-linear"), ("falcon_h1", ["in_proj", "q_proj", "down_proj"])],
+)
+def test_a_model_that_peft_wraps_has_its_loss_and_gradients_on_a_ring(model_type, targets):
+    config = peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(tiny(model_type), config)
     tokens, lengths = torch.arange(3, 43)[None], [15, 25]
 
@@ -213,9 +223,9 @@ def test_an_adapter_is_read_back_and_merged_as_peft_does(folder):
             replace(RANK, targets=["q_proj", "query"]),
             "query is not one of .* down_proj, gate_proj, k_proj, o_",
         ),
-        ("llama", replace(RANK, targets=["proj"]), "proj is not one of this model's linear layers"),
-        ("llama", replace(RANK, targets=["lm_head"]), "lm_head is not one of this model's linear layers"),
-        ("llama", replace(RANK, targets=["embed_tokens"]), "embed_tokens is not one of this model's linear layers"),
+        ("llama", replace(RANK, targets=["proj"]), "proj is not one of the layers that can have"),
+        ("llama", replace(RANK, targets=["lm_head"]), "lm_head is not one of the layers that can have"),
+        ("llama", replace(RANK, targets=["embed_tokens"]), "embed_tokens is not one of the layers that can have"),
         (
             "mixtral",
             RANK,
