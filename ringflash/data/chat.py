@@ -105,9 +105,10 @@ class Dialogues:
     def _refusal(self, available: Sequence[str]) -> str | None:
         if self.field in available or {PROMPT, COMPLETION} <= {*available}:
             return None
+        pairs, field = "data=preferences reads chosen", "data.field names the field of the messages"
         return (
             f"has neither {self.field} nor {PROMPT} and {COMPLETION}; it has {', '.join(available) or 'none':.300}: "
-            f"data.field names the field of the messages"
+            f"{pairs if 'chosen' in available else field}"
         )
 
     # -- records to texts

@@ -150,14 +150,14 @@ class DataConfig:
                 raise ConfigError(f"data.{key}={getattr(self, key)} must be {expected}")
 
     def _check_combinations(self) -> None:
+        if self.preferences:
+            self._check_preferences()
         if self.chat and self.packing in ("cut", "split"):
             raise ConfigError(
                 f"data.packing={self.packing} would cut conversations, and data.chat=true: use whole or truncate"
             )
         if self.chat and self.field == IDS:
             raise ConfigError(f"data.field={IDS} and data.chat=true exclude each other: tokens have no messages")
-        if self.preferences:
-            self._check_preferences()
         if self.chat_template_kwargs and not self.chat:
             raise ConfigError("data.chat_template_kwargs is only read with data.chat=true")
         if not self.path and not self.sources:

@@ -38,9 +38,10 @@ class Preferences(Dialogues):
         """The texts of a pair, the chosen one first."""
         prompt, answers = self._divided(where, record)
         asked = {PROMPT: prompt, TOOLS: record.get(TOOLS), SYSTEM: record.get(SYSTEM)}
-        chosen, rejected = (
-            self._answer(f"{where}: {name}", asked | {COMPLETION: answer}) for name, answer in answers.items()
-        )
+        chosen = self._answer(f"{where}: {CHOSEN}", asked | {COMPLETION: answers[CHOSEN]})
+        of_chosen = self.counts.copy()
+        rejected = self._answer(f"{where}: {REJECTED}", asked | {COMPLETION: answers[REJECTED]})
+        self.counts = of_chosen  # a rejected answer teaches no habit, so its remarks would be untrue
         if chosen.text == rejected.text:
             raise RecordError(f"{where} has the same {CHOSEN} and {REJECTED}, which prefers nothing")
         return [chosen, rejected._replace(begins=False)]

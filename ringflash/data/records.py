@@ -27,7 +27,8 @@ FIELD = "text"  # the field to read if data.field=null and the format has fields
 EMPTY = "empty"  # the count of documents without text or tokens
 IDS = "input_ids"  # the field of token ids
 READ_BY = {  # fields of other records, and the settings that read them
-    "messages": "data=chat", "conversations": "data=chat data.field=conversations", IDS: f"data.field={IDS}",
+    "messages": "data=chat", "conversations": "data=chat data.field=conversations",
+    "chosen": "data=preferences", IDS: f"data.field={IDS}",
 }  # fmt: skip
 TOKENISED = (IDS, "labels", "attention_mask", "position_ids", "cu_seqlens")  # what tokenised records hold
 

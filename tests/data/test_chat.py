@@ -380,6 +380,7 @@ REFUSED = {
     "a NUL": ({"messages": chat("h\0i", "hello")}, "line 2: message 1 of messages holds a NUL at character 1"),
     "tools": ({"messages": chat("hi", "hello"), "tools": "add"}, "line 2: tools holds 'add', not a list of JSON schem"),
     "an empty completion": ({"prompt": "hi", "completion": ""}, "line 2 has an empty completion, so there is nothing"),
+    "a pair": ({"chosen": "hi", "rejected": "ho"}, "it has chosen, rejected: data=preferences reads chosen"),
     "only a completion": ({"completion": "hi"}, "has neither messages nor prompt and completion; it has completion"),
 }
 

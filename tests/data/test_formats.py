@@ -226,6 +226,7 @@ REFUSED = {
     ),
     "another delimiter": ("a.csv", b"id;text\n1;a\n", {}, "the header, has no field data.field=text; it has id;text"),
     "no header": ("a.csv", b"1," + 500 * b"word " + b"\n", {}, "it has 1, " + 59 * "word " + "wo"),
+    "pairs": ("a.jsonl", b'{"chosen": "a"}', {}, "it has chosen; data=preferences reads chosen"),
     "conversations": ("a.jsonl", b'{"messages": []}', {}, "it has messages; data=chat reads messages"),
     "token ids": ("a.jsonl", b'{"input_ids": []}', {}, "it has input_ids; data.field=input_ids reads input_ids"),
     "a short record": ("a.csv", b"id,text\n1,a\n2\n", {}, "a.csv line 3 ends a record of 1 columns; the header has 2"),

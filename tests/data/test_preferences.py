@@ -46,6 +46,12 @@ def test_answers_that_look_like_json_are_texts(tmp_path):
     assert found == ["2 + 2 = [1]<eos>", '2 + 2 = {"a": 1}<eos>']
 
 
+def test_an_empty_answer_is_reported_where_it_was_chosen_alone(tmp_path, capsys):
+    empty = {"chosen": chat("hi", "hello"), "rejected": chat("hi", "")}
+    tokenised(pairs(tmp_path, [empty, {"chosen": chat("hi", ""), "rejected": chat("hi", "no")}]))
+    assert "1 conversations have an empty message of the assistant, which teaches" in capsys.readouterr().out
+
+
 def test_pairs_are_packed_whole_side_by_side_and_held_out_together(tmp_path):
     records = [{"prompt": f"{i:02}" + "-" * (i % 7), "chosen": "c" * (1 + i % 5), "rejected": "r"} for i in range(40)]
     config = pairs(tmp_path, records, sequence_length=60, held_out=0.25, packing="whole")
@@ -129,12 +135,13 @@ def test_pairs_longer_than_a_sequence_are_dropped_and_counted_and_refused_where_
     [
         (
             {"packing": "truncate"},
-            r"data\.packing=truncate must be whole: the answers of a pair are neither cut nor div",
+            r"data\.packing=truncate must be whole: the answers of a pair are neither cut",
         ),
+        ({"packing": "cut"}, r"data\.packing=cut must be whole"),
         ({"chat": False}, r"data\.preferences=true: data\.chat=False must be true"),
         ({"field": "messages"}, r"data\.field=messages must be null: the fields are prompt, chosen and rejected"),
     ],
-    ids=["truncate", "no chat", "field"],
+    ids=["truncate", "cut", "no chat", "field"],
 )
 def test_settings_that_pairs_cannot_have_are_refused(tmp_path, more, message):
     with pytest.raises(ConfigError, match=message):
