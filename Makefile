@@ -17,12 +17,14 @@ NEWEST_TRITON := 3.9.0
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1	/' | expand -t 10
 
+# Tests need lm-eval's interfaces alone. Of its 35 dependencies, transformers would import scikit-learn in every process.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "$(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
 	    -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps lm-eval
 	@touch $@
 
 train: .venv/installed  ## train the demo on every GPU, or on two CPU ranks: 4 minutes on two cores

@@ -1,4 +1,4 @@
-"""RingLM gives lm-eval what one forward over all tokens gives, on one rank and on two; skipped without lm-eval."""
+"""RingLM gives lm-eval what one forward over all tokens gives, on one rank and on two."""
 
 from __future__ import annotations
 
