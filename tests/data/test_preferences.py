@@ -1,10 +1,13 @@
 """A pair is a chosen and a rejected document, read as a prompt and its completion are, and packed side by side."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from ringflash.data import IGNORE, batch, load_corpora, load_corpus, tokenised
+from ringflash.data.config import WeightedSource
 from ringflash.errors import ConfigError
 from tests.data.chat_cases import GEMMA3, LLAMA3, MARKED, QWEN3, SMOLLM2, chat, chat_tokenizer
 from tests.data.test_chat import settings, write
@@ -76,8 +79,16 @@ def test_pairs_are_streamed_and_mixed_as_documents_are(tmp_path):
     common = {"preferences": True, "held_out": 0, "sequence_length": 128, "packing": "whole"}
     plain, _ = load_corpora(settings(tmp_path, tmp_path / "folder", **common))
     streamed, _ = load_corpora(settings(tmp_path, tmp_path / "folder", stream=True, **common))
-    assert all(map(torch.equal, plain.packed(0, 0, 128)[:2], streamed.packed(0, 0, 128)[:2]))
-    assert plain.packed(0, 0, 128).documents == streamed.packed(0, 0, 128).documents
+    write(tmp_path, "b.jsonl", [WHOLE])
+    sources = {name: WeightedSource(path=str(tmp_path / name)) for name in ("folder", "b.jsonl")}
+    one = settings(tmp_path, tmp_path / "folder", **common)
+    mixed, _ = load_corpora(replace(one, path=None, sources=sources))
+    numbers = [i for i in range(2) if mixed.source_of(i) == "folder"]
+    expected = plain.packed(0, 0, 128)
+    for found in (streamed.packed(0, 0, 128), *(mixed.packed(0, i, 128) for i in numbers)):
+        assert all(map(torch.equal, expected[:2], found[:2]))
+        assert found.documents == expected.documents
+    assert len(numbers) == 1
 
 
 REFUSED = {
