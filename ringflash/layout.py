@@ -34,18 +34,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ringflash.load_balance import assign, assign_long, by_hop
+from ringflash.load_balance import Visits, assign, assign_long, by_hop, duration
 from ringflash.mask import IntervalMask
 
 # Rows of a kernel's query tile: shorter chunks would split tiles.
 _TILE = 128
-# Imbalances that are good enough to stop at a coarser layout: of a rank's total work, and of the ranks on each hop.
+# Imbalances at which zigzag is good enough: of the ranks' pairs over all hops, and on each hop.
 _IMBALANCE, _PER_HOP_IMBALANCE = 0.03, 0.12
-# (chunks per rank, smallest chunk in tokens), in the order in which they are tried.
-_GRAINS = ((16, _TILE), (32, _TILE), (32, _TILE // 2), (64, _TILE // 4))
+# Chunks per rank of a balanced layout. With 32, ranks wait less, but visits of more tiles take longer than that saves.
+_BALANCED = 16
+# Longest short document of a balanced layout, as a fraction of a rank's tokens.
+_SHORT = 0.3
 # Chunks per rank of a document_local layout, where documents begin and end inside chunks.
 _DOCUMENT_LOCAL = 32
 # Largest number of chunks to assign: the time grows with its square, to seconds for these.
@@ -102,25 +105,16 @@ class Layout:
     def balanced(cls, mask: IntervalMask, ranks: int, ulysses: int = 1) -> Layout:
         """Chunks assigned so that all ranks have the same number of tokens and nearly the same work on every hop.
 
-        This is zigzag if its `imbalance` is at most 0.03 and its `per_hop_imbalance` at most 0.12. Otherwise each rank
-        gets 16 chunks, or 32 if 16 do not reach that. More chunks balance better, but they send more keys, and each hop
-        touches more query tiles. Chunks have at least 128 tokens, or 64 or 32 if short shards need that for balance.
+        This is zigzag if its `imbalance` is at most 0.03 and its `per_hop_imbalance` at most 0.12, or if ranks finish
+        no earlier with chunks assigned by `load_balance`, 16 per rank, or fewer so that each has 128 tokens.
 
         If documents are far shorter than a shard, so that sending keys over NVLink would take longer than balance
         saves, the layout is contiguous. For slower links, use layout=auto of ring_inputs or of the trainer.
         """
-
-        def rating(layout: Layout) -> tuple[float, float]:
-            return max(layout.imbalance(mask), _IMBALANCE), max(layout.per_hop_imbalance(mask), _PER_HOP_IMBALANCE)
-
         best = cls.zigzag(mask.queries, ranks, ulysses)
-        for per_rank, least in _GRAINS:
-            uneven, waits = rating(best)
-            if uneven <= _IMBALANCE and (waits <= _PER_HOP_IMBALANCE or best.chunk < 4 * _TILE or least < _TILE):
-                break
-            count = _count(mask, ranks, ulysses, per_rank, least)
-            if count != best.chunks.shape[1]:
-                best = min(best, _assigned(mask, ranks, ulysses, count, assign), key=rating)
+        if best.imbalance(mask) > _IMBALANCE or best.per_hop_imbalance(mask) > _PER_HOP_IMBALANCE:
+            assigned = _assigned(mask, ranks, ulysses, _BALANCED, _SHORT, assign)
+            best = min(best, assigned, key=lambda layout: duration(layout.work(mask)))
         contiguous = cls.contiguous(mask.queries, ranks, ulysses)
         return contiguous if contiguous._duration(mask) <= best._duration(mask) * (1 + _IMBALANCE) else best
 
@@ -131,10 +125,7 @@ class Layout:
         A document is long if it has more than the fraction `longest` of a rank's tokens. Compared with a balanced
         layout, less is sent and ranks wait longer for each other, which pays off on slow links.
         """
-        count = _count(mask, ranks, ulysses, _DOCUMENT_LOCAL, _TILE)
-        # A token of a causal document of n tokens is in n pairs, as query and as key together.
-        most = longest * (mask.queries / ranks) ** 2 / count * mask.batch
-        return _assigned(mask, ranks, ulysses, count, functools.partial(assign_long, most=most))
+        return _assigned(mask, ranks, ulysses, _DOCUMENT_LOCAL, longest, assign_long)
 
     @classmethod
     def named(cls, name: str, length: int, ranks: int, ulysses: int = 1) -> Layout:
@@ -173,15 +164,30 @@ class Layout:
     def padded_length(self) -> int:
         return self.chunks.numel() * self.chunk
 
+    @functools.cached_property
+    def _owner(self) -> Tensor:
+        """The rank that holds each chunk, int64 [chunks]."""
+        return self.chunks.flatten().argsort() // self.chunks.shape[1]
+
+    @functools.cached_property
+    def _following(self) -> Tensor:
+        """The first chunk at or after each chunk that a rank holds, int64 [ranks, chunks + 1]; if none, `chunks`."""
+        chunks = self.chunks.numel()
+        held = torch.full((self.ranks, chunks + 1), chunks)
+        held[self._owner, torch.arange(chunks)] = torch.arange(chunks)
+        return held.flip(1).cummin(1).values.flip(1)
+
+    def _holds(self, begin: Tensor, end: Tensor) -> Tensor:
+        """Whether each rank holds any of the positions begin..end - 1, [ranks, ...], counted in whole chunks."""
+        return (begin < end) & (self._following[:, begin // self.chunk] * self.chunk < end)
+
     def pairs(self, mask: IntervalMask) -> Tensor:
         """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
 
         Bounds never decrease, so the queries divide into runs within one chunk whose bounds are within one chunk. The
         keys below such a bound are all chunks before that chunk, and a part of it.
         """
-        ranks, count, chunk = self.ranks, self.chunks.numel(), self.chunk
-        owner = torch.empty(count, dtype=torch.int64)
-        owner[self.chunks] = torch.arange(ranks)[:, None].expand_as(self.chunks)
+        ranks, count, chunk, owner = self.ranks, self.chunks.numel(), self.chunk, self._owner
         edges = (torch.arange(count + 1) * chunk).expand(mask.batch, -1).contiguous()
 
         def keys_below(bound: Tensor) -> Tensor:
@@ -201,6 +207,22 @@ class Layout:
         by_chunk = keys_below(mask.hi) - keys_below(mask.lo)
         return torch.zeros(ranks, ranks, dtype=torch.int64).index_add_(1, owner, by_chunk)
 
+    def work(self, mask: IntervalMask) -> np.ndarray:
+        """Pairs of each rank's queries with each rank's keys, and visits of tiles, in pairs: float64 [ranks, ranks].
+
+        See `load_balance`. Tiles begin at every 128th token of a shard and may have tokens of several chunks.
+        """
+        at = torch.arange(0, self.shard_length, _TILE)
+        ends = torch.stack([at, (at + _TILE).clamp(max=self.shard_length) - 1])
+        first, last = (self.chunks[:, ends // self.chunk] * self.chunk + ends % self.chunk).unbind(1)  # [ranks, tiles]
+        last = last.clamp(max=mask.queries - 1)
+        present = first < mask.queries
+        first = first.clamp(max=mask.queries - 1)
+        of_queries, of_keys = (  # [other rank, rank]
+            (self._holds(*seen(first, last)) & present).sum((1, 3)) for seen in (mask.keys_of, mask.queries_of)
+        )
+        return (self.pairs(mask) + _TILE**2 * (of_queries.T + of_keys)).double().numpy()
+
     def imbalance(self, mask: IntervalMask) -> float:
         """(query, key) pairs of the busiest rank, relative to the mean over ranks, minus 1: 0.03 for 3 percent."""
         work = self.pairs(mask).sum(1).double()
@@ -211,8 +233,8 @@ class Layout:
 
         With 0.12, ranks that wait for each other on every hop take 12 percent longer than perfectly balanced ranks.
         """
-        work = by_hop(self.pairs(mask)).double()
-        return float(work.amax(1).sum() / work.sum(0).mean().clamp(min=1e-9)) - 1
+        work = by_hop(self.pairs(mask).numpy())
+        return float(work.max(1).sum() / max(work.sum(0).mean(), 1e-9)) - 1
 
     def received(self, mask: IntervalMask) -> Tensor:
         """Tokens whose keys each rank receives for each hop, counted in whole tiles: int64 [hops, ranks].
@@ -220,21 +242,9 @@ class Layout:
         Keys are passed on from rank to rank, up to the last rank that sees them.
         """
         ranks, chunks = self.ranks, self.chunks.numel()
-        owner = torch.empty(chunks, dtype=torch.int64)
-        owner[self.chunks] = torch.arange(ranks)[:, None].expand_as(self.chunks)
-        # The first chunk at or after each chunk that a rank holds, [ranks, chunks + 1]; `chunks` if there is none.
-        held = torch.full((ranks, chunks + 1), chunks)
-        held[owner, torch.arange(chunks)] = torch.arange(chunks)
-        following = held.flip(1).cummin(1).values.flip(1)
-        seen = mask.transpose()  # queries lo..hi - 1 see a key
-        inside = torch.arange(0, self.chunk, _TILE)
-        begins = torch.arange(chunks)[:, None] * self.chunk
-        first = (begins + inside).flatten()
-        last = (begins + (inside + _TILE).clamp(max=self.chunk)).flatten().clamp(max=mask.keys)[first < mask.keys] - 1
-        first = first[first < mask.keys]
-        begin, end = seen.lo[:, first], seen.hi[:, last]
-        sees = following[:, begin // self.chunk] * self.chunk < end.clamp(min=begin)  # [ranks, B, tiles]
-        holder = owner[first // self.chunk]
+        of_chunk, first, last = _tiles(self.chunk, chunks, mask.queries)
+        holder = self._owner[of_chunk]
+        sees = self._holds(*mask.queries_of(first, last))  # [ranks, B, tiles]
         distance = (torch.arange(ranks)[:, None, None] - holder) % ranks
         farthest = (distance * sees).amax((0, 1))
         tokens = torch.zeros(ranks, ranks, dtype=torch.int64)  # of each owner, by the distance they travel
@@ -246,7 +256,7 @@ class Layout:
 
     def _duration(self, mask: IntervalMask) -> int:
         """Time of all hops, in pairs: each takes as long as its busiest rank or its longest transfer."""
-        computing = by_hop(self.pairs(mask)).amax(1)
+        computing = torch.from_numpy(by_hop(self.pairs(mask).numpy()).max(1))
         sending = self.received(mask).amax(1).roll(-1) * _PAIRS_PER_TOKEN_SENT
         return int(torch.maximum(computing, sending * mask.batch).sum())
 
@@ -282,6 +292,8 @@ class Layout:
         return "\n".join(rows)
 
 
+Assign = Callable[[np.ndarray, Sequence[Visits], int, float], np.ndarray]
+
 LAYOUTS: dict[str, Callable[[int, int, int], Layout]] = {
     "contiguous": Layout.contiguous,
     "zigzag": Layout.zigzag,
@@ -302,15 +314,35 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _count(mask: IntervalMask, ranks: int, ulysses: int, per_rank: int, least: int) -> int:
-    """Chunks per rank: `per_rank`, or fewer so that each has at least `least` tokens."""
-    return max(1, min(per_rank, mask.queries // (least * ranks * ulysses), _CHUNKS // ranks))
+def _assigned(mask: IntervalMask, ranks: int, ulysses: int, most: int, longest: float, assign: Assign) -> Layout:
+    """Chunks assigned by a function of `load_balance`: `most` per rank, or fewer so that each has a tile's tokens.
 
-
-def _assigned(
-    mask: IntervalMask, ranks: int, ulysses: int, count: int, assign: Callable[[Tensor, int], Tensor]
-) -> Layout:
-    """`count` chunks per rank, assigned by assign(pairs, ranks)."""
+    longest: the length of a short document, as a fraction of a rank's tokens.
+    """
+    count = max(1, min(most, mask.queries // (_TILE * ranks * ulysses), _CHUNKS // ranks))
     runs = Layout.contiguous(mask.queries, ranks * count, ulysses)
-    owner = assign(runs.pairs(mask), ranks)
+    tiles = _tiles(runs.chunk, ranks * count, mask.queries)
+    visits = [_visits(tiles, runs.chunk, *seen(*tiles[1:])) for seen in (mask.keys_of, mask.queries_of)]
+    # A token of a causal document of n tokens is in n pairs, as query and as key together.
+    short = longest * (mask.queries / ranks) ** 2 / count * mask.batch
+    owner = torch.from_numpy(assign(runs.pairs(mask).double().numpy(), visits, ranks, short))
     return Layout(mask.queries, runs.chunk, owner.argsort(stable=True).view(ranks, count))
+
+
+def _tiles(chunk: int, chunks: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk, first and last token of each tile, if every chunk is divided into tiles of 128 tokens: int64 [tiles]."""
+    begins = torch.arange(chunks)[:, None] * chunk
+    inside = torch.arange(0, chunk, _TILE)
+    first = (begins + inside).flatten()
+    last = (begins + (inside + _TILE).clamp(max=chunk)).flatten().clamp(max=length) - 1
+    tiles = torch.stack([first // chunk, first, last])
+    of_chunk, first, last = tiles[:, first < length]
+    return of_chunk, first, last
+
+
+def _visits(tiles: tuple[Tensor, Tensor, Tensor], chunk: int, begin: Tensor, end: Tensor) -> Visits:
+    """Visits of tiles that see tokens begin..end - 1 of the other side, [B, tiles]."""
+    some = begin < end
+    seen = torch.stack([tiles[0].expand_as(begin), begin // chunk, (end - 1) // chunk + 1])[:, some]
+    (of_chunk, first, last), times = np.unique(seen.numpy(), axis=1, return_counts=True)
+    return Visits(of_chunk, first, last, times * _TILE * min(chunk, _TILE))

@@ -183,12 +183,22 @@ class IntervalMask:
 
     def transpose(self) -> IntervalMask:
         """The queries that see each key: key j is seen by ``count(hi <= j) <= i < count(lo <= j)``."""
-        j = torch.arange(self.keys).expand(len(self.lo), self.keys).contiguous()
-        seen_from = torch.searchsorted(self.hi.contiguous(), j, right=True)
-        seen_to = torch.searchsorted(self.lo.contiguous(), j, right=True)
-        return IntervalMask(seen_from, seen_to, self.queries)
+        j = torch.arange(self.keys)
+        return IntervalMask(*self.queries_of(j, j), self.queries)
 
     # -- what is read off them
+
+    def keys_of(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The first key and the end of the keys that queries first..last see, int64 [B, ...] each."""
+        return self.lo[:, first], self.hi[:, last]
+
+    def queries_of(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The first query and the end of the queries that see keys first..last, int64 [B, ...] each."""
+        begin, end = (
+            torch.searchsorted(bound, x.flatten().expand(self.batch, -1).contiguous(), right=True).view(-1, *x.shape)
+            for bound, x in ((self.hi.contiguous(), first), (self.lo.contiguous(), last))
+        )
+        return begin, end
 
     @property
     def queries(self) -> int:

@@ -167,7 +167,7 @@ def best_ulysses(
 
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
     """Seconds of one layer's attention, forward and backward, without the cost of kernel launches."""
-    ways, pairs = routes((mask,), layout), by_hop(layout.pairs(mask)).T.tolist()
+    ways, pairs = routes((mask,), layout), by_hop(layout.pairs(mask).numpy()).T.tolist()
     sections = head_sections(ways, layout.shard_length, 2)  # gradients travel in halves, of the heads or of the keys
     per_pair = FLOPS_PER_PAIR * heads.products / machine.flops / len(sections)
     of_keys = 2 * heads.key_width  # k and v, 2 bytes; dk and dv, 4 bytes

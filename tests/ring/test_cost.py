@@ -12,6 +12,7 @@ from benchmarks.ring_cases import lognormal_lengths
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash import layout as layout_module
 from ringflash.layout import LAYOUTS
+from ringflash.load_balance import Visits, by_hop, duration
 from ringflash.ring import cost
 from ringflash.ring.cost import Heads, Layers, Machine, best_ulysses, fastest, predict
 from ringflash.ring.routes import routes
@@ -41,35 +42,46 @@ def corpus(seed, length):
 
 
 @pytest.mark.parametrize(
-    ("length", "ranks", "seeds"),
+    ("length", "ranks", "seeds", "within"),
     [
-        *((131072, ranks, range(2)) for ranks in (2, 4, 8, 16, 32)),
-        (131072, 64, (0,)),  # 2048 tokens per rank: no tile of 128 is small enough
-        (65536, 8, (2, 3)),
-        (65536, 32, (11, 15, 21)),
-        (32768, 16, (14, 16, 18)),
+        *((131072, ranks, range(2), 0.005) for ranks in (2, 4, 8)),
+        (131072, 16, range(2), 0.015),
+        (131072, 32, range(2), 0.04),
+        (131072, 64, (0,), 0.06),  # 16 tiles of 128 per rank
+        (65536, 8, (2, 3), 0.005),
+        (65536, 32, (11, 15, 21), 0.05),
+        (32768, 16, (14, 16, 18), 0.025),
     ],
 )
-def test_a_balanced_layout_is_within_3_percent_on_packed_sequences(length, ranks, seeds):
+def test_a_balanced_layout_gives_all_ranks_nearly_the_same_work_on_packed_sequences(length, ranks, seeds, within):
     for seed in seeds:
         mask = corpus(seed, length)
         layout = Layout.balanced(mask, ranks)
-        assert layout.imbalance(mask) <= 0.03, f"seed {seed}"
+        work = layout.work(mask).sum(1)
+        assert work.max() <= work.mean() * (1 + within), f"seed {seed}"
         assert layout.padded_length - layout.length < layout.chunks.numel()
 
 
 @pytest.mark.parametrize("ranks", [4, 8, 16])
 def test_a_balanced_layout_is_within_12_percent_hop_by_hop(ranks):
     for seed in range(4):
-        mask = corpus(seed, 131072)
-        assert Layout.balanced(mask, ranks).per_hop_imbalance(mask) <= 0.12, f"seed {seed}"
+        work = by_hop(Layout.balanced(mask := corpus(seed, 131072), ranks).work(mask))
+        assert work.max(1).sum() <= 1.12 * work.sum(0).mean(), f"seed {seed}"
 
 
 def test_a_million_tokens_are_balanced_over_64_ranks():
     mask = corpus(1, 2**20)
-    layout = Layout.balanced(mask, 64)
-    assert layout.imbalance(mask) <= 0.03
-    assert layout.per_hop_imbalance(mask) <= 0.25
+    work = Layout.balanced(mask, 64).work(mask)
+    assert work.sum(1).max() <= 1.03 * work.sum(1).mean()
+    assert duration(work) <= 1.12 * duration(np.full_like(work, work.mean()))
+
+
+def test_ranks_finish_earlier_if_visits_of_tiles_count(monkeypatch):
+    packs = [corpus(seed, 65536) for seed in range(8)]
+    counted = [duration(Layout.balanced(mask, 8).work(mask)) for mask in packs]
+    monkeypatch.setattr(layout_module, "_visits", lambda *_: Visits(*np.zeros((4, 0), np.int64)))
+    of_pairs = [duration(Layout.balanced(mask, 8).work(mask)) for mask in packs]
+    assert np.mean(np.divide(counted, of_pairs)) <= 0.998
 
 
 def test_a_balanced_layout_takes_little_longer_than_a_perfect_one():
@@ -86,7 +98,7 @@ def test_a_balanced_layout_is_made_between_two_steps():
         begin = time.process_time()
         Layout.balanced(mask, 8)
         took.append(time.process_time() - begin)
-    assert min(took) < 0.5
+    assert min(took) < 0.2
 
 
 @given(st.data(), st.integers(1, 40), st.integers(1, 8), st.sampled_from(sorted(LAYOUTS)))
@@ -171,8 +183,8 @@ def test_slow_links_favour_layouts_that_send_less():
     assert picked == ["balanced", "document_local", "contiguous"]
 
 
-@pytest.mark.parametrize(("documents", "most"), [([29696, *[1056] * 96], 0.4), ([14848, 14848, *[2112] * 48], 0.4)])
-def test_a_document_local_layout_balances_long_documents_and_keeps_short_ones_on_neighbours(documents, most):
+@pytest.mark.parametrize("documents", [[29696, *[1056] * 96], [14848, 14848, *[2112] * 48]])
+def test_a_document_local_layout_balances_long_documents_and_keeps_short_ones_on_neighbours(documents):
     mask = IntervalMask.causal(131072) & IntervalMask.documents(documents)
     document_local, balanced = Layout.document_local(mask, 8), Layout.balanced(mask, 8)
     assert document_local.imbalance(mask) <= 0.05
@@ -190,7 +202,7 @@ def test_a_document_local_layout_balances_long_documents_and_keeps_short_ones_on
         sum(runs.tokens for way in routes((mask,), layout) for runs in way.keys[1:])
         for layout in (document_local, balanced)
     ]
-    assert sent[0] <= most * sent[1]
+    assert sent[0] <= min(0.6 * sent[1], 0.23 * 131072 * 7)  # 7: all keys to all ranks
 
 
 def test_a_document_local_layout_of_one_causal_document_is_balanced():
