@@ -1,7 +1,8 @@
 """Preferences to pairs of documents: a prompt with the answer that was chosen, and with the one that was rejected.
 
 A record holds `prompt`, `chosen` and `rejected`, all texts or all messages, as in TRL. With messages, it may also hold
-`tools` and `system`. Without messages in `prompt`, those that `chosen` and `rejected` begin with alike are the prompt:
+`tools` and `system`. If `prompt` has no messages, or both answers repeat them, those that `chosen` and `rejected` begin
+with alike are the prompt:
 
     prompt                chosen               rejected
     "2 + 2 = "            "4"                  "5"
@@ -58,10 +59,15 @@ class Preferences(Dialogues):
             if not isinstance(prompt, str) or not prompt:
                 raise RecordError(f"{where}: {PROMPT} holds {prompt!r:.40}, and {CHOSEN} a text: it must be one too")
             return prompt, named
-        if isinstance(prompt, list):
+        if isinstance(prompt, list) and prompt and not all(x[: len(prompt)] == prompt for x in answers):
             return prompt, named
-        self.counts["unread"] += prompt is not None
+        self.counts["unread"] += isinstance(prompt, str)
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False)))
+        if not shared:
+            raise RecordError(
+                f"{where}: {PROMPT} holds {prompt!r:.40}, and {CHOSEN} and {REJECTED} begin with no message in common: "
+                f"the messages of the prompt are missing"
+            )
         return answers[0][:shared], {name: messages[shared:] for name, messages in named.items()}
 
     def _answer(self, where: str, record: Record) -> Rendered:

@@ -42,6 +42,12 @@ def test_a_prompt_of_text_beside_messages_is_not_read_which_is_reported(tmp_path
     assert np.array_equal(*found.tokens.reshape(2, -1))
 
 
+@pytest.mark.parametrize("prompt", [[], chat("hi")], ids=["no message", "those of the answers"])
+def test_messages_that_both_answers_begin_with_are_the_prompt_once(tmp_path, prompt):
+    found = tokenised(pairs(tmp_path, [WHOLE | {"prompt": prompt}, WHOLE]))
+    assert np.array_equal(*found.tokens.reshape(2, -1))
+
+
 def test_answers_that_look_like_json_are_texts(tmp_path):
     corpus, _ = load_corpus(pairs(tmp_path, [TEXT | {"chosen": "[1]", "rejected": '{"a": 1}'}], held_out=0))
     first, second = corpus.halves(0)
@@ -101,10 +107,10 @@ REFUSED = {
     "a text and messages": (TEXT | {"chosen": chat("a", "b")}, "both must be texts, or both lists of messages"),
     "the same": (TEXT | {"rejected": "4"}, "line 2 has the same chosen and rejected, which prefers nothing"),
     "the same messages": ({"chosen": chat("a", "b"), "rejected": chat("a", "b")}, "chosen: completion holds [], not a"),
-    "no shared message": ({"chosen": chat("a", "b"), "rejected": chat("c", "d")}, "chosen: prompt holds [], not a"),
+    "no shared message": ({"chosen": chat("a", "b"), "rejected": chat("c", "d")}, "prompt holds None, and chosen and"),
     "answers alone": (
         {"prompt": "hi", "chosen": chat("a", "b")[1:], "rejected": chat("a", "c")[1:]},
-        "line 2: chosen: prompt holds [], not a list of messages with role and content",
+        "line 2: prompt holds 'hi', and chosen and rejected begin with no message in common: the messages of the",
     ),
     "a question": (
         MESSAGES | {"rejected": chat("what?")},
