@@ -103,7 +103,7 @@ def resolve_parallel(
     """
     sharing = ranks if config.ulysses is None else config.ring_size(ranks) * config.ulysses
     if (reason := state_refusal(model, sharing)) is not None:
-        raise ConfigError(f"model.architecture.{reason}")
+        raise ConfigError(f"model_type={model.model_type}: {reason}")
     if config.ulysses is None:
         ulysses, why = best_ulysses(
             layer_masks(model, IntervalMask.causal(length)), ranks, ranks_per_node, _machine(config, across=False),
