@@ -39,20 +39,22 @@ works in sequence: start p1 v1 and q k2, wait for both, compute p2 = 2^(..).
 
 At head_dim 256, there are two such consumers, with 64 keys per step. Half of q's columns stay in registers, so that the
 scores read a quarter less shared memory. Shared memory has no room for the carry and out, which therefore move directly
-between registers and memory.
+between registers and memory. Programs run in pairs, as clusters, if groups have an even number of heads. The two of a
+pair compute the same query tile of neighbouring heads. One copies k and the other v, to both (`hopper_cluster`).
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ringflash.intervals import Intervals
 from ringflash.kernels import hopper_forward_128, hopper_forward_256
 from ringflash.kernels.checks import check_out, check_seen
+from ringflash.kernels.hopper_cluster import Paired, idle
 from ringflash.kernels.hopper_forward_parts import Call
 from ringflash.kernels.hopper_parts import (
     L2_BYTES,
@@ -101,7 +103,7 @@ TUNINGS = {
 }
 
 
-@gluon.jit(do_not_specialize=[
+@partial(Paired, do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "carry_stride_b", "carry_stride_s", "carry_stride_h", "out_stride_b",
     "out_stride_s", "out_stride_h", "final_stride_b", "final_stride_s", "final_stride_h", "seen_stride_b",
     "seen_later", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
@@ -116,7 +118,7 @@ def forward_kernel(
     queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    CAPPED: gl.constexpr, CARRY: gl.constexpr, FINISHES: gl.constexpr,
+    CAPPED: gl.constexpr, CARRY: gl.constexpr, FINISHES: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, and start each group of warps.
 
@@ -126,10 +128,24 @@ def forward_kernel(
         lse, lse_stride_b, lse_stride_h, carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s,
         out_stride_h, final_stride_b, final_stride_s, final_stride_h, seen, seen_stride_b, seen_later,
         start, end, interval_stride_b, counter, order, order_stride_b, tiles, queries, heads_kv, group,
-        pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, FINISHES,
+        pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, PAIRED, FINISHES,
     )  # fmt: skip
     tensors = (q, k, v, carry, out, final)
-    if D == 256:
+    if D == 256 and PAIRED:
+        shared = hopper_forward_256.make_shared(q.dtype, call)
+        gl.warp_specialize(
+            [
+                (hopper_forward_256.consume, (call, shared, tensors, 0)),
+                (hopper_forward_256.consume, (call, shared, tensors, 1)),
+                (hopper_forward_256.produce, (call, shared, tensors)),
+                (hopper_forward_256.schedule, (call, shared.jobs)),
+                (idle, ()),  # the 11th and 12th warp, which Triton launches in any case
+                (idle, ()),
+            ],
+            [4, 1, 1, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif D == 256:
         shared = hopper_forward_256.make_shared(q.dtype, call)
         gl.warp_specialize(
             [
@@ -208,13 +224,17 @@ def forward(
     q_tiles = order.nonempty if in_place else order.tiles.shape[1]
     if not q_tiles:
         return state
+    # Two heads of a group read the same keys. With fp16 or a softcap, pairs have not run on a GPU.
+    paired = D == 256 and Hq // Hkv % 2 == 0 and q.dtype == torch.bfloat16 and softcap is None
+    paired = paired and t == TUNINGS[D]  # of whose tiles `hopper_cluster` knows the addresses
+    launched = min(B * Hq * q_tiles, sm_count(q.device)) // (2 if paired else 1)
     direct = D == 256  # carry and out are pointers, not descriptors
     out_tiles = out if direct else tiles(out, ROWS.value)
     carry_tiles, final_tiles = (
         out_tiles if x is out else x if direct else tiles(x, ROWS.value) for x in (carried, final)
     )
     with torch.cuda.device_of(q):
-        forward_kernel[(min(B * Hq * q_tiles, sm_count(q.device)),)](
+        forward_kernel[(launched,)](
             *(tiles(q, ROWS.value), tiles(k, t.block_k), tiles(v, t.block_k)),
             *(carry_tiles, out_tiles, final_tiles, *carried.stride()[:3], *out.stride()[:3], *final.stride()[:3]),
             *seen_argument(seen, lse),
@@ -224,7 +244,7 @@ def forward(
             *(Sq, Hkv, Hq // Hkv, B * Hkv, min(heads_in_l2(q, k), B * Hkv), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
-            CAPPED=softcap is not None, CARRY=carry is not None, FINISHES=final is not out,
+            CAPPED=softcap is not None, CARRY=carry is not None, FINISHES=final is not out, PAIRED=paired,
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
     return state

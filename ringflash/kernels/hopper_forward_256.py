@@ -10,6 +10,10 @@ beside the carried sum keep their digits in fp16.
 
 A scheduler warp takes query tiles from the counter and computes their jobs, one tile ahead of the consumers. A
 consumer therefore knows its next job at the end of a tile, and loads the next bounds and lse under the last product.
+
+Of a pair of programs (`hopper_cluster`), program 0 copies k and program 1 copies v, each to both. A slot is filled when
+it is empty in both: its barrier in `k_other` or `v_other` tells one program about the other's. Both take the same jobs,
+of neighbouring heads.
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -18,10 +22,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from ringflash.kernels.gluon_names import aggregate
+from ringflash.kernels.hopper_cluster import copy_to_both, next_pair, publish_barriers, rank, signal_other, sync_pair
 from ringflash.kernels.hopper_forward_parts import (
+    BARRIERS,
+    DESCRIPTOR,
     FINAL,
+    FULL_AT,
+    K_AT,
     K_EMPTY,
     LOG2_E_,
+    OTHER_AT,
     OUT,
     STAGES,
     TURN,
@@ -39,6 +49,7 @@ from ringflash.kernels.hopper_parts import (
     Pipe,
     arrive,
     make_pipe,
+    make_tiles,
     next_tile,
     product_layout,
     receive_job,
@@ -94,6 +105,8 @@ class Shared:
     k: Pipe
     v: Pipe
     jobs: Jobs
+    k_other: gl.shared_memory_descriptor  # of a pair: mbarriers, the other program's slot is empty
+    v_other: gl.shared_memory_descriptor
 
 
 @gluon.jit
@@ -110,12 +123,30 @@ def make_jobs(READERS: gl.constexpr):
 
 
 @gluon.jit
+def make_barriers():
+    """STAGES mbarriers, in an allocation so large that it comes right after the tiles (FULL_AT)."""
+    barriers = gl.allocate_shared_memory(gl.int64, [BARRIERS // 8, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(slot), count=1)
+    return barriers
+
+
+@gluon.jit
 def make_shared(dtype: gl.constexpr, call):
     """A program's shared memory, with initialised barriers."""
-    q = make_pipe(dtype, call.CONSUMERS, ROWS, call.D)
-    k = make_pipe(dtype, STAGES, call.BLOCK_K, call.D, call.CONSUMERS, K_EMPTY)
-    v = make_pipe(dtype, STAGES, call.BLOCK_K, call.D, call.CONSUMERS, V_EMPTY)
-    return Shared(q, k, v, make_jobs(READERS=call.CONSUMERS + 1))
+    q = make_pipe(dtype, call.CONSUMERS, ROWS, call.D, BITS=call.PAIRED)
+    if call.PAIRED:
+        k_full, v_full, k_other, v_other = make_barriers(), make_barriers(), make_barriers(), make_barriers()
+        publish_barriers()
+        k_tiles = make_tiles(dtype, STAGES, call.BLOCK_K, call.D)
+        v_tiles = make_tiles(dtype, STAGES, call.BLOCK_K, call.D)
+        k = Pipe(k_tiles, k_full, k_full, STAGES, call.CONSUMERS, K_EMPTY, True)
+        v = Pipe(v_tiles, v_full, v_full, STAGES, call.CONSUMERS, V_EMPTY, True)
+    else:
+        k = make_pipe(dtype, STAGES, call.BLOCK_K, call.D, call.CONSUMERS, K_EMPTY)
+        v = make_pipe(dtype, STAGES, call.BLOCK_K, call.D, call.CONSUMERS, V_EMPTY)
+        k_other, v_other = k.full, k.full  # never used
+    return Shared(q, k, v, make_jobs(READERS=call.CONSUMERS + 1), k_other, v_other)
 
 
 # -- the scheduler and the producer: one warp each
@@ -127,37 +158,79 @@ def schedule(call, jobs):
 
     Earlier would be worse: near the end of a launch, another program may be the next that is free.
     """
+    if call.PAIRED:
+        sync_pair()
     number = 0 * call.queries  # a tensor, as loop variables must be
     job = call.job(gl.program_id(0))
     while job.tiles > 0:
         jobs.send(number, job)
         number += 1
         jobs.wait_empty(number)
-        job = call.job(next_tile(call.counter, call.total()))
+        if call.PAIRED:
+            job = call.job(2 * next_pair(call.counter, number, call.total() // 2) + rank())
+        else:
+            job = call.job(next_tile(call.counter, call.total()))
     jobs.send(number, job)
+    if call.PAIRED:
+        sync_pair()
+
+
+@gluon.jit
+def load_keys(pipe, other, number, descriptor, job, key, call, WHICH: gl.constexpr):
+    """Start the copy of a tile of k (WHICH 0) or v (1), once its slot is empty.
+
+    Of a pair, program 0 copies k and program 1 copies v, to both. At `other`, the one that copies a tile waits until
+    the other program's slot is empty too.
+    """
+    head_kv = job.head // call.group
+    if call.PAIRED:
+        DEPTH: gl.constexpr = pipe.DEPTH
+        slot = number % DEPTH
+        if number >= DEPTH:
+            pipe.wait_empty(number)
+        if rank() == WHICH:
+            if number >= DEPTH:
+                mbarrier.wait(other.index(slot), (number // DEPTH & 1) ^ 1)  # the other program
+            mbarrier.expect(pipe.full.index(slot), descriptor.block_type.nbytes)
+            for panel in gl.static_range(4):  # of 64 columns
+                tile = K_AT * (1 + WHICH) + (slot * 4 + panel) * (call.BLOCK_K * 128)
+                copy_to_both(
+                    job.batch, head_kv, key, 64 * panel, tile, FULL_AT + WHICH * BARRIERS + slot * 8,
+                    DESCRIPTOR * (1 + WHICH),
+                )  # fmt: skip
+        else:
+            mbarrier.expect(pipe.full.index(slot), descriptor.block_type.nbytes)
+            if number >= DEPTH:
+                signal_other(OTHER_AT + WHICH * BARRIERS + slot * 8)
+    else:
+        pipe.load(number, descriptor, job.batch, head_kv, key)
 
 
 @gluon.jit
 def produce(call, shared, tensors):
     """Start all copies of all query tiles, as far ahead as there are empty slots."""
+    if call.PAIRED:
+        sync_pair()
     q, k, v = tensors[0], tensors[1], tensors[2]
     number = 0 * call.queries
     loaded = 0 * call.queries
     job = shared.jobs.receive(number, 1)
     while job.tiles > 0:
         shared.jobs.release(number)
-        head_kv = job.head // call.group
-        shared.k.load(loaded, k, job.batch, head_kv, call.key(job, 0))  # its slot is empty before that of the queries
+        # the slot of these keys is empty before that of the queries
+        load_keys(shared.k, shared.k_other, loaded, k, job, call.key(job, 0), call, 0)
         for who in gl.static_range(call.CONSUMERS):
             shared.q.load(number * call.CONSUMERS + who, q, job.batch, job.head, job.first_row + who * ROWS)
-        shared.v.load(loaded, v, job.batch, head_kv, call.key(job, 0))
+        load_keys(shared.v, shared.v_other, loaded, v, job, call.key(job, 0), call, 1)
         for step in range(1, job.tiles):
             key = call.key(job, step)
-            shared.k.load(loaded + step, k, job.batch, head_kv, key)
-            shared.v.load(loaded + step, v, job.batch, head_kv, key)
+            load_keys(shared.k, shared.k_other, loaded + step, k, job, key, call, 0)
+            load_keys(shared.v, shared.v_other, loaded + step, v, job, key, call, 1)
         loaded += job.tiles
         number += 1
         job = shared.jobs.receive(number, 1)
+    if call.PAIRED:
+        sync_pair()
 
 
 # -- the consumers: a warpgroup each
@@ -186,6 +259,8 @@ def rows_of(job, call, WHO: gl.constexpr):
 def consume(call, shared, tensors, WHO: gl.constexpr):
     """A consumer: the 64 rows from WHO x 64 of every query tile of this program."""
     A: gl.constexpr = product_layout(call.D)
+    if call.PAIRED:
+        sync_pair()
     if WHO == call.CONSUMERS - 1:
         arrive(TURN, 256)
     tile = 0 * call.queries
@@ -231,6 +306,8 @@ def consume(call, shared, tensors, WHO: gl.constexpr):
         m, z = m_next, z_next
         tile += 1
         job = shared.jobs.read(tile)
+    if call.PAIRED:
+        sync_pair()
 
 
 # -- between registers and memory

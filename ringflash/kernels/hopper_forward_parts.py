@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ringflash.kernels.gluon_names import aggregate
+from ringflash.kernels.hopper_cluster import wait_at
 from ringflash.kernels.hopper_parts import FIRST_BARRIER, NEG_INF, ROWS, Job, arrive, product_layout, sync, tile_run
 from ringflash.kernels.hopper_softmax import guess_step, packed, scale_rows, softmax_step, to_rows, to_threads, unpacked
 from ringflash.kernels.portable_parts import LOG2_E
@@ -17,6 +18,10 @@ LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
 HELD = gl.constexpr(128)  # columns of q in registers at head_dim 256: 32 registers per thread
 STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
+# For the PTX of pairs. In bytes of shared memory: tiles of k, which come after q and before v; `full` of k and then of
+# v, `k_other` and then `v_other`, BARRIERS each. In PTX, k is parameter DESCRIPTOR, and v twice that.
+K_AT, FULL_AT, OTHER_AT = gl.constexpr(64 << 10), gl.constexpr(192 << 10), gl.constexpr(193 << 10)
+BARRIERS, DESCRIPTOR = gl.constexpr(512), gl.constexpr(9)
 # Where the result of a tile is written. NOWHERE: an earlier call completed it, and the carry does not have it.
 OUT, FINAL, NOWHERE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 # Named barriers. TURN has one per consumer, which it shares with the consumer before it.
@@ -64,6 +69,7 @@ class Call:
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
     GUESS: gl.constexpr  # consumers work in sequence, with `guess_step` in full tiles and p in `packed` form
+    PAIRED: gl.constexpr  # two programs, of neighbouring heads of a group, share k and v
     FINISHES: gl.constexpr  # tiles that no later call sees are written to `final`, the others to out
 
     @gluon.jit
@@ -161,8 +167,20 @@ def begin_output(acc, p, alpha, v_pipe, number, call):
     acc = scale_rows(acc, alpha)
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     weights = gl.convert_layout(weights, A)
-    v_pipe.wait_full(number)  # the copy engine
+    if call.PAIRED:
+        wait_at(FULL_AT + BARRIERS + (number & 1) * 8, (number >> 1) & 1, 1 + 0 * number)  # the copy engine
+    else:
+        v_pipe.wait_full(number)  # the copy engine
     return warpgroup_mma(weights, v_pipe.tile(number), acc, is_async=True)
+
+
+@gluon.jit
+def wait_for_keys(k_pipe, number, more, call):
+    """Wait until the copy engine has copied KV tile `number`, if there are more."""
+    if call.PAIRED:
+        wait_at(FULL_AT + (number & 1) * 8, (number >> 1) & 1, more.to(gl.int32))
+    else:
+        k_pipe.wait_full(number, more)
 
 
 @gluon.jit
@@ -185,11 +203,11 @@ def step(
         k_pipe.release(number)
         if EDGE:
             p, m, z, alpha = softmax_step(s, m, z, key, row_start, row_end, call, EDGE)
-            k_pipe.wait_full(number + 1, more)  # the copy engine
+            wait_for_keys(k_pipe, number + 1, more, call)
             p = packed(p, dtype)
         else:
             p, m, z, alpha = guess_step(s, m, z, call, dtype)
-            k_pipe.wait_full(number + 1, more)  # the copy engine
+            wait_for_keys(k_pipe, number + 1, more, call)
     else:
         # acc is scaled and p is rounded under the scores, once these are in flight.
         scores = begin_scores(q, k_pipe, number, call, WHO)

@@ -33,6 +33,7 @@ FIRST_BARRIER = 8  # of the 16 named barriers. Triton uses those from 0: one per
 L2_BYTES = 32 << 20  # of 50 MB, for data that is read repeatedly; the rest is for data that streams through
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 HEAD_DIMS = (64, 128, 256)
+COUNTER_SIZE = 512  # the counter, and two slots for each of up to 255 pairs
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Pipe:
 
     The copy engine signals full[slot] when all bytes have arrived. A single reader, a warpgroup, releases a slot
     through the mbarrier empty[slot]. Several READERS release it through the named barrier EMPTY + slot, where their
-    warps arrive one by one.
+    warps arrive one by one. BITS: two slots, whose numbers are bits of the tile's, which saves instructions.
     """
 
     tiles: gl.shared_memory_descriptor
@@ -106,32 +107,43 @@ class Pipe:
     DEPTH: gl.constexpr
     READERS: gl.constexpr
     EMPTY: gl.constexpr
+    BITS: gl.constexpr
+
+    @gluon.jit
+    def slot(self, number):
+        """The slot of tile `number`."""
+        return number & (self.DEPTH - 1) if self.BITS else number % self.DEPTH
+
+    @gluon.jit
+    def phase(self, number):
+        """0 or 1: the parity of the times that the slot of tile `number` was used before."""
+        return (number >> 1) & 1 if self.BITS else number // self.DEPTH & 1
 
     @gluon.jit
     def tile(self, number):
         """The shared memory of tile `number`."""
-        return self.tiles.index(number % self.DEPTH)
+        return self.tiles.index(self.slot(number))
 
     @gluon.jit
     def wait_full(self, number, pred=True):
         """Wait until the copy engine has filled a tile."""
-        mbarrier.wait(self.full.index(number % self.DEPTH), number // self.DEPTH & 1, pred=pred)
+        mbarrier.wait(self.full.index(self.slot(number)), self.phase(number), pred=pred)
 
     @gluon.jit
     def wait_empty(self, number):
         """Wait until the readers have released the slot's previous tile. For the producer, one warp."""
         if self.READERS == 1:
-            mbarrier.wait(self.empty.index(number % self.DEPTH), (number // self.DEPTH & 1) ^ 1)
+            mbarrier.wait(self.empty.index(self.slot(number)), (self.phase(number)) ^ 1)
         elif number >= self.DEPTH:
-            sync(self.EMPTY + number % self.DEPTH, 32 + 128 * self.READERS, 1)
+            sync(self.EMPTY + self.slot(number), 32 + 128 * self.READERS, 1)
 
     @gluon.jit
     def release(self, number):
         """Release a tile that this warpgroup has read."""
         if self.READERS == 1:
-            mbarrier.arrive(self.empty.index(number % self.DEPTH), count=1)
+            mbarrier.arrive(self.empty.index(self.slot(number)), count=1)
         else:
-            arrive(self.EMPTY + number % self.DEPTH, 32 + 128 * self.READERS)
+            arrive(self.EMPTY + self.slot(number), 32 + 128 * self.READERS)
 
     @gluon.jit
     def load(self, number, descriptor, batch, head, row):
@@ -142,9 +154,9 @@ class Pipe:
     @gluon.jit
     def copy(self, number, descriptor, batch, head, row):
         """Start the copy of a tile whose slot is empty."""
-        full = self.full.index(number % self.DEPTH)
+        full = self.full.index(self.slot(number))
         mbarrier.expect(full, descriptor.block_type.nbytes)
-        copy_in(descriptor, [batch, head, row, 0], full, self.tiles.index(number % self.DEPTH))
+        copy_in(descriptor, [batch, head, row, 0], full, self.tiles.index(self.slot(number)))
 
 
 @gluon.jit
@@ -157,7 +169,7 @@ def make_tiles(dtype: gl.constexpr, COUNT: gl.constexpr, BLOCK: gl.constexpr, CO
 @gluon.jit
 def make_pipe(
     dtype: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
-    READERS: gl.constexpr = 1, EMPTY: gl.constexpr = 0, WRITERS: gl.constexpr = 1,
+    READERS: gl.constexpr = 1, EMPTY: gl.constexpr = 0, WRITERS: gl.constexpr = 1, BITS: gl.constexpr = False,
 ):  # fmt: skip
     """A Pipe of [BLOCK, D] tiles. READERS: 0 for memory without barriers.
 
@@ -177,7 +189,7 @@ def make_pipe(
             mbarrier.init(full.index(slot), count=WRITERS)
         if READERS == 1:
             mbarrier.init(empty.index(slot), count=1)
-    return Pipe(tiles, full, empty, DEPTH, READERS, EMPTY)
+    return Pipe(tiles, full, empty, DEPTH, READERS, EMPTY, BITS)
 
 
 # -- the tiles of a program
@@ -333,15 +345,18 @@ def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLay
 
 
 def counter(device: torch.device) -> Tensor:
-    """The current stream's int32 counter for `next_tile`, made once. It is 0 between two launches."""
+    """The current stream's int32 counter for `next_tile` and the slots of `next_pair`, made once.
+
+    All of it is 0 between two launches.
+    """
     if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream; it zeroes this counter itself
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
     return _counter_of(device, torch._C._cuda_getCurrentRawStream(device.index))
 
 
 @functools.cache
 def _counter_of(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
+    return torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
 
 
 # -- checks

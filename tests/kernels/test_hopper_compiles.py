@@ -29,6 +29,7 @@ triton = pytest.importorskip("triton")
 SHARED_LIMIT = 227 * 1024
 ROOT = Path(__file__).parents[2]
 TRITONS = [None, *sorted(ROOT.glob(".venv/triton-*"))]
+FLAGS = ("carry", "capped", "finishes", "centered", "paired")
 CASES: dict[str, dict[str, Any]] = {
     "forward-D64": {"head_dim": 64},
     "forward-D64-in-ring": {"head_dim": 64, "carry": True, "out": torch.float32, "finishes": True},
@@ -38,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "forward-D256": {"head_dim": 256},
     "forward-D256-in-ring": {"head_dim": 256, "carry": True, "out": torch.float32, "finishes": True},
     "forward-D256-carry-fp16-capped": {"head_dim": 256, "carry": True, "dtype": torch.float16, "capped": True},
+    "forward-D256-paired": {"head_dim": 256, "paired": True},
     "backward-D64": {"head_dim": 64},
     "backward-D64-capped": {"head_dim": 64, "capped": True},
     "backward-D64-in-ring": {"head_dim": 64, "centered": True, "gradients": torch.float32},
@@ -75,6 +77,7 @@ SELECTS_IN_LOOP = {
     "forward-D128-in-ring": 2,
     "forward-D256": 0,
     "forward-D256-in-ring": 0,
+    "forward-D256-paired": 0,
     "backward-D64": 32,
     "backward-D64-in-ring": 32,
     "backward-D128": 32,
@@ -95,7 +98,7 @@ def compile_case(name: str):
     from ringflash.kernels import hopper_backward, hopper_forward, hopper_parts
     from tests.kernels.offline import TYPE_NAMES
 
-    case = {"dtype": torch.bfloat16} | dict.fromkeys(("carry", "capped", "finishes", "centered"), False) | CASES[name]
+    case = {"dtype": torch.bfloat16} | dict.fromkeys(FLAGS, False) | CASES[name]
     module = hopper_forward if name.startswith("forward") else hopper_backward
     kernel = module.forward_kernel if name.startswith("forward") else module.backward_kernel
     head_dim, dtype, tuning = case["head_dim"], case["dtype"], module.TUNINGS[case["head_dim"]]
@@ -104,7 +107,7 @@ def compile_case(name: str):
     registers = hopper_parts.REGISTERS[getattr(tuning, "consumers", 2)]
     constants = {
         "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"],
-        "CENTERED": case["centered"], "FINISHES": case["finishes"],
+        "CENTERED": case["centered"], "FINISHES": case["finishes"], "PAIRED": case["paired"],
         "CONSUMER_REGISTERS": registers.consumer, "PRODUCER_REGISTERS": registers.producer,
     }  # fmt: skip
     constants |= {name.upper(): value for name, value in asdict(tuning).items()}
@@ -171,7 +174,9 @@ def report(name: str) -> dict[str, Any]:
         "waits": count(r"\bWARPGROUP\.DEPBAR\b"), "waits_in_ptx": ptx.count("wgmma.wait_group"),
         "exp2_under_wgmma": exp2_between_waits(steady),
         "registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
-        "loads": count(r"\bUTMALDG\b"), "stores": count(r"\bUTMASTG\b"), "reductions": count(r"\bUTMAREDG\b"),
+        "loads": count(r"\bUTMALDG\b"), "multicasts": count(r"\bUTMALDG\.4D\.MULTICAST\b"),
+        "descriptors": [int(i) for i in re.findall(r"\.b8 forward_kernel_param_(\d+)\[128\]", ptx)],
+        "stores": count(r"\bUTMASTG\b"), "reductions": count(r"\bUTMAREDG\b"),
         "barriers": barriers(ptx), "tiles": tile_bytes(compiled.asm["ttgir"]),
     }  # fmt: skip
 
@@ -319,6 +324,22 @@ def test_no_tile_lies_over_a_barrier(compiled):
         "once": lambda r: len({*r["barriers"]}) == len(r["barriers"]),
     }
     assert breaking(compiled, **rules) == []
+
+
+@pytest.mark.slow
+def test_pairs_find_barriers_and_descriptors_where_their_constants_say(compiled):
+    from ringflash.kernels.hopper_forward_parts import BARRIERS, DESCRIPTOR, FULL_AT, K_AT, STAGES
+
+    paired = [r for r in compiled if CASES[r["name"]].get("paired")]
+    slots = [FULL_AT.value + BARRIERS.value * i + 8 * slot for i in range(4) for slot in range(STAGES.value)]
+    rules = {
+        "barriers": lambda r: r["barriers"][: len(slots)] == slots,
+        "tiles": lambda r: r["tiles"] == FULL_AT.value == 3 * K_AT.value,
+        "descriptors": lambda r: r["descriptors"] == [i * DESCRIPTOR.value for i in range(3)],
+        "copies": lambda r: r["multicasts"] == 16,  # k or v, in a tile's first step or later, in 4 pieces
+    }
+    assert paired
+    assert breaking(paired, **rules) == []
 
 
 @pytest.mark.parametrize(
