@@ -277,9 +277,10 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
     """Read a document into a cache: all tokens after those that it already holds, shared by the ranks of its ring.
 
     input_ids: int64 [B, N], the same on every rank, beginning with the first token that the cache holds. Each forward
-    reads up to `cache.chunk` tokens over all ranks, in zigzag, without computing logits. Then give `generate` at least
-    one more token. Before computing anything, raises ValueError if the cache cannot hold the tokens, or if ranks were
-    given different tokens.
+    reads up to `cache.chunk` tokens over all ranks, in zigzag, without computing logits. Every rank reads the last
+    ones, fewer than two per rank: each call would otherwise add padding that the ranks do not share evenly. Then give
+    `generate` at least one more token. Before computing anything, raises ValueError if the cache cannot hold the
+    tokens, or if ranks were given different tokens.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         shown = (
@@ -294,22 +295,33 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
         )
     if isinstance(ring, ProcessRing):
         agree(checksum(ring.device, input_ids), [ring])
-    at_once = cache.chunk // (2 * ring.size) * 2 * ring.size
+    make, shares = (Layout.zigzag, 2 * ring.size) if ring.size > 1 else (Layout.contiguous, 1)
     while (begin := cache.get_seq_length()) < tokens:
-        chunk = input_ids[:, begin : begin + at_once]
-        make = Layout.zigzag if ring.size > 1 else Layout.contiguous
-        layout = make(chunk.shape[1], ring.size)
-        positions = (torch.stack([layout.positions(rank) for rank in ring.local]) + begin).clamp(max=tokens - 1)
-        cache.layout = layout
-        try:
-            model.base_model(
-                input_ids=torch.cat([layout.shard(chunk, rank) for rank in ring.local]).to(ring.device),
-                position_ids=positions.repeat_interleave(len(chunk), dim=0).to(ring.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        finally:
-            cache.layout = None
+        chunk = input_ids[:, begin : begin + cache.chunk // shares * shares]
+        if even := chunk.shape[1] // shares * shares:
+            _read(model, chunk[:, :even], cache, make(even, ring.size))
+        else:
+            _read(model, chunk, cache, None)
+
+
+def _read(model: PreTrainedModel, chunk: Tensor, cache: RingCache, layout: Layout | None) -> None:
+    """Read the next tokens into a cache, sharded by `layout`, or all on every rank."""
+    ring, begin = cache.ring, cache.get_seq_length()
+    if layout is None:
+        ids, positions = chunk, torch.arange(chunk.shape[1])[None]
+    else:
+        ids = torch.cat([layout.shard(chunk, rank) for rank in ring.local])
+        positions = torch.stack([layout.positions(rank) for rank in ring.local]).repeat_interleave(len(chunk), dim=0)
+    cache.layout = layout
+    try:
+        model.base_model(
+            input_ids=ids.to(ring.device),
+            position_ids=(positions + begin).to(ring.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        cache.layout = None
 
 
 def cache_refusal(config: PreTrainedConfig) -> str | None:

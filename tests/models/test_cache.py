@@ -88,6 +88,18 @@ def test_generate_gives_eager_attentions_tokens(model_type):
         assert torch.equal(generate(model, TOKENS, RingCache(model, 50), **options), expected)
 
 
+def test_a_document_that_is_read_in_many_parts_fits_the_capacity():
+    """Padding on the same rank each time would leave too few rows on the others."""
+    model = tiny("llama").eval()
+    cache = RingCache(model, 41, ring=Loopback(4))
+    with torch.no_grad():
+        for end in range(5, 41, 5):
+            prefill(model, TOKENS[:, :end], cache)
+        found = model(TOKENS[:, 40:], past_key_values=cache, use_cache=True).logits
+        expected = eager("llama").eval()(TOKENS).logits[:, 40:]
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
 LONG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20, "sliding_window": None}
 LENGTH_DEPENDENT = {
     "longrope": ("phi3", LONG),
