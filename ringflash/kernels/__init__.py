@@ -1,12 +1,13 @@
 """Attention of one query shard on one key/value shard, on one device.
 
-Every kernel has the same five functions. None of them depends on rings, layouts, documents or windows:
+Every kernel has the same six functions. None of them depends on rings, layouts, documents or windows:
 
     forward(q, k, v, intervals, *, scale, softcap, carry, out, seen) -> Partial
     delta(out, dout) -> Tensor
     center(q, k, lse, *, scale) -> (Tensor, Tensor)
     backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv, center) -> None
     round_into(out, x) -> None
+    round_dq(out, dq, *, scale) -> None
 
 q [B, Sq, Hq, D]; k [B, Skv, Hkv, D]; v [B, Skv, Hkv, Dv]; dout [B, Sq, Hq, Dv]. The last dimension is contiguous, and
 other strides are free. Hq is a multiple of Hkv. In the Hopper kernels, Dv is D.
@@ -25,7 +26,8 @@ If one call has all queries of its keys, dk and dv may instead have the dtype of
 all rows, with 0 where no query sees a key.
 With `center` [B, 1, Hkv, D], the keys are k - center, and lse is the lse of those keys. The function center computes
 both; `compensation` explains why.
-round_into writes a complete sum in the inputs' dtype.
+round_into writes a complete sum in the inputs' dtype. Only round_dq knows the form in which a kernel sums up dq: the
+Hopper kernel leaves out the scale and has an order of columns of its own. round_dq writes it as the gradient.
 
     blocked             plain torch: the CPU's kernel, and the readable definition
     portable_*          Triton, sm_80 and newer
@@ -58,6 +60,7 @@ class Kernel:
     center: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable
     round_into: Callable[[Tensor, Tensor], None]
+    round_dq: Callable[..., None]
     supports: Callable[[Tensor, Tensor, float | None, int | None], str | None]
 
 
@@ -97,9 +100,11 @@ def _load(name: str, deterministic: bool = False) -> Kernel | str:
         if (error.name or "").partition(".")[0] != "triton":
             raise
         return f"needs Triton 3.6 or newer ({error}): pip install triton, or kernel=blocked, which is plain torch"
-    call = backward.backward
+    call, round_dq = backward.backward, backward.round_dq
     if name == "hopper":  # the other kernels' gradients have one writer each
         call = functools.partial(call, deterministic=deterministic)
+        if deterministic:
+            round_dq = importlib.import_module("ringflash.kernels.portable_backward").round_dq
     return Kernel(
-        name, forward.forward, backward.delta, backward.center, call, backward.round_into, forward.supports
+        name, forward.forward, backward.delta, backward.center, call, backward.round_into, round_dq, forward.supports
     )  # fmt: skip

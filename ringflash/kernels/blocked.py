@@ -73,6 +73,11 @@ def delta(out: Tensor, dout: Tensor) -> Tensor:
     return (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
 
 
+def round_dq(out: Tensor, dq: Tensor, *, scale: float) -> None:
+    """out = dq, which is complete but for its rounding."""
+    round_into(out, dq)
+
+
 def round_into(out: Tensor, x: Tensor) -> None:
     """out = x, rounded to its dtype."""
     out.copy_(x)

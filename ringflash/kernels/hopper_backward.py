@@ -5,24 +5,30 @@ The mathematics is that of `portable_backward`: with p = 2^(c s - log2(e) lse) a
     dp = dout v^T    ds = p (dp - delta)    dq += scale ds k    dk += scale ds^T q    dv += p^T dout
 
 One program holds a tile of keys of one KV head. It loops over the queries query_start:query_end that see them, 64 or
-128 at a time, for each query head of the group or for some of them (`programs_per_group`). dq has many writers; dk and
-dv have several if a group is divided. They are added in L2 by the copy engine's fp32 reduction, whose order differs
-from run to run. If a group is not divided and the caller has no other queries, its dk and dv are written in 16 bits.
+128 at a time, for each query head of the group or for some of them (`programs_per_group`, `divided_programs`). dq has
+many writers; dk and dv have several if a group is divided. They are added in L2 by the copy engine's fp32 reduction,
+whose order differs from run to run. If no group is divided and the caller has no other queries, dk and dv are written
+in 16 bits.
 `deterministic=True` calls `portable_backward`, which has one writer per gradient and seven products instead of five.
 
 Two consumers, one warpgroup each, divide the products: by keys at head_dim 64 and 128 (`hopper_backward_64`,
 `hopper_backward_128`), and by gradients at 256 (`hopper_backward_256`). The producer, one warp, loads q, dout and the
-rows of lse and delta. s, dp, p and ds are computed transposed, [keys, queries]. From head_dim 128 on, the accumulator
-of the scores starts at -lse / scale. The exponential of a score is then p, and no consumer needs 16 registers for lse.
-Rows that see nothing have lse = -inf, which is treated as inf, so that p is 0.
+rows of lse and delta. At 256, two more warps, the reducers, add dq to memory. s, dp, p and ds are computed transposed,
+[keys, queries]. Rows that see nothing have lse = -inf, which is treated as inf, so that p is 0.
+
+From head_dim 128 on, dq is summed up in an order of columns in which consumers store it fastest, at 128 without its
+scale (`round_dq`).
 
 Query tiles are processed from last to first. Under a causal mask, all programs then start at the end of the sequence
 and read the same tiles at the same time, from L2.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,10 +46,10 @@ from ringflash.kernels.hopper_parts import (
     check_rows,
     tiles,
 )
-from ringflash.kernels.portable_backward import center, delta, round_into
+from ringflash.kernels.portable_backward import ROUND_ROWS, center, delta, round_into, warps_of_whole_rows
 from ringflash.kernels.portable_parts import LOG2_E, interval_stride, score_scales, sm_count
 
-__all__ = ["backward", "center", "delta", "round_into"]
+__all__ = ["backward", "center", "delta", "round_dq", "round_into"]
 
 
 @dataclass(frozen=True)
@@ -99,23 +105,24 @@ def produce(call, shared, descriptors):
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b", "order_stride_b",
     "center_stride_b", "center_stride_h", "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs",
-    "heads_in_l2", "scale", "c", "cap_scale", "lse_factor",
+    "heads_in_l2", "whole", "scale", "c", "cap_scale", "lse_factor",
 ])  # fmt: skip
 def backward_kernel(
     q, k, v, dout, dq, dk, dv,
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b, order, order_stride_b, center, center_stride_b, center_stride_h, tiles,
-    queries, keys, heads_kv, group, split, pairs, heads_in_l2, scale, c, cap_scale, lse_factor,
+    queries, keys, heads_kv, group, split, pairs, heads_in_l2, whole, scale, c, cap_scale, lse_factor,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr, CENTERED: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory, and start each group of warps. All tensors are [B, H, S, D] for TMA."""
+    undivided = pairs if D == 64 else whole  # at 64, whole is None
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
         order, order_stride_b, center, center_stride_b, center_stride_h, tiles, queries, keys, heads_kv, group, split,
-        pairs, heads_in_l2, scale, c, cap_scale, lse_factor, D, BLOCK_Q, 2 * ROWS if D <= 128 else ROWS, CAPPED,
-        CENTERED,
+        pairs, heads_in_l2, undivided, scale, c, cap_scale, lse_factor, D, BLOCK_Q, 2 * ROWS if D <= 128 else ROWS,
+        CAPPED, CENTERED,
     )  # fmt: skip
     descriptors = (q, k, v, dout, dq, dk, dv)
     if D == 64:
@@ -124,15 +131,70 @@ def backward_kernel(
         shared = hopper_backward_128.make_shared(q.dtype, D, BLOCK_Q, STAGES)
     else:
         shared = hopper_backward_256.make_shared(q.dtype, D, BLOCK_Q, STAGES)
-    gl.warp_specialize(
-        [
-            (consume, (call, shared, descriptors, 0)),
-            (consume, (call, shared, descriptors, 1)),
-            (produce, (call, shared, descriptors)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    if D <= 128:
+        gl.warp_specialize(
+            [
+                (consume, (call, shared, descriptors, 0)),
+                (consume, (call, shared, descriptors, 1)),
+                (produce, (call, shared, descriptors)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (call, shared, descriptors, 0)),
+                (consume, (call, shared, descriptors, 1)),
+                (produce, (call, shared, descriptors)),
+                (hopper_backward_256.reduce, (call, shared, descriptors, 0)),
+                (hopper_backward_256.reduce, (call, shared, descriptors, 1)),
+            ],
+            [4, 1, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )
+
+
+# -- dq in the inputs' dtype
+
+
+@triton.jit(do_not_specialize=["rows"])
+def round_dq_kernel(
+    x, x_stride_b, x_stride_s, x_stride_h,
+    out, out_stride_b, out_stride_s, out_stride_h,
+    rows, heads, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = scale x for BLOCK rows of one head, where x has columns 0 2 4 6 1 3 5 7 of every 8 in this order."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    row_ = row.to(tl.int64)[:, None]
+    half = tl.arange(0, D // 2)
+    x += batch * x_stride_b + head * x_stride_h + row_ * x_stride_s + (half // 4 * 8 + half % 4)[None, :]
+    even = tl.load(x, (row < rows)[:, None], 0.0)
+    odd = tl.load(x + 4, (row < rows)[:, None], 0.0)
+    tile = tl.join(even, odd).reshape([BLOCK, D]) * scale
+    out += batch * out_stride_b + head * out_stride_h + row_ * out_stride_s + tl.arange(0, D)[None, :]
+    tl.store(out, tile.to(out.dtype.element_ty), (row < rows)[:, None])
+
+
+def round_dq(out: Tensor, dq: Tensor, *, scale: float) -> None:
+    """out = the gradient that `backward` has summed up in dq.
+
+    At head_dim 64, dq is the gradient. From 128 on, its columns are in another order, and at 128 it lacks the scale.
+    """
+    B, S, H, D = dq.shape
+    if D == 64:
+        round_into(out, dq)
+        return
+    if 0 in dq.shape:
+        return
+    with torch.cuda.device_of(dq):
+        round_dq_kernel[(triton.cdiv(S, ROUND_ROWS), B * H)](
+            *(dq, *dq.stride()[:3]), *(out, *out.stride()[:3]), *(S, H, scale if D == 128 else 1.0),
+            D=D, BLOCK=ROUND_ROWS, num_warps=warps_of_whole_rows(D),
+        )  # fmt: skip
 
 
 # -- launch
@@ -188,28 +250,33 @@ def backward(
     parts = 1 if D <= 128 else 2
     keys = 2 * rows // parts  # per program
     split = programs_per_group(Hq // Hkv, order.longest / order.total / parts, B * Hkv, sm_count(q.device))
-    if written and split > 1:  # several programs add to a tile
-        dk, dv = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
     # Tiles that no query sees have nothing to add, but zeros to write.
     count = order.nonempty if dk.dtype == torch.float32 else order.tiles.shape[1]
-    lse_factor = -1 / scale if D > 64 and softcap is None else -LOG2_E
+    each = Hq // Hkv // split  # query heads of a program
+    programs = B * Hkv * split * count
+    equal = order.longest * order.nonempty == order.total
+    # At head_dim 64, the kernel's lines for this made every step slower.
+    divided = 0 if D == 64 else divided_programs(programs, each, equal, sm_count(q.device) // parts)
+    several = split > 1 or divided > 0  # programs add to a tile
+    if written and several:
+        dk, dv = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
     of_center = (k, 0, 0) if center is None else (center, center.stride(0), center.stride(2))  # not read without one
     with torch.cuda.device_of(q):
-        backward_kernel[(parts * B * Hkv * split * count,)](
+        backward_kernel[(parts * (programs + divided * (each - 1)),)](
             *(tiles(q, t.block_q), tiles(k, keys), tiles(v, keys), tiles(dout, t.block_q)),
             *(tiles(dq, rows, 64), tiles(dk, rows), tiles(dv, rows)),
             *(lse, *lse.stride()[:2]),
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
             *(order.tiles, interval_stride(order.tiles), *of_center, count),
-            *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, min(heads_in_l2(q, k), B * Hkv), scale),
-            *(*score_scales(scale, softcap), lse_factor),
+            *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, min(heads_in_l2(q, k), B * Hkv)),
+            *(None if D == 64 else programs - divided, scale, *score_scales(scale, softcap), -LOG2_E),
             D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
             CAPPED=softcap is not None, CENTERED=center is not None,
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
-    if written and split > 1:
+    if written and several:
         for result, x in zip(results, (dk, dv), strict=True):
             round_into(result, x)
 
@@ -225,6 +292,16 @@ def programs_per_group(group: int, longest: float, pairs: int, sms: int) -> int:
     while group % (2 * split) == 0 and longest / split > 0.9 * pairs / sms:
         split *= 2
     return split
+
+
+def divided_programs(programs: int, heads: int, equal: bool, at_a_time: int) -> int:
+    """How many programs, the last ones, are replaced by one program per query head.
+
+    If all tiles are equal, as under a full mask, a last wave of few programs takes as long as any other. Divided, it
+    takes a fraction. heads: query heads per program; at_a_time: programs that run at the same time.
+    """
+    last = programs % at_a_time
+    return last if equal and math.ceil(last * heads / at_a_time) < heads else 0
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:

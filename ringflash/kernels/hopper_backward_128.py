@@ -106,7 +106,7 @@ def produce(call, shared, descriptors):
         shared.kv.load(0, k, job.batch, job.head_kv, job.first_row)
         shared.kv.load(1, v, job.batch, job.head_kv, job.first_row)
     number = 0
-    for member in range(call.heads()):
+    for member in range(job.heads):
         head = job.head + member
         head_lse = lse + head.to(gl.int64) * call.lse_stride_h
         head_delta = delta + head.to(gl.int64) * call.delta_stride_h
@@ -160,6 +160,12 @@ def announce(number, WHO: gl.constexpr):
 
 
 @gluon.jit
+def stage(dq_half, shared, call, WHO: gl.constexpr):
+    """Write this consumer's half of dq to shared memory, without its scale (`round_dq`)."""
+    stage_dq(dq_half, shared.dq.index(WHO))
+
+
+@gluon.jit
 def step(
     dk, dv, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
@@ -179,8 +185,7 @@ def step(
     keys = shared.kv.tiles.index(opaque_zero(number)).slice(WHO * ROWS, ROWS, 0)
     values = shared.kv.tiles.index(1 + opaque_zero(number)).slice(WHO * ROWS, ROWS, 0)
     lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
-    begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
-    scores = warpgroup_mma(keys, q_tile.permute((1, 0)), begin, is_async=True)
+    scores = warpgroup_mma(keys, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     dscores = warpgroup_mma(values, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
     p, slope = weights(s, lse, call, row, key_start, key_end, EDGE)
@@ -193,7 +198,7 @@ def step(
     tma.store_wait(0)  # the copy engine, which reads dq of the previous step from the same shared memory
     dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but dk
     publish(ds, shared, number + 1, WHO)
-    stage_dq(dq_half, shared.dq.index(WHO), call.scale)
+    stage(dq_half, shared, call, WHO)
     fence_async_shared()  # makes the threads' writes visible to tensor cores and copy engine
     announce(number + 1, WHO)
     add_out(dq, [batch, dq_head, dq_row, WHO * (call.D // 2)], shared.dq.index(WHO))
@@ -212,11 +217,11 @@ def walk_queries(
     For the first step, the previous tile's dq is zero, and its place is past the end.
     """
     full = job.tiles - job.edges
-    last = job.tiles * call.heads() - 1
+    last = job.tiles * job.heads - 1
     number = 0
     dq_head = job.head
     dq_row = call.queries
-    for member in range(call.heads()):
+    for member in range(job.heads):
         head = job.head + member
 
         # 1. Query tiles that see every key: no mask.
@@ -254,12 +259,12 @@ def store_gradients(dk_acc, dv_acc, row, job, shared, descriptors, call, WHO: gl
 
 
 @gluon.jit
-def finish(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO: gl.constexpr):
+def finish(stage: gl.constexpr, dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO: gl.constexpr):
     """Add half of dq of the last query tile, whose product is in flight; then add or write dk and dv."""
     dq = descriptors[4]
     tma.store_wait(0)
     dq_half = warpgroup_mma_wait(0, deps=(dq_next,))
-    stage_dq(dq_half, shared.dq.index(WHO), call.scale)
+    stage(dq_half, shared, call, WHO)
     fence_async_shared()
     add_out(dq, place, shared.dq.index(WHO))
     sync(DONE, 256, 4)  # the other consumer; neither reads k and v after this
@@ -294,7 +299,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         # dq of the last query tile, then dk and dv.
         dq_next = begin_dq(shared, number, call, WHO)
         place = [job.batch, dq_head, dq_row, WHO * (call.D // 2)]
-        finish(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
+        finish(stage, dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
     elif descriptors[5].dtype != gl.float32:  # no query sees these keys
         unseen = gl.zeros([ROWS, call.D], gl.float32, A)
         store_gradients(unseen, unseen, job.first_row + WHO * ROWS, job, shared, descriptors, call, WHO)

@@ -7,14 +7,15 @@ of a warpgroup. The two consumers therefore divide the products by gradient, not
     consumer 1    dp = v dout^T    ds = p (dp - delta)   dk += ds^T q      columns 128..255 of dq
 
 Consumer 0 passes p to consumer 1 through shared memory, in 16 bits; both read ds. dq = ds k is one step late here too.
-A consumer computes it 64 columns at a time (dqa, dqb): with both in registers, ptxas would serialise every product.
+A consumer computes it 64 columns at a time (dqa, dqb): with both in registers, ptxas would serialise every product. It
+passes them to its reducer, a warp that adds them to memory.
 
 The pipeline of step 2. ds1 is the previous step's ds:
 
     tensor cores, 0    s2 = k q2^T . dqa1 = ds1 k |              dv += p2 dout2 . dqb1 = ds1 k |
-    consumer 0         |             p2 = 2^(c s2)              | dqa1 to memory               | dqb1 to memory
+    consumer 0         |             p2 = 2^(c s2)              | dqa1 to reducer              | dqb1 to reducer
     tensor cores, 1    dp2 = v dout2^T . dqa1 = ds1 k |          dk += ds2 q2 . dqb1 = ds1 k   |
-    consumer 1         |                 ds2 = p2 (dp2 - delta) | dqa1 to memory               | dqb1 to memory
+    consumer 1         |                 ds2 = p2 (dp2 - delta) | dqa1 to reducer              | dqb1 to reducer
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -57,6 +58,7 @@ DS_FULL = gl.constexpr(FIRST_BARRIER + 1)
 Q_EMPTY = gl.constexpr(FIRST_BARRIER + 2)  # 2, one per stage
 DOUT_EMPTY = gl.constexpr(FIRST_BARRIER + 4)
 INPUTS_READ = gl.constexpr(FIRST_BARRIER + 5)  # k, v and q, by both consumers
+STAGED = gl.constexpr(FIRST_BARRIER - 2)  # 2: dq of each consumer. Triton uses the numbers from 0 to 4
 PIECE = gl.constexpr(64)  # columns of dq at a time
 
 
@@ -77,6 +79,7 @@ class Shared:
     p: gl.shared_memory_descriptor  # one tile, [keys, queries], times the softcap's derivative
     ds: gl.shared_memory_descriptor  # one tile each for even and odd steps, [keys, queries]
     dq: gl.shared_memory_descriptor  # one piece per consumer
+    dq_empty: gl.shared_memory_descriptor
     DEPTH: gl.constexpr
 
     @gluon.jit
@@ -88,6 +91,15 @@ class Shared:
     def wait_dout(self, number, pred=True):
         """Wait for a tile of dout and its delta."""
         mbarrier.wait(self.dout_full.index(0), number & 1, pred=pred)
+
+
+@gluon.jit
+def make_empty():
+    """A barrier per consumer, at which its reducer signals that it has sent dq."""
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for who in gl.static_range(2):
+        mbarrier.init(empty.index(who), count=1)
+    return empty
 
 
 @gluon.jit
@@ -106,6 +118,7 @@ def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STA
         make_tiles(dtype, 1, ROWS, BLOCK_Q),
         make_tiles(dtype, 2, ROWS, BLOCK_Q),
         make_tiles(gl.float32, 2, BLOCK_Q, PIECE),
+        make_empty(),
         STAGES,
     )
 
@@ -125,7 +138,7 @@ def produce(call, shared, descriptors):
         shared.kv.load(0, k, job.batch, job.head_kv, job.first_row)
         shared.kv.load(1, v, job.batch, job.head_kv, job.first_row)
     number = 0
-    for member in range(call.heads()):
+    for member in range(job.heads):
         head = job.head + member
         head_lse = lse + head.to(gl.int64) * call.lse_stride_h
         head_delta = delta + head.to(gl.int64) * call.delta_stride_h
@@ -152,6 +165,32 @@ def produce(call, shared, descriptors):
             number += 1
 
 
+# -- the reducers: one warp per consumer
+
+
+@gluon.jit
+def reduce(call, shared, descriptors, WHO: gl.constexpr):
+    """Add a consumer's dq to memory, so that its warps do not wait for each other before and after each copy.
+
+    dq comes one step late: what the first step stages belongs to no queries.
+    """
+    dq = descriptors[4]
+    job = call.job()
+    staged, empty = shared.dq.index(WHO), shared.dq_empty.index(WHO)
+    if job.tiles > 0:
+        for _ in gl.static_range(2):
+            sync(STAGED + WHO, 160, 1)
+            mbarrier.arrive(empty, count=1)
+    for member in range(job.heads):
+        for step in range(job.tiles):
+            head, row = job.head + member, call.row(job, step)
+            for piece in gl.static_range(2):
+                sync(STAGED + WHO, 160, 1)  # the consumer
+                add_out(dq, [job.batch, head, row, WHO * (call.D // 2) + piece * PIECE], staged)
+                tma.store_wait(0)  # the copy engine, reading
+                mbarrier.arrive(empty, count=1)
+
+
 # -- the consumers: a warpgroup each
 
 
@@ -166,17 +205,21 @@ def begin_dq(shared, number, call, column):
 
 
 @gluon.jit
-def add_dq(piece, shared, dq, batch, head, row, column, call, WHO: gl.constexpr):
-    """Add a piece of dq to memory."""
-    tma.store_wait(0)  # the copy engine, which reads the previous piece from the same shared memory
-    stage_dq(piece, shared.dq.index(WHO), call.scale)
+def pass_dq(piece, shared, number, call, WHO: gl.constexpr):
+    """Pass piece `number` of dq to this consumer's reducer.
+
+    The factor comes here, not in `round_dq`: without it, ptxas stores from a product's accumulators and serialises all
+    products.
+    """
+    mbarrier.wait(shared.dq_empty.index(WHO), (number & 1) ^ 1)  # the reducer
+    stage_dq(piece * call.scale, shared.dq.index(WHO))
     fence_async_shared()  # makes the threads' writes visible to the copy engine
-    add_out(dq, [batch, head, row, column], shared.dq.index(WHO))
+    arrive(STAGED + WHO, 160)
 
 
 @gluon.jit
 def step(
-    acc, dq_head, dq_row, shared, number, more, batch, head, row, key_start, key_end, dq, call,
+    acc, shared, number, more, row, key_start, key_end, call,
     WHO: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Add query tile `number` to this consumer's gradient, acc, and compute its half of dq of the previous tile.
@@ -192,9 +235,8 @@ def step(
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S)
     if WHO == 0:
         lse = gl.expand_dims(shared.lse.index(slot).load(gl.SliceLayout(0, S)), 0)
-        begin = zeros if call.CAPPED else gl.broadcast(lse, zeros)[0]
         keys = shared.kv.tiles.index(opaque_zero(number))
-        scores = warpgroup_mma(keys, q_tile.permute((1, 0)), begin, is_async=True)
+        scores = warpgroup_mma(keys, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
         sync(DS_FULL, 256, 4)  # ds of the previous step
         dq_piece = begin_dq(shared, number, call, COLUMN)
         s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
@@ -225,7 +267,7 @@ def step(
         shared.wait_q(number)
         right = q_tile
     acc_next = warpgroup_mma(left, right, acc, is_async=True)
-    add_dq(dq_piece, shared, dq, batch, dq_head, dq_row, COLUMN, call, WHO)
+    pass_dq(dq_piece, shared, 2 * number, call, WHO)
     second = begin_dq(shared, number, call, COLUMN + PIECE)
     acc = warpgroup_mma_wait(1, deps=(acc_next,))  # the tensor cores
     if WHO == 0:
@@ -237,8 +279,8 @@ def step(
     else:
         arrive(Q_EMPTY + slot, 288)
     second = warpgroup_mma_wait(0, deps=(second,))
-    add_dq(second, shared, dq, batch, dq_head, dq_row, COLUMN + PIECE, call, WHO)
-    return acc, head, row
+    pass_dq(second, shared, 2 * number + 1, call, WHO)
+    return acc
 
 
 @gluon.jit
@@ -258,7 +300,6 @@ def finish(acc, job, shared, descriptors, call, WHO: gl.constexpr):
 @gluon.jit
 def consume(call, shared, descriptors, WHO: gl.constexpr):
     """A consumer: dv (WHO 0) or dk (WHO 1) of this program's keys, and half of dq's columns."""
-    dq = descriptors[4]
     A: gl.constexpr = product_layout(call.D)
     S: gl.constexpr = product_layout(call.BLOCK_Q)
     COLUMN: gl.constexpr = WHO * (call.D // 2)
@@ -267,15 +308,13 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         key_start, key_end = call.seen_by(job, job.first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S)))
         acc = gl.zeros([ROWS, call.D], gl.float32, A)
         full = job.tiles - job.edges
-        last = job.tiles * call.heads() - 1
+        last = job.tiles * job.heads - 1
         number = 0
         if WHO == 1:
             # Zeros stand for the step before the first; their dq is past the end, where the copy engine drops it.
             shared.ds.index(0).store(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S))
             fence_async_shared()
             arrive(DS_FULL, 256)
-        dq_head = job.head
-        dq_row = call.queries
         shared.kv.wait_full(0)  # the copy engine; dq reads k
         if call.CENTERED:  # consumer 0 centers for both; the barrier is not used again before the end
             if WHO == 0:
@@ -289,21 +328,19 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
             shared.wait_q(0)
         else:
             shared.wait_dout(0)
-        for member in range(call.heads()):
-            head = job.head + member
-
+        for _ in range(job.heads):
             # 1. Query tiles that see every key: no mask.
             for i in range(full):
-                acc, dq_head, dq_row = step(
-                    acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head, call.row(job, i),
-                    0, 0, dq, call, WHO, EDGE=False,
+                acc = step(
+                    acc, shared, number + i, number + i < last, call.row(job, i),
+                    0, 0, call, WHO, EDGE=False,
                 )  # fmt: skip
 
             # 2. Query tiles that see only some of the keys.
             for i in range(full, job.tiles):
-                acc, dq_head, dq_row = step(
-                    acc, dq_head, dq_row, shared, number + i, number + i < last, job.batch, head, call.row(job, i),
-                    key_start, key_end, dq, call, WHO, EDGE=True,
+                acc = step(
+                    acc, shared, number + i, number + i < last, call.row(job, i),
+                    key_start, key_end, call, WHO, EDGE=True,
                 )  # fmt: skip
             number += job.tiles
 
@@ -312,7 +349,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
             sync(DS_FULL, 256, 4)
         for piece in gl.static_range(2):
             dq_piece = warpgroup_mma_wait(0, deps=(begin_dq(shared, number, call, COLUMN + piece * PIECE),))
-            add_dq(dq_piece, shared, dq, job.batch, dq_head, dq_row, COLUMN + piece * PIECE, call, WHO)
+            pass_dq(dq_piece, shared, 2 * number + piece, call, WHO)
 
         # 4. dv and dk, once neither consumer reads k, v and q.
         sync(INPUTS_READ, 256, 4)  # the other consumer

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ringflash.kernels.gluon_names import add_out, aggregate
+from ringflash.kernels.gluon_names import add_out, aggregate, reinterpret
 from ringflash.kernels.hopper_backward_128 import (
     EMPTY,
     PUBLISHED,
@@ -31,7 +31,7 @@ from ringflash.kernels.hopper_backward_128 import (
     store_gradients,
     walk_queries,
 )
-from ringflash.kernels.hopper_backward_parts import center_keys, make_full, make_rows, stage_dq
+from ringflash.kernels.hopper_backward_parts import center_keys, make_full, make_rows
 from ringflash.kernels.hopper_parts import (
     ROWS,
     Pipe,
@@ -89,6 +89,43 @@ def make_shared(dtype: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, STA
 
 
 # -- the consumers: a warpgroup each
+
+
+@gluon.constexpr_function
+def swapped(rows, columns):
+    """A [rows, columns] fp32 tile in the copy engine's 128-byte swizzle, columns 0..15 and 16..31 swapped in odd rows.
+
+    The bits of the offset are 32 columns, the rows, the next 32 columns. The swizzle moves a row's pieces of 16 bytes:
+    piece i of row r is at i ^ (r % 8).
+    """
+    bases = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
+    row = 1
+    while row < rows:
+        bases.append([row, 4 * row % 32 ^ (16 if row == 1 else 0)])
+        row *= 2
+    if columns == 64:
+        bases.append([0, 32])
+    return gl.SharedLinearLayout(bases, alignment=1024)
+
+
+@gluon.jit
+def stage(dq_tile, shared, call, WHO: gl.constexpr):
+    """Write columns of dq, times scale, to shared memory, from which the copy engine adds them to dq.
+
+    Half a warp writes 32 bytes of each of four rows at a time. Under the swizzle, rows 0 and 1 would use the same
+    banks, as would rows 2 and 3. So odd rows write columns that are 16 apart from those of even rows: a thread's values
+    are swapped in registers, and the layout swaps their destinations.
+    """
+    staged = shared.dq.index(WHO)
+    ROWS_: gl.constexpr = dq_tile.shape[0]
+    COLUMNS: gl.constexpr = dq_tile.shape[1]
+    low, high = (dq_tile * call.scale).reshape([ROWS_, COLUMNS // 32, 2, 16]).permute((0, 1, 3, 2)).split()
+    rows = gl.arange(0, ROWS_, layout=gl.SliceLayout(1, gl.SliceLayout(2, low.type.layout)))
+    odd = gl.expand_dims(gl.expand_dims(rows, 1), 2) % 2 == 1
+    both = gl.join(gl.where(odd, high, low), gl.where(odd, low, high)).permute((0, 1, 3, 2))
+    layout: gl.constexpr = swapped(ROWS_, COLUMNS)
+    tile = reinterpret(staged, gl.float32, [ROWS_, COLUMNS], layout)
+    tile.store(both.reshape([ROWS_, COLUMNS]))
 
 
 @gluon.jit
@@ -188,7 +225,7 @@ def step(
     # 3. ds and dq are stored.
     publish(ds0, ds1, shared, number + 1, WHO)
     dq_half = warpgroup_mma_wait(1, deps=(dq_next,))  # the tensor cores, for all but dk
-    stage_dq(dq_half, shared.dq.index(WHO), call.scale)
+    stage(dq_half, shared, call, WHO)
     fence_async_shared()  # makes the threads' writes visible to tensor cores and copy engine
     announce(number + 1, WHO)
     add_out(dq, [batch, dq_head, dq_row + WHO * ROWS, 0], shared.dq.index(WHO))
@@ -228,7 +265,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         # dq of the last query tile, then dk and dv.
         dq_next = begin_dq(shared, number, call, WHO)
         place = [job.batch, dq_head, dq_row + WHO * ROWS, 0]
-        finish(dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
+        finish(stage, dq_next, dk_acc, dv_acc, place, row, job, shared, descriptors, call, WHO)
     elif descriptors[5].dtype != gl.float32:  # no query sees these keys
         unseen = gl.zeros([ROWS, call.D], gl.float32, A)
         store_gradients(unseen, unseen, job.first_row + WHO * ROWS, job, shared, descriptors, call, WHO)

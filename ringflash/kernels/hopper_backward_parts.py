@@ -6,7 +6,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ringflash.kernels.gluon_names import add_out, aggregate, copy_out, reinterpret
-from ringflash.kernels.hopper_parts import ROWS, Job, mask_scores, softcap, tile_run
+from ringflash.kernels.hopper_parts import ROWS, mask_scores, softcap, tile_run
+
+
+@aggregate
+class KeyTile:
+    """A program's keys, the query heads whose queries it processes, and the query tiles that see the keys.
+
+    Of these tiles, `edges` are masked and the others are full.
+    """
+
+    batch: gl.tensor
+    head: gl.tensor  # the first of `heads` query heads
+    heads: gl.tensor
+    head_kv: gl.tensor
+    first_row: gl.tensor
+    lo: gl.tensor
+    tiles: gl.tensor
+    edges: gl.tensor
+    full_from: gl.tensor
 
 
 @aggregate
@@ -35,20 +53,16 @@ class Call:
     split: gl.tensor  # the number of programs among which these are divided
     pairs: gl.tensor  # batch rows x KV heads
     heads_in_l2: gl.tensor  # pairs processed at a time
+    whole: gl.tensor  # programs before those with one query head each
     scale: gl.tensor
     c: gl.tensor
     cap_scale: gl.tensor
-    lse_factor: gl.tensor  # of the lse that is added to a score: -1 / scale, or -log2(e) after a softcap
+    lse_factor: gl.tensor  # -log2(e): lse is natural
     D: gl.constexpr
     BLOCK_Q: gl.constexpr
     KEYS: gl.constexpr  # per program: 128 or 64
     CAPPED: gl.constexpr
     CENTERED: gl.constexpr  # keys are k - center
-
-    @gluon.jit
-    def heads(self):
-        """Query heads per program."""
-        return self.group // self.split
 
     @gluon.jit
     def job(self):
@@ -63,12 +77,22 @@ class Call:
         if PARTS > 1:
             part = index % PARTS
             index = index // PARTS
+        if self.D > 64:
+            over = gl.maximum(index - self.whole, 0)
+            of_each = self.group // self.split
+            heads = gl.where(index < self.whole, of_each, 1)
+            member = over % of_each
+            index = gl.minimum(index, self.whole) + over // of_each
         tiles_in_l2 = self.heads_in_l2 * self.split * self.tiles
         first_pair = index // tiles_in_l2 * self.heads_in_l2
         index = index % tiles_in_l2
         pairs = gl.minimum(self.heads_in_l2, self.pairs - first_pair)
         pair = first_pair + index % (pairs * self.split) // self.split
-        head = self.heads() * (index % self.split)
+        if self.D > 64:
+            head = of_each * (index % self.split) + member
+        else:
+            heads = self.group // self.split
+            head = heads * (index % self.split)
         batch = pair // self.heads_kv
         head_kv = pair % self.heads_kv
         tile = gl.load(self.order + batch.to(gl.int64) * self.order_stride_b + index // (pairs * self.split))
@@ -84,7 +108,7 @@ class Call:
         full = gl.where(first + self.KEYS > self.keys, 0, full)
         if PARTS > 1:
             count = gl.where(first < self.keys, count, 0)
-        return Job(batch, head_kv * self.group + head, head_kv, first, lo, count, count - full, full_from, 0 * first)
+        return KeyTile(batch, head_kv * self.group + head, heads, head_kv, first, lo, count, count - full, full_from)
 
     @gluon.jit
     def seen_by(self, job, keys):
@@ -123,25 +147,23 @@ def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
     if call.CAPPED:
         s = softcap(s, call.cap_scale)
         slope = 1.0 - s * s
-        p = gl.exp2(s * call.c + lse)
-    else:
-        p = gl.exp2(s * call.c)
+    p = gl.exp2(s * call.c + lse)
     if EDGE:
         p = mask_scores(p, key_start, key_end, row, "0f00000000")
     return p, slope
 
 
 @gluon.constexpr_function
-def swapped(rows, columns):
-    """A [rows, columns] fp32 tile in the copy engine's 128-byte swizzle, columns 0..15 and 16..31 swapped in odd rows.
+def permuted(rows, columns):
+    """A [rows, columns] fp32 tile in the copy engine's 128-byte swizzle, with columns 0 2 4 6 1 3 5 7 of every 8.
 
-    The bits of the offset are 32 columns, the rows, the next 32 columns. The swizzle moves a row's pieces of 16 bytes:
-    piece i of row r is at i ^ (r % 8).
+    The four threads of a row hold columns 0, 2, 4 and 6 in one register and 1, 3, 5 and 7 in another.
     """
-    bases = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
+    bases = [[0, 2], [0, 4], [0, 1], [0, 8], [0, 16]]
     row = 1
     while row < rows:
-        bases.append([row, 4 * row % 32 ^ (16 if row == 1 else 0)])
+        column = 4 * row % 32
+        bases.append([row, 1 if column == 4 else column])
         row *= 2
     if columns == 64:
         bases.append([0, 32])
@@ -162,22 +184,14 @@ def center_keys(keys, job, call):
 
 
 @gluon.jit
-def stage_dq(dq_tile, staged, scale):
-    """Write columns of dq, times scale, to shared memory `staged`, from which the copy engine adds them to dq.
+def stage_dq(dq_tile, staged):
+    """Write columns of dq to shared memory `staged`, from which the copy engine adds them to dq.
 
-    Half a warp writes 32 bytes of each of four rows at a time. Under the swizzle, rows 0 and 1 would use the same
-    banks, as would rows 2 and 3. So odd rows write columns that are 16 apart from those of even rows: a thread's values
-    are swapped in registers, and the layout swaps their destinations.
+    In this order of columns, stmatrix stores the product's registers as they are, without bank conflicts.
     """
-    ROWS_: gl.constexpr = dq_tile.shape[0]
-    COLUMNS: gl.constexpr = dq_tile.shape[1]
-    low, high = (dq_tile * scale).reshape([ROWS_, COLUMNS // 32, 2, 16]).permute((0, 1, 3, 2)).split()
-    rows = gl.arange(0, ROWS_, layout=gl.SliceLayout(1, gl.SliceLayout(2, low.type.layout)))
-    odd = gl.expand_dims(gl.expand_dims(rows, 1), 2) % 2 == 1
-    both = gl.join(gl.where(odd, high, low), gl.where(odd, low, high)).permute((0, 1, 3, 2))
-    layout: gl.constexpr = swapped(ROWS_, COLUMNS)
-    tile = reinterpret(staged, gl.float32, [ROWS_, COLUMNS], layout)
-    tile.store(both.reshape([ROWS_, COLUMNS]))
+    layout: gl.constexpr = permuted(dq_tile.shape[0], dq_tile.shape[1])
+    tile = reinterpret(staged, gl.float32, [dq_tile.shape[0], dq_tile.shape[1]], layout)
+    tile.store(dq_tile)
 
 
 @gluon.jit

@@ -402,6 +402,11 @@ def delta(out: Tensor, dout: Tensor) -> Tensor:
     return result
 
 
+def round_dq(out: Tensor, dq: Tensor, *, scale: float) -> None:
+    """out = dq, which is complete but for its rounding."""
+    round_into(out, dq)
+
+
 def round_into(out: Tensor, x: Tensor) -> None:
     """out = x, rounded to its dtype; both [B, S, H, D], any strides with a contiguous last dimension."""
     B, S, H, D = x.shape

@@ -210,7 +210,8 @@ class Backward(_Pass):
             for result, x in zip(self.results[1:], own, strict=True):
                 round_into(result[:, rows, heads], x)
         if section.rows.begin == 0:
-            round_into(self.results[0][:, :, self.query_heads[step.section]], self.dq[step.section])
+            dq = self.results[0][:, :, self.query_heads[step.section]]
+            self.layer.kernel.round_dq(dq, self.dq[step.section], scale=self.layer.scale)
 
     def sink_gradient(self, sink: Tensor) -> Tensor:
         """p delta of the sink, fp32 [B, Hq, S] of this rank's heads. The gradient is minus its sum over queries.

@@ -69,7 +69,9 @@ def dense(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def by_kernel(p: Problem, forward: Callable, backward: Callable, written: bool = False) -> dict[str, Tensor]:
+def by_kernel(
+    p: Problem, forward: Callable, backward: Callable, round_dq: Callable, written: bool = False
+) -> dict[str, Tensor]:
     """out, lse, dq, dk and dv by a kernel, forward then backward; gradients are added to buffers that hold noise.
 
     written: dk and dv are written in the inputs' 16 bits, where NaN was.
@@ -82,7 +84,9 @@ def by_kernel(p: Problem, forward: Callable, backward: Callable, written: bool =
     sums = {name: x.clone() for name, x in held.items() if name not in results}
     backward(p.dout, p.q, p.k, p.v, state.lse, delta, intervals, scale=p.scale, softcap=p.softcap, **sums, **results)
     added = {name: x.double() - held[name].double() for name, x in sums.items()}
-    return {"out": state.out, "lse": state.lse, **added, **results}
+    dq = torch.empty_like(held["dq"])
+    round_dq(dq, added["dq"].float(), scale=p.scale)
+    return {"out": state.out, "lse": state.lse, **added, **results, "dq": dq}
 
 
 def strided(x: Tensor) -> Tensor:

@@ -17,27 +17,27 @@ from tests.strategies import masks
 def test_every_mask_is_within_the_bound_of_float64(mask, dtype):
     p = problem(mask(300), heads=(4, 2), head_dim=32, dtype=dtype)  # 300 tokens are two tiles of queries
     written = dtype != torch.float32
-    assert violations(p, by_kernel(p, blocked.forward, blocked.backward, written)) == []
+    assert violations(p, by_kernel(p, blocked.forward, blocked.backward, blocked.round_dq, written)) == []
 
 
 @pytest.mark.parametrize("softcap", [0.5, 20.0, 10000.0])
 def test_results_and_gradients_under_a_softcap_are_within_the_bound(softcap):
     p = problem(MASKS["packed"](90), heads=(4, 1), head_dim=40, softcap=softcap)
-    assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
+    assert violations(p, by_kernel(p, blocked.forward, blocked.backward, blocked.round_dq)) == []
 
 
 @pytest.mark.parametrize("dims", [(12, 8), (8, 12), (192, 128)], ids=str)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
 def test_values_may_have_a_head_size_of_their_own(heads, dims):
     p = problem(MASKS["packed"](90), heads=heads, head_dim=dims[0], value_dim=dims[1])
-    assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
+    assert violations(p, by_kernel(p, blocked.forward, blocked.backward, blocked.round_dq)) == []
 
 
 @given(data=st.data(), length=st.integers(1, 40), heads=st.sampled_from([(1, 1), (2, 1), (4, 2)]))
 def test_any_mask_is_within_the_bound_of_float64(data, length, heads):
     mask, _ = data.draw(masks(length))
     p = problem(mask, heads=heads, head_dim=8)
-    assert violations(p, by_kernel(p, blocked.forward, blocked.backward)) == []
+    assert violations(p, by_kernel(p, blocked.forward, blocked.backward, blocked.round_dq)) == []
 
 
 def test_a_carry_is_updated_in_place_and_equals_one_call():

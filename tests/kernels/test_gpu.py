@@ -69,14 +69,15 @@ def no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def kernels(name: str) -> tuple[Callable, Callable]:
+def kernels(name: str) -> tuple[Callable, Callable, Callable]:
+    """forward, backward and round_dq."""
     from ringflash.kernels import hopper_backward, hopper_forward, portable_backward, portable_forward
 
     forward, backward = {
         "hopper": (hopper_forward, hopper_backward),
         "portable": (portable_forward, portable_backward),
     }[name]
-    return forward.forward, backward.backward
+    return forward.forward, backward.backward, backward.round_dq
 
 
 def center(*tensors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,11 +86,11 @@ def center(*tensors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Te
     return portable_compensation.center(*tensors, scale=scale)
 
 
-def found(p: Problem, forward: Callable, backward: Callable) -> list[str]:
+def found(p: Problem, *functions: Callable) -> list[str]:
     """Violations of the bound by out and the gradients, with dk and dv added and, in 16 bits, written."""
     ways = ["added"] if p.k.dtype == torch.float32 else ["added", "written"]
     with mock.patch("torch.empty", poisoned):
-        results = {way: by_kernel(p, forward, backward, way == "written") for way in ways}
+        results = {way: by_kernel(p, *functions, written=way == "written") for way in ways}
     return [f"{way}: {line}" for way, actual in results.items() for line in violations(p, actual)]
 
 
@@ -152,7 +153,7 @@ def test_gradients_do_not_suffer_from_the_results_rounding(softcap, kernel, head
 def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim, dtype):
     p = problem(MASKS[name](1111), heads=(12, 4), head_dim=head_dim, dtype=dtype, device="cuda", means=(2.0, 0.5))
     p.k[1, :, 0] -= 2  # a head whose keys have no mean
-    forward, backward = kernels(kernel)
+    forward, backward, round_dq = kernels(kernel)
 
     def centered(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv) -> None:
         c, shifted = center(q, k, lse, scale=scale)
@@ -165,7 +166,7 @@ def test_gradients_of_centered_keys_are_those_of_the_keys(name, kernel, head_dim
                 scale=scale, softcap=softcap, dq=dq[:, :, of_q], dk=dk[:, :, kv], dv=dv[:, :, kv], center=c[:, :, kv],
             )  # fmt: skip
 
-    assert found(p, forward, centered) == []
+    assert found(p, forward, centered, round_dq) == []
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
@@ -217,7 +218,7 @@ def test_scores_that_rise_from_key_to_key_are_within_the_bound(rise, kernel, hea
 @over(hopper=product([64, 128, 256], HALF), portable=product([128], BF16))
 @pytest.mark.parametrize("rise", [-0.2, 0.02, 0.06, 3.0])
 def test_a_carry_far_from_the_scores_is_within_the_bound(rise, kernel, head_dim, dtype):
-    forward, _ = kernels(kernel)
+    forward, *_ = kernels(kernel)
     p, state = rising(rise, head_dim, dtype), None
     for begin, end in pairwise([0, 500, 503, 1500]):
         part = p.mask.restrict(torch.arange(1500), torch.arange(begin, end)).intervals("cuda")
@@ -231,7 +232,7 @@ def test_a_carry_far_from_the_scores_is_within_the_bound(rise, kernel, head_dim,
 @pytest.mark.parametrize("how", ["in place", "16 bits at the end", "16 bits at once"])
 @pytest.mark.parametrize("ends", [[0, 500, 503, 1111], [1111 * i // 32 for i in range(33)]], ids=["3 hops", "32 hops"])
 def test_a_chain_of_carries_is_within_the_bound_of_float64(ends, how, kernel, head_dim, dtype):
-    forward, _ = kernels(kernel)
+    forward, *_ = kernels(kernel)
     p = problem(MASKS["packed"](1111), heads=(4, 2), head_dim=head_dim, dtype=dtype, device="cuda")
     state, out = None, torch.full_like(p.q, float("nan"))
     parts = [p.mask.restrict(torch.arange(1111), torch.arange(*run)) for run in pairwise(ends)]
@@ -252,7 +253,7 @@ def test_a_chain_of_carries_is_within_the_bound_of_float64(ends, how, kernel, he
 @over(hopper=product([64, 256], HALF), portable=product([64], ALL))
 def test_strided_views_give_the_same_bits(kernel, head_dim, dtype):
     """On Hopper all but dq, which the copy engine sums in any order, as it does dk and dv of a group of query heads."""
-    forward, backward = kernels(kernel)
+    forward, backward, _ = kernels(kernel)
     heads = (2, 2) if kernel == "hopper" else (4, 2)
     p = problem(MASKS["window"](700), heads=heads, head_dim=head_dim, dtype=dtype, device="cuda")
     intervals = p.mask.intervals("cuda")
@@ -275,13 +276,16 @@ def test_strided_views_give_the_same_bits(kernel, head_dim, dtype):
 @over(hopper=product([64, 128, 256], BF16), portable=product([64, 128], BF16))
 @pytest.mark.parametrize("written", [False, True], ids=["added", "written"])
 def test_deterministic_runs_are_bit_equal(written, kernel, head_dim, dtype):
-    forward, backward = kernels(kernel)
+    forward, backward, _ = kernels(kernel)
     options = {"deterministic": True} if kernel == "hopper" else {}  # portable always is
+    round_dq = kernels("portable")[2]
     p = problem(MASKS["packed"](3000), heads=(8, 2), head_dim=head_dim, dtype=dtype, device="cuda")
     runs = []
     for _ in range(3):
         torch.manual_seed(1)  # the noise that by_kernel adds gradients to
-        runs.append(by_kernel(p, forward, lambda *args, **named: backward(*args, **named, **options), written))
+        runs.append(
+            by_kernel(p, forward, lambda *args, **named: backward(*args, **named, **options), round_dq, written)
+        )
     assert [name for run in runs for name in run if not torch.equal(run[name], runs[0][name])] == []
 
 
@@ -290,7 +294,7 @@ def test_tensors_of_more_than_2_to_the_31_elements(kernel, head_dim, dtype):
     """The last rows of 2^19 tokens x 33 heads x 128, under a window, against float64 of those rows alone."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("takes 35 GiB of GPU memory")
-    forward, backward = kernels(kernel)
+    forward, backward, round_dq = kernels(kernel)
     length, heads, left, checked_rows = 2**19, 33, 200, 300
 
     def draw(count: int) -> torch.Tensor:
@@ -304,6 +308,8 @@ def test_tensors_of_more_than_2_to_the_31_elements(kernel, head_dim, dtype):
     dq = torch.zeros(q.shape, device="cuda")
     dk, dv = torch.zeros(k.shape, device="cuda"), torch.zeros(v.shape, device="cuda")
     backward(dout, q, k, v, state.lse, delta, intervals, scale=scale, dq=dq, dk=dk, dv=dv)
+    gradient = torch.empty_like(q)
+    round_dq(gradient, dq, scale=scale)
 
     # The last rows see nothing before the window; keys in the last rows are seen by the last rows only.
     rows = slice(length - checked_rows - left, length)
@@ -312,7 +318,7 @@ def test_tensors_of_more_than_2_to_the_31_elements(kernel, head_dim, dtype):
     exact, plain = dense(p, torch.float64), dense(p, dtype)
     late = {
         name: [x[:, -checked_rows:] for x in (whole[:, rows], exact[name], plain[name])]
-        for name, whole in {"out": state.out, "dq": dq, "dk": dk, "dv": dv}.items()
+        for name, whole in {"out": state.out, "dq": gradient, "dk": dk, "dv": dv}.items()
     }
     inside = {name: distance(x, truth) <= 2 * distance(rounded, truth) for name, (x, truth, rounded) in late.items()}
     assert inside == dict.fromkeys(late, True)
@@ -332,7 +338,7 @@ def neighbour() -> Iterator[None]:
 @over(hopper=product([64, 128, 256], BF16), portable=product([128], BF16))
 def test_a_long_forward_on_a_shared_gpu(neighbour, kernel, head_dim, dtype):
     """Every row of out is written, with the same bits each time. At fault: (row, head), and how many there are."""
-    forward, _ = kernels(kernel)
+    forward, *_ = kernels(kernel)
     length = 131072
     q, k, v = (torch.randn(1, length, heads, head_dim, device="cuda", dtype=dtype) for heads in (16, 8, 8))
     intervals = IntervalMask.causal(length).intervals("cuda")
@@ -366,7 +372,7 @@ def test_sums_are_rounded_as_torch_does_into_their_heads_alone(head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_carry_over_many_tiles_of_which_half_are_skipped(head_dim, dtype):
     """Each program takes several tiles, so that the carry's shared memory is used again, also over skipped ones."""
-    forward, _ = kernels("hopper")
+    forward, *_ = kernels("hopper")
     p = problem(MASKS["causal"](3000), batch=1, heads=(32, 4), head_dim=head_dim, dtype=dtype, device="cuda")
     state: Partial | None = None
     for begin, end in ((0, 1500), (1500, 3000)):
@@ -383,7 +389,7 @@ def test_a_carry_over_many_tiles_of_which_half_are_skipped(head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_carry_in_batch_rows_of_which_one_has_many_tiles_more(head_dim, longest_last):
     """There are more tiles than programs. Most tiles of one row see none of the first half; no other may be skipped."""
-    forward, _ = kernels("hopper")
+    forward, *_ = kernels("hopper")
     length = 6000
     rows = [[length], [length // 16] * 16]
     mask = IntervalMask.causal(length) & IntervalMask.documents(rows[::-1] if longest_last else rows)
@@ -401,7 +407,7 @@ def test_a_carry_in_batch_rows_of_which_one_has_many_tiles_more(head_dim, longes
 @only_hopper
 @pytest.mark.parametrize(("head_dim", "begin"), [(64, 192), (128, 256), (256, 256)])
 def test_query_tiles_that_see_nothing_are_not_written(head_dim, begin):
-    forward, _ = kernels("hopper")
+    forward, *_ = kernels("hopper")
     mask = MASKS["causal"](300).restrict(torch.arange(300), torch.arange(290, 300))
     p = problem(mask, batch=1, heads=(1, 1), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
     carry = Partial.identity(p.q)
@@ -413,13 +419,13 @@ def test_query_tiles_that_see_nothing_are_not_written(head_dim, begin):
 def carried(length: int = 3000, head_dim: int = 64) -> tuple[Problem, Partial]:
     """A problem of more query tiles than an H100 has processors, and a carry for it."""
     p = problem(MASKS["packed"](length), heads=(16, 4), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
-    forward, _ = kernels("hopper")
+    forward, *_ = kernels("hopper")
     return p, forward(p.q, p.k, p.v, p.mask.intervals("cuda"), scale=p.scale)
 
 
 @only_hopper
 def test_a_forward_in_place_allocates_nothing():
-    forward, _ = kernels("hopper")
+    forward, *_ = kernels("hopper")
     p, carry = carried()
     intervals, counts = p.mask.intervals("cuda"), []
     for _ in range(3):
@@ -431,7 +437,7 @@ def test_a_forward_in_place_allocates_nothing():
 @only_hopper
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_a_graph_of_forwards_gives_the_same_bits_each_time(head_dim):
-    forward, _ = kernels("hopper")
+    forward, *_ = kernels("hopper")
     p, carry = carried(head_dim=head_dim)
     intervals, out = p.mask.intervals("cuda"), torch.empty_like(p.q)
 

@@ -8,6 +8,7 @@ them and compare. 32 x 16 tiles make the few tokens that the interpreter can do 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -38,7 +39,7 @@ def interpreter(interpreting):
 
 
 def kernels(tma: bool = True, columns: int = 256, apart: bool = False):
-    """(forward, backward) with small tiles, loaded by descriptors or by pointers.
+    """(forward, backward, round_dq) with small tiles, loaded by descriptors or by pointers.
 
     columns: of a result that a program accumulates at a time. apart: dk and dv by programs of their own.
     """
@@ -49,6 +50,7 @@ def kernels(tma: bool = True, columns: int = 256, apart: bool = False):
     return (
         partial(portable_forward.forward, tuning=wide),
         partial(portable_backward.backward, dq_tuning=wide, dkdv_tuning=(tall, tall) if apart else (tall,)),
+        portable_backward.round_dq,
     )
 
 
@@ -80,7 +82,7 @@ def violations_in_passes(name: str, dims: tuple[int, int], columns: int, dtype: 
 
 def chain_with_values_of_their_own(columns: int) -> float:
     """The distance of a carry over two runs of keys from one call, results written elsewhere."""
-    forward, _ = kernels(columns=columns)
+    forward, *_ = kernels(columns=columns)
     p = problem(MASKS["packed"](TOKENS), head_dim=64, value_dim=32)
     whole = forward(p.q, p.k, p.v, p.mask.intervals(), scale=p.scale)
     state, out = None, torch.empty_like(whole.out)
@@ -95,12 +97,12 @@ def violations_of_default_tiles(dtype: torch.dtype) -> list[str]:
     from ringflash.kernels import portable_backward, portable_forward
 
     p = problem(MASKS["causal"](150), batch=1, dtype=dtype)
-    return violations(p, by_kernel(p, portable_forward.forward, portable_backward.backward))
+    return violations(p, by_kernel(p, portable_forward.forward, portable_backward.backward, portable_backward.round_dq))
 
 
 def chain_against_one_call(out_dtype: torch.dtype | None, rounding: float) -> dict[str, bool | torch.dtype]:
     """A forward over three runs of keys, each carrying the last, the middle one seen by few rows."""
-    forward, _ = kernels()
+    forward, *_ = kernels()
     p = problem(MASKS["packed"](TOKENS), heads=(4, 2), head_dim=32)
     whole = forward(p.q, p.k, p.v, p.mask.intervals(), scale=p.scale)
 
@@ -140,7 +142,7 @@ def chain_that_writes_each_tile_once(chosen: str) -> list[bool]:
 
 def rows_touched_by_a_hop_that_few_rows_see() -> list[int]:
     """Rows of the carry that a forward writes: those of query tiles that see a key, and no others."""
-    forward, _ = kernels()
+    forward, *_ = kernels()
     p = problem(MASKS["causal"](TOKENS).restrict(torch.arange(TOKENS), torch.arange(70, TOKENS)), batch=1, heads=(1, 1))
     carry = Partial.identity(p.q)
     carry.out.fill_(7)  # lse -inf: this out counts for nothing, and a row that is written loses it
@@ -150,7 +152,7 @@ def rows_touched_by_a_hop_that_few_rows_see() -> list[int]:
 
 def strided_against_contiguous() -> dict[str, float]:
     """Inputs as transformers and head-parallel callers hold them, gradients into slices; 0 where equal bit for bit."""
-    forward, backward = kernels()
+    forward, backward, _ = kernels()
     p = problem(MASKS["window"](40), heads=(4, 2), head_dim=32)
     intervals = p.mask.intervals()
     results = []
@@ -177,7 +179,7 @@ def what_differs_between_two_runs() -> list[str]:
 
 def nothing_to_see() -> list[tuple]:
     """Shapes and values of a forward without keys, with and without a carry, and of a backward."""
-    forward, backward = kernels()
+    forward, backward, _ = kernels()
     p = problem(MASKS["causal"](8).restrict(torch.arange(8), torch.arange(0)), head_dim=32)
     intervals = p.mask.intervals()
     fresh = forward(p.q, p.k, p.v, intervals, scale=p.scale, out=torch.empty_like(p.q, dtype=torch.float16))
@@ -190,7 +192,7 @@ def nothing_to_see() -> list[tuple]:
 
 def refusal(change: str) -> str:
     """The kernels' errors for requests with a single fault."""
-    forward, backward = kernels()
+    forward, backward, _ = kernels()
     p = problem(MASKS["causal"](16), heads=(4, 2), head_dim=32)
     q, k, v, dout, mask, scale, softcap, out = p.q, p.k, p.v, p.dout, p.mask, p.scale, None, None
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
@@ -440,7 +442,7 @@ def violations_of_centered_keys(tma: bool) -> list[str]:
 
     mask = IntervalMask.causal(100).restrict(torch.arange(50, 100), torch.arange(100))
     p = problem(mask, batch=1, heads=(4, 2), dtype=torch.float16, means=(2.0, 0.5))
-    forward, backward = kernels(tma)
+    forward, backward, round_dq = kernels(tma)
 
     def centered(dout, q, k, v, lse, delta, intervals, **options) -> None:
         center, shifted = portable_compensation.center(q, k, lse, scale=options["scale"])
@@ -448,7 +450,7 @@ def violations_of_centered_keys(tma: bool) -> list[str]:
         backward(dout, q, k, v, shifted, delta, intervals, center=center, **options)
 
     with mock.patch("torch.empty", poisoned):
-        return violations(p, by_kernel(p, forward, centered))
+        return violations(p, by_kernel(p, forward, centered, round_dq))
 
 
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
@@ -471,6 +473,28 @@ def test_sums_are_rounded_as_torch_does_into_their_heads_alone(interpreter, head
     found, expected, others_left = interpreter(rounded_by_kernel_and_by_torch, head_dim, dtype)
     assert torch.equal(found, expected)
     assert others_left
+
+
+def dq_of_hopper_and_as_it_was(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from ringflash.kernels import hopper_backward
+    from ringflash.kernels.hopper_backward_parts import permuted
+
+    # The columns of memory, by the bits of their place, as `stage_dq` writes them.
+    bits = [column for row, column in permuted(64, 64).offset_bases if row == 0]
+    places = torch.arange(head_dim) % 64
+    columns = torch.arange(head_dim) // 64 * 64 + sum((places >> i & 1) * bit for i, bit in enumerate(bits))
+    x = torch.randn(2, TOKENS, 3, head_dim)
+    staged = x if head_dim == 64 else x[..., columns].contiguous()
+    out = torch.full((2, TOKENS, 5, head_dim), torch.nan, dtype=torch.float16)[:, :, 1:4]
+    with mock.patch("torch.cuda.device_of", nullcontext):
+        hopper_backward.round_dq(out, staged, scale=0.25)
+    return out, (x * (0.25 if head_dim == 128 else 1)).half()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_hopper_orders_scales_and_rounds_dq(interpreter, head_dim):
+    found, expected = interpreter(dq_of_hopper_and_as_it_was, head_dim)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this process interprets kernels too")

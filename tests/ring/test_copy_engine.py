@@ -98,7 +98,7 @@ MASKS = {
 def test_what_is_sent_arrives_in_the_other_ranks_receive_buffers(monkeypatch, name, ranks):
     kernel = Kernel(
         "none", forward, lambda out, dout: out.sum(-1).transpose(1, 2).float(), blocked.center,
-        lambda *args, **options: None, blocked.round_into, lambda *args: None,
+        lambda *args, **options: None, blocked.round_into, blocked.round_dq, lambda *args: None,
     )  # fmt: skip
     monkeypatch.setattr(kernels, "select", lambda *args: kernel)
     make, layout = MASKS[name]

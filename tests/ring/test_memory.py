@@ -99,7 +99,7 @@ def center(q, k, lse, *, scale) -> tuple[torch.Tensor, torch.Tensor]:
 
 def passes(monkeypatch, mask, layout, rank, kv_heads=2, sink=None):
     """Bytes that the forward and the backward add at most, and the largest allocation on each hop."""
-    kernel = Kernel("none", forward, delta, center, backward, blocked.round_into, lambda *args: None)
+    kernel = Kernel("none", forward, delta, center, backward, blocked.round_into, blocked.round_dq, lambda *args: None)
     monkeypatch.setattr(kernels, "select", lambda *args: kernel)
     following = Following()
     ring = Alone(layout.ranks, rank, following)

@@ -119,7 +119,16 @@ class Clocks:
         def delta(out, dout) -> torch.Tensor:
             return (out * dout).sum(-1).transpose(1, 2).float().contiguous()
 
-        return Kernel("clocks", forward, delta, blocked.center, backward, blocked.round_into, lambda *request: None)
+        return Kernel(
+            "clocks",
+            forward,
+            delta,
+            blocked.center,
+            backward,
+            blocked.round_into,
+            blocked.round_dq,
+            lambda *request: None,
+        )
 
     def streams(self, count: int, device: torch.device) -> FakeStreams:
         return FakeStreams(self, count)
