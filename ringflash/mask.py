@@ -195,10 +195,10 @@ class IntervalMask:
     def queries_of(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """The first query and the end of the queries that see keys first..last, int64 [B, ...] each."""
         begin, end = (
-            torch.searchsorted(bound, x.flatten().expand(self.batch, -1).contiguous(), right=True).view(-1, *x.shape)
+            torch.searchsorted(bound, x.flatten().expand(self.batch, -1).contiguous(), right=True)
             for bound, x in ((self.hi.contiguous(), first), (self.lo.contiguous(), last))
         )
-        return begin, end
+        return begin.view(self.batch, *first.shape), end.view(self.batch, *last.shape)
 
     @property
     def queries(self) -> int:

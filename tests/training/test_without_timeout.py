@@ -73,7 +73,7 @@ def limits_of_saving_exporting_and_resuming(folder):
         return work
 
     long = [
-        (checkpoint, "_digests"), (checkpoint, "write_atomically"), (checkpoint, "_fault"),
+        (checkpoint, "digests_of"), (checkpoint, "write_atomically"), (checkpoint, "files_fault"),
         (engine, "save_checkpoint"), (engine, "load_checkpoint"), (model, "save_pretrained"),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

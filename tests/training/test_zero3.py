@@ -22,7 +22,7 @@ from tests.training.engines import joined
 
 MAKERS = (random_model, pretrained_model)
 M_MMAP_THRESHOLD = -3  # of malloc.h
-LARGE = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 16}  # 63 MB in fp32
+LARGE = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 32}  # 126 MB in fp32
 
 
 def changed(model_type):

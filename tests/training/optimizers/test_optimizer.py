@@ -325,7 +325,7 @@ def test_a_count_that_is_no_whole_number_is_refused(name, value):
 def test_matrices_decay_and_no_norm_bias_or_sink_does(model_type):
     model = tiny(model_type)
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv1d)}
-    experts = ("experts.gate_up_proj", "experts.down_proj", "router.weight", "gate.weight")
+    experts = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj", "router.weight", "gate.weight")
     matrices |= {id(p) for name, p in model.named_parameters() if name.endswith(experts)}
     groups = parameter_groups(model, 0.3)
     assert {id(p) for group in groups for p in group["params"] if group["weight_decay"] == 0.3} == matrices
