@@ -6,15 +6,29 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash.training import loop
 from ringflash.training.config import compose
+from tests.models.cases import TINY
 
 SHORT = [
     "data=text", "data.held_out=0.3", "data.sequence_length=64", "optim.steps=6", "optim.warmup=1",
     "checkpoint.every=3", "evaluation.every=0", "evaluation.sequences=2", "memory.zero=2", "logger.mode=disabled",
 ]  # fmt: skip
 SMALL = [f"model.architecture.{x}" for x in ("hidden_size=32", "intermediate_size=32", "head_dim=8")]
+
+
+def tiny_qwen3(folder, vocabulary):
+    """The folder of a small model with tied embeddings and doubled initial weights, which this writes."""
+    torch.manual_seed(7)
+    config = AutoConfig.for_model("qwen3", **TINY | {"vocab_size": vocabulary, "tie_word_embeddings": True})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    model.save_pretrained(folder)
+    return folder
 
 
 def settings(text, *others, model=SMALL):

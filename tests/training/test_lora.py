@@ -24,7 +24,7 @@ from ringflash.training.flops import matmul_parameters
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs
 from tests.models.cases import TINY
-from tests.training.runs import fitted, settings
+from tests.training.runs import fitted, settings, tiny_qwen3
 
 STEPS, ROWS, LENGTH = 4, 2, 64
 
@@ -32,14 +32,7 @@ STEPS, ROWS, LENGTH = 4, 2, 64
 @pytest.fixture
 def base(tmp_path):
     """A small published model with tied embeddings."""
-    torch.manual_seed(7)
-    config = AutoConfig.for_model("qwen3", **TINY | {"vocab_size": 384, "tie_word_embeddings": True})
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(2)
-    model.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return tiny_qwen3(tmp_path / "base", 384)
 
 
 def lora_run(text, base, *others):

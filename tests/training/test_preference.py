@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import log_softmax, logsigmoid
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
@@ -18,8 +18,7 @@ from ringflash.models.lora import WEIGHTS
 from ringflash.training.config import compose
 from ringflash.training.metrics import read
 from tests.data.chat_cases import SMOLLM2, chat_tokenizer
-from tests.models.cases import TINY
-from tests.training.runs import fitted, settings
+from tests.training.runs import fitted, settings, tiny_qwen3
 
 STEPS, ROWS, LENGTH = 2, 4, 160
 REWARDS = ["rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
@@ -28,14 +27,7 @@ REWARDS = ["rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/r
 @pytest.fixture
 def folder(tmp_path):
     """A small published model with its chat tokenizer, and 40 pairs of texts and of messages of uneven lengths."""
-    torch.manual_seed(7)
-    config = AutoConfig.for_model("qwen3", **TINY | {"vocab_size": 320, "tie_word_embeddings": True})
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(2)
-    model.save_pretrained(tmp_path / "base")
-    chat_tokenizer(SMOLLM2, eos="<|im_end|>").save_pretrained(tmp_path / "base")
+    chat_tokenizer(SMOLLM2, eos="<|im_end|>").save_pretrained(tiny_qwen3(tmp_path / "base", 320))
     draw = random.Random(0)
 
     def text():
