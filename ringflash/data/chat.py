@@ -77,8 +77,8 @@ class Dialogues:
     ) -> None:
         """name: of the tokenizer, for messages. field: that of the messages. variables: more, for the template.
 
-        Raises ConfigError for a tokenizer without a template or a tokenizer.json, and for a variable that no template
-        of it reads.
+        Raises ConfigError for a tokenizer without a template or a tokenizer.json, and for a variable that none of its
+        templates reads.
         """
         if not tokenizer.is_fast or not tokenizer.chat_template:
             lacks = "chat_template" if tokenizer.is_fast else "tokenizer.json"
@@ -125,7 +125,7 @@ class Dialogues:
         elif isinstance(record.get(PROMPT), str) and isinstance(record.get(COMPLETION), str):
             if record.get(SYSTEM):
                 raise RecordError(
-                    f"{where} has a {SYSTEM}, which a {PROMPT} of text has no place for: make both messages"
+                    f"{where} has a {SYSTEM} beside a {PROMPT} of text: give the {PROMPT} and the answers as messages"
                 )
             return [self._pair(where, record[PROMPT], record[COMPLETION])]
         else:

@@ -42,9 +42,9 @@ class Preferences(Dialogues):
         chosen = self._answer(f"{where}: {CHOSEN}", asked | {COMPLETION: answers[CHOSEN]})
         of_chosen = self.counts.copy()
         rejected = self._answer(f"{where}: {REJECTED}", asked | {COMPLETION: answers[REJECTED]})
-        self.counts = of_chosen  # a rejected answer teaches no habit, so its remarks would be untrue
+        self.counts = of_chosen  # remarks are on what the model learns, and rejected answers are not learned
         if chosen.text == rejected.text:
-            raise RecordError(f"{where} has the same {CHOSEN} and {REJECTED}, which prefers nothing")
+            raise RecordError(f"{where} has the same {CHOSEN} and {REJECTED}: there is nothing to prefer")
         return [chosen, rejected._replace(begins=False)]
 
     def _divided(self, where: str, record: Record) -> tuple[Any, dict[str, Any]]:

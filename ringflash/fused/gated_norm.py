@@ -1,4 +1,4 @@
-"""RMSNorm of x silu(z) within groups of channels, as Mamba-2 layers end: gate, then norm.
+"""RMSNorm of x silu(z) within groups of channels, as at the end of Mamba-2 layers: gate, then norm.
 
     h = x silu(z)
     y = h r w        r = 1 / sqrt(mean(h^2) + eps), of each token and group
@@ -9,8 +9,8 @@ Backward, with g = dy w:
     dx = dh silu(z)        dz = dh x silu'(z)
     dw = sum over tokens of dy h r
 
-h is not kept. Each program of the backward walks many tokens of one group, and adds its part of dw up in registers; the
-parts are then summed. A frozen weight gets no dw.
+h is not kept. Each program of the backward processes many tokens of one group and sums its part of dw in registers; the
+parts are then added. A frozen weight gets no dw.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ whole sequence.
     inputs, ring_mask               a rank's inputs from whole sequences, and the mask that only the ring can read
     attention, checks               what transformers calls in each layer, and the calls that it refuses
     rope, rope_length, llama4       positions that depend on the model, on a document's length, on a chunk
-    linear_attention, mixer         linear attention: the exchange around it, and what each kind of layer gives to it
+    linear_attention, mixer         linear attention: the exchange around it, and the functions of a kind of layer
     delta_net, mamba2               the kinds: gated DeltaNet and Mamba-2
     linear_kernels                  convolutions and recurrences on CPUs and GPUs
     router_loss                     the experts' load-balancing loss over whole sequences

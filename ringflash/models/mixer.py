@@ -1,8 +1,8 @@
-"""What each kind of layer that carries a state over tokens gives to the ring: its projections, its recurrence, its end.
+"""Mixer: the functions of a kind of layer with linear attention, which are projection, recurrence and output.
 
-Such layers have key heads and value heads. Each value head has a state, and as many value heads share each key head.
-The ranks of a sequence share the value heads in equal blocks. A key head that value heads of several blocks need is
-copied, so blocks need not be whole groups:
+Such layers carry a state over tokens. They have key heads and value heads. Each value head has a state, and as many
+value heads share each key head. The ranks of a sequence share the value heads in equal blocks. A key head that value
+heads of several blocks need is copied, so blocks need not be whole groups:
 
     2 key heads a b, 8 value heads, 4 ranks     rank 0       rank 1       rank 2       rank 3
     value heads                                 0 1          2 3          4 5          6 7

@@ -73,7 +73,7 @@ def supported_positions(config: PreTrainedConfig) -> int | None:
 
 
 def check_positions(what: str, tokens: int, config: PreTrainedConfig, setting: str) -> None:
-    """Raise ConfigError for more tokens than a model has positions. what: they are; setting: allows more positions."""
+    """Raise ConfigError for more tokens than a model has positions. what: the tokens; setting: what allows more."""
     known = supported_positions(config)
     if known is not None and tokens > known:
         raise ConfigError(

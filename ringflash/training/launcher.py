@@ -29,7 +29,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine. If the launcher does not tell, all ranks, but at most one per GPU."""
+    """Ranks on this machine. If the launcher does not set it, all ranks, but at most one per GPU."""
     if (given := _given_local_world_size()) is not None:
         return given
     return min(world_size(), torch.cuda.device_count()) if torch.cuda.is_available() else world_size()
@@ -41,7 +41,7 @@ def _given_local_world_size() -> int | None:
 
 
 def is_torchrun_or_deepspeed() -> bool:
-    """Whether one of these started this process. Both end all ranks as soon as one fails."""
+    """Whether torchrun or deepspeed started this process. Both end all ranks as soon as one fails."""
     return bool({"TORCHELASTIC_RUN_ID", "CROSS_SIZE"} & os.environ.keys())
 
 

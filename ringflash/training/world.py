@@ -81,7 +81,7 @@ class World:
         return made  # type: ignore[return-value]  # made on rank 0
 
     def check_room(self, what: str, cache_bytes: int) -> None:
-        """Raise ConfigError, on every rank, if the memory of any does not suffice for a cache. what: it is for."""
+        """Raise ConfigError on every rank if any has too little memory for a cache. what: its tokens, for the error."""
         if self.device.type == "cuda":
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             free = torch.cuda.mem_get_info(self.device)[0] + unused

@@ -353,7 +353,7 @@ REFUSED = {
     ),
     "a system beside texts": (
         {"prompt": "hi", "completion": "hello", "system": "b"},
-        "line 2 has a system, which a prompt of text has no place for: make both messages",
+        "line 2 has a system beside a prompt of text: give the prompt and the answers as messages",
     ),
     "half a weight": (
         {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0.5}]},

@@ -105,7 +105,7 @@ REFUSED = {
     "an empty answer": (TEXT | {"rejected": ""}, "line 2: rejected has an empty completion, so there is nothing"),
     "null": (TEXT | {"rejected": None}, "line 2 holds '4' in chosen and None in rejected: both must be texts, or both"),
     "a text and messages": (TEXT | {"chosen": chat("a", "b")}, "both must be texts, or both lists of messages"),
-    "the same": (TEXT | {"rejected": "4"}, "line 2 has the same chosen and rejected, which prefers nothing"),
+    "the same": (TEXT | {"rejected": "4"}, "line 2 has the same chosen and rejected: there is nothing to prefer"),
     "the same messages": ({"chosen": chat("a", "b"), "rejected": chat("a", "b")}, "chosen: completion holds [], not a"),
     "no shared message": ({"chosen": chat("a", "b"), "rejected": chat("c", "d")}, "prompt holds None, and chosen and"),
     "answers alone": (
@@ -120,7 +120,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_pair_that_prefers_nothing_is_refused_with_its_line_or_left_out(tmp_path, case, capsys):
+def test_a_pair_that_cannot_be_compared_is_refused_with_its_line_or_left_out(tmp_path, case, capsys):
     record, message = REFUSED[case]
     with pytest.raises(ConfigError) as refused:
         tokenised(pairs(tmp_path, [TEXT, record, WHOLE]))
