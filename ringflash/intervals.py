@@ -1,4 +1,4 @@
-"""Intervals: all that a kernel knows about a mask, on its device. `IntervalMask.intervals` makes them.
+"""Intervals: all that a kernel reads of a mask, on its device. `IntervalMask.intervals` makes them.
 
 A kernel gets the bounds of each query's keys, those of each key's queries, and an order in which to launch tiles. It
 does not depend on masks, documents, layouts or rings.
@@ -22,7 +22,7 @@ ORDERED_TILES = (128, 192)
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
-    """What a kernel knows about a mask: the keys that each query sees, and the queries that see each key.
+    """What a kernel reads of a mask: the keys that each query sees, and the queries that see each key.
 
     All tensors are int32, contiguous and on the kernel's device; their batch dimension is 1 if all batch rows agree.
     Query i sees keys ``start[i]:end[i]``; key j is seen by queries ``query_start[j]:query_end[j]``. All four vectors

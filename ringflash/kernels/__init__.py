@@ -26,8 +26,8 @@ If one call has all queries of its keys, dk and dv may instead have the dtype of
 all rows, with 0 where no query sees a key.
 With `center` [B, 1, Hkv, D], the keys are k - center, and lse is the lse of those keys. The function center computes
 both; `compensation` explains why.
-round_into writes a complete sum in the inputs' dtype. Only round_dq knows the form in which a kernel sums up dq: the
-Hopper kernel leaves out the scale and has an order of columns of its own. round_dq writes it as the gradient.
+round_into writes a complete sum in the inputs' dtype. A kernel may sum dq in another form: Hopper's
+can lack the scale and have its columns in another order. round_dq turns this sum into the gradient.
 
     blocked             plain torch: the CPU's kernel, and the readable definition
     portable_*          Triton, sm_80 and newer

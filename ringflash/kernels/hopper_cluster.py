@@ -2,7 +2,7 @@
 
 A copy to both programs reads L2 once, and writes a tile at the same place in the shared memory of each. Gluon has no
 such copy in triton 3.6, and its `num_ctas=2` would divide every tensor between the programs. So a kernel is compiled
-for single programs, `Paired` launches them in pairs, and PTX does what concerns both.
+for single programs, `Paired` launches them in pairs, and PTX does what spans both.
 
 PTX needs addresses in shared memory, and the number of a descriptor among the kernel's parameters. Triton exposes
 neither, so both are constants of the kernel, which `test_hopper_compiles.py` compares with the compiled code.

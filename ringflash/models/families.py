@@ -153,7 +153,7 @@ FAMILIES = {
 ARCHITECTURES = tuple(FAMILIES)
 
 _RECURRENT = "layers of linear attention, recurrence or convolution carry state over the tokens of a shard"
-_SHARED = "its layers share an attention that does not know in which of them it runs"
+_SHARED = "its layers share one attention, which is not given the number of the layer"
 _IMAGES = "a model of images and text, and only models of text are on the ring"
 _NO_PLAN = "transformers passes no keywords, and so no plan, to its attention"
 _OWN_MASK = "its attention makes a mask of its own"

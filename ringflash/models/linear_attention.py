@@ -65,7 +65,7 @@ def _on_ring(kind: Any, recurrence: Recurrence) -> Callable[..., Tensor]:
     if mixer is None:
         raise ValueError(
             f"{kind.__name__} of transformers {transformers.__version__} is not supported on the ring: its forward is "
-            f"not the one that ringflash knows"
+            f"not the one that ringflash was written for"
         )
 
     @functools.wraps(original)

@@ -126,7 +126,7 @@ def test_a_layer_of_another_release_of_transformers_is_refused(monkeypatch):
 
     monkeypatch.setattr(kind, "forward", forward)
     with pytest.raises(
-        ValueError, match=r"Qwen3NextGatedDeltaNet of transformers .* is not the one that ringflash knows"
+        ValueError, match=r"Qwen3NextGatedDeltaNet of transformers .* is not the one that ringflash was written for"
     ):
         ring_inputs(TOKENS, ring=Loopback(2), config=model.config)
 
