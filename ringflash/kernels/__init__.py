@@ -26,8 +26,10 @@ If one call has all queries of its keys, dk and dv may instead have the dtype of
 all rows, with 0 where no query sees a key.
 With `center` [B, 1, Hkv, D], the keys are k - center, and lse is the lse of those keys. The function center computes
 both; `compensation` explains why.
-round_into writes a complete sum in the inputs' dtype. A kernel may sum dq in another form: Hopper's
-can lack the scale and have its columns in another order. round_dq turns this sum into the gradient.
+
+round_into writes a complete sum of dk or dv in the dtype of `out`. A kernel may sum dq in another form: Hopper's
+columns are in another order from head_dim 128 on, and at 128 the scale is left out. round_dq turns this sum into the
+gradient [B, Sq, Hq, D]. So one kernel must run all the calls that add to dq, which begins as zeros.
 
     blocked             plain torch: the CPU's kernel, and the readable definition
     portable_*          Triton, sm_80 and newer

@@ -22,7 +22,7 @@ from ringflash.kernels.checks import check_seen, like_out, request_refusal
 from ringflash.kernels.compensation import center
 from ringflash.partial import Partial, merge
 
-__all__ = ["backward", "center", "delta", "forward", "round_into", "supports"]
+__all__ = ["backward", "center", "delta", "forward", "round_dq", "round_into", "supports"]
 
 # Rows of a query tile. Larger tiles feed the matrix products better, smaller ones waste less on masked corners.
 TILE = 256
@@ -74,7 +74,7 @@ def delta(out: Tensor, dout: Tensor) -> Tensor:
 
 
 def round_dq(out: Tensor, dq: Tensor, *, scale: float) -> None:
-    """out = dq, which is complete but for its rounding."""
+    """out = dq, both [B, S, H, D], rounded to its dtype: this kernel sums up the gradient itself."""
     round_into(out, dq)
 
 

@@ -180,7 +180,7 @@ def round_dq_kernel(
 
 
 def round_dq(out: Tensor, dq: Tensor, *, scale: float) -> None:
-    """out = the gradient that `backward` has summed up in dq.
+    """out = the gradient that `backward` has summed up in dq, both [B, S, H, D]; out is in 16 bits or fp32.
 
     At head_dim 64, dq is the gradient. From 128 on, its columns are in another order, and at 128 it lacks the scale.
     """

@@ -311,7 +311,7 @@ def consume(call, shared, descriptors, WHO: gl.constexpr):
         last = job.tiles * job.heads - 1
         number = 0
         if WHO == 1:
-            # Zeros stand for the step before the first; their dq is past the end, where the copy engine drops it.
+            # Zeros stand for ds of the step before the first. The reducers drop their dq.
             shared.ds.index(0).store(gl.zeros([ROWS, call.BLOCK_Q], descriptors[0].dtype, S))
             fence_async_shared()
             arrive(DS_FULL, 256)

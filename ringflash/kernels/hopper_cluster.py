@@ -4,6 +4,9 @@ A copy to both programs reads L2 once, and writes a tile at the same place in th
 such copy in triton 3.6, and its `num_ctas=2` would divide every tensor between the programs. So a kernel is compiled
 for single programs, `Paired` launches them in pairs, and PTX does what spans both.
 
+All warps of a pair wait for each other twice (`sync_pair`): at the start, until both programs have initialised their
+mbarriers, and at the end, since a program that has exited has no shared memory to which the other could copy or signal.
+
 PTX needs addresses in shared memory, and the number of a descriptor among the kernel's parameters. Triton exposes
 neither, so both are constants of the kernel, which `test_hopper_compiles.py` compares with the compiled code.
 """
@@ -111,8 +114,9 @@ def copy_to_both(batch, head, row, column, tile, barrier, PARAMETER: gl.constexp
 def next_pair(counter, number, total):
     """`next_tile` for a pair: the next number of `total`, which both programs get. For one warp of each.
 
-    Program 0 takes it and passes it on in memory, in one of two slots after the counter: program 1 has read a slot
-    long before it is written again, as neither starts tile n + 2 before both have ended tile n. 0 is an empty slot.
+    Program 0 takes it and passes it on in memory, in one of two slots after the counter. It writes a slot again, for
+    tile n + 2, when its consumers have ended tile n. Program 1 had read the slot by then, since it copied the values of
+    tile n. 0 is an empty slot: numbers that are taken begin at the number of pairs.
     """
     thread = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     slot = counter + 1 + gl.program_id(0) // 2 * 2 + number % 2 + thread

@@ -39,8 +39,8 @@ works in sequence: start p1 v1 and q k2, wait for both, compute p2 = 2^(..).
 
 At head_dim 256, there are two such consumers, with 64 keys per step. Half of q's columns stay in registers, so that the
 scores read a quarter less shared memory. Shared memory has no room for the carry and out, which therefore move directly
-between registers and memory. Programs run in pairs, as clusters, if groups have an even number of heads. The two of a
-pair compute the same query tile of neighbouring heads. One copies k and the other v, to both (`hopper_cluster`).
+between registers and memory. Programs run in pairs, as clusters, if they can (`runs_in_pairs`). The two of a pair
+compute the same query tile of neighbouring heads. One copies k and the other v, to both (`hopper_cluster`).
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -224,9 +224,7 @@ def forward(
     q_tiles = order.nonempty if in_place else order.tiles.shape[1]
     if not q_tiles:
         return state
-    # Two heads of a group read the same keys. With fp16 or a softcap, pairs have not run on a GPU.
-    paired = D == 256 and Hq // Hkv % 2 == 0 and q.dtype == torch.bfloat16 and softcap is None
-    paired = paired and t == TUNINGS[D]  # of whose tiles `hopper_cluster` knows the addresses
+    paired = runs_in_pairs(q, k, softcap, t)
     launched = min(B * Hq * q_tiles, sm_count(q.device)) // (2 if paired else 1)
     direct = D == 256  # carry and out are pointers, not descriptors
     out_tiles = out if direct else tiles(out, ROWS.value)
@@ -248,6 +246,16 @@ def forward(
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
     return state
+
+
+def runs_in_pairs(q: Tensor, k: Tensor, softcap: float | None, tuning: Tuning) -> bool:
+    """Whether programs run in pairs, one for each of two heads of a group, which read the same keys.
+
+    With fp16 or a softcap, pairs have not run on a GPU. `hopper_forward_parts` has the addresses of their tiles for the
+    table's tuning alone.
+    """
+    even = q.shape[2] // k.shape[2] % 2 == 0
+    return q.shape[3] == 256 and even and q.dtype == torch.bfloat16 and softcap is None and tuning == TUNINGS[256]
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:

@@ -49,7 +49,7 @@ from ringflash.kernels.portable_parts import (
     warps_of_whole_rows,
 )
 
-__all__ = ["backward", "center", "delta", "round_into"]
+__all__ = ["backward", "center", "delta", "round_dq", "round_into"]
 
 DELTA_ROWS = 64  # per program of delta_kernel
 ROUND_ROWS = 32  # per program of round_kernel
@@ -403,7 +403,7 @@ def delta(out: Tensor, dout: Tensor) -> Tensor:
 
 
 def round_dq(out: Tensor, dq: Tensor, *, scale: float) -> None:
-    """out = dq, which is complete but for its rounding."""
+    """out = dq, both [B, S, H, D], rounded to its dtype: this kernel sums up the gradient itself."""
     round_into(out, dq)
 
 

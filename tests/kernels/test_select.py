@@ -31,8 +31,13 @@ def test_an_unknown_kernel_is_refused_with_those_there_are():
 
 
 def test_the_deterministic_mode_reaches_the_kernel_whose_gradients_would_differ():
-    for deterministic in (False, True):
-        assert kernels._load("hopper", deterministic).backward.keywords == {"deterministic": deterministic}
+    hopper_backward = pytest.importorskip("ringflash.kernels.hopper_backward")
+    from ringflash.kernels import portable_backward
+
+    for deterministic, module in ((False, hopper_backward), (True, portable_backward)):
+        kernel = kernels._load("hopper", deterministic)
+        assert kernel.backward.keywords == {"deterministic": deterministic}
+        assert kernel.round_dq is module.round_dq
 
 
 def test_the_hopper_kernels_refuse_values_of_another_head_size_by_name(monkeypatch):
