@@ -116,7 +116,7 @@ class Layout:
             assigned = _assigned(mask, ranks, ulysses, _BALANCED, _SHORT, assign)
             best = min(best, assigned, key=lambda layout: duration(layout.work(mask)))
         contiguous = cls.contiguous(mask.queries, ranks, ulysses)
-        return contiguous if contiguous._duration(mask) <= best._duration(mask) * (1 + _IMBALANCE) else best
+        return contiguous if contiguous._with_transfers(mask) <= best._with_transfers(mask) * (1 + _IMBALANCE) else best
 
     @classmethod
     def document_local(cls, mask: IntervalMask, ranks: int, ulysses: int = 1, longest: float = 0.5) -> Layout:
@@ -254,7 +254,7 @@ class Layout:
         rank, hop = torch.arange(ranks), torch.arange(ranks)[:, None]
         return travelling[(rank - hop) % ranks, hop]
 
-    def _duration(self, mask: IntervalMask) -> int:
+    def _with_transfers(self, mask: IntervalMask) -> int:
         """Time of all hops, in pairs: each takes as long as its busiest rank or its longest transfer."""
         computing = torch.from_numpy(by_hop(self.pairs(mask).numpy()).max(1))
         sending = self.received(mask).amax(1).roll(-1) * _PAIRS_PER_TOKEN_SENT
@@ -292,6 +292,7 @@ class Layout:
         return "\n".join(rows)
 
 
+# (pairs, visits, ranks, most pairs of a chunk of a short document) -> rank of each chunk: see `load_balance.assign`.
 Assign = Callable[[np.ndarray, Sequence[Visits], int, float], np.ndarray]
 
 LAYOUTS: dict[str, Callable[[int, int, int], Layout]] = {
@@ -314,12 +315,12 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _assigned(mask: IntervalMask, ranks: int, ulysses: int, most: int, longest: float, assign: Assign) -> Layout:
-    """Chunks assigned by a function of `load_balance`: `most` per rank, or fewer so that each has a tile's tokens.
+def _assigned(mask: IntervalMask, ranks: int, ulysses: int, per_rank: int, longest: float, assign: Assign) -> Layout:
+    """Chunks assigned by a function of `load_balance`, `per_rank` to each rank, or fewer so that each fills a tile.
 
     longest: the length of a short document, as a fraction of a rank's tokens.
     """
-    count = max(1, min(most, mask.queries // (_TILE * ranks * ulysses), _CHUNKS // ranks))
+    count = max(1, min(per_rank, mask.queries // (_TILE * ranks * ulysses), _CHUNKS // ranks))
     runs = Layout.contiguous(mask.queries, ranks * count, ulysses)
     tiles = _tiles(runs.chunk, ranks * count, mask.queries)
     visits = [_visits(tiles, runs.chunk, *seen(*tiles[1:])) for seen in (mask.keys_of, mask.queries_of)]
