@@ -18,6 +18,8 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 
 from ringflash.kernels.hopper_parts import next_tile
 
+TRITON = "3.6"  # with which pairs ran on a GPU. Where others put tiles, and how they launch, could differ unnoticed.
+
 
 class Paired(GluonJITFunction):
     """A Gluon kernel whose programs run in pairs if its constant PAIRED is true. Its grid then counts pairs."""

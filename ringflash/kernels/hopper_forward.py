@@ -54,7 +54,8 @@ from triton.experimental.gluon import language as gl
 from ringflash.intervals import Intervals
 from ringflash.kernels import hopper_forward_128, hopper_forward_256
 from ringflash.kernels.checks import check_out, check_seen
-from ringflash.kernels.hopper_cluster import Paired, idle
+from ringflash.kernels.gluon_names import triton_version
+from ringflash.kernels.hopper_cluster import TRITON, Paired, idle
 from ringflash.kernels.hopper_forward_parts import Call
 from ringflash.kernels.hopper_parts import (
     L2_BYTES,
@@ -251,11 +252,12 @@ def forward(
 def runs_in_pairs(q: Tensor, k: Tensor, softcap: float | None, tuning: Tuning) -> bool:
     """Whether programs run in pairs, one for each of two heads of a group, which read the same keys.
 
-    With fp16 or a softcap, pairs have not run on a GPU. `hopper_forward_parts` has the addresses of their tiles for the
-    table's tuning alone.
+    With fp16, a softcap or another version of Triton, pairs have not run on a GPU. `hopper_forward_parts` has the
+    addresses of their tiles for the table's tuning alone.
     """
     even = q.shape[2] // k.shape[2] % 2 == 0
-    return q.shape[3] == 256 and even and q.dtype == torch.bfloat16 and softcap is None and tuning == TUNINGS[256]
+    ran = q.dtype == torch.bfloat16 and softcap is None and triton_version() == TRITON
+    return q.shape[3] == 256 and even and ran and tuning == TUNINGS[256]
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:

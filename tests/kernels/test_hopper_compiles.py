@@ -395,6 +395,24 @@ def test_the_last_wave_of_equal_tiles_is_divided_where_that_makes_it_shorter(pro
 
 
 @pytest.mark.parametrize(
+    ("triton", "heads", "dtype", "softcap", "paired"),
+    [
+        ("3.6", 4, torch.bfloat16, None, True),
+        ("3.7", 4, torch.bfloat16, None, False),  # in pairs, it has run with 3.6 alone
+        ("3.6", 2, torch.bfloat16, None, False),  # groups of one head
+        ("3.6", 4, torch.float16, None, False),
+        ("3.6", 4, torch.bfloat16, 50.0, False),
+    ],
+)
+def test_programs_run_in_pairs_where_pairs_ran_on_a_gpu(monkeypatch, triton, heads, dtype, softcap, paired):
+    from ringflash.kernels import hopper_forward
+
+    monkeypatch.setattr(hopper_forward, "triton_version", lambda: triton)
+    q, k = (torch.empty(1, 1, n, 256, dtype=dtype) for n in (heads, 2))
+    assert hopper_forward.runs_in_pairs(q, k, softcap, hopper_forward.TUNINGS[256]) == paired
+
+
+@pytest.mark.parametrize(
     ("heads", "tokens", "pairs"),
     [
         ((16, 16), 32768, 8),
