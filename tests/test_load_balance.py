@@ -1,4 +1,4 @@
-"""Every rank gets as many chunks as any other, no work is lost, and an exchange changes what it is said to change."""
+"""Every rank gets as many chunks as any other, no work is lost, and exchanges update the table as a recount would."""
 
 import numpy as np
 import pytest

@@ -9,10 +9,10 @@ by 2^8, only when the second step scales acc. m is 8 below the logarithm of the 
 beside the carried sum keep their digits in fp16.
 
 A scheduler warp takes query tiles from the counter and computes their jobs, one tile ahead of the consumers. A
-consumer therefore knows its next job at the end of a tile, and loads the next bounds and lse under the last product.
+consumer therefore has its next job at the end of a tile, and loads the next bounds and lse under the last product.
 
 Of a pair of programs (`hopper_cluster`), program 0 copies k and program 1 copies v, each to both. A slot is filled when
-it is empty in both: its barrier in `k_other` or `v_other` tells one program about the other's. Both take the same jobs,
+it is empty in both: one program waits for the other's at its `k_other` or `v_other`. Both take the same jobs,
 of neighbouring heads.
 """
 

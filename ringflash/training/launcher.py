@@ -54,7 +54,7 @@ def local_device() -> torch.device:
     if here > torch.cuda.device_count():
         raise ConfigError(
             f"{here} ranks on {socket.gethostname()} but {torch.cuda.device_count()} GPUs: "
-            f"start as many processes as GPUs (--nproc-per-node {torch.cuda.device_count()})"
+            f"start one process per GPU (--nproc-per-node {torch.cuda.device_count()})"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
