@@ -45,9 +45,10 @@ for part in "$@"; do
         ;;
     training)
         for tokens in ${LENGTHS:-131072}; do
+            shape="model.architecture.vocab_size=128256 model.architecture.max_position_embeddings=$tokens"
             limited 200 "${ranks[@]}" benchmarks/training.py --out "$OUT/training-$gpus.json" \
-                --tokens "$tokens" --warm 32768 --batches 1 "parallel.ring=$gpus" --variant qwen3-0.6b: --variant \
-                "llama3-8b:experiment=llama3-8b-128k memory=long model.architecture.max_position_embeddings=$tokens" ||
+                --tokens "$tokens" --warm 32768 --batches 1 "parallel.ring=$gpus" --variant qwen3-0.6b: \
+                --variant "llama3-8b:experiment=llama3-8b-128k memory=long $shape" ||
                 failed+=("training at $tokens tokens")
         done
         ;;

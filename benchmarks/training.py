@@ -9,7 +9,7 @@
 
 Settings after the options are those of train.py, for every variant; experiment=qwen3-0.5b-128k is underneath. A
 variant is NAME:SETTINGS, or a peer: transformers, transformers-flash or deepspeed (benchmarks/training_peers.py).
-Peers support neither packed documents nor several GPUs.
+Peers support neither packed documents nor several GPUs. The tokens are random, so no variant needs data.path.
 
 Under torchrun, the ranks share each sequence: tokens/s are those of all ranks, MFU and memory those of one. A thread
 plans the next batches during a step, as in the trainer.
@@ -59,7 +59,7 @@ from ringflash.training.parallel import layout_chooser
 from ringflash.training.step import MicroBatch, prepare, train_step
 from ringflash.training.world import World, join
 
-EXPERIMENT = ("experiment=qwen3-0.5b-128k", "parallel.ulysses=1")
+EXPERIMENT = ("experiment=qwen3-0.5b-128k", "data=stdlib", "parallel.ulysses=1")
 LEFT = 2**28  # bytes that earlier variants may leave: cuBLAS's workspace, 32 MiB, stays
 CPU_TOKENS = 16384  # a longer sequence, of the models underneath, takes hours without a GPU
 HEADER = (

@@ -1,18 +1,25 @@
 """benchmarks/many_gpus.sh runs what it was asked for, or says that it did not."""
 
 import os
+import shlex
 import signal
 import stat
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
+
+from benchmarks import training
 
 ROOT = Path(__file__).resolve().parents[2]
 # Stands in for python3, which counts four GPUs, and for torchrun, which hangs at one length and fails at another.
 TORCHRUN = """
-echo "$CUDA_VISIBLE_DEVICES: $*"
+printf '%s:' "$CUDA_VISIBLE_DEVICES"; printf ' %q' "$@"; echo
 case "$*" in *"--tokens 9 "*) sleep 60;; *"--tokens 64 "*) exit 1; esac
 """
 FAKES = {"python3": '[ "$1" = -c ] && echo 4', "torchrun": TORCHRUN}
@@ -50,6 +57,22 @@ def test_the_first_gpus_are_taken_and_what_failed_is_listed(run):
     assert result.returncode == 1
     assert result.stdout.count("3,2: --standalone --nproc-per-node 2 ") == 2
     assert result.stderr == "== failed: training at 64 tokens\n"
+
+
+def test_all_variants_of_training_compose_without_data(run, monkeypatch):
+    result = run("training", GPUS="2", LENGTHS="128")
+    arguments = shlex.split(result.stdout.partition("benchmarks/training.py ")[2])
+    configs = []
+    world = SimpleNamespace(device=torch.device("cpu"), size=2, is_first=True, watchdog=Mock())
+    monkeypatch.setattr(sys, "argv", ["training.py", *arguments])
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(training, "join", lambda config: world)
+    monkeypatch.setattr(training, "ringflash", lambda config, *_: configs.append(config) or Mock())
+    monkeypatch.setattr(training, "_rows", lambda *_: None)
+    assert training.main() == 0
+    assert len(configs) == arguments.count("--variant") == 2
+    assert [config.model.architecture["vocab_size"] for config in configs] == [151936, 128256]
+    assert [(config.parallel.ring, config.memory.zero) for config in configs] == [(2, 1), (2, 3)]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
