@@ -22,7 +22,7 @@ PARENT = os.getppid()  # a launcher, which may end during the seconds of the imp
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted import prints no traceback
 
-from ringflash.training import failure  # noqa: E402
+from ringflash.distributed import failure  # noqa: E402
 
 OPTIONS = ("--print", "--help", "-h")
 

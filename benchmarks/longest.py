@@ -40,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.report import RESULTS, card, write_json
 from benchmarks.training import batch, composed
 from ringflash.data import Batch
+from ringflash.distributed.parallel import layout_chooser
+from ringflash.distributed.world import World, join
 from ringflash.models import build_model
 from ringflash.ring.cost import peak_flops
 from ringflash.training.config import Config
@@ -47,9 +49,7 @@ from ringflash.training.engine import build_engine
 from ringflash.training.flops import matmul_parameters, step_flops
 from ringflash.training.meter import memory_gib
 from ringflash.training.out_of_memory import explained
-from ringflash.training.parallel import layout_chooser
 from ringflash.training.step import StepResult, prepare, train_step
-from ringflash.training.world import World, join
 
 EXPERIMENT = ("experiment=1m", "data=text", "data.path=.", "data.tokenizer=.")
 ALLOWED = 1e-4  # of the loss, between the two forwards of the first tokens

@@ -169,8 +169,8 @@ def many(gpus: int) -> list[RingCase]:
 
 def between(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
     """Mode 4: the ring between GPUs."""
-    from ringflash.training.parallel import ParallelConfig  # transformers, which no other mode needs
-    from ringflash.training.world import join
+    from ringflash.distributed.parallel import ParallelConfig  # transformers, which no other mode needs
+    from ringflash.distributed.world import join
 
     world = join(ParallelConfig())
     listed = BETWEEN[1:2] if options.quick else BETWEEN

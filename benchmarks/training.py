@@ -46,6 +46,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import training_peers
 from benchmarks.report import RESULTS, card, write_json
 from ringflash.data import Batch, prefetch
+from ringflash.distributed.launcher import local_world_size
+from ringflash.distributed.parallel import layout_chooser
+from ringflash.distributed.world import World, join
 from ringflash.errors import ConfigError, in_one_line
 from ringflash.layout import Layout
 from ringflash.models import build_model, layer_masks
@@ -53,11 +56,8 @@ from ringflash.ring.cost import Machine, peak_flops, predict
 from ringflash.training.config import Config, compose
 from ringflash.training.engine import build_engine
 from ringflash.training.flops import attention_flops, matmul_parameters, state_flops, step_flops
-from ringflash.training.launcher import local_world_size
 from ringflash.training.meter import memory_gib
-from ringflash.training.parallel import layout_chooser
 from ringflash.training.step import MicroBatch, prepare, train_step
-from ringflash.training.world import World, join
 
 EXPERIMENT = ("experiment=qwen3-0.5b-128k", "data=stdlib", "parallel.ulysses=1")
 LEFT = 2**28  # bytes that earlier variants may leave: cuBLAS's workspace, 32 MiB, stays

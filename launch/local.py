@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from with_signals import INCOMPLETE, hold_signal, stop_note, stop_ranks
 
-from ringflash.training import failure
+from ringflash.distributed import failure
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 

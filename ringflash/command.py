@@ -15,15 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from ringflash.distributed import failure
 from ringflash.docstrings import field_docstrings
 from ringflash.errors import ConfigError, shown
 from ringflash.ring.cache_plan import CHUNK
-from ringflash.training import failure
 
 if TYPE_CHECKING:
     import torch
 
-    from ringflash.training.world import World
+    from ringflash.distributed.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +147,8 @@ def command(kind: type[Config], about: str, run: Callable[[Config, World], objec
     config = kind.parse([x for x in arguments if not x.startswith("--local_rank=")])
     import torch.distributed as dist
 
-    from ringflash.training.parallel import ParallelConfig
-    from ringflash.training.world import join
+    from ringflash.distributed.parallel import ParallelConfig
+    from ringflash.distributed.world import join
 
     world = join(ParallelConfig(layout="zigzag"))
     run(config, world)  # after an error the group stays: by its store, the rank that failed first reports

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TextStreamer
 
     from ringflash.data.tokenizer import Encoder
+    from ringflash.distributed.world import World
     from ringflash.models import RingCache
-    from ringflash.training.world import World
 
 
 GRAPH = ("auto", "true", "false")

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ringflash.data.tokenizer import Encoder
+    from ringflash.distributed.world import World
     from ringflash.models import RingCache
-    from ringflash.training.world import World
 
 
 def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:

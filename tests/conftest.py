@@ -41,6 +41,16 @@ def gpus():
     pool.close()
 
 
+@pytest.fixture
+def text(tmp_path):
+    """A folder of ten small documents."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + "all work and no play makes a dull model. " * (i + 2))
+    return folder
+
+
 def pytest_collection_modifyitems(items):
     """Run modules with slow tests first: if one began last, the other workers would be idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # files and packages of ringflash, from the lowest up; those of a row do not import each other
     ("errors", "docstrings", "intervals", "load_balance", "partial"),
-    ("mask", "offload", "kernels"),
+    ("mask", "offload", "files", "kernels"),
     ("layout",),
     ("ring", "fused", "data"),
     ("models",),
-    ("reading",),
+    ("distributed", "reading"),
     ("haystack",),
     ("training",),
     ("command",),

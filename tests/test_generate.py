@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ringflash import Loopback, ProcessRing, generate
 from ringflash.data.tokenizer import encoder
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.generate import GenerateConfig, main, run
 from ringflash.models import ModelConfig, read_config
 from ringflash.models.lora import LoraConfig
-from ringflash.training.world import World
 from tests.data.chat_cases import LLAMA3, SMOLLM2, chat_tokenizer
 
 

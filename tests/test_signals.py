@@ -19,7 +19,7 @@ import os, signal, sys
 parent = os.getppid()
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-from ringflash.training import failure
+from ringflash.distributed import failure
 with failure.one_line(parent):
     sys.stderr.write(" 50%|#####     | 3/6")
     sys.stderr.flush()

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 from ringflash.command import ReadConfig, command, now, report, start
 from ringflash.errors import ConfigError
+from ringflash.files import write_atomically, write_figure
 from ringflash.haystack import Cell, HaystackConfig, heat_map, read_text, rows_of, search
 from ringflash.loading import load_encoder, load_model, make_cache
 from ringflash.models.rope import check_positions
-from ringflash.training.files import write_atomically, write_figure
 
 if TYPE_CHECKING:
-    from ringflash.training.world import World
+    from ringflash.distributed.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

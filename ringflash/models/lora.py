@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ from ringflash.models.quantized import KINDS
 
 if TYPE_CHECKING:
     import peft
+
+# peft imports bitsandbytes, which asks on some CPUs to install a kernel that `models.quantized` does not use.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BASE, ROPE = "base_model_name_or_path", "rope_parameters"  # fields of an adapter's configuration; the latter is ours

@@ -3,8 +3,6 @@
 loop                        the run, top to bottom
 config, overrides, help     the settings: typed, read from a command line, listed
 preflight, mismatches       what is refused before anything is allocated; what a pretrained model makes doubtful
-launcher, parallel, world   the launcher's ranks; the grid of ring, Ulysses and replicas: chosen, and connected
-without_timeout             work that takes some ranks hours while the others wait
 memory, estimate            the settings that save GPU memory; the memory and disk that a run will take
 engine, loss, optimizers    the model under DeepSpeed
 zero3                       with ZeRO 3, a model that is never whole in one rank's memory
@@ -12,14 +10,13 @@ step, evaluation, needle    one optimizer step, the held-out loss, and needles i
 preference                  DPO, the loss of pairs of a chosen and a rejected answer
 positions, sums             the loss by position in a document; losses summed by group of tokens
 meter, flops, metrics       a step's figures, and where they are written; loss_plot draws them
-run_folder, files           the folder of a run, and files that are complete or absent
+run_folder                  the folder of a run
 checkpoints                 what a run can be resumed from, also if ranks or ZeRO stage change
 export                      the trained model as a Hugging Face folder
-stop, failure               how a run ends early with a checkpoint, and how it fails
-divergence, out_of_memory   two of its failures: losses that are not finite, and full GPUs
+stop                        how a run ends early with a checkpoint
+divergence, out_of_memory   two ways in which it fails: losses that are not finite, and full GPUs
 """
 
-import logging
 import os
 import warnings
 
@@ -29,5 +26,3 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # On every step DeepSpeed calls collectives by names that newer torch deprecates; a user cannot change that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-# peft imports bitsandbytes, which asks on some CPUs to install a kernel that `models.quantized` does not use.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

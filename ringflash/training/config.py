@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ringflash.data import DataConfig, python_stdlib
+from ringflash.distributed.parallel import ParallelConfig
 from ringflash.errors import ConfigError, in_one_line, shown
 from ringflash.models import ARCHITECTURES, AttentionConfig, FusedConfig, ModelConfig, field_refusal
 from ringflash.models.architecture import LARGEST
@@ -32,7 +33,6 @@ from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import LoggerConfig
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.overrides import for_hydra, kind_of, typed_value, unknown, wanted
-from ringflash.training.parallel import ParallelConfig
 from ringflash.training.preference import PreferenceConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

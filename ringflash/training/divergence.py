@@ -14,9 +14,9 @@ import torch
 from deepspeed.runtime.utils import has_inf_or_nan
 from torch import Tensor
 
+from ringflash.distributed.world import World
 from ringflash.errors import DivergedError
 from ringflash.training.metrics import Metrics
-from ringflash.training.world import World
 
 LIMIT = 3  # steps in a row: one may be caused by its batch, three are caused by the weights
 WATCHED = ("loss", "gradient_norm", "held_out_loss")

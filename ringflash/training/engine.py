@@ -15,6 +15,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.models import (
     AttentionConfig,
@@ -38,7 +39,6 @@ from ringflash.training.optimizers.build import build_optimizer, start_moments
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.preference import PreferencePairs
 from ringflash.training.sums import Sums
-from ringflash.training.world import World
 from ringflash.training.zero3 import start_deepspeed
 
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 
 from ringflash.data import Evaluated, batch
 from ringflash.data.batches import Batch
+from ringflash.distributed.parallel import LayoutChooser
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.haystack import HaystackConfig
 from ringflash.models import ModelConfig, cache_refusal
@@ -23,10 +25,8 @@ from ringflash.models.rope import check_positions
 from ringflash.models.rope_length import length_refusal
 from ringflash.training import positions, preference
 from ringflash.training.metrics import HELD_OUT, HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
-from ringflash.training.parallel import LayoutChooser
 from ringflash.training.preference import PreferenceConfig
 from ringflash.training.step import forward, shard
-from ringflash.training.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ import deepspeed
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError, DiskError, in_one_line
+from ringflash.files import remove, replace_folder, writing
 from ringflash.models import ModelConfig
 from ringflash.models.lora import adapted, write_adapter
 from ringflash.training.divergence import check_weights
-from ringflash.training.files import remove, replace_folder, writing
-from ringflash.training.world import World
 from ringflash.training.zero3 import write_weights
 
 GENERATION = "generation_config.json"

@@ -19,11 +19,15 @@ from transformers import PreTrainedModel
 
 from ringflash.data import Corpus, Evaluated, load_corpora, stream
 from ringflash.data.tokenizer import tokenizer_digest
+from ringflash.distributed import launcher
+from ringflash.distributed.parallel import LayoutChooser, layout_chooser
+from ringflash.distributed.world import World, join
+from ringflash.files import model_digest, write_atomically
 from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
-from ringflash.training import launcher, loss_plot, metrics, preflight, run_folder, stop, zero3
+from ringflash.training import loss_plot, metrics, preflight, run_folder, stop, zero3
 from ringflash.training.checkpoints import checkpoint
 from ringflash.training.checkpoints.checkpoint import Best
 from ringflash.training.config import Config
@@ -31,15 +35,12 @@ from ringflash.training.divergence import Divergence
 from ringflash.training.engine import build_engine
 from ringflash.training.evaluation import Evaluation, HeldOut
 from ringflash.training.export import export, export_adapter, generation_file, rehearse
-from ringflash.training.files import model_digest, write_atomically
 from ringflash.training.meter import Meter
 from ringflash.training.needle import Needles
 from ringflash.training.needle import record as needle_record
 from ringflash.training.out_of_memory import explained
-from ringflash.training.parallel import LayoutChooser, layout_chooser
 from ringflash.training.preflight import Job
 from ringflash.training.step import MicroBatch, prepare, train_step
-from ringflash.training.world import World, join
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ringflash.files import write_figure, writing
 from ringflash.training import positions
-from ringflash.training.files import write_figure, writing
 from ringflash.training.metrics import BY_POSITION, FILE, HELD_OUT_BY_POSITION, read
 
 PLOT = "loss.png"

@@ -7,11 +7,11 @@ import time
 
 import torch
 
+from ringflash.distributed.world import World
 from ringflash.ring.cost import peak_flops
 from ringflash.training import flops, positions, preference
 from ringflash.training.metrics import BY_POSITION
 from ringflash.training.step import StepResult
-from ringflash.training.world import World
 
 
 class Meter:

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from tqdm import tqdm
 
 from ringflash.errors import ConfigError
-from ringflash.training.files import write_atomically, write_figure, writing
+from ringflash.files import write_atomically, write_figure, writing
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb-id"

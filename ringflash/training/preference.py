@@ -26,11 +26,11 @@ from torch.nn.functional import logsigmoid
 
 from ringflash.data.batches import Batch
 from ringflash.data.records import IGNORE
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
 from ringflash.training.sums import Sums
-from ringflash.training.world import World
 
 FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # as TRL names them
 

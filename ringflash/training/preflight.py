@@ -18,19 +18,19 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ringflash.data import DataConfig, check_vocabulary, load_tokenizer, python_stdlib
 from ringflash.data.mixture import check_sources
+from ringflash.distributed import launcher
+from ringflash.distributed.parallel import resolve_parallel
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import attention_kernels, check_length, read_config, tiles_of
 from ringflash.models.configuration import DTYPES, ModelConfig
 from ringflash.models.lora import UNCALLED, add_lora, description
 from ringflash.models.quantized import BYTES, quantizable
-from ringflash.training import launcher
 from ringflash.training.config import Config
 from ringflash.training.estimate import Estimate, estimate
 from ringflash.training.loss import tile_for
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.mismatches import mismatches
-from ringflash.training.parallel import resolve_parallel
 
 
 class Job(NamedTuple):

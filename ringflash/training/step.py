@@ -21,13 +21,13 @@ from transformers import PreTrainedConfig
 
 from ringflash.data.batches import Batch
 from ringflash.data.records import IGNORE
+from ringflash.distributed.parallel import LayoutChooser
+from ringflash.distributed.world import World
 from ringflash.models import layer_kinds, ring_inputs
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training import positions, preference
 from ringflash.training.flops import attention_flops, state_flops
-from ringflash.training.parallel import LayoutChooser
 from ringflash.training.preference import PreferenceConfig, PreferencePairs
-from ringflash.training.world import World
 
 
 class StepResult(NamedTuple):

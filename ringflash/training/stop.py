@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ringflash.training import launcher
-from ringflash.training.world import World
+from ringflash.distributed import launcher
+from ringflash.distributed.world import World
 
 SIGNAL = signal.SIGUSR1
 INCOMPLETE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again

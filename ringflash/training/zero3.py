@@ -28,13 +28,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import _apply_weight_conversions_to_state_dict
 
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
+from ringflash.files import remove, write_atomically
 from ringflash.models.architecture import message_of
 from ringflash.models.building import check_loaded
 from ringflash.models.lora import merged
 from ringflash.models.quantized import shape_of
-from ringflash.training.files import remove, write_atomically
-from ringflash.training.world import World
 
 SHARD = 4 * 2**30  # bytes of a file of weights
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
+from ringflash.distributed.parallel import ParallelConfig, resolve_parallel
 from ringflash.errors import ConfigError
 from ringflash.models import (
     AttentionConfig,
@@ -25,7 +26,6 @@ from ringflash.models import (
     state_heads,
     state_layers,
 )
-from ringflash.training.parallel import ParallelConfig, resolve_parallel
 from tests.models.cases import architecture, loss_and_gradients, plain_of, tiny, with_weights
 
 TOKENS = torch.randint(3, 97, (2, 150), generator=torch.Generator().manual_seed(0))

@@ -4,13 +4,13 @@ import torch
 import torch.distributed as dist
 
 from ringflash.data import Batch
+from ringflash.distributed.parallel import ParallelConfig
+from ringflash.distributed.world import World, join
 from ringflash.layout import Layout
 from ringflash.models import ModelConfig, build_model
 from ringflash.training.engine import build_engine
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.parallel import ParallelConfig
-from ringflash.training.world import World, join
 from tests.models.cases import SPECIFIC, TINY
 
 LENGTH = 40

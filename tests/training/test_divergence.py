@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
+from ringflash.distributed import failure
 from ringflash.errors import ConfigError, DivergedError
 from ringflash.layout import Layout
-from ringflash.training import failure, loss_plot, metrics
+from ringflash.training import loss_plot, metrics
 from ringflash.training.checkpoints import checkpoint
 from ringflash.training.config import compose
 from ringflash.training.divergence import LIMIT, Divergence

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from ringflash import kernels
+from ringflash.distributed.failure import describe
 from ringflash.errors import GpuMemoryError
 from ringflash.models import ring_inputs
 from ringflash.ring.transport import Loopback
 from ringflash.training import engine, loss
 from ringflash.training.engine import TrainedModel
-from ringflash.training.failure import describe
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.out_of_memory import PARTS, explained, levers
 from tests.models.cases import tiny

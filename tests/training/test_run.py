@@ -302,8 +302,8 @@ def test_an_empty_data_folder_is_refused(ranks, tmp_path):
 
 
 def test_more_ranks_than_gpus_are_refused_with_both_numbers(monkeypatch):
-    from ringflash.training import world
-    from ringflash.training.parallel import ParallelConfig
+    from ringflash.distributed import world
+    from ringflash.distributed.parallel import ParallelConfig
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ringflash import files
 from ringflash.errors import ConfigError, DiskError
-from ringflash.training import files, run_folder
+from ringflash.training import run_folder
 from ringflash.training.config import Config, compose
 from ringflash.training.metrics import LoggerConfig, Metrics, read
 

@@ -6,6 +6,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 from ringflash import Loopback
+from ringflash.distributed.world import World
 from ringflash.layout import Layout
 from ringflash.models import AttentionConfig, attention, ring_inputs
 from ringflash.training.engine import TrainedModel, build_engine
@@ -13,7 +14,6 @@ from ringflash.training.evaluation import evaluate
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.step import prepare, train_step
-from ringflash.training.world import World
 from tests.training.engines import DOCUMENTS, LENGTH, SEQUENCES, build, joined, sequences
 
 

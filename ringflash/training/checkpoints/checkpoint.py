@@ -26,7 +26,9 @@ from typing import Any
 import deepspeed
 import torch
 
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
+from ringflash.files import remove, write_atomically, writing
 from ringflash.models.lora import adapted
 from ringflash.training.checkpoints import reshard
 from ringflash.training.checkpoints.compatibility import POSITIONS, check_fits, grid, settings_to_match
@@ -45,9 +47,7 @@ from ringflash.training.checkpoints.manifest import (
     written,
 )
 from ringflash.training.divergence import check_weights
-from ringflash.training.files import remove, write_atomically, writing
 from ringflash.training.optimizers.host_adamw import HostAdamW
-from ringflash.training.world import World
 
 SHARDING = ("zero", "optimizer_states")  # of memory: which states are in a rank's files
 

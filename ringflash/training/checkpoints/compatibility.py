@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError, shown
-from ringflash.training.world import World
 
 POSITIONS = "document"  # where positions begin; in manifests without this entry, with the sequence
 # Settings that a resumed run may change. With another value of any other setting it would be a different run.

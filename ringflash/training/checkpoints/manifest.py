@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ringflash.training.files import digest
-from ringflash.training.world import World
+from ringflash.distributed.world import World
+from ringflash.files import digest
 
 STATE = "state"
 MANIFEST = "manifest.json"

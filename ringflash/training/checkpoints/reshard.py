@@ -32,10 +32,10 @@ import torch
 from deepspeed.checkpoint import constants as ds
 from torch import Tensor
 
+from ringflash.distributed.world import World
 from ringflash.training.engine import flat_weights
 from ringflash.training.optimizers import host_adamw
 from ringflash.training.optimizers.host_adamw import HostAdamW
-from ringflash.training.world import World
 
 MASTER = host_adamw.STATES[0]  # beside the names of the optimizer's states: the weights that it updates
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from ringflash import Layout
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError, DiskError
 from ringflash.training.checkpoints import checkpoint, compatibility, manifest
 from ringflash.training.step import prepare, train_step
-from ringflash.training.world import World
 from tests.training.engines import LENGTH, SEQUENCES, engine_on, joined, sequences
 from tests.training.runs import fitted, settings
 

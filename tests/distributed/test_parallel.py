@@ -4,9 +4,9 @@ import pytest
 from transformers import AutoConfig
 
 from ringflash import IntervalMask, Layout
+from ringflash.distributed.parallel import ParallelConfig, layout_chooser, resolve_parallel
 from ringflash.errors import ConfigError
 from ringflash.layout import LAYOUT_NAMES
-from ringflash.training.parallel import ParallelConfig, layout_chooser, resolve_parallel
 
 LLAMA_8B = AutoConfig.for_model(
     "llama", hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32

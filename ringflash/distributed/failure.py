@@ -29,8 +29,8 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
+from ringflash.distributed import launcher
 from ringflash.errors import ConfigError, DiskError, DivergedError, GpuMemoryError
-from ringflash.training import launcher
 
 ON_ALL_RANKS = (ConfigError, DivergedError)  # raised by every rank: one line is enough
 PATIENCE = 5.0  # seconds that a silent rank waits for the one that reports

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ringflash.training import launcher
+from ringflash.distributed import launcher
 
 
 @pytest.mark.parametrize(

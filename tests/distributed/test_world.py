@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 
 from ringflash.data.config import DataConfig, WeightedSource
+from ringflash.distributed import world
+from ringflash.distributed.parallel import ParallelConfig
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
-from ringflash.training import world
-from ringflash.training.parallel import ParallelConfig
-from ringflash.training.world import World
 
 ROOT = Path(__file__).parents[2]
 TWO_RANKS = """
 import torch
-from ringflash.training import world
-from ringflash.training.parallel import ParallelConfig
+from ringflash.distributed import world
+from ringflash.distributed.parallel import ParallelConfig
 
 joined = world.join(ParallelConfig(ring=2, layout="zigzag"))
 options = joined.ring.group._get_backend(joined.device).options

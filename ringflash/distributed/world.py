@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringflash.distributed import launcher
+from ringflash.distributed.parallel import ParallelConfig
+from ringflash.distributed.without_timeout import without_timeout
 from ringflash.errors import ConfigError
 from ringflash.ring.transport import ProcessRing
 from ringflash.ring.ulysses import Ulysses
 from ringflash.ring.watchdog import Watchdog
-from ringflash.training import launcher
-from ringflash.training.parallel import ParallelConfig
-from ringflash.training.without_timeout import without_timeout
 
 T = TypeVar("T")
 _PLACES = (".path", "data.cache", "data.tokenizer")  # ends of settings: machines may keep the same files elsewhere

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ringflash.distributed.without_timeout import NO_LIMIT, OtherRankError
 from ringflash.errors import ConfigError
 from ringflash.ring import watchdog
 from ringflash.ring.watchdog import Watchdog
@@ -18,7 +19,6 @@ from ringflash.training import loop
 from ringflash.training.checkpoints import checkpoint
 from ringflash.training.config import compose
 from ringflash.training.export import export
-from ringflash.training.without_timeout import NO_LIMIT, OtherRankError
 from tests.training.engines import engine_on, joined
 
 TIMEOUT, LONG = timedelta(seconds=2), 4.0  # of the group's collectives, and seconds of work beyond it

@@ -21,8 +21,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from ringflash.distributed import failure
 from ringflash.ring.watchdog import Watchdog
-from ringflash.training import failure
 
 FIRST_PAUSE, LONGEST_PAUSE = 1e-3, 0.25  # seconds between two polls of the store
 NAMED = 4  # ranks that a report names at the most
