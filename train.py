@@ -34,6 +34,8 @@ def main() -> None:
     # deepspeed's launcher adds --local_rank, which the environment holds too
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     options = [argument for argument in arguments if argument.startswith("-")]
+    if options:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `--help | head`, which ends before all is printed
     with failure.one_line(PARENT):
         from ringflash.errors import ConfigError
 
