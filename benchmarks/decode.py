@@ -342,7 +342,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parse(parser, arguments)
     if options.sweep and options.device == "cpu":
         parser.error("--sweep times Triton kernels and needs --device cuda")
-    options.dtype = DTYPES[options.dtype]
     try:
         given = options.cases or (GPU_CASES if options.device == "cuda" else CPU_CASES)
         options.cases = [Case.parse(x) for x in given]
@@ -355,10 +354,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write. Returns the exit code: 1 if a kernel is wrong, or ours raises."""
     options = _options(arguments)
-    device = torch.device(options.device)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
     copied = copy_rate(device, options.seconds)
     facts = report.card(device, report.versions(decode_contenders.PACKAGES), options.commit)
-    facts |= {"copy": f"{copied / 1e9:.0f} GB/s", "inputs": str(options.dtype)}
+    facts |= {"copy": f"{copied / 1e9:.0f} GB/s", "inputs": options.dtype}
     print("; ".join(f"{name} {value}" for name, value in facts.items()), HEADER, sep="\n", flush=True)
     entrants = tunings() if options.sweep else decode_contenders.contenders(device)
     asked = [x for x in entrants if not options.only or any(part in x.name for part in options.only)]
@@ -371,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     undrawn = None
     for case in options.cases:
         try:
-            found = measure(case, asked, options.dtype, device, options.seconds, copied, prepared)
+            found = measure(case, asked, dtype, device, options.seconds, copied, prepared)
         except Exception as error:  # such as a GPU's, which no contender can be named for
             found = [Row(str(case), entrant.name, "failed", report.error_line(error)) for entrant in asked]
         if options.sweep:

@@ -73,10 +73,11 @@ def card(device: torch.device, peers: dict[str, str], commit: str | None) -> dic
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or "CPU" and how many threads torch uses."""
+    """The GPU's name, or "CPU" and the number of torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads != 1)}"
 
 
 def slug(device: torch.device) -> str:

@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     capacity = free_bytes(device)
     facts = report.card(device, {}, options.commit)
     facts |= {
-        "inputs": f"{dtype}, {options.heads} head{'s' * (options.heads > 1)} of {dim}, causal",
+        "inputs": f"{options.dtype}, {options.heads} head{'s' * (options.heads > 1)} of {dim}, causal",
         "free": size(capacity),
     }
     print("; ".join(f"{name} {value}" for name, value in facts.items()), HEADER, sep="\n", flush=True)

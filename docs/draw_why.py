@@ -96,7 +96,7 @@ def tiles() -> Figure:
     axes.text(9.25, 2, "out\nand lse,\nwritten", va="center", fontsize=8)
     axes.text(9.25, 4.5, "m, z, acc\non the chip", va="center", fontsize=8)
     axes.text(6.1, 1.6, "hidden:\nno work", ha="center", va="center", fontsize=8, color="#777777")
-    axes.text(1.5, 2.0, "computed,\nused, gone", ha="center", va="center", fontsize=8)
+    axes.text(1.0, 3.0, "computed,\nused, gone", ha="center", va="center", fontsize=8)
     return figure
 
 
