@@ -8,6 +8,7 @@ a rank's inputs  <--training/step.py--  Batch [B, S]  <--batches.py--  packed se
     config                      the settings
     files, text, formats        the files of a path, their text, and the records in it
     records, chat, preferences  what a record means: text, token ids, a conversation or a pair of answers, as documents
+    messages                    the messages of a record in the form that chat templates expect
     tokenizer, pieces           text to tokens, a long text in pieces
     documents, build            tokenise once, by one process per core, and continue a build that was stopped
     cache, scratch              the tokens on disk, complete or absent

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from ringflash.data.formats import Fields, Record, RecordError
+from ringflash.data.messages import PLAIN, WEIGHT, from_json, message_of, names_of, thinking
 from ringflash.data.records import IGNORE, Document, clean
 from ringflash.data.tokenizer import text_only, uint32_array
 from ringflash.errors import ConfigError, reason
@@ -46,15 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MESSAGES, TOOLS, SYSTEM, PROMPT, COMPLETION = "messages", "tools", "system", "prompt", "completion"
-WEIGHT = "weight"  # of an assistant's message, as in OpenAI's format: 0 or 1
-PLAIN = {"role", "content", WEIGHT}  # of a message without tool calls or thinking
-ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
-    **{role: role for role in ("system", "user", "assistant", "tool")},
-    "human": "user",
-    "gpt": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",  # whose value is the JSON of the call
-}
+LOST = "lost: "  # begins the counts of what a template leaves out
 
 
 class Rendered(NamedTuple):
@@ -86,7 +79,7 @@ class Dialogues:
                 f"data.tokenizer={name} has no {lacks}, which data.chat=true needs: give the tokenizer of a chat model"
             )
         templates = tokenizer.chat_template
-        read = {*re.findall(r"\w+", templates if isinstance(templates, str) else " ".join(templates.values()))}
+        read = {*re.findall(r"\w+", _text_of(templates))}
         if unread := sorted(variables.keys() - read):
             raise ConfigError(
                 f"data.chat_template_kwargs has {unread[0]}, which the chat template of data.tokenizer={name} does not "
@@ -97,6 +90,8 @@ class Dialogues:
         self._tokenizer, self._name, self._variables = tokenizer, name, variables
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         spelled = [re.escape(token) for token in special if len(token) > 1]
+        # Templates that ask whether the content is null do so to find calls. Others spell it: "None".
+        self._reads_null = re.search(r"""\bcontent['"\]]* is (not )?none""", _text_of(templates)) is not None
         self._special = re.compile("|".join(sorted(spelled, key=len, reverse=True)) or r"(?!)")
         self.counts: Counter[str] = Counter()
         self._chat = _untruncated(tokenizer.backend_tokenizer)
@@ -150,8 +145,11 @@ class Dialogues:
             messages[i].keys() <= PLAIN and not str(messages[i]["content"]).strip() for i in trained
         )
         if self._is_marked(tools):
-            return [self._marked(where, messages, tools, first, {*answers} - {*trained})]
+            document = self._marked(where, messages, tools, first, {*answers} - {*trained})
+            self._check_rendered(where, messages, tools, trained, [document])
+            return [document]
         documents = self._by_beginnings(where, messages, tools, trained)
+        self._check_rendered(where, messages, tools, trained, documents)
         self.counts["conversations"] += 1
         self.counts["documents"] += len(documents)
         self.counts["endless"] += not self._has_end(documents[-1].text)
@@ -175,6 +173,11 @@ class Dialogues:
                 f"{counts['conversations']:,} conversations became {counts['documents']:,} documents: the chat "
                 f"template renders earlier turns differently, and each turn is trained on as the model would answer it"
             )
+        for name in sorted(name for name in counts if name.startswith(LOST)):
+            found.append(
+                f"{counts[name]:,} conversations have {name.removeprefix(LOST)} that the chat template leaves out, so "
+                f"the model does not see it"
+            )
         if counts["endless"]:
             found.append(
                 f"{counts['endless']:,} conversations end without a special token in the chat template, so nothing "
@@ -190,28 +193,16 @@ class Dialogues:
 
     def _messages(self, where: str, name: str, value: Any) -> list[dict[str, Any]]:
         """Messages in the form that templates expect."""
-        value = _from_json(value)
+        value = from_json(value)
         if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
             raise RecordError(f"{where}: {name} holds {value!r:.60}, not a list of messages with role and content")
         found = []
         for number, message in enumerate(value, 1):
             place = f"{where}: message {number} of {name}"
-            message = _from_sharegpt(place, message)
-            if not isinstance(message.get("role"), str):
-                raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
-            message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
-            if (weight := message.get(WEIGHT, 1)) not in (0, 1):
-                raise RecordError(f"{place} has {WEIGHT}={weight!r:.60}; it must be 0 (not trained on) or 1")
-            content = message.get("content")
-            if content is None and "tool_calls" not in message:
-                empty = "holds content=null, and no tool_calls" if "content" in message else "has no content"
-                raise RecordError(f"{place} {empty}; it has {', '.join(map(str, message))}")
-            parts = content if isinstance(content, list) else []
-            if kinds := [
-                part.get("type") for part in parts if not isinstance(part, dict) or part.get("type") != "text"
-            ]:
-                raise RecordError(f"{place} holds content of the type {kinds[0]}; only text is supported")
-            found.append(self._plain(place, {**message, "content": content, **_with_objects(message)}))
+            message = self._plain(place, message_of(place, message))
+            if "tool_calls" in message and not message["content"]:
+                message["content"] = None if self._reads_null else ""
+            found.append(message)
         return found
 
     def _system(self, where: str, value: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -223,10 +214,10 @@ class Dialogues:
 
     def _tools(self, where: str, value: Any) -> list[Any] | None:
         """Tools in the form that templates expect, as JSON schemas. Tables often hold them as text."""
-        value = _from_json(value)
+        value = from_json(value)
         if not value:
             return None
-        tools = [_from_json(tool) for tool in value] if isinstance(value, list) else [value]
+        tools = [from_json(tool) for tool in value] if isinstance(value, list) else [value]
         if not all(isinstance(tool, dict) for tool in tools):
             raise RecordError(f"{where}: {TOOLS} holds {value!r:.60}, not a list of JSON schemas")
         return self._plain(f"{where}: {TOOLS}", tools)
@@ -299,6 +290,26 @@ class Dialogues:
         documents.reverse()
         return [documents[0]._replace(begins=True), *documents[1:]]
 
+    def _check_rendered(
+        self, where: str, messages: list[Any], tools: list[Any] | None, trained: Sequence[int], found: list[Rendered]
+    ) -> None:
+        """Count what the template leaves out. Raises RecordError for a call that is to be trained on."""
+        learned = "\n".join(text[begin:end] for text, spans, *_ in found for begin, end in spans)
+        lost = set()
+        for message in (messages[i] for i in trained):
+            if unsaid := [name for name in names_of(message.get("tool_calls")) if name not in learned]:
+                raise RecordError(
+                    f"{where} calls {unsaid[0]}, and the chat template of data.tokenizer={self._name} renders no call "
+                    f"of it: give the tokenizer of a model that calls tools"
+                )
+            lost |= {"thinking"} if thinking(message).strip() not in learned else set()
+        text = found[-1].text
+        lost |= {"a tool"} if any(name not in text for name in names_of(tools)) else set()
+        for message in messages[: trained[-1]]:
+            if message["role"] != "assistant" and not _holds(text, str(message["content"] or "").strip()):
+                lost.add(f"a message of the role {message['role']}")
+        self.counts.update(f"{LOST}{what}" for what in lost)
+
     def _shared(self, answered: str, text: str) -> int | None:
         """Where a turn ends in the text of a later one; None if the later text renders it differently.
 
@@ -355,6 +366,15 @@ class Dialogues:
         return document
 
 
+def _text_of(templates: str | dict[str, str]) -> str:
+    return templates if isinstance(templates, str) else " ".join(templates.values())
+
+
+def _holds(text: str, said: str) -> bool:
+    """Whether a text holds another, as it is or as JSON: templates render results of tools either way."""
+    return said in text or any(json.dumps(said, ensure_ascii=x)[1:-1] in text for x in (True, False))
+
+
 def _labelled(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens, int64, and labels, int32: the tokens that hold a character of a span, or IGNORE.
 
@@ -376,55 +396,3 @@ def _untruncated(backend: Tokenizer) -> Tokenizer:
     copy.no_truncation()
     copy.no_padding()
     return copy
-
-
-def _from_sharegpt(place: str, message: dict[str, Any]) -> dict[str, Any]:
-    """A message with role and content, where it has ShareGPT's names for them."""
-    if "role" in message or not {"from", "value"} <= {*message}:
-        return message
-    speaker = message["from"]
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        raise RecordError(f"{place} is from {speaker!r:.60}, which is not one of {', '.join(ROLES)}")
-    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    if speaker == "function_call":
-        return {"role": ROLES[speaker], "content": None, "tool_calls": _calls(place, message["value"]), **rest}
-    return {"role": ROLES[speaker], "content": message["value"], **rest}
-
-
-def _calls(place: str, value: Any) -> list[dict[str, Any]]:
-    """tool_calls of the JSON of one call or of a list of them."""
-    found = _from_json(value)
-    calls = found if isinstance(found, list) else [found]
-    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= {*call} for call in calls):
-        raise RecordError(
-            f"{place} is from function_call and holds {value!r:.60}; it must be the JSON of a call with its name and "
-            f"arguments, or of a list of calls"
-        )
-    return [{"type": "function", "function": call} for call in calls]
-
-
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """tool_calls whose arguments are objects: OpenAI's format has them as text, which templates would quote again."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return {}
-    return {"tool_calls": [_with_object(call) for call in calls]}
-
-
-def _with_object(call: Any) -> Any:
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_object(call["function"])}
-    arguments = _from_json(call.get("arguments"))
-    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
-
-
-def _from_json(value: Any) -> Any:
-    """A value that a table holds as JSON text."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value

@@ -183,6 +183,41 @@ def test_function_calls_and_observations_of_sharegpt_are_read_as_tool_calls_and_
     assert parse("here", record) == parse("here", {"messages": messages, "tools": [TOOL]})
 
 
+IS_STRING = QWEN3.replace("message.content or ''", "message.content if message.content is string else ''")
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, QWEN3, IS_STRING], ids=["ChatML", "spells lists", "leaves lists out"])
+def test_content_in_parts_is_joined(template):
+    parts = [[{"type": "text", "text": half, "image": None} for half in (text[:1], text[1:])] for text in ("hi", "yes")]
+    parse = dialogues(template).parse
+    assert parse("here", {"messages": chat(*parts)}) == parse("here", {"messages": chat("hi", "yes")})
+
+
+@pytest.mark.parametrize("name", ["Qwen 3", "Qwen 3.5", "gpt-oss"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_is_trained_on_whatever_its_field_is_called(name, field):
+    [[found]] = trained(TEMPLATES[name], {"messages": chat("hi", "hello", **{field: "hmm"})})
+    assert "hmm" in found
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "{{ message.content }}{{ message.tool_calls | tojson if message.tool_calls }}",
+        "{% if message.content is none %}{{ message.tool_calls | tojson }}{% else %}{{ message.content }}{% endif %}",
+    ],
+    ids=["spells null", "asks for null"],
+)
+def test_a_call_without_content_is_rendered_as_the_template_expects_it(content, said):
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}:" + said + "<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
+    messages = [*chat("add"), {"role": "assistant", "content": content, "tool_calls": [CALL]}]
+    assert trained(template, {"messages": messages}) == [[json.dumps([CALL]) + "<|im_end|>"]]
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["messages", "prompt and completion"])
 def test_a_system_beside_the_messages_is_the_first_of_them(split):
     messages = chat("hi", "hello", "more?", "yes")
@@ -316,6 +351,23 @@ def test_empty_answers_are_reported(tmp_path, capsys):
     assert "empty" not in capsys.readouterr().out
 
 
+def test_what_the_template_leaves_out_is_reported(tmp_path, capsys):
+    template = SMOLLM2.replace("for message in messages", "for message in messages if message.role != 'tool'")
+    thinks = {"messages": chat("hi", "hello", **THINKING), "tools": [TOOL]}
+    result = {"messages": [*chat("hi", "hello"), {"role": "tool", "content": "2"}, *chat("more?", "yes")]}
+    tokenised(settings(tmp_path, write(tmp_path, "a.jsonl", [thinks, thinks, result]), template))
+    out = capsys.readouterr().out
+    for what in (
+        "2 conversations have thinking",
+        "2 conversations have a tool",
+        "1 conversations have a message of the role tool",
+    ):
+        assert f"{what} that the chat template leaves out, so the model does not see it" in out
+    rendered = [{"messages": chat('a "b"\n', "x", **THINKING), "tools": [TOOL]}]
+    tokenised(settings(tmp_path, write(tmp_path, "b.jsonl", rendered), QWEN3))
+    assert "leaves out" not in capsys.readouterr().out
+
+
 # -- what is refused
 
 
@@ -367,6 +419,14 @@ REFUSED = {
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         "message 1 of messages holds content of the type image; only text is supported",
+    ),
+    "part of no type": (
+        {"messages": [{"role": "user", "content": ["hi"]}]},
+        "message 1 of messages holds content of the type None; only text is supported",
+    ),
+    "a call that the template leaves out": (
+        {"messages": [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+        "line 2 calls add, and the chat template of data.tokenizer=",
     ),
     "no answer": (
         {"messages": chat("hi")},

@@ -1,0 +1,123 @@
+"""Messages in the form that chat templates expect, whichever form a record has them in.
+
+role and content    as in OpenAI's and TRL's records; from and value, as in ShareGPT's
+content in parts    joined: many templates read no lists, and render nothing or Python's spelling of the list
+thinking            under all THOUGHTS, since a template renders only the names that it knows
+arguments of calls  as objects: OpenAI's records have them as text, which templates would quote again
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ringflash.data.formats import RecordError
+
+WEIGHT = "weight"  # of an assistant's message, as in OpenAI's format: 0 or 1
+PLAIN = {"role", "content", WEIGHT}  # of a message without tool calls or thinking
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # read by Qwen 3's template, Gemma 4's, gpt-oss's
+ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",  # whose value is the JSON of the call
+}
+
+
+def message_of(place: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with role and content. Raises RecordError, which begins with `place`."""
+    message = _from_sharegpt(place, message)
+    if not isinstance(message.get("role"), str):
+        raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
+    message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
+    if (weight := message.get(WEIGHT, 1)) not in (0, 1):
+        raise RecordError(f"{place} has {WEIGHT}={weight!r:.60}; it must be 0 (not trained on) or 1")
+    content = message.get("content")
+    if content is None and "tool_calls" not in message:
+        empty = "holds content=null, and no tool_calls" if "content" in message else "has no content"
+        raise RecordError(f"{place} {empty}; it has {', '.join(map(str, message))}")
+    return {**message, "content": _joined(place, content), **_with_objects(message), **_with_thoughts(message)}
+
+
+def thinking(message: dict[str, Any]) -> str:
+    """The thinking of a message; "" if there is none."""
+    found = next((message[name] for name in THOUGHTS if message.get(name)), "")
+    return found if isinstance(found, str) else ""
+
+
+def names_of(called: Any) -> list[str]:
+    """The names in tools or in tool calls."""
+    functions = [x.get("function", x) for x in called or [] if isinstance(x, dict)]
+    names = [x.get("name") for x in functions if isinstance(x, dict)]
+    return [name for name in names if isinstance(name, str)]
+
+
+def from_json(value: Any) -> Any:
+    """A value that a table holds as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _joined(place: str, content: Any) -> Any:
+    """Content as text, where it is in parts."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RecordError(f"{place} holds content of the type {kind}; only text is supported")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+    thought = thinking(message)
+    return dict.fromkeys(THOUGHTS, thought) if thought else {}
+
+
+def _from_sharegpt(place: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with role and content, where it has ShareGPT's names for them."""
+    if "role" in message or not {"from", "value"} <= {*message}:
+        return message
+    speaker = message["from"]
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise RecordError(f"{place} is from {speaker!r:.60}, which is not one of {', '.join(ROLES)}")
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        return {"role": ROLES[speaker], "content": None, "tool_calls": _calls(place, message["value"]), **rest}
+    return {"role": ROLES[speaker], "content": message["value"], **rest}
+
+
+def _calls(place: str, value: Any) -> list[dict[str, Any]]:
+    """tool_calls of the JSON of one call or of a list of them."""
+    found = from_json(value)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= {*call} for call in calls):
+        raise RecordError(
+            f"{place} is from function_call and holds {value!r:.60}; it must be the JSON of a call with its name and "
+            f"arguments, or of a list of calls"
+        )
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """tool_calls whose arguments are objects."""
+    calls = from_json(message.get("tool_calls"))
+    if not isinstance(calls, list):
+        return {}
+    return {"tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    arguments = from_json(call.get("arguments"))
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
