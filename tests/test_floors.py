@@ -14,12 +14,10 @@ FLOORS = (  # files and packages of ringflash, from the lowest up; those of a ro
     ("layout",),
     ("ring", "fused", "data"),
     ("models",),
-    ("distributed", "reading"),
-    ("haystack",),
+    ("distributed",),
+    ("generate",),
+    ("evaluation",),
     ("training",),
-    ("command",),
-    ("loading",),
-    ("evaluation", "generate"),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 PARTS = {

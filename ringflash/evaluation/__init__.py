@@ -1,5 +1,6 @@
 """Evaluation of models on long contexts.
 
-needle       needle in a haystack, from the command line
+haystack     needle in a haystack: what is hidden, and what counts as found
+needle       the same, from the command line
 harness      lm-eval's tasks
 """

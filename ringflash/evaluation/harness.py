@@ -6,10 +6,10 @@ Needs the package lm-eval. Such tasks are ruler, babilong and longbench.
     lm = RingLM(model, tokenizer, ring=ProcessRing(device=device), max_length=131072)   # or without ring: one device
     results = simple_evaluate(lm, tasks=["niah_single_1"], metadata={"max_seq_lengths": [131072]})
 
-The model is the result of `ringflash.loading.load_model` for the folder of a model or an adapter. Every rank runs this
-program, with all requests in the same order, and gets the same results. The ranks share the reading of contexts; each
-computes the continuations, and the texts of loglikelihood_rolling. Consecutive requests with the same context read it
-once. Nothing is truncated: a request longer than max_length is an error.
+The model is the result of `ringflash.generate.loading.load_model` for the folder of a model or an adapter. Every rank
+runs this program, with all requests in the same order, and gets the same results. The ranks share the reading of
+contexts; each computes the continuations, and the texts of loglikelihood_rolling. Consecutive requests with the same
+context read it once. Nothing is truncated: a request longer than max_length is an error.
 """
 
 from __future__ import annotations

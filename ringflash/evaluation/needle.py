@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 -m ringflash.evaluation.needle model=FOLDER text=book.txt 'depths=[0,50,100]'
 
 A sentence with a number (the needle) is put into a text, at each depth (0: its beginning, 100: its end) of each length.
-The model is then asked for the number. `ringflash.haystack` says what counts as found. Results are a table,
+The model is then asked for the number. `ringflash.evaluation.haystack` says what counts as found. Results are a table,
 needle.json and needle.png, a heat map, in the folder `out`. FOLDER is a model's, or a LoRA adapter's.
 
 Settings are key=value:
@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringflash.command import ReadConfig, command, now, report, start
 from ringflash.errors import ConfigError
+from ringflash.evaluation.haystack import Cell, HaystackConfig, heat_map, read_text, rows_of, search
 from ringflash.files import write_atomically, write_figure
-from ringflash.haystack import Cell, HaystackConfig, heat_map, read_text, rows_of, search
-from ringflash.loading import load_encoder, load_model, make_cache
+from ringflash.generate.command import command, now, report, start
+from ringflash.generate.loading import load_encoder, load_model, make_cache
+from ringflash.generate.settings import ReadConfig
 from ringflash.models.rope import check_positions
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from ringflash.data.batches import Batch
 from ringflash.distributed.parallel import LayoutChooser
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
-from ringflash.haystack import HaystackConfig
+from ringflash.evaluation.haystack import HaystackConfig
 from ringflash.models import ModelConfig, cache_refusal
 from ringflash.models.rope import check_positions
 from ringflash.models.rope_length import length_refusal

@@ -22,8 +22,8 @@ from ringflash.data.tokenizer import tokenizer_digest
 from ringflash.distributed import launcher
 from ringflash.distributed.parallel import LayoutChooser, layout_chooser
 from ringflash.distributed.world import World, join
+from ringflash.evaluation.haystack import heat_map
 from ringflash.files import model_digest, write_atomically
-from ringflash.haystack import heat_map
 from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.models.lora import CONFIG as ADAPTER_CONFIG

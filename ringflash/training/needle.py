@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ringflash.data.tokenizer import encoder
 from ringflash.distributed.world import World, replica_ring
-from ringflash.haystack import Cell, Row, read_text, rows_of, search
+from ringflash.evaluation.haystack import Cell, Row, read_text, rows_of, search
 from ringflash.models import RingCache
 from ringflash.ring.cache_plan import CHUNK
 from ringflash.ring.transport import ProcessRing

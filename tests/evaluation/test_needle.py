@@ -9,14 +9,15 @@ import re
 import pytest
 import torch
 
-from ringflash import Loopback, haystack
+from ringflash import Loopback
 from ringflash.errors import ConfigError
+from ringflash.evaluation import haystack
+from ringflash.evaluation.haystack import Row, Task, search, task_of
 from ringflash.evaluation.needle import NeedleConfig, run
-from ringflash.haystack import Row, Task, search, task_of
-from ringflash.loading import load_encoder
+from ringflash.generate.loading import load_encoder
 from ringflash.models import RingCache
+from tests.generate.test_answers import ALONE, given  # noqa: F401, a fixture
 from tests.models.cases import tiny
-from tests.test_generate import ALONE, given  # noqa: F401, a fixture
 
 HAYSTACK = torch.randint(3, 97, (80,), generator=torch.Generator().manual_seed(1)).tolist()
 TASKS = {depth: Task([7, 8, x], [9, 10], [x, x + 1]) for depth, x in ((50, 20), (0, 30), (100, 40))}

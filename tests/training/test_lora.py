@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from ringflash.command import ReadConfig
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
-from ringflash.loading import load_encoder, load_model
+from ringflash.generate.loading import load_encoder, load_model
+from ringflash.generate.settings import ReadConfig
 from ringflash.models import ModelConfig, build_model, read_config
 from ringflash.models.lora import CONFIG, UNCALLED, WEIGHTS, LoraConfig
 from ringflash.models.quantized import BYTES, quantizable

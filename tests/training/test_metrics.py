@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ringflash.errors import ConfigError
-from ringflash.haystack import Cell, heat_map
+from ringflash.evaluation.haystack import Cell, heat_map
 from ringflash.training import metrics
 
 

@@ -10,8 +10,8 @@ from ringflash.evaluation.needle import NeedleConfig, run
 from ringflash.models import ModelConfig, read_config
 from ringflash.training.evaluation import NeedleConfig as TrainingConfig
 from ringflash.training.metrics import read
+from tests.generate.test_answers import ALONE
 from tests.models.cases import DYNAMIC, GEMMA4_EXPERTS, architecture
-from tests.test_generate import ALONE
 from tests.training.runs import fitted, settings
 
 SEARCHES = ["evaluation.needle.every=2", "evaluation.needle.lengths=[120,180]", "evaluation.needle.depths=[100,30]"]

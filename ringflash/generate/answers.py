@@ -1,20 +1,4 @@
-"""Read a long document with a language model, and answer prompts on it.
-
-    python -m ringflash.generate model=FOLDER document=book.txt prompt="Who is the murderer?"
-    torchrun --nproc-per-node 4 -m ringflash.generate model=FOLDER document=book.txt prompt="..."   # over 4 GPUs
-    python -m ringflash.generate model=FOLDER document=book.txt prompt="First?" prompt="Second?"    # read once
-    cat book.txt | python -m ringflash.generate model=FOLDER document=- prompt="Who?"
-    python -m ringflash.generate model=FOLDER document=book.txt prompt=-                            # a prompt per line
-
-FOLDER is a model's, or a LoRA adapter's, which is merged into its model.
-
-The model continues the document's tokens followed by the prompt's, with nothing in between. With chat=true, both are
-wrapped in a turn of the tokenizer's chat template. Tokens are printed on standard output as they are generated, times
-and memory on standard error. Several ranks share the reading of the document, and each keeps its part of the KV cache
-(`ringflash.models.RingCache`).
-
-Settings are key=value:
-"""
+"""Answers: read a document once, and continue it with the answer to each prompt, over one rank or several."""
 
 from __future__ import annotations
 
@@ -24,16 +8,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ringflash.command import ReadConfig, command, now, report, start
-from ringflash.errors import ConfigError, reason
-from ringflash.loading import load_encoder, load_model, make_cache
-from ringflash.reading import STDIN, ids_of, text_of
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash.errors import ConfigError
+from ringflash.generate.command import now, report
+from ringflash.generate.loading import load_encoder, load_model, make_cache
+from ringflash.generate.reading import STDIN, ids_of, text_of
+from ringflash.generate.settings import ReadConfig
+from ringflash.generate.turn import Turn, chat_turn
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, TextStreamer
 
-    from ringflash.data.tokenizer import Encoder
     from ringflash.distributed.world import World
     from ringflash.models import RingCache
 
@@ -93,13 +81,13 @@ class GenerateConfig(ReadConfig):
 
 def run(config: GenerateConfig, world: World) -> None:
     """Read the document and answer the prompts. Raises ConfigError, on every rank, for what cannot work."""
-    import torch
-
     file = config.document
     text = "" if file is None else world.from_rank_0(lambda: text_of("document", file))
     model = load_model(config, world.device)
     encoder, tokenizer = load_encoder(config, model)
-    turn = _turn(config, encoder, tokenizer)
+    turn = Turn(encoder, encoder.begin, [])
+    if config.chat:
+        turn = chat_turn(encoder, tokenizer, config.tokenizer or config.model, config.system)
     document = [*turn.before, *ids_of(encoder, text)]
     between = "\n\n" if config.chat and text else ""
     prompts = [] if config.prompt == (STDIN,) else [turn.ids(between + prompt) for prompt in config.prompt]
@@ -179,7 +167,6 @@ def _answer(
     config: GenerateConfig, model: PreTrainedModel, tokenizer: Any, cache: RingCache, ids: Tensor, world: World
 ) -> None:
     """Print what the model continues `ids` [1, N] with, token by token, and then its speed."""
-    import torch
     from transformers import GenerationConfig, LogitsProcessorList
 
     torch.manual_seed(config.seed)
@@ -226,14 +213,12 @@ class _LogitsOfRank0:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [B, vocabulary] of rank 0."""
         if self.size > 1:
-            import torch.distributed as dist
-
             scores = scores.contiguous()
             dist.broadcast(scores, src=0)
         return scores
 
 
-def _lines(turn: _Turn, between: str, world: World) -> Iterator[list[int]]:
+def _lines(turn: Turn, between: str, world: World) -> Iterator[list[int]]:
     """Tokens of each line of standard input, which rank 0 reads."""
     while True:
         with world.without_timeout("waiting for a prompt on standard input"):
@@ -242,50 +227,3 @@ def _lines(turn: _Turn, between: str, world: World) -> Iterator[list[int]]:
             return
         if line.strip():
             yield turn.ids(between + line.rstrip("\n"))
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """Tokens before the document and behind each prompt: a chat template's, or what begins a text and nothing."""
-
-    encoder: Encoder
-    before: list[int]
-    after: list[int]
-
-    def ids(self, prompt: str) -> list[int]:
-        """A prompt's tokens, and what follows it."""
-        return [*ids_of(self.encoder, prompt), *self.after]
-
-
-def _turn(config: GenerateConfig, encoder: Encoder, tokenizer: Any) -> _Turn:
-    """Raises ConfigError for chat=true with a tokenizer whose template does not show a message as it is."""
-    if not config.chat:
-        return _Turn(encoder, encoder.begin, [])
-    name, mark = config.tokenizer or config.model, "ringflash-message"
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(f"chat=true needs a chat template, and tokenizer={name} has none: leave chat out")
-    message = [{"role": "user", "content": mark}]
-    if config.system is not None:
-        message.insert(0, {"role": "system", "content": config.system})
-    rendered = _rendered(tokenizer, name, message)
-    if rendered.count(mark) != 1:
-        raise ConfigError(f"chat=true: the chat template of tokenizer={name} does not show a message once, as it is")
-    before, after = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in rendered.split(mark))
-    return _Turn(encoder, before, after)
-
-
-def _rendered(tokenizer: Any, name: str, messages: list[dict[str, str]]) -> str:
-    """Messages and the generation prompt in the chat template. Raises ConfigError if the template fails."""
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # jinja2's, and whatever the template's expressions raise
-        raise ConfigError(f"chat=true: the chat template of tokenizer={name} fails: {reason(error)}") from error
-
-
-def main(arguments: list[str]) -> None:
-    """Parse the settings, read the document, answer the prompts."""
-    command(GenerateConfig, __doc__ or "", run, arguments)
-
-
-if __name__ == "__main__":
-    start(main)

@@ -9,13 +9,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from ringflash.command import ReadConfig
-from ringflash.loading import load_model
+from ringflash.generate.loading import load_model
+from ringflash.generate.settings import ReadConfig
 from tests import forked
 from tests.models.cases import tiny
 
 COMMAND = """
-from ringflash.command import ReadConfig, command, start
+from ringflash.generate.command import command, start
+from ringflash.generate.settings import ReadConfig
 
 def run(config, world):
     if world.rank == 1:
@@ -46,4 +47,5 @@ def fused_modules(folder: str) -> int:
 def test_a_command_loads_a_model_with_fused_layers_where_training_has_them(interpreting, tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     assert fused_modules(str(tmp_path)) == 0  # a CPU
-    assert interpreting("tests.test_command", "fused_modules", str(tmp_path)) == 5 + 2 + 2 + 2  # norms, two per layer
+    fused = interpreting("tests.generate.test_command", "fused_modules", str(tmp_path))
+    assert fused == 5 + 2 + 2 + 2  # norms, two per layer

@@ -7,7 +7,7 @@
 The model has found the needle if greedy decoding gives the answer, that is, if each token of the answer is the
 likeliest one. The loss is the mean over the answer's tokens. Each cell has another number, drawn from the seed.
 
-`evaluation.needle` searches from the command line, and `training.needle` during a run.
+`needle` searches from the command line, and `training.needle` during a run.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ringflash.data import python_stdlib
 from ringflash.errors import ConfigError, shown
+from ringflash.generate.reading import ids_of, text_of
 from ringflash.models import RingCache, prefill
-from ringflash.reading import ids_of, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

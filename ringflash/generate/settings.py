@@ -1,29 +1,18 @@
-"""What commands that read long text share: their settings, and running on ranks. `loading` has their models."""
+"""Settings of a command that reads long text: the model, and how it reads. Each is key=value."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-import os
 import re
-import signal
-import sys
 import textwrap
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self
 
-from ringflash.distributed import failure
 from ringflash.docstrings import field_docstrings
 from ringflash.errors import ConfigError, shown
 from ringflash.ring.cache_plan import CHUNK
-
-if TYPE_CHECKING:
-    import torch
-
-    from ringflash.distributed.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +100,6 @@ class ReadConfig:
         return "\n".join(lines)
 
 
-Config = TypeVar("Config", bound=ReadConfig)
-
-
 def _typed(name: str, value: str, kind: str) -> Any:
     """A setting's value of its type. Raises ConfigError naming what it must be."""
     kind = kind.removesuffix(" | None")
@@ -137,43 +123,3 @@ def _whole_numbers(value: str) -> tuple[int, ...]:
     if not (isinstance(found, list) and found and all(type(x) is int for x in found)):
         raise ValueError(value)
     return tuple(found)
-
-
-def command(kind: type[Config], about: str, run: Callable[[Config, World], object], arguments: list[str]) -> None:
-    """Parse a command's settings, connect the ranks, and run it. about: text of --help above the settings."""
-    if {"--help", "-h"} & {*arguments}:
-        print(f"{about}\n{kind.settings_help()}")
-        return
-    config = kind.parse([x for x in arguments if not x.startswith("--local_rank=")])
-    import torch.distributed as dist
-
-    from ringflash.distributed.parallel import ParallelConfig
-    from ringflash.distributed.world import join
-
-    world = join(ParallelConfig(layout="zigzag"))
-    run(config, world)  # after an error the group stays: by its store, the rank that failed first reports
-    world.watchdog.close()
-    dist.destroy_process_group()
-
-
-def start(main: Callable[[list[str]], None]) -> None:
-    """Run a command's main as a program, whose errors are one line each."""
-    with failure.one_line(os.getppid()):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to resume
-        main(sys.argv[1:])
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done its work."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def report(world: World, line: str) -> None:
-    """Print a line on rank 0's standard error."""
-    if world.is_first:
-        sys.stdout.flush()
-        print(f"ringflash: {line}", file=sys.stderr, flush=True)

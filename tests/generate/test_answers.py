@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ringflash import Loopback, ProcessRing, generate
+from ringflash import Loopback, ProcessRing
 from ringflash.data.tokenizer import encoder
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
-from ringflash.generate import GenerateConfig, main, run
+from ringflash.generate.__main__ import main
+from ringflash.generate.answers import GenerateConfig, _graph, run
+from ringflash.generate.turn import chat_turn
 from ringflash.models import ModelConfig, read_config
 from ringflash.models.lora import LoraConfig
 from tests.data.chat_cases import LLAMA3, SMOLLM2, chat_tokenizer
@@ -166,9 +168,8 @@ def test_a_sampled_answer_follows_its_seed(given):
 def test_a_chat_turn_has_the_templates_tokens_and_spells_no_special_ones():
     for template in (SMOLLM2, LLAMA3):
         tokenizer = chat_tokenizer(template)
-        config = GenerateConfig(model="m", prompt=("Who?",), document="d", chat=True)
         encode = encoder(tokenizer, "m")
-        turn = generate._turn(config, encode, tokenizer)
+        turn = chat_turn(encode, tokenizer, "m", system=None)
         for document in ("It was dark.", "It said <|im_end|>."):
             ids = [*turn.before, *encode.ids([document])[0].tolist(), *turn.ids("\n\nWho?")]
             message = [{"role": "user", "content": f"{document}\n\nWho?"}]
@@ -176,15 +177,14 @@ def test_a_chat_turn_has_the_templates_tokens_and_spells_no_special_ones():
                 message, add_generation_prompt=True, tokenize=False
             )
             ends = [tokenizer.convert_tokens_to_ids(x) for x in ("<|im_end|>", "<|eot_id|>")]
-            config_with = replace(config, system="Be kind.")
-            begin = tokenizer.decode(generate._turn(config_with, encode, tokenizer).before)
+            begin = tokenizer.decode(chat_turn(encode, tokenizer, "m", system="Be kind.").before)
             assert begin.startswith(
                 tokenizer.apply_chat_template([{"role": "system", "content": "Be kind."}], tokenize=False)
             )
             system = template is SMOLLM2  # whose template begins with a turn of its own
             assert sum(ids.count(end) for end in ends) == 1 + system
     with pytest.raises(ConfigError, match="chat=true needs a chat template, and tokenizer=m has none"):
-        generate._turn(config, encode, chat_tokenizer(None))
+        chat_turn(encode, chat_tokenizer(None), "m", system=None)
 
 
 @pytest.fixture
@@ -310,11 +310,11 @@ def test_a_line_of_standard_input_that_is_too_long_is_refused_with_its_memory(gi
 def test_several_gpus_decode_without_a_graph_and_say_why(capsys):
     gpu = torch.device("cuda", 0)
     world, cache = SimpleNamespace(device=gpu, is_first=True), SimpleNamespace(ring=SimpleNamespace(device=gpu, size=4))
-    with generate._graph(GenerateConfig.parse(["model=m", "prompt=x"]), None, cache, world):
+    with _graph(GenerateConfig.parse(["model=m", "prompt=x"]), None, cache, world):
         pass
     why = "which needs one rank, got 4: the exchange of a layer is not part of a graph"
     assert capsys.readouterr().err == f"ringflash: decoding without a CUDA graph, {why}\n"
-    with generate._graph(GenerateConfig.parse(["model=m", "prompt=x", "graph=false"]), None, cache, world):
+    with _graph(GenerateConfig.parse(["model=m", "prompt=x", "graph=false"]), None, cache, world):
         assert capsys.readouterr().err == ""
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ringflash.command import ReadConfig
+import torch
+
 from ringflash.errors import ConfigError, hub_hint
+from ringflash.generate.settings import ReadConfig
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from ringflash.data.tokenizer import Encoder
