@@ -43,7 +43,7 @@ def main() -> None:
             raise ConfigError(f"{unknown[0]} is not an option: settings are key=value, see --help")
         import torch
 
-        from ringflash.training.config import compose
+        from ringflash.training.compose import compose
 
         if {"--help", "-h"} & {*options}:
             from ringflash.training.help import settings_help

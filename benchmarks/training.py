@@ -53,7 +53,8 @@ from ringflash.errors import ConfigError, in_one_line
 from ringflash.layout import Layout
 from ringflash.models import build_model, layer_masks
 from ringflash.ring.cost import Machine, peak_flops, predict
-from ringflash.training.config import Config, compose
+from ringflash.training.compose import compose
+from ringflash.training.config import Config
 from ringflash.training.engine import build_engine
 from ringflash.training.flops import attention_flops, matmul_parameters, state_flops, step_flops
 from ringflash.training.meter import memory_gib

@@ -22,5 +22,5 @@ MODULES = [
 
 for module in MODULES:
     importlib.import_module(module)
-importlib.import_module("ringflash.training.config").compose([])  # Hydra looks for its plugins once
+importlib.import_module("ringflash.training.compose").compose([])  # Hydra looks for its plugins once
 gc.freeze()

@@ -15,7 +15,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ringflash.docstrings import field_docstrings
 from ringflash.errors import shown
-from ringflash.training.config import CONFIGS, Config, compose
+from ringflash.training.compose import CONFIGS, compose
+from ringflash.training.config import Config
 from ringflash.training.overrides import LISTS
 
 WIDTH = 120

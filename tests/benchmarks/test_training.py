@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import training, training_peers
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from tests import forked
 from tests.training.engines import joined
 

@@ -8,7 +8,7 @@ import torch
 from ringflash import Loopback
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig, build_model, check_length, read_config, ring_inputs
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from tests.models.cases import PHIMOE_ROPE, tiny, with_weights
 
 TOKENS = torch.randint(1, 97, (1, 48), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash.training import loop
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from tests.models.cases import TINY
 
 SHORT = [

@@ -18,7 +18,8 @@ from ringflash.data import DataConfig, load_tokenizer
 from ringflash.data.documents import find_files
 from ringflash.errors import ConfigError, shown
 from ringflash.models import ModelConfig, build_model, read_config
-from ringflash.training.config import Config, built, compose
+from ringflash.training.compose import built, compose
+from ringflash.training.config import Config
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.preflight import check_ranks
 from tests import forked

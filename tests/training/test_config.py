@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from ringflash.errors import ConfigError
 from ringflash.models import ModelConfig
-from ringflash.training.config import CONFIGS, Config, _schema, compose
+from ringflash.training.compose import CONFIGS, _schema, compose
+from ringflash.training.config import Config
 from ringflash.training.help import settings_help
 from ringflash.training.overrides import RENAMED
 from ringflash.training.preflight import check_ranks

@@ -11,7 +11,7 @@ from ringflash.errors import ConfigError, DivergedError
 from ringflash.layout import Layout
 from ringflash.training import loss_plot, metrics
 from ringflash.training.checkpoints import checkpoint
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.divergence import LIMIT, Divergence
 from ringflash.training.engine import build_engine
 from ringflash.training.export import export

@@ -6,7 +6,7 @@ import pytest
 
 from ringflash.models import ModelConfig, read_config
 from ringflash.training import preflight
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.estimate import estimate, per_parameter
 from ringflash.training.memory import MemoryConfig
 from tests.models.cases import architecture

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ringflash.errors import ConfigError, DiskError
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.export import rehearse
 from tests.models.cases import TINY
 from tests.training.runs import fitted, settings

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ringflash.data import batch, load_corpus
 from ringflash.models import build_model
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.metrics import read
 from tests.data.chat_cases import MARKED, chat, chat_tokenizer
 from tests.training.runs import SMALL, fitted

@@ -19,7 +19,7 @@ from ringflash.generate.settings import ReadConfig
 from ringflash.models import ModelConfig, build_model, read_config
 from ringflash.models.lora import CONFIG, UNCALLED, WEIGHTS, LoraConfig
 from ringflash.models.quantized import BYTES, quantizable
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.flops import matmul_parameters
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs

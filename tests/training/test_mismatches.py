@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.mismatches import mismatches
 from ringflash.training.preflight import check_inputs
 from tests.data.cases import write_texts, write_tokenizer

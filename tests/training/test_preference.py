@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
 from ringflash.models.lora import WEIGHTS
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.metrics import read
 from tests.data.chat_cases import SMOLLM2, chat_tokenizer
 from tests.training.runs import fitted, settings, tiny_qwen3

@@ -18,7 +18,7 @@ from ringflash.errors import ConfigError
 from ringflash.kernels import portable_parts
 from ringflash.training import metrics
 from ringflash.training.checkpoints import checkpoint
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs, unchecked
 from tests import forked

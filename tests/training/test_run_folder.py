@@ -11,7 +11,8 @@ import pytest
 from ringflash import files
 from ringflash.errors import ConfigError, DiskError
 from ringflash.training import run_folder
-from ringflash.training.config import Config, compose
+from ringflash.training.compose import compose
+from ringflash.training.config import Config
 from ringflash.training.metrics import LoggerConfig, Metrics, read
 
 

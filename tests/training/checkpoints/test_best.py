@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ringflash.errors import ConfigError
 from ringflash.training.checkpoints import checkpoint
 from ringflash.training.checkpoints.checkpoint import Best, find_best
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.evaluation import Evaluation, HeldOut
 from ringflash.training.metrics import read
 from tests.training.checkpoints.test_checkpoint import ALONE, changed, written

@@ -17,7 +17,7 @@ from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import ARCHITECTURES, build_model
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.engine import build_engine
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import read
