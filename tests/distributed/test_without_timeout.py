@@ -15,9 +15,9 @@ from ringflash.distributed.without_timeout import NO_LIMIT, OtherRankError
 from ringflash.errors import ConfigError
 from ringflash.ring import watchdog
 from ringflash.ring.watchdog import Watchdog
-from ringflash.training import loop
+from ringflash.training import run
 from ringflash.training.checkpoints import checkpoint
-from ringflash.training.config import compose
+from ringflash.training.compose import compose
 from ringflash.training.export import export
 from tests.training.engines import engine_on, joined
 
@@ -32,7 +32,7 @@ def timeouts():
 
 def tokenised_by_a_slow_rank(settings):
     """The documents that each rank has, what it reported meanwhile, and the groups' timeouts after that."""
-    world, reported, load = joined(None), io.StringIO(), loop.load_corpora
+    world, reported, load = joined(None), io.StringIO(), run.load_corpora
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
@@ -42,9 +42,9 @@ def tokenised_by_a_slow_rank(settings):
         return load(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(reported):
-        patch.setattr(loop, "load_corpora", load_slowly)
+        patch.setattr(run, "load_corpora", load_slowly)
         patch.setattr(watchdog, "REPORT", 0.5)
-        training, _ = loop._load_corpora(compose(settings)[0], world)
+        training, _ = run.read_corpora(compose(settings)[0], world)
     return len(training), reported.getvalue(), timeouts()
 
 
