@@ -22,7 +22,7 @@ from ringflash.errors import ConfigError
 from ringflash.models.attention import ring_attention_forward
 from ringflash.models.cache import RingCache
 from ringflash.models.digests import digest, globals_of
-from ringflash.models.mlp import GATED, form_of, replace_forward
+from ringflash.models.mlp import GATED, replace_forward, spec_of
 
 WHEN = ("auto", "always", "never")
 # Digests of forwards, each with the first family that has it.
@@ -175,7 +175,7 @@ def _fuse_mlps(model: nn.Module) -> bool:
     mlps = [
         module
         for module in model.modules()
-        if _code(module) == GATED and form_of(module) is not None and type(module.act_fn).__name__ in _ACTIVATIONS
+        if _code(module) == GATED and spec_of(module) is not None and type(module.act_fn).__name__ in _ACTIVATIONS
     ]
     for mlp in mlps:
         replace_forward(mlp, _ACTIVATIONS[type(mlp.act_fn).__name__], tile=None)

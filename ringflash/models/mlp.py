@@ -46,8 +46,8 @@ def _halves(act: Callable[[Tensor], Tensor], both: Tensor) -> Tensor:
     return act(gate) * up
 
 
-class Form(NamedTuple):
-    """The names of an MLP's parts, and the function between its products."""
+class MlpSpec(NamedTuple):
+    """The submodules of an MLP by name, and the function between its products."""
 
     inputs: tuple[str, ...]
     output: str
@@ -57,32 +57,32 @@ class Form(NamedTuple):
 
 # By the digest of an MLP's forward (`models.digests`), each with the first family that has it.
 GATED = "9eb101c4fe03"
-FORMS = {
-    GATED: Form(("gate_proj", "up_proj"), "down_proj", "act_fn", _gated),  # llama
-    "b0576bbd6b90": Form(("gate_up_proj",), "down_proj", "activation_fn", _halves),  # phi3
-    "dea4da216889": Form(("input_linear",), "output_linear", "activation", _halves),  # granitemoeshared
-    "12ba6a0ab285": Form(("up_proj",), "down_proj", "act_fn", _plain),  # arcee
-    "da4afea26ee0": Form(("dense_h_to_4h",), "dense_4h_to_h", "act", _plain),  # gpt_neox
-    "dfc5043de657": Form(("fc1",), "fc2", "activation_fn", _plain),  # phi
+SPECS = {
+    GATED: MlpSpec(("gate_proj", "up_proj"), "down_proj", "act_fn", _gated),  # llama
+    "b0576bbd6b90": MlpSpec(("gate_up_proj",), "down_proj", "activation_fn", _halves),  # phi3
+    "dea4da216889": MlpSpec(("input_linear",), "output_linear", "activation", _halves),  # granitemoeshared
+    "12ba6a0ab285": MlpSpec(("up_proj",), "down_proj", "act_fn", _plain),  # arcee
+    "da4afea26ee0": MlpSpec(("dense_h_to_4h",), "dense_4h_to_h", "act", _plain),  # gpt_neox
+    "dfc5043de657": MlpSpec(("fc1",), "fc2", "activation_fn", _plain),  # phi
 }
 
 
-def form_of(module: nn.Module) -> Form | None:
-    """The form of an MLP that is known; None for other modules, and where its parts are no linear layers.
+def spec_of(module: nn.Module) -> MlpSpec | None:
+    """The spec of a known MLP; None for other modules, and for an MLP whose products are no linear layers.
 
     These may have adapters of LoRA, but without dropout.
     """
     kind: Any = type(module)
-    form = FORMS.get(digest(kind.forward)) if kind.__module__.startswith("transformers.models.") else None
-    if form is None or _products(module, form) is None:
+    spec = SPECS.get(digest(kind.forward)) if kind.__module__.startswith("transformers.models.") else None
+    if spec is None or _products(module, spec) is None:
         return None
-    act = getattr(module, form.act)
-    return None if isinstance(act, nn.Module) and any(True for _ in act.parameters()) else form
+    act = getattr(module, spec.act)
+    return None if isinstance(act, nn.Module) and any(True for _ in act.parameters()) else spec
 
 
-def _products(module: nn.Module, form: Form) -> list[Parts] | None:
+def _products(module: nn.Module, spec: MlpSpec) -> list[Parts] | None:
     """The parts of W_1, ..., D; None if one of them has none."""
-    found = [parts_of(getattr(module, name)) for name in (*form.inputs, form.output)]
+    found = [parts_of(getattr(module, name)) for name in (*spec.inputs, spec.output)]
     return None if None in found else found  # type: ignore[return-value]  # none is None
 
 
@@ -96,29 +96,29 @@ def tile_for(width: int) -> int:
 
 
 def tiles_of(model: nn.Module, tile: int | None = None) -> set[int]:
-    """The tile sizes, in tokens, of a model's MLPs of known form. tile: the same for all; None: by their widths."""
-    known = ((module, form) for module in model.modules() if (form := form_of(module)) is not None)
-    return {tile or tile_for(_width(module, form)) for module, form in known}
+    """The tile sizes, in tokens, of a model's known MLPs. tile: the same for all; None: by their widths."""
+    known = ((module, spec) for module in model.modules() if (spec := spec_of(module)) is not None)
+    return {tile or tile_for(_width(module, spec)) for module, spec in known}
 
 
 def tile_mlps(model: nn.Module, tile: int | None = None) -> None:
-    """Make a model's MLPs of known form keep only their input. tile: tokens at once; None: by their widths.
+    """Make a model's known MLPs keep only their input. tile: tokens at once; None: by their widths.
 
     The others, such as experts, stay as they are.
     """
     for module in model.modules():
-        if (form := form_of(module)) is not None:
-            replace_forward(module, getattr(module, "fused_activation", None), tile or tile_for(_width(module, form)))
+        if (spec := spec_of(module)) is not None:
+            replace_forward(module, getattr(module, "fused_activation", None), tile or tile_for(_width(module, spec)))
 
 
 def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
-    """Compute an MLP of known form with this file. kernel: see `_Mlp`. tile: tokens at once; None: keep h."""
-    form = form_of(module)
-    assert form is not None
+    """Compute a known MLP with this file. kernel: see `_Mlp`. tile: tokens at once; None: keep h."""
+    spec = spec_of(module)
+    assert spec is not None
     module.fused_activation = kernel
-    scales = tuple(parts.scale for parts in _products(module, form) or ())
-    mlp = _Mlp(form.combine, getattr(module, form.act), scales, kernel, tile)
-    module.forward = partial(_forward, module, form, mlp)
+    scales = tuple(parts.scale for parts in _products(module, spec) or ())
+    mlp = _Mlp(spec.combine, getattr(module, spec.act), scales, kernel, tile)
+    module.forward = partial(_forward, module, spec, mlp)
 
 
 def replaced_mlps(model: nn.Module) -> list[nn.Module]:
@@ -134,13 +134,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _width(module: nn.Module, form: Form) -> int:
-    return getattr(module, form.inputs[0]).out_features
+def _width(module: nn.Module, spec: MlpSpec) -> int:
+    return getattr(module, spec.inputs[0]).out_features
 
 
-def _forward(module: nn.Module, form: Form, mlp: _Mlp, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, spec: MlpSpec, mlp: _Mlp, x: Tensor) -> Tensor:
     """y [..., H] of x [..., H]."""
-    products = _products(module, form)
+    products = _products(module, spec)
     if products is None or any(x.a is not None and x.scale != y for x, y in zip(products, mlp.scales, strict=True)):
         raise RuntimeError("an MLP that is computed as one function had its adapters merged or changed")
     weights: list[Any] = [x for parts in products for x in parts[:TENSORS]]

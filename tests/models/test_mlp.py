@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ringflash.models import FusedConfig, fuse_layers, mlp, replaced_mlps, tile_mlps, tiles_of
 from ringflash.models.lora import LoraConfig, add_lora
-from ringflash.models.mlp import FORMS, form_of
+from ringflash.models.mlp import SPECS, spec_of
 from tests.models.cases import TINY, tiny
 
-# One family of each form, and one whose linear layers have biases.
+# One family of each spec, and one whose linear layers have biases.
 FAMILIES = {"llama": {}, "phi3": {}, "granitemoeshared": {}, "arcee": {"mlp_bias": True}, "gpt_neox": {}, "phi": {}}
 TOKENS, WIDTH = 300, TINY["intermediate_size"]
 RECOMPUTED = {"use_reentrant": False}
@@ -41,7 +41,7 @@ def results(model_type, dtype, tile=None, kernel=False, recompute=False, watched
         add_lora(model, lora)
     if kernel:
         fuse_layers(model, FusedConfig(), torch.device("cpu"))
-    module = next(m for m in model.modules() if form_of(m) is not None)
+    module = next(m for m in model.modules() if spec_of(m) is not None)
     generator = torch.Generator().manual_seed(1)
 
     def drawn(shape):  # the same in every dtype
@@ -81,7 +81,7 @@ def test_any_tile_gives_the_output_and_gradients_of_the_whole(model_type, tile):
 
 @pytest.mark.parametrize("tile", [None, 128])
 def test_no_tokens_give_gradients_of_0(tile):
-    module = next(m for m in tiny("phi").modules() if form_of(m) is not None)
+    module = next(m for m in tiny("phi").modules() if spec_of(m) is not None)
     mlp.replace_forward(module, None, tile)
     x = torch.zeros(1, 0, TINY["hidden_size"], requires_grad=True)
     module(x).sum().backward()
@@ -148,6 +148,6 @@ def test_experts_and_mlps_with_more_in_them_are_left_alone():
 
 
 def test_a_tile_by_width_has_so_many_activations():
-    assert {form_of(m).inputs for m in tiny("llama").modules() if form_of(m)} == {FORMS[mlp.GATED].inputs}
+    assert {spec_of(m).inputs for m in tiny("llama").modules() if spec_of(m)} == {SPECS[mlp.GATED].inputs}
     assert tiles_of(tiny("llama")) == {mlp.ELEMENTS // WIDTH}
     assert tiles_of(tiny("phi3")) == {mlp.ELEMENTS // (2 * WIDTH)}
