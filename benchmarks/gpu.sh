@@ -63,7 +63,7 @@ between)
     timeout 480 python3 -m pytest -m gpu -p no:cacheprovider --tb=short tests/ring/test_gpus.py tests/training/test_gpus.py
     ;;
 *)
-    sed -n '2,11p' "$0"
+    sed -n '2,11s/^# \?//p' "$0"
     exit 2
     ;;
 esac
