@@ -129,7 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()), help="(here: %(default)s)")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each half of a run (%(default)g)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "failures.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "failures.json", help="JSON file (%(default)s)")
     args = parser.parse_args()
     if args.ranks < 2:
         parser.error(f"--ranks {args.ranks}: one rank has no neighbour to fail, take 2 or more")

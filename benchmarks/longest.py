@@ -165,10 +165,10 @@ def failures(found: dict[str, Any]) -> list[str]:
 def main() -> int:
     """Measure, print, write. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1048576, help="of the step")
-    parser.add_argument("--first", type=int, default=131072, help="tokens whose loss is compared")
-    parser.add_argument("--warm", type=int, default=32768, help="tokens of each step before it")
-    parser.add_argument("--out", type=Path, default=RESULTS / "longest.json")
+    parser.add_argument("--tokens", type=int, default=1048576, help="of the step (%(default)s)")
+    parser.add_argument("--first", type=int, default=131072, help="tokens whose loss is compared (%(default)s)")
+    parser.add_argument("--warm", type=int, default=32768, help="tokens of each step before it (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "longest.json", help="JSON file (%(default)s)")
     args, rest = parser.parse_known_args()
     if not 0 < args.first <= args.tokens or not 0 < args.warm <= args.tokens:
         parser.error(f"--first {args.first} and --warm {args.warm} must be 1 to --tokens {args.tokens}")

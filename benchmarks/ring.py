@@ -260,13 +260,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one small case; on the CPU, tiny ones")
     parser.add_argument("--kernel", default="auto", choices=("auto", *kernels.FASTEST_FIRST), help="(%(default)s)")
     parser.add_argument("--length", help="tokens, such as 131072 or 128k")
-    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--ranks", type=int, help="of the ring")
     parser.add_argument("--heads", help="query and KV heads, such as 32/8")
     parser.add_argument("--dim", type=int, help="of a head")
     parser.add_argument(
         "--mask", nargs="+", metavar=("MASK", "SIZE"), help="causal, full, window SIZE, packed DOCUMENTS"
     )
-    parser.add_argument("--layout", choices=LAYOUT_NAMES)
+    parser.add_argument("--layout", choices=LAYOUT_NAMES, help="which rank holds which tokens")
     parser.add_argument("--tflops", help="the kernel's speed, FORWARD/BACKWARD or one number for both")
     parser.add_argument("--gbps", type=float, default=400.0, help="GB/s of each rank's link, each way (%(default)g)")
     options = parse(parser, arguments)

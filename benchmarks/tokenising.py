@@ -133,8 +133,8 @@ def _memory() -> float:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bytes", type=float, default=1e9, help="of the corpus")
-    parser.add_argument("--out", type=Path, default=RESULTS / "tokenising.json")
+    parser.add_argument("--bytes", type=float, default=1e9, help="of the corpus (%(default)g)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tokenising.json", help="JSON file (%(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -61,6 +61,7 @@ from ringflash.training.meter import memory_gib
 from ringflash.training.step import MicroBatch, prepare, train_step
 
 EXPERIMENT = ("experiment=qwen3-0.5b-128k", "data=stdlib", "parallel.ulysses=1")
+MASKS = ("causal", "packed")
 LEFT = 2**28  # bytes that earlier variants may leave: cuBLAS's workspace, 32 MiB, stays
 CPU_TOKENS = 16384  # a longer sequence, of the models underneath, takes hours without a GPU
 HEADER = (
@@ -298,13 +299,13 @@ def composed(parser: argparse.ArgumentParser, settings: Sequence[str], tokens: i
 def main() -> int:
     """Measure every variant that has no row yet, and print the table. Returns the exit code: 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=131072, help="tokens of a sequence")
-    parser.add_argument("--masks", nargs="+", default=["causal", "packed"], choices=["causal", "packed"])
-    parser.add_argument("--batches", type=int, default=2, help="timed steps, each on a batch of its own")
-    parser.add_argument("--warm", type=int, default=8192, help="tokens of the first step, which is not timed")
-    parser.add_argument("--vocabulary", type=int, default=151936, help="of the model")
-    parser.add_argument("--variant", action="append", help="NAME:SETTINGS, or a peer")
-    parser.add_argument("--out", type=Path, default=RESULTS / "training.json")
+    parser.add_argument("--tokens", type=int, default=131072, help="tokens of a sequence (%(default)s)")
+    parser.add_argument("--masks", nargs="+", default=MASKS, choices=MASKS, help="of the sequences (both)")
+    parser.add_argument("--batches", type=int, default=2, help="timed steps, each on a batch of its own (%(default)s)")
+    parser.add_argument("--warm", type=int, default=8192, help="tokens of the first step, not timed (%(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=151936, help="of the model (%(default)s)")
+    parser.add_argument("--variant", action="append", help="NAME:SETTINGS or a peer; several times for several")
+    parser.add_argument("--out", type=Path, default=RESULTS / "training.json", help="JSON file (%(default)s)")
     args, rest = parser.parse_known_args()
     args.settings = [f"model.architecture.vocab_size={args.vocabulary}", *rest]
     args.warm = min(args.warm, args.tokens)
@@ -327,7 +328,7 @@ def main() -> int:
     for variant in args.variant or ["ringflash:"]:
         name, _, settings = variant.partition(":")
         done = [row["mask"] for row in contents["rows"] if (row["variant"], row["tokens"]) == (name, args.tokens)]
-        possible = ["causal"] if name in training_peers.PEERS else ["causal", "packed"]
+        possible = ("causal",) if name in training_peers.PEERS else MASKS
         masks = [mask for mask in args.masks if mask in possible and mask not in done]
         if not masks:
             continue
