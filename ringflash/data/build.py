@@ -110,7 +110,7 @@ def build(folder: Path, job: Job) -> tuple[Progress, dict[str, Any]]:
     with cache.Writer(folder, job.size, progress.written) as writer, _in_order(job) as encode:
         for (files, parts), (group, counts, errors) in encode(_groups(_parts(job, progress))):
             if errors and job.malformed == "refuse":
-                raise errors[0]
+                raise RecordError(f"{errors[0]}; data.malformed=skip leaves such records out")
             writer.add(group)
             progress.files, progress.parts = files, parts
             progress.counts.update(counts)

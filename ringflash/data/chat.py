@@ -1,9 +1,13 @@
 """Conversations to documents: the tokenizer's own chat template, with the loss on the assistant's turns only.
 
-A record holds `messages` (role and content, optionally tool_calls and the template's own fields) and optionally
-`tools` and `system`, the text of a first message, or a `prompt` and its `completion`, both text or both messages.
-ShareGPT messages (from and value) are read too. An assistant's message with weight 0 is not trained on. The spans to
-train on are found in one of two ways:
+A record holds one of these, and optionally `tools` and `system`, the text of a first message:
+
+    messages                        role and content, optionally tool_calls and the template's own fields
+    prompt and completion           both text or both messages
+    instruction, input and output   the texts of a question and its answer, as in Alpaca
+
+messages.py has their other forms. An assistant's message with weight 0 is not trained on. The spans to train on are
+found in one of two ways:
 
 1. The template marks them with {% generation %} blocks.
 2. Otherwise, they follow from renderings of the conversation's beginnings. At an assistant's turn i, the model is
@@ -37,7 +41,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from ringflash.data.formats import Fields, Record, RecordError
-from ringflash.data.messages import PLAIN, WEIGHT, from_json, message_of, names_of, thinking
+from ringflash.data.messages import (
+    HISTORY,
+    INPUT,
+    INSTRUCTION,
+    OUTPUT,
+    PLAIN,
+    WEIGHT,
+    from_json,
+    message_of,
+    messages_of_turns,
+    names_of,
+    thinking,
+)
 from ringflash.data.records import IGNORE, Document, clean
 from ringflash.data.tokenizer import text_only, uint32_array
 from ringflash.errors import ConfigError, reason
@@ -47,6 +63,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MESSAGES, TOOLS, SYSTEM, PROMPT, COMPLETION = "messages", "tools", "system", "prompt", "completion"
+CONVERSATIONS = ("messages", "conversations", "conversation")  # usual names of the field of the messages
+TURNS = (INSTRUCTION, INPUT, OUTPUT, HISTORY)
 LOST = "lost: "  # begins the counts of what a template leaves out
 
 
@@ -63,12 +81,17 @@ class Rendered(NamedTuple):
 
 
 class Dialogues:
-    """Records are conversations, or prompts with their completions."""
+    """Records are conversations, or prompts with their completions. reads: the fields beside that of the messages."""
+
+    reads: tuple[str, ...] = (TOOLS, SYSTEM, PROMPT, COMPLETION, *TURNS)
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, name: str, field: str | None, variables: dict[str, Any]
-    ) -> None:
+        self, tokenizer: PreTrainedTokenizerBase, name: str, field: str | None, variables: dict[str, Any],
+        columns: dict[str, str],
+    ) -> None:  # fmt: skip
         """name: of the tokenizer, for messages. field: that of the messages. variables: more, for the template.
+
+        columns: the names that other fields have in the records, by the names that are read.
 
         Raises ConfigError for a tokenizer without a template or a tokenizer.json, and for a variable that none of its
         templates reads.
@@ -86,7 +109,9 @@ class Dialogues:
                 f"read"
             )
         self.field = field or MESSAGES
-        self.fields = Fields((self.field, TOOLS, SYSTEM, PROMPT, COMPLETION), self._refusal)
+        self._named = columns
+        self._columns = {name: columns.get(name, name) for name in self.reads} | {self.field: self.field}
+        self.fields = Fields(tuple(self._columns.values()), self._refusal)
         self._tokenizer, self._name, self._variables = tokenizer, name, variables
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         spelled = [re.escape(token) for token in special if len(token) > 1]
@@ -98,23 +123,43 @@ class Dialogues:
         self._text = text_only(tokenizer, name)
 
     def _refusal(self, available: Sequence[str]) -> str | None:
-        if self.field in available or {PROMPT, COMPLETION} <= {*available}:
+        found = {name for name, column in self._columns.items() if column in available}
+        if (unnamed := self._lacks_column(available)) is not None:
+            return unnamed
+        if self.field in found or {PROMPT, COMPLETION} <= found or {INSTRUCTION, OUTPUT} <= found:
             return None
-        pairs, field = "data=preferences reads chosen", "data.field names the field of the messages"
+        other = next((name for name in CONVERSATIONS if name in available), None)
+        hint = (
+            "data=preferences reads chosen" if "chosen" in available
+            else f"data.field={other} reads {other}" if other
+            else f"data.field names the field of the messages, and data.columns others, as in "
+            f"data.columns={{{INSTRUCTION}: question, {OUTPUT}: answer}}"
+        )  # fmt: skip
         return (
-            f"has neither {self.field} nor {PROMPT} and {COMPLETION}; it has {', '.join(available) or 'none':.300}: "
-            f"{pairs if 'chosen' in available else field}"
+            f"has neither {self.field} nor {PROMPT} and {COMPLETION} nor {INSTRUCTION} and {OUTPUT}; it has "
+            f"{', '.join(available) or 'none':.300}: {hint}"
         )
+
+    def _lacks_column(self, available: Sequence[str]) -> str | None:
+        """None, or that a record lacks a field of data.columns, which may be misspelled there."""
+        lacking = [(name, column) for name, column in self._named.items() if column not in available]
+        if not lacking:
+            return None
+        name, column = lacking[0]
+        return f"has no {column}, which is data.columns.{name}; it has {', '.join(available) or 'none':.300}"
 
     # -- records to texts
 
     def split(self, where: str, record: Record) -> list[Record]:
-        """The record."""
-        return [record]
+        """The record, with its fields under the names that are read."""
+        return [{name: record[column] for name, column in self._columns.items() if column in record}]
 
     def parse(self, where: str, record: Record) -> list[Rendered]:
         """The texts of a record, each with the spans to learn."""
         asks = record.get(PROMPT) is not None or record.get(COMPLETION) is not None
+        turns = record.get(INSTRUCTION) is not None and record.get(OUTPUT) is not None
+        if turns and record.get(self.field) is None and record.get(COMPLETION) is None:
+            record = {**record, self.field: messages_of_turns(where, record, OUTPUT)}
         if record.get(self.field) is not None or not asks:
             messages, first = self._messages(where, self.field, record.get(self.field)), 0
         elif isinstance(record.get(PROMPT), str) and isinstance(record.get(COMPLETION), str):
@@ -230,8 +275,7 @@ class Dialogues:
             return [self._plain(where, x) for x in value]
         if isinstance(value, str) and (found := self._special.search(value)):
             raise RecordError(
-                f"{where} spells the special token {found[0]}, which the model would read as the token: remove it, or "
-                f"set data.malformed=skip"
+                f"{where} spells the special token {found[0]}, which the model would read as the token: remove it"
             )
         return clean(value, where) if isinstance(value, str) else value
 

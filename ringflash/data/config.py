@@ -15,6 +15,8 @@ MALFORMED = ("refuse", "skip")
 BY_SUFFIX = "suffix"  # of a source's format: null, which there means data.format
 PACKINGS = ("cut", "whole", "truncate", "split")
 
+COLUMNS = ("system", "tools", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output", "history")
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
@@ -31,6 +33,9 @@ class SourceConfig:
 
     field: str | None = None
     """Name of the field with the text, token ids or messages, if data.field does not apply here."""
+
+    columns: dict[str, str] | None = None
+    """Names of the other fields of conversations, if data.columns does not apply here."""
 
     chat: bool | None = None
     """Whether the records are conversations."""
@@ -85,9 +90,14 @@ class DataConfig:
     which are used as they are. If such a record also has labels, these are predicted: one id per token, in its place,
     or -100 for none."""
 
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """With data.chat=true, the names that fields have in the records, such as {instruction: question, output: answer}.
+    The names to give are system, tools, prompt, completion, chosen, rejected, instruction, input, output, history."""
+
     chat: bool = False
-    """The records are conversations (messages, optionally tools), or prompts with completions. The loss is computed on
-    the assistant's turns. data.field names the field with the messages; null: "messages"."""
+    """The records are conversations (messages, optionally tools), prompts with completions, or Alpaca's (instruction,
+    input, output). The loss is computed on the assistant's turns. data.field names the field with the messages; null:
+    "messages"."""
 
     preferences: bool = False
     """The records of data.chat=true are pairs: prompt, chosen and rejected, all texts or all messages. The loss is DPO,
@@ -160,6 +170,8 @@ class DataConfig:
             raise ConfigError(f"data.field={IDS} and data.chat=true exclude each other: tokens have no messages")
         if self.chat_template_kwargs and not self.chat:
             raise ConfigError("data.chat_template_kwargs is only read with data.chat=true")
+        if self.columns:
+            self._check_columns()
         if not self.path and not self.sources:
             raise ConfigError("data.path is not set; add data.path=... to the command line, or data.sources")
         if self.stream and self.sources:
@@ -178,6 +190,16 @@ class DataConfig:
             )
         if not self.evaluation.path and any(vars(self.evaluation).values()):
             raise ConfigError("data.evaluation has no path; add data.evaluation.path=... to the command line")
+
+    def _check_columns(self) -> None:
+        shown = "data.columns={" + ", ".join(f"{name}: {column}" for name, column in self.columns.items()) + "}"
+        if not self.chat:
+            raise ConfigError(f"{shown} is only read with data.chat=true; data.field names the field of the text")
+        if wrong := next((name for name in self.columns if name not in COLUMNS), None):
+            of_messages = "; data.field names the field of the messages" if wrong == "messages" else ""
+            raise ConfigError(f"{shown}: {wrong} must be one of {', '.join(COLUMNS)}{of_messages}")
+        if not all(isinstance(column, str) and column for column in self.columns.values()):
+            raise ConfigError(f"{shown} must give the name of a field for each")
 
     def _check_preferences(self) -> None:
         for key, valid, expected in (

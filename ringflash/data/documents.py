@@ -165,9 +165,9 @@ def _is_about_a_dataset(file: Path) -> bool:
 def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
     """What the records of `config` mean. Raises ConfigError for a tokenizer that cannot encode them."""
     if config.preferences:
-        return Preferences(tokenizer, config.tokenizer, config.chat_template_kwargs)
+        return Preferences(tokenizer, config.tokenizer, config.chat_template_kwargs, config.columns)
     if config.chat:
-        return Dialogues(tokenizer, config.tokenizer, config.field, config.chat_template_kwargs)
+        return Dialogues(tokenizer, config.tokenizer, config.field, config.chat_template_kwargs, config.columns)
     if config.field == IDS:
         return TokenIds(tokenizer_size(tokenizer))
     return Texts(config.field or FIELD, encoder(tokenizer, config.tokenizer))
@@ -207,7 +207,7 @@ def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTraine
         stats.append((str(file.resolve()), form, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     made_of = [
         *(cache.FORMAT, stats, config.format is None, config.malformed, config.field or FIELD),
-        *(tokenizer_digest(tokenizer, config.chat), config.chat_template_kwargs),
+        *(tokenizer_digest(tokenizer, config.chat), config.chat_template_kwargs, config.columns),
         *["preferences"] * config.preferences,
     ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

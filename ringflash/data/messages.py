@@ -16,6 +16,7 @@ from ringflash.data.formats import RecordError
 WEIGHT = "weight"  # of an assistant's message, as in OpenAI's format: 0 or 1
 PLAIN = {"role", "content", WEIGHT}  # of a message without tool calls or thinking
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # read by Qwen 3's template, Gemma 4's, gpt-oss's
+INSTRUCTION, INPUT, OUTPUT, HISTORY = "instruction", "input", "output", "history"  # of Alpaca's records
 ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
     **{role: role for role in ("system", "user", "assistant", "tool")},
     "human": "user",
@@ -38,6 +39,23 @@ def message_of(place: str, message: dict[str, Any]) -> dict[str, Any]:
         empty = "holds content=null, and no tool_calls" if "content" in message else "has no content"
         raise RecordError(f"{place} {empty}; it has {', '.join(map(str, message))}")
     return {**message, "content": _joined(place, content), **_with_objects(message), **_with_thoughts(message)}
+
+
+def messages_of_turns(where: str, record: dict[str, Any], answer: str) -> list[dict[str, Any]]:
+    """The messages of a record in Alpaca's form, the last of which is in the field `answer`."""
+    asked = [record[INSTRUCTION], record.get(INPUT)]
+    history = record.get(HISTORY) or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise RecordError(f"{where}: {HISTORY} holds {history!r:.60}, not a list of pairs of a question and its answer")
+    turns = [*history, ["\n".join(text for text in asked if isinstance(text, str) and text), record[answer]]]
+    for name, value in ((INSTRUCTION, asked[0]), (INPUT, asked[1] or ""), (answer, record[answer])):
+        if not isinstance(value, str):
+            raise RecordError(f"{where}: {name} holds {value!r:.60}, not text")
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def thinking(message: dict[str, Any]) -> str:

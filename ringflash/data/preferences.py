@@ -1,8 +1,9 @@
 """Preferences to pairs of documents: a prompt with the answer that was chosen, and with the one that was rejected.
 
 A record holds `prompt`, `chosen` and `rejected`, all texts or all messages, as in TRL. With messages, it may also hold
-`tools` and `system`. If `prompt` has no messages, or both answers repeat them, those that `chosen` and `rejected` begin
-with alike are the prompt:
+`tools` and `system`. In Alpaca's form, `instruction` and `input` are texts of the prompt, for the chat template. If
+`prompt` has no messages, or both answers repeat them, those that `chosen` and `rejected` begin with alike are the
+prompt:
 
     prompt                chosen               rejected
     "2 + 2 = "            "4"                  "5"
@@ -22,7 +23,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ringflash.data.chat import COMPLETION, PROMPT, SYSTEM, TOOLS, Dialogues, Rendered
-from ringflash.data.formats import Fields, Record, RecordError
+from ringflash.data.formats import Record, RecordError
+from ringflash.data.messages import HISTORY, INPUT, INSTRUCTION, messages_of_turns
 
 CHOSEN, REJECTED = "chosen", "rejected"
 
@@ -30,10 +32,23 @@ CHOSEN, REJECTED = "chosen", "rejected"
 class Preferences(Dialogues):
     """Records are pairs of a chosen and a rejected answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, variables: dict[str, Any]) -> None:
+    reads = (PROMPT, CHOSEN, REJECTED, TOOLS, SYSTEM, INSTRUCTION, INPUT, HISTORY)
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, variables: dict[str, Any], columns: dict[str, str]
+    ) -> None:
         """See `Dialogues`."""
-        super().__init__(tokenizer, name, None, variables)
-        self.fields = Fields((PROMPT, CHOSEN, REJECTED, TOOLS, SYSTEM), _refusal)
+        super().__init__(tokenizer, name, None, variables, columns)
+
+    def _refusal(self, available: Sequence[str]) -> str | None:
+        if (unnamed := self._lacks_column(available)) is not None:
+            return unnamed
+        if lacking := [name for name in (CHOSEN, REJECTED) if self._columns[name] not in available]:
+            return (
+                f"has no {' and no '.join(lacking)}; it has {', '.join(available) or 'no field'}: data.columns names "
+                f"the fields, as in data.columns={{{CHOSEN}: better, {REJECTED}: worse}}"
+            )
+        return None
 
     def parse(self, where: str, record: Record) -> list[Rendered]:
         """The texts of a pair, the chosen one first."""
@@ -49,6 +64,9 @@ class Preferences(Dialogues):
 
     def _divided(self, where: str, record: Record) -> tuple[Any, dict[str, Any]]:
         """The prompt and the two answers of a record, all texts or all lists of messages."""
+        if record.get(PROMPT) is None and record.get(INSTRUCTION) is not None:
+            asked = {name: messages_of_turns(where, record, name) for name in (CHOSEN, REJECTED)}
+            return asked[CHOSEN][:-1], {name: messages[-1:] for name, messages in asked.items()}
         prompt: Any = record.get(PROMPT)
         answers: list[Any] = [record.get(CHOSEN), record.get(REJECTED)]
         named = dict(zip((CHOSEN, REJECTED), answers, strict=True))
@@ -85,10 +103,3 @@ class Preferences(Dialogues):
         unread = f"{counts['unread']:,} records have messages in {CHOSEN} and {REJECTED}, and a text in {PROMPT}"
         beside = [f"{unread}, which is not read: the messages that both begin with are the prompt"]
         return beside * (counts["unread"] > 0) + super().remarks(counts)
-
-
-def _refusal(available: Sequence[str]) -> str | None:
-    """None, or why a record with these fields cannot be used."""
-    if lacking := [name for name in (CHOSEN, REJECTED) if name not in available]:
-        return f"has no {' and no '.join(lacking)}; it has {', '.join(available) or 'no field'}"
-    return None

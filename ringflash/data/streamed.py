@@ -168,7 +168,7 @@ class StreamedCorpus:
     def _digest(self) -> str:
         config, tokenizer = self.config, load_tokenizer(self.config.tokenizer)
         files = [(os.path.relpath(file, config.path), file.stat().st_size) for file in self.files]
-        read = [config.format, config.field, config.chat, config.chat_template_kwargs, config.malformed]
+        read = [config.format, config.field, config.columns, config.chat, config.chat_template_kwargs, config.malformed]
         packed = [config.packing, config.sequence_length, *["preferences"] * config.preferences]
         rules = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, tokenizer.chat_template]
         return hashlib.sha256(json.dumps([files, read, packed, rules]).encode()).hexdigest()[:16]

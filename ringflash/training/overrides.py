@@ -31,9 +31,9 @@ RENAMED = {  # settings of earlier versions, and their names now
 }
 
 # Dictionaries that take any key; what reads them knows which are possible
-OPEN = ("model.rope_parameters", "data.chat_template_kwargs", "data.sources", "data.evaluation")
-# One that is null unless it is set: Hydra merges no dictionary into null, but sets it in that of its group
-NULL = "data.evaluation.chat_template_kwargs"
+OPEN = ("model.rope_parameters", "data.chat_template_kwargs", "data.columns", "data.sources", "data.evaluation")
+# Those that are null unless they are set: Hydra merges no dictionary into null, but sets it in that of its group
+NULL = ("data.evaluation.chat_template_kwargs", "data.evaluation.columns")
 LISTS = (list, tuple)
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]+?)(?:=(?P<value>.*))?", re.DOTALL)
@@ -69,7 +69,7 @@ def for_hydra(override: str, schema: type, folder: Path) -> str:
     if _names(kind):
         return f"{prefix}{key}={value if value == 'null' or _QUOTED.fullmatch(value) else _quoted(value)}"
     _check_parsed(override, key, value, kind)
-    if key == NULL and value.startswith("{"):
+    if key in NULL and value.startswith("{"):
         group, _, name = key.rpartition(".")
         return f"++{group}={{{name}: {value}}}"
     is_open = f"{key}.".startswith(tuple(f"{name}." for name in OPEN))

@@ -36,7 +36,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def dialogues(template, eos="<eos>", field=None, **variables):
-    return Dialogues(chat_tokenizer(template, eos), "folder", field, variables)
+    return Dialogues(chat_tokenizer(template, eos), "folder", field, variables, {})
 
 
 def trained(template, record, eos="<eos>", **variables):
@@ -80,7 +80,7 @@ texts = st.text(st.sampled_from("he l\nö<|x😀"), min_size=1, max_size=8).filt
 def test_each_answer_is_trained_on_once_behind_the_prompt_that_asks_for_it(name, contents, thinks, system):
     messages = chat(*contents, system="Be kind." if system else None, **(THINKING if thinks else {}))
     tokenizer = chat_tokenizer(TEMPLATES[name], EOS.get(name, "<eos>"))
-    documents = Dialogues(tokenizer, "folder", None, {}).parse("here", {"messages": messages})
+    documents = Dialogues(tokenizer, "folder", None, {}, {}).parse("here", {"messages": messages})
     found = [(text[:begin], text[begin:end]) for text, spans, _, _ in documents for begin, end in spans]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(found) == len(answers)
@@ -94,7 +94,7 @@ def test_each_answer_is_trained_on_once_behind_the_prompt_that_asks_for_it(name,
 @given(st.lists(texts, min_size=2, max_size=7))
 def test_marked_tokens_are_those_of_transformers(contents):
     messages, tokenizer = chat(*contents), chat_tokenizer(MARKED)
-    reading = Dialogues(tokenizer, "folder", None, {})
+    reading = Dialogues(tokenizer, "folder", None, {}, {})
     [document] = reading.encode(reading.parse("here", {"messages": messages}))
     theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert document.tokens.tolist() == theirs["input_ids"]
@@ -108,7 +108,7 @@ def test_marked_tokens_are_those_of_transformers(contents):
 @given(st.lists(texts, min_size=2, max_size=6))
 def test_tokens_are_those_of_the_template_and_labels_spell_the_answers(name, contents):
     messages, tokenizer = chat(*contents[: len(contents) // 2 * 2]), chat_tokenizer(TEMPLATES[name])
-    reading = Dialogues(tokenizer, "folder", None, {})
+    reading = Dialogues(tokenizer, "folder", None, {}, {})
     rendered = reading.parse("here", {"messages": messages})
     [document] = reading.encode(rendered)
     assert document.tokens.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
@@ -234,6 +234,39 @@ def test_a_system_beside_the_messages_is_the_first_of_them(split):
 def test_variables_reach_the_template():
     found = trained(QWEN3, {"messages": chat("hi", "hello")}, enable_thinking=False)
     assert found == [["hello<|im_end|>\n"]]
+
+
+# -- texts of turns
+
+
+ALPACA = {
+    "instruction": "add",
+    "input": "1 1",
+    "output": "2",
+    "history": [["hi", "hello"]],
+    "prompt": "add 1 1",
+    "n": 1,
+}
+
+
+def test_records_of_alpaca_are_turns_of_a_conversation(tmp_path):
+    records = [ALPACA, {"instruction": "hi", "input": "", "output": "hello"}, {"instruction": "hi", "output": "hello"}]
+    turns = [["hi", "hello", "add\n1 1", "2"], ["hi", "hello"], ["hi", "hello"]]
+    found = tokenised(settings(tmp_path, write(tmp_path, "a.jsonl", records)))
+    expected = tokenised(settings(tmp_path, write(tmp_path, "b.jsonl", [{"messages": chat(*x)} for x in turns])))
+    assert all(np.array_equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_columns_name_the_fields_of_the_records(tmp_path, name):
+    record = {"instruction": "hi", "output": "hello", "input": "there", "system": "Be kind."}
+    columns = {"instruction": "question", "output": "instruction", "system": "who"}
+    theirs = {columns.get(key, key): value for key, value in record.items()}
+    found = tokenised(settings(tmp_path, write(tmp_path, name, [theirs] * 2), columns=columns))
+    expected = tokenised(settings(tmp_path, write(tmp_path, "b.jsonl", [record] * 2)))
+    assert np.array_equal(found.tokens, expected.tokens)
+    with pytest.raises(ConfigError, match=r"has no whom, which is data\.columns\.system; it has question, instruction"):
+        tokenised(settings(tmp_path, tmp_path / name, columns=columns | {"system": "whom"}))
 
 
 # -- prompts and completions
@@ -374,8 +407,14 @@ def test_what_the_template_leaves_out_is_reported(tmp_path, capsys):
 REFUSED = {
     "no messages": (
         {"text": "a"},
-        "a.jsonl line 2 has neither messages nor prompt and completion; it has text",
+        "a.jsonl line 2 has neither messages nor prompt and completion nor instruction and output; it has text: data.f",
     ),
+    "another field of messages": (
+        {"conversation": []},
+        "it has conversation: data.field=conversation reads conversatio",
+    ),
+    "an answer that is no text": ({"instruction": "hi", "output": 2}, "line 2: output holds 2, not text"),
+    "a history of texts": ({**ALPACA, "history": ["hi"]}, "line 2: history holds ['hi'], not a list of pairs"),
     "text": ({"messages": "hi"}, "line 2: messages holds 'hi', not a list of messages with role and content"),
     "null": ({"messages": None}, "line 2: messages holds None, not a list of messages"),
     "null content": (
@@ -441,7 +480,10 @@ REFUSED = {
     "tools": ({"messages": chat("hi", "hello"), "tools": "add"}, "line 2: tools holds 'add', not a list of JSON schem"),
     "an empty completion": ({"prompt": "hi", "completion": ""}, "line 2 has an empty completion, so there is nothing"),
     "a pair": ({"chosen": "hi", "rejected": "ho"}, "it has chosen, rejected: data=preferences reads chosen"),
-    "only a completion": ({"completion": "hi"}, "has neither messages nor prompt and completion; it has completion"),
+    "only a completion": (
+        {"completion": "hi"},
+        "has neither messages nor prompt and completion nor instruction and output",
+    ),
 }
 
 
@@ -485,8 +527,11 @@ def test_a_template_that_does_not_show_what_to_train_on_is_refused(template, mes
             {"chat": False, "chat_template_kwargs": {"a": 1}},
             "data.chat_template_kwargs is only read with",
         ),
+        ({"chat": False, "packing": "cut", "columns": {"output": "a"}}, "data.columns={output: a} is only read with"),
+        ({"columns": {"messages": "a"}}, "messages must be one of system, .*; data.field names the field of the messa"),
+        ({"columns": {"output": ""}}, "data.columns={output: } must give the name of a field for each"),
     ],
-    ids=["cut", "tokens", "unread"],
+    ids=["cut", "tokens", "unread", "columns of a text", "a column for messages", "a column without a name"],
 )
 def test_settings_that_exclude_each_other_are_refused(tmp_path, more, message):
     with pytest.raises(ConfigError, match=message):

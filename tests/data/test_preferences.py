@@ -48,6 +48,13 @@ def test_messages_that_both_answers_begin_with_are_the_prompt_once(tmp_path, pro
     assert np.array_equal(*found.tokens.reshape(2, -1))
 
 
+def test_the_answers_to_an_instruction_are_turns_for_the_chat_template(tmp_path):
+    alpaca = {"question": "hi", "chosen": "hello", "rejected": "no", "system": "Be kind."}
+    found = tokenised(pairs(tmp_path, [alpaca], columns={"instruction": "question"}))
+    expected = tokenised(pairs(tmp_path, [MESSAGES | {"system": "Be kind."}]))
+    assert np.array_equal(found.tokens, expected.tokens)
+
+
 def test_answers_that_look_like_json_are_texts(tmp_path):
     corpus, _ = load_corpus(pairs(tmp_path, [TEXT | {"chosen": "[1]", "rejected": '{"a": 1}'}], held_out=0))
     first, second = corpus.halves(0)

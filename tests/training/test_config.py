@@ -137,6 +137,8 @@ def test_dictionaries_of_the_data_take_any_key():
     for variables in (".chat_template_kwargs={a: 1}", "={chat_template_kwargs: {a: 1}}"):
         config, _ = compose([*evaluated, f"data.evaluation{variables}"])
         assert config.data.evaluated().chat_template_kwargs == {"a": 1}
+    config, _ = compose([*evaluated, "data.columns={input: c}", "data.evaluation.columns={output: d}"])
+    assert (config.data.columns, config.data.evaluated().columns) == ({"input": "c"}, {"output": "d"})
     config, _ = compose(
         ["data=mixture", "data.sources={a: {path: x, files: ['*.py'], weight: 2}, b: {path: y, weight: 1}}"]
     )

@@ -16,7 +16,8 @@ FREE = (
     "attention.", "fused.", "model.extrapolate_positions",
     "optim.steps", "optim.epochs", "parallel.",
     # Compared by content, as data.digest and model.digest.
-    "data.path", "data.files", "data.field", "data.format", "data.sources", "data.evaluation", "data.tokenizer",
+    "data.path", "data.files", "data.field", "data.columns", "data.format", "data.sources", "data.evaluation",
+    "data.tokenizer",
     "model.path", "model.lora.path", "model.lora.merge",
 )  # fmt: skip
 # Settings that it may change too, which is reported: `train_step` sets the learning rate of each step, and fewer ranks
