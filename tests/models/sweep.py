@@ -18,59 +18,41 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 TEXT = """# Models
 
-A model can be trained on the ring if its `model_type` is in the first table. `make models` proves each row and writes
-this page. The proof compares the loss and every gradient of a tiny model with the model's own eager attention, run
-document by document, in fp32. It covers:
-
-- sequences of one document and of several, 1 to 4 ranks, with and without recomputation of layers;
-- the model's own loss, and the trainer's loss, which never materialises all logits;
-- each layer's heads and window as read from the configuration, from which layouts and FLOPs are predicted, compared
-  with those of the actual call of attention;
-- two models where the models of a family differ in kind: shared keys and experts for Gemma 4, a window and longrope for
-  Phi 3 and phimoe, dynamic RoPE for Llama and Hunyuan. Their documents are shorter and longer than the original length.
-  OLMo Hybrid and Granite 4 are proven with and without positions, and Falcon-H1 with and without a gated norm.
-
-The table has the largest relative errors of a loss (PASS: {loss:g} at most), and of a parameter's gradient
-({gradient:g} at most). transformers {version}.
+A model can be trained on the ring if its `model_type` is in this table. Some families are
+[refused](#families-that-are-refused), and [others](#other-families) can be tried. The table has the largest relative
+errors of a loss (PASS: {loss:g} at most), and of a parameter's gradient ({gradient:g} at most). transformers {version}.
 
 | model_type | layers with a sliding window | also | loss | gradient | |
 |---|---|---|---|---|---|
 {rows}
 
-## Experts
+`make models` proves each row and writes this page. The proof compares the loss and every gradient of a tiny model with
+the model's own eager attention, run document by document, in fp32. It covers:
 
-With `output_router_logits`, a model's loss includes the load-balancing loss of its experts. It is computed over the
-tokens of all ranks of a ring, as if they were on one rank. The trainer adds its gradient, averaged over micro-batches
-and replicas, but reports the loss of the tokens alone. tests/models/test_router_loss.py compares it with the definition
-in float64 and with each family's own loss. The granitemoe families have no such loss, because transformers records
-no router logits for them.
+- sequences of one document and of several, 1 to 4 ranks, with and without recomputation of layers;
+- the model's own loss, and the trainer's loss, which never materialises all logits;
+- each layer's heads and window as read from the configuration, compared with those of the actual call of attention;
+- two models where the models of a family differ in kind: shared keys and experts for Gemma 4, a window and longrope for
+  Phi 3 and phimoe, dynamic RoPE for Llama and Hunyuan. Their documents are shorter and longer than the original length.
+  OLMo Hybrid and Granite 4 are proven with and without positions, and Falcon-H1 with and without a gated norm.
 
-## Rotary positions
+## Families that are refused
 
-Positions are counted within each document. With default, linear, yarn and llama3 RoPE they do not depend on the shard,
-and neither do queries that are scaled by their position (`llama_4_scaling_beta`). longrope and dynamic RoPE depend on
-the document's length:
+| model_type | why |
+|---|---|
+{refused}
 
-- As long as sequences fit the model's original positions, the length does not matter.
-- Beyond that, the trainer gives each document the frequencies that it would have alone in transformers. In your own
-  loop, call `ringflash.models.rope_per_document(model)`. (transformers itself gives every document of a packed row the
-  frequencies of the longest.)
-- `model.rope_length=N`, or `ringflash.models.fix_rope_length(model, N)`, gives all documents the frequencies of a
-  document of N tokens.
-- Keys in a cache cannot change their frequencies, so a cache must know the document's final length
-  (`RingCache(rope_length=N)`). Needle searches set it. `ringflash.generate` refuses answers that would change the
-  frequencies of the document: with longrope those that cross the original length, and with dynamic RoPE all beyond it.
-  `rope_length=N` allows them. (transformers' own caches then mix keys of different frequencies.)
-- Models whose layers differ in such a RoPE are refused beyond the original length.
+## Other families
 
-`model.rope_parameters` extends the context of the model in `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`.
-The exported configuration includes it. `rope_type: dynamic` does not change documents within the model's own positions.
+You can try a family that is in neither table with `model.untested_family=true` or, in your own loop, after
+`ringflash.models.allow_untested("model_type")`. You are then responsible for three things:
 
-## Chunks
+- Tokens interact only in attention, which is called through transformers' `AttentionInterface` and restricted by
+  nothing but sliding windows. Convolutions, recurrences and linear attention would see only a shard of the sequence.
+- Positions enter only through `position_ids`, and nothing else depends on the number of tokens.
+- In the trainer, the logits are those of `lm_head`, times `logit_scale`, capped at `final_logit_softcapping`.
 
-`llama4_text` matches each document run alone: chunks, and the scales of its queries, are counted within documents.
-(transformers counts them from the first token of a call.) In your own loop, pass the model's `config` to `ring_inputs`.
-The family cannot be used with a cache. Published checkpoints are of `llama4`, which takes images and is refused.
+Compare its loss on one rank with that of `attn_implementation="eager"` before you train it.
 
 ## Linear attention
 
@@ -108,23 +90,40 @@ In such a layer, the ranks of a sequence exchange tokens for heads, and each com
 - Published Qwen3.5 folders are of models with images. `model.path` takes their text model, without the layers for
   images and for multi-token prediction, and a run exports that text model.
 
-## Families that are refused
+## Rotary positions
 
-| model_type | why |
-|---|---|
-{refused}
+Positions are counted within each document. With default, linear, yarn and llama3 RoPE they do not depend on the shard,
+and neither do queries that are scaled by their position (`llama_4_scaling_beta`). longrope and dynamic RoPE depend on
+the document's length:
 
-## Other families
+- As long as sequences fit the model's original positions, the length does not matter.
+- Beyond that, the trainer gives each document the frequencies that it would have alone in transformers. In your own
+  loop, call `ringflash.models.rope_per_document(model)`. (transformers itself gives every document of a packed row the
+  frequencies of the longest.)
+- `model.rope_length=N`, or `ringflash.models.fix_rope_length(model, N)`, gives all documents the frequencies of a
+  document of N tokens.
+- Keys in a cache cannot change their frequencies, so a cache must know the document's final length
+  (`RingCache(rope_length=N)`). Needle searches set it. `ringflash.generate` refuses answers that would change the
+  frequencies of the document: with longrope those that cross the original length, and with dynamic RoPE all beyond it.
+  `rope_length=N` allows them. (transformers' own caches then mix keys of different frequencies.)
+- Models whose layers differ in such a RoPE are refused beyond the original length.
 
-You can try a family that is in neither table with `model.untested_family=true` or, in your own loop, after
-`ringflash.models.allow_untested("model_type")`. You are then responsible for three things:
+`model.rope_parameters` extends the context of the model in `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`.
+The exported configuration includes it. `rope_type: dynamic` does not change documents within the model's own positions.
 
-- Tokens interact only in attention, which is called through transformers' `AttentionInterface` and restricted by
-  nothing but sliding windows. Convolutions, recurrences and linear attention would see only a shard of the sequence.
-- Positions enter only through `position_ids`, and nothing else depends on the number of tokens.
-- In the trainer, the logits are those of `lm_head`, times `logit_scale`, capped at `final_logit_softcapping`.
+## Experts
 
-Compare its loss on one rank with that of `attn_implementation="eager"` before you train it.
+With `output_router_logits`, a model's loss includes the load-balancing loss of its experts. It is computed over the
+tokens of all ranks of a ring, as if they were on one rank. The trainer adds its gradient, averaged over micro-batches
+and replicas, but reports the loss of the tokens alone. tests/models/test_router_loss.py compares it with the definition
+in float64 and with each family's own loss. The granitemoe families have no such loss, because transformers records
+no router logits for them.
+
+## Chunks
+
+`llama4_text` matches each document run alone: chunks, and the scales of its queries, are counted within documents.
+(transformers counts them from the first token of a call.) In your own loop, pass the model's `config` to `ring_inputs`.
+The family cannot be used with a cache. Published checkpoints are of `llama4`, which takes images and is refused.
 """
 
 WINDOWS = {Windows.NONE: "", Windows.SOME: "some", Windows.ALL: "all"}
@@ -150,6 +149,14 @@ def row(model_type):
     return f"| {' | '.join(cells)} | {'PASS' if passes else 'FAIL'} |", passes
 
 
+def refusals():
+    """Lines of the second table: all families that are refused for one reason, by the first of them."""
+    by_reason = {}
+    for name, reason in sorted(REFUSED.items()):
+        by_reason.setdefault(reason, []).append(f"`{name}`")
+    return [f"| {', '.join(names)} | {reason} |" for reason, names in by_reason.items()]
+
+
 def main(names):
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -164,7 +171,7 @@ def main(names):
     if not all(passes for _, passes in rows):
         sys.exit("a family fails: docs/models.md is not written")
     if not names:
-        refused = "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(REFUSED.items()))
+        refused = "\n".join(refusals())
         table = "\n".join(line for line, _ in rows)
         version = transformers.__version__
         PAGE.write_text(TEXT.format(loss=LOSS, gradient=GRADIENT, version=version, rows=table, refused=refused))
