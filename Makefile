@@ -35,7 +35,7 @@ train: .venv/installed  ## train the demo on every GPU, or on two CPU ranks: 4 m
 	    --target $@ triton==$(NEWEST_TRITON)
 	@touch $@
 
-test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the CPU test suite: 7 minutes on two cores
+test: .venv/installed .venv/triton-$(NEWEST_TRITON)  ## run the CPU test suite: 7 to 9 minutes on two cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 models: .venv/installed  ## prove every model family against its own attention and write docs/models.md: 5 minutes
