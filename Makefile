@@ -7,7 +7,7 @@ BIN := .venv/bin
 ARGS ?=
 # Options for pip, as in: make train PIP_ARGS="--index-url URL" for another source of wheels
 PIP_ARGS ?=
-# Processes that share the CPU tests, each with a core of its own and about 4 GB
+# Processes that share the CPU tests, each with its own core and about 4 GB
 WORKERS ?= 2
 # The Hopper kernels are compiled with the pinned Triton and with this one: Gluon changes from version to version.
 NEWEST_TRITON := 3.9.0

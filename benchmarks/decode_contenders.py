@@ -125,7 +125,7 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-# -- packages of their own
+# -- peers in separate packages
 
 
 def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Decode:

@@ -103,7 +103,7 @@ def measure(failure: str, ranks: int, limit: float, folder: Path, launched: list
 
 
 def _kill(launcher: psutil.Process) -> None:
-    """End a launcher and its ranks, each of which leads a session of its own."""
+    """End a launcher and its ranks, each of which leads its own session."""
     with suppress(psutil.NoSuchProcess):
         for process in [launcher, *launcher.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):

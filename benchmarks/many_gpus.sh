@@ -28,7 +28,7 @@ export CUDA_VISIBLE_DEVICES
 mkdir -p "$OUT" || exit 2
 ranks=(torchrun --standalone --nproc-per-node "$gpus")
 failed=()
-limited() {  # SECONDS COMMAND...; it is in a process group of its own, which Ctrl-C does not reach
+limited() {  # SECONDS COMMAND...; it is in a separate process group, which Ctrl-C does not reach
     timeout "$@" &
     wait "$!"
 }

@@ -47,7 +47,7 @@ class Row:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The installed versions of peers that are packages of their own; those of torch's own are torch's."""
+    """The installed versions of peers in separate packages; peers in torch have torch's version."""
     found = {}
     for package in packages:
         try:

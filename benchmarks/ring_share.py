@@ -134,7 +134,7 @@ class OneRank:
 
 
 class CopiedRank(OneRank):
-    """A rank whose messages are copies of random numbers, on a stream of their own.
+    """A rank whose messages are copies of random numbers, on their own stream.
 
     The copies start after what was queued before the exchange, and the wait ends after them, as with copy engines. A
     copy reads as much memory as it writes, as a rank does that sends as much as it receives.

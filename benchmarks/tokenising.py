@@ -5,7 +5,7 @@
 
 The text is files of Python's standard library, cut at random places; a BPE tokenizer of 32000 tokens is trained on
 some of them. `alone` is encode_batch_fast of the texts, 16 MB at once, which uses every core. `build` is what
-train.py does before its first step, without the import of transformers. Each runs in its own process. Memory is the
+train.py does before its first step, without the import of transformers. Each runs in a separate process. Memory is the
 peak of the proportional set sizes (PSS) of all its processes: pages that several share count once.
 """
 
@@ -112,7 +112,7 @@ def _cpu_seconds() -> float:
 
 
 def _apart(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """work(*args), in a process of its own, and the peak of the GiB that it and its children held."""
+    """work(*args), in a separate process, and the peak of the GiB that it and its children held."""
     peak = 0.0
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         running = pool.submit(work, *args)

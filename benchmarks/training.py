@@ -301,7 +301,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--masks", nargs="+", default=MASKS, choices=MASKS, help="of the sequences (both)")
-    parser.add_argument("--batches", type=int, default=2, help="timed steps, each on a batch of its own (%(default)s)")
+    parser.add_argument("--batches", type=int, default=2, help="timed steps, each on its own batch (%(default)s)")
     parser.add_argument("--warm", type=int, default=8192, help="tokens of the first step, not timed (%(default)s)")
     parser.add_argument("--vocabulary", type=int, default=151936, help="of the model (%(default)s)")
     parser.add_argument("--variant", action="append", help="NAME:SETTINGS or a peer; several times for several")

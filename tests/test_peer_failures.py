@@ -341,7 +341,7 @@ def test_ranks_that_got_different_texts_are_refused(ranks, same):
 
 
 def where_one_rank_is_given(wrong):
-    """What ring_inputs says on every rank, whose rank 1 has an argument of its own."""
+    """What ring_inputs raises on every rank if rank 1 has another argument."""
     arguments = {"input_ids": torch.ones(1, 24, dtype=torch.int64), "documents": [24], "layout": "zigzag"}
     if dist.get_rank() == 1:
         arguments |= wrong

@@ -9,5 +9,5 @@
     launch               what the launches share
 
 Each reads its inputs once, computes in fp32 and rounds once. PyTorch runs the same as 4 to 15 passes over memory, most
-of them in fp32. All are Triton kernels with a backward of their own; `models.fused` puts them into a model.
+of them in fp32. All are Triton kernels with their own backward; `models.fused` puts them into a model.
 """

@@ -118,9 +118,9 @@ class ProcessRing:
     calls overlaps with the transfer.
 
     transport: "auto" lets GPUs of one machine copy into each other's memory if they can, and uses the group otherwise;
-    "nccl" always uses the group. For transfers through the group, give the ring a group of its own with a high-priority
+    "nccl" always uses the group. For transfers through the group, give the ring its own group with a high-priority
     stream (`pg_options`): otherwise they queue behind other collectives, and behind kernels that fill the GPU.
-    watchdog: records every wait. Without one, copy engines use a watchdog of their own with the group's timeout, since
+    watchdog: records every wait. Without one, copy engines use their own watchdog with the group's timeout, since
     they would otherwise wait forever. `carrier` names what carries the messages, and why.
 
     On GPUs, all ranks of the group must construct the ring together, and rings on several groups in the same order.

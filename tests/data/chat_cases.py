@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-# ChatML with a system prompt of its own.
+# ChatML with its own system prompt.
 SMOLLM2 = r"""
 {%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou help.<|im_end|>\n' }}{%- endif %}
 {%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
@@ -66,7 +66,7 @@ QWEN3 = r"""
 # As Qwen 3, but the prompt for an answer begins its thinking.
 QWEN35 = QWEN3[: QWEN3.rindex("    {%- if enable_thinking")] + r"{{- '<think>\n' }}{%- endif %}"
 
-# Thinking in a channel of its own; the last answer ends in <|return|>, earlier ones in <|end|> and without thinking.
+# Thinking in its own channel; the last answer ends in <|return|>, earlier ones in <|end|> and without thinking.
 GPT_OSS = r"""
 {{- '<|start|>system<|message|>You are ChatGPT.<|end|>' }}
 {%- for message in messages %}

@@ -1,6 +1,6 @@
 """A model that the trainer teaches to copy a needle finds it at 8x its training context, over two ranks.
 
-A needle is three numbers among filler, each of a set of its own; a question follows the filler, and the answer it.
+A needle is three numbers among filler, each from its own set; a question follows the filler, and the answer it.
 """
 
 from __future__ import annotations

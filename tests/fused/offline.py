@@ -1,6 +1,6 @@
 """Compile the fused kernels without a GPU: one JSON object per kernel, its registers, stack and spills.
 
-`test_compiles.py` runs it in a process of its own, because kernels imported under TRITON_INTERPRET cannot be compiled.
+`test_compiles.py` runs it in a separate process, because kernels imported under TRITON_INTERPRET cannot be compiled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The fused passes are what they replace, within the tolerance rule: in Triton's interpreter, against float64.
 
-The interpreter needs a process of its own, told so before Triton is imported. It truncates to bfloat16 instead of
-rounding, so 16 bits are fp16 here; test_fused_gpu.py has bf16.
+The interpreter runs in a separate process, since Triton chooses it when it is imported. It truncates to bfloat16
+instead of rounding, so 16 bits are fp16 here; test_fused_gpu.py has bf16.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def test_a_chat_turn_has_the_templates_tokens_and_spells_no_special_ones():
             assert begin.startswith(
                 tokenizer.apply_chat_template([{"role": "system", "content": "Be kind."}], tokenize=False)
             )
-            system = template is SMOLLM2  # whose template begins with a turn of its own
+            system = template is SMOLLM2  # whose template begins with its own turn
             assert sum(ids.count(end) for end in ends) == 1 + system
     with pytest.raises(ConfigError, match="chat=true needs a chat template, and tokenizer=m has none"):
         chat_turn(encode, chat_tokenizer(None), "m", system=None)

@@ -1,6 +1,6 @@
 """Compile the portable kernels without a GPU, and count what decides their speed in the machine code.
 
-Prints one JSON object per case; `tests/kernels/test_compiles.py` runs it in a process of its own, because kernels that
+Prints one JSON object per case; `tests/kernels/test_compiles.py` runs it in a separate process, because kernels that
 were imported under TRITON_INTERPRET cannot be compiled. By hand, for one architecture or all:
 
     python -m tests.kernels.offline 90
@@ -33,7 +33,7 @@ KERNELS = {
     "dq": (portable_backward.dq_kernel, portable_backward.dq_tuning_for),
     "dkdv": (portable_backward.dkdv_kernel, lambda *args: portable_backward.dkdv_tuning_for(*args)[0]),
 }
-APART = {  # of large heads, dk and dv by programs of their own
+APART = {  # of large heads, dk and dv by separate programs
     "dk": KERNELS["dkdv"],
     "dv": (portable_backward.dkdv_kernel, lambda *args: portable_backward.dkdv_tuning_for(*args)[1]),
 }

@@ -1,6 +1,6 @@
 """The portable kernels compile without a GPU, and what decides their speed in the machine code holds.
 
-Compiled in a process of its own, where kernels are never interpreted; about a minute on two cores, seconds when
+Compiled in a separate process, where kernels are never interpreted; about a minute on two cores, seconds when
 Triton's cache has them. `python -m tests.kernels.offline` prints the figures that are compared here.
 """
 
@@ -101,7 +101,7 @@ def test_sm90_feeds_warpgroup_products_from_the_copy_engine(compiled):
         "tma": lambda r: r["tma_loads"] > 0,
         "wgmma": lambda r: r["wgmma"] > 0,
         "no older products": lambda r: r["mma_sync"] == 0,
-        # ptxas may serialise products it cannot prove independent: then every one has a wait of its own.
+        # ptxas may serialise products it cannot prove independent: then every one has its own wait.
         "asynchronous": lambda r: r["wgmma_waits"] == r["wgmma_waits_in_ptx"],
     }
     assert wrong(only(compiled, *TILED), 90, **rules) == []

@@ -1,6 +1,6 @@
 """The Hopper kernels compile without a GPU, and their machine code is that which was timed.
 
-Compiled in a process of its own, where kernels are never interpreted; half a minute on two cores, seconds when Triton's
+Compiled in a separate process, where kernels are never interpreted; half a minute on two cores, seconds when Triton's
 cache has them. With the installed Triton, and with those that `make test` puts beside it. Prints the figures that are
 compared here, for the Triton that it finds:
 

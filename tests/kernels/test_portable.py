@@ -41,7 +41,7 @@ def interpreter(interpreting):
 def kernels(tma: bool = True, columns: int = 256, apart: bool = False):
     """(forward, backward, round_dq) with small tiles, loaded by descriptors or by pointers.
 
-    columns: of a result that a program accumulates at a time. apart: dk and dv by programs of their own.
+    columns: of a result that a program accumulates at a time. apart: dk and dv by separate programs.
     """
     from ringflash.kernels import portable_backward, portable_forward
 

@@ -194,7 +194,7 @@ def test_names_that_a_users_own_code_shares_with_a_trainer_are_no_settings():
 
 
 class OwnLoss(type(tiny("llama"))):
-    """A causal language model with a loss of its own, for which it keeps the labels of ring_inputs."""
+    """A causal language model with its own loss, for which it keeps the labels of ring_inputs."""
 
     def forward(self, input_ids=None, labels=None, shift_labels=None, num_items_in_batch=None, **others):
         logits = super().forward(input_ids=input_ids, **others).logits

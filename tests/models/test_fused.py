@@ -1,6 +1,6 @@
 """A model whose passes are fused has the loss and gradients of the plain one, for every family; and what is refused.
 
-Triton's interpreter runs the kernels, in a process of its own, as in tests/fused/test_fused.py.
+Triton's interpreter runs the kernels, in a separate process, as in tests/fused/test_fused.py.
 """
 
 from __future__ import annotations

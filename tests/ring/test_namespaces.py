@@ -1,4 +1,4 @@
-"""Two ranks with network stacks of their own, joined by one cable, compute what one rank does.
+"""Two ranks with their own network stacks, joined by one cable, compute what one rank does.
 
 As on two machines, and unlike on one, neither can reach the other through the loopback device. Each rank is in a
 network namespace; a veth pair is the cable. No root is needed where user namespaces are allowed; elsewhere: skipped.

@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own, started as a user starts them, or forked."""
+"""Runs of train.py in separate processes, started as a user starts them, or forked."""
 
 import os
 import subprocess

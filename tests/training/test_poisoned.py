@@ -1,7 +1,7 @@
 """A step reads no memory before it is written: with NaN in all that torch.empty gives, it is bit for bit the same.
 
 On a GPU such memory has whatever was there before, so a read of it shows in some runs only. Triton's interpreter runs
-the fused and the portable kernels, in a process of its own, as in tests/fused/test_fused.py.
+the fused and the portable kernels, in a separate process, as in tests/fused/test_fused.py.
 """
 
 from __future__ import annotations
