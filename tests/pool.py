@@ -16,10 +16,14 @@ import time
 import traceback
 from multiprocessing.connection import Connection, wait
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.forked import CONTEXT
+
+GPUS = min(torch.cuda.device_count(), 8)
+needs_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs or more, here are {GPUS}")
 
 
 class RankError(AssertionError):
@@ -100,6 +104,11 @@ class Pool:
             process.kill()
             process.join()
         self.pipes, self.processes = [], []
+
+
+def own_device() -> torch.device:
+    """The device of a rank in a function that a Pool runs: its GPU, or the CPU over gloo."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _serve(rank: int, pipe: Connection, backend: str) -> None:

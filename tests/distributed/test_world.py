@@ -17,6 +17,7 @@ from ringflash.distributed import world
 from ringflash.distributed.parallel import ParallelConfig
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
+from tests.pool import needs_gpus
 
 ROOT = Path(__file__).parents[2]
 TWO_RANKS = """
@@ -86,7 +87,7 @@ def test_settings_are_named_as_they_are_given_and_sources_may_be_in_other_places
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes a GPU for each of two ranks")
+@needs_gpus
 def test_a_rings_transfers_run_on_a_stream_of_high_priority(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(TWO_RANKS)

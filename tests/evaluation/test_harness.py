@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ringflash import Loopback
+from ringflash import Loopback, ProcessRing
 from tests.data.chat_cases import chat_tokenizer
-from tests.models.cases import tiny
+from tests.models.cases import tiny, with_weights
+from tests.pool import needs_gpus, own_device
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -79,3 +80,22 @@ def test_what_is_too_long_or_sampled_is_refused(lm):
         lm.loglikelihood(asked("loglikelihood", (CONTEXT, "x")), disable_tqdm=True)
     with pytest.raises(ValueError, match="RingLM decodes greedily, and a task asks for"):
         lm.generate_until(asked("generate_until", ("a", {"do_sample": True})))
+
+
+def scored_on_a_gpu():
+    """Log-likelihoods and an answer of a model whose cache is divided between all GPUs."""
+    device = own_device()
+    model = with_weights(tiny("gemma2", vocab_size=300, eos_token_id=261, head_dim=64)).to(device)
+    lm = RingLM(model, chat_tokenizer(None), ring=ProcessRing(device=device), chunk=16, max_gen_toks=6)
+    pairs = asked("loglikelihood", (CONTEXT, " The end."), (CONTEXT, " A beginning"))
+    (answer,) = lm.generate_until(asked("generate_until", (CONTEXT, {"until": [], "do_sample": False})))
+    return [found for found, _ in lm.loglikelihood(pairs, disable_tqdm=True)], answer
+
+
+@pytest.mark.gpu
+@needs_gpus
+def test_two_gpus_score_and_answer_as_one(gpus):
+    ((expected, answer),) = gpus.run(scored_on_a_gpu, 1)
+    for found, other in gpus.run(scored_on_a_gpu, 2):
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert other == answer

@@ -25,6 +25,7 @@ from ringflash.generate.turn import chat_turn
 from ringflash.models import ModelConfig, read_config
 from ringflash.models.lora import LoraConfig
 from tests.data.chat_cases import LLAMA3, SMOLLM2, chat_tokenizer
+from tests.pool import needs_gpus, own_device
 
 
 class Alone(World):
@@ -43,18 +44,24 @@ class Alone(World):
 ALONE = Alone(0, 1, torch.device("cpu"), None, ring=Loopback(1), ulysses=None, replica=0, replicas=1)
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """A folder with a model of random weights that continues in letters, and a document."""
-    folder = tmp_path_factory.mktemp("generate")
+def write_model(folder, hidden_size):
+    """A model of random weights with four heads, which continues in letters; returns the folder."""
     torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 2000}
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=384, num_key_value_heads=2, **sizes, **tokens))
     with torch.no_grad():
         model.lm_head.weight[: 3 + ord("a")] = model.lm_head.weight[3 + ord("z") + 1 :] = 0.0  # letters stand out
     model.generation_config.eos_token_id = None
-    model.save_pretrained(folder / "model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with a small model, and a document."""
+    folder = tmp_path_factory.mktemp("generate")
+    write_model(folder / "model", hidden_size=32)
     (folder / "book.txt").write_text("It was a dark and stormy night. " * 20)
     return folder
 
@@ -72,9 +79,8 @@ def answers(arguments, world=ALONE):
 
 
 def answers_on_a_process(arguments):
-    rank, size = dist.get_rank(), dist.get_world_size()
-    ring = ProcessRing()
-    return answers(arguments, World(rank, size, torch.device("cpu"), None, ring, None, 0, 1))
+    rank, size, device = dist.get_rank(), dist.get_world_size(), own_device()
+    return answers(arguments, World(rank, size, device, None, ProcessRing(device=device), None, 0, 1))
 
 
 def test_two_prompts_read_the_document_once_and_report_times_and_memory(given):
@@ -327,9 +333,20 @@ def test_one_gpu_answers_by_a_graph_unless_the_model_waits_for_it(given, tmp_pat
     assert report.count("decoding without a CUDA graph, which needs a model that never waits") == 1
     with pytest.raises(ConfigError, match="graph=true needs a model that never waits for the GPU"):
         answers([*asked, "graph=true"], gpu)
-    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=384, pad_token_id=0, **sizes)).save_pretrained(tmp_path)
-    asked = [f"model={tmp_path}", *asked[1:]]
+    asked = [f"model={write_model(tmp_path, hidden_size=128)}", *asked[1:]]
     found = [answers([*asked, f"graph={graph}"], gpu) for graph in ("auto", "false")]
     assert found[0][0] == found[1][0]
     assert "without a CUDA graph" not in found[0][1]
+
+
+@pytest.mark.gpu
+@needs_gpus
+def test_two_gpus_give_one_gpus_answer(given, tmp_path, gpus):
+    model = write_model(tmp_path, hidden_size=128)
+    asked = [f"model={model}", *arguments(given, "prompt=Who?", "prompt=When?", "chunk=100")[1:]]
+    ((alone, _),) = gpus.run(answers_on_a_process, 1, asked)
+    (found, report), (silent, nothing) = gpus.run(answers_on_a_process, 2, asked)
+    assert len(alone) > 20
+    assert found == alone
+    assert "MiB on each of 2 ranks" in report
+    assert (silent, nothing) == ("", "")

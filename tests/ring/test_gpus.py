@@ -6,13 +6,12 @@ import torch.distributed as dist
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
 from ringflash.ring.watchdog import Watchdog
-from tests.pool import Pool
+from tests.pool import GPUS, Pool, needs_gpus, own_device
 from tests.ring.cases import whole_inputs
 from tests.ring.hanging import with_one_rank_that_never_comes
 
-GPUS = min(torch.cuda.device_count(), 8)
 LENGTH = 4096
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs or more, here are {GPUS}")]
+pytestmark = [pytest.mark.gpu, needs_gpus]
 
 
 def causal():
@@ -65,7 +64,7 @@ def own_part(plan_here, plan_there, x):
 
 def differences(mask, layout, heads, dtype, with_sink, ulysses=False, transport="auto"):
     """Which results differ in any bit from those of a Loopback on this rank's GPU, and whether any is not finite."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = own_device()
     ring, row = ProcessRing(device=device, transport=transport), None
     ranks = dist.get_world_size()
     if ulysses:

@@ -19,10 +19,10 @@ SHORT = [
 SMALL = [f"model.architecture.{x}" for x in ("hidden_size=32", "intermediate_size=32", "head_dim=8")]
 
 
-def tiny_qwen3(folder, vocabulary):
+def tiny_qwen3(folder, vocabulary, **fields):
     """The folder of a small model with tied embeddings and doubled initial weights, which this writes."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model("qwen3", **TINY | {"vocab_size": vocabulary, "tie_word_embeddings": True})
+    config = AutoConfig.for_model("qwen3", **TINY | {"vocab_size": vocabulary, "tie_word_embeddings": True} | fields)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():

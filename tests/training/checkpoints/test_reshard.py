@@ -109,6 +109,31 @@ def test_steps_after_a_checkpoint_of_two_ranks_have_the_same_losses(ranks, tmp_p
     assert found == pytest.approx(expected[2:], rel=1e-6 if dtype == torch.float32 else 1e-4)
 
 
+def check_continued(pool, text, before, now, changes, rel):
+    """A run, by its ranks and settings, that ends in the middle and continues with others, has the same results.
+
+    rel: the relative error that losses may have.
+    """
+    folder = text.parent / "runs" / "run"
+    assert pool.run(fitted, *before)[0][0] is None
+    expected, weights = read(folder / "metrics.jsonl"), load_file(folder / "model" / "model.safetensors")
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    shutil.rmtree(folder / "model")
+
+    size, run = now
+    error, printed = pool.run(fitted, size, [*run, "resume=auto"])[0]
+    assert error is None
+    assert f"step-00000003{changes}\n" in printed
+    records = read(folder / "metrics.jsonl")
+    assert len(records) == len(expected)
+    for name in ("step", "learning_rate", "pairs"):  # the pairs are those of the same documents
+        assert [r.get(name) for r in records] == [r.get(name) for r in expected]
+    for name in ("loss", "held_out_loss"):
+        assert [r.get(name, 0) for r in records] == pytest.approx([r.get(name, 0) for r in expected], rel=rel)
+    found = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.allclose(found[name], x, rtol=0, atol=rel) for name, x in weights.items())
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("zero", "earlier", "now", "optim", "changes"),
@@ -123,23 +148,8 @@ def test_a_run_of_replicas_continues_with_its_states_sharded_in_another_way(
     ranks, text, zero, earlier, now, optim, changes
 ):
     run = settings(text, "name=run", "parallel.ring=1", "optim.batch=2", "optim.lr=1e-2", *optim)
-    folder = text.parent / "runs" / "run"
-    assert ranks.run(fitted, earlier, [*run, f"memory.zero={zero[0]}"])[0][0] is None
-    expected, weights = read(folder / "metrics.jsonl"), load_file(folder / "model" / "model.safetensors")
-    shutil.rmtree(folder / "checkpoints" / "step-00000006")
-    shutil.rmtree(folder / "model")
-
-    error, printed = ranks.run(fitted, now, [*run, f"memory.zero={zero[1]}", "resume=auto"])[0]
-    assert error is None
-    assert f"step-00000003{changes}\n" in printed
-    records = read(folder / "metrics.jsonl")
-    assert len(records) == len(expected)
-    for name in ("step", "learning_rate", "pairs"):  # the pairs are those of the same documents
-        assert [r.get(name) for r in records] == [r.get(name) for r in expected]
-    for name in ("loss", "held_out_loss"):
-        assert [r.get(name, 0) for r in records] == pytest.approx([r.get(name, 0) for r in expected], rel=1e-6)
-    found = load_file(folder / "model" / "model.safetensors")
-    assert all(torch.allclose(found[name], x, rtol=0, atol=1e-6) for name, x in weights.items())
+    before, after = ([*run, f"memory.zero={stage}"] for stage in zero)
+    check_continued(ranks, text, (earlier, before), (now, after), changes, rel=1e-6)
 
 
 @pytest.mark.ranks
