@@ -3,7 +3,7 @@
     result = forked.run([sys.executable, "launch/local.py", "--ranks", "2", "optim.steps=1"])
 
 is what subprocess.run gives, and the ranks that the program launches are forked, too. What a command starts as a user
-starts it, in a separate processes, is tested by `test_launch.py` and `training/test_run.py`.
+starts it, in separate processes, is tested by `test_launch.py` and `training/test_run.py`.
 """
 
 import multiprocessing

@@ -1,4 +1,4 @@
-"""benchmarks/failures.py: which process it hits, and what counts as printed."""
+"""benchmarks/failures.py: which process it signals, and what counts as printed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""benchmarks/many_gpus.sh runs what it was asked for, or says that it did not."""
+"""benchmarks/many_gpus.sh runs what it was asked for, or reports that it did not."""
 
 import os
 import shlex

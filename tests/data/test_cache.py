@@ -1,4 +1,4 @@
-"""The cache holds what its text gives: made once, named by all that decides it, never half-written, never damaged."""
+"""The cache holds the tokens of its text: built once, named by every setting it depends on, never incomplete."""
 
 import dataclasses
 import filecmp

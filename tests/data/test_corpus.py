@@ -1,4 +1,4 @@
-"""A split is fixed by seed, fraction and number of documents, loses none of them, and knows its own statistics."""
+"""A split is fixed by seed, fraction and number of documents, loses none of them, and counts its statistics right."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The fused passes are what they replace, within the tolerance rule: in Triton's interpreter, against float64.
+"""The fused passes give what the layers give that they replace, against float64, in Triton's interpreter.
 
 The interpreter runs in a separate process, since Triton chooses it when it is imported. It truncates to bfloat16
 instead of rounding, so 16 bits are fp16 here; test_fused_gpu.py has bf16.

@@ -1,6 +1,6 @@
 """flash_decode is attention over a cache: plain torch, and the Triton kernel in the interpreter, against float64.
 
-Caches hold NaN wherever no query may look. The claims on the Triton kernel run in a process whose kernels are
+Caches hold NaN wherever no query may read. The claims on the Triton kernel run in a process whose kernels are
 interpreted.
 """
 

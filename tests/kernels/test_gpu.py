@@ -1,11 +1,11 @@
-"""The compiled kernels are attention on a GPU: every mask, sharing of heads, length and chain of carries.
+"""The compiled kernels compute attention on a GPU: every mask, sharing of heads, length and chain of carries.
 
     pytest -m gpu tests/kernels/test_gpu.py -n 8
     pytest -m gpu tests/kernels/test_gpu.py -k "not portable"
 
 Each is compared with float64. Minutes on an H100, half of them compiling. Whatever the kernels allocate is filled with
-NaN first. The last section holds what only the Hopper kernels promise. A launch of theirs that hangs, as warps that
-wait for each other do, ends at the timeout.
+NaN first. The last section tests what only the Hopper kernels guarantee. A launch that deadlocks
+ends at the timeout.
 """
 
 from __future__ import annotations

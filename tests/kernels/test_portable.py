@@ -1,8 +1,8 @@
 """The portable Triton kernels are attention: in Triton's interpreter, against float64 with the whole score matrix.
 
-Triton decides when it is imported whether kernels are compiled or interpreted, and other tests import it to compile. So
-the claims below run in another process, which was told to interpret before anything was imported; the tests ask
-them and compare. 32 x 16 tiles make the few tokens that the interpreter can do into many tiles of every kind.
+Triton decides when it is imported whether kernels are compiled or interpreted, and other tests import it to compile.
+The claims below therefore run in another process, which sets TRITON_INTERPRET before any import. With tiles of 32 x 16,
+the few tokens that the interpreter can handle make many tiles of every kind.
 """
 
 from __future__ import annotations

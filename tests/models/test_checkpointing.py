@@ -1,4 +1,4 @@
-"""Where layers keep what they need again changes no bit of the loss or of a gradient."""
+"""Where layers keep tensors for the backward changes no bit of the loss or of a gradient."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """What a layer allocates on one rank: two shards of keys and values, two of gradients, whatever the ring's size.
 
-Every storage that is made during a forward and a backward is followed until it is let go. The kernels are those of the
-contract and allocate nothing but a first hop's result; the other ranks are not there, their messages are as they are.
+Every storage that is made during a forward and a backward is tracked until it is freed. The kernels allocate nothing
+but a first hop's result, and the other ranks are absent: receive buffers keep the values that they have.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Following(TorchDispatchMode):
         return sum(size for ref, size in self.known.values() if not ref.expired())
 
     def measure(self, run):
-        """run(), and how many bytes more than before it lived at most."""
+        """run(), and the peak of bytes in addition to those before."""
         before, self.most = self.now(), 0
         result = run()
         return result, self.most - before

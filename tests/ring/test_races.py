@@ -1,7 +1,7 @@
-"""Whatever one stream reads or overwrites, the streams that wrote or read it before have an edge to it.
+"""Every access by one stream is ordered after the accesses of other streams that it depends on.
 
 The streams are fake: stream 0, stream 1, a communicator and other GPUs, each with a vector clock. Every access to every
-element of every tensor of a layer's forward and backward is held against the clocks: a race is an access whose
+element of every tensor of a layer's forward and backward is checked against the clocks: a race is an access whose
 predecessor on another stream is not ordered before it, however the GPU may time them.
 """
 

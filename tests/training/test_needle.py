@@ -1,4 +1,4 @@
-"""Needles searched during training: cells are those of the exported model, and the run is as without, bit by bit."""
+"""Needles searched during training: cells are those of the exported model, and the run is bit for bit as without."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A run that is asked to stop writes a checkpoint, can be resumed from it, and has an exit code of its own."""
+"""A run that is asked to stop writes a checkpoint, can be resumed from it, and has its own exit code."""
 
 import faulthandler
 import signal

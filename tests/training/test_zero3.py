@@ -1,4 +1,4 @@
-"""With ZeRO 3 a model is never whole in one rank's memory, and its weights are those of a model that is."""
+"""With ZeRO 3 a model is never whole in one rank's memory, and its weights are those of a model built whole."""
 
 from __future__ import annotations
 
