@@ -21,8 +21,8 @@ def adamw_(
 ) -> None:  # fmt: skip
     """One step, in place. All tensors bf16, flat and contiguous; low holds int16 bits. step counts from 1.
 
-    begin: the first element's number in the whole parameter, which its random bits depend on. Elements from `begin` on
-    must have one multiple of ELEMENTS below them.
+    begin: the first element's number in the whole parameter, on which its random bits depend. One call must not cross a
+    multiple of ELEMENTS.
     """
     _kernel[(triton.cdiv(weight.numel(), BLOCK),)](
         *(x.view(torch.int16) for x in (weight, low, mean, square)), gradient, weight.numel(), begin % ELEMENTS,

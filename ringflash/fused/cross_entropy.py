@@ -18,8 +18,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, softcap: float | None = None) -> Tensor:
     """Losses, fp32 [N]; logits [N, V], contiguous, are overwritten by the gradient of the losses' sum.
 
-    labels int64 [N]; loss and gradient are 0 for labels equal to `ignored`. softcap: z = softcap tanh(logits /
-    softcap).
+    logits fp16, bf16 or fp32; labels int64 [N]. Loss and gradient are 0 for labels equal to `ignored`. With a softcap,
+    z = softcap tanh(logits / softcap).
     """
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)

@@ -25,7 +25,10 @@ from ringflash.fused.launch import programs_for, sigmoid, tile_of
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    """The norm, of x's shape and dtype. x, gate [..., H]; weight [H]; `groups` equal groups of channels."""
+    """The norm, of x's shape and dtype. x, gate [..., H]; weight [H]; `groups` equal groups of channels.
+
+    dtypes are fp16, bf16 or fp32; sums are in fp32. Raises ValueError if H / groups is above `launch.LARGEST_ROW`.
+    """
     return _GatedNorm.apply(x, gate, weight, eps, groups)
 
 

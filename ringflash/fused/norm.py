@@ -29,7 +29,8 @@ def rms_norm(
     """(h, y): the residual stream and its norm, both of x's shape and dtype.
 
     x, residual [..., H]; weight [H]; offset is added to the weight. h is x + residual, or x itself without one: use it
-    as the residual stream, so that its gradient is added inside the backward's kernel.
+    as the residual stream, so that its gradient is added inside the backward's kernel. dtypes are fp16, bf16 or fp32;
+    sums are in fp32. Raises ValueError if H is above `launch.LARGEST_ROW`.
     """
     return _RMSNorm.apply(x, weight, residual, eps, offset)
 

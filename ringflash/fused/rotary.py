@@ -29,7 +29,7 @@ def rotary(
     """Rotated heads, of x's shape and dtype, contiguous.
 
     x [B, S, heads, D], D even; cos, sin [B or 1, S, D], as transformers' rotary embedding gives them. weight [D]: each
-    head is first normalised, as by `rms_norm`.
+    head is first normalised, as by `rms_norm`. Raises ValueError if D is odd, or if cos does not fit x.
     """
     return _Rotary.apply(x, cos, sin, weight, eps, offset)
 
