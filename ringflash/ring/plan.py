@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,6 @@ class Hop:
     seen: tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """One step's attention: mask, layout and ring, and the hops and routes that follow from them.
 
@@ -80,32 +79,31 @@ class AttentionPlan:
     the route of rank c's keys. token_layout: which rank holds which tokens outside attention. local_ranks: the ranks
     of token_layout that are local. Raises ValueError if masks, layout and ring do not fit each other, and TypeError for
     other types.
+
+    This is not a dataclass: FSDP with mixed precision rebuilds every dataclass among the arguments of a module.
     """
 
-    mask: IntervalMask | tuple[IntervalMask, ...]
-    layout: Layout
-    ring: Ring
-    ulysses: Ulysses | None = None
-    leading_tokens: int = 0
-    token_layout: Layout = field(init=False)
-    local_ranks: tuple[int, ...] = field(init=False)
-    masks: tuple[IntervalMask, ...] = field(init=False)
-    hops: tuple[tuple[Hop, ...], ...] = field(init=False)
-    routes: tuple[Route, ...] = field(init=False)
-    _narrower: dict[str, AttentionPlan] = field(init=False, default_factory=dict)
-    _hops_of: dict[Range, tuple[tuple[Hop, ...], ...]] = field(init=False, default_factory=dict)
-    _schedules: dict[Shape, tuple[Schedule, Schedule]] = field(init=False, default_factory=dict)
-    _sequences: dict[int, Sequences] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
-        object.__setattr__(self, "masks", masks)
+    def __init__(
+        self,
+        mask: IntervalMask | tuple[IntervalMask, ...],
+        layout: Layout,
+        ring: Ring,
+        ulysses: Ulysses | None = None,
+        leading_tokens: int = 0,
+    ) -> None:
+        self.mask, self.layout, self.ring, self.ulysses = mask, layout, ring, ulysses
+        self.leading_tokens = leading_tokens
+        self.masks = mask if isinstance(mask, tuple) else (mask,)
         self._check()
-        size, own = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
-        object.__setattr__(self, "token_layout", self.layout.split(size))
-        object.__setattr__(self, "local_ranks", tuple(rank * size + own for rank in self.ring.local))
-        object.__setattr__(self, "hops", self._hops(slice(0, self.layout.shard_length)))
-        object.__setattr__(self, "routes", routes(masks, self.layout))
+        size, own = (1, 0) if ulysses is None else (ulysses.size, ulysses.rank)
+        self.token_layout = layout.split(size)
+        self.local_ranks = tuple(rank * size + own for rank in ring.local)
+        self.hops = self._hops(slice(0, layout.shard_length))
+        self.routes: tuple[Route, ...] = routes(self.masks, layout)
+        self._narrower: dict[str, AttentionPlan] = {}
+        self._hops_of: dict[Range, tuple[tuple[Hop, ...], ...]] = {}
+        self._schedules: dict[Shape, tuple[Schedule, Schedule]] = {}
+        self._sequences: dict[int, Sequences] = {}
 
     def _check(self) -> None:
         if not self.masks or not all(isinstance(mask, IntervalMask) for mask in self.masks):

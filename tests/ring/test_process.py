@@ -7,9 +7,11 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
-from ringflash import Loopback, ProcessRing, Ulysses
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
 from ringflash.models import ring_inputs
 from ringflash.ring.watchdog import Label
 
@@ -71,6 +73,22 @@ def test_a_ring_is_not_sent_to_a_spawned_worker(alone, copied):
     for group in (ProcessRing(), Ulysses(dist.group.WORLD)):
         with pytest.raises(TypeError, match="a ring cannot be copied or sent to another process"):
             copied(group)
+
+
+class Block(torch.nn.Linear):
+    """A layer whose attention takes a plan."""
+
+    def forward(self, x, plan):
+        q = super().forward(x)
+        return ring_attention(q, q, q, plan)
+
+
+def test_fsdp_with_mixed_precision_passes_a_plan_on(alone):
+    plan = AttentionPlan(IntervalMask.causal(8), Layout.contiguous(8, 1), ProcessRing())
+    block, x = Block(16, 16), torch.randn(1, 8, 2, 16)
+    expected = copy.deepcopy(block).bfloat16()(x.bfloat16(), plan)
+    fully_shard(block, mesh=init_device_mesh("cpu", (1,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    assert torch.equal(block(x, plan=plan), expected)
 
 
 def test_a_worker_may_make_inputs_of_a_ring_in_one_process():
