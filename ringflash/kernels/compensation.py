@@ -32,6 +32,7 @@ SAMPLED = 256  # sampled keys, and queries, evenly spaced: a mean's error is 6 p
 SIGNIFICANT = 16.0  # a mean is used only if its square exceeds its sampling variance by this factor,
 WORTH = 0.06  # and this fraction of the keys' variance: a smaller mean does less harm than rounding k - c
 LARGEST = 14.0  # largest |c| in fp16: k - c of the largest number is then rounded to it, not to infinity
+FEWEST = 8  # sampled keys of which a mean is used: the variance of 2 or 3 may be small by chance
 BITS = 3  # of c's mantissa: k - c of keys much larger than c is then exact
 SPREAD = 8.0  # largest deviation of the scores of centered keys: beyond it, rounding would change the weights visibly
 
@@ -72,6 +73,6 @@ def _mean(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def least_share(count: int) -> float:
     """The fraction of the variance of `count` keys that their mean's square must exceed for the mean to be used.
 
-    The variance of one key, which is 0, tells nothing about the keys of other ranks: then no mean is used.
+    The variance of fewer than FEWEST keys tells little about the keys of other ranks: then no mean is used.
     """
-    return max(WORTH, SIGNIFICANT / (count - 1)) if count > 1 else math.inf
+    return max(WORTH, SIGNIFICANT / (count - 1)) if count >= FEWEST else math.inf
