@@ -23,6 +23,7 @@ from typing import NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import get_worker_info
 
 from ringflash.ring.copy_engine import CopyEngine, PendingWork, copy_engine_of
@@ -111,12 +112,13 @@ class Loopback:
 
 
 class ProcessRing:
-    """One rank per process, over a torch.distributed group (default: the whole world).
+    """One rank per process, over a torch.distributed group or a DeviceMesh of one dimension (default: the whole world).
 
     On GPUs, an exchange runs on a separate stream. It starts after the work that the current stream had queued before
     `exchange`, and `wait` makes the current stream (not the host) wait for it, so a kernel launched between the two
     calls overlaps with the transfer.
 
+    device: that of the tensors, by default the current GPU if the group has NCCL, otherwise the CPU.
     transport: "auto" lets GPUs of one machine copy into each other's memory if they can, and uses the group otherwise;
     "nccl" always uses the group. For transfers through the group, give the ring its own group with a high-priority
     stream (`pg_options`): otherwise they queue behind other collectives, and behind kernels that fill the GPU.
@@ -128,19 +130,19 @@ class ProcessRing:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
-        device: torch.device | str = "cpu",
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        device: torch.device | str | None = None,
         watchdog: Watchdog | None = None,
         transport: str = "auto",
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
         self.process = Process.this()
-        self.group: dist.ProcessGroup = group or dist.distributed_c10d._get_default_group()
+        self.group = process_group(group)
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
         self.local: tuple[int, ...] = (self.rank,)
-        self.device = torch.device(device)
+        self.device = _device_of(self.group) if device is None else torch.device(device)
         self.watchdog = watchdog
         self.carrier: str = dist.get_backend(self.group)
         self._copy_engine: CopyEngine | None = None
@@ -182,6 +184,30 @@ class ProcessRing:
         else:
             concerned = [Pending(tuple(dict.fromkeys(coming)), tuple(dict.fromkeys(sent)))]
         return list(zip(works, concerned, strict=True))
+
+
+def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    """The process group of a ring's or Ulysses's ranks, given as that, as a mesh, or as None for the whole world.
+
+    Raises TypeError for anything else, ValueError for a mesh of several dimensions and in processes outside the group.
+    """
+    if group is None:
+        return dist.distributed_c10d._get_default_group()
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group must be a mesh of one dimension, such as mesh['cp'], got {group!r:.200}")
+        return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group: only the ranks of a group use it")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {group!r:.100}")
+    return group
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """The current GPU if the group has NCCL, otherwise the CPU."""
+    on_gpu = "nccl" in dist.get_backend_config(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 @dataclass(frozen=True)

@@ -17,22 +17,23 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from ringflash.ring.transport import Process
+from ringflash.ring.transport import Process, process_group
 from ringflash.ring.watchdog import Label, Pending, Watchdog
 
 
 class Ulysses:
-    """The ranks that share a ring shard, one process per rank, over a torch.distributed group.
+    """The ranks that share a ring shard, one process per rank, over a torch.distributed group or a DeviceMesh.
 
     watchdog: records every exchange. label, in each method: layer, pass and tensor, for reports.
     """
 
-    def __init__(self, group: dist.ProcessGroup, watchdog: Watchdog | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh | None = None, watchdog: Watchdog | None = None) -> None:
         self.process = Process.this()
-        self.group = group
-        self.size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
+        self.group = process_group(group)
+        self.size = dist.get_world_size(self.group)
+        self.rank = dist.get_rank(self.group)
         self.watchdog = watchdog
 
     def queries(self, x: Tensor, label: Label) -> Tensor:

@@ -75,6 +75,21 @@ def test_a_ring_is_not_sent_to_a_spawned_worker(alone, copied):
             copied(group)
 
 
+@pytest.mark.parametrize("make", [ProcessRing, Ulysses])
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (lambda: init_device_mesh("cpu", (1, 1)), "a mesh of one dimension, such as mesh.'cp'., got DeviceMesh"),
+        (lambda: dist.GroupMember.NON_GROUP_MEMBER, "rank 0 is not in the group"),
+        (lambda: [0, 1], r"must be a ProcessGroup or a DeviceMesh, got \[0, 1\]"),
+    ],
+    ids=["mesh", "outside", "ranks"],
+)
+def test_what_is_not_one_group_of_this_rank_is_refused(alone, make, group, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make(group())
+
+
 class Block(torch.nn.Linear):
     """A layer whose attention takes a plan."""
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
 from ringflash.ring.ulysses import heads_refusal
@@ -18,13 +19,11 @@ GRIDS = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 2), (4, 4), (6, 3), (8, 1), (8, 2),
 
 def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32, value_dim=16):
     """This rank's shards of out, dq, dk, dv, and its share of the sink's gradient."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    grid = torch.arange(ranks).view(-1, ulysses)
-    groups = {tuple(row): dist.new_group(row) for side in (grid, grid.T) for row in side.tolist()}
-    row, column = tuple(grid[rank // ulysses].tolist()), tuple(grid[:, rank % ulysses].tolist())
+    ring_size = dist.get_world_size() // ulysses
+    mesh = init_device_mesh("cpu", (ring_size, ulysses), mesh_dim_names=("ring", "ulysses"))
     mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
-    layout = Layout.zigzag(LENGTH, ranks // ulysses, ulysses=ulysses)
-    plan = AttentionPlan(mask, layout, ProcessRing(groups[column]), Ulysses(groups[row]))
+    layout = Layout.zigzag(LENGTH, ring_size, ulysses=ulysses)
+    plan = AttentionPlan(mask, layout, ProcessRing(mesh["ring"]), Ulysses(mesh["ulysses"]))
     shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, LENGTH, heads, kv_heads, 16, value_dim)]
     sink = torch.linspace(-1, 1, heads).requires_grad_() if with_sink else None
     arguments = [*(x.requires_grad_() for x in shards[:3]), *([sink] if with_sink else [])]
