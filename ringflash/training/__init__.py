@@ -4,6 +4,7 @@ loop                        the steps of a run, top to bottom
 run, finish                 how a run is opened, and how it ends
 config, compose             all settings, typed; composed of YAML files and a command line
 overrides, help             the grammar of a command line; the settings as --help lists them
+other_names                 the names that other trainers have for settings
 preflight, mismatches       what is refused before anything is allocated; what a pretrained model makes doubtful
 memory, estimate            the settings that save GPU memory; the memory and disk that a run will take
 engine, loss, optimizers    the model under DeepSpeed

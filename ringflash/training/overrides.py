@@ -20,6 +20,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from ringflash.errors import ConfigError
+from ringflash.training.other_names import OTHER_NAMES
 
 RENAMED = {  # settings of earlier versions, and their names now
     "runs": "output_dir",
@@ -103,7 +104,9 @@ def unknown(key: str, schema: type) -> str:
     """The error for an unknown setting, with the setting that was perhaps meant, or those of its group."""
     if key in RENAMED:
         return f"{key} is not a setting; did you mean {RENAMED[key]}?"
-    keys = [*_keys(schema)]
+    keys, last = [*_keys(schema)], key.rpartition(".")[2]
+    if last in OTHER_NAMES and not any(other.rpartition(".")[2] == last for other in keys):
+        return f"{key} is not a setting; did you mean {OTHER_NAMES[last]}?"
     of_that_name = [other for other in keys if other.rpartition(".")[2] == key.lower().rpartition(".")[2]]
     close = difflib.get_close_matches(key.lower(), of_that_name or keys, n=1, cutoff=0.0 if of_that_name else 0.75)
     group = key.rpartition(".")[0] + "."

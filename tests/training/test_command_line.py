@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, is_dataclass
@@ -21,6 +22,8 @@ from ringflash.models import ModelConfig, build_model, read_config
 from ringflash.training.compose import built, compose
 from ringflash.training.config import Config
 from ringflash.training.optimizers.config import OptimConfig
+from ringflash.training.other_names import OTHER_NAMES
+from ringflash.training.overrides import kind_of
 from ringflash.training.preflight import check_ranks
 from tests import forked
 
@@ -95,6 +98,8 @@ UNREADABLE = {
     "~optim.lr": "~optim.lr would remove a setting",
     "~data.path=x": "~data.path=x would remove a setting",
     "Data.path=/x/a=b": "Data.path is not a setting; did you mean data.path?",
+    "num_train_epochs=3": "num_train_epochs is not a setting; did you mean optim.epochs?",
+    "optim.warmup_ratio=0.1": "optim.warmup_ratio is not a setting; did you mean optim.warmup?",
     "lr=1": "lr is not a setting; did you mean optim.lr?",
     "optim.LR=1": "optim.LR is not a setting; did you mean optim.lr?",
     "checkpoint.at=x": "checkpoint.at is not a setting; checkpoint has every, every_minutes, keep, keep_best",
@@ -144,13 +149,22 @@ def test_a_line_that_cannot_be_read_is_refused_with_its_key_and_value(override):
     assert UNREADABLE[override] in refusal(lambda: compose([override]))
 
 
+def test_names_of_other_trainers_lead_to_settings_as_their_table_says():
+    assert all(kind_of(key, Config) is not None for key in OTHER_NAMES.values())
+    page = (Path(__file__).parents[2] / "docs/fine-tuning.md").read_text()
+    rows = [line.split("|") for line in page.split("## Coming from another trainer")[1].split("\n## ")[0].splitlines()]
+    listed = {name: row[1].strip(" `") for row in rows for cell in row[2:] for name in re.findall(r"`(\w+)`", cell)}
+    assert listed.items() <= OTHER_NAMES.items()
+    assert len(listed) > 35
+
+
 # -- numbers: what a setting takes of values at and beyond its ends
 
 ENDS = {int: [-1, 0, 2**31, 2**64, 10**30], float: [-math.inf, -1.0, 0.0, 5e-324, 1.5, 1e308, math.inf, math.nan]}
 TAKEN = {
     "seed": [0, 2**31], "data.seed": [0, 2**31], "data.held_out": [0.0, 5e-324], "memory.zero": [0],
     "evaluation.every": [0], "evaluation.needle.every": [0], "evaluation.needle.depths": [0],
-    "checkpoint.every": [0], "checkpoint.every_minutes": [0.0, 5e-324, 1.5, 1e308], "optim.warmup": [0],
+    "checkpoint.every": [0], "checkpoint.every_minutes": [0.0, 5e-324, 1.5, 1e308], "optim.warmup": [0.0, 5e-324],
     "optim.lr": [0.0, 5e-324, 1.5, 1e308],
     "optim.final_lr": [0.0, 5e-324], "optim.decay": [5e-324], "optim.beta1": [0.0, 5e-324],
     "optim.beta2": [0.0, 5e-324], "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],

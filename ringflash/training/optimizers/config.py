@@ -42,8 +42,8 @@ class OptimConfig:
     decay: float = 0.2
     """With schedule=warmup_stable_decay, the fraction of all steps in which the learning rate falls."""
 
-    warmup: int = 10
-    """Warm-up steps, the last of which has the peak learning rate; 0: no warm-up."""
+    warmup: float = 10
+    """Warm-up steps, the last of which has the peak learning rate; below 1, a fraction of all steps; 0: no warm-up."""
 
     final_lr: float = 0.1
     """Learning rate of the last step, as a fraction of the peak; unused with schedule=constant."""
@@ -84,7 +84,7 @@ class OptimConfig:
         if not 0 < self.decay <= 1:
             raise ConfigError(f"optim.decay={self.decay} must be a fraction of the steps, more than 0 and at most 1")
         counts = ["batch", "micro_batch", *(["steps"] if self.steps is not None else [])]
-        for name in (*counts, "warmup"):
+        for name in counts:
             if type(getattr(self, name)) is not int:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be a whole number")
         for name in counts:
@@ -95,6 +95,8 @@ class OptimConfig:
         for name in ("lr", "warmup", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and finite")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ConfigError(f"optim.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and below 1")
@@ -105,13 +107,13 @@ class OptimConfig:
             return
         if self.warmup > self.steps:
             raise ConfigError(
-                f"optim.warmup={self.warmup} is more than optim.steps={self.steps}: the learning rate would never "
+                f"optim.warmup={self.warmup:g} is more than optim.steps={self.steps}: the learning rate would never "
                 f"reach optim.lr={self.lr}; set optim.warmup={self.steps} or less"
             )
         decay = self._decay_steps() if self.schedule == "warmup_stable_decay" else 0
-        if self.warmup + decay > self.steps:
+        if self._warmup_steps() + decay > self.steps:
             raise ConfigError(
-                f"optim.warmup={self.warmup} and optim.decay={self.decay} of optim.steps={self.steps} overlap: give "
+                f"optim.warmup={self.warmup:g} and optim.decay={self.decay} of optim.steps={self.steps} overlap: give "
                 f"more steps, or less of either"
             )
 
@@ -135,6 +137,10 @@ class OptimConfig:
         """Steps of the last decay; with epochs, `of_epoch` must have set the steps."""
         return max(1, round(self.decay * (self.steps or 0)))
 
+    def _warmup_steps(self) -> int:
+        """Steps of the warm-up; with epochs, `of_epoch` must have set the steps."""
+        return math.ceil(self.warmup * (self.steps or 0)) if self.warmup < 1 else int(self.warmup)
+
     def accumulation(self, replicas: int) -> int:
         """Micro-batches per step. Raises ConfigError if the batch does not divide."""
         if self.batch % (replicas * self.micro_batch):
@@ -148,4 +154,4 @@ class OptimConfig:
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
         steps, decay = self.total_steps, self._decay_steps()
-        return self.lr * fraction_of_peak(self.schedule, step, steps, self.warmup, decay, self.final_lr)
+        return self.lr * fraction_of_peak(self.schedule, step, steps, self._warmup_steps(), decay, self.final_lr)

@@ -302,6 +302,20 @@ def test_epochs_are_steps_enough_for_their_sequences(epochs, steps):
     assert optim.of_epoch(10).learning_rate(steps) == OptimConfig(steps=steps, batch=4, warmup=0).learning_rate(steps)
 
 
+@pytest.mark.parametrize(("fraction", "warmup"), [(0.3, 3), (0.31, 4), (0.999, 10), (1e-9, 1), (0, 0)])
+def test_a_warm_up_below_one_is_a_fraction_of_all_steps(fraction, warmup):
+    optim = OptimConfig(steps=None, epochs=1, batch=4, warmup=fraction).of_epoch(40)
+    steps = range(1, 11)
+    assert [*map(optim.learning_rate, steps)] == [*map(OptimConfig(steps=10, warmup=warmup).learning_rate, steps)]
+
+
+def test_a_warm_up_of_a_step_and_a_half_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"^optim\.warmup=1\.5 must be a whole number of steps, or a fraction below 1$"
+    ):
+        OptimConfig(warmup=1.5)
+
+
 def test_epochs_of_fewer_steps_than_their_warm_up_are_refused():
     with pytest.raises(ConfigError, match=r"optim\.epochs=2 has 5 steps: optim\.warmup=10 is more than optim\.steps=5"):
         OptimConfig(steps=None, epochs=2, batch=4).of_epoch(10)
@@ -313,7 +327,7 @@ def test_states_of_adamw_are_refused_for_sgd():
 
 
 @pytest.mark.parametrize("value", [1.5, math.inf, "1", True, None])
-@pytest.mark.parametrize("name", ["steps", "batch", "micro_batch", "warmup"])
+@pytest.mark.parametrize("name", ["steps", "batch", "micro_batch"])
 def test_a_count_that_is_no_whole_number_is_refused(name, value):
     is_null = (name, value) == ("steps", None)
     message = "null needs optim.epochs: set one of them" if is_null else f"{value} must be a whole number"
