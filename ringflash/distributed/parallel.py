@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -21,6 +22,19 @@ from ringflash.ring.watchdog import EXIT_DELAY, POLL
 
 YEAR = 365 * 24 * 60  # in minutes
 LayoutChooser = Callable[[IntervalMask], Layout]  # a step's layout over a ring
+
+
+class Grid(NamedTuple):
+    """All ranks: `replicas` groups of ring x ulysses ranks, each of which shares its sequences."""
+
+    replicas: int
+    ring: int
+    ulysses: int
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ring * self.ulysses
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,8 @@ class ParallelConfig:
         if self.ulysses is None and self.ring is not None:
             raise ConfigError(f"parallel.ring={self.ring} with parallel.ulysses=null: set both or neither")
 
-    def ring_size(self, ranks: int) -> int:
-        """Ranks in a ring, out of `ranks`. Raises ConfigError if they do not divide."""
+    def grid(self, ranks: int) -> Grid:
+        """The grid of `ranks` ranks; ulysses=null counts as 1. Raises ConfigError if they do not divide."""
         ulysses = self.ulysses or 1
         if ranks % ulysses:
             raise ConfigError(f"parallel.ulysses={ulysses} does not divide the {ranks} ranks of this run")
@@ -90,7 +104,7 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.ring={ring} x parallel.ulysses={ulysses} does not divide the {ranks} ranks of this run"
             )
-        return ring
+        return Grid(ranks // (ring * ulysses), ring, ulysses)
 
 
 def resolve_parallel(
@@ -101,7 +115,7 @@ def resolve_parallel(
     Raises ConfigError if heads do not divide among the Ulysses ranks, or those of linear attention among all ranks of a
     sequence, or if the Ulysses ranks are not on one machine.
     """
-    sharing = ranks if config.ulysses is None else config.ring_size(ranks) * config.ulysses
+    sharing = ranks if config.ulysses is None else config.grid(ranks).sharing
     if (reason := state_refusal(model, sharing)) is not None:
         raise ConfigError(f"model_type={model.model_type}: {reason}")
     if config.ulysses is None:

@@ -117,16 +117,15 @@ def join(config: ParallelConfig, settings: Any = None) -> World:
     """
     device = launcher.local_device()
     launcher.set_environment_of_one()
-    size = config.ring_size(launcher.world_size())
+    replicas, size, neighbours = config.grid(launcher.world_size())
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=config.timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    neighbours = config.ulysses or 1
     if settings is not None:
         _check_same_settings(dict(_flattened(settings)), device)
     _check_same_ulysses(neighbours, device)
-    grid = torch.arange(ranks).view(-1, size, neighbours)  # replicas, ring, ulysses
+    grid = torch.arange(ranks).view(replicas, size, neighbours)
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
     store = dist.distributed_c10d._get_default_store()
@@ -135,7 +134,7 @@ def join(config: ParallelConfig, settings: Any = None) -> World:
         rank, ranks, device, watchdog,
         ring=ProcessRing(ring, device, watchdog, config.transport),
         ulysses=None if row is None else Ulysses(row, watchdog),
-        replica=rank // (size * neighbours), replicas=len(grid),
+        replica=rank // (size * neighbours), replicas=replicas,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
-from ringflash.models.lora import UNCALLED, add_lora
+from ringflash.models.lora import add_lora
 from ringflash.models.quantized import quantization, without_repacking
 from ringflash.models.rope_length import fix_rope_length, has_length_dependent_rope, rope_per_document
 
@@ -30,7 +30,7 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
     hf_config = read_config(config)
     options: dict[str, Any] = {"attn_implementation": "ring", "dtype": DTYPES[config.dtype]}
     if (kind := config.lora.quantize_base) is not None:
-        options["quantization_config"] = quantization(kind, options["dtype"], UNCALLED)
+        options["quantization_config"] = quantization(kind, options["dtype"])
     random, pretrained = makers or (_random, _pretrained)
     model = random(hf_config, options) if config.path is None else pretrained(config.path, hf_config, options)
     without_repacking(model)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ringflash.errors import ConfigError, in_one_line
-from ringflash.models.quantized import KINDS
+from ringflash.models.quantized import KINDS, UNCALLED
 
 if TYPE_CHECKING:
     import peft
@@ -46,7 +46,6 @@ _KNOWN = {
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "peft_version", "r", "rank_pattern",
     "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-UNCALLED = ("correction_coefs",)  # linear layers whose weight alone is read: Gemma 3n's; adapters would do nothing
 # Linear layers that peft refuses, by model_type: transformers' kernels for Mamba-2 layers read their weight alone.
 _REFUSED = {"falcon_h1": ("out_proj",), "nemotron_h": ("out_proj",)}
 

@@ -17,17 +17,18 @@ from transformers import BitsAndBytesConfig
 
 KINDS = ("nf4",)
 BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8  # per weight
-HEAD = "lm_head"
+UNCALLED = ("correction_coefs",)  # linear layers whose weight alone is read: Gemma 3n's; adapters would do nothing
+_WHOLE = ("lm_head", *UNCALLED)  # ends of names of linear layers that are not quantized
 
 
-def quantization(kind: str, dtype: torch.dtype, uncalled: tuple[str, ...]) -> BitsAndBytesConfig:
-    """What transformers loads a model in 4 bits by. dtype: of activations; uncalled: names of layers that stay."""
+def quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What transformers loads a model in 4 bits by. dtype: of activations."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[HEAD, *uncalled],
+        llm_int8_skip_modules=[*_WHOLE],
     )
 
 
@@ -56,8 +57,7 @@ def shape_of(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape) if state is None else torch.Size(state.shape)
 
 
-def quantizable(model: nn.Module, uncalled: tuple[str, ...]) -> int:
+def quantizable(model: nn.Module) -> int:
     """How many weights of a model are quantized when it is loaded in 4 bits."""
-    names = (HEAD, *uncalled)
-    linear = [x for name, x in model.named_modules() if isinstance(x, nn.Linear) and not name.endswith(names)]
+    linear = [x for name, x in model.named_modules() if isinstance(x, nn.Linear) and not name.endswith(_WHOLE)]
     return sum(x.weight.numel() for x in linear if not x.weight.requires_grad)

@@ -24,7 +24,7 @@ from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import attention_kernels, check_length, read_config, tiles_of
 from ringflash.models.configuration import DTYPES, ModelConfig
-from ringflash.models.lora import UNCALLED, add_lora, description
+from ringflash.models.lora import add_lora, description
 from ringflash.models.quantized import BYTES, quantizable
 from ringflash.training.config import Config
 from ringflash.training.estimate import Estimate, estimate
@@ -124,9 +124,8 @@ def check_inputs(
 
 def check_ranks(config: Config, ranks: int) -> None:
     """Raise ConfigError for a grid, batch or length that does not divide among `ranks` ranks."""
-    ring = config.parallel.ring_size(ranks)
-    sharing = ring * (config.parallel.ulysses or 1)
-    accumulation = config.optim.accumulation(ranks // sharing)
+    grid = config.parallel.grid(ranks)
+    sharing, accumulation = grid.sharing, config.optim.accumulation(grid.replicas)
     if sharing > 1 and config.data.sequence_length < 2 * sharing:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} is smaller than 2 x {sharing} ranks that share it"
@@ -201,15 +200,13 @@ def _preference(config: Config) -> list[str]:
 
 
 def _grid(config: Config, ranks: int, where: str = "GPU") -> str:
-    parallel = config.parallel
-    ring, ulysses = parallel.ring_size(ranks), parallel.ulysses or 1
-    grid = f"replicas {ranks // (ring * ulysses)} x ring {ring} x ulysses {ulysses}"
-    return f"ranks      {ranks} x {where}: {grid}, layout {parallel.layout}"
+    replicas, ring, ulysses = config.parallel.grid(ranks)
+    grid = f"replicas {replicas} x ring {ring} x ulysses {ulysses}"
+    return f"ranks      {ranks} x {where}: {grid}, layout {config.parallel.layout}"
 
 
 def _step(config: Config, ranks: int) -> str:
-    optim, length, parallel = config.optim, config.data.sequence_length, config.parallel
-    replicas = ranks // (parallel.ring_size(ranks) * (parallel.ulysses or 1))
+    optim, length, replicas = config.optim, config.data.sequence_length, config.parallel.grid(ranks).replicas
     duration = f"{optim.steps} steps" if optim.epochs is None else f"{optim.epochs:g} epochs"
     return (
         f"step       {optim.batch} x {length:,} = {optim.batch * length:,} tokens in {optim.accumulation(replicas)} x "
@@ -221,14 +218,19 @@ def _estimate(config: Config, model_config: PreTrainedConfig, model: PreTrainedM
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     bf16 = DTYPES[config.model.dtype] == torch.bfloat16
-    quantized = quantizable(model, UNCALLED) if config.model.lora.quantize_base else 0
+    quantized = quantizable(model) if config.model.lora.quantize_base else 0
     frozen = BYTES * quantized + (2 if bf16 else 4) * (parameters - trained - quantized)
-    ring, ulysses = config.parallel.ring_size(ranks), config.parallel.ulysses or 1
-    shard = Layout.zigzag(config.data.sequence_length, ring, ulysses).shard_length // ulysses
     return estimate(
-        model_config, trained, config.memory, bf16=bf16, tokens=config.optim.micro_batch * shard, ranks=ranks,
-        ring=ring, frozen=frozen,
+        model_config, trained, config.memory, bf16=bf16, tokens=shard_tokens(config, ranks), ranks=ranks,
+        ring=config.parallel.grid(ranks).ring, frozen=frozen,
     )  # fmt: skip
+
+
+def shard_tokens(config: Config, ranks: int) -> int:
+    """Tokens that a rank holds of a micro-batch."""
+    _, ring, ulysses = config.parallel.grid(ranks)
+    shard = Layout.zigzag(config.data.sequence_length, ring, ulysses).shard_length // ulysses
+    return config.optim.micro_batch * shard
 
 
 def _disk_warning(config: Config, checkpoint: float) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from ringflash.data.tokenizer import tokenizer_digest
 from ringflash.distributed import launcher
 from ringflash.distributed.world import World
 from ringflash.files import model_digest, write_atomically
-from ringflash.layout import Layout
 from ringflash.models import build_model
 from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
 from ringflash.training import loss_plot, metrics, run_folder, zero3
@@ -28,7 +26,7 @@ from ringflash.training.config import Config
 from ringflash.training.engine import build_engine
 from ringflash.training.export import generation_file, rehearse
 from ringflash.training.out_of_memory import explained
-from ringflash.training.preflight import Job
+from ringflash.training.preflight import Job, shard_tokens
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def open_run(job: Job, world: World, model: PreTrainedModel, training: Corpus, r
     with world.without_timeout("initialising DeepSpeed"), explained(config.memory, world.size):
         engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
     with world.without_timeout("pinning host memory"):
-        engine.module.reserve_host_memory(_shard_tokens(config, world), _log(world))
+        log = functools.partial(print, flush=True) if world.is_first else lambda line: None
+        engine.module.reserve_host_memory(shard_tokens(config, world.size), log)
     with world.without_timeout(f"taking a folder in output_dir={config.output_dir}"):
         output_dir = Path(config.output_dir)
         locked = run_folder.acquire(output_dir, config.name, config.resume) if world.is_first else None
@@ -146,15 +145,3 @@ def _settings(job: Job, resolved: str, training: Corpus, world: World) -> dict[s
 
 def _source(config: Config) -> str:
     return f"model.path={config.model.path}" if config.model.path else "model.architecture"
-
-
-def _shard_tokens(config: Config, world: World) -> int:
-    """Tokens that this rank holds of a micro-batch."""
-    ulysses = 1 if world.ulysses is None else world.ulysses.size
-    layout = Layout.zigzag(config.data.sequence_length, world.ring.size, ulysses)
-    return config.optim.micro_batch * layout.shard_length // ulysses
-
-
-def _log(world: World) -> Callable[[str], None]:
-    """A function that prints a line on the first rank."""
-    return functools.partial(print, flush=True) if world.is_first else lambda message: None

@@ -17,7 +17,7 @@ from ringflash.errors import ConfigError
 from ringflash.generate.loading import load_encoder, load_model
 from ringflash.generate.settings import ReadConfig
 from ringflash.models import ModelConfig, build_model, read_config
-from ringflash.models.lora import CONFIG, UNCALLED, WEIGHTS, LoraConfig
+from ringflash.models.lora import CONFIG, WEIGHTS, LoraConfig
 from ringflash.models.quantized import BYTES, quantizable
 from ringflash.training.compose import compose
 from ringflash.training.flops import matmul_parameters
@@ -183,9 +183,9 @@ def test_weights_in_4_bits_are_counted_as_the_weights_that_they_stand_for(base):
     wide, narrow = built(), built(quantize_base="nf4")
     assert matmul_parameters(wide, True) == matmul_parameters(narrow, True)
     states = [p.quant_state for p in narrow.parameters() if hasattr(p, "quant_state")]
-    assert sum(torch.Size(state.shape).numel() for state in states) == quantizable(wide, UNCALLED)
+    assert sum(torch.Size(state.shape).numel() for state in states) == quantizable(wide)
     held = [x for p in narrow.parameters() if hasattr(p, "quant_state") for x in (p, p.quant_state.absmax)]
-    assert sum(x.nbytes for x in held) == pytest.approx(BYTES * quantizable(wide, UNCALLED), rel=0.02)
+    assert sum(x.nbytes for x in held) == pytest.approx(BYTES * quantizable(wide), rel=0.02)
 
 
 def test_what_a_base_in_4_bits_cannot_have_is_refused(text, base, monkeypatch):

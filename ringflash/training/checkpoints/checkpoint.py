@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,11 @@ def save(
 
 
 def resume(
-    engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, settings: dict | None = None, log=print
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    world: World,
+    settings: dict | None = None,
+    log: Callable[[str], None] = print,
 ) -> int:
     """Load the newest intact checkpoint under `folder`, and return its step; 0 if there is no checkpoint.
 
