@@ -26,6 +26,7 @@ from torch import Tensor
 from ringflash.errors import ConfigError
 
 IN_FLIGHT = 2  # groups that are being copied out
+LOGGED = 8  # GiB between two lines of progress
 
 
 class PinnedPool:
@@ -45,12 +46,14 @@ class PinnedPool:
         # malloc may return freed memory again, which could not be registered again if it still were.
         weakref.finalize(self, _unregister, self._registered).atexit = False
 
-    def reserve(self, sizes: list[int], progress: Callable[[int], None] = lambda done: None) -> None:
+    def reserve(self, sizes: list[int], what: str, log: Callable[[str], None] = lambda line: None) -> None:
         """Make sure that there is a free block for each of `sizes`, in bytes.
 
-        progress: called with the bytes allocated so far. Raises ConfigError if the machine has too little memory.
+        log: called with lines of progress, which say `what` is reserved. Raises ConfigError if the machine has too
+        little memory.
         """
-        made = 0
+        total, made, shown = sum(sizes) / 2**30, 0, 0.0
+        log(f"host       {total:.1f} GiB of memory to be pinned for {what}")
         spare = {size: len(blocks) for size, blocks in self._free.items()}
         for size in sizes:
             if spare.get(size, 0):
@@ -58,7 +61,9 @@ class PinnedPool:
                 continue
             self._free[size].append(self._new(size))
             made += size
-            progress(made)
+            if made / 2**30 >= shown + LOGGED:
+                shown = made / 2**30
+                log(f"host       {shown:.0f} of {total:.0f} GiB pinned")
 
     def allocate(self, size: int) -> Tensor:
         """A block of at least `size` bytes, uint8: the smallest free one, or else a new one of this size."""

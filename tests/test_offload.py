@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from ringflash import offload
 from ringflash.errors import ConfigError
 from ringflash.offload import HostStore, PinnedPool
 
@@ -85,18 +86,20 @@ def test_a_tensor_is_given_back_once():
         kept.get()
 
 
-def test_reserved_blocks_are_made_before_they_are_taken():
-    pool, made = PinnedPool(pinned=False, remedy="less"), []
-    pool.reserve([64, 64, 128], made.append)
-    pool.reserve([64], made.append)
-    assert (pool.bytes, made) == (256, [64, 128, 256])
+def test_reserved_blocks_are_made_before_they_are_taken_and_reported(monkeypatch):
+    pool, lines = PinnedPool(pinned=False, remedy="less"), []
+    monkeypatch.setattr(offload, "LOGGED", 128 / 2**30)
+    pool.reserve([64, 64, 128], "this test", lines.append)
+    pool.reserve([64], "another")
+    assert pool.bytes == 256
+    assert lines == ["host       0.0 GiB of memory to be pinned for this test", *["host       0 of 0 GiB pinned"] * 2]
     pool.allocate(64), pool.allocate(64), pool.allocate(128)
     assert pool.bytes == 256
 
 
 def test_a_shorter_batch_needs_no_other_blocks():
     pool = PinnedPool(pinned=False, remedy="less")
-    pool.reserve([64, 4096])
+    pool.reserve([64, 4096], "a test")
     short, long = pool.allocate(16), pool.allocate(1024)
     assert (short.numel(), long.numel()) == (64, 4096)
     pool.free(long)
@@ -106,12 +109,12 @@ def test_a_shorter_batch_needs_no_other_blocks():
 
 def test_too_little_host_memory_is_refused_with_what_to_set():
     pool = HostStore().pool
-    pool.reserve([2**20])
+    pool.reserve([2**20], "a test")
     message = (
         r"pins no more than 0\.0 GiB of host memory, and 2\.00 more were asked for: memory\.attention_results=host:N"
     )
     with mock.patch.object(torch, "empty", side_effect=RuntimeError("no")), pytest.raises(ConfigError, match=message):
-        pool.reserve([2**31])
+        pool.reserve([2**31], "a test")
 
 
 def test_a_pool_that_is_gone_unregisters_its_blocks():
@@ -129,7 +132,7 @@ def test_a_pool_that_is_gone_unregisters_its_blocks():
 
     with mock.patch.object(torch.cuda, "cudart", return_value=Cuda):
         pool = PinnedPool(pinned=True, remedy="less")
-        pool.reserve([64, 4096])
+        pool.reserve([64, 4096], "a test")
         pool.free(pool.allocate(64))
         del pool
     registered = [address for what, address in calls if what == "register"]

@@ -83,16 +83,7 @@ class TrainedModel(nn.Module):
         if store is None:
             return
         sizes = kept_sizes(config, self.memory.keep, tokens, self.model.dtype.itemsize, "host")
-        total, shown = sum(sizes) / 2**30, 0.0
-        log(f"host       {total:.1f} GiB of memory to be pinned for what layers keep")
-
-        def progress(done: int) -> None:
-            nonlocal shown
-            if done / 2**30 >= shown + 8:
-                shown = done / 2**30
-                log(f"host       {shown:.0f} of {total:.0f} GiB pinned")
-
-        store.pool.reserve(sizes, progress)
+        store.pool.reserve(sizes, "what layers keep", log)
 
     def forward(
         self,

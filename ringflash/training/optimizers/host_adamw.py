@@ -53,17 +53,14 @@ class HostAdamW(torch.optim.Optimizer):
 
         log: called with lines of progress. Raises ConfigError if this machine has too little host memory.
         """
-        total, shown = 12 * sum(weight.numel() for weight in weights) / 2**30, 0.0
-        log(f"host       {total:.1f} GiB of memory to be pinned for optimizer states")
-        for weight in weights:
-            self.state[weight] = {"step": 0, CHUNKS: []}
-            for part in weight.detach().view(-1).split(CHUNK):
-                chunk = self.pool.allocate(12 * part.numel()).view(torch.float32).view(3, -1)
+        parts = [weight.detach().view(-1).split(CHUNK) for weight in weights]
+        sizes = [12 * part.numel() for part in itertools.chain(*parts)]
+        self.pool.reserve(sizes, "optimizer states", log)
+        for weight, of_weight in zip(weights, parts, strict=True):
+            chunks = [self.pool.allocate(12 * part.numel()).view(torch.float32).view(3, -1) for part in of_weight]
+            for chunk, part in zip(chunks, of_weight, strict=True):
                 chunk[0].copy_(part)
-                self.state[weight][CHUNKS].append(chunk)
-                if self.pool.bytes / 2**30 >= shown + 8:
-                    shown = self.pool.bytes / 2**30
-                    log(f"host       {shown:.0f} of {total:.0f} GiB pinned")
+            self.state[weight] = {"step": 0, CHUNKS: chunks}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is evaluated
