@@ -104,7 +104,7 @@ def produce(call, shared, descriptors):
 
 @gluon.jit(do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "delta_stride_b", "delta_stride_h", "interval_stride_b", "order_stride_b",
-    "center_stride_b", "center_stride_h", "tiles", "queries", "keys", "heads_kv", "group", "split", "pairs",
+    "center_stride_b", "center_stride_h", "tiles", "queries", "keys", "heads_kv", "group", "split", "batch_heads",
     "heads_in_l2", "whole", "scale", "c", "cap_scale", "lse_factor",
 ])  # fmt: skip
 def backward_kernel(
@@ -112,17 +112,17 @@ def backward_kernel(
     lse, lse_stride_b, lse_stride_h,
     delta, delta_stride_b, delta_stride_h,
     start, end, interval_stride_b, order, order_stride_b, center, center_stride_b, center_stride_h, tiles,
-    queries, keys, heads_kv, group, split, pairs, heads_in_l2, whole, scale, c, cap_scale, lse_factor,
+    queries, keys, heads_kv, group, split, batch_heads, heads_in_l2, whole, scale, c, cap_scale, lse_factor,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CAPPED: gl.constexpr, CENTERED: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory, and start each group of warps. All tensors are [B, H, S, D] for TMA."""
-    undivided = pairs if D == 64 else whole  # at 64, whole is None
+    undivided = batch_heads if D == 64 else whole  # at 64, whole is None
     call = Call(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, start, end, interval_stride_b,
         order, order_stride_b, center, center_stride_b, center_stride_h, tiles, queries, keys, heads_kv, group, split,
-        pairs, heads_in_l2, undivided, scale, c, cap_scale, lse_factor, D, BLOCK_Q, 2 * ROWS if D <= 128 else ROWS,
-        CAPPED, CENTERED,
+        batch_heads, heads_in_l2, undivided, scale, c, cap_scale, lse_factor, D, BLOCK_Q,
+        2 * ROWS if D <= 128 else ROWS, CAPPED, CENTERED,
     )  # fmt: skip
     descriptors = (q, k, v, dout, dq, dk, dv)
     if D == 64:
@@ -281,15 +281,15 @@ def backward(
             round_into(result, x)
 
 
-def programs_per_group(group: int, longest: float, pairs: int, sms: int) -> int:
+def programs_per_group(group: int, longest: float, batch_heads: int, sms: int) -> int:
     """The number of programs among which the query heads of a KV tile are divided.
 
     A program has at most HEADS of them, and fewer if tiles would otherwise finish unevenly. longest: a head's longest
-    tile as a fraction of all its tiles; pairs: batch rows x KV heads. Dividing costs each program the copies of k, v,
-    dk and dv, about 3 steps.
+    tile as a fraction of all its tiles; batch_heads: batch rows x KV heads. Dividing costs each program the copies of
+    k, v, dk and dv, about 3 steps.
     """
     split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= HEADS)
-    while group % (2 * split) == 0 and longest / split > 0.9 * pairs / sms:
+    while group % (2 * split) == 0 and longest / split > 0.9 * batch_heads / sms:
         split *= 2
     return split
 
@@ -305,6 +305,6 @@ def divided_programs(programs: int, heads: int, equal: bool, at_a_time: int) -> 
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:
-    """The number of (batch row, KV head) pairs at a time whose q, dout and fp32 dq stay in L2."""
+    """The number of KV heads, over batch rows, whose q, dout and fp32 dq stay in L2 at the same time."""
     _, Sq, Hq, D = q.shape
     return max(1, L2_BYTES // (Hq // k.shape[2] * Sq * D * (2 * q.element_size() + 4)))

@@ -51,8 +51,8 @@ class Call:
     heads_kv: gl.tensor
     group: gl.tensor  # query heads of a KV head
     split: gl.tensor  # the number of programs among which these are divided
-    pairs: gl.tensor  # batch rows x KV heads
-    heads_in_l2: gl.tensor  # pairs processed at a time
+    batch_heads: gl.tensor  # batch rows x KV heads
+    heads_in_l2: gl.tensor  # of these, processed at a time
     whole: gl.tensor  # programs before those with one query head each
     scale: gl.tensor
     c: gl.tensor
@@ -84,18 +84,18 @@ class Call:
             member = over % of_each
             index = gl.minimum(index, self.whole) + over // of_each
         tiles_in_l2 = self.heads_in_l2 * self.split * self.tiles
-        first_pair = index // tiles_in_l2 * self.heads_in_l2
+        finished = index // tiles_in_l2 * self.heads_in_l2
         index = index % tiles_in_l2
-        pairs = gl.minimum(self.heads_in_l2, self.pairs - first_pair)
-        pair = first_pair + index % (pairs * self.split) // self.split
+        together = gl.minimum(self.heads_in_l2, self.batch_heads - finished)
+        batch_head = finished + index % (together * self.split) // self.split
         if self.D > 64:
             head = of_each * (index % self.split) + member
         else:
             heads = self.group // self.split
             head = heads * (index % self.split)
-        batch = pair // self.heads_kv
-        head_kv = pair % self.heads_kv
-        tile = gl.load(self.order + batch.to(gl.int64) * self.order_stride_b + index // (pairs * self.split))
+        batch = batch_head // self.heads_kv
+        head_kv = batch_head % self.heads_kv
+        tile = gl.load(self.order + batch.to(gl.int64) * self.order_stride_b + index // (together * self.split))
         first = tile * (2 * ROWS) + part * self.KEYS
         last = gl.minimum(first + self.KEYS, self.keys) - 1
         start = self.start + batch.to(gl.int64) * self.interval_stride_b

@@ -108,7 +108,7 @@ TUNINGS = {
     "lse_stride_b", "lse_stride_h", "carry_stride_b", "carry_stride_s", "carry_stride_h", "out_stride_b",
     "out_stride_s", "out_stride_h", "final_stride_b", "final_stride_s", "final_stride_h", "seen_stride_b",
     "seen_later", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
-    "pairs", "heads_in_l2", "c", "cap_scale",
+    "batch_heads", "heads_in_l2", "c", "cap_scale",
 ])  # fmt: skip
 def forward_kernel(
     q, k, v, carry, out, final,
@@ -116,7 +116,7 @@ def forward_kernel(
     final_stride_b, final_stride_s, final_stride_h, seen, seen_stride_b, seen_later,
     lse, lse_stride_b, lse_stride_h,
     start, end, interval_stride_b, counter, order, order_stride_b, tiles,
-    queries, heads_kv, group, pairs, heads_in_l2, c, cap_scale,
+    queries, heads_kv, group, batch_heads, heads_in_l2, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     CAPPED: gl.constexpr, CARRY: gl.constexpr, FINISHES: gl.constexpr, PAIRED: gl.constexpr,
@@ -129,7 +129,7 @@ def forward_kernel(
         lse, lse_stride_b, lse_stride_h, carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s,
         out_stride_h, final_stride_b, final_stride_s, final_stride_h, seen, seen_stride_b, seen_later,
         start, end, interval_stride_b, counter, order, order_stride_b, tiles, queries, heads_kv, group,
-        pairs, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, PAIRED, FINISHES,
+        batch_heads, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, PAIRED, FINISHES,
     )  # fmt: skip
     tensors = (q, k, v, carry, out, final)
     if D == 256 and PAIRED:
@@ -261,7 +261,7 @@ def runs_in_pairs(q: Tensor, k: Tensor, softcap: float | None, tuning: Tuning) -
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:
-    """The number of (batch row, KV head) pairs at a time: as many as keep K and V in L2, and at least 8 query heads.
+    """The number of KV heads, over batch rows, at a time: as many as keep K and V in L2, and at least 8 query heads.
 
     With fewer, SMs work on query tiles of more different lengths, and no longer read the same keys at the same time.
     With 16 query and KV heads at 32k tokens, 2 heads had 591 TFLOP/s, 4 660, 8 712 and 16 684.

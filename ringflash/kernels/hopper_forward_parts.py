@@ -59,8 +59,8 @@ class Call:
     queries: gl.tensor
     heads_kv: gl.tensor
     group: gl.tensor  # query heads of a KV head
-    pairs: gl.tensor  # batch rows x KV heads
-    heads_in_l2: gl.tensor  # pairs processed at a time
+    batch_heads: gl.tensor  # batch rows x KV heads
+    heads_in_l2: gl.tensor  # of these, processed at a time
     c: gl.tensor
     cap_scale: gl.tensor
     D: gl.constexpr
@@ -94,7 +94,7 @@ class Call:
     @gluon.jit
     def total(self):
         """Query tiles of all heads."""
-        return self.pairs * self.group * self.tiles
+        return self.batch_heads * self.group * self.tiles
 
     @gluon.jit
     def job(self, index):
@@ -109,12 +109,12 @@ class Call:
         index = gl.minimum(index, total - 1)
 
         tiles_in_l2 = self.heads_in_l2 * self.group * self.tiles
-        first_pair = index // tiles_in_l2 * self.heads_in_l2
+        finished = index // tiles_in_l2 * self.heads_in_l2
         index = index % tiles_in_l2
-        heads = gl.minimum(self.heads_in_l2, self.pairs - first_pair) * self.group
-        pair = first_pair + index % heads // self.group
-        batch = pair // self.heads_kv
-        head_kv = pair % self.heads_kv
+        heads = gl.minimum(self.heads_in_l2, self.batch_heads - finished) * self.group
+        batch_head = finished + index % heads // self.group
+        batch = batch_head // self.heads_kv
+        head_kv = batch_head % self.heads_kv
         head = head_kv * self.group + index % self.group
         first = gl.load(self.order + batch.to(gl.int64) * self.order_stride_b + index // heads) * TILE
 

@@ -347,7 +347,7 @@ def test_pairs_find_barriers_and_descriptors_where_their_constants_say(compiled)
 
 
 @pytest.mark.parametrize(
-    ("group", "longest", "pairs", "programs"),
+    ("group", "longest", "batch_heads", "programs"),
     [
         (4, 2 / 256, 8, 1),
         (4, 92 / 3184, 4, 2),
@@ -371,10 +371,10 @@ def test_pairs_find_barriers_and_descriptors_where_their_constants_say(compiled)
         "12 heads",
     ],
 )
-def test_a_groups_heads_are_divided_where_a_tile_would_outlast_the_others(group, longest, pairs, programs):
+def test_a_groups_heads_are_divided_where_a_tile_would_outlast_the_others(group, longest, batch_heads, programs):
     from ringflash.kernels.hopper_backward import programs_per_group
 
-    assert programs_per_group(group, longest, pairs, sms=132) == programs
+    assert programs_per_group(group, longest, batch_heads, sms=132) == programs
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_programs_run_in_pairs_where_pairs_ran_on_a_gpu(monkeypatch, triton, hea
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "pairs"),
+    ("heads", "tokens", "batch_heads"),
     [
         ((16, 16), 32768, 8),
         ((32, 8), 131072, 2),
@@ -423,11 +423,11 @@ def test_programs_run_in_pairs_where_pairs_ran_on_a_gpu(monkeypatch, triton, hea
         ((64, 4), 131072, 1),
     ],
 )
-def test_the_forward_works_at_8_heads_or_as_many_as_l2_holds(heads, tokens, pairs):
+def test_the_forward_works_at_8_heads_or_as_many_as_l2_holds(heads, tokens, batch_heads):
     from ringflash.kernels.hopper_forward import heads_in_l2
 
     q, k = (torch.empty(1, tokens, count, 128, dtype=torch.bfloat16, device="meta") for count in heads)
-    assert heads_in_l2(q, k) == pairs
+    assert heads_in_l2(q, k) == batch_heads
 
 
 def test_the_fields_of_an_aggregate_enter_tritons_cache_key():
