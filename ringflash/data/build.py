@@ -35,6 +35,7 @@ from ringflash.data.cache import Written
 from ringflash.data.formats import Lines, Record, RecordError, records
 from ringflash.data.records import Reading
 from ringflash.errors import ConfigError, reason
+from ringflash.files import write_atomically
 
 GROUP = 1 << 20  # characters that a worker tokenises at once
 AHEAD = 3  # groups per worker, waiting or in progress
@@ -69,12 +70,8 @@ class Progress:
 
     def save(self, folder: Path) -> None:
         """Replace progress.json in a folder."""
-        new = folder / f"{PROGRESS}.new"
-        with open(new, "w", encoding="utf-8") as file:
-            json.dump(vars(self) | {"written": vars(self.written)}, file)  # asdict takes a Counter apart
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(folder / PROGRESS)
+        found = vars(self) | {"written": vars(self.written)}  # asdict takes a Counter apart
+        write_atomically(folder / PROGRESS, json.dumps(found))
 
 
 def read_progress(folder: Path) -> Progress:

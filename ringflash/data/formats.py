@@ -24,6 +24,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -143,10 +144,6 @@ def _text(file: Path, fields: Fields) -> Records:
     yield str(file), {fields.names[0]: blocks(file)}
 
 
-def _whole(file: Path) -> str:
-    return "".join(blocks(file))
-
-
 def _guessed_text(file: Path, fields: Fields) -> Records:
     rest = blocks(file)
     begin = next(rest, "")
@@ -212,7 +209,7 @@ def _json(file: Path, fields: Fields) -> Records:
     if not begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _json_lines(file, fields)
         return
-    for number, value in enumerate(_parsed(_whole(file), str(file), IN_ARRAY), 1):
+    for number, value in enumerate(_parsed("".join(blocks(file)), str(file), IN_ARRAY), 1):
         where = f"{file} record {number}"
         try:
             record = _json_record(value, fields, where, IN_ARRAY)
@@ -295,10 +292,6 @@ def _csv(file: Path, fields: Fields, delimiter: str = ",") -> Records:
         raise ConfigError(f"{file} line {rows.line_num} is not CSV: {message}") from error
 
 
-def _tsv(file: Path, fields: Fields) -> Records:
-    return _csv(file, fields, delimiter="\t")
-
-
 def _parquet(file: Path, fields: Fields) -> Records:
     import pyarrow.parquet
 
@@ -355,7 +348,7 @@ _READERS: dict[str, Callable[[Path, Fields], Records]] = {
     "jsonl": _json_lines,
     "json": _json,
     "csv": _csv,
-    "tsv": _tsv,
+    "tsv": partial(_csv, delimiter="\t"),
     "parquet": _parquet,
     "arrow": _arrow,
 }

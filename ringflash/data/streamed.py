@@ -28,6 +28,7 @@ from ringflash.data.documents import cache_folder, find_files
 from ringflash.data.packing import Packed, check_labels, epoch_generator, pack, sequences_per_epoch, truncated_labels
 from ringflash.data.tokenizer import load_tokenizer
 from ringflash.errors import ConfigError
+from ringflash.files import write_atomically
 
 LEDGER = "ledger.json"
 
@@ -124,9 +125,7 @@ class StreamedCorpus:
             if str(file) not in known and (cut := truncated_labels(corpus, length)):
                 print(f"{self.files[file]}: the first {length:,} tokens of {cut:,} documents hold no label", flush=True)
             self._counts = known | {str(file): count}
-            new = self._folder / f"{LEDGER}.new"
-            new.write_text(json.dumps(self._counts), encoding="utf-8")
-            new.replace(self._folder / LEDGER)
+            write_atomically(self._folder / LEDGER, json.dumps(self._counts))
         return corpus
 
     def _prepare(self, seed: int, epoch: int, place: int) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ringflash.data.text import decoded
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
@@ -19,12 +20,9 @@ def text_of(name: str, path: str) -> str:
     where = "standard input" if path == STDIN else f"{name}={path}"
     try:
         held = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
-        text = held.decode()
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ConfigError(f"{where} is not text in UTF-8: byte {error.start} is {byte:#04x}") from error
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {error.strerror or reason(error)}") from error
+    text = decoded(held, where, 0)
     if not text.strip():
         raise ConfigError(f"{where} {'holds white space alone' if text else 'is empty'}")
     return text

@@ -279,7 +279,7 @@ def test_bad_input_is_named_in_one_line(given, tmp_path):
         ({"document": tmp_path / "white.txt"}, "document=.*white.txt holds white space alone"),
         ({"document": tmp_path / "none.txt"}, "document=.*none.txt cannot be read: No such file or directory"),
         ({"document": tmp_path}, "cannot be read: Is a directory"),
-        ({"document": tmp_path / "image.png"}, r"image.png is not text in UTF-8: byte 0 is 0x89"),
+        ({"document": tmp_path / "image.png"}, r"image.png is not UTF-8: invalid start byte at byte 0 \(0x89\); iconv"),
         ({"model": tmp_path}, "^model=.* holds no config.json: it must be a Hugging Face model folder"),
         ({"tokenizer": tmp_path / "none"}, "^tokenizer=.*none is neither bytes nor a folder that exists"),
         ({"model": tmp_path / "none"}, "^model=.*none is not a folder that exists"),
