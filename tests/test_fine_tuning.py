@@ -1,4 +1,4 @@
-"""docs/fine-tuning.md runs as it is pasted, with a tiny model instead of the one that it downloads."""
+"""docs/fine-tuning.md and docs/data.md run as pasted, with a tiny model instead of the one that is downloaded."""
 
 import importlib.util
 import json
@@ -15,11 +15,11 @@ from tests import forked
 from tests.data.chat_cases import SMOLLM2, chat_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("fine-tuning", "data"))
 
 
 def blocks(language):
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES, re.DOTALL | re.MULTILINE)
     return [code for of, code in found if of == language]
 
 
@@ -50,15 +50,15 @@ def folder(tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_every_command_and_program_of_the_page_runs(folder):
+def test_every_command_and_program_of_the_pages_runs(folder):
     programs = {re.search(r"# Save as (\w+\.py)", code)[1]: code for code in blocks("python")}
     assert [*programs] == ["conversations.py", "ask.py", "preferences.py"]
     for name, code in programs.items():
         (folder / name).write_text(code, encoding="utf-8")
     outputs = ("training ", "held-out ", "adapters ")
-    download, train, lora, qlora, *others = [block for block in blocks("") if not block.startswith(outputs)]
+    download, train, best, lora, qlora, *others = [block for block in blocks("") if not block.startswith(outputs)]
     assert download.startswith("hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir smollm2\n")
-    assert len(others) == 4
+    assert len(others) == 3
     run("python conversations.py", folder)
     run("python preferences.py", folder)
     printed = run(train, folder)
@@ -68,6 +68,6 @@ def test_every_command_and_program_of_the_page_runs(folder):
     assert "rank: 16" in run(lora, folder)
     if importlib.util.find_spec("bitsandbytes"):
         assert "quantize_base: nf4" in run(qlora, folder)
-    expected = ("preferences: true", "field: input_ids", "keep_best: true", "field: input_ids")
-    for command, setting in zip(others, expected, strict=True):
+    expected = ("keep_best: true", "preferences: true", "field: input_ids", "field: input_ids")
+    for command, setting in zip([best, *others], expected, strict=True):
         assert setting in run(command, folder)
