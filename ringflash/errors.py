@@ -1,7 +1,9 @@
 """Errors of settings that cannot work, of training that diverged, and of full GPUs and disks."""
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -38,6 +40,16 @@ def hub_hint(path: str, *, dataset: bool = False) -> str:
     kind, option = ("data set", " --repo-type dataset") if dataset else ("model", "")
     command = f"hf download {path[:100]}{option} --local-dir FOLDER"
     return f"; nothing is downloaded: `{command}` downloads a {kind} from the hub"
+
+
+def did_you_mean(given: str, known: Iterable[str], form: str = "{}", otherwise: str = "") -> str:
+    """The end of an error about an unknown name: the known name nearest to it, in `form`; `otherwise` if none is near.
+
+    >>> "modl is not a setting" + did_you_mean("modl", ["model", "data"], "{}=...")
+    'modl is not a setting; did you mean model=...?'
+    """
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {form.format(close[0])}?" if close else otherwise
 
 
 def in_one_line(error: BaseException) -> str:

@@ -70,7 +70,10 @@ def located(parts: Iterable[Part], where: Callable[[int], str]) -> Iterator[Part
 
 
 def decoded(read: bytes, where: str, position: int) -> str:
-    """The text of some bytes, which begin at byte `position` of their file, without the file's byte order mark."""
+    """The text of some bytes, which begin at byte `position` of their file, without the file's byte order mark.
+
+    Raises ConfigError, with `where`, for bytes that are not UTF-8, and for a NUL.
+    """
     if position == 0 and (kind := next((kind for mark, kind in MARKS.items() if read.startswith(mark)), None)):
         raise ConfigError(f"{where} is {kind}, not UTF-8; iconv -f {kind} -t UTF-8 converts it")
     if (nul := read.find(b"\0")) >= 0:

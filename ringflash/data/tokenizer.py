@@ -171,7 +171,10 @@ def _encode_slow(tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray
 
 
 def text_only(tokenizer: Any, name: str) -> Tokenizer:
-    """A copy of a fast tokenizer's backend in which no text spells a special token."""
+    """A copy of a fast tokenizer's backend in which no text spells a special token.
+
+    Raises ConfigError, naming the tokenizer, if its end of document is a character.
+    """
     from tokenizers import Tokenizer
 
     rules = json.loads(tokenizer.backend_tokenizer.to_str())

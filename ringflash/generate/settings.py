@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import textwrap
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from ringflash.docstrings import field_docstrings
-from ringflash.errors import ConfigError, shown
+from ringflash.errors import ConfigError, did_you_mean, shown
 from ringflash.ring.cache_plan import CHUNK
 
 
@@ -73,11 +72,8 @@ class ReadConfig:
         for argument in arguments:
             name, equals, value = argument.partition("=")
             if not equals or name not in kinds:
-                close = difflib.get_close_matches(name, kinds, n=1)
-                raise ConfigError(
-                    f"{argument[:100]} is not a setting of this command"
-                    + (f"; did you mean {close[0]}=...?" if close else f": these are {', '.join(kinds)}, see --help")
-                )
+                meant = did_you_mean(name, kinds, "{}=...", f": these are {', '.join(kinds)}, see --help")
+                raise ConfigError(f"{argument[:100]} is not a setting of this command{meant}")
             if kinds[name] == "tuple[str, ...]":
                 given[name] = (*given.get(name, ()), value)
             elif name in given:

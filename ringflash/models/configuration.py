@@ -5,7 +5,6 @@ What depends only on a configuration is also read here: experts, the scale of lo
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ringflash import kernels
-from ringflash.errors import ConfigError, hub_hint
+from ringflash.errors import ConfigError, did_you_mean, hub_hint
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.families import TEXT_MODELS, Recurrence, allow_untested, family_refusal, has_chunks, recurrence_of
@@ -240,10 +239,8 @@ def field_refusal(model_type: str, name: str) -> str | None:
         return None
     # What all of transformers' configurations have is bookkeeping, and nothing that a typing error was meant for.
     own = {f.name for f in fields(known)} - {f.name for f in fields(PreTrainedConfig)}
-    close = difflib.get_close_matches(name, sorted(own), n=1)
-    return f"model.architecture.{name} is not a field of a {model_type} configuration" + (
-        f"; did you mean model.architecture.{close[0]}?" if close else ""
-    )
+    meant = did_you_mean(name, sorted(own), "model.architecture.{}")
+    return f"model.architecture.{name} is not a field of a {model_type} configuration{meant}"
 
 
 def check_supported(config: PreTrainedConfig) -> None:

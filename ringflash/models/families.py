@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
 from enum import Enum
 from typing import NamedTuple
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from ringflash.errors import did_you_mean
 
 
 class Windows(Enum):
@@ -213,10 +214,8 @@ def _final_refusal(model_type: object) -> str | None:
         return f"model_type={model_type} is not supported on the ring: {REFUSED[str(model_type)]}"
     if model_type in CONFIG_MAPPING_NAMES:
         return None
-    close = difflib.get_close_matches(str(model_type), CONFIG_MAPPING_NAMES, n=1)
-    return f"model_type={model_type} is not one of transformers' configurations" + (
-        f"; did you mean {close[0]}?" if close else ""
-    )
+    meant = did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)
+    return f"model_type={model_type} is not one of transformers' configurations{meant}"
 
 
 def has_chunks(model_type: str) -> bool:

@@ -9,13 +9,12 @@ replaces some of its values, so that a pretrained model is extended without edit
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, did_you_mean
 
 _SHARED = ("rope_type", "rope_theta", "partial_rotary_factor")
 _STRETCHED = ("factor", "original_max_position_embeddings")
@@ -121,11 +120,8 @@ def _merged(own: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> d
         raise ValueError(f"{where}.rope_type={kind} is not one of {listed(KINDS)}")
     for name in changes:
         if name not in (keys := (*_SHARED, *KINDS[kind])):
-            close = difflib.get_close_matches(name, keys, n=1)
-            raise ValueError(
-                f"{where}.{name} is not a value of rope_type={kind}"
-                + (f"; did you mean {close[0]}?" if close else f": these are {listed(keys)}")
-            )
+            meant = did_you_mean(name, keys, otherwise=f": these are {listed(keys)}")
+            raise ValueError(f"{where}.{name} is not a value of rope_type={kind}{meant}")
     kept = own if kind == own.get("rope_type", "default") else {k: v for k, v in own.items() if k in _SHARED}
     return {"rope_type": kind, **kept, **changes}
 

@@ -92,7 +92,10 @@ def _schema(part: Any) -> type:
 
 
 def built(part: type, settings: dict[str, Any], prefix: str = "") -> Any:
-    """The dataclass made of settings of the right types; its own checks run here."""
+    """The dataclass made of settings of the right types; its own checks run here.
+
+    prefix: what their names begin with, in errors. Raises ConfigError for a name or a value that it cannot have.
+    """
     kinds = get_type_hints(part)
     for name in settings:
         if name not in kinds:

@@ -51,7 +51,10 @@ def start_deepspeed() -> None:
 
 
 def random_model(hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """A model of random weights, divided among the ranks; all ranks call it."""
+    """A model of random weights, divided among the ranks; all ranks call it.
+
+    Raises ConfigError if it cannot be built.
+    """
     start_deepspeed()
     try:
         with _divided(), _gathered_initialisation():

@@ -62,6 +62,7 @@ def build_optimizer(
     whether one kernel updates all weights of a group. states: memory.optimizer_states.
 
     The learning rate is 0 until `train_step` sets that of the step, since DeepSpeed takes a step while it starts.
+    Raises ConfigError for states that SGD does not have.
     """
     settings: dict[str, Any] = {"lr": 0.0}
     groups = parameter_groups(model, optim.weight_decay)

@@ -124,7 +124,10 @@ class OptimConfig:
         return self.steps
 
     def of_epoch(self, sequences: int) -> OptimConfig:
-        """The same settings with steps instead of epochs. sequences: the number in an epoch."""
+        """The same settings with steps instead of epochs. sequences: the number in an epoch.
+
+        Raises ConfigError if the steps are fewer than the schedule needs.
+        """
         if self.epochs is None:
             return self
         steps = math.ceil(self.epochs * sequences / self.batch)
