@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ringflash.load_balance import Visits, assign, assign_long, by_hop, duration
-from ringflash.mask import IntervalMask
+from ringflash.mask import IntervalMask, check_positions, check_tokens
 
 # Rows of a kernel's query tile: shorter chunks would split tiles.
 _TILE = 128
@@ -65,7 +65,7 @@ class Layout:
 
     Fields: length, the tokens of the sequence without padding; chunk, the tokens of a chunk; chunks int64 [ranks, n] on
     the CPU, the chunks of each rank in ascending order. Raises ValueError unless every chunk has exactly one owner and
-    the chunks cover all of `length`.
+    the chunks cover all of `length`, and TypeError for other types.
     """
 
     length: int
@@ -73,8 +73,11 @@ class Layout:
     chunks: Tensor
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"a sequence has 1 token or more, got length={self.length}")
+        check_tokens("length", self.length, least=1)
+        check_tokens("chunk", self.chunk, least=1)
+        check_positions("chunks", self.chunks)
+        if self.chunks.dim() != 2 or not self.chunks.numel():
+            raise ValueError(f"chunks must be [ranks, chunks of a rank], got {[*self.chunks.shape]}")
         owned = self.chunks.flatten().sort().values
         if not torch.equal(owned, torch.arange(self.chunks.numel())):
             raise ValueError("every chunk must have exactly one owner")
@@ -262,6 +265,8 @@ class Layout:
 
     def positions(self, rank: int) -> Tensor:
         """The global positions that a rank holds, ascending, int64 [shard_length]; at or past `length`: padding."""
+        if not 0 <= rank < self.ranks:
+            raise ValueError(f"a layout for {self.ranks} ranks has ranks 0 to {self.ranks - 1}, got rank={rank}")
         return (self.chunks[rank][:, None] * self.chunk + torch.arange(self.chunk)).flatten()
 
     def shard(self, x: Tensor, rank: int, dim: int = 1, padding: float = 0) -> Tensor:
@@ -277,6 +282,9 @@ class Layout:
         """The whole sequence from all ranks' shards in rank order, without padding: the inverse of shard."""
         if len(shards) != self.ranks:
             raise ValueError(f"{self.ranks} ranks have {self.ranks} shards, got {len(shards)}")
+        if {shard.shape[dim] for shard in shards} != {self.shard_length}:
+            shapes = ", ".join(str([*shard.shape]) for shard in shards)
+            raise ValueError(f"dimension {dim} must hold the {self.shard_length} tokens of a shard, got {shapes}")
         positions = torch.cat([self.positions(rank) for rank in range(self.ranks)])
         order = positions.argsort()[: self.length].to(shards[0].device)
         return torch.cat(tuple(shards), dim).index_select(dim, order)

@@ -49,9 +49,7 @@ class IntervalMask:
 
     def __post_init__(self) -> None:
         for name, bound in (("lo", self.lo), ("hi", self.hi)):
-            if not isinstance(bound, Tensor) or bound.dtype != torch.int64 or bound.device.type != "cpu":
-                kind = f"{bound.dtype} on {bound.device}" if isinstance(bound, Tensor) else type(bound).__name__
-                raise TypeError(f"{name} must be an int64 tensor on the CPU, got {kind}")
+            check_positions(name, bound)
         check_tokens("keys", self.keys)
         if self.lo.dim() != 2 or self.lo.shape != self.hi.shape:
             raise ValueError(f"lo and hi must both be [batch, queries], got {[*self.lo.shape]} and {[*self.hi.shape]}")
@@ -109,7 +107,8 @@ class IntervalMask:
         longest = max(map(sum, rows))
         length = longest if length is None else check_tokens("length", length)
         if longest > length:
-            raise ValueError(f"documents hold {longest} tokens, more than the sequence's {length}")
+            hint = next(filter(None, (cumulative_hint(row, length) for row in rows)), "")
+            raise ValueError(f"documents hold {longest} tokens, more than the sequence's {length}{hint}")
         bounds = [_document_bounds(torch.tensor(row, dtype=torch.int64), length) for row in rows]
         return cls(torch.stack([lo for lo, _ in bounds]), torch.stack([hi for _, hi in bounds]), length)
 
@@ -149,6 +148,7 @@ class IntervalMask:
         left, leading_tokens = (
             min(check_tokens(name, x), self.queries) for name, x in (("left", left), ("leading_tokens", leading_tokens))
         )
+        self._check_square()
         near = self & IntervalMask.window(self.queries, left)
         if leading_tokens == 0:
             return (near,)
@@ -210,9 +210,14 @@ class IntervalMask:
 
     def document_starts(self) -> Tensor:
         """Whether a document starts at each token, so no pair crosses it: bool [B|1, S]. The mask must be square."""
+        self._check_square()
         i = torch.arange(self.queries)
         before = torch.nn.functional.pad(self.hi[:, :-1], (1, 0))
         return (self.lo >= i) & (before <= i)
+
+    def _check_square(self) -> None:
+        if self.queries != self.keys:
+            raise ValueError(f"the mask must be of one sequence with itself, got {self.queries} x {self.keys}")
 
     def area(self) -> int:
         """The number of visible (query, key) pairs, summed over the mask's batch rows."""
@@ -251,6 +256,13 @@ def check_tokens(name: str, count: Any, least: int = 0) -> int:
     return int(count)
 
 
+def check_positions(name: str, x: Any) -> None:
+    """Raise TypeError, naming the argument, unless x is an int64 tensor on the CPU."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int64 or x.device.type != "cpu":
+        kind = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be an int64 tensor on the CPU, got {kind}")
+
+
 def document_rows(documents: Any) -> tuple[list[list[int]], bool]:
     """Token counts of documents as one list per batch row, and whether a single list was given for all rows.
 
@@ -269,6 +281,12 @@ def document_rows(documents: Any) -> tuple[list[list[int]], bool]:
     if any(x < 0 for row in counts for x in row):
         raise ValueError(f"document lengths must not be negative, got {documents!r:.200}")
     return [[int(x) for x in row] for row in counts], alike
+
+
+def cumulative_hint(lengths: list[int], length: int) -> str:
+    """What to add to an error about counts that look like the cu_seqlens of flash_attn, which begin with 0."""
+    given = len(lengths) > 1 and lengths[0] == 0 and lengths[-1] == length and lengths == sorted(lengths)
+    return " (if these are cu_seqlens, give documents=cu_seqlens.diff())" if given else ""
 
 
 def _as_list(x: Any) -> Any:

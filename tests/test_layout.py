@@ -57,18 +57,26 @@ def test_zigzag_and_striped_balance_causal_work():
     ("make", "message"),
     [
         (lambda: Layout.named("diagonal", 8, 2), "layout=diagonal is not one of contiguous, zigzag, striped"),
-        (lambda: Layout.zigzag(-3, 2), "1 token or more, got length=-3"),
-        (lambda: Layout.striped(0, 2), "1 token or more, got length=0"),
+        (lambda: Layout.zigzag(-3, 2), "1 or more tokens, got length=-3"),
+        (lambda: Layout.striped(0, 2), "1 or more tokens, got length=0"),
         (lambda: Layout(8, 2, torch.tensor([[0, 1], [1, 2]])), "exactly one owner"),
         (lambda: Layout(8, 2, torch.tensor([[1, 0], [2, 3]])), "ascending"),
         (lambda: Layout(9, 2, torch.tensor([[0, 1], [2, 3]])), "do not hold 9 tokens"),
         (lambda: Layout.zigzag(8, 2).shard(torch.zeros(1, 7), 0), "8 tokens"),
         (lambda: Layout.zigzag(12, 2).split(4), "6 tokens of a rank do not divide among ulysses=4 ranks"),
         (lambda: Layout.zigzag(8, 2).unshard([torch.zeros(1, 4)]), "got 1"),
+        (
+            lambda: Layout.zigzag(8, 2).unshard([torch.zeros(1, 3), torch.zeros(1, 5)]),
+            r"4 tokens of a shard, got \[1, 3",
+        ),
+        (lambda: Layout.zigzag(8, 2).positions(-1), "ranks 0 to 1, got rank=-1"),
+        (lambda: Layout(8, 0, torch.tensor([[0], [1]])), "1 or more tokens, got chunk=0"),
+        (lambda: Layout(8, 4, torch.arange(2)), r"chunks must be \[ranks, chunks of a rank\], got \[2\]"),
+        (lambda: Layout(8, 4, [[0], [1]]), "chunks must be an int64 tensor on the CPU, got list"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_with_its_value(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 

@@ -87,6 +87,7 @@ def test_chunks_count_within_each_document(lengths, size):
         ),
         (lambda: IntervalMask(torch.tensor([[0]]), torch.tensor([[4]]), 3), r"hi must lie in 0\.\.3, got 4"),
         (lambda: IntervalMask.documents([5, 4], length=8), "documents hold 9 tokens, more than the sequence's 8"),
+        (lambda: IntervalMask.documents([0, 5, 8], length=8), r"8 \(if these are cu_seqlens, give .*cu_seqlens.diff"),
         (lambda: IntervalMask.documents([5, -1]), "must not be negative"),
         (lambda: IntervalMask.window(8, left=-1), "left=-1"),
         (lambda: IntervalMask.prefix(8, 9), "got 9"),
@@ -97,6 +98,7 @@ def test_chunks_count_within_each_document(lengths, size):
         (lambda: IntervalMask.documents(np.array([5, -1])), "must not be negative"),
         (lambda: IntervalMask.documents([[1], [2]]) & IntervalMask.documents([[2]] * 3), "masks of 2 and 3 batch rows"),
         (lambda: IntervalMask.causal(8) & IntervalMask.causal(7), "8 x 8 and 7 x 7"),
+        (lambda: IntervalMask.causal(4).restrict(torch.arange(4), torch.arange(3)).in_chunks(2), "itself, got 4 x 3"),
     ],
 )
 def test_what_is_not_an_interval_mask_is_refused_with_its_value(make, message):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ringflash.layout import LAYOUT_NAMES, Layout
-from ringflash.mask import IntervalMask, document_rows
+from ringflash.mask import IntervalMask, cumulative_hint, document_rows
 from ringflash.models.configuration import refusal
 from ringflash.models.families import has_chunks, recurrence_of
 from ringflash.models.layers import layer_masks, state_heads, state_refusal
@@ -222,15 +222,9 @@ def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
         if (total := sum(lengths)) != length:
             raise ValueError(
                 f"sum(documents{'' if alike else f'[{row}]'})={total} must be the {length} tokens of a row of "
-                f"input_ids{_cumulative(lengths, length)}; padding is a document of its own, its labels {_IGNORE}"
+                f"input_ids{cumulative_hint(lengths, length)}; padding is a document of its own, its labels {_IGNORE}"
             )
     return IntervalMask.documents(counts, length)
-
-
-def _cumulative(lengths: list[int], length: int) -> str:
-    """What to add to an error about counts that look like the cu_seqlens of flash_attn, which begin with 0."""
-    given = len(lengths) > 1 and lengths[0] == 0 and lengths[-1] == length and lengths == sorted(lengths)
-    return " (if these are cu_seqlens, give documents=cu_seqlens.diff())" if given else ""
 
 
 def agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
