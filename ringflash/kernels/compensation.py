@@ -15,8 +15,9 @@ and e_i is multiplied by keys centered at 0. Scores of k - c differ from those o
 row, so with lse - scale q . c as lse, p is unchanged. `center` computes c and that lse; a kernel's backward subtracts c
 from its keys. Each rank uses the mean of its own keys, so nothing more is communicated.
 
-The residue. With a softcap, scores cannot be shifted, and with a sink, a row of ds does not sum to 0. For these, the
-forward of 16-bit inputs also keeps the rounding error of out, in 16 bits, and delta is computed from both.
+The residue. With a softcap, scores cannot be shifted. With a sink, or if lse has a gradient, a row of ds does not sum
+to 0. For these, the forward of 16-bit inputs also keeps the rounding error of out, in 16 bits, and delta is computed
+from both.
 
 This file has the constants and the definition in plain torch; `portable_compensation` has the same for a GPU.
 """

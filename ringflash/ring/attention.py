@@ -63,8 +63,9 @@ def ring_attention(
     kernel: str = "auto",
     deterministic: bool = False,
     compensated: bool = True,
+    return_lse: bool = False,
     layer: int | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the whole sequence, differentiable.
 
     q [B, S, Hq, D]; k [B, S, Hkv, D]; v [B, S, Hkv, Dv]. S is the layout's shard length, and Hq is a multiple of Hkv.
@@ -75,20 +76,29 @@ def ring_attention(
     Hopper. compensated: gradients are protected from the rounding of out (see `kernels.compensation`). layer: its
     number, for reports of a ring that hangs.
 
-    Returns out [B, S, Hq, Dv] in q's dtype; queries that see nothing get 0. Raises ValueError or TypeError naming the
-    argument that does not fit, or the reason why no kernel supports it, and NotImplementedError for second derivatives
-    (create_graph=True) and torch.func's transforms.
+    Returns out [B, S, Hq, Dv] in q's dtype; queries that see nothing get 0. With return_lse, returns (out, lse), both
+    differentiable: lse, fp32 [B, Hq, S], is the natural log-sum-exp of the scores and the sink, -inf for queries that
+    see nothing. `merge` combines such pairs, as Partials.
+
+    Raises ValueError or TypeError naming the argument that does not fit, or the reason why no kernel supports it, and
+    NotImplementedError for second derivatives (create_graph=True) and torch.func's transforms.
     """
-    check_call(q, k, v, plan, scale, softcap, sink, deterministic=deterministic, compensated=compensated)
+    check_call(
+        q, k, v, plan, scale, softcap, sink,
+        deterministic=deterministic, compensated=compensated, return_lse=return_lse,
+    )  # fmt: skip
     if not len(q):  # no batch rows on any rank: nothing to compute or send
-        return like_out(q, v) + 0 * sum(x.sum().to(q.dtype) for x in (k, v, sink) if x is not None)
+        out = like_out(q, v) + 0 * sum(x.sum().to(q.dtype) for x in (k, v, sink) if x is not None)
+        return (out, out.float().sum(-1).transpose(1, 2)) if return_lse else out
+    centers_keys = compensated and softcap is None and sink is None and not return_lse
     shared = Layer(
         plan=plan,
         kernel=kernels.select(q, k, softcap, kernel, deterministic, v.shape[3]),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap=None if softcap is None else float(softcap),
-        centers_keys=compensated and softcap is None and sink is None,
-        keeps_residue=compensated and q.dtype != torch.float32 and not (softcap is None and sink is None),
+        centers_keys=centers_keys,
+        keeps_residue=compensated and q.dtype != torch.float32 and not centers_keys,
+        returns_lse=return_lse,
         name="attention" if layer is None else f"layer {layer}",
     )
     with torch.autocast(q.device.type, enabled=False):  # fp32 tensors must stay fp32 here
@@ -108,21 +118,26 @@ def flash_attention(
     kernel: str = "auto",
     deterministic: bool = False,
     compensated: bool = True,
-) -> Tensor:
-    """Attention on one device under any IntervalMask: ring_attention on a ring of one. Same arguments and errors."""
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention on one device, ring_attention on a ring of one, with its other arguments, results and errors.
+
+    q [B, S, Hq, D]; k [B, S, Hkv, D]; v [B, S, Hkv, Dv]. mask: any IntervalMask of S queries and S keys, and of B batch
+    rows or one.
+    """
     check_tensors(q=q, k=k, v=v)
     if not isinstance(mask, IntervalMask):
         raise TypeError(f"mask must be an IntervalMask, such as IntervalMask.causal(tokens), got {mask!r:.100}")
     plan = AttentionPlan(mask, Layout.contiguous(mask.queries, 1), Loopback(1, q.device))
     return ring_attention(
         q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel,
-        deterministic=deterministic, compensated=compensated,
+        deterministic=deterministic, compensated=compensated, return_lse=return_lse,
     )  # fmt: skip
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layer: Layer) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, layer: Layer):
         kv_heads, label = k.shape[2], Label(layer.name, "forward")
         ring, ulysses = layer.plan.ring, layer.plan.ulysses
         if ulysses is not None:
@@ -144,26 +159,38 @@ class _RingAttention(torch.autograd.Function):
             if ulysses is not None:
                 out = ulysses.tokens(out, label.at("exchange of results"))
             results = recompute.keep(out, *kept)
-        ctx.save_for_backward(q, k, v, sink, *results)
+        out, lse = results[:2]
+        if layer.returns_lse and ulysses is not None:
+            lse = ulysses.tokens(lse.transpose(1, 2), label.at("exchange of lse")).transpose(1, 2).contiguous()
+        returned = (out, lse) if layer.returns_lse else (out,)
+        ctx.save_for_backward(q, k, v, sink, *returned[1:], *results)
         ctx.layer, ctx.kv_heads = layer, kv_heads
-        return results[0]
+        ctx.set_materialize_grads(False)
+        return returned if layer.returns_lse else out
 
     @staticmethod
-    def backward(ctx, dout: Tensor):
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None):
         # torch's once_differentiable would return a gradient without a graph if dout has none: a silent 0 later.
         if torch.is_grad_enabled():
             raise NotImplementedError("ring_attention has no second derivative: create_graph=True cannot be used on it")
-        with torch.autocast(dout.device.type, enabled=False):
-            return *_gradients(ctx, dout), None
+        with torch.autocast(ctx.layer.plan.ring.device.type, enabled=False):
+            return *_gradients(ctx, dout, dlse), None
 
 
-def _gradients(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of q, k, v and the sink."""
-    q, k, v, sink, out, lse, *residue = ctx.saved_tensors
+def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k, v and the sink.
+
+    The derivative of lse_i is p_ij, so that of a score is p_ij (dp_ij - delta_i + dlse_i): dlse is part of delta.
+    """
+    q, k, v, sink, *saved = ctx.saved_tensors
+    returned, (out, lse, *residue) = (saved[:1], saved[1:]) if ctx.layer.returns_lse else ([], saved)
+    del saved
     layer, label = ctx.layer, Label(ctx.layer.name, "backward")
     ring, ulysses = layer.plan.ring, layer.plan.ulysses
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = layer.kernel.delta(out, dout)
+    if dlse is not None:  # rows that see nothing have no softmax, and may get a NaN
+        delta -= dlse.masked_fill(returned[0] == -torch.inf, 0.0)
     del out  # of a recomputed layer, only this function holds it: its memory is freed before gradients are allocated
     exact = torch.float32 if ulysses is not None else q.dtype  # Ulysses sums gradients over its ranks
     dq, dk, dv = (torch.empty(x.shape, dtype=exact, device=x.device) for x in (q, k, v))

@@ -28,6 +28,7 @@ class Layer:
     softcap: float | None
     centers_keys: bool
     keeps_residue: bool
+    returns_lse: bool
     name: str
 
     def schedules(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Schedule, Schedule]:

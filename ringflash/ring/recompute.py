@@ -6,7 +6,7 @@
 A checkpointed layer drops its activations and runs again in the backward. All of it is local and cheap to repeat except
 attention, whose keys would travel round the ring a third time. `ring_attention` therefore leaves its (out, lse) with
 the checkpoint, [B, S, Hq, D] in the model's dtype and fp32 [B, Hq, S] per layer, and returns it when it runs again.
-With a softcap or a sink, 16-bit results have a residue of the size of out that is kept with them
+With a softcap, a sink or return_lse, 16-bit results have a residue of the size of out that is kept with them
 (`kernels.compensation`). Kept results may be offloaded to host memory (`offload`). If a checkpoint does not keep them,
 attention raises an error in the backward instead of running the ring again.
 """
@@ -72,21 +72,21 @@ def _roles() -> Iterator[_Role]:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """Detached results, since the graph holds this object and must not be held by it, and the version of out."""
+    """Detached results, since the graph holds this object and must not be held by it, and their versions."""
 
     results: tuple[Tensor, ...] | tuple[Offloaded, ...]  # out, lse, and out's residue if it is kept
-    version: int
+    versions: tuple[int, ...]
 
     @classmethod
     def of(cls, *results: Tensor, group: Group | None = None) -> _Kept:
         kept = tuple(x.detach() for x in results) if group is None else tuple(group.offload(x) for x in results)
-        return cls(kept, results[0]._version)
+        return cls(kept, tuple(x._version for x in results))
 
     def again(self) -> tuple[Tensor, ...]:
-        """The results. Raises RuntimeError if out was changed in place."""
+        """The results. Raises RuntimeError if one of them was changed in place."""
         if isinstance(self.results[0], Offloaded):
             return tuple(x.get() for x in self.results)
-        if self.results[0]._version != self.version:
+        if tuple(x._version for x in self.results) != self.versions:
             raise RuntimeError(
                 "attention's result, which a checkpoint keeps, was changed in place before the backward: make the "
                 "operation that did it out of place, such as out = out + x instead of out += x"

@@ -11,7 +11,17 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, flash_attention, ring_attention
+from ringflash import (
+    AttentionPlan,
+    IntervalMask,
+    Layout,
+    Loopback,
+    Partial,
+    ProcessRing,
+    flash_attention,
+    merge,
+    ring_attention,
+)
 from ringflash.layout import LAYOUTS
 from tests import reference
 from tests.ring.cases import assert_exact, on_ring, oracle, whole_inputs
@@ -220,6 +230,50 @@ def test_the_union_of_disjoint_masks_is_one_attention():
         assert_exact(results, oracle(inputs, masks[0].dense() | masks[1].dense()), layout, name)
 
 
+def gradients_with_lse(inputs, of_lse, attend):
+    """out, lse and the gradients of q, k and v, if lse has a gradient too."""
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    out, lse = attend(*leaves)
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, (inputs[3].to(out.dtype), of_lse))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["merged", "capped", "sink"])
+def test_out_and_lse_merge_and_are_differentiable(name, dtype):
+    """Merged, they are the results of two disjoint masks. The layout has padding, which sees nothing."""
+    length, layout = 50, Layout.zigzag(50, 4)
+    inputs = [x.to(dtype) for x in whole_inputs(2, length)]
+    options = {"capped": {"softcap": 2.0}, "sink": {"sink": torch.linspace(-1, 1, 4)}}.get(name, {})
+    causal = IntervalMask.causal(length)
+    plans = [
+        AttentionPlan(mask, layout, Loopback(4))
+        for mask in (causal.windowed(9, leading_tokens=60) if name == "merged" else (causal,))
+    ]
+
+    def attend(q, k, v):
+        parts = [Partial(*ring_attention(q, k, v, plan, return_lse=True, **options)) for plan in plans]
+        whole = merge(*parts) if len(parts) > 1 else parts[0]
+        return whole.out, whole.lse
+
+    of_lse = torch.randn(2, 4, length)
+    own = [layout.shard(of_lse, rank, dim=2) for rank in range(4)]
+    found = gradients_with_lse([plans[0].shard(x) for x in inputs], torch.cat(own), attend)
+    assert all(x.isfinite().all() for x in (found[0], *found[2:]))
+    exact, plain = (
+        gradients_with_lse(
+            [x.detach().to(kind) for x in inputs],
+            of_lse.to(kind),
+            lambda q, k, v: reference.attention(
+                q, k, v, causal.dense(), **{name: torch.as_tensor(x).to(q.dtype) for name, x in options.items()}
+            ),
+        )
+        for kind in (torch.float64, dtype)
+    )
+    for i, (x, rounded, truth) in enumerate(zip(found, plain, exact, strict=True)):
+        error = (layout.unshard(x.chunk(4), dim=2 if i == 1 else 1).double() - truth).norm()
+        assert error <= max(1e-5 * truth.norm(), 2 * (rounded.double() - truth).norm() * (dtype != torch.float32)), i
+
+
 def test_hops_that_see_nothing_launch_no_kernel(monkeypatch):
     from ringflash import kernels
 
@@ -338,6 +392,7 @@ def tensors(q=(1, 8, 4, 16), k=(1, 8, 2, 16), dtype=torch.float32):
         (tensors(), {"sink": torch.zeros(4, device="meta")}, "sink must be on cpu, as q is, got meta"),
         (tensors(), {"deterministic": 1}, "deterministic must be True or False, got 1"),
         (tensors(), {"compensated": "no"}, "compensated must be True or False, got 'no'"),
+        (tensors(), {"return_lse": 1}, "return_lse must be True or False, got 1"),
         (tensors(), {"kernel": "fastest"}, "kernel=fastest is not one of auto, "),
     ],
 )

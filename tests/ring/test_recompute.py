@@ -186,12 +186,14 @@ def test_a_graph_that_is_dropped_leaves_nothing_kept(monkeypatch):
     assert all(ref.expired() for ref in kept)
 
 
-@pytest.mark.parametrize("where", ["in the layer", "after the checkpoint"])
+@pytest.mark.parametrize("where", ["in the layer", "lse in the layer", "after the checkpoint"])
 def test_a_kept_result_that_was_changed_in_place_is_refused(where):
     q, k, v = (torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3))
 
     def layer(q, k, v):
-        out = flash_attention(q, k, v, IntervalMask.causal(16))
+        out, lse = flash_attention(q, k, v, IntervalMask.causal(16), return_lse=True)
+        if where == "lse in the layer":
+            return out + lse.mul_(2.0).sum()
         return out.mul_(q) if where == "in the layer" else out
 
     out = checkpoint(layer, q, k, v, use_reentrant=False, context_fn=keep_attention)

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses, ring_attention
 from ringflash.ring.ulysses import heads_refusal
 from ringflash.ring.watchdog import Watchdog
+from tests import reference
 from tests.ring.cases import assert_exact, oracle, whole_inputs
 
 LENGTH = 75
@@ -17,13 +18,18 @@ DOCUMENTS = [[1, 30, 44], [75]]
 GRIDS = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 2), (4, 4), (6, 3), (8, 1), (8, 2), (8, 4), (8, 8)]  # ranks, ulysses
 
 
-def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32, value_dim=16):
-    """This rank's shards of out, dq, dk, dv, and its share of the sink's gradient."""
+def plan_of_grid(ulysses):
+    """The plan of two packed rows on this world's grid."""
     ring_size = dist.get_world_size() // ulysses
     mesh = init_device_mesh("cpu", (ring_size, ulysses), mesh_dim_names=("ring", "ulysses"))
     mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
     layout = Layout.zigzag(LENGTH, ring_size, ulysses=ulysses)
-    plan = AttentionPlan(mask, layout, ProcessRing(mesh["ring"]), Ulysses(mesh["ulysses"]))
+    return AttentionPlan(mask, layout, ProcessRing(mesh["ring"]), Ulysses(mesh["ulysses"]))
+
+
+def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32, value_dim=16):
+    """This rank's shards of out, dq, dk, dv, and its share of the sink's gradient."""
+    plan = plan_of_grid(ulysses)
     shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, LENGTH, heads, kv_heads, 16, value_dim)]
     sink = torch.linspace(-1, 1, heads).requires_grad_() if with_sink else None
     arguments = [*(x.requires_grad_() for x in shards[:3]), *([sink] if with_sink else [])]
@@ -56,6 +62,26 @@ def test_values_of_another_head_size_are_exchanged_too(ranks):
     mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
     layout = Layout.zigzag(LENGTH, 2, ulysses=2).split(2)
     expected = oracle(whole_inputs(2, LENGTH, 4, 2, 16, 24), mask.dense())
+    assert_exact([torch.cat(x) for x in zip(*results, strict=True)], expected, layout)
+
+
+def with_lse(ulysses):
+    """This rank's shards of lse, dq, dk and dv, where lse has a gradient and out has none."""
+    plan = plan_of_grid(ulysses)
+    q, k, v = (plan.shard(x).requires_grad_() for x in whole_inputs(2, LENGTH)[:3])
+    lse = ring_attention(q, k, v, plan, return_lse=True)[1]
+    lse = lse.transpose(1, 2).masked_fill((plan.positions[0] >= LENGTH)[..., None], 0.0)
+    return [lse.detach(), *torch.autograd.grad(lse.square().sum(), (q, k, v))]
+
+
+@pytest.mark.ranks
+def test_lse_and_its_gradient_are_exchanged_too(ranks):
+    results = ranks.run(with_lse, 4, 2)
+    mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
+    q, k, v = (x.double().requires_grad_() for x in whole_inputs(2, LENGTH)[:3])
+    lse = reference.attention(q, k, v, mask.dense())[1].transpose(1, 2)
+    expected = [lse.detach(), *torch.autograd.grad(lse.square().sum(), (q, k), materialize_grads=True), 0 * v.detach()]
+    layout = Layout.zigzag(LENGTH, 2, ulysses=2).split(2)
     assert_exact([torch.cat(x) for x in zip(*results, strict=True)], expected, layout)
 
 
