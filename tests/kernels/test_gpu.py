@@ -98,11 +98,24 @@ def checked(kernel: str, mask: IntervalMask, **options) -> list[str]:
     return found(problem(mask, device="cuda", **options), *kernels(kernel))
 
 
+def checked_groups(kernel: str, mask: IntervalMask, kv_heads: int, head_dim: int, **options) -> list[str]:
+    """Violations with three query heads per KV head and, at head_dim 256, with two.
+
+    On Hopper, three heads have one backward program, which then writes dk and dv, if asked to. Two can have a pair of
+    forward programs.
+    """
+    groups = (3, 2) if head_dim == 256 else (3,)
+    return [
+        f"groups of {group}: {line}"
+        for group in groups
+        for line in checked(kernel, mask, heads=(group * kv_heads, kv_heads), head_dim=head_dim, **options)
+    ]
+
+
 @over(hopper=product([64, 128, 256], HALF), portable=product([64, 128], ALL))
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_is_within_the_bound_of_float64(name, kernel, head_dim, dtype):
-    """Three query heads of a group have one program on Hopper, which then writes dk and dv, if asked to."""
-    assert checked(kernel, MASKS[name](1111), heads=(6, 2), head_dim=head_dim, dtype=dtype) == []
+    assert checked_groups(kernel, MASKS[name](1111), kv_heads=2, head_dim=head_dim, dtype=dtype) == []
 
 
 @over(portable=product([32, 40, 80, 96, 192, 256, 320, 512], ALL))
@@ -119,7 +132,7 @@ def test_query_heads_share_kv_heads(heads, kernel, head_dim, dtype):
 @over(hopper=product([64, 128, 256], BF16), portable=product([128], BF16))
 @pytest.mark.parametrize("length", LENGTHS)
 def test_any_length(length, kernel, head_dim, dtype):
-    assert checked(kernel, MASKS["causal"](length), heads=(3, 1), head_dim=head_dim, dtype=dtype) == []
+    assert checked_groups(kernel, MASKS["causal"](length), kv_heads=1, head_dim=head_dim, dtype=dtype) == []
 
 
 @over(hopper=product([64, 128], BF16), portable=product([64, 128], BF16))
@@ -133,7 +146,7 @@ def test_long_sequences(name, kernel, head_dim, dtype):
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1000.0, 10000.0])
 def test_results_and_gradients_under_a_softcap_are_within_the_bound(softcap, kernel, head_dim, dtype):
     mask = MASKS["causal"](600)
-    assert checked(kernel, mask, heads=(3, 1), head_dim=head_dim, dtype=dtype, softcap=softcap) == []
+    assert checked_groups(kernel, mask, kv_heads=1, head_dim=head_dim, dtype=dtype, softcap=softcap) == []
 
 
 @over(hopper=product([64, 128, 256], HALF), portable=product([64, 128, 512], HALF))
