@@ -13,12 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
+from ringflash.models.families import TEXT_MODELS, TEXT_NAMES
 from ringflash.models.lora import add_lora
 from ringflash.models.quantized import quantization, without_repacking
 from ringflash.models.rope_length import fix_rope_length, has_length_dependent_rope, rope_per_document
 
 # What makes a model of random weights, from (configuration, options), and that of a folder, from (path, and the same).
 Makers = tuple[Callable[..., PreTrainedModel], Callable[..., PreTrainedModel]]
+OTHER_SENSES = re.compile(
+    r"(model\.)?(vision|visual|audio|embed_vision|embed_audio|multi_modal)"
+)  # begin weights' names
 
 
 def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrainedModel:
@@ -62,13 +66,20 @@ def _pretrained(path: str, hf_config: PreTrainedConfig, options: dict[str, Any])
     try:
         loading: Any = AutoModelForCausalLM.from_pretrained(
             path, config=hf_config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-            **options,
+            key_mapping=names_of_text(hf_config), **options,
         )  # fmt: skip
     except Exception as error:  # transformers, safetensors and torch have no error in common
         raise ConfigError(f"model.path={path} has weights that cannot be loaded: {message_of(error)}") from error
     model, loaded = loading
     check_loaded(path, *(loaded[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")))
+    if names_of_text(hf_config) is not None:
+        vars(model).pop("_weight_conversions", None)  # by which it would be saved under the names of the whole model
     return model
+
+
+def names_of_text(hf_config: PreTrainedConfig) -> dict[str, str] | None:
+    """Patterns of the weights' names in a folder of a model of images and text, if its text model is of this family."""
+    return TEXT_NAMES if hf_config.model_type in TEXT_MODELS.values() else None
 
 
 def check_loaded(path: str, missing: Iterable[str], mismatched: Iterable[tuple], unexpected: Iterable[str]) -> None:
@@ -80,7 +91,8 @@ def check_loaded(path: str, missing: Iterable[str], mismatched: Iterable[tuple],
         raise ConfigError(f"model.path={path} lacks {len(lacking)} weights of its config.json, such as {lacking[0]}")
     for name, found, expected in sorted(mismatched):
         raise ConfigError(f"model.path={path} has {name} {[*found]}, and its config.json asks for {[*expected]}")
-    if more := sorted(name for name in unexpected if re.search(r"\.layers\.\d+\..*weight", name)):
+    of_text = (name for name in unexpected if not OTHER_SENSES.match(name))
+    if more := sorted(name for name in of_text if re.search(r"\.layers\.\d+\..*weight", name)):
         raise ConfigError(f"model.path={path} has {len(more)} weights that its config.json lacks, such as {more[0]}")
 
 

@@ -210,10 +210,13 @@ def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
 
 
 def _text_part(whole: PreTrainedConfig, settings: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of the text model in one of images and text; where it does not say, the whole ties weights."""
-    text = whole.get_text_config()
-    if "tie_word_embeddings" not in settings.get("text_config", {}):
+    """The configuration of the text model in one of images and text; where it does not say, what the whole says."""
+    text, said = whole.get_text_config(), settings.get("text_config", {})
+    if "tie_word_embeddings" not in said:
         text.tie_word_embeddings = whole.tie_word_embeddings
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if name not in said and settings.get(name) is not None:
+            setattr(text, name, settings[name])
     return text
 
 

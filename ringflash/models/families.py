@@ -153,6 +153,20 @@ FAMILIES = {
 }
 ARCHITECTURES = tuple(FAMILIES)
 
+# Models of images and text, and the family of their text models, which model.path takes of their folders
+TEXT_MODELS = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+# Their weights' names there, as patterns, and in a model of text
+TEXT_NAMES = {
+    r"^(?:model\.language_model|language_model\.model)\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
 _RECURRENT = "layers of linear attention, recurrence or convolution carry state over the tokens of a shard"
 _SHARED = "its layers share one attention, which is not given the number of the layer"
 _IMAGES = "a model of images and text, and only models of text are on the ring"
@@ -167,14 +181,11 @@ REFUSED = {
     ),
     "zamba2": _SHARED,
     **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), _SPARSE),
-    **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mllama"), _IMAGES),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), f"{_IMAGES}; of its folders, model.path takes the text model"),
+    **dict.fromkeys(("gemma3n", "mllama"), _IMAGES),
+    **dict.fromkeys(TEXT_MODELS, f"{_IMAGES}; of its folders, model.path takes the text model"),
     **dict.fromkeys(("nemotron", "stablelm"), _NO_PLAN),
     **dict.fromkeys(("bloom", "doge", "falcon", "gpt2", "hy_v4", "mpt"), _OWN_MASK),
 }  # fmt: skip
-
-# Models of images and text whose folders transformers loads as this family's, without the parts for images.
-TEXT_MODELS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 
 _allowed: set[str] = set()
 

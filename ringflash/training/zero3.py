@@ -32,7 +32,7 @@ from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.files import remove, write_atomically
 from ringflash.models.architecture import message_of
-from ringflash.models.building import check_loaded
+from ringflash.models.building import check_loaded, names_of_text
 from ringflash.models.lora import merged
 from ringflash.models.quantized import shape_of
 
@@ -198,7 +198,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _load(model: PreTrainedModel, files: dict[str, Path]) -> tuple[list[str], list[tuple], list[str]]:
     """Fill a divided model. Returns missing names, (name, found, expected) of wrong shapes, and unexpected names."""
-    conversions = get_model_conversion_mapping(model)
+    conversions = get_model_conversion_mapping(model, names_of_text(model.config))
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = _buffers(model)
     filled: set[int] = set()

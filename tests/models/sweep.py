@@ -54,6 +54,12 @@ You can try a family that is in neither table with `model.untested_family=true` 
 
 Compare its loss on one rank with that of `attn_implementation="eager"` before you train it.
 
+## Models of images and text
+
+Published folders of Gemma 3 (from 4B), Gemma 4, Llama 4 and Qwen3.5 are of models with images. `model.path` takes their
+text model, without the layers for images, for sound and for multi-token prediction. A run exports it as a model of
+text: of `gemma3_text`, for example. An adapter fits that model of text, not the whole, so use the merged model.
+
 ## Linear attention
 
 These families have layers that carry a state from token to token of a document:
@@ -87,8 +93,6 @@ In such a layer, the ranks of a sequence exchange tokens for heads, and each com
   cannot follow them.
 - Such a model cannot use a cache, so `ringflash.generate` and needle searches refuse it. dynamic and longrope RoPE are
   refused as well, and so is Bamba's `z_loss_coefficient`.
-- Published Qwen3.5 folders are of models with images. `model.path` takes their text model, without the layers for
-  images and for multi-token prediction, and a run exports that text model.
 
 ## Rotary positions
 
@@ -123,7 +127,7 @@ no router logits for them.
 
 `llama4_text` matches each document run alone: chunks, and the scales of its queries, are counted within documents.
 (transformers counts them from the first token of a call.) In your own loop, pass the model's `config` to `ring_inputs`.
-The family cannot be used with a cache. Published checkpoints are of `llama4`, which takes images and is refused.
+The family cannot be used with a cache.
 """
 
 WINDOWS = {Windows.NONE: "", Windows.SOME: "some", Windows.ALL: "all"}

@@ -1,6 +1,5 @@
 """Linear attention on the ring: what `tests.models.proof` and `tests.training.test_step` do not prove of them."""
 
-import json
 from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -18,7 +17,6 @@ from ringflash.models import (
     ModelConfig,
     RingCache,
     attention_kernels,
-    build_model,
     experts_of,
     kinds_of_layers,
     linear_kernels,
@@ -231,28 +229,6 @@ def test_a_layer_refuses_gradients_that_its_kernels_do_not_give(monkeypatch):
         pytest.raises(ValueError, match="linear attention is not supported with deterministic=True"),
     ):
         model(**inputs, deterministic=True)
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
-def test_a_folder_of_a_model_with_images_is_taken_for_its_text_model(model_type, tmp_path):
-    text = {name: x for name, x in architecture(f"{model_type}_text").items() if name != "model_type"}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
-              "num_position_embeddings": 16, "patch_size": 2}  # fmt: skip
-    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, tie_word_embeddings=True)
-    whole = with_weights(AutoModelForImageTextToText.from_config(config)).eval()
-    whole.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    del settings["text_config"]["tie_word_embeddings"]
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    model = build_model(ModelConfig(path=str(tmp_path), dtype="fp32")).eval()
-    assert model.config.model_type == f"{model_type}_text"
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    found = model(**ring_inputs(TOKENS, ring=Loopback(1), config=model.config)).logits
-    torch.testing.assert_close(found, whole(input_ids=TOKENS).logits, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=f"model_type={model_type} is not supported on the ring: a model of images"):
-        ring_inputs(TOKENS, ring=Loopback(1), config=whole.config)
-    with pytest.raises(ConfigError, match=r"model of images and text.* model\.path takes the text model"):
-        read_config(ModelConfig(architecture={"model_type": model_type}))
 
 
 def test_a_whole_model_of_images_and_text_is_refused_where_it_is_called():

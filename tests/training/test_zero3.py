@@ -18,6 +18,7 @@ from ringflash.models import ModelConfig, build_model
 from ringflash.training import zero3
 from ringflash.training.zero3 import pretrained_model, random_model, write_weights
 from tests.models.cases import architecture, tiny
+from tests.models.test_text_models import save_whole
 from tests.training.engines import joined
 
 MAKERS = (random_model, pretrained_model)
@@ -89,6 +90,17 @@ def test_a_checkpoint_is_loaded_and_exported_as_transformers_does(ranks, tmp_pat
     assert len([*(tmp_path / "out-20000").glob("model-*-of-*.safetensors")]) > 1
     again = build_model(ModelConfig(path=str(tmp_path / "out-20000"), dtype="fp32"))
     assert [name for name, x in model.named_parameters() if not torch.equal(x, again.get_parameter(name))] == []
+
+
+@pytest.mark.ranks
+def test_the_text_model_of_a_folder_with_images_is_loaded_and_exported(ranks, tmp_path):
+    save_whole("gemma3", tmp_path / "source")
+    model = build_model(ModelConfig(path=str(tmp_path / "source"), dtype="fp32"))
+    model.save_pretrained(tmp_path / "whole")
+    ranks.run(exported, 2, str(tmp_path / "source"), str(tmp_path / "out"), 2**32)
+    whole, one = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert one.keys() == whole.keys()
+    assert [name for name, x in whole.items() if not torch.equal(x, one[name])] == []
 
 
 def unwritten(folder):
