@@ -13,15 +13,16 @@ from typing import Any
 from ringflash.errors import DiskError, in_one_line
 
 DISK_MESSAGES = ("inline_container", "PytorchStreamWriter", "PyTorchFileWriter", "os error", "I/O error")
+CONFIG = "config.json"  # in a model's folder
 BLOCK = 1 << 20  # bytes at each end of a weights file that its digest covers
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file atomically: at any time, either the old file or the new one exists."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: at any time, either the old file or the new one exists. Text is written as UTF-8."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -83,10 +84,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_digest(folder: Path, config: str = "config.json") -> str:
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model or an adapter."""
+    return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+
+
+def model_digest(folder: Path, config: str = CONFIG) -> str:
     """A digest of a model folder's `config`, and of the names, sizes, first and last bytes of its weight files."""
     found = hashlib.sha256((folder / config).read_bytes())
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
+    for path in weight_files(folder):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -14,6 +14,7 @@ a rank's inputs  <--training/step.py--  Batch [B, S]  <--batches.py--  packed se
     cache, scratch              the tokens on disk, complete or absent
     split, corpus               the training and the held-out documents
     packing, best_fit           documents to sequences of equal length
+    pairs                       pairs of documents in a packed sequence
     mixture, streamed           several sources; files that are tokenised during training
     batches                     the sequences of a step
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ringflash.data.corpus import Corpus
+from ringflash.data.packing import Packed
 from ringflash.mask import IntervalMask
 
 PREFETCHED = 2  # batches made in advance
@@ -32,6 +33,15 @@ class Batch:
     tokens: Tensor
     labels: Tensor
     documents: list[list[int]]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Packed]) -> Batch:
+        """The batch of these packed sequences."""
+        return cls(
+            tokens=torch.stack([sequence.tokens for sequence in sequences]),
+            labels=torch.stack([sequence.labels for sequence in sequences]),
+            documents=[list(sequence.documents) for sequence in sequences],
+        )
 
     def mask(self) -> IntervalMask:
         """Causal attention inside each document, none across: [B, S] queries and keys."""
@@ -51,12 +61,7 @@ def batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, length: int,
     Raises ConfigError if the corpus has fewer tokens than `length`.
     """
     rows = range(batch_size) if rows is None else rows
-    sequences = [corpus.packed(seed, step * batch_size + row, length) for row in rows]
-    return Batch(
-        tokens=torch.stack([sequence.tokens for sequence in sequences]),
-        labels=torch.stack([sequence.labels for sequence in sequences]),
-        documents=[list(sequence.documents) for sequence in sequences],
-    )
+    return Batch.of([corpus.packed(seed, step * batch_size + row, length) for row in rows])
 
 
 def stream(

@@ -100,8 +100,8 @@ class DataConfig:
     "messages"."""
 
     preferences: bool = False
-    """The records of data.chat=true are pairs: prompt, chosen and rejected, all texts or all messages. The loss is DPO,
-    with the settings of preference.*. The prompt may also be the messages that chosen and rejected both begin with."""
+    """The records of data.chat=true are pairs: prompt, chosen and rejected, all texts or all messages. The loss is
+    preference.loss_type. The prompt may also be the messages that chosen and rejected both begin with."""
 
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """More variables for the tokenizer's chat template, such as {enable_thinking: false}."""

@@ -98,6 +98,21 @@ def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Ev
     return training, _mixed(config, {name: splits[1] for name, splits in loaded.items()}) if config.held_out else None
 
 
+def first_epoch(corpus: Corpus, count: int, length: int) -> Iterator[int]:
+    """Of the first `count` sequences, those in which a source's documents come for the first time.
+
+    With data.packing=whole, each epoch of a source has the same documents.
+    """
+    if not isinstance(corpus, Mixture):
+        yield from range(min(count, corpus.epoch_length(length)))
+        return
+    sizes = [sequences_per_epoch(source, length) for source in corpus.corpora.values()]
+    for index in range(count):
+        source, number = locate(corpus.shares, index)
+        if number < sizes[source]:
+            yield index
+
+
 def check_sources(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ConfigError for a source that has no files, or whose first record this tokenizer cannot encode."""
     own = config.evaluated()

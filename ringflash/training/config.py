@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, fields
 
 from ringflash.data import DataConfig
 from ringflash.distributed.parallel import ParallelConfig
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, shown
 from ringflash.models import AttentionConfig, FusedConfig, ModelConfig
 from ringflash.training.checkpoints.checkpoint import CheckpointConfig
 from ringflash.training.evaluation import EvaluationConfig
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import LoggerConfig
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.preference import PreferenceConfig
+from ringflash.training.preference_losses import PreferenceConfig
 
 LONGEST_NAME = 200  # bytes; a file system takes 255, and -2 or .partial may follow
 
@@ -115,23 +115,34 @@ class Config:
             )
 
     def _check_preference(self) -> None:
-        """Raise ConfigError for preferences without new adapters, and for settings of a loss that is not computed."""
-        lora = self.model.lora
-        if self.data.preferences and lora.path is not None:
+        """Raise ConfigError for a loss without its reference, and for settings of a loss that is not computed."""
+        lora, loss = self.model.lora, f"preference.loss_type={self.preference.loss_type}"
+        if self.data.preferences and self.preference.runs_reference and (lora.path is not None or not lora.enabled):
+            trained = "all weights trained" if lora.path is None else f"model.lora.path={lora.path}"
             raise ConfigError(
-                f"data.preferences=true needs new adapters: without that of model.lora.path={lora.path}, the model is "
-                f"not the one that training starts from; merge the adapter (model.lora.merge=true), and set model.path "
-                f"to the result"
+                f"{loss} compares with the model before training: with {trained}, set "
+                f"preference.precompute_ref_log_probs=true; with new adapters, such as model.lora.rank=16, the model "
+                f"without them is the reference; preference.loss_type=simpo and orpo need none"
             )
-        if self.data.preferences and not lora.enabled:
-            raise ConfigError(
-                "data.preferences=true needs LoRA, such as model.lora.rank=16: the model without its adapters is the "
-                "reference"
-            )
+        if self.data.preferences and self.preference.precompute_ref_log_probs:
+            self._check_precomputed()
         if not self.data.preferences and self.preference != PreferenceConfig():
             name = next(f.name for f in fields(self.preference) if getattr(self.preference, f.name) != f.default)
             raise ConfigError(
-                f"preference.{name}={getattr(self.preference, name)} has no effect without data.preferences=true"
+                f"preference.{name}={shown(getattr(self.preference, name))} has no effect without data.preferences=true"
+            )
+
+    def _check_precomputed(self) -> None:
+        """Raise ConfigError for pairs or a model whose reference cannot be computed before training."""
+        if self.data.stream:
+            raise ConfigError(
+                "preference.precompute_ref_log_probs=true reads all pairs before training, and data.stream=true reads "
+                "them during it: set data.stream=false"
+            )
+        if self.model.path is None:
+            raise ConfigError(
+                "preference.precompute_ref_log_probs=true keeps numbers by the weights' digest: set model.path, since "
+                "random weights have no file"
             )
 
     @property

@@ -93,11 +93,13 @@ class TrainedModel(nn.Module):
         router_weight: Tensor | None = None,
         by_position: Sums | None = None,
         preferences: PreferencePairs | None = None,
+        only_log_probabilities: bool = False,
         **inputs: Any,
     ) -> Tensor:
         """Summed loss of this rank's shard, from the inputs of `ring_inputs`. `step` divides it by all ranks' labels.
 
         preferences: the pairs of this micro-batch, whose losses are summed instead of the tokens', in equal shares.
+        only_log_probabilities: return those of their answers instead, float64 [pairs, 2].
         by_position: collects the tokens' losses. router_weight: the factor of the experts' load-balancing loss, which
         is added if the configuration has output_router_logits. Only its gradient is added: the returned value is the
         loss of the tokens or pairs alone.
@@ -106,7 +108,10 @@ class TrainedModel(nn.Module):
         body: Any = self.model.base_model
         if body is self.model:  # Llama 4's class names a base model that it does not have
             body = self.model.model
-        if preferences is not None:
+        if preferences is not None and only_log_probabilities:
+            return preferences.log_probabilities(head, body(**inputs).last_hidden_state, shift_labels)
+        reference = None if preferences is None else preferences.reference
+        if preferences is not None and preferences.config.runs_reference:
             with without_adapters(self.model):
                 reference = preferences.log_probabilities(head, body(**inputs).last_hidden_state, shift_labels)
         routed = router_weight is not None and getattr(config, "output_router_logits", False)

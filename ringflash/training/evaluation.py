@@ -25,8 +25,10 @@ from ringflash.models.rope import check_positions
 from ringflash.models.rope_length import length_refusal
 from ringflash.training import positions, preference
 from ringflash.training.metrics import HELD_OUT, HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
-from ringflash.training.preference import PreferenceConfig
+from ringflash.training.preference import PreferenceLoss
 from ringflash.training.step import forward, shard
+
+SEED = 0  # of the order of held-out sequences, the same in every evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +110,6 @@ class HeldOut:
     by_source: dict[str, float] = field(default_factory=dict)
     rewards: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def unit(self) -> str:
-        """What a loss is of."""
-        return "pair" if self.rewards else "token"
-
     def record(self) -> dict[str, float]:
         """For the metrics: held_out_loss, held_out_loss/4k-8k, held_out_loss_of/books, held_out_rewards/margins."""
         by_position = {HELD_OUT_BY_POSITION + name: x for name, x in self.by_position.items()}
@@ -130,7 +127,7 @@ class Evaluation:
     length: int
     world: World
     layout_for: LayoutChooser
-    pair_loss: PreferenceConfig | None = None
+    pair_loss: PreferenceLoss | None = None
 
     @property
     def numbers(self) -> range:
@@ -159,7 +156,7 @@ class Evaluation:
         What it exchanges is in no step's record.
         """
         numbers = self.numbers[:sequences]
-        batches = (batch(self.corpus, seed=0, step=i, batch_size=1, length=self.length) for i in numbers)
+        batches = (batch(self.corpus, seed=SEED, step=i, batch_size=1, length=self.length) for i in numbers)
         sources = map(self.corpus.source_of, numbers)
         held_out = evaluate(engine, batches, self.world, self.layout_for, sources, self.pair_loss)
         self.world.watchdog.drain()
@@ -173,7 +170,7 @@ def evaluate(
     world: World,
     layout_for: LayoutChooser,
     sources: Iterable[str] = itertools.repeat(""),
-    pair_loss: PreferenceConfig | None = None,
+    pair_loss: PreferenceLoss | None = None,
 ) -> HeldOut:
     """Losses over batches; every ring computes each batch in full.
 

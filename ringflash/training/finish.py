@@ -39,8 +39,8 @@ def complete(
             of_tokens = evaluation if config.pair_loss is None else None
             entropy = of_tokens.corpus.unigram_entropy() if of_tokens is not None else None
             run.metrics.conclude(steps, {} if held_out is None else held_out.record(), entropy)
-            _print_outcome(run.folder, exported, held_out, entropy, config.evaluation.needle.every > 0, best)
-    _leave(world)
+            _print_outcome(run, exported, held_out, entropy, best)
+    leave(world)
 
 
 def interrupt(run: Run, step: int) -> None:
@@ -53,10 +53,10 @@ def interrupt(run: Run, step: int) -> None:
                 f"continues there, and resume=auto optim.steps={step} exports the model as it is",
                 flush=True,
             )
-    _leave(run.world)
+    leave(run.world)
 
 
-def _leave(world: World) -> None:
+def leave(world: World) -> None:
     """Disconnect from the other ranks."""
     world.watchdog.close()  # before any rank, and the store with it, is gone
     dist.barrier()
@@ -75,17 +75,13 @@ def _export(run: Run) -> list[Path]:
 
 
 def _print_outcome(
-    folder: Path,
-    exported: list[Path],
-    held_out: HeldOut | None,
-    entropy: float | None,
-    searched: bool,
-    best: Best | None,
+    run: Run, exported: list[Path], held_out: HeldOut | None, entropy: float | None, best: Best | None
 ) -> None:
     """Print the held-out loss and the paths of all results."""
-    unit = "token" if held_out is None else held_out.unit
+    folder, config = run.folder, run.job.config
+    unit = "per pair" if config.data.preferences else "nats per token"  # not every loss of pairs is in nats
     if held_out is not None:
-        print(f"held-out loss     {held_out.loss:.4f} nats per {unit}")
+        print(f"held-out loss     {held_out.loss:.4f} {unit}")
         rewards = {name.removeprefix("rewards/"): x for name, x in held_out.rewards.items()}
         parts = {"by position": held_out.by_position, "by source": held_out.by_source, "rewards": rewards}
         for part, means in parts.items():
@@ -94,11 +90,11 @@ def _print_outcome(
     if entropy is not None:
         print(f"unigram entropy   {entropy:.4f} nats per token of the same text: a model that ignores context")
     if best is not None:
-        print(f"lowest            {best.loss:.4f} nats per {unit} after step {best.step}, whose weights are exported")
+        print(f"lowest            {best.loss:.4f} {unit} after step {best.step}, whose weights are exported")
     for path in exported:
         print(f"{path.name:<17} {path}")
     print(f"loss plot         {loss_plot.plot(folder, entropy, unit)}")
-    if searched:
+    if config.evaluation.needle.every > 0:
         print(f"needles           {folder / 'needle.png'}")
     print(f"metrics           {folder / metrics.FILE}")
     print(f"checkpoints       {folder / 'checkpoints'}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ringflash.data import Corpus, stream
 from ringflash.distributed import launcher
@@ -24,7 +25,10 @@ from ringflash.training.meter import Meter
 from ringflash.training.needle import Needles
 from ringflash.training.needle import record as needle_record
 from ringflash.training.out_of_memory import explained
-from ringflash.training.run import Run, make_model, open_run, read_corpora, with_steps
+from ringflash.training.preference import PreferenceLoss
+from ringflash.training.preflight import Job
+from ringflash.training.reference_pass import compute_reference
+from ringflash.training.run import Run, make_model, open_run, read_corpora, start_engine, with_steps
 from ringflash.training.step import MicroBatch, prepare, train_step
 
 
@@ -43,20 +47,25 @@ def fit(config: Config, resolved: str) -> bool:
     training, held_out = read_corpora(job.config, world)
     job = with_steps(job, training, world)
     config = job.config
-    meter = Meter(model, config.optim.batch * config.data.sequence_length, world)
-    run = open_run(job, world, model, training, resolved)
+    meter = Meter(model, config, world)
+    engine = start_engine(job, model, world)
 
-    layout_for = _layout_chooser(run)
+    layout_for = _layout_chooser(job, world)
+    pair_loss = None if config.pair_loss is None else PreferenceLoss.of(config.pair_loss)
     evaluation = None
     if held_out is not None:
         length = config.data.sequence_length
-        evaluation = Evaluation(config.evaluation, held_out, length, world, layout_for, config.pair_loss)
+        evaluation = Evaluation(config.evaluation, held_out, length, world, layout_for, pair_loss)
+    if not compute_reference(engine, config, training, evaluation, pair_loss, world, layout_for):
+        finish.leave(world)
+        return False
+    run = open_run(job, world, engine, training, resolved)
     _evaluate_first(run, evaluation, needles)
     best = _best(run, evaluation)
     divergence = Divergence(world, run.metrics)
     done = saved = run.start
     timer = checkpoint.Timer(config.checkpoint.every_minutes, world)
-    with contextlib.closing(_batches(run, training, layout_for)) as batches:
+    with contextlib.closing(_batches(run, training, layout_for, pair_loss)) as batches:
         for step in range(run.start + 1, config.optim.total_steps + 1):
             if _out_of_patience(run, best, done):
                 break
@@ -91,21 +100,21 @@ def fit(config: Config, resolved: str) -> bool:
     return True
 
 
-def _layout_chooser(run: Run) -> LayoutChooser:
-    """The function that returns each step's layout. It prints the reasons of its choices."""
-    config, world = run.job.config, run.world
+def _layout_chooser(job: Job, world: World) -> LayoutChooser:
+    """The function that returns each step's layout. It prints the reasons of its choices, above a progress bar."""
+    config = job.config
     return layout_chooser(
         config.parallel,
-        run.job.model_config,
+        job.model_config,
         config.data.sequence_length,
         world.ring.size,
         world.broadcast(launcher.local_world_size()),  # all ranks of a ring must choose alike, even if machines differ
-        run.metrics.write_line if run.metrics else lambda reason: None,
+        tqdm.write if world.is_first else lambda reason: None,
     )
 
 
 def _batches(
-    run: Run, training: Corpus, layout_for: LayoutChooser
+    run: Run, training: Corpus, layout_for: LayoutChooser, pair_loss: PreferenceLoss | None
 ) -> Generator[tuple[list[MicroBatch], dict[str, Any]]]:
     """This replica's micro-batches of every step, beginning with the first step of this run, and the data's state."""
     config, world = run.job.config, run.world
@@ -117,7 +126,7 @@ def _batches(
         length=config.data.sequence_length,
         rows=range(world.replica * share, (world.replica + 1) * share),
         start_step=run.start,
-        prepare=lambda batch: prepare(run.engine, batch, world, layout_for, config.pair_loss),
+        prepare=lambda batch: prepare(run.engine, batch, world, layout_for, pair_loss),
     )
 
 

@@ -24,10 +24,10 @@ def check_plot(folder: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
-def plot(folder: Path, unigram: float | None, unit: str = "token") -> Path:
+def plot(folder: Path, unigram: float | None, unit: str = "nats per token") -> Path:
     """Draw the training loss, and the held-out loss and unigram entropy if text is held out, to loss.png.
 
-    unit: what a loss is of.
+    unit: what a loss is in.
     A second panel has the loss by position in a document: held-out, of the first and the last evaluation that have it,
     and training, as the mean of the last RECENT steps.
     """
@@ -43,7 +43,7 @@ def plot(folder: Path, unigram: float | None, unit: str = "token") -> Path:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", "-").replace("-loss", " loss"), **style)
     if unigram is not None:
         axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy, held out")
-    axes.set(xlabel="step", ylabel=f"nats per {unit}", title=folder.name)
+    axes.set(xlabel="step", ylabel=f"loss, {unit}", title=folder.name)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

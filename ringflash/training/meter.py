@@ -10,17 +10,19 @@ import torch
 from ringflash.distributed.world import World
 from ringflash.ring.cost import peak_flops
 from ringflash.training import flops, positions, preference
+from ringflash.training.config import Config
 from ringflash.training.metrics import BY_POSITION
 from ringflash.training.step import StepResult
 
 
 class Meter:
-    """Times steps of `tokens` tokens and makes their records. All ranks make the same calls."""
+    """Times steps and makes their records. All ranks make the same calls."""
 
-    def __init__(self, model, tokens: int, world: World) -> None:
+    def __init__(self, model, config: Config, world: World) -> None:
         """model: the transformers model."""
         self.weights, self.frozen = (flops.matmul_parameters(model, frozen) for frozen in (False, True))
-        self.tokens, self.world = tokens, world
+        self.tokens, self.world = config.optim.batch * config.data.sequence_length, world
+        self.reference = config.pair_loss is not None and config.pair_loss.runs_reference
         self.peak = peak_flops(world.device)
         self._begun = time.perf_counter()
 
@@ -42,8 +44,7 @@ class Meter:
             "memory_gib": memory_gib(self.world.device),
         }
         if self.peak is not None:
-            compared = bool(result.preferences[1].any())
-            done = flops.step_flops(self.weights, self.tokens, attention, self.frozen, compared)
+            done = flops.step_flops(self.weights, self.tokens, attention, self.frozen, self.reference)
             record["mfu"] = done / seconds / (self.peak * self.world.size)
         record |= {BY_POSITION + name: x for name, x in positions.means(result.by_position).items()}
         record |= preference.means(result.preferences)

@@ -1,14 +1,13 @@
-"""Preferences: direct preference optimisation (DPO, arXiv:2305.18290) on pairs of packed documents.
+"""Preferences: losses of pairs of packed documents, a prompt with the chosen and with the rejected answer.
 
-The model learns to prefer the chosen answer c to the rejected answer r of a prompt, more than its reference does:
+A loss depends on log p(y) of both answers, the sums over their tokens, and on the same by a reference if it has one
+(preference_losses.py). The reference is the model that training starts from. A step computes its log p with the model
+without its adapters, or finds those that were computed before training (reference.py).
 
-    reward(y) = beta (log p(y) - log p_reference(y))        log p(y): the sum over the tokens of y
-    loss      = -log sigmoid(reward(c) - reward(r))
+The tokens of a document are on all ranks of its sequence. Their losses are -log p, so the gradient of a pair's loss is
+that of a weighted cross-entropy:
 
-The reference is the model without its adapters: the one that training starts from. The tokens of a document are on all
-ranks of its sequence. Their losses are -log p, so the gradient of the loss is that of a weighted cross-entropy,
-
-    d loss = w d(losses of c) - w d(losses of r)            w = beta sigmoid(reward(r) - reward(c))
+    d loss = w_c d(losses of c's tokens) + w_r d(losses of r's tokens)        w_y = -d loss / d log p(y)
 
 The losses are therefore computed twice from the same hidden states. First without a gradient: their sums over each
 document and over the ranks give w. Then with these weights: no gradient passes the sums, and no logits are kept.
@@ -22,40 +21,30 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from ringflash.data.batches import Batch
-from ringflash.data.records import IGNORE
+from ringflash.data.pairs import digests, predicted
 from ringflash.distributed.world import World
-from ringflash.errors import ConfigError
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
+from ringflash.training.preference_losses import PreferenceConfig, pair_losses
+from ringflash.training.reference import Reference
 from ringflash.training.sums import Sums
 
 FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # as TRL names them
 
 
-@dataclass(frozen=True)
-class PreferenceConfig:
-    """The loss of data.preferences=true: DPO, with the model without its adapters as the reference."""
+@dataclass(frozen=True, eq=False)
+class PreferenceLoss:
+    """The loss of pairs. reference: what was computed before training, with preference.precompute_ref_log_probs."""
 
-    beta: float = 0.1
-    """Scale of the rewards. The larger, the closer the model stays to the reference."""
+    config: PreferenceConfig
+    reference: Reference | None = None
 
-    label_smoothing: float = 0.0
-    """The fraction of pairs whose answers are assumed to be swapped (conservative DPO), 0 or more and below 0.5."""
-
-    sft_weight: float = 0.0
-    """Weight of the chosen answer's mean loss per token, which is added to the loss of each pair."""
-
-    def __post_init__(self) -> None:
-        for key, valid, expected in (
-            ("beta", 0 < self.beta < float("inf"), "above 0 and finite"),
-            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more and below 0.5"),
-            ("sft_weight", 0 <= self.sft_weight < float("inf"), "0 or more and finite"),
-        ):
-            if not valid:
-                raise ConfigError(f"preference.{key}={getattr(self, key)} must be {expected}")
+    @classmethod
+    def of(cls, config: PreferenceConfig) -> PreferenceLoss:
+        """With an empty reference if it is to be computed before training."""
+        return cls(config, Reference() if config.precompute_ref_log_probs else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +53,9 @@ class PreferencePairs:
 
     documents: int64 [N], the document of each of this rank's tokens; pair i has the documents 2 i, chosen, and 2 i + 1.
     labels: float64 [pairs, 2], the predicted tokens of each, over all ranks. ranks: those that share the sequences, by
-    `groups`. totals: float64 [2, FIGURES], this rank's share of the figures' sums, and of the number of pairs.
+    `groups`. totals: float64 [2, FIGURES], this rank's share of the figures' sums, and of the number of pairs. digests:
+    of the pairs; none if the reference is not computed before training. reference: float64 [pairs, 2], log p of each
+    answer by the reference, or None if it was not computed before.
     """
 
     config: PreferenceConfig
@@ -73,23 +64,28 @@ class PreferencePairs:
     ranks: int
     groups: Sequence[dist.ProcessGroup]
     totals: Tensor
+    digests: list[bytes]
+    reference: Tensor | None
 
     @classmethod
-    def of(cls, config: PreferenceConfig, batch: Batch, plan: AttentionPlan, world: World) -> PreferencePairs:
-        """Those of a batch, in which the pairs of each row come before its padding."""
-        numbers, labels, count = [], [], 0
-        for row, lengths in zip(batch.labels, batch.documents, strict=True):
+    def of(cls, loss: PreferenceLoss, batch: Batch, plan: AttentionPlan, world: World) -> PreferencePairs:
+        """Those of a batch."""
+        numbers, labels, names, count = [], [], [], 0
+        for tokens, row, lengths in zip(batch.tokens, batch.labels, batch.documents, strict=True):
+            found = predicted(row, lengths)
             number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-            found = number[row != IGNORE].bincount(minlength=len(lengths))
-            pairs = int(found.nonzero().max()) // 2 + 1 if found.any() else 0
-            numbers.append(count + number.clamp(max=max(0, 2 * pairs - 1)))  # padding has no label
-            labels.append(found[: 2 * pairs])
-            count += 2 * pairs
+            numbers.append(count + number.clamp(max=max(0, len(found) - 1)))  # padding has no label
+            labels.append(found)
+            count += len(found)
+            if loss.config.precompute_ref_log_probs:
+                names += digests(tokens, row, lengths)
         groups = [world.ring.group] if world.ulysses is None else [world.ring.group, world.ulysses.group]
         ranks, totals = world.size // world.replicas, no_totals(world.device)
         totals[1] = count / 2 / ranks
         documents = plan.shard(torch.stack(numbers)).flatten()
-        return cls(config, documents, torch.cat(labels).double().view(-1, 2).to(world.device), ranks, groups, totals)
+        predictions = torch.cat(labels).double().view(-1, 2).to(world.device)
+        reference = None if loss.reference is None else loss.reference.of(names).to(world.device)
+        return cls(loss.config, documents, predictions, ranks, groups, totals, names, reference)
 
     def log_probabilities(self, head: LossHead, hidden: Tensor, labels: Tensor) -> Tensor:
         """log p of each answer, float64 [pairs, 2], from this rank's hidden states and shifted labels."""
@@ -100,30 +96,27 @@ class PreferencePairs:
             dist.all_reduce(totals, group=group)
         return -totals.view(-1, 2)
 
-    def loss(self, head: LossHead, hidden: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+    def loss(self, head: LossHead, hidden: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
         """The summed loss of the pairs, in equal shares on the ranks of the sequence, with this rank's gradient.
 
-        reference: log p of each answer by the reference.
+        reference: log p of each answer by the reference, or None for a loss without one.
         """
         found = self.log_probabilities(head, hidden, labels)
         losses, weights = self._losses(found, reference)
         weighted = head(hidden, labels, weights=weights.flatten()[self.documents].float())
         return (losses.sum() / self.ranks).float() + (weighted - weighted.detach())
 
-    def _losses(self, found: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.enable_grad()
+    def _losses(self, found: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """The pairs' losses [pairs], which are counted in `totals`, and their derivatives by each answer's -log p."""
-        beta, smoothing = self.config.beta, self.config.label_smoothing
-        rewards = beta * (found - reference)
+        found.requires_grad_()
+        losses, rewards = pair_losses(self.config, found, reference, self.labels)
+        (slopes,) = torch.autograd.grad(losses.sum(), found)
+        rewards = rewards.detach()
         margins = rewards[:, 0] - rewards[:, 1]
-        losses = -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)
-        slope = beta * (torch.sigmoid(-margins) - smoothing)
-        weights = torch.stack([slope, -slope], 1)
-        if self.config.sft_weight:
-            per_token = self.config.sft_weight / self.labels[:, 0].clamp(min=1)
-            losses = losses - per_token * found[:, 0]
-            weights[:, 0] += per_token
-        self.totals[0] = torch.stack([losses, (margins > 0).double(), margins, *rewards.T]).sum(1) / self.ranks
-        return losses, weights
+        figures = torch.stack([losses.detach(), (margins > 0).double(), margins, *rewards.T])
+        self.totals[0] = figures.sum(1) / self.ranks
+        return figures[0], -slopes
 
 
 def no_totals(device: torch.device) -> Tensor:

@@ -53,7 +53,7 @@ def check(config: Config) -> Job:
 
 
 def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
-    """The lines that `train.py --print` adds for WORLD_SIZE ranks: their grid, a step, the memory.
+    """The lines that `train.py --print` adds for WORLD_SIZE ranks: the loss of pairs, their grid, a step, the memory.
 
     All ranks are assumed to be GPUs, where model.dtype=auto is bf16. Raises ConfigError for a run that they cannot do.
     """
@@ -66,7 +66,7 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
         notes = ["parallel   parallel.ulysses=null depends on the speed of the GPUs; without them, 1 is assumed"]
     config, reason = _resolved(config, model_config, ranks)
     found = _estimate(config, model_config, _meta_model(config.model, model_config), ranks)
-    lines = [_grid(config, ranks), _step(config, ranks), f"estimate   {found}"]
+    lines = [*_preference(config), _grid(config, ranks), _step(config, ranks), f"estimate   {found}"]
     return [*lines, *notes, *filter(None, [reason])]
 
 
@@ -195,8 +195,12 @@ def _preference(config: Config) -> list[str]:
     """A line on the loss of pairs, with preferences."""
     if (loss := config.pair_loss) is None:
         return []
-    added = [f"{name} {x:g}" for name, x in vars(loss).items() if x]
-    return [f"loss       DPO, {', '.join(added)}; the reference is the model without its adapters"]
+    read = [f"{name} {x:g}" for name in loss.loss.settings if (x := getattr(loss, name)) and x is not True]
+    reference = "without a reference"
+    if loss.loss.referenced:
+        which = "before training" if loss.precompute_ref_log_probs else "without its adapters"
+        reference = f"the reference is the model {which}"
+    return [f"loss       {loss.loss.name}, {', '.join(read)}; {reference}"]
 
 
 def _grid(config: Config, ranks: int, where: str = "GPU") -> str:

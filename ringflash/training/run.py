@@ -95,14 +95,20 @@ def with_steps(job: Job, training: Corpus, world: World) -> Job:
     return job._replace(config=dataclasses.replace(config, optim=optim))
 
 
-def open_run(job: Job, world: World, model: PreTrainedModel, training: Corpus, resolved: str) -> Run:
-    """Open the run's folder, and load its newest checkpoint."""
-    config, settings = job.config, _settings(job, resolved, training, world)
+def start_engine(job: Job, model: PreTrainedModel, world: World) -> deepspeed.DeepSpeedEngine:
+    """The engine, with the weights that training starts from, and its host memory."""
+    config = job.config
     with world.without_timeout("initialising DeepSpeed"), explained(config.memory, world.size):
         engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
     with world.without_timeout("pinning host memory"):
         log = functools.partial(print, flush=True) if world.is_first else lambda line: None
         engine.module.reserve_host_memory(shard_tokens(config, world.size), log)
+    return engine
+
+
+def open_run(job: Job, world: World, engine: deepspeed.DeepSpeedEngine, training: Corpus, resolved: str) -> Run:
+    """Open the run's folder, and load its newest checkpoint."""
+    config, settings = job.config, _settings(job, resolved, training, world)
     with world.without_timeout(f"taking a folder in output_dir={config.output_dir}"):
         output_dir = Path(config.output_dir)
         locked = run_folder.acquire(output_dir, config.name, config.resume) if world.is_first else None

@@ -27,7 +27,7 @@ from ringflash.models import layer_kinds, ring_inputs
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training import positions, preference
 from ringflash.training.flops import attention_flops, state_flops
-from ringflash.training.preference import PreferenceConfig, PreferencePairs
+from ringflash.training.preference import PreferenceLoss, PreferencePairs
 
 
 class StepResult(NamedTuple):
@@ -68,7 +68,7 @@ def prepare(
     batch: Batch,
     world: World,
     layout_for: LayoutChooser,
-    pair_loss: PreferenceConfig | None = None,
+    pair_loss: PreferenceLoss | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches of a step for train_step, with their layouts and plans, including those of windowed layers.
 
@@ -161,7 +161,7 @@ def shard(
     world: World,
     layout_for: LayoutChooser,
     config: PreTrainedConfig,
-    pair_loss: PreferenceConfig | None = None,
+    pair_loss: PreferenceLoss | None = None,
 ) -> dict[str, Any]:
     """This rank's inputs of the model for a batch. layout_for: returns a mask's layout. pair_loss: with preferences."""
     # Ranks drew the same batch from the same seed, so there is nothing to compare; the ring may be in use by a step.

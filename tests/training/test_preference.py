@@ -1,8 +1,7 @@
 """A run on preferences minimises the DPO loss of its pairs, as a plain loop of transformers and peft does."""
 
+import copy
 import json
-import math
-import random
 import shutil
 
 import peft
@@ -14,42 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
+from ringflash.models import read_config
 from ringflash.models.lora import WEIGHTS
 from ringflash.training.compose import compose
 from ringflash.training.metrics import read
-from tests.data.chat_cases import SMOLLM2, chat_tokenizer
-from tests.training.runs import fitted, settings, tiny_qwen3
+from ringflash.training.preference_losses import PreferenceConfig, pair_losses
+from ringflash.training.preflight import planned
+from tests.training.pairs import ALL_WEIGHTS, LENGTH, PRECOMPUTED, ROWS, STEPS, preference_run
+from tests.training.runs import fitted
 
-STEPS, ROWS, LENGTH = 2, 4, 160
 REWARDS = ["rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A small published model with its chat tokenizer, and 40 pairs of texts and of messages of uneven lengths."""
-    chat_tokenizer(SMOLLM2, eos="<|im_end|>").save_pretrained(tiny_qwen3(tmp_path / "base", 320))
-    draw = random.Random(0)
-
-    def text():
-        return "".join(draw.choices("abc .", k=draw.randint(1, 12)))
-
-    records = [{"prompt": text(), "chosen": "x" + text(), "rejected": "y" + text()} for _ in range(30)]
-    for _ in range(10):
-        prompt = [{"role": "user", "content": text()}]
-        answers = ([{"role": "assistant", "content": text()}] for _ in range(2))
-        records.append(dict(zip(("prompt", "chosen", "rejected"), (prompt, *answers), strict=True)))
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "a.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
-    return tmp_path
-
-
-def preference_run(folder, *others):
-    common = [
-        *("data=preferences", f"data.tokenizer={folder}/base", f"data.sequence_length={LENGTH}", "data.held_out=0.1"),
-        *("model=pretrained", f"model.path={folder}/base", "model.dtype=fp32", "model.lora.rank=4", "name=run"),
-        *(f"optim.steps={STEPS}", f"optim.batch={ROWS}", "optim.lr=3e-3", "preference.beta=0.5"),
-    ]
-    return [x for x in settings(folder / "pairs", *common, *others, model=[]) if x != "data=text"]
 
 
 def pairs_of(rows):
@@ -64,41 +37,67 @@ def log_probability(model, tokens, labels):
     return found.gather(1, labels.clamp(min=0)[:, None])[labels != -100].sum()
 
 
-def dpo(model, pair, config):
-    """A pair's loss by the formulas of the papers, and its figures."""
+def loss_of(config, found, reference, tokens):
+    """A pair's loss by the formulas of the papers, and its rewards, from log p of both answers and their lengths."""
+    beta, eps = config.beta, config.label_smoothing
+    if config.loss_type in ("sigmoid", "ipo"):
+        c, r = (p - q for p, q in zip(found, reference, strict=True))
+    else:
+        c, r = (p / n for p, n in zip(found, tokens, strict=True))
+    if config.loss_type == "ipo":
+        loss = (c / tokens[0] - r / tokens[1] - 0.5 / beta) ** 2
+    elif config.loss_type == "orpo":
+        odds = c.exp() / (1 - c.exp()), r.exp() / (1 - r.exp())
+        loss = -found[0] / tokens[0] + beta * torch.log(1 + odds[1] / odds[0])
+    else:
+        margin = beta * (c - r) - config.simpo_gamma * (config.loss_type == "simpo")
+        loss = -logsigmoid(margin) * (1 - eps) - logsigmoid(-margin) * eps
+    return loss - config.sft_weight * found[0] / tokens[0], beta * c, beta * r
+
+
+def compare(model, reference, pair, config):
+    """A pair's loss and its figures."""
     found = [log_probability(model, *document) for document in pair]
-    with torch.no_grad(), model.disable_adapter():
-        reference = [log_probability(model, *document) for document in pair]
-    chosen, rejected = (config.beta * (p - q) for p, q in zip(found, reference, strict=True))
-    eps, margin = config.label_smoothing, chosen - rejected
-    loss = -logsigmoid(margin) * (1 - eps) - logsigmoid(-margin) * eps
-    loss = loss - config.sft_weight * found[0] / (pair[0][1] != -100).sum()
+    with torch.no_grad():
+        at_start = [log_probability(reference, *document) for document in pair]
+    tokens = [(labels != -100).sum() for _, labels in pair]
+    loss, chosen, rejected = loss_of(config, found, at_start, tokens)
+    margin = chosen - rejected
     return loss, torch.stack([(margin > 0).double(), margin, chosen, rejected]).detach()
 
 
 def plain(config, folder):
     """Losses, rewards and gradient norms of a loop without ringflash, each document alone; and the model."""
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager")
-    torch.manual_seed(config.seed)
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    model = peft.get_peft_model(model, lora)
+    start = copy.deepcopy(model)  # the reference, a second model
+    if config.model.lora.enabled:
+        torch.manual_seed(config.seed)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     trained = [p for p in model.parameters() if p.requires_grad]
     optim, figures = config.optim, []
-    adamw = torch.optim.AdamW(trained, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
+    if optim.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(trained, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(trained, momentum=optim.beta1, weight_decay=optim.weight_decay)
+
+    def compared(pairs):
+        losses, rewards = zip(*(compare(model, start, pair, config.preference) for pair in pairs), strict=True)
+        return torch.stack(losses).mean(), torch.stack(rewards).mean(0).tolist()
+
     corpus, held_out = load_corpus(config.data)
     for step in range(STEPS):
-        rows = batch(corpus, seed=config.data.seed, step=step, batch_size=ROWS, length=LENGTH)
-        losses, rewards = zip(*(dpo(model, pair, config.preference) for pair in pairs_of(rows)), strict=True)
-        loss = torch.stack(losses).mean()
+        loss, rewards = compared(
+            pairs_of(batch(corpus, seed=config.data.seed, step=step, batch_size=ROWS, length=LENGTH))
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, optim.clip)
-        adamw.param_groups[0]["lr"] = optim.learning_rate(step + 1)
-        adamw.step()
-        adamw.zero_grad()
-        figures.append([loss.item(), norm.item(), *torch.stack(rewards).mean(0).tolist()])
+        optimizer.param_groups[0]["lr"] = optim.learning_rate(step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        figures.append([loss.item(), norm.item(), *rewards])
     rows = batch(held_out, seed=0, step=0, batch_size=config.evaluation.sequences, length=LENGTH)
-    losses, rewards = zip(*(dpo(model, pair, config.preference) for pair in pairs_of(rows)), strict=True)
-    return figures, [torch.stack(losses).mean().item(), *torch.stack(rewards).mean(0).tolist()], model
+    loss, rewards = compared(pairs_of(rows))
+    return figures, [loss.item(), *rewards], model
 
 
 @pytest.mark.ranks
@@ -114,38 +113,49 @@ def plain(config, folder):
         (
             4,
             ["memory.zero=3", "parallel.ring=2", "parallel.ulysses=2", "optim.micro_batch=2", "memory.recompute=true",
-             "memory.layer_inputs=host"],
+             "memory.layer_inputs=host", "preference.loss_type=ipo", "preference.sft_weight=0.2"],
         ),
+        (2, [*PRECOMPUTED, "memory.zero=3", "parallel.ring=2", "preference.label_smoothing=0.1"]),
+        (4, [*PRECOMPUTED, "memory.zero=1", "parallel.ring=2", "preference.loss_type=ipo"]),
+        (
+            2,
+            [*ALL_WEIGHTS, "memory.zero=1", "parallel.ring=2", "preference.loss_type=simpo", "preference.beta=2",
+             "preference.simpo_gamma=1", "preference.label_smoothing=0.1", "preference.sft_weight=0.2"],
+        ),
+        (2, [*ALL_WEIGHTS, "memory.zero=3", "parallel.ring=1", "preference.loss_type=orpo"]),
     ],
-    ids=["one-rank", "replicas-smooth-sft", "zero-3-ulysses"],
+    ids=["lora", "lora-replicas-smooth-sft", "lora-ipo-sft-zero-3-ulysses", "dpo-zero-3", "ipo-replicas", "simpo",
+         "orpo-zero-3-replicas"],
 )  # fmt: skip
-def test_losses_rewards_and_adapters_are_those_of_plain_peft(ranks, folder, size, others):
-    run = preference_run(folder, *others)
+def test_losses_rewards_and_weights_are_those_of_a_plain_loop(ranks, pair_folder, size, others):
+    run = preference_run(pair_folder, *others)
     error, _ = ranks.run(fitted, size, run)[0]
     assert error is None
     config = compose(run)[0]
-    figures, held_out, model = plain(config, folder)
-    records = read(folder / "runs" / "run" / "metrics.jsonl")
+    figures, held_out, model = plain(config, pair_folder)
+    records = read(pair_folder / "runs" / "run" / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
     for record, expected in zip(steps, figures, strict=True):
         assert [record[x] for x in ("loss", "gradient_norm", *REWARDS)] == pytest.approx(expected, rel=2e-5, abs=2e-6)
-    if not config.preference.sft_weight:
-        assert (records[0]["held_out_loss"], steps[0]["loss"]) == pytest.approx((math.log(2),) * 2, abs=1e-6)
     assert abs(steps[-1]["loss"] - steps[0]["loss"]) > 1e-3
     names = ["held_out_loss", *(f"held_out_{x}" for x in REWARDS)]
     assert [records[-1][x] for x in names] == pytest.approx(held_out, rel=1e-4, abs=1e-5)
-    expected, found = peft.get_peft_model_state_dict(model), load_file(folder / "runs" / "run" / "adapter" / WEIGHTS)
+    made = pair_folder / "runs" / "run"
+    if config.model.lora.enabled:
+        expected, found = peft.get_peft_model_state_dict(model), load_file(made / "adapter" / WEIGHTS)
+    else:
+        expected, found = dict(model.named_parameters()), load_file(made / "model" / "model.safetensors")
     assert expected.keys() == found.keys()
     assert max((found[name] - x).abs().max().item() for name, x in expected.items()) < 1e-5
 
 
 @pytest.mark.ranks
-def test_a_resumed_run_is_the_same_bit_for_bit_and_one_of_another_loss_is_refused(ranks, folder):
+def test_a_resumed_run_is_the_same_bit_for_bit_and_one_of_another_loss_is_refused(ranks, pair_folder):
     run = preference_run(
-        folder, "memory.zero=3", "model.lora.dropout=0.2", "model.lora.merge=false", "checkpoint.every=1"
+        pair_folder, "memory.zero=3", "model.lora.dropout=0.2", "model.lora.merge=false", "checkpoint.every=1"
     )
     assert ranks.run(fitted, 2, run)[0][0] is None
-    made = folder / "runs" / "run"
+    made = pair_folder / "runs" / "run"
     expected, records = load_file(made / "adapter" / WEIGHTS), (made / "metrics.jsonl").read_text()
     shutil.rmtree(made / "adapter")
     shutil.rmtree(made / "checkpoints" / f"step-{STEPS:08}")
@@ -162,26 +172,80 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_one_of_another_loss_is_refuse
 
 
 @pytest.mark.parametrize(
+    ("others", "line"),
+    [
+        ([], "DPO, beta 0.5; the reference is the model without its adapters"),
+        (
+            [*PRECOMPUTED, "preference.loss_type=ipo"],
+            "IPO, beta 0.5; the reference is the model before training",
+        ),
+        (["preference.loss_type=simpo"], "SimPO, beta 0.5, simpo_gamma 0.5; without a reference"),
+    ],
+    ids=["lora", "all weights", "no reference"],
+)
+def test_the_plan_of_a_run_begins_with_its_loss_and_reference(pair_folder, others, line):
+    config = compose(preference_run(pair_folder, *others))[0]
+    assert planned(config, read_config(config.model))[0] == f"loss       {line}"
+
+
+def test_the_loss_of_orpo_is_finite_where_an_answer_has_all_of_the_probability():
+    found = torch.tensor([[0.0, -3.0], [-3.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    losses, _ = pair_losses(PreferenceConfig(loss_type="orpo"), found, None, torch.ones(2, 2))
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert found.grad.isfinite().all()
+
+
+NO_LORA, NO_REFERENCE = ["model.lora.rank=null"], ["preference.loss_type=simpo"]
+BEFORE = ["preference.precompute_ref_log_probs=true"]
+
+
+@pytest.mark.parametrize(
     ("others", "message"),
     [
         (
-            ["model.lora.rank=null"],
-            r"data\.preferences=true needs LoRA, such as model\.lora\.rank=16: the model without",
+            NO_LORA,
+            r"preference\.loss_type=sigmoid compares with the model before training: with all weights trained, set "
+            r"preference\.precompute_ref_log_probs=true; with new adapters",
         ),
         (
-            ["model.lora.rank=null", "model.lora.path=adapter"],
-            r"data\.preferences=true needs new adapters: without that of model\.lora\.path=adapter, the model is not",
+            [*NO_LORA, "model.lora.path=adapter", "preference.loss_type=ipo"],
+            r"preference\.loss_type=ipo compares with the model before training: with model\.lora\.path=adapter, set p",
+        ),
+        (
+            [*NO_LORA, *BEFORE, "data.stream=true", "data.held_out=0"],
+            r"preference\.precompute_ref_log_probs=true reads all pairs .*: set data\.stream=false",
+        ),
+        (
+            [*NO_LORA, *BEFORE, "model.path=null", "+model.architecture.model_type=llama"],
+            r"preference\.precompute_ref_log_probs=true keeps numbers by the weights' digest: set model\.path",
+        ),
+        (
+            [*NO_REFERENCE, *BEFORE],
+            r"preference\.precompute_ref_log_probs=true has no effect with .*=simpo: .* of sigmoid, ipo",
         ),
         (
             ["data.preferences=false", "preference.beta=0.2"],
             r"preference\.beta=0\.2 has no effect without data\.preferences=true",
         ),
+        (["preference.loss_type=dpo"], r"preference\.loss_type=dpo must be one of sigmoid, ipo, simpo, orpo"),
         (["preference.beta=0"], r"preference\.beta=0\.0 must be above 0 and finite"),
         (["preference.label_smoothing=0.5"], r"preference\.label_smoothing=0\.5 must be 0 or more and below 0\.5"),
+        (
+            ["preference.loss_type=ipo", "preference.label_smoothing=0.1"],
+            r"preference\.label_smoothing=0\.1 has no effect with preference\.loss_type=ipo: .* sigmoid, simpo",
+        ),
         (["preference.sft_weight=-1"], r"preference\.sft_weight=-1\.0 must be 0 or more and finite"),
+        (
+            ["preference.loss_type=orpo", "preference.sft_weight=1"],
+            r"preference\.sft_weight=1\.0 has no effect with preference\.loss_type=orpo",
+        ),
+        ([*NO_REFERENCE, "preference.simpo_gamma=-1"], r"preference\.simpo_gamma=-1\.0 must be 0 or more and finite"),
+        (["preference.simpo_gamma=1"], r"preference\.simpo_gamma=1\.0 has no effect with .*=sigmoid: .* of simpo"),
     ],
-    ids=["all weights", "an adapter", "other data", "beta", "smoothing", "sft"],
-)
+    ids=["all weights", "an adapter", "streamed", "random weights", "no reference", "other data", "loss_type", "beta",
+         "smoothing", "smoothing of ipo", "sft", "sft of orpo", "gamma", "gamma of dpo"],
+)  # fmt: skip
 def test_losses_that_are_not_supported_are_refused(tmp_path, others, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         compose(preference_run(tmp_path, *others))

@@ -1,0 +1,142 @@
+"""The pass before training that computes the reference's log-probabilities, with the weights that training starts from.
+
+It runs before a checkpoint is loaded, so a resumed run may complete it too, with more steps or without its file.
+Sequences are packed as in training. Replicas share them, and rank 0 alone reads and writes the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import deepspeed
+import torch
+from tqdm import tqdm
+
+from ringflash.data import Corpus, prefetch
+from ringflash.data.batches import Batch
+from ringflash.data.mixture import first_epoch
+from ringflash.data.pairs import digests
+from ringflash.distributed.parallel import LayoutChooser
+from ringflash.distributed.world import World
+from ringflash.errors import ConfigError
+from ringflash.training import reference, stop
+from ringflash.training.checkpoints.manifest import all_gathered
+from ringflash.training.config import Config
+from ringflash.training.evaluation import SEED, Evaluation
+from ringflash.training.out_of_memory import explained
+from ringflash.training.preference import PreferenceLoss
+from ringflash.training.reference import reference_path
+from ringflash.training.step import MicroBatch, prepare
+
+SECONDS = 60.0  # between two writes of the file
+
+
+class Sequences(NamedTuple):
+    """The sequences of a corpus, by their numbers, whose pairs a run reads."""
+
+    corpus: Corpus
+    seed: int
+    numbers: Iterable[int]
+
+
+class Work(NamedTuple):
+    """The file, what it holds, and the sequences of pairs that it lacks: (number in `read`, number in its corpus)."""
+
+    path: Path
+    known: dict[bytes, list[float]]
+    lacking: list[tuple[int, int]]
+
+
+def compute_reference(
+    engine: deepspeed.DeepSpeedEngine,
+    config: Config,
+    training: Corpus,
+    evaluation: Evaluation | None,
+    loss: PreferenceLoss | None,
+    world: World,
+    layout_for: LayoutChooser,
+) -> bool:
+    """Fill the loss's reference, if it has one, for all pairs that the run reads; all ranks call this.
+
+    Returns false if a signal stopped it: the same command continues. Raises ConfigError for weights that give a number
+    that is not finite.
+    """
+    if loss is None or loss.reference is None:
+        return True
+    trained, length = config.optim.total_steps * config.optim.batch, config.data.sequence_length
+    read = [Sequences(training, config.data.seed, first_epoch(training, trained, length))]
+    if evaluation is not None:
+        read.append(Sequences(evaluation.corpus, SEED, evaluation.numbers))
+    with world.without_timeout(f"reading the pairs, and model.path={config.model.path} for its digest"):
+        found = _work(config, read) if world.is_first else None
+    path, known, lacking = world.broadcast(found)
+    loss.reference.known = known
+    share = config.optim.micro_batch * world.replicas
+    groups = [lacking[i : i + share] for i in range(0, len(lacking), share)]
+
+    def make(group: list[tuple[int, int]]) -> list[MicroBatch]:
+        own = group[world.replica :: world.replicas] or group[:1]  # every rank takes part in ZeRO's exchanges
+        rows = [read[i].corpus.packed(read[i].seed, number, length) for i, number in own]
+        return prepare(engine, Batch.of(rows), world, layout_for, PreferenceLoss(loss.config))
+
+    engine.eval()
+    saved = time.monotonic()
+    bar = tqdm(desc="reference", total=len(lacking), unit="sequence", disable=not (world.is_first and lacking))
+    with bar, explained(config.memory, world.size), contextlib.closing(prefetch(make, groups)) as made:
+        for group, micro_batches in zip(groups, made, strict=True):
+            known |= _finite(all_gathered(_log_probabilities(engine, micro_batches), world), config)
+            bar.update(len(group))
+            stopping = stop.requested(world) and group is not groups[-1]
+            if world.is_first and (stopping or group is groups[-1] or time.monotonic() - saved > SECONDS):
+                reference.write(path, known)
+                saved = time.monotonic()
+            if stopping and world.is_first:
+                bar.write(f"stopped by {stop.SIGNAL.name} before the first step; the same command continues")
+            if stopping:
+                return False
+    engine.train()
+    world.watchdog.drain()  # its exchanges are in no step's record
+    return True
+
+
+def _work(config: Config, read: list[Sequences]) -> Work:
+    """The file, and what is to be computed, which this prints."""
+    path = reference_path(config.data.cache, config.model)
+    known = reference.read(path)
+    pairs: set[bytes] = set()
+    lacking = []
+    for i, sequences in enumerate(read):
+        for number in sequences.numbers:
+            packed = sequences.corpus.packed(sequences.seed, number, config.data.sequence_length)
+            own = {*digests(*packed)}
+            if own - known.keys() - pairs:
+                lacking.append((i, number))
+            pairs |= own
+    computed = f"{len(pairs - known.keys()):,} of {len(pairs):,} pairs are computed before the first step"
+    print(f"reference  {computed}, in {len(lacking):,} sequences; kept in {path}", flush=True)
+    return Work(path, known, lacking)
+
+
+@torch.no_grad()
+def _log_probabilities(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch]) -> dict[bytes, list[float]]:
+    """log p of both answers of each pair, by its digest."""
+    found: dict[bytes, list[float]] = {}
+    for micro in micro_batches:
+        values = engine(**micro.inputs, only_log_probabilities=True)
+        found |= zip(micro.inputs["preferences"].digests, values.tolist(), strict=True)
+    return found
+
+
+def _finite(found: dict[bytes, list[float]], config: Config) -> dict[bytes, list[float]]:
+    """The numbers of all ranks. Raises ConfigError, on every rank, if one is not finite."""
+    if not all(math.isfinite(x) for values in found.values() for x in values):
+        raise ConfigError(
+            f"model.path={config.model.path} gives an answer a log-probability that is not finite: it cannot be the "
+            f"reference of preference.precompute_ref_log_probs=true"
+        )
+    return found
