@@ -65,7 +65,8 @@ class ModelConfig:
     """dtype of weights and activations: bf16 (with fp32 master weights), fp32, or auto: bf16 on a GPU, else fp32."""
 
     extrapolate_positions: bool = False
-    """Allow sequences longer than the model supports (max_position_embeddings, or the length that RoPE scales to)."""
+    """Allow sequences longer than the model supports (max_position_embeddings, or the length that RoPE scales to). With
+    default, linear or llama3 RoPE, the exported model allows their length, too."""
 
     untested_family: bool = False
     """Allow a model_type that docs/models.md does not list. You assert that its tokens interact only in attention,

@@ -71,6 +71,11 @@ def supported_positions(config: PreTrainedConfig) -> int | None:
     return max([known, *scaled])
 
 
+def has_nominal_positions(config: PreTrainedConfig) -> bool:
+    """Whether max_position_embeddings is a limit alone, and no parameter of the rotary positions."""
+    return {rope.get("rope_type", "default") for rope in rope_parameters(config)} <= {"default", "linear", "llama3"}
+
+
 def check_positions(what: str, tokens: int, config: PreTrainedConfig, setting: str) -> None:
     """Raise ConfigError for more tokens than a model has positions. what: the tokens; setting: what allows more."""
     known = supported_positions(config)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ringflash.errors import ConfigError, DiskError, in_one_line
 from ringflash.files import remove, replace_folder, writing
 from ringflash.models import ModelConfig
 from ringflash.models.lora import adapted, write_adapter
+from ringflash.models.rope import has_nominal_positions
 from ringflash.training.divergence import check_weights
 from ringflash.training.zero3 import write_weights
 
@@ -36,8 +39,11 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
     generation: bytes | None = None,
+    length: int = 0,
 ) -> Path:
     """Write config, weights (safetensors) and tokenizer to `folder`. All ranks call this.
+
+    length: that of the sequences trained on, for which config and tokenizer allow.
 
     ``AutoModelForCausalLM.from_pretrained(folder)`` loads it with transformers' own attention. generation: the
     contents of generation_config.json; None: the model's own. Raises DivergedError if a weight is not finite.
@@ -49,12 +55,12 @@ def export(
 
             def begin() -> None:
                 remove(aside)
-                _write(model, aside, tokenizer, generation, state_dict={})
+                _write(model, aside, tokenizer, generation, length, state_dict={})
 
             write_weights(model, aside, world, begin)
         elif world.is_first:
             remove(aside)
-            _write(model, aside, tokenizer, generation)
+            _write(model, aside, tokenizer, generation, length)
         if world.is_first:
             replace_folder(aside, folder)
     return folder
@@ -106,7 +112,7 @@ def rehearse(
     with scratch as name:
         try:
             with writing(output_dir):
-                _write(model, Path(name, "model"), tokenizer, generation, state_dict={})
+                _write(model, Path(name, "model"), tokenizer, generation, 0, state_dict={})
         except DiskError:
             raise
         except Exception as error:  # transformers and tokenizers share no base class
@@ -114,16 +120,39 @@ def rehearse(
 
 
 def _write(
-    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, generation: bytes | None, **options: Any
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: bytes | None,
+    length: int,
+    **options: Any,
 ) -> None:
     transformers.utils.logging.disable_progress_bar()
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        model.save_pretrained(folder, **options)
+        with _allowing(model, tokenizer, length):
+            model.save_pretrained(folder, **options)
+            tokenizer.save_pretrained(folder)
     finally:
         model.generation_config = own
     if generation is None:
         own.to_json_file(folder / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
     else:
         (folder / GENERATION).write_bytes(generation)
-    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _allowing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[None]:
+    """Sequences of `length` tokens, as far as limits say so that change no result: engines cut prompts by them."""
+    reach = max(length, getattr(model.config, "max_position_embeddings", None) or 0)
+    limits: list[tuple[Any, str, int]] = [(tokenizer, "model_max_length", reach)]
+    if has_nominal_positions(model.config):
+        limits.append((model.config, "max_position_embeddings", length))
+    short = [(*limit, known) for limit in limits if 0 < (known := getattr(*limit[:2], None) or 0) < length]
+    for owner, name, now, _ in short:
+        setattr(owner, name, now)
+    try:
+        yield
+    finally:
+        for owner, name, _, known in short:
+            setattr(owner, name, known)

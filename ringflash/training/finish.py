@@ -70,7 +70,8 @@ def _export(run: Run) -> list[Path]:
         written.append(export_adapter(run.engine, run.folder / "adapter", config, tokenizer, run.world))
     if config.lora.merge:
         model = run.folder / "model"
-        written.append(export(run.engine, model, tokenizer, run.world, generation_file(config.path)))
+        length = run.job.config.data.sequence_length
+        written.append(export(run.engine, model, tokenizer, run.world, generation_file(config.path), length))
     return written
 
 

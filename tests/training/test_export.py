@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from ringflash.errors import ConfigError, DiskError
 from ringflash.training.compose import compose
 from ringflash.training.export import rehearse
+from tests.data.cases import write_tokenizer
 from tests.models.cases import TINY
 from tests.training.runs import fitted, settings
 
@@ -68,6 +69,22 @@ def test_an_exported_model_is_the_loaded_one_but_for_its_weights(ranks, text, so
     assert ranks.run(fitted, 1, [*run, "resume=auto"])[0][0] is None
     assert loaded(folder / "model") == after
     assert sorted(path.name for path in folder.parent.iterdir()) == ["exported"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("rope_type", "positions"), [("default", 64), ("dynamic", 32)])
+def test_the_length_that_was_trained_on_is_allowed_by_config_and_tokenizer(ranks, text, source, rope_type, positions):
+    rope = {"rope_type": rope_type, "rope_theta": 1e6} | ({"factor": 2.0} if rope_type == "dynamic" else {})
+    settings_of = loaded(source) | {"max_position_embeddings": 32, "rope_parameters": rope}
+    (source / "config.json").write_text(json.dumps(settings_of))
+    write_tokenizer(source, ["the", "of", "and", "to", "a", "in"])
+    made = loaded(source, "tokenizer_config.json") | {"model_max_length": 32}
+    (source / "tokenizer_config.json").write_text(json.dumps(made))
+    others = ["name=longer", "optim.steps=1", "model.extrapolate_positions=true", f"data.tokenizer={source}"]
+    assert ranks.run(fitted, 1, settings(text, *others, model=pretrained(source)))[0][0] is None
+    folder = text.parent / "runs" / "longer" / "model"
+    assert loaded(folder)["max_position_embeddings"] == positions
+    assert loaded(folder, "tokenizer_config.json")["model_max_length"] == 64
 
 
 @pytest.mark.ranks
