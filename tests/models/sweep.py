@@ -114,7 +114,7 @@ the document's length:
 
 `model.rope_parameters` extends the context of the model in `model.path`, as in `{{rope_type: yarn, factor: 4.0}}`.
 The exported configuration includes it. `rope_type: dynamic` does not change documents within the model's own positions.
-A larger base alone, as in `{rope_theta: 5000000.0}`, also needs `model.extrapolate_positions=true`: the exported
+A larger base alone, as in `{{rope_theta: 5000000.0}}`, also needs `model.extrapolate_positions=true`: the exported
 configuration and tokenizer then allow `data.sequence_length` tokens.
 
 ## Experts
