@@ -40,18 +40,20 @@ def flash_decode(
 ) -> Tensor:
     """Attention of new queries over a KV cache, without gradients: query i of row b sees keys start[b, i]:end[b, i].
 
-    q [B, Sq, Hq, D], the new tokens' queries, often Sq = 1; k_cache [B, capacity, Hkv, D]; v_cache [B, capacity, Hkv,
-    Dv]. The new tokens' own keys and values must already be in the cache. Hq is a multiple of Hkv. Dtypes are fp16,
-    bf16 or fp32. D and Dv are 32 to 512 in steps of 8 on a GPU, and any size in plain torch. The last dimension is
-    contiguous, and other strides are free. Cache rows before a batch row's first start or from its last end on may
-    hold anything: a cache need not be cleared.
-    end, start: int32 [B, Sq] or [1, Sq] on the cache's device, which alone reads them. No call synchronises with the
-    host, so calls can be captured as a CUDA graph. Neither decreases along a row. start defaults to 0; a window's start
-    is end - window, and in a packed prompt it is where the document starts. leading: another (start, end) that shares
-    no key with the first, such as the leading tokens that windows also see. On the CPU, bounds outside 0..capacity are
-    an error; on a GPU they are clamped.
-    scale, above 0, defaults to D ** -0.5. sink [Hq]: a logit per head that has no value (gpt-oss), not capped.
-    kernel: portable (Triton), blocked (plain torch), or auto, the first that supports the request.
+    - q [B, Sq, Hq, D]: the new tokens' queries, often Sq = 1, in fp16, bf16 or fp32. Hq is a multiple of Hkv.
+    - k_cache [B, capacity, Hkv, D], v_cache [B, capacity, Hkv, Dv]: in q's dtype. The new tokens' own keys and values
+      must already be there. Rows before a batch row's first start or from its last end on may hold anything: a cache
+      need not be cleared. D and Dv are 32 to 512 in steps of 8 on a GPU, and any size in plain torch. The last
+      dimension is contiguous, and other strides are free.
+    - end, start: int32 [B, Sq] or [1, Sq] on the cache's device, which alone reads them. No call synchronises with the
+      host, so calls can be captured as a CUDA graph. Neither decreases along a row. start is 0 by default; a window's
+      start is end - window, and in a packed prompt it is where the document starts. On the CPU, bounds outside
+      0..capacity are an error; on a GPU they are clamped.
+    - leading: another (start, end) that shares no key with the first, such as the leading tokens that windows also see.
+    - scale: above 0; by default D ** -0.5.
+    - softcap: scores become softcap * tanh(scores / softcap); None for no cap.
+    - sink [Hq]: a logit per head that has no value (gpt-oss), not capped.
+    - kernel: portable (Triton), blocked (plain torch), or auto, the first that supports the request.
 
     Returns out [B, Sq, Hq, Dv] in q's dtype; a query that sees nothing gets 0. Raises TypeError or ValueError naming
     the argument that does not fit, and RuntimeError if an input requires a gradient.

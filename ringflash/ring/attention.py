@@ -68,13 +68,17 @@ def ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the whole sequence, differentiable.
 
-    q [B, S, Hq, D]; k [B, S, Hkv, D]; v [B, S, Hkv, Dv]. S is the layout's shard length, and Hq is a multiple of Hkv.
-    Dtypes are fp16, bf16 or fp32. The last dimension is contiguous, and other strides are free. With a Loopback ring, B
-    is ranks x batch, with ranks outermost.
-    scale, above 0, defaults to D ** -0.5. sink [Hq], differentiable: a logit per head that takes part in the softmax
-    and has no value (gpt-oss), not capped. deterministic: gradients are bit-equal from run to run, which is slower on
-    Hopper. compensated: gradients are protected from the rounding of out (see `kernels.compensation`). layer: its
-    number, for reports of a ring that hangs.
+    - q [B, S, Hq, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv]: fp16, bf16 or fp32. S is the layout's shard length, and Hq
+      is a multiple of Hkv. The last dimension is contiguous, and other strides are free. With a Loopback ring, B is
+      ranks x batch, with ranks outermost.
+    - plan: the step's mask, layout and ring.
+    - scale: above 0; by default D ** -0.5.
+    - softcap: scores become softcap * tanh(scores / softcap); None for no cap.
+    - sink [Hq], differentiable: a logit per head that takes part in the softmax and has no value (gpt-oss), not capped.
+    - kernel: hopper, portable, blocked, or auto, the fastest that supports the request (`kernels.select`).
+    - deterministic: gradients are bit-equal from run to run, which is slower on Hopper.
+    - compensated: gradients are protected from the rounding of out (`kernels.compensation`).
+    - layer: its number, for reports of a ring that hangs.
 
     Returns out [B, S, Hq, Dv] in q's dtype; queries that see nothing get 0. With return_lse, returns (out, lse), both
     differentiable: lse, fp32 [B, Hq, S], is the natural log-sum-exp of the scores and the sink, -inf for queries that

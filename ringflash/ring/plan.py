@@ -58,10 +58,12 @@ if TYPE_CHECKING:
 class Hop:
     """One rank's work on one hop.
 
-    source: the rank whose keys are processed. pairs: visible (query, key) pairs, over the masks' batch rows. intervals:
-    the nonempty masks between this rank's queries and those keys, on the ring's device. A hop without any is skipped,
-    except hop 0, which starts the result. seen: for each of these, which queries see a key in it and in later ones
-    (`intervals.rows_seen`); None if there is only one.
+    - source: the rank whose keys are processed.
+    - pairs: visible (query, key) pairs, over the masks' batch rows.
+    - intervals: the nonempty masks between this rank's queries and those keys, on the ring's device. A hop without any
+      is skipped, except hop 0, which starts the result.
+    - seen: for each of these, which queries see a key in it and in later ones (`intervals.rows_seen`); None if there is
+      only one.
     """
 
     source: int
@@ -73,12 +75,20 @@ class Hop:
 class AttentionPlan:
     """One step's attention: mask, layout and ring, and the hops and routes that follow from them.
 
-    mask: an IntervalMask, or a tuple of masks that share no pair; attention is then over the union of their pairs.
-    ulysses: the ranks among which each ring shard of the layout is divided. leading_tokens: the number of a document's
-    first tokens that are also visible in a layer's `window`. hops[s][i]: hop s of local rank ring.local[i]. routes[c]:
-    the route of rank c's keys. token_layout: which rank holds which tokens outside attention. local_ranks: the ranks
-    of token_layout that are local. Raises ValueError if masks, layout and ring do not fit each other, and TypeError for
-    other types.
+    - mask: an IntervalMask, or a tuple of masks that share no pair; attention is then over the union of their pairs.
+    - layout: which rank of the ring holds which tokens.
+    - ring: a ProcessRing, or a Loopback of all ranks in one process.
+    - ulysses: the ranks among which each ring shard of the layout is divided.
+    - leading_tokens: the number of a document's first tokens that are also visible in a layer's `window`.
+
+    What follows from them:
+
+    - hops[s][i]: hop s of local rank ring.local[i].
+    - routes[c]: the route of rank c's keys.
+    - token_layout: which rank holds which tokens outside attention.
+    - local_ranks: the ranks of token_layout that are local.
+
+    Raises ValueError if masks, layout and ring do not fit each other, and TypeError for other types.
 
     This is not a dataclass: FSDP with mixed precision rebuilds every dataclass among the arguments of a module.
     """

@@ -118,12 +118,15 @@ class ProcessRing:
     `exchange`, and `wait` makes the current stream (not the host) wait for it, so a kernel launched between the two
     calls overlaps with the transfer.
 
-    device: that of the tensors, by default the current GPU if the group has NCCL, otherwise the CPU.
-    transport: "auto" lets GPUs of one machine copy into each other's memory if they can, and uses the group otherwise;
-    "nccl" always uses the group. For transfers through the group, give the ring its own group with a high-priority
-    stream (`pg_options`): otherwise they queue behind other collectives, and behind kernels that fill the GPU.
-    watchdog: records every wait. Without one, copy engines use their own watchdog with the group's timeout, since
-    they would otherwise wait forever. `carrier` names what carries the messages, and why.
+    - device: that of the tensors, by default the current GPU if the group has NCCL, otherwise the CPU.
+    - watchdog: records every wait. Without one, copy engines use their own watchdog with the group's timeout, since
+      they would otherwise wait forever.
+    - transport: "auto" lets GPUs of one machine copy into each other's memory if they can, and uses the group
+      otherwise; "nccl" always uses the group. For transfers through the group, give the ring its own group with a
+      high-priority stream (`pg_options`): otherwise they queue behind other collectives, and behind kernels that fill
+      the GPU.
+
+    `carrier` names what carries the messages, and why.
 
     On GPUs, all ranks of the group must construct the ring together, and rings on several groups in the same order.
     """
