@@ -64,11 +64,16 @@ class Snapshot:
 class RingCache(Cache):
     """Keys and values of up to `capacity` tokens per batch row, reserved at the first forward and shared by `ring`.
 
-    model: a causal language model with attn_implementation="ring". ring: None for the model's device alone. chunk: the
-    largest number of tokens, over all ranks, that attention and a forward of `prefill` take at once; 2 per rank or
-    more. kernel: for long prompts, as in `ring_attention`; few new tokens use flash_decode, or plain torch with
-    kernel="blocked". rope_length: if RoPE depends on a document's length (`rope_per_document`), the length whose
-    frequencies all keys get, capacity or more; None: capacity, which must then not exceed the model's original length.
+    - model: a causal language model with attn_implementation="ring".
+    - capacity: the largest number of tokens per batch row: a document with its prompt and answer.
+    - ring: the ranks that share the cache; None for the model's device alone.
+    - chunk: the largest number of tokens, over all ranks, that attention and a forward of `prefill` take at once; 2 per
+      rank or more.
+    - kernel: for long prompts, as in `ring_attention`; few new tokens use flash_decode, or plain torch with
+      kernel="blocked".
+    - rope_length: if RoPE depends on a document's length (`rope_per_document`), the length whose frequencies all keys
+      get, capacity or more; None: capacity, which must then not exceed the model's original length.
+
     `nbytes` is the memory on this process per batch row. Raises ValueError or TypeError for what does not fit.
     """
 

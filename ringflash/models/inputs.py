@@ -44,19 +44,20 @@ def ring_inputs(
 ) -> dict[str, Any]:
     """This rank's keyword arguments for a causal language model's forward, from whole sequences.
 
-    input_ids, labels: int64 [B, S], the same on every rank of the ring. Labels are not shifted yet. S need not divide
-    among the ranks.
-    documents: token counts of packed documents, which sum to S: one list, or one per row (or arrays or tensors of
-    integers). No token sees or predicts a token of another document, and positions start from 0 in each. They are
-    cu_seqlens.diff() where flash_attn's cu_seqlens are at hand.
-    leading_tokens: number of tokens at the start of each document that layers with a sliding window also see.
-    layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", which has the least predicted
-    time for these documents and the layers of `config`; or a function that returns a mask's layout.
-    config: model.config. If given, a model that cannot run on the ring is refused here, even if it reads no mask.
-    Layers with chunked or linear attention need it.
-    shift_labels: int64 [B, S], labels that are already shifted, instead of `labels`.
-    compare_ranks: raise an error if ranks were given different sequences. This is a collective; without it, ring_inputs
-    may run in a thread while the ring is in use.
+    - input_ids, labels: int64 [B, S], the same on every rank of the ring. Labels are not shifted yet. S need not divide
+      among the ranks.
+    - ring, ulysses: the ranks that share the sequences, as in `AttentionPlan`.
+    - documents: token counts of packed documents, which sum to S: one list, or one per row (or arrays or tensors of
+      integers). No token sees or predicts a token of another document, and positions start from 0 in each. They are
+      cu_seqlens.diff() where flash_attn's cu_seqlens are at hand.
+    - leading_tokens: number of tokens at the start of each document that layers with a sliding window also see.
+    - layout: "contiguous", "zigzag", "striped", "balanced", "document_local", or "auto", which has the least predicted
+      time for these documents and the layers of `config`; or a function that returns a mask's layout.
+    - config: model.config. If given, a model that cannot run on the ring is refused here, even if it reads no mask.
+      Layers with chunked or linear attention need it.
+    - shift_labels: int64 [B, S], labels that are already shifted, instead of `labels`.
+    - compare_ranks: raise an error if ranks were given different sequences. This is a collective; without it,
+      ring_inputs may run in a thread while the ring is in use.
 
     The loss of the model is then this rank's share of the mean: summed over the ring, it is the loss of the batch.
 
