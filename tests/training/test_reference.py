@@ -112,19 +112,37 @@ def test_the_reference_of_an_adapter_is_the_model_with_the_adapter_that_training
     assert len([*(pair_folder / "cache").glob("*.reference.npz")]) == 2
 
 
-def test_the_file_depends_on_all_bytes_of_the_weights_and_not_on_their_place(pair_folder, tmp_path):
-    base, cache = pair_folder / "base", str(tmp_path / "cache")
-    model = ModelConfig(path=str(base), dtype="fp32")
-    first = reference.reference_path(cache, model)
-    shutil.copytree(base, tmp_path / "elsewhere")
-    assert reference.reference_path(cache, ModelConfig(path=str(tmp_path / "elsewhere"), dtype="fp32")) == first
-    others = [ModelConfig(path=str(base), dtype="bf16"), ModelConfig(path=str(base), dtype="fp32", rope_length=64)]
-    found = {reference.reference_path(cache, other) for other in others}
-    file = base / "model.safetensors"
-    content = bytearray(file.read_bytes())
+def test_the_file_depends_on_all_bytes_of_the_weights_and_not_on_their_place(tmp_path):
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    content = bytearray(4 << 20)
+    (base / "model.safetensors").write_bytes(content)
+    shutil.copytree(base, moved)
+
+    def path(folder=base, **others):
+        return reference.reference_path("cache", ModelConfig(**{"path": str(folder), "dtype": "fp32"} | others))
+
+    first, others = path(), {path(dtype="bf16"), path(rope_length=64)}
+    assert path(moved) == first
     content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    assert len({first, *found, reference.reference_path(cache, model)}) == 4
+    (base / "model.safetensors").write_bytes(content)
+    assert len({first, *others, path()}) == 4
+
+
+def test_a_pair_is_known_by_its_tokens_labels_and_lengths_wherever_it_is_packed():
+    def digest(tokens, labels, lengths, number=0):
+        return digests(torch.tensor(tokens), torch.tensor(labels), lengths)[number]
+
+    no = -100
+    alone = digest([5, 6, 5, 7, 0], [6, no, 7, no, no], [2, 2, 1])
+    assert digest([9, 8, 9, 7, 5, 6, 5, 7], [8, no, 7, no, 6, no, 7, no], [2, 2, 2, 2], number=1) == alone
+    others = [
+        digest([4, 6, 5, 7], [6, no, 7, no], [2, 2]),
+        digest([5, 6, 5, 7], [6, 6, 7, no], [2, 2]),
+        digest([5, 6, 5, 7], [6, no, 7, no], [1, 3]),
+    ]
+    assert len({alone, *others}) == 4
 
 
 def test_a_damaged_file_is_reported_and_not_used(tmp_path, capsys):
