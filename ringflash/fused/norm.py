@@ -8,7 +8,7 @@ Backward, with g = dy (offset + w):
     dx = dresidual = dh + r (g - h r mean(g h r))
     dw = sum over rows of dy h r
 
-Each program of the backward walks many rows, and adds its part of dw up in registers; the parts are then summed. A
+Each program of the backward processes many rows and sums its part of dw in registers; the parts are then added. A
 frozen weight gets no dw.
 """
 
