@@ -35,7 +35,7 @@ def test_hop_s_is_with_the_keys_of_the_rank_s_places_back(seed, ranks):
 
 
 @given(st.integers(0, 2**16), st.integers(1, 6), st.integers(1, 5), st.data())
-def test_an_exchange_changes_the_table_as_if_it_were_counted_anew(seed, ranks, each, data):
+def test_an_exchange_changes_the_table_as_a_recount_would(seed, ranks, each, data):
     chunks = ranks * each
     chunk = data.draw(st.integers(0, chunks - 1))
     work, owner = drawn(seed, chunks), np.arange(chunks) % ranks

@@ -49,7 +49,7 @@ slow, large, or hanging
 query-sized gradients travel under GQA                          -> ring/test_attention.py::test_a_causal_ring_sends_keys_once_per_pass_and_gradients_once
 masked keys travel                                              -> ring/test_attention.py::test_with_a_window_one_neighbour_hop_moves_in_both_passes
 masked blocks are computed                                      -> ring/test_attention.py::test_hops_that_see_nothing_launch_no_kernel
-the ring runs again under recomputation                         -> ring/test_recompute.py::test_one_forward_and_one_backward_ring_a_layer_a_step
+the ring runs again under recomputation                         -> ring/test_recompute.py::test_a_layer_runs_one_forward_and_one_backward_ring_per_step
 nothing overlaps                                                -> test_transfers_do_not_wait_for_the_kernel
 a value is read back to the host in each layer                  -> test_no_layer_reads_a_value_back_to_the_host
 a barrier on each hop                                           -> test_no_hop_has_a_barrier

@@ -130,7 +130,7 @@ def test_a_receive_buffer_with_nan_fails_its_case(monkeypatch):
     assert share.reason == "ArithmeticError: rank 0 of 4: a receive buffer holds inf or NaN"
 
 
-def test_times_are_held_against_the_right_share(monkeypatch):
+def test_times_are_compared_with_the_right_share(monkeypatch):
     case = RingCase.of(128, 4, "packed", packed=5, **TINY)
     share = ring_share.measure(case, "auto", torch.float32, CPU, 0.01)
     part = case.mask().area() / (128 * 129 / 2) / 4

@@ -147,7 +147,7 @@ def test_experts_and_mlps_with_more_in_them_are_left_alone():
     assert len(replaced_mlps(model)) == 2
 
 
-def test_a_tile_by_width_has_so_many_activations():
+def test_by_default_a_tile_holds_a_fixed_number_of_activations():
     assert {spec_of(m).inputs for m in tiny("llama").modules() if spec_of(m)} == {SPECS[mlp.GATED].inputs}
     assert tiles_of(tiny("llama")) == {mlp.ELEMENTS // WIDTH}
     assert tiles_of(tiny("phi3")) == {mlp.ELEMENTS // (2 * WIDTH)}

@@ -501,7 +501,7 @@ def rings_made_each_step():
 
 
 @pytest.mark.ranks
-def test_rings_that_are_made_anew_each_step_share_memory_and_none_waits_for_ever(ranks):
+def test_rings_constructed_in_each_step_share_memory_and_none_waits_forever(ranks):
     assert ranks.run(rings_made_each_step, 2) == [(1, {"copy engines"}, [1200.0, 1200.0, 60.0])] * 2
 
 

@@ -102,7 +102,7 @@ def test_a_balanced_layout_is_made_between_two_steps():
 
 
 @given(st.data(), st.integers(1, 40), st.integers(1, 8), st.sampled_from(sorted(LAYOUTS)))
-def test_lockstep_and_imbalance_follow_from_the_plans_pairs(data, length, ranks, name):
+def test_imbalance_and_per_hop_imbalance_follow_from_the_plans_pairs(data, length, ranks, name):
     mask, _ = data.draw(masks(length))
     layout = Layout.named(name, length, ranks)
     plan = AttentionPlan(mask, layout, Loopback(ranks))
@@ -261,7 +261,7 @@ def test_ulysses_divides_the_kv_heads_of_every_layer():
     assert "8 x 1" in best_ulysses(layers[:1], 8, 8, NVLINK, 50e9)[1]
 
 
-def test_more_bytes_a_second_never_cost_time():
+def test_more_bytes_per_second_never_cost_time():
     mask, layout = corpus(1, 65536), Layout.zigzag(65536, 8)
     times = [predict(mask, layout, LLAMA_8B, Machine(500e12, speed)) for speed in (1e9, 1e10, 1e11, 1e15)]
     assert times == sorted(times, reverse=True)

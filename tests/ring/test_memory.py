@@ -167,7 +167,7 @@ def test_a_ring_of_one_holds_no_gradients_in_fp32_but_dq(monkeypatch):
     assert most == in_backward(2) - 2 * 2 * (KEYS + GRADIENTS)
 
 
-def test_a_sink_takes_a_few_numbers_a_row_and_the_residue(monkeypatch):
+def test_a_sink_takes_a_few_numbers_per_row_and_the_residue(monkeypatch):
     most, *_ = passes(monkeypatch, *MASKS["causal"](8), 0, sink=torch.zeros(HEADS))
     assert most <= in_forward(2) + QUERIES + 3 * ROWS
 

@@ -54,7 +54,7 @@ PLAIN, KEPT = {"use_reentrant": False}, {"use_reentrant": False, "context_fn": k
 
 @pytest.mark.parametrize("given", [(), (None,), (OPEN,), (PLAIN,), (KEPT,)], ids=["-", "none", "open", "plain", "kept"])
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma2"])
-def test_one_forward_and_one_backward_ring_a_layer_a_step(launches, model_type, given):
+def test_a_layer_runs_one_forward_and_one_backward_ring_per_step(launches, model_type, given):
     model, tokens, ring = tiny(model_type), torch.randint(1, 97, (1, 32)), Telling(2)
     inputs = ring_inputs(tokens, tokens, ring=ring)
     loss, gradients = loss_and_gradients(model.train(), inputs)
