@@ -61,6 +61,10 @@ class World:
         dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; all ranks call this."""
+        return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
+
     def broadcast(self, value):
         """Rank 0's value, on every rank; any picklable object."""
         box = [value]

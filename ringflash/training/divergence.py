@@ -66,7 +66,7 @@ class Divergence:
 def check_weights(engine: deepspeed.DeepSpeedEngine, world: World, file: object) -> None:
     """Raise DivergedError on every rank if a weight is not finite, before `file` is written."""
     found = torch.stack([has_inf_or_nan(_local_weights(p, world)) for p in engine.module.parameters()]).any()
-    if world.max(found.float()).item():
+    if world.any(bool(found)):
         raise DivergedError(f"{file} is not written: the weights are not finite; {ADVICE}")
 
 

@@ -61,11 +61,24 @@ def fit(config: Config, resolved: str) -> bool:
         return False
     run = open_run(job, world, engine, training, resolved)
     _evaluate_first(run, evaluation, needles)
+    batches = _batches(run, training, layout_for, pair_loss)
+    return _take_steps(run, batches, meter, evaluation, needles)
+
+
+def _take_steps(
+    run: Run,
+    batches: Generator[tuple[list[MicroBatch], dict[str, Any]]],
+    meter: Meter,
+    evaluation: Evaluation | None,
+    needles: Needles | None,
+) -> bool:
+    """Take the steps of a run, and end it. Returns whether it is complete."""
+    config, world = run.job.config, run.world
     best = _best(run, evaluation)
     divergence = Divergence(world, run.metrics)
     done = saved = run.start
     timer = checkpoint.Timer(config.checkpoint.every_minutes, world)
-    with contextlib.closing(_batches(run, training, layout_for, pair_loss)) as batches:
+    with contextlib.closing(batches):
         for step in range(run.start + 1, config.optim.total_steps + 1):
             if _out_of_patience(run, best, done):
                 break

@@ -144,8 +144,8 @@ def _settings(job: Job, resolved: str, training: Corpus, world: World) -> dict[s
     if not config.model.lora.enabled:
         del settings["model"]["lora"]  # likewise
     elif config.model.lora.path:
-        found = model_digest(Path(config.model.lora.path), ADAPTER_CONFIG) if world.is_first else None
-        settings["model"]["lora"]["digest"] = world.broadcast(found)
+        adapter = Path(config.model.lora.path)
+        settings["model"]["lora"]["digest"] = world.from_rank_0(lambda: model_digest(adapter, ADAPTER_CONFIG))
     return settings
 
 

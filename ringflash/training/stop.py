@@ -14,8 +14,6 @@ import signal
 import threading
 from pathlib import Path
 
-import torch
-
 from ringflash.distributed import launcher
 from ringflash.distributed.world import World
 
@@ -37,7 +35,7 @@ def install_handler() -> None:
 
 def requested(world: World) -> bool:
     """Whether any rank has got the signal. All ranks call this after a step, with the same result."""
-    return bool(world.max(torch.tensor(float(_requested.is_set()), device=world.device)).item())
+    return world.any(_requested.is_set())
 
 
 def exit_code() -> int:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
@@ -93,7 +92,7 @@ class Timer:
         if not self.minutes:
             return False
         passed = self.world.is_first and time.monotonic() - self.since >= 60 * self.minutes
-        return bool(self.world.max(torch.tensor(float(passed), device=self.world.device)).item())
+        return self.world.any(passed)
 
 
 @dataclass(frozen=True)
