@@ -59,7 +59,7 @@ from ringflash.models.layers import (
     state_layers,
     state_refusal,
 )
-from ringflash.models.mlp import replaced_mlps, tile_mlps, tiles_of
+from ringflash.models.mlp import leaf_modules, tile_mlps, tiles_of
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope_length import fix_rope_length, rope_per_document
 from ringflash.models.router_loss import router_loss
@@ -90,10 +90,10 @@ __all__ = [
     "kinds_of_layers",
     "layer_kinds",
     "layer_masks",
+    "leaf_modules",
     "logit_scale",
     "prefill",
     "read_config",
-    "replaced_mlps",
     "ring_attention_forward",
     "ring_inputs",
     "rope_per_document",

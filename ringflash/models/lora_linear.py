@@ -9,7 +9,7 @@ The adapter's product is written first. The product with W then adds to it in it
 pass over memory of its own. y is rounded once after the sum, and the adapter's product once before it.
 
 W and the bias are frozen: they get no gradient here. W is used directly, so for ZeRO 3 an adapted layer must be a leaf
-module (`replaced_layers` lists them). Weights of 4 bits are dequantized again in the backward instead of being kept.
+module (`mlp.leaf_modules` lists them). Weights of 4 bits are dequantized again in the backward instead of being kept.
 """
 
 from __future__ import annotations
@@ -86,15 +86,10 @@ def replace_adapted(model: nn.Module) -> None:
     """Compute a model's adapted layers with this file. Adapters with dropout stay with peft."""
     for layer in adapted(model).values():
         if parts_of(layer) is not None:
-            layer.forward = partial(_forward, layer)
+            layer.forward = partial(adapted_forward, layer)
 
 
-def replaced_layers(model: nn.Module) -> list[nn.Module]:
-    """The adapted layers whose forward this file replaced. They use their weights without calling the modules below."""
-    return [module for module in model.modules() if getattr(vars(module).get("forward"), "func", None) is _forward]
-
-
-def _forward(layer: Any, x: Tensor) -> Tensor:
+def adapted_forward(layer: Any, x: Tensor) -> Tensor:
     """y [..., out] of x [..., in]."""
     if (parts := parts_of(layer)) is None:
         raise RuntimeError("a layer that is computed with its adapter had it merged or changed")

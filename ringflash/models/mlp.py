@@ -12,7 +12,7 @@ has all saved tensors, so y, the layer's last product, is not recomputed. In lay
 and a is recomputed from it.
 
 Weight gradients are summed over tiles in fp32 and rounded once, and DeepSpeed sees each of them once. The MLP uses the
-weights of its linear layers directly, so for ZeRO 3 it must be a leaf module (`replaced_mlps` lists them).
+weights of its linear layers directly, so for ZeRO 3 it must be a leaf module (`leaf_modules` lists them).
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ringflash.models.digests import digest
-from ringflash.models.lora_linear import Parts, parts_of, product, product_backward, reduced, reduced_gradient
+from ringflash.models.lora_linear import (
+    Parts,
+    adapted_forward,
+    parts_of,
+    product,
+    product_backward,
+    reduced,
+    reduced_gradient,
+)
 
 TENSORS = 4  # of a product's `Parts`: W, bias, A and B; what an MLP lacks is None
 ELEMENTS = 2**27  # elements of h per tile by default: 256 MiB in bf16, and enough for matrix products at full speed
@@ -121,9 +129,10 @@ def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
     module.forward = partial(_forward, module, spec, mlp)
 
 
-def replaced_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLPs whose forward this file replaced. They use the weights of their linear layers without calling them."""
-    return [module for module in model.modules() if getattr(vars(module).get("forward"), "func", None) is _forward]
+def leaf_modules(model: nn.Module) -> list[nn.Module]:
+    """The MLPs and adapted layers that are one function: they use weights of linear layers without calling these."""
+    replaced = (_forward, adapted_forward)
+    return [module for module in model.modules() if getattr(vars(module).get("forward"), "func", None) in replaced]
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -24,13 +24,13 @@ from ringflash.models import (
     experts_of,
     fuse_layers,
     host_store,
+    leaf_modules,
     logit_scale,
-    replaced_mlps,
     router_loss,
     tile_mlps,
 )
 from ringflash.models.lora import adapted, without_adapters
-from ringflash.models.lora_linear import replace_adapted, replaced_layers
+from ringflash.models.lora_linear import replace_adapted
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead, LossOptions, tile_for
 from ringflash.training.memory import MemoryConfig
@@ -145,7 +145,7 @@ def build_engine(
     passes = fuse_layers(model, fused, world.device)
     passes += [name for name, on in (("loss", fused_loss), ("optimizer", fused_optimizer)) if on]
     trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
-    for module in [*replaced_mlps(model), *replaced_layers(model)]:
+    for module in leaf_modules(model):
         set_z3_leaf_module(module, True)
     if memory.zero == 3 and adapted(model):  # else the first layer's leaf modules would reduce gradients too early:
         model.enable_input_require_grads()  # if no input needs a gradient, torch runs their backward hooks first

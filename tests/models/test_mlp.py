@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ringflash.models import FusedConfig, fuse_layers, mlp, replaced_mlps, tile_mlps, tiles_of
+from ringflash.models import FusedConfig, fuse_layers, leaf_modules, mlp, tile_mlps, tiles_of
 from ringflash.models.lora import LoraConfig, add_lora
 from ringflash.models.mlp import SPECS, spec_of
 from tests.models.cases import TINY, tiny
@@ -107,7 +107,7 @@ def test_adapters_with_dropout_are_left_alone_and_merged_ones_refused():
     model = tiny("llama")
     add_lora(model, LoraConfig(rank=3))
     tile_mlps(model, 5)
-    layer = replaced_mlps(model)[0]
+    layer = leaf_modules(model)[0]
     layer.up_proj.merge()
     with pytest.raises(RuntimeError, match="had its adapters merged or changed"):
         layer(torch.zeros(1, 2, TINY["hidden_size"]))
@@ -140,11 +140,11 @@ def test_experts_and_mlps_with_more_in_them_are_left_alone():
     for model_type in ("mixtral", "gpt_oss", "bitnet", "apertus"):
         model = tiny(model_type)
         tile_mlps(model)
-        assert (tiles_of(model), replaced_mlps(model)) == (set(), [])
+        assert (tiles_of(model), leaf_modules(model)) == (set(), [])
     model = tiny("deepseek_v3")  # one layer of two is dense, the other has a shared expert
     tile_mlps(model, 5)
     assert tiles_of(model, 5) == {5}
-    assert len(replaced_mlps(model)) == 2
+    assert len(leaf_modules(model)) == 2
 
 
 def test_by_default_a_tile_holds_a_fixed_number_of_activations():
