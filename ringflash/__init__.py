@@ -17,6 +17,7 @@ from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.recompute import keep_attention
 from ringflash.ring.transport import Loopback, ProcessRing
 from ringflash.ring.ulysses import Ulysses
+from ringflash.ring.watchdog import Watchdog
 
 __all__ = [
     "AttentionPlan",
@@ -26,6 +27,7 @@ __all__ = [
     "Partial",
     "ProcessRing",
     "Ulysses",
+    "Watchdog",
     "flash_attention",
     "flash_decode",
     "keep_attention",

@@ -132,8 +132,7 @@ def join(config: ParallelConfig, settings: Any = None) -> World:
     grid = torch.arange(ranks).view(replicas, size, neighbours)
     ring = _group_of(rank, grid.movedim(1, 2).reshape(-1, size), timeout)
     row = _group_of(rank, grid.reshape(-1, neighbours), timeout) if neighbours > 1 else None
-    store = dist.distributed_c10d._get_default_store()
-    watchdog = Watchdog(config.hop_timeout_seconds, rank, store, ends_with_store=True, ranks=ranks)
+    watchdog = Watchdog.of_world(config.hop_timeout_seconds, ends_with_store=True)
     return World(
         rank, ranks, device, watchdog,
         ring=ProcessRing(ring, device, watchdog, config.transport),

@@ -119,8 +119,8 @@ class ProcessRing:
     calls overlaps with the transfer.
 
     - device: that of the tensors, by default the current GPU if the group has NCCL, otherwise the CPU.
-    - watchdog: records every wait. Without one, copy engines use their own watchdog with the group's timeout, since
-      they would otherwise wait forever.
+    - watchdog: records every wait, and reports hangs (`Watchdog.of_world`). Without one, copy engines use their own
+      watchdog with the group's timeout, since they would otherwise wait forever.
     - transport: "auto" lets GPUs of one machine copy into each other's memory if they can, and uses the group
       otherwise; "nccl" always uses the group. For transfers through the group, give the ring its own group with a
       high-priority stream (`pg_options`): otherwise they queue behind other collectives, and behind kernels that fill

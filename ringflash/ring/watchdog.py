@@ -129,7 +129,12 @@ class _Work:
 
 
 class Watchdog:
-    """The waits of one process, which ring and Ulysses record here. The caller sets `step`.
+    """The waits of one process, which ring and Ulysses record here. The caller may set `step`, which reports name.
+
+        watchdog = Watchdog.of_world(300)       # once torch.distributed is initialized
+        ring = ProcessRing(watchdog=watchdog)
+        ...
+        watchdog.close()                        # before destroy_process_group
 
     limit: in seconds. rank: that of this process in the run. store: that of the run, or None for a single process. end:
     called to end the process after its report. ends_with_store: whether `end` is also called when the store is gone,
@@ -151,7 +156,7 @@ class Watchdog:
         self._spare_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._work: _Work | None = None
         self._moved = time.monotonic()
-        self._last: Label | str = "no layer yet"
+        self._last: Label | None = None
         self._traffic: dict[Kind, Traffic] = {"ring": Traffic(), "ulysses": Traffic()}
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -166,6 +171,12 @@ class Watchdog:
             listen = (store, heartbeat)
             self._listener = threading.Thread(target=self._listen, args=listen, name="ring-watch-store", daemon=True)
             self._listener.start()
+
+    @classmethod
+    def of_world(cls, limit: float, end: Callable[[], None] | None = None, ends_with_store: bool = False) -> Watchdog:
+        """The watchdog of this process in torch.distributed's default group, with the group's store and ranks."""
+        store = dist.distributed_c10d._get_default_store()
+        return cls(limit, dist.get_rank(), store, end, ends_with_store, dist.get_world_size())
 
     def wait(
         self, works: Sequence[Work], kind: Kind, label: Label, pending: Callable[[], Pending], size: int,
@@ -345,8 +356,8 @@ class Watchdog:
         """Rank, step, and what the rank waits for, as one line of a report."""
         with self._lock:
             if not self._waits:
-                what = self._silent or f"waits for no rank; its last wait was in {self._last}"
-                return f"{self._here}: {what}"
+                last = f"; its last wait was in {self._last}" if self._last else ", and has waited for none yet"
+                return f"{self._here}: {self._silent or f'waits for no rank{last}'}"
             wait, seconds = self._waits[0], time.monotonic() - self._moved
         return f"{self._here}, {wait.label}: waits for {wait.pending()} since {seconds:.0f} s"
 

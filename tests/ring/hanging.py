@@ -30,9 +30,9 @@ def with_one_rank_that_never_comes(hanging):
     """This rank's report; the hanging rank sleeps instead of running its second layer."""
     watchdog.EXIT_DELAY, said, ended = 0.1, io.StringIO(), threading.Event()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    guard = Watchdog(60.0, rank, store, end=ended.set)
+    guard = Watchdog.of_world(60.0, end=ended.set)
     guard.step = 12
-    ring = ProcessRing(device="cuda" if dist.get_backend() == "nccl" else "cpu", watchdog=guard)
+    ring = ProcessRing(watchdog=guard)
     with contextlib.redirect_stderr(said):
         attend(ring)
         guard.limit = 1.0

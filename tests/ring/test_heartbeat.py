@@ -78,7 +78,7 @@ def test_a_rank_that_is_silent_ends_the_others_with_a_line(capfd, monkeypatch):
         guard.close()
     said = capfd.readouterr().err
     assert "ringflash: rank 1, step 7: rank 2 has not answered since 0 s" in said
-    assert "ringflash: rank 0, step 7: waits for no rank; its last wait was in no layer yet" in said
+    assert "ringflash: rank 0, step 7: waits for no rank, and has waited for none yet" in said
 
 
 def test_work_without_a_limit_ends_no_rank_that_waits_for_another(monkeypatch):
