@@ -36,9 +36,9 @@ from ringflash.layout import Layout
 from ringflash.mask import check_tokens
 from ringflash.models.configuration import refusal
 from ringflash.models.families import has_chunks
-from ringflash.models.inputs import agree, checksum
 from ringflash.models.layers import calls_per_layer, layer_kinds, state_heads
 from ringflash.models.rope_length import is_length_aware, length_refusal
+from ringflash.ring.agreement import agree, checksum
 from ringflash.ring.cache_plan import CHUNK, CachePlan, CacheState, rows_for
 from ringflash.ring.decode import Attention, DeviceStep, LayerCache, attention_on_device, cached_attention
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
@@ -299,7 +299,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
             f"{_with_unit(cache.bytes_for(tokens))} per batch row on each process"
         )
     if isinstance(ring, ProcessRing):
-        agree(checksum(ring.device, input_ids), [ring])
+        agree("input_ids", checksum(ring.device, input_ids), [ring])
     make, shares = (Layout.zigzag, 2 * ring.size) if ring.size > 1 else (Layout.contiguous, 1)
     while (begin := cache.get_seq_length()) < tokens:
         chunk = input_ids[:, begin : begin + cache.chunk // shares * shares]

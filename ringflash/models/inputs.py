@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -20,13 +19,14 @@ from ringflash.models.layers import layer_masks, state_heads, state_refusal
 from ringflash.models.linear_attention import put_on_ring
 from ringflash.models.linear_kernels import device_refusal
 from ringflash.models.ring_mask import RingMask
+from ringflash.ring.agreement import REFUSED, agree, checksum
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, fastest
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 from ringflash.ring.ulysses import Ulysses
 
 _IGNORE = -100  # the label that transformers' loss skips
-_REFUSED = -1  # no checksum: what a rank was given does not fit
+_COMPARED = "input_ids, labels, documents, leading_tokens and layout"
 
 
 def ring_inputs(
@@ -74,11 +74,12 @@ def ring_inputs(
             plan = _plan(document, layout, ring, ulysses, leading_tokens, config)
         except (ValueError, TypeError):
             if compare_ranks:
-                agree(torch.tensor(_REFUSED, device=ring.device), groups)
+                agree(_COMPARED, torch.tensor(REFUSED, device=ring.device), groups)
             raise
         if compare_ranks:
             leading = torch.tensor([min(leading_tokens, ids.shape[1])])
-            agree(checksum(ring.device, ids, targets, document.lo, document.hi, plan.layout.chunks, leading), groups)
+            given = checksum(ring.device, ids, targets, document.lo, document.hi, plan.layout.chunks, leading)
+            agree(_COMPARED, given, groups)
         if targets is not None and shift_labels is None:
             targets = _shifted(targets, document)
         return _model_inputs(ids, targets, plan, config)
@@ -226,35 +227,3 @@ def _documents_mask(documents: Any, rows: int, length: int) -> IntervalMask:
                 f"input_ids{cumulative_hint(lengths, length)}; padding is a document of its own, its labels {_IGNORE}"
             )
     return IntervalMask.documents(counts, length)
-
-
-def agree(checksum: Tensor, shared: Sequence[ProcessRing | Ulysses]) -> None:
-    """Raise ValueError if ranks were given different sequences, as by a sampler for data parallelism. A collective.
-
-    Each rank would shard its own sequences, and the ring would train on a mixture. checksum: of this rank's arguments,
-    or _REFUSED if they did not fit; the other ranks then raise an error too.
-    """
-    extremes = torch.stack([checksum, -checksum])
-    for group in shared:
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group.group)
-    greatest, least = extremes[0].item(), -extremes[1].item()
-    if greatest == least or checksum == _REFUSED:
-        return
-    if least == _REFUSED:
-        raise ValueError(
-            "another rank of the ring refused its input_ids, labels, documents, leading_tokens or layout: see its error"
-        )
-    raise ValueError(
-        "input_ids, labels, documents, leading_tokens and layout must be the same on every rank of a ring: each takes "
-        "its shard of them"
-    )
-
-
-def checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
-    """An int64 scalar, 0 or more, that almost surely differs for other values, another order or another shape."""
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    for x in (x for x in tensors if x is not None):
-        positions = torch.arange(1, x.numel() + 1, device=x.device)
-        mixed = (x.flatten().long() + 0x9E3779B9) * (positions * 0x85EBCA6B + x.shape[-1])
-        total += ((mixed ^ (mixed >> 29)).sum() & (2**58 - 1)).to(device)
-    return total

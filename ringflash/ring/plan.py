@@ -35,7 +35,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from torch import Tensor
 from ringflash.intervals import Intervals, rows_seen, to_device
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, check_tokens
+from ringflash.ring.agreement import agree, checksum
 from ringflash.ring.compiler import compile_passes
 from ringflash.ring.ranges import Range
 from ringflash.ring.routes import Route, routes
@@ -192,6 +193,18 @@ class AttentionPlan:
             with torch.device("cpu"):  # layers call this, possibly under another default device
                 self._narrower[name] = AttentionPlan(limit(self.masks[0]), self.layout, self.ring, self.ulysses)
         return self._narrower[name]
+
+    def compare_ranks(self) -> None:
+        """Raise ValueError unless all ranks made the same plan. A collective, as `ring_inputs` has for its arguments.
+
+        Ranks with other plans send messages of other sizes, which hang or crash, or attend to other keys than they mean
+        to.
+        """
+        bounds = (x for mask in self.masks for x in (mask.lo, mask.hi))
+        numbers = torch.tensor([self.layout.length, self.layout.chunk, self.leading_tokens])
+        total = checksum(self.ring.device, *bounds, self.layout.chunks, numbers)
+        groups: list[Any] = [group for group in (self.ring, self.ulysses) if hasattr(group, "group")]
+        agree("mask, layout and leading_tokens", total, groups)
 
     def hops_of(self, rows: Range) -> tuple[tuple[Hop, ...], ...]:
         """`hops` for these rows of every shard's keys alone; intervals count from the first row. Made once."""

@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses
 from ringflash.layout import LAYOUTS
 from tests.strategies import masks
 
@@ -248,6 +250,32 @@ def test_a_window_longer_than_any_sequence_is_one_plan_of_the_whole():
     plan = AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2))
     assert plan.window(2**63 - 1) is plan.window(2**70)
     assert torch.equal(plan.window(2**63 - 1).masks[0].dense(), plan.masks[0].dense())
+
+
+def compared(ulysses, change):
+    """The error of comparing plans, if rank 3 made another one."""
+    mask, layout, leading_tokens = IntervalMask.documents([9, 7]), Layout.zigzag(16, 4 // ulysses, ulysses), 0
+    if change and dist.get_rank() == 3:
+        mask, layout, leading_tokens = {
+            "mask": (IntervalMask.documents([8, 8]), layout, 0),
+            "layout": (mask, Layout.contiguous(16, 4 // ulysses, ulysses), 0),
+            "leading tokens": (mask, layout, 1),
+        }[change]
+    mesh = init_device_mesh("cpu", (4 // ulysses, ulysses), mesh_dim_names=("ring", "ulysses"))
+    row = Ulysses(mesh["ulysses"]) if ulysses > 1 else None
+    try:
+        AttentionPlan(mask, layout, ProcessRing(mesh["ring"]), row, leading_tokens).compare_ranks()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ulysses", [1, 2])
+@pytest.mark.parametrize("change", [None, "mask", "layout", "leading tokens"])
+def test_every_rank_refuses_plans_that_differ(ranks, ulysses, change):
+    message = "mask, layout and leading_tokens must be the same on every rank of a ring: each takes its shard of them"
+    assert ranks.run(compared, 4, ulysses, change) == [message if change else None] * 4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""Whether all ranks of a ring were given the same: each takes its shard, and would otherwise compute on a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ringflash.ring.transport import ProcessRing
+    from ringflash.ring.ulysses import Ulysses
+
+REFUSED = -1  # no checksum: what a rank was given does not fit
+
+
+def agree(what: str, checksum: Tensor, groups: Sequence[ProcessRing | Ulysses]) -> None:
+    """Raise ValueError if the ranks' checksums differ, or one is REFUSED. A collective.
+
+    what: what the checksum is of, for the error. A rank whose own checksum is REFUSED raises nothing: it has an error
+    of its own.
+    """
+    extremes = torch.stack([checksum, -checksum])
+    for group in groups:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group.group)
+    greatest, least = extremes[0].item(), -extremes[1].item()
+    if greatest == least or checksum == REFUSED:
+        return
+    if least == REFUSED:
+        raise ValueError(f"another rank of the ring refused its {what}: see its error")
+    raise ValueError(f"{what} must be the same on every rank of a ring: each takes its shard of them")
+
+
+def checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
+    """An int64 scalar, 0 or more, that almost surely differs for other values, another order or another shape."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for x in (x for x in tensors if x is not None):
+        positions = torch.arange(1, x.numel() + 1, device=x.device)
+        mixed = (x.flatten().long() + 0x9E3779B9) * (positions * 0x85EBCA6B + x.shape[-1])
+        total += ((mixed ^ (mixed >> 29)).sum() & (2**58 - 1)).to(device)
+    return total
