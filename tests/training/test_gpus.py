@@ -9,10 +9,11 @@ from ringflash.training.metrics import read
 from tests.pool import GPUS, needs_gpus
 from tests.training.checkpoints.test_reshard import check_continued
 from tests.training.launched import command, failing, run
+from tests.training.pairs import PRECOMPUTED, preference_run
 from tests.training.runs import fitted, settings, tiny_qwen3
 from tests.training.test_lora import NF4, lora_run
 from tests.training.test_needle import SEARCHES
-from tests.training.test_preference import REWARDS, folder, preference_run  # noqa: F401, a fixture
+from tests.training.test_preference import REWARDS
 
 pytestmark = [pytest.mark.gpu, needs_gpus]
 HEADS = [f"model.architecture.num_{kind}_heads={GPUS}" for kind in ("attention", "key_value")]
@@ -54,7 +55,8 @@ WAYS = {
     "ulysses": ["parallel.ulysses=2", "memory.zero=1"],
     "replicas": ["parallel.ring=1", "memory.zero=2"],
 }
-FIGURES = ("step", "loss", "gradient_norm", "held_out_loss", "needle_loss", *REWARDS)
+# Without accuracies: in the first step all margins are 0 but for rounding.
+FIGURES = ("step", "loss", "gradient_norm", "held_out_loss", "needle_loss", *REWARDS[1:])
 
 
 def figures(gpus, ranks, runs, name, run):
@@ -71,13 +73,15 @@ def change(records):
 
 
 def check_two_equal_one(gpus, runs, run, ways):
-    """The adapters that two GPUs train, in each way, and the figures of each step, are those of one GPU."""
+    """The figures of each step on two GPUs, in each way, and the adapters, if any, are those of one GPU."""
     expected = figures(gpus, 1, runs, "alone", run)
     assert abs(change(expected)) > 1e-3
     for way, others in ways.items():
         for record, one in zip(figures(gpus, 2, runs, way, [*run, *others]), expected, strict=True):
             assert record == pytest.approx(one, rel=1e-4, abs=1e-5), way
-        found, adapter = (load_file(runs / name / "adapter" / WEIGHTS) for name in (way, "alone"))
+        files = [runs / name / "adapter" / WEIGHTS for name in (way, "alone")]
+        assert len({file.exists() for file in files}) == 1
+        found, adapter = (load_file(file) if file.exists() else {} for file in files)
         assert found.keys() == adapter.keys()
         for name, x in adapter.items():
             assert (found[name] - x).norm() <= 1e-3 * x.norm(), f"{way}, {name}"
@@ -98,9 +102,11 @@ def test_lora_on_a_base_in_4_bits_on_two_gpus_is_that_of_one(gpus, text, base):
     check_two_equal_one(gpus, base.parent, lora_run(text, base, *NF4), {"ring": ["memory.zero=2"]})
 
 
-def test_dpo_on_two_gpus_is_that_of_one(gpus, folder):  # noqa: F811
-    tiny_qwen3(folder / "base", 320, head_dim=64)
-    check_two_equal_one(gpus, folder, preference_run(folder), {x: WAYS[x] for x in ("ring", "replicas")})
+@pytest.mark.parametrize("others", [[], PRECOMPUTED], ids=["lora", "all weights"])
+def test_dpo_on_two_gpus_is_that_of_one(gpus, pair_folder, others):
+    tiny_qwen3(pair_folder / "base", 320, head_dim=64)
+    run = preference_run(pair_folder, *others)
+    check_two_equal_one(gpus, pair_folder, run, {x: WAYS[x] for x in ("ring", "replicas")})
 
 
 WIDE = ["model.architecture.head_dim=64", "optim.batch=2", "optim.lr=1e-2"]
