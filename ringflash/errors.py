@@ -29,6 +29,22 @@ class DiskError(OSError):
     """A file of a run was not written; the message is one line that names it and the space left."""
 
 
+def check_settings(group: str, settings: object, checks: Iterable[tuple[str, bool, str]]) -> None:
+    """Raise ConfigError for the first of a group's settings that is not valid.
+
+    checks: of each setting its name, whether it is valid, and what it must be.
+    """
+    for name, valid, expected in checks:
+        if not valid:
+            raise ConfigError(f"{group}.{name}={getattr(settings, name)} must be {expected}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ConfigError for a setting whose value is none of the choices."""
+    if value not in (known := [*choices]):
+        raise ConfigError(f"{name}={value} is not one of {', '.join(map(str, known))}")
+
+
 def hub_hint(path: str, *, dataset: bool = False) -> str:
     """How to get a model, tokenizer or data set whose name on the Hugging Face hub was given as a folder; else nothing.
 

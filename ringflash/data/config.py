@@ -9,7 +9,7 @@ from typing import Any
 from ringflash.data.files import is_below
 from ringflash.data.formats import FORMATS
 from ringflash.data.records import IDS
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, check_settings
 
 MALFORMED = ("refuse", "skip")
 BY_SUFFIX = "suffix"  # of a source's format: null, which there means data.format
@@ -143,7 +143,7 @@ class DataConfig:
 
     def _check_values(self) -> None:
         patterns = not isinstance(self.files, str) and len(self.files) > 0 and all(map(is_below, self.files))
-        for key, valid, expected in (
+        checks = (
             ("path", self.path != "", "a file or folder"),
             ("files", patterns, "a list of one or more patterns below data.path, such as ['*.txt']"),
             ("format", self.format is None or self.format in FORMATS, f"null or one of {', '.join(FORMATS)}"),
@@ -155,9 +155,8 @@ class DataConfig:
             ("packing", self.packing in PACKINGS, f"one of {', '.join(PACKINGS)}"),
             ("seed", 0 <= self.seed < 2**64, "0 or more and below 2^64"),
             ("sequence_length", self.sequence_length >= 2, "2 or more tokens"),
-        ):
-            if not valid:
-                raise ConfigError(f"data.{key}={getattr(self, key)} must be {expected}")
+        )
+        check_settings("data", self, checks)
 
     def _check_combinations(self) -> None:
         if self.preferences:
@@ -202,13 +201,12 @@ class DataConfig:
             raise ConfigError(f"{shown} must give the name of a field for each")
 
     def _check_preferences(self) -> None:
-        for key, valid, expected in (
+        checks = (
             ("chat", self.chat, "true, by which chosen and rejected are read"),
             ("field", self.field is None, "null: the fields are prompt, chosen and rejected"),
             ("packing", self.packing == "whole", "whole: the answers of a pair are neither cut nor divided"),
-        ):
-            if not valid:
-                raise ConfigError(f"data.preferences=true: data.{key}={getattr(self, key)} must be {expected}")
+        )
+        check_settings("data.preferences=true: data", self, checks)
 
     def _check_sources(self) -> None:
         weights = {name: source.weight for name, source in self.sources.items()}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, check_choice, check_settings
 from ringflash.layout import FITTED, LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask
 from ringflash.models import layer_kinds, layer_masks, state_refusal
@@ -70,21 +70,19 @@ class ParallelConfig:
     which rank it waits for."""
 
     def __post_init__(self) -> None:
-        if self.ring is not None and self.ring < 1:
-            raise ConfigError(f"parallel.ring={self.ring} must be 1 or more, or null for all ranks")
-        if self.ulysses is not None and self.ulysses < 1:
-            raise ConfigError(f"parallel.ulysses={self.ulysses} must be 1 or more, or null for the fastest")
-        if self.layout not in ("auto", *LAYOUT_NAMES):
-            raise ConfigError(f"parallel.layout={self.layout} is not one of auto, {', '.join(LAYOUT_NAMES)}")
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(f"parallel.transport={self.transport} is not one of {', '.join(TRANSPORTS)}")
-        for name in ("intra_node_bandwidth_gb", "inter_node_bandwidth_gb"):
-            if not 1e-6 <= getattr(self, name) < math.inf:  # below it, predicted times would be infinite
-                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be 1e-6 or more and finite")
-        if not 0 < self.hop_timeout_seconds < math.inf:
-            raise ConfigError(f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be above 0 and finite")
-        if not 1 <= self.timeout_minutes <= YEAR:  # gloo's clock, in nanoseconds, wraps after 292 years
-            raise ConfigError(f"parallel.timeout_minutes={self.timeout_minutes} must be 1 or more, and {YEAR} at most")
+        check_choice("parallel.layout", self.layout, ("auto", *LAYOUT_NAMES))
+        check_choice("parallel.transport", self.transport, TRANSPORTS)
+        bandwidths = {x: getattr(self, x) for x in ("intra_node_bandwidth_gb", "inter_node_bandwidth_gb")}
+        checks = (
+            ("ring", self.ring is None or self.ring >= 1, "1 or more, or null for all ranks"),
+            ("ulysses", self.ulysses is None or self.ulysses >= 1, "1 or more, or null for the fastest"),
+            # below 1e-6, predicted times would be infinite
+            *((name, 1e-6 <= x < math.inf, "1e-6 or more and finite") for name, x in bandwidths.items()),
+            ("hop_timeout_seconds", 0 < self.hop_timeout_seconds < math.inf, "above 0 and finite"),
+            # gloo's clock, in nanoseconds, wraps after 292 years
+            ("timeout_minutes", 1 <= self.timeout_minutes <= YEAR, f"1 or more, and {YEAR} at most"),
+        )
+        check_settings("parallel", self, checks)
         if self.hop_timeout_seconds + EXIT_DELAY + 2 * POLL > 60 * self.timeout_minutes:
             raise ConfigError(
                 f"parallel.hop_timeout_seconds={self.hop_timeout_seconds} must be at least 4 s less than "

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, check_choice
 from ringflash.generate.command import now, report
 from ringflash.generate.loading import load_encoder, load_model, make_cache
 from ringflash.generate.reading import STDIN, ids_of, text_of
@@ -71,8 +71,7 @@ class GenerateConfig(ReadConfig):
         if STDIN in self.prompt and (len(self.prompt) > 1 or self.document == STDIN):
             raise ConfigError("prompt=- reads standard input to its end: it is the only prompt, and document a file")
         self.at_least(new_tokens=1, prompt_tokens=1)
-        if self.graph not in GRAPH:
-            raise ConfigError(f"graph={self.graph} is not one of {', '.join(GRAPH)}")
+        check_choice("graph", self.graph, GRAPH)
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
         if not 0 < self.top_p <= 1:

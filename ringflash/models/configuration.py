@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ringflash import kernels
-from ringflash.errors import ConfigError, did_you_mean, hub_hint
+from ringflash.errors import ConfigError, check_choice, did_you_mean, hub_hint
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
 from ringflash.models.families import TEXT_MODELS, Recurrence, allow_untested, family_refusal, has_chunks, recurrence_of
@@ -97,8 +97,7 @@ class ModelConfig:
             )
         if self.rope_length is not None and self.rope_length < 1:
             raise ConfigError(f"model.rope_length={self.rope_length} must be 1 or more, or null")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+        check_choice("model.dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ class AttentionConfig:
     memory."""
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("auto", *FASTEST_FIRST):
-            raise ConfigError(f"attention.kernel={self.kernel} is not one of auto, {', '.join(FASTEST_FIRST)}")
+        check_choice("attention.kernel", self.kernel, ("auto", *FASTEST_FIRST))
 
 
 def read_config(config: ModelConfig) -> PreTrainedConfig:

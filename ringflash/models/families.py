@@ -55,13 +55,8 @@ _DELTA_RULE = Recurrence(
     ("GatedDeltaNet",), operations=6,
 )  # fmt: skip
 _SCAN = Recurrence(
-    "mamba_n_groups",
-    "mamba_n_heads",
-    "mamba_d_state",
-    "mamba_d_head",
-    ("Mixer", "MambaLayer"),
-    operations=4,
-)
+    "mamba_n_groups", "mamba_n_heads", "mamba_d_state", "mamba_d_head", ("Mixer", "MambaLayer"), operations=4,
+)  # fmt: skip
 _NEMOTRON_SCAN = _SCAN._replace(
     key_heads="n_groups", value_heads="mamba_num_heads", dim="ssm_state_size", value_dim="mamba_head_dim",
     activation="mamba_hidden_act", layers=(*_SCAN.layers, "moe", "mlp"),

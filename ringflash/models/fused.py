@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, check_choice
 from ringflash.models.attention import ring_attention_forward
 from ringflash.models.cache import RingCache
 from ringflash.models.digests import digest, globals_of
@@ -73,8 +73,7 @@ class FusedConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if getattr(self, f.name) not in WHEN:
-                raise ConfigError(f"fused.{f.name}={getattr(self, f.name)} is not one of {', '.join(WHEN)}")
+            check_choice(f"fused.{f.name}", getattr(self, f.name), WHEN)
 
     def wanted(self, name: str, device: torch.device) -> bool:
         """Whether the pass `name` is to be fused on a device. Raises ConfigError if it must be and cannot be."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from ringflash.data import DataConfig
 from ringflash.distributed.parallel import ParallelConfig
-from ringflash.errors import ConfigError, shown
+from ringflash.errors import ConfigError, check_choice, shown
 from ringflash.models import AttentionConfig, FusedConfig, ModelConfig
 from ringflash.training.checkpoints.checkpoint import CheckpointConfig
 from ringflash.training.evaluation import EvaluationConfig
@@ -73,8 +73,7 @@ class Config:
             raise ConfigError(f"seed={self.seed} must be 0 or more and below 2^64")
         if not self.output_dir:
             raise ConfigError("output_dir= must be a folder, such as output_dir=runs")
-        if self.resume not in ("never", "auto"):
-            raise ConfigError(f"resume={self.resume} is not one of never, auto")
+        check_choice("resume", self.resume, ("never", "auto"))
         if not re.fullmatch(r"[\w.-]+", self.name) or not self.name.strip("."):
             raise ConfigError(f"name={self.name!r} must be letters, digits, '.', '_', '-': it names the run's folder")
         if len(self.name.encode()) > LONGEST_NAME:

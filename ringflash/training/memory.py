@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, check_choice
 from ringflash.models import Keep
 from ringflash.models.checkpointing import ATTENTION_PLACES, INPUT_PLACES, place_refusal
 
@@ -41,12 +41,8 @@ class MemoryConfig:
     """Tokens whose logits are held at once; null: as many as give 2^28 logits, half a GiB in bf16."""
 
     def __post_init__(self) -> None:
-        if self.zero not in (0, 1, 2, 3):
-            raise ConfigError(f"memory.zero={self.zero} is not one of 0, 1, 2, 3")
-        if self.optimizer_states not in OPTIMIZER_STATES:
-            raise ConfigError(
-                f"memory.optimizer_states={self.optimizer_states} is not one of {', '.join(OPTIMIZER_STATES)}"
-            )
+        check_choice("memory.zero", self.zero, range(4))
+        check_choice("memory.optimizer_states", self.optimizer_states, OPTIMIZER_STATES)
         if self.optimizer_states != "fp32" and self.zero == 0:
             raise ConfigError(
                 f"memory.optimizer_states={self.optimizer_states} needs memory.zero=1, 2 or 3, got memory.zero=0"

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from tqdm import tqdm
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, check_choice
 from ringflash.files import write_atomically, write_figure, writing
 
 FILE = "metrics.jsonl"
@@ -43,8 +43,7 @@ class LoggerConfig:
     def __post_init__(self) -> None:
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("logger.tensorboard=true needs the package tensorboard, which is not installed here")
-        if self.mode not in MODES:
-            raise ConfigError(f"logger.mode={self.mode} is not one of {', '.join(MODES)}")
+        check_choice("logger.mode", self.mode, MODES)
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):  # what wandb takes
             raise ConfigError(f"logger.project={self.project} must be 1 to 128 characters other than / \\ # ? % :")
 

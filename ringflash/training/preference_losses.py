@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ringflash.errors import ConfigError, shown
+from ringflash.errors import ConfigError, check_settings, shown
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,14 @@ class PreferenceConfig:
     in each step. These losses need it to train all weights, or an adapter of model.lora.path."""
 
     def __post_init__(self) -> None:
-        for key, valid, expected in (
+        checks = (
             ("loss_type", self.loss_type in LOSSES, f"one of {', '.join(LOSSES)}"),
             ("beta", 0 < self.beta < float("inf"), "above 0 and finite"),
             ("simpo_gamma", 0 <= self.simpo_gamma < float("inf"), "0 or more and finite"),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more and below 0.5"),
             ("sft_weight", 0 <= self.sft_weight < float("inf"), "0 or more and finite"),
-        ):
-            if not valid:
-                raise ConfigError(f"preference.{key}={getattr(self, key)} must be {expected}")
+        )
+        check_settings("preference", self, checks)
         for key in (x.name for x in fields(self) if x.name != "loss_type" and getattr(self, x.name) != x.default):
             readers = [name for name, loss in LOSSES.items() if key in loss.settings]
             if self.loss_type not in readers:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, check_choice, check_settings
 from ringflash.training.optimizers.learning_rate import SCHEDULES, fraction_of_peak
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -61,9 +61,8 @@ class OptimConfig:
     """Largest gradient norm: larger gradients are scaled down to it; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        for name, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in names:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} is not one of {', '.join(names)}")
+        check_choice("optim.optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("optim.schedule", self.schedule, SCHEDULES)
         self._check_duration()
         self._check_numbers()
         self._check_overlap()
@@ -81,25 +80,19 @@ class OptimConfig:
 
     def _check_numbers(self) -> None:
         """Raise ConfigError for a number that is out of its range."""
-        if not 0 < self.decay <= 1:
-            raise ConfigError(f"optim.decay={self.decay} must be a fraction of the steps, more than 0 and at most 1")
-        counts = ["batch", "micro_batch", *(["steps"] if self.steps is not None else [])]
-        for name in counts:
-            if type(getattr(self, name)) is not int:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be a whole number")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 1 or more")
-        if not 0 <= self.final_lr <= 1:
-            raise ConfigError(f"optim.final_lr={self.final_lr} must be a fraction of the peak, 0 to 1")
-        for name in ("lr", "warmup", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and finite")
-        if self.warmup > 1 and self.warmup != int(self.warmup):
-            raise ConfigError(f"optim.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be 0 or more and below 1")
+        counts = ("batch", "micro_batch", *["steps"] * (self.steps is not None))
+        check_settings("optim", self, ((name, type(getattr(self, name)) is int, "a whole number") for name in counts))
+        numbers = {name: getattr(self, name) for name in ("lr", "warmup", "weight_decay", "clip")}
+        whole = self.warmup <= 1 or self.warmup % 1 == 0
+        checks = (
+            ("decay", 0 < self.decay <= 1, "a fraction of the steps, more than 0 and at most 1"),
+            *((name, getattr(self, name) >= 1, "1 or more") for name in counts),
+            ("final_lr", 0 <= self.final_lr <= 1, "a fraction of the peak, 0 to 1"),
+            *((name, 0 <= x < math.inf, "0 or more and finite") for name, x in numbers.items()),
+            ("warmup", whole, "a whole number of steps, or a fraction below 1"),
+            *((name, 0 <= getattr(self, name) < 1, "0 or more and below 1") for name in ("beta1", "beta2")),
+        )
+        check_settings("optim", self, checks)
 
     def _check_overlap(self) -> None:
         """Raise ConfigError if the run has fewer steps than warm-up and decay take together."""
