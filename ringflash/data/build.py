@@ -107,7 +107,7 @@ def build(folder: Path, job: Job) -> tuple[Progress, dict[str, Any]]:
     with cache.Writer(folder, job.size, progress.written) as writer, _in_order(job) as encode:
         for (files, parts), (group, counts, errors) in encode(_groups(_parts(job, progress))):
             if errors and job.malformed == "refuse":
-                raise RecordError(f"{errors[0]}; data.malformed=skip leaves such records out")
+                raise _skippable(errors[0])
             writer.add(group)
             progress.files, progress.parts = files, parts
             progress.counts.update(counts)
@@ -122,6 +122,10 @@ def build(folder: Path, job: Job) -> tuple[Progress, dict[str, Any]]:
     return progress, contents
 
 
+def _skippable(error: RecordError) -> RecordError:
+    return RecordError(f"{error}; data.malformed=skip leaves such records out")
+
+
 def try_first(job: Job) -> None:
     """Encode the first record, and write nothing. Raises ConfigError if it cannot be used.
 
@@ -134,7 +138,10 @@ def try_first(job: Job) -> None:
         for where, part in itertools.islice(_parsed(job.reading, parts), 1):
             if isinstance(part, RecordError):
                 raise part
-            deque(job.reading.encode(job.reading.parse(where, part)), maxlen=0)
+            try:
+                deque(job.reading.encode(job.reading.parse(where, part)), maxlen=0)
+            except RecordError as error:
+                raise _skippable(error) from error
 
 
 # -- records to groups

@@ -31,6 +31,9 @@ class Corpus(Protocol):
     def epoch_length(self, length: int) -> int:
         """The number of sequences of `length` tokens in an epoch. Raises ConfigError if it is 0 or not known."""
 
+    def source_lengths(self, length: int) -> dict[str, float]:
+        """By the name of each source, the training sequences during which it is used once; {} if not known."""
+
     def description(self, length: int) -> list[str]:
         """Lines for the log: documents, tokens, and how full sequences of `length` tokens are."""
 
@@ -60,6 +63,10 @@ class TokenCorpus(Split):
     def epoch_length(self, length: int) -> int:
         """See `Corpus`."""
         return sequences_per_epoch(self, length)
+
+    def source_lengths(self, length: int) -> dict[str, float]:
+        """See `Corpus`."""
+        return {"": sequences_per_epoch(self, length)}
 
     def description(self, length: int) -> list[str]:
         """Two lines."""

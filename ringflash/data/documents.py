@@ -114,7 +114,8 @@ def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
     """
     path = Path(config.path or "").expanduser()
     if not os.path.exists(path):  # pathlib raises for a name that is too long
-        hint = "; patterns belong into data.files" if glob.has_magic(str(config.path)) else ""
+        several = "; data.sources takes several paths" if "," in str(config.path) else ""
+        hint = several or ("; patterns belong into data.files" if glob.has_magic(str(config.path)) else "")
         raise ConfigError(f"data.path={config.path} does not exist{hint}{hub_hint(str(config.path), dataset=True)}")
     _check_one_split(config, path)
     found = Matches([path], []) if path.is_file() else search(path, config.files)

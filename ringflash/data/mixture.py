@@ -50,6 +50,14 @@ class Mixture:
         """The number of sequences in all sources together. If shares differ from sizes, some repeat within an epoch."""
         return sum(sequences_per_epoch(corpus, length) for corpus in self.corpora.values())
 
+    def source_lengths(self, length: int) -> dict[str, float]:
+        """See `Corpus`."""
+        total = sum(self.shares)
+        return {
+            name: sequences_per_epoch(corpus, length) * total / share
+            for (name, corpus), share in zip(self.corpora.items(), self.shares, strict=True)
+        }
+
     def description(self, length: int) -> list[str]:
         """Two lines on each source."""
         total = sum(self.shares)

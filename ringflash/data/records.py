@@ -28,6 +28,7 @@ EMPTY = "empty"  # the count of documents without text or tokens
 IDS = "input_ids"  # the field of token ids
 READ_BY = {  # fields of other records, and the settings that read them
     "messages": "data=chat", "conversations": "data=chat data.field=conversations",
+    "conversation": "data=chat data.field=conversation", "instruction": "data=chat", "completion": "data=chat",
     "chosen": "data=preferences", IDS: f"data.field={IDS}",
 }  # fmt: skip
 TOKENISED = (IDS, "labels", "attention_mask", "position_ids", "cu_seqlens")  # what tokenised records hold

@@ -57,6 +57,10 @@ class StreamedCorpus:
             "optim.epochs needs a number of sequences, which data.stream=true does not know: set optim.steps"
         )
 
+    def source_lengths(self, length: int) -> dict[str, float]:
+        """See `Corpus`."""
+        return {}
+
     def description(self, length: int) -> list[str]:
         """One line: files and bytes."""
         return [f"{'training':<10} {len(self.files):,} files of {self.bytes:,} bytes, each tokenised ahead of its use"]

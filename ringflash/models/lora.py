@@ -274,8 +274,8 @@ def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
     for target in config.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise ConfigError(
-                f"model.lora.targets: {target} is not one of the layers that can have an adapter, which are {known}; "
-                f"lm_head, embeddings and experts cannot"
+                f"model.lora.targets: {target} is not one of the layers that can have an adapter, which are {known} "
+                f"(all of them without model.lora.targets); lm_head, embeddings and experts cannot"
             )
     shapes = [getattr(p, "ds_shape", p.shape) for p in model.parameters()]
     if not config.targets and any(len(shape) == 3 and shape[1] > 1 for shape in shapes):  # no convolution

@@ -85,14 +85,25 @@ def read_corpora(config: Config, world: World) -> tuple[Corpus, Evaluated | None
 
 
 def with_steps(job: Job, training: Corpus, world: World) -> Job:
-    """The job with optim.epochs converted to steps."""
-    config = job.config
-    if config.optim.epochs is None:
-        return job
-    optim = config.optim.of_epoch(training.epoch_length(config.data.sequence_length))
-    if world.is_first:
-        print(f"steps      {optim.total_steps:,}, which are {config.optim.epochs:g} epochs", flush=True)
+    """The job with optim.epochs converted to steps. Prints how often the run reads each source."""
+    config, length = job.config, job.config.data.sequence_length
+    optim = config.optim if config.optim.epochs is None else config.optim.of_epoch(training.epoch_length(length))
+    if world.is_first and (lines := epochs_of(training.source_lengths(length), optim.total_steps * optim.batch)):
+        print(f"steps      {optim.total_steps:,}, which are {lines}", flush=True)
     return job._replace(config=dataclasses.replace(config, optim=optim))
+
+
+def epochs_of(lengths: dict[str, float], sequences: int) -> str:
+    """The epochs of each source in a number of sequences; "" for no sources.
+
+    >>> epochs_of({"books": 40.0, "web": 600.0}, 300)
+    '7.5 epochs of books, 0.5 epochs of web'
+    >>> epochs_of({"books": 40.0, "web": 40.0}, 100), epochs_of({"": 300.0}, 1000)
+    ('2.5 epochs', '3.33 epochs')
+    """
+    shown = {name: f"{sequences / length:.3g} epochs" for name, length in lengths.items()}
+    one = len({*shown.values()}) == 1
+    return next(iter(shown.values())) if one else ", ".join(f"{epochs} of {name}" for name, epochs in shown.items())
 
 
 def start_engine(job: Job, model: PreTrainedModel, world: World) -> deepspeed.DeepSpeedEngine:

@@ -39,6 +39,16 @@ def letters(corpus, numbers):
     return "".join(chr(corpus.packed(0, i, 32).tokens[0] - 3) for i in numbers)
 
 
+@pytest.mark.parametrize("weights", [(None,) * 3, (2, 1, 1)], ids=["by size", "weights"])
+def test_a_source_is_used_once_in_its_number_of_training_sequences(config, weights):
+    corpus, _ = load_corpora(config(weights))
+    lengths = corpus.source_lengths(32)
+    drawn = letters(corpus, range(4 * round(sum(lengths.values()))))
+    assert {name: drawn.count(name) for name in "abc"} == pytest.approx(
+        {name: len(drawn) / lengths[name] * size for name, size in {"a": 12, "b": 24, "c": 4}.items()}, abs=1
+    )
+
+
 @pytest.mark.parametrize("shares", [(2, 1, 1), (0.7, 0.2, 0.1), (5, 3), (1,), (100, 1, 1e-3), (3.3,) * 7], ids=str)
 def test_each_stretch_has_the_shares_and_each_source_its_sequences_in_order(shares):
     counts = np.zeros(len(shares), int)
