@@ -6,9 +6,10 @@ does not depend on masks, documents, layouts or rings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ringflash.mask import IntervalMask
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # Rows per tile of the kernels that launch tiles by an Order.
 ORDERED_TILES = (128, 192)
 
@@ -108,6 +111,22 @@ def rows_seen(masks: Sequence[IntervalMask], device: torch.device | str = "cpu")
         counts.append(to_device(torch.nn.functional.pad(both, (1, 0)).to(torch.int32), device))
         later = later | now
     return counts[::-1]
+
+
+def on_cpu(function: Callable[P, T]) -> Callable[P, T]:
+    """The function with its new tensors on the CPU, where plans are made, under any torch.set_default_device.
+
+    In the context of a device, every call of torch takes longer, so it is entered only under another default.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:

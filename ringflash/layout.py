@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringflash.intervals import on_cpu
 from ringflash.load_balance import Visits, assign, assign_long, by_hop, duration
 from ringflash.mask import IntervalMask, check_positions, check_tokens
 
@@ -72,6 +73,7 @@ class Layout:
     chunk: int
     chunks: Tensor
 
+    @on_cpu
     def __post_init__(self) -> None:
         check_tokens("length", self.length, least=1)
         check_tokens("chunk", self.chunk, least=1)
@@ -87,11 +89,13 @@ class Layout:
             raise ValueError(f"{owned.numel()} chunks of {self.chunk} tokens do not hold {self.length} tokens")
 
     @classmethod
+    @on_cpu
     def contiguous(cls, length: int, ranks: int, ulysses: int = 1) -> Layout:
         """Rank r holds the r-th of `ranks` runs. ulysses, here and below: the ranks that share each shard."""
         return cls(length, _ceil(length, ranks * ulysses) * ulysses, torch.arange(ranks)[:, None])
 
     @classmethod
+    @on_cpu
     def zigzag(cls, length: int, ranks: int, ulysses: int = 1) -> Layout:
         """Rank r holds the r-th of 2 * ranks runs and the r-th from the end: balanced under a causal mask."""
         first = torch.arange(ranks)
@@ -99,12 +103,14 @@ class Layout:
         return cls(length, chunk, torch.stack([first, 2 * ranks - 1 - first], dim=1))
 
     @classmethod
+    @on_cpu
     def striped(cls, length: int, ranks: int, ulysses: int = 1) -> Layout:
         """Rank r holds tokens r, r + ranks, r + 2 ranks, ...: balanced under a causal mask and narrow windows."""
         held = _ceil(length, ranks * ulysses) * ulysses
         return cls(length, 1, torch.arange(held * ranks).view(-1, ranks).T.contiguous())
 
     @classmethod
+    @on_cpu
     def balanced(cls, mask: IntervalMask, ranks: int, ulysses: int = 1) -> Layout:
         """Chunks assigned so that all ranks have the same number of tokens and nearly the same work on every hop.
 
@@ -122,6 +128,7 @@ class Layout:
         return contiguous if contiguous._with_transfers(mask) <= best._with_transfers(mask) * (1 + _IMBALANCE) else best
 
     @classmethod
+    @on_cpu
     def document_local(cls, mask: IntervalMask, ranks: int, ulysses: int = 1, longest: float = 0.5) -> Layout:
         """Chunks of long documents assigned for nearly the same work on all ranks; short documents stay in runs.
 
@@ -144,6 +151,7 @@ class Layout:
             raise ValueError(f"layout={name} is not one of {', '.join(LAYOUT_NAMES)}")
         return FITTED[name](mask, ranks, ulysses) if name in FITTED else cls.named(name, mask.queries, ranks, ulysses)
 
+    @on_cpu
     def split(self, ulysses: int) -> Layout:
         """The layout over ranks * ulysses ranks in which `ulysses` consecutive ranks divide each shard in order.
 
@@ -184,6 +192,7 @@ class Layout:
         """Whether each rank holds any of the positions begin..end - 1, [ranks, ...], counted in whole chunks."""
         return (begin < end) & (self._following[:, begin // self.chunk] * self.chunk < end)
 
+    @on_cpu
     def pairs(self, mask: IntervalMask) -> Tensor:
         """(query, key) pairs of each rank's queries with each rank's keys, over all batch rows: int64 [ranks, ranks].
 
@@ -210,6 +219,7 @@ class Layout:
         by_chunk = keys_below(mask.hi) - keys_below(mask.lo)
         return torch.zeros(ranks, ranks, dtype=torch.int64).index_add_(1, owner, by_chunk)
 
+    @on_cpu
     def work(self, mask: IntervalMask) -> np.ndarray:
         """Pairs of each rank's queries with each rank's keys, and visits of tiles, in pairs: float64 [ranks, ranks].
 
@@ -239,6 +249,7 @@ class Layout:
         work = by_hop(self.pairs(mask).numpy())
         return float(work.max(1).sum() / max(work.sum(0).mean(), 1e-9)) - 1
 
+    @on_cpu
     def received(self, mask: IntervalMask) -> Tensor:
         """Tokens whose keys each rank receives for each hop, counted in whole tiles: int64 [hops, ranks].
 
@@ -263,6 +274,7 @@ class Layout:
         sending = self.received(mask).amax(1).roll(-1) * _PAIRS_PER_TOKEN_SENT
         return int(torch.maximum(computing, sending * mask.batch).sum())
 
+    @on_cpu
     def positions(self, rank: int) -> Tensor:
         """The global positions that a rank holds, ascending, int64 [shard_length]; at or past `length`: padding."""
         if not 0 <= rank < self.ranks:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringflash.intervals import ORDERED_TILES, Intervals, launch_order, to_device
+from ringflash.intervals import ORDERED_TILES, Intervals, launch_order, on_cpu, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,7 @@ class IntervalMask:
     # -- the masks that models train with
 
     @classmethod
+    @on_cpu
     def full(cls, length: int) -> IntervalMask:
         """Every query sees every key."""
         length = check_tokens("length", length)
@@ -78,6 +79,7 @@ class IntervalMask:
         return cls.prefix(length, 0)
 
     @classmethod
+    @on_cpu
     def window(cls, length: int, left: int, right: int = 0) -> IntervalMask:
         """Query i sees keys i - left .. i + right. A transformers ``sliding_window`` of W is ``left=W - 1``."""
         length = check_tokens("length", length)
@@ -86,6 +88,7 @@ class IntervalMask:
         return cls((i - left).clamp(min=0)[None], (i + right + 1).clamp(max=length)[None], length)
 
     @classmethod
+    @on_cpu
     def prefix(cls, length: int, prefix: int) -> IntervalMask:
         """Causal, except that the first `prefix` tokens all see each other."""
         length = check_tokens("length", length)
@@ -96,6 +99,7 @@ class IntervalMask:
         )
 
     @classmethod
+    @on_cpu
     def documents(cls, lengths: Any, length: int | None = None) -> IntervalMask:
         """Each token sees only its own document.
 
@@ -113,6 +117,7 @@ class IntervalMask:
         return cls(torch.stack([lo for lo, _ in bounds]), torch.stack([hi for _, hi in bounds]), length)
 
     @classmethod
+    @on_cpu
     def chunked(cls, length: int, chunk: int) -> IntervalMask:
         """Each token sees only its own chunk of `chunk` tokens. Chunked attention is this & causal."""
         length = check_tokens("length", length)
@@ -139,6 +144,7 @@ class IntervalMask:
         lo = torch.maximum(self.lo, other.lo)
         return IntervalMask(lo, torch.maximum(lo, torch.minimum(self.hi, other.hi)), self.keys)
 
+    @on_cpu
     def windowed(self, left: int, leading_tokens: int = 0) -> tuple[IntervalMask, ...]:
         """This mask limited to a window: of the keys that a query sees, itself and the `left` keys before it.
 
@@ -156,6 +162,7 @@ class IntervalMask:
         end = torch.minimum(torch.minimum(self.lo + leading_tokens, before), self.hi)
         return near, IntervalMask(self.lo, torch.maximum(self.lo, end), self.keys)
 
+    @on_cpu
     def in_chunks(self, size: int) -> IntervalMask:
         """This mask limited to chunks of `size` tokens, which are counted from the beginning of each document.
 
@@ -169,6 +176,7 @@ class IntervalMask:
         chunk = begins + (i - begins) // size * size
         return self & IntervalMask(chunk, torch.full_like(chunk, self.keys), self.keys)
 
+    @on_cpu
     def restrict(self, queries: Tensor, keys: Tensor) -> IntervalMask:
         """The mask between some queries and some keys, renumbered from 0: what one shard sees of another.
 
@@ -181,6 +189,7 @@ class IntervalMask:
         start, stop = torch.searchsorted(keys, torch.stack([lo, hi]))
         return IntervalMask(start, stop, len(keys))
 
+    @on_cpu
     def transpose(self) -> IntervalMask:
         """The queries that see each key: key j is seen by ``count(hi <= j) <= i < count(lo <= j)``."""
         j = torch.arange(self.keys)
@@ -208,6 +217,7 @@ class IntervalMask:
     def batch(self) -> int:
         return self.lo.shape[0]
 
+    @on_cpu
     def document_starts(self) -> Tensor:
         """Whether a document starts at each token, so no pair crosses it: bool [B|1, S]. The mask must be square."""
         self._check_square()
@@ -223,6 +233,7 @@ class IntervalMask:
         """The number of visible (query, key) pairs, summed over the mask's batch rows."""
         return int((self.hi - self.lo).sum())
 
+    @on_cpu
     def intervals(self, device: torch.device | str = "cpu") -> Intervals:
         """The mask and its transpose as a kernel reads them, copied to `device` asynchronously."""
         back = self.transpose()
@@ -234,6 +245,7 @@ class IntervalMask:
         )
         return Intervals(start, end, query_start, query_end, *orders)
 
+    @on_cpu
     def dense(self) -> Tensor:
         """The mask as booleans [B|1, Sq, Skv]; for tests and pictures."""
         j = torch.arange(self.keys)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ringflash.intervals import on_cpu
 from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask, cumulative_hint, document_rows
 from ringflash.models.configuration import refusal
@@ -29,6 +30,7 @@ _IGNORE = -100  # the label that transformers' loss skips
 _COMPARED = "input_ids, labels, documents, leading_tokens and layout"
 
 
+@on_cpu
 def ring_inputs(
     input_ids: Tensor | np.ndarray,
     labels: Tensor | np.ndarray | None = None,
@@ -66,23 +68,22 @@ def ring_inputs(
     so that no rank waits for one that raised. Raises RuntimeError in a DataLoader worker.
     """
     groups = _process_groups(ring, ulysses)
-    with torch.device("cpu"):  # plans are made there, whatever device torch.set_default_device names
-        try:
-            ids, targets = _checked_tokens(input_ids, labels, shift_labels)
-            document = _documents_mask(documents, *ids.shape)
-            _check_config(config, ring.size * (1 if ulysses is None else ulysses.size), ring.device)
-            plan = _plan(document, layout, ring, ulysses, leading_tokens, config)
-        except (ValueError, TypeError):
-            if compare_ranks:
-                agree(_COMPARED, torch.tensor(REFUSED, device=ring.device), groups)
-            raise
+    try:
+        ids, targets = _checked_tokens(input_ids, labels, shift_labels)
+        document = _documents_mask(documents, *ids.shape)
+        _check_config(config, ring.size * (1 if ulysses is None else ulysses.size), ring.device)
+        plan = _plan(document, layout, ring, ulysses, leading_tokens, config)
+    except (ValueError, TypeError):
         if compare_ranks:
-            leading = torch.tensor([min(leading_tokens, ids.shape[1])])
-            given = checksum(ring.device, ids, targets, document.lo, document.hi, plan.layout.chunks, leading)
-            agree(_COMPARED, given, groups)
-        if targets is not None and shift_labels is None:
-            targets = _shifted(targets, document)
-        return _model_inputs(ids, targets, plan, config)
+            agree(_COMPARED, torch.tensor(REFUSED, device=ring.device), groups)
+        raise
+    if compare_ranks:
+        leading = torch.tensor([min(leading_tokens, ids.shape[1])])
+        given = checksum(ring.device, ids, targets, document.lo, document.hi, plan.layout.chunks, leading)
+        agree(_COMPARED, given, groups)
+    if targets is not None and shift_labels is None:
+        targets = _shifted(targets, document)
+    return _model_inputs(ids, targets, plan, config)
 
 
 def _process_groups(ring: Ring, ulysses: Ulysses | None) -> list[ProcessRing | Ulysses]:

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ringflash.intervals import Intervals, rows_seen, to_device
+from ringflash.intervals import Intervals, on_cpu, rows_seen, to_device
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, check_tokens
 from ringflash.ring.agreement import agree, checksum
@@ -94,6 +94,7 @@ class AttentionPlan:
     This is not a dataclass: FSDP with mixed precision rebuilds every dataclass among the arguments of a module.
     """
 
+    @on_cpu
     def __init__(
         self,
         mask: IntervalMask | tuple[IntervalMask, ...],
@@ -181,6 +182,7 @@ class AttentionPlan:
         """
         return self._limited(f"chunks of {size}", lambda mask: mask.in_chunks(size))
 
+    @on_cpu
     def _limited(
         self, name: str, limit: Callable[[IntervalMask], IntervalMask | tuple[IntervalMask, ...]]
     ) -> AttentionPlan:
@@ -190,10 +192,10 @@ class AttentionPlan:
                 f"show leading tokens, give one mask and leading_tokens=N"
             )
         if name not in self._narrower:
-            with torch.device("cpu"):  # layers call this, possibly under another default device
-                self._narrower[name] = AttentionPlan(limit(self.masks[0]), self.layout, self.ring, self.ulysses)
+            self._narrower[name] = AttentionPlan(limit(self.masks[0]), self.layout, self.ring, self.ulysses)
         return self._narrower[name]
 
+    @on_cpu
     def compare_ranks(self) -> None:
         """Raise ValueError unless all ranks made the same plan. A collective, as `ring_inputs` has for its arguments.
 
@@ -206,13 +208,13 @@ class AttentionPlan:
         groups: list[Any] = [group for group in (self.ring, self.ulysses) if hasattr(group, "group")]
         agree("mask, layout and leading_tokens", total, groups)
 
+    @on_cpu
     def hops_of(self, rows: Range) -> tuple[tuple[Hop, ...], ...]:
         """`hops` for these rows of every shard's keys alone; intervals count from the first row. Made once."""
         if rows == (0, self.layout.shard_length):
             return self.hops
         if rows not in self._hops_of:
-            with torch.device("cpu"):  # as in window
-                self._hops_of[rows] = self._hops(slice(*rows))
+            self._hops_of[rows] = self._hops(slice(*rows))
         return self._hops_of[rows]
 
     def schedules(self, shape: Shape) -> tuple[Schedule, Schedule]:
@@ -266,6 +268,7 @@ class AttentionPlan:
         return self.positions[1].repeat_interleave(rows // self.batch, dim=0)
 
     @functools.cached_property
+    @on_cpu
     def positions(self) -> Tensor:
         """The position of each local token in the sequence, and in its document.
 
@@ -279,6 +282,7 @@ class AttentionPlan:
         in_document[in_sequence >= self.layout.length] = 0
         return to_device(torch.stack([in_sequence, in_document]), self.ring.device)
 
+    @on_cpu
     def sequences(self, rows: int) -> Sequences:
         """The order of all shards' tokens, for inputs of `rows` batch rows; made once.
 
@@ -288,9 +292,8 @@ class AttentionPlan:
         if rows < 1 or rows % self.batch:
             raise ValueError(f"a plan whose masks have {self.batch} batch rows does not fit a batch of {rows}")
         if rows not in self._sequences:
-            with torch.device("cpu"):  # as in window
-                starts = self._causal_starts().repeat_interleave(rows // self.batch, dim=0)
-                self._sequences[rows] = Sequences.of(self.layout, starts, self.ring.device)
+            starts = self._causal_starts().repeat_interleave(rows // self.batch, dim=0)
+            self._sequences[rows] = Sequences.of(self.layout, starts, self.ring.device)
         return self._sequences[rows]
 
     def document_lengths(self, batch: int) -> Tensor:
@@ -298,12 +301,12 @@ class AttentionPlan:
         return self._document_lengths.repeat_interleave(batch // self.batch, dim=0)
 
     @functools.cached_property
+    @on_cpu
     def _document_lengths(self) -> Tensor:
-        with torch.device("cpu"):  # as in window
-            document = self._document_starts().cumsum(1)
-            counts = torch.zeros(self.batch, self.layout.length + 1, dtype=torch.int64)
-            lengths = counts.scatter_add_(1, document, torch.ones_like(document)).gather(1, document)
-            return torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_ranks])
+        document = self._document_starts().cumsum(1)
+        counts = torch.zeros(self.batch, self.layout.length + 1, dtype=torch.int64)
+        lengths = counts.scatter_add_(1, document, torch.ones_like(document)).gather(1, document)
+        return torch.cat([self.token_layout.shard(lengths, rank) for rank in self.local_ranks])
 
     def _document_starts(self) -> Tensor:
         """Where documents begin, bool [batch, length]."""

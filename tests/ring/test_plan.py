@@ -1,5 +1,7 @@
 """A plan covers every visible (query, key) pair by exactly one hop, and computes no hop that sees nothing."""
 
+import functools
+import operator
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing, Ulysses
-from ringflash.layout import LAYOUTS
+from ringflash.layout import LAYOUT_NAMES, LAYOUTS
 from tests.strategies import masks
 
 
@@ -250,6 +252,24 @@ def test_a_window_longer_than_any_sequence_is_one_plan_of_the_whole():
     plan = AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2))
     assert plan.window(2**63 - 1) is plan.window(2**70)
     assert torch.equal(plan.window(2**63 - 1).masks[0].dense(), plan.masks[0].dense())
+
+
+def test_masks_layouts_and_plans_are_made_on_the_cpu_under_any_default_device():
+    """As after torch.set_default_device("cuda"); here on a device where their tensors would have no values."""
+
+    def made():
+        kinds = (IntervalMask.window(32, 9), IntervalMask.chunked(32, 16), IntervalMask.prefix(32, 3))
+        mask = functools.reduce(operator.and_, kinds, IntervalMask.documents([[5, 27], [32]]))
+        layouts = [Layout.of(name, mask, 2) for name in LAYOUT_NAMES]
+        plans = [AttentionPlan(mask, layout, Loopback(2), leading_tokens=1) for layout in layouts]
+        plans += [narrow for plan in plans for narrow in (plan.window(4), plan.in_chunks(8))]
+        dense = [mask.dense(), mask.transpose().dense()]
+        costs = [(x.imbalance(mask), x.received(mask).tolist(), x.work(mask).tolist(), str(x)) for x in layouts]
+        return [x.tolist() for x in dense], costs, [(str(x), x.positions.tolist()) for x in plans]
+
+    expected = made()
+    with torch.device("meta"):
+        assert made() == expected
 
 
 def compared(ulysses, change):
