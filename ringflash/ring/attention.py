@@ -78,6 +78,7 @@ def ring_attention(
     - kernel: hopper, portable, blocked, or auto, the fastest that supports the request (`kernels.select`).
     - deterministic: gradients are bit-equal from run to run, which is slower on Hopper.
     - compensated: gradients are protected from the rounding of out (`kernels.compensation`).
+    - return_lse: also return the log-sum-exp.
     - layer: its number, for reports of a ring that hangs.
 
     Returns out [B, S, Hq, Dv] in q's dtype; queries that see nothing get 0. With return_lse, returns (out, lse), both
@@ -126,8 +127,8 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention on one device, ring_attention on a ring of one, with its other arguments, results and errors.
 
-    q [B, S, Hq, D]; k [B, S, Hkv, D]; v [B, S, Hkv, Dv]. mask: any IntervalMask of S queries and S keys, and of B batch
-    rows or one.
+    - q [B, S, Hq, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv]: as in ring_attention, whole sequences.
+    - mask: an IntervalMask of S queries and S keys, with one batch row or B.
     """
     check_tensors(q=q, k=k, v=v)
     if not isinstance(mask, IntervalMask):
