@@ -1,6 +1,6 @@
 """Conversations to documents: the tokenizer's own chat template, with the loss on the assistant's turns only.
 
-A record holds one of these, and optionally `tools` and `system`, the text of a first message:
+A record holds one of these, and optionally `tools`, `system`, the text of a first message, and `chat_template_kwargs`:
 
     messages                        role and content, optionally tool_calls and the template's own fields
     prompt and completion           both text or both messages
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MESSAGES, TOOLS, SYSTEM, PROMPT, COMPLETION = "messages", "tools", "system", "prompt", "completion"
+VARIABLES = "chat_template_kwargs"  # of one conversation, beside those of data.chat_template_kwargs
 CONVERSATIONS = ("messages", "conversations", "conversation")  # usual names of the field of the messages
 TURNS = (INSTRUCTION, INPUT, OUTPUT, HISTORY)
 LOST = "lost: "  # begins the counts of what a template leaves out
@@ -80,10 +81,17 @@ class Rendered(NamedTuple):
     is_chat: bool = True
 
 
+class Given(NamedTuple):
+    """What a conversation gives the template beside its messages."""
+
+    tools: list[Any] | None
+    variables: dict[str, Any]
+
+
 class Dialogues:
     """Records are conversations, or prompts with their completions. reads: the fields beside that of the messages."""
 
-    reads: tuple[str, ...] = (TOOLS, SYSTEM, PROMPT, COMPLETION, *TURNS)
+    reads: tuple[str, ...] = (TOOLS, SYSTEM, VARIABLES, PROMPT, COMPLETION, *TURNS)
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, field: str | None, variables: dict[str, Any],
@@ -102,8 +110,8 @@ class Dialogues:
                 f"data.tokenizer={name} has no {lacks}, which data.chat=true needs: give the tokenizer of a chat model"
             )
         templates = tokenizer.chat_template
-        read = {*re.findall(r"\w+", _text_of(templates))}
-        if unread := sorted(variables.keys() - read):
+        self._read = {*re.findall(r"\w+", _text_of(templates))}
+        if unread := sorted(variables.keys() - self._read):
             raise ConfigError(
                 f"data.chat_template_kwargs has {unread[0]}, which the chat template of data.tokenizer={name} does not "
                 f"read"
@@ -175,7 +183,7 @@ class Dialogues:
             raise RecordError(f"{where} begins with a message of the role assistant, which no prompt asks for")
         if record.get(SYSTEM):
             messages, first = [self._system(where, record[SYSTEM], messages), *messages], first and first + 1
-        tools = self._tools(where, record.get(TOOLS))
+        given = Given(self._tools(where, record.get(TOOLS)), self._variables_of(where, record.get(VARIABLES)))
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         trained = [i for i in answers if messages[i].get(WEIGHT, 1)]
         if answers and not trained:
@@ -189,12 +197,12 @@ class Dialogues:
         self.counts["empty"] += any(
             messages[i].keys() <= PLAIN and not str(messages[i]["content"]).strip() for i in trained
         )
-        if self._is_marked(tools):
-            document = self._marked(where, messages, tools, first, {*answers} - {*trained})
-            self._check_rendered(where, messages, tools, trained, [document])
+        if self._is_marked(given.tools):
+            document = self._marked(where, messages, given, first, {*answers} - {*trained})
+            self._check_rendered(where, messages, given, trained, [document])
             return [document]
-        documents = self._by_beginnings(where, messages, tools, trained)
-        self._check_rendered(where, messages, tools, trained, documents)
+        documents = self._by_beginnings(where, messages, given, trained)
+        self._check_rendered(where, messages, given, trained, documents)
         self.counts["conversations"] += 1
         self.counts["documents"] += len(documents)
         self.counts["endless"] += not self._has_end(documents[-1].text)
@@ -267,6 +275,13 @@ class Dialogues:
             raise RecordError(f"{where}: {TOOLS} holds {value!r:.60}, not a list of JSON schemas")
         return self._plain(f"{where}: {TOOLS}", tools)
 
+    def _variables_of(self, where: str, value: Any) -> dict[str, Any]:
+        """Variables of one conversation. Tables have null for those that it lacks."""
+        value = from_json(value) or {}
+        if not isinstance(value, dict):
+            raise RecordError(f"{where}: {VARIABLES} holds {value!r:.60}, not names with values")
+        return self._plain(f"{where}: {VARIABLES}", {name: x for name, x in value.items() if x is not None})
+
     def _plain(self, where: str, value: Any) -> Any:
         """The value with clean texts. A text that spells a special token is refused, since it could end a turn."""
         if isinstance(value, dict):
@@ -285,14 +300,12 @@ class Dialogues:
         template = self._tokenizer.get_chat_template(tools=tools)
         return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
-    def _marked(
-        self, where: str, messages: list[Any], tools: list[Any] | None, first: int, left_out: set[int]
-    ) -> Rendered:
+    def _marked(self, where: str, messages: list[Any], given: Given, first: int, left_out: set[int]) -> Rendered:
         """The whole conversation, with the spans that the template marks.
 
         Those of a prompt's messages are left out, and those of the messages `left_out`, of weight 0.
         """
-        text, spans = self._render(where, messages, tools, mark=True)
+        text, spans = self._render(where, messages, given, mark=True)
         if left_out:
             said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             if len(spans) != len(said):
@@ -302,7 +315,7 @@ class Dialogues:
                 )
             spans = [span for i, span in zip(said, spans, strict=True) if i not in left_out]
         if first:
-            prompt, _ = self._render(where, messages[:first], tools, prompted=True)
+            prompt, _ = self._render(where, messages[:first], given, prompted=True)
             if not text.startswith(prompt):
                 raise RecordError(
                     f"{where}: the chat template renders the {PROMPT} differently once a {COMPLETION} follows"
@@ -312,14 +325,12 @@ class Dialogues:
             raise RecordError(f"{where}: the chat template's generation blocks mark nothing in it")
         return Rendered(text, [(begin, end) for begin, end in spans if end > begin])
 
-    def _by_beginnings(
-        self, where: str, messages: list[Any], tools: list[Any] | None, trained: Sequence[int]
-    ) -> list[Rendered]:
+    def _by_beginnings(self, where: str, messages: list[Any], given: Given, trained: Sequence[int]) -> list[Rendered]:
         """Documents in which each trained turn follows the prompt that the model gets for it."""
         documents: list[Rendered] = []
         for turn in reversed(trained):
-            prompt, _ = self._render(where, messages[:turn], tools, prompted=True)
-            answered, _ = self._render(where, messages[: turn + 1], tools)
+            prompt, _ = self._render(where, messages[:turn], given, prompted=True)
+            answered, _ = self._render(where, messages[: turn + 1], given)
             if not answered.startswith(prompt):
                 raise RecordError(
                     f"{where}: the chat template prompts for message {turn + 1} with ...{prompt[-30:]!r}, which its "
@@ -335,7 +346,7 @@ class Dialogues:
         return [documents[0]._replace(begins=True), *documents[1:]]
 
     def _check_rendered(
-        self, where: str, messages: list[Any], tools: list[Any] | None, trained: Sequence[int], found: list[Rendered]
+        self, where: str, messages: list[Any], given: Given, trained: Sequence[int], found: list[Rendered]
     ) -> None:
         """Count what the template leaves out. Raises RecordError for a call that is to be trained on."""
         learned = "\n".join(text[begin:end] for text, spans, *_ in found for begin, end in spans)
@@ -348,7 +359,8 @@ class Dialogues:
                 )
             lost |= {"thinking"} if thinking(message).strip() not in learned else set()
         text = found[-1].text
-        lost |= {"a tool"} if any(name not in text for name in names_of(tools)) else set()
+        lost |= {"a tool"} if any(name not in text for name in names_of(given.tools)) else set()
+        lost |= {VARIABLES} if given.variables.keys() - self._read else set()
         for message in messages[: trained[-1]]:
             if message["role"] != "assistant" and not _holds(text, str(message["content"] or "").strip()):
                 lost.add(f"a message of the role {message['role']}")
@@ -370,16 +382,16 @@ class Dialogues:
         return any(found.end() == len(turn.rstrip()) for found in self._special.finditer(turn))
 
     def _render(
-        self, where: str, messages: list[Any], tools: list[Any] | None, prompted: bool = False, mark: bool = False
+        self, where: str, messages: list[Any], given: Given, prompted: bool = False, mark: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text of messages, and with `mark` the spans of its generation blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        template = self._tokenizer.get_chat_template(tools=tools)
-        variables = {**self._tokenizer.special_tokens_map, **self._variables}
+        template = self._tokenizer.get_chat_template(tools=given.tools)
+        variables = {**self._tokenizer.special_tokens_map, **self._variables, **given.variables}
         try:
             texts, spans = cast(Any, render_jinja_template)(
-                [messages], tools, chat_template=template, add_generation_prompt=prompted,
+                [messages], given.tools, chat_template=template, add_generation_prompt=prompted,
                 return_assistant_tokens_mask=mark, **variables,
             )  # fmt: skip
         except Exception as error:  # jinja2's, and whatever the template's expressions raise

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ringflash.data.chat import COMPLETION, PROMPT, SYSTEM, TOOLS, Dialogues, Rendered
+from ringflash.data.chat import COMPLETION, PROMPT, SYSTEM, TOOLS, VARIABLES, Dialogues, Rendered
 from ringflash.data.formats import Record, RecordError
 from ringflash.data.messages import HISTORY, INPUT, INSTRUCTION, messages_of_turns
 
@@ -32,7 +32,7 @@ CHOSEN, REJECTED = "chosen", "rejected"
 class Preferences(Dialogues):
     """Records are pairs of a chosen and a rejected answer."""
 
-    reads = (PROMPT, CHOSEN, REJECTED, TOOLS, SYSTEM, INSTRUCTION, INPUT, HISTORY)
+    reads = (PROMPT, CHOSEN, REJECTED, TOOLS, SYSTEM, VARIABLES, INSTRUCTION, INPUT, HISTORY)
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, variables: dict[str, Any], columns: dict[str, str]
@@ -53,7 +53,7 @@ class Preferences(Dialogues):
     def parse(self, where: str, record: Record) -> list[Rendered]:
         """The texts of a pair, the chosen one first."""
         prompt, answers = self._divided(where, record)
-        asked = {PROMPT: prompt, TOOLS: record.get(TOOLS), SYSTEM: record.get(SYSTEM)}
+        asked = {PROMPT: prompt, TOOLS: record.get(TOOLS), SYSTEM: record.get(SYSTEM), VARIABLES: record.get(VARIABLES)}
         chosen = self._answer(f"{where}: {CHOSEN}", asked | {COMPLETION: answers[CHOSEN]})
         of_chosen = self.counts.copy()
         rejected = self._answer(f"{where}: {REJECTED}", asked | {COMPLETION: answers[REJECTED]})

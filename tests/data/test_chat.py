@@ -269,6 +269,19 @@ def test_columns_name_the_fields_of_the_records(tmp_path, name):
         tokenised(settings(tmp_path, tmp_path / name, columns=columns | {"system": "whom"}))
 
 
+# -- variables of one conversation
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["object", "JSON text"])
+def test_variables_of_a_record_reach_the_template(as_text):
+    variables = {"enable_thinking": False, "unset": None}
+    record = {"messages": chat("hi", "hello"), "chat_template_kwargs": json.dumps(variables) if as_text else variables}
+    assert trained(QWEN3, record) == [["hello<|im_end|>\n"]]
+    assert trained(QWEN3, record | {"chat_template_kwargs": {"enable_thinking": True}}, enable_thinking=False) == [
+        ["<think>\n\n</think>\n\nhello<|im_end|>\n"]
+    ]
+
+
 # -- prompts and completions
 
 
@@ -386,13 +399,14 @@ def test_empty_answers_are_reported(tmp_path, capsys):
 
 def test_what_the_template_leaves_out_is_reported(tmp_path, capsys):
     template = SMOLLM2.replace("for message in messages", "for message in messages if message.role != 'tool'")
-    thinks = {"messages": chat("hi", "hello", **THINKING), "tools": [TOOL]}
+    thinks = {"messages": chat("hi", "hello", **THINKING), "tools": [TOOL], "chat_template_kwargs": {"a": 1}}
     result = {"messages": [*chat("hi", "hello"), {"role": "tool", "content": "2"}, *chat("more?", "yes")]}
     tokenised(settings(tmp_path, write(tmp_path, "a.jsonl", [thinks, thinks, result]), template))
     out = capsys.readouterr().out
     for what in (
         "2 conversations have thinking",
         "2 conversations have a tool",
+        "2 conversations have chat_template_kwargs",
         "1 conversations have a message of the role tool",
     ):
         assert f"{what} that the chat template leaves out, so the model does not see it" in out
@@ -414,6 +428,10 @@ REFUSED = {
         "it has conversation: data.field=conversation reads conversatio",
     ),
     "an answer that is no text": ({"instruction": "hi", "output": 2}, "line 2: output holds 2, not text"),
+    "variables that are a list": (
+        {"messages": chat("hi", "hello"), "chat_template_kwargs": [1]},
+        "line 2: chat_template_kwargs holds [1], not names with values",
+    ),
     "a history of texts": ({**ALPACA, "history": ["hi"]}, "line 2: history holds ['hi'], not a list of pairs"),
     "text": ({"messages": "hi"}, "line 2: messages holds 'hi', not a list of messages with role and content"),
     "null": ({"messages": None}, "line 2: messages holds None, not a list of messages"),
