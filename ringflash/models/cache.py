@@ -38,8 +38,8 @@ from ringflash.models.configuration import refusal
 from ringflash.models.families import has_chunks
 from ringflash.models.layers import calls_per_layer, layer_kinds, state_heads
 from ringflash.models.rope_length import is_length_aware, length_refusal
-from ringflash.ring.agreement import agree, checksum
 from ringflash.ring.cache_plan import CHUNK, CachePlan, CacheState, rows_for
+from ringflash.ring.collectives import agree, checksum
 from ringflash.ring.decode import Attention, DeviceStep, LayerCache, attention_on_device, cached_attention
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 

@@ -20,7 +20,7 @@ from ringflash.models.layers import layer_masks, state_heads, state_refusal
 from ringflash.models.linear_attention import put_on_ring
 from ringflash.models.linear_kernels import device_refusal
 from ringflash.models.ring_mask import RingMask
-from ringflash.ring.agreement import REFUSED, agree, checksum
+from ringflash.ring.collectives import REFUSED, agree, checksum
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, fastest
 from ringflash.ring.plan import AttentionPlan
 from ringflash.ring.transport import Loopback, ProcessRing, Ring

@@ -5,7 +5,8 @@ plan, routes, ranges            once per step: what each hop computes, and which
 schedule, compiler              once per shape of layers: the steps of both passes, and how they follow from a plan
 execution, passes, streams      once per layer: run the steps, on one or two CUDA streams
 transport, copy_engine          the ring between processes, by NCCL, gloo or copy engines, or within one process
-message, agreement              what ranks send to each other; whether all were given the same
+message                         what ranks send to each other
+collectives                     whether all ranks were given the same; all ranks' tensors
 watchdog, heartbeat             how long ranks wait, and which rank a hang waits for
 cost, simulation                predicted times, by which layouts and Ulysses ranks are chosen
 ulysses, heads, sequences       exchanges of tokens for heads; whole sequences for layers with a recurrence

@@ -43,7 +43,7 @@ from torch import Tensor
 from ringflash.intervals import Intervals, on_cpu, rows_seen, to_device
 from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, check_tokens
-from ringflash.ring.agreement import agree, checksum
+from ringflash.ring.collectives import agree, checksum, gathered
 from ringflash.ring.compiler import compile_passes
 from ringflash.ring.ranges import Range
 from ringflash.ring.routes import Route, routes
@@ -253,6 +253,21 @@ class AttentionPlan:
             raise ValueError(f"a plan of {self.batch} batch rows and {self.layout.length} tokens got {[*x.shape]}")
         shards = [self.token_layout.shard(x, rank, padding=padding) for rank in self.local_ranks]
         return to_device(torch.cat(shards), self.ring.device)
+
+    def unshard(self, x: Tensor) -> Tensor:
+        """Whole sequences [B, length, ...] on every rank, from their tokens x [local ranks * B, n, ...]: undoes shard.
+
+        Without gradients. A collective, in which all ranks of the ring and of Ulysses take part.
+        """
+        n = self.token_layout.shard_length
+        if x.dim() < 2 or len(x) % len(self.ring.local) or x.shape[1] != n:
+            raise ValueError(f"x must be [{len(self.ring.local)} local ranks * B, {n}, ...], got {[*x.shape]}")
+        shards = x.detach().unflatten(0, (len(self.ring.local), -1))
+        if self.ulysses is not None:
+            shards = gathered(shards, self.ulysses.group).transpose(0, 1).flatten(0, 1)
+        if (group := getattr(self.ring, "group", None)) is not None:
+            shards = gathered(shards, group).flatten(0, 1)
+        return self.token_layout.unshard(shards.unbind())
 
     def position_ids(self, batch: int | None = None) -> Tensor:
         """The position of each local token in its document, int64 [local ranks * batch, n], on the ring's device.

@@ -197,6 +197,14 @@ def test_a_plan_of_several_masks_is_not_limited_to_windows():
         plan.in_chunks(4)
 
 
+def test_unshard_undoes_shard_where_one_process_has_all_ranks():
+    plan = AttentionPlan(IntervalMask.causal(13), Layout.zigzag(13, 3), Loopback(3))
+    x = torch.randn(2, 13, 4)
+    assert torch.equal(plan.unshard(plan.shard(x)), x)
+    with pytest.raises(ValueError, match=r"x must be \[3 local ranks \* B, 6, ...\], got \[6, 13, 4\]"):
+        plan.unshard(torch.cat([x] * 3))
+
+
 def test_position_ids_are_global_and_in_shard_order():
     plan = AttentionPlan(IntervalMask.causal(8), Layout.zigzag(8, 2), Loopback(2))
     assert plan.position_ids(batch=2).tolist() == [[0, 1, 6, 7]] * 2 + [[2, 3, 4, 5]] * 2

@@ -65,6 +65,19 @@ def test_values_of_another_head_size_are_exchanged_too(ranks):
     assert_exact([torch.cat(x) for x in zip(*results, strict=True)], expected, layout)
 
 
+def gathered(ulysses, dtype):
+    """Whole sequences from every rank's shard of them."""
+    plan = plan_of_grid(ulysses)
+    x = torch.arange(2 * LENGTH * 3).view(2, LENGTH, 3).to(dtype)
+    return torch.equal(plan.unshard(plan.shard(x)), x)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("ulysses", "dtype"), [(1, torch.int64), (2, torch.bfloat16), (4, torch.float32)], ids=str)
+def test_unshard_gives_every_rank_the_whole_sequences(ranks, ulysses, dtype):
+    assert ranks.run(gathered, 4, ulysses, dtype) == [True] * 4
+
+
 def with_lse(ulysses):
     """This rank's shards of lse, dq, dk and dv, where lse has a gradient and out has none."""
     plan = plan_of_grid(ulysses)

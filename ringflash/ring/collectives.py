@@ -1,4 +1,8 @@
-"""Whether all ranks of a ring were given the same: each takes its shard, and would otherwise compute on a mixture."""
+"""Collectives of a ring's ranks outside attention: whether all were given the same, and all ranks' tensors.
+
+Each rank takes its shard of what it was given. If the ranks were given different sequences, they would compute on a
+mixture.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +45,11 @@ def checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
         mixed = (x.flatten().long() + 0x9E3779B9) * (positions * 0x85EBCA6B + x.shape[-1])
         total += ((mixed ^ (mixed >> 29)).sum() & (2**58 - 1)).to(device)
     return total
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x of every rank of a group, in rank order: [ranks, ...]. All have the same shape."""
+    x = x.contiguous()
+    found = x.new_empty(dist.get_world_size(group), *x.shape)
+    dist.all_gather_into_tensor(found.view(-1), x.view(-1), group=group)
+    return found
