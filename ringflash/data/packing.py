@@ -78,16 +78,13 @@ def sequences_per_epoch(corpus: Split, length: int) -> int:
             )
         return corpus.total // length
     if not (count := len(_plan(corpus, length).ends)):
+        others = ", or data.packing=truncate, or split for other than conversations" if corpus.middles is None else ""
         raise ConfigError(
             f"data.path={corpus.source} has no {corpus.noun} for {corpus.split} of at most "
             f"data.sequence_length={length} tokens, and data.packing={corpus.packing} drops longer ones: give more "
-            f"{corpus.noun}s, a longer sequence{_hint(corpus)}"
+            f"{corpus.noun}s, a longer sequence{others}"
         )
     return count
-
-
-def _hint(corpus: Split) -> str:
-    return "" if corpus.middles is not None else ", or data.packing=truncate, or split for other than conversations"
 
 
 def check_labels(corpus: Split, length: int) -> None:

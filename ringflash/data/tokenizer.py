@@ -110,7 +110,9 @@ def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
         begin, end = _added_tokens(backend)
         ids = functools.partial(_encode_fast, backend, tokenizer, name)
     else:
-        begin, end = _split_around(tokenizer.build_inputs_with_special_tokens([eos + 1]), eos + 1)
+        whole = tokenizer.build_inputs_with_special_tokens([eos + 1])
+        place = whole.index(eos + 1)
+        begin, end = whole[:place], whole[place + 1 :]
         ids = functools.partial(_encode_slow, tokenizer, name)
     return Encoder(ids, begin, end if end[-1:] == [eos] else [*end, eos])
 
@@ -150,11 +152,6 @@ def _added_tokens(backend: Tokenizer) -> tuple[list[int], list[int]]:
             begin = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
             return whole[:begin], whole[begin + len(plain) :]
     return [], []
-
-
-def _split_around(whole: list[int], inside: int) -> tuple[list[int], list[int]]:
-    place = whole.index(inside)
-    return whole[:place], whole[place + 1 :]
 
 
 def _encode_slow(tokenizer: Any, name: str, texts: list[str]) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ arguments, so neither is written twice.
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import is_dataclass
@@ -30,7 +29,7 @@ def settings_help() -> str:
     blocks = ["settings of the run", *(_entry(key, Config, key, getattr(config, key)) for key in own)]
     for name, kind in get_type_hints(Config).items():
         if is_dataclass(kind):
-            blocks += ["", f"{name}: {_first_line(kind)}", *_options(CONFIGS / name)]
+            blocks += ["", f"{name}: {str(kind.__doc__).splitlines()[0]}", *_options(CONFIGS / name)]
             blocks += _entries(f"{name}.", kind, getattr(config, name))
     blocks += ["", "experiment: settings of several groups under one name", *_options(CONFIGS / "experiment")]
     return "\n".join(blocks)
@@ -67,10 +66,6 @@ def _value(default: Any) -> str:
     if isinstance(default, list | tuple | dict):
         return "..." if default else "{}" if isinstance(default, dict) else "[]"
     return shown(default)
-
-
-def _first_line(part: Any) -> str:
-    return inspect.getdoc(part).splitlines()[0]  # type: ignore[union-attr]
 
 
 def _options(folder: Path) -> Iterator[str]:

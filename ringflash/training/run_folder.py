@@ -126,23 +126,18 @@ def _newest(output_dir: Path, name: str) -> Path | None:
                 f"resume=auto: {path} links to {path.readlink()}, which does not exist, so the newest run of "
                 f"name={name} is not known: restore that folder, or delete the link"
             )
-        if match and path.is_dir() and (match[1] is None or _name_of(path) != path.name):
+        if match and path.is_dir() and (match[1] is None or _settings_of(path).get("name") != path.name):
             found[int(match[1] or 1)] = path
     begun = [number for number in sorted(found) if _has_begun(found[number])]
     if not found:
         return None
     number = (begun or sorted(found))[-1]
-    if number > 1 and _name_of(found[number]) != name:
+    if number > 1 and _settings_of(found[number]).get("name") != name:
         raise ConfigError(
             f"resume=auto: {found[number] / 'config.yaml'} names no run, so this may be one of name={name} or of "
             f"name={found[number].name}: to resume it, set name={found[number].name}"
         )
     return found[number]
-
-
-def _name_of(path: Path) -> str | None:
-    """The name in a run's configuration; None if that cannot be read."""
-    return _settings_of(path).get("name")
 
 
 def _was_due(path: Path, done: int, seconds: float) -> bool:
