@@ -72,7 +72,7 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
 
 def unchecked(device: torch.device | None) -> list[str]:
     """The lines that `train.py --print` adds about checks that it leaves to the run. device: None without a GPU."""
-    lines = []
+    lines = ["unchecked  records behind the first: the run reads them before its first step"]
     if "WORLD_SIZE" not in os.environ:
         lines.append("unchecked  ranks and memory: for 8 GPUs, put WORLD_SIZE=8 LOCAL_WORLD_SIZE=8 before the command")
     if device is None:

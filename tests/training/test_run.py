@@ -316,16 +316,17 @@ def test_print_shows_a_configuration_that_can_be_read_back():
     result = forked.run([sys.executable, "train.py", "--print", "optim.lr=1e-5"])
     assert "lr: 1.0e-05" in result.stdout
     assert OmegaConf.create(result.stdout).optim.lr == 1e-5
-    assert result.stderr.splitlines()[-2:] == unchecked(None)
+    assert result.stderr.splitlines()[-3:] == unchecked(None)
 
 
 def test_print_lists_what_it_leaves_to_the_run(monkeypatch):
-    ranks, gpu = unchecked(None)
+    records, ranks, gpu = unchecked(None)
+    assert re.match(r"unchecked  records behind the first", records)
     assert re.match(r"unchecked  ranks and memory: .* WORLD_SIZE=8", ranks)
     assert re.match(r"unchecked  attention\.kernel and fused\.\*, .*: this machine has none", gpu)
-    assert unchecked(torch.device("cuda")) == [ranks]
+    assert unchecked(torch.device("cuda")) == [records, ranks]
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert unchecked(None) == [gpu]
+    assert unchecked(None) == [records, gpu]
 
 
 REFUSED_BY_PRINT = {
