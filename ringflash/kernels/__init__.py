@@ -5,7 +5,7 @@ Every kernel has the same six functions. None of them depends on rings, layouts,
     forward(q, k, v, intervals, *, scale, softcap, carry, out, seen) -> Partial
     delta(out, dout) -> Tensor
     center(q, k, lse, *, scale) -> (Tensor, Tensor)
-    backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv, center) -> None
+    backward(dout, q, k, v, lse, delta, intervals, *, scale, softcap, dq, dk, dv, center, calls) -> None
     round_into(out, x) -> None
     round_dq(out, dq, *, scale) -> None
 
@@ -25,7 +25,8 @@ Gradients are *added* to dq, dk and dv, which are fp32, have the shapes of q, k 
 If one call has all queries of its keys, dk and dv may instead have the dtype of 16-bit inputs. They are then *written*,
 all rows, with 0 where no query sees a key.
 With `center` [B, 1, Hkv, D], the keys are k - center, and lse is the lse of those keys. The function center computes
-both; `compensation` explains why.
+both; `compensation` explains why. `calls`: how many calls run on the device at the same time, this one and those of
+other heads with the same intervals. Together they keep it busy, so that a kernel need not divide its work as finely.
 
 round_into writes a complete sum of dk or dv in the dtype of `out`. A kernel may sum dq in another form: Hopper's
 columns are in another order from head_dim 128 on, and at 128 the scale is left out. round_dq turns this sum into the

@@ -98,6 +98,7 @@ def backward(
     dk: Tensor,
     dv: Tensor,
     center: Tensor | None = None,
+    calls: int = 1,
 ) -> None:
     """Add this block's gradients to dq, dk and dv, or write dk and dv. See `ringflash.kernels` for the contract."""
     k = k if center is None else k - center

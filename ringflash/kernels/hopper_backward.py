@@ -80,6 +80,8 @@ TUNINGS = {
 # query and 8 KV heads at 64k tokens have 554 TFLOP/s with 8 and 576 with 4. Instead of 7, 1 gains 5 percent or loses 2,
 # depending on the mask.
 HEADS = 7
+# The longest program's time as a fraction of the calls' from which all heads are processed at a time.
+LONGEST = 0.3
 
 
 @gluon.jit
@@ -215,6 +217,7 @@ def backward(
     dk: Tensor,
     dv: Tensor,
     center: Tensor | None = None,
+    calls: int = 1,
     deterministic: bool = False,
     tuning: Tuning | None = None,
 ) -> None:
@@ -249,7 +252,9 @@ def backward(
         return
     parts = 1 if D <= 128 else 2
     keys = 2 * rows // parts  # per program
-    split = programs_per_group(Hq // Hkv, order.longest / order.total / parts, B * Hkv, sm_count(q.device))
+    longest = order.longest / order.total / parts  # of a head's tiles, as a fraction of all
+    on_each = calls * B * Hkv / sm_count(q.device)  # heads' work per SM
+    split = programs_per_group(Hq // Hkv, longest, on_each)
     # Tiles that no query sees have nothing to add, but zeros to write.
     count = order.nonempty if dk.dtype == torch.float32 else order.tiles.shape[1]
     each = Hq // Hkv // split  # query heads of a program
@@ -269,7 +274,7 @@ def backward(
             *(delta, *delta.stride()[:2]),
             *(intervals.query_start, intervals.query_end, interval_stride(intervals.query_start)),
             *(order.tiles, interval_stride(order.tiles), *of_center, count),
-            *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, min(heads_in_l2(q, k), B * Hkv)),
+            *(Sq, Skv, Hkv, Hq // Hkv, split, B * Hkv, heads_at_a_time(q, k, longest / split / on_each)),
             *(None if D == 64 else programs - divided, scale, *score_scales(scale, softcap), -LOG2_E),
             D=D, BLOCK_Q=t.block_q, STAGES=t.stages,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
@@ -281,15 +286,15 @@ def backward(
             round_into(result, x)
 
 
-def programs_per_group(group: int, longest: float, batch_heads: int, sms: int) -> int:
+def programs_per_group(group: int, longest: float, on_each: float) -> int:
     """The number of programs among which the query heads of a KV tile are divided.
 
     A program has at most HEADS of them, and fewer if tiles would otherwise finish unevenly. longest: a head's longest
-    tile as a fraction of all its tiles; batch_heads: batch rows x KV heads. Dividing costs each program the copies of
-    k, v, dk and dv, about 3 steps.
+    tile as a fraction of all its tiles; on_each: how many heads' tiles each SM processes, on average, in all calls that
+    run at the same time. Dividing costs each program the copies of k, v, dk and dv, about 3 steps.
     """
     split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= HEADS)
-    while group % (2 * split) == 0 and longest / split > 0.9 * batch_heads / sms:
+    while group % (2 * split) == 0 and longest / split > 0.9 * on_each:
         split *= 2
     return split
 
@@ -304,7 +309,13 @@ def divided_programs(programs: int, heads: int, equal: bool, at_a_time: int) -> 
     return last if equal and math.ceil(last * heads / at_a_time) < heads else 0
 
 
-def heads_in_l2(q: Tensor, k: Tensor) -> int:
-    """The number of KV heads, over batch rows, whose q, dout and fp32 dq stay in L2 at the same time."""
-    _, Sq, Hq, D = q.shape
-    return max(1, L2_BYTES // (Hq // k.shape[2] * Sq * D * (2 * q.element_size() + 4)))
+def heads_at_a_time(q: Tensor, k: Tensor, longest: float) -> int:
+    """The number of KV heads, over batch rows, that are processed at a time, the longest tiles of all of them first.
+
+    These are as many as keep q, dout and fp32 dq in L2. But if the longest program takes more than LONGEST of the time
+    of all calls, the last head's would run alone at the end, and these are all heads. longest: that fraction.
+    """
+    B, Sq, Hq, D = q.shape
+    batch_heads = B * k.shape[2]
+    in_l2 = L2_BYTES // (Hq // k.shape[2] * Sq * D * (2 * q.element_size() + 4))
+    return batch_heads if longest > LONGEST else min(max(1, in_l2), batch_heads)

@@ -434,6 +434,7 @@ def backward(
     dk: Tensor,
     dv: Tensor,
     center: Tensor | None = None,
+    calls: int = 1,
     dq_tuning: Tuning | None = None,
     dkdv_tuning: tuple[Tuning, ...] | None = None,
 ) -> None:

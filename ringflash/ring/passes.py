@@ -46,7 +46,7 @@ class _Pass:
 
     def __init__(self, layer: Layer, schedule: Schedule, i: int, k: Tensor, v: Tensor, memory: Memory) -> None:
         self.layer, self.rank, self.memory, self.own = layer, layer.plan.ring.local[i], memory, (k, v)
-        self.sections = schedule.sections
+        self.sections, self.streams = schedule.sections, schedule.streams
         self.hops = [[hop[i] for hop in layer.plan.hops_of(section.rows)] for section in self.sections]
         self._keys: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
@@ -186,6 +186,7 @@ class Backward(_Pass):
             self.layer.kernel.backward(
                 dout, q, k, v, lse, delta, intervals,
                 scale=self.layer.scale, softcap=self.layer.softcap, dq=dq, dk=dk, dv=dv, center=center,
+                calls=self.streams,
             )  # fmt: skip
 
     def gradients(self, buffer: str, section: int) -> tuple[Tensor, Tensor]:

@@ -374,7 +374,7 @@ def test_pairs_find_barriers_and_descriptors_where_their_constants_say(compiled)
 def test_a_groups_heads_are_divided_where_a_tile_would_outlast_the_others(group, longest, batch_heads, programs):
     from ringflash.kernels.hopper_backward import programs_per_group
 
-    assert programs_per_group(group, longest, batch_heads, sms=132) == programs
+    assert programs_per_group(group, longest, batch_heads / 132) == programs
 
 
 @pytest.mark.parametrize(
@@ -428,6 +428,18 @@ def test_the_forward_works_at_8_heads_or_as_many_as_l2_holds(heads, tokens, batc
 
     q, k = (torch.empty(1, tokens, count, 128, dtype=torch.bfloat16, device="meta") for count in heads)
     assert heads_in_l2(q, k) == batch_heads
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "batch_heads"),
+    [(131072, 0.03, 1), (4096, 0.13, 2), (1024, 0.13, 8), (16384, 0.26, 1), (16384, 0.31, 8)],
+    ids=["128k causal", "4k", "1k", "16k causal", "a tile that would end last"],
+)
+def test_the_backward_works_at_as_many_heads_as_l2_holds_or_at_all(tokens, longest, batch_heads):
+    from ringflash.kernels.hopper_backward import heads_at_a_time
+
+    q, k = (torch.empty(1, tokens, count, 128, dtype=torch.bfloat16, device="meta") for count in (32, 8))
+    assert heads_at_a_time(q, k, longest) == batch_heads
 
 
 def test_the_fields_of_an_aggregate_enter_tritons_cache_key():

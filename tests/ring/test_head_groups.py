@@ -1,4 +1,7 @@
-"""On a ring of one, the backward by groups of heads gives the same bits, and never holds all heads' fp32 gradients."""
+"""On a ring of one, the backward by groups of heads gives the same bits, and never holds all heads' fp32 gradients.
+
+On larger rings, the halves of the heads run at the same time, and kernels are told so.
+"""
 
 import dataclasses
 
@@ -81,3 +84,18 @@ def test_a_groups_fp32_gradients_are_freed_before_the_next_ones_are_made(monkeyp
     out.sum().backward()
     assert made
     assert alive == [0] * KEYS
+
+
+@pytest.mark.parametrize(("ranks", "kv_heads", "calls"), [(1, 2, 1), (2, 2, 2), (2, 1, 1)], ids=str)
+def test_a_call_is_told_how_many_run_at_the_same_time(monkeypatch, ranks, kv_heads, calls):
+    told, real = set(), attention.kernels.select
+
+    def noted(*args, calls, **keywords):
+        told.add(calls)
+        return blocked.backward(*args, **keywords)
+
+    monkeypatch.setattr(attention.kernels, "select", lambda *args: dataclasses.replace(real(*args), backward=noted))
+    q, k, v = (torch.randn(ranks, TOKENS // ranks, n, DIM, requires_grad=True) for n in (2, kv_heads, kv_heads))
+    plan = AttentionPlan(IntervalMask.causal(TOKENS), Layout.zigzag(TOKENS, ranks), Loopback(ranks))
+    ring_attention(q, k, v, plan, kernel="blocked").sum().backward()
+    assert told == {calls}
