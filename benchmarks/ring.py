@@ -10,9 +10,9 @@
     torchrun --nproc-per-node 2 benchmarks/ring.py --between         # two or more GPUs: the ring itself, 3 minutes
 
 Without a mode: efficiency. One rank's forward and backward run on one device without its neighbours. Their time is
-compared with the rank's share of one causal call over all tokens by the same kernel (benchmarks/ring_share.py). The
-first, middle and last rank and the one with most pairs are timed, interleaved with the whole call. Their messages are
-there before they start; for the row "slowest with copies", the GPU copies every message meanwhile. Figures of other
+compared with the rank's share of one causal call over all tokens by the same kernel (benchmarks/ring_share.py). All
+ranks are timed, interleaved with the whole call; of a ring of more than 8, the 8 with the most work are. Their messages
+are there before they start; for the row "slowest with copies", the GPU copies every message meanwhile. Figures of other
 rings are printed beside them and are not of this run. Before that, all ranks of a small ring are compared with float64.
 A ring that is wrong is marked WRONG and not timed, and the exit code is 1.
 

@@ -37,6 +37,7 @@ from ringflash.ring.transport import Allocate
 from ringflash.ring.watchdog import Label
 
 CHECKED_LENGTH = 2048
+TIMED_RANKS = 8  # at most
 COLUMNS = ("forward", "backward", "both")
 COPIED = "slowest with copies"
 
@@ -103,21 +104,26 @@ class OneRank:
         self.size = size
         self.local: tuple[int, ...] = (rank,)
         self.device = torch.device(device)
-        self.buffers: list[Tensor] = []  # in the order in which a pass asks for them
+        self._buffers: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
 
     @contextmanager
     def receive_buffers(self, label: Label) -> Iterator[Allocate]:
-        """The buffers of earlier passes, if they fit."""
+        """The buffers of earlier passes that asked for the same. None is freed: a graph may have its address."""
         count = itertools.count()
 
         def kept(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-            n = next(count)
-            if n == len(self.buffers) or (self.buffers[n].shape, self.buffers[n].dtype) != (tuple(shape), dtype):
-                self.buffers[n:] = [torch.randn(*shape, dtype=dtype, device=self.device)]
-            return self.buffers[n]
+            which = next(count), tuple(shape), dtype
+            if which not in self._buffers:
+                self._buffers[which] = torch.randn(*shape, dtype=dtype, device=self.device)
+            return self._buffers[which]
 
         with self._zeroing():
             yield kept
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All buffers, in the order in which passes first asked for them."""
+        return [*self._buffers.values()]
 
     def _zeroing(self) -> AbstractContextManager[object]:
         """A context in which a pass zeroes rows of keys in other memory."""
@@ -161,7 +167,7 @@ class CopiedRank(OneRank):
 
 @dataclass(frozen=True)
 class Share:
-    """Times of some ranks of a case.
+    """Times of the ranks of a case that are timed.
 
     status: "timed", "WRONG" or "failed"; reason: why it was not timed. errors: those of the small ring against float64,
     by tensor. busiest: the pairs of the rank with most, relative to the mean. share_ms: the time of a rank in a perfect
@@ -184,11 +190,26 @@ class Share:
 
     def milliseconds(self, column: str) -> dict[str, float]:
         """Forward, backward, or both: of the slowest timed rank, of their mean, and of the slowest with copies."""
+        alone, copied = self._by_rank(column)
+        return {"slowest": max(alone.values()), "mean": sum(alone.values()) / len(alone), COPIED: max(copied.values())}
+
+    def which_ranks(self) -> dict[str, str]:
+        """Which ranks these are, by the time of both passes: "slowest, 6 of 0-7"."""
+        alone, copied = self._by_rank("both")
+        of = f"of {_listed([*alone])}"
+        return {
+            "slowest": f"slowest, {max(alone, key=alone.__getitem__)} {of}",
+            "mean": f"mean {of}",
+            COPIED: f"{COPIED}, {max(copied, key=copied.__getitem__)} {of}",
+        }
+
+    def _by_rank(self, column: str) -> tuple[dict[int, float], dict[int, float]]:
+        """Milliseconds of each timed rank, and of each with copies."""
         alone, copied = (
-            [sum(took[d].ms for d in took if column in (d, "both")) for took in ranks.values()]
+            {rank: sum(took[d].ms for d in took if column in (d, "both")) for rank, took in ranks.items()}
             for ranks in (self.ranks, self.copied)
         )
-        return {"slowest": max(alone), "mean": sum(alone) / len(alone), COPIED: max(copied)}
+        return alone, copied
 
     def efficiency(self, column: str) -> dict[str, float]:
         """The same as efficiencies."""
@@ -226,9 +247,10 @@ def check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device)
     return checks.whole(small, inputs).errors(**results)
 
 
-def measured_ranks(pairs: list[int]) -> list[int]:
-    """The ranks that are timed: first, middle, last, and the one with most (query, key) pairs."""
-    return sorted({0, len(pairs) // 2, len(pairs) - 1, max(range(len(pairs)), key=pairs.__getitem__)})
+def measured_ranks(plan: AttentionPlan) -> list[int]:
+    """The ranks that are timed: all, or of a larger ring those with the most work (`Layout.work`)."""
+    work = sum(plan.layout.work(mask).sum(1) for mask in plan.masks)
+    return sorted(sorted(range(plan.layout.ranks), key=lambda rank: -work[rank])[:TIMED_RANKS])
 
 
 def pairs_by_rank(plan: AttentionPlan) -> list[int]:
@@ -242,8 +264,8 @@ def _timed(
 ) -> Share:
     whole = case.whole()
     inputs = case.inputs(dtype, device)
-    pairs = pairs_by_rank(case.plan(Loopback(case.ranks)))
-    ranks = measured_ranks(pairs)
+    plan = case.plan(Loopback(case.ranks))
+    pairs, ranks = pairs_by_rank(plan), measured_ranks(plan)
     rings = {"whole": OneRank(1, 0, device)}
     rings |= {f"rank {rank}": OneRank(case.ranks, rank, device) for rank in ranks}
     rings |= {f"copied {rank}": CopiedRank(case.ranks, rank, device) for rank in ranks}
@@ -282,6 +304,21 @@ def passes(plan: AttentionPlan, inputs: tuple[Tensor, ...], kernel: str) -> Pass
         return timing.Graph.of(forward, stream), timing.Graph.of(backward, stream)
 
 
+def _listed(ranks: list[int]) -> str:
+    """The ranks, ascending, where three or more in a row are one range.
+
+    >>> _listed([0, 1, 2, 3, 8, 9])
+    '0-3,8,9'
+    """
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+
+
 def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """A small q and k of the case's heads."""
     q, k, *_ = case.shrunk(1).inputs(dtype, device)
@@ -309,9 +346,8 @@ def table(case: RingCase, share: Share, header: bool) -> str:
         lines.append(f"{share.case:<26} {ours:<42} {share.status}: {share.reason}")
     else:
         ms = {direction: share.milliseconds(direction) for direction in COLUMNS[:2]}
-        for which in share.efficiency("both"):
+        for which, rank in share.which_ranks().items():
             cells = [f"{share.efficiency(column)[which]:.3f}" for column in COLUMNS]
-            rank = f"{which} of {','.join(map(str, share.ranks))}"
             took = " + ".join(f"{of[which]:.2f}" for of in ms.values())
             lines.append(_line(share.case, ours, rank, [*cells, f"{share.busiest:.3f}", took]))
     for name, figures in peer_figures(case).items():
