@@ -2,6 +2,7 @@
 
 attention                       ring_attention: autograd around a forward and a backward
 plan, routes, ranges            once per step: what each hop computes, and which keys and gradients are sent
+key_hops                        whose keys a hop brings, and where they lie in a buffer
 schedule, compiler              once per shape of layers: the steps of both passes, and how they follow from a plan
 execution, passes, streams      once per layer: run the steps, on one or two CUDA streams
 transport, copy_engine          the ring between processes, by NCCL, gloo or copy engines, or within one process

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from ringflash.ring.key_hops import KeyHops
 from ringflash.ring.ranges import Range, Ranges
 from ringflash.ring.routes import Route
 from ringflash.ring.schedule import (
@@ -37,27 +38,34 @@ from ringflash.ring.schedule import (
 def compile_passes(
     ranks: tuple[int, ...],
     routes: tuple[Route, ...],
-    length: int,
-    pairs: Callable[[Range], Sequence[Sequence[int]]],
+    hops: tuple[KeyHops, KeyHops],
+    forward_pairs: Sequence[Sequence[int]],
+    backward_pairs: Callable[[Range], Sequence[Sequence[int]]],
     shape: Shape,
     writes_gradients: bool,
 ) -> tuple[Schedule, Schedule]:
     """The forward and the backward of a layer of this shape, for local ranks of a ring.
 
-    length: rows of a shard. pairs: visible (query, key) pairs of each local rank on each hop, with some rows of every
-    shard's keys. writes_gradients: whether one kernel call computes dk and dv, and writes them in 16 bits.
+    hops: those of forward and backward. Pairs are visible (query, key) pairs of each local rank on each hop, in the
+    backward with some rows of every shard's keys. writes_gradients: whether one kernel call computes dk and dv, and
+    writes them in 16 bits.
     """
+    of_forward, of_backward = hops
+    length = of_forward.layout.shard_length
     heads = head_sections(routes, length, shape.key_heads)
     sections = heads if len(heads) > 1 else _row_sections(heads[0])  # of the backward
     if writes_gradients:
         sections = tuple(replace(section, written=True) for section in sections)
-    keys = _key_buffers(routes, length, shape)
     gradients = {name: (buffer,) for section in sections for name, buffer in _gradient_buffers(section, shape)}
-    of_hops = pairs(Range(0, length))
-    of_sections = list(zip(*(pairs(section.rows) for section in sections), strict=True))
-    forward = (tuple(forward_steps(rank, x, routes, heads)) for rank, x in zip(ranks, of_hops, strict=True))
-    backward = (tuple(backward_steps(rank, x, routes, sections)) for rank, x in zip(ranks, of_sections, strict=True))
-    return Schedule(ranks, heads, keys, tuple(forward)), Schedule(ranks, sections, keys | gradients, tuple(backward))
+    of_sections = list(zip(*(backward_pairs(section.rows) for section in sections), strict=True))
+    forward = (tuple(forward_steps(rank, x, of_forward, heads)) for rank, x in zip(ranks, forward_pairs, strict=True))
+    backward = (
+        tuple(backward_steps(rank, x, of_backward, sections)) for rank, x in zip(ranks, of_sections, strict=True)
+    )
+    return (
+        Schedule(ranks, heads, _key_buffers(of_forward, shape), tuple(forward)),
+        Schedule(ranks, sections, _key_buffers(of_backward, shape) | gradients, tuple(backward)),
+    )
 
 
 def head_sections(routes: tuple[Route, ...], length: int, key_heads: int) -> tuple[Section, ...]:
@@ -90,11 +98,14 @@ def _hops(routes: Sequence[Route]) -> int:
     return 1 + max(route.last_hop for route in routes)
 
 
-def _key_buffers(routes: Sequence[Route], length: int, shape: Shape) -> dict[str, tuple[Buffer, ...]]:
-    """Keys and values [S, B, Hkv, D], so that rows are contiguous, for each buffer in which any rank receives."""
+def _key_buffers(hops: KeyHops, shape: Shape) -> dict[str, tuple[Buffer, ...]]:
+    """Keys and values [rows, B, Hkv, D], so that rows are contiguous, for each buffer in which any rank receives."""
     dims = (shape.key_dim, shape.value_dim)
-    kv = tuple(Buffer((length, shape.batch, shape.key_heads, dim), shape.dtype) for dim in dims)
-    return {_keys_of(s): kv for s in (2, 1) if any(any(route.keys[s::2]) for route in routes)}
+    rows = {s: max(hops.rows(rank, s) for rank in range(hops.layout.ranks)) for s in (2, 1) if s < hops.number}
+    return {
+        _keys_of(s): tuple(Buffer((count, shape.batch, shape.key_heads, dim), shape.dtype) for dim in dims)
+        for s, count in rows.items()
+    }
 
 
 def _gradient_buffers(section: Section, shape: Shape) -> Iterator[tuple[str, Buffer]]:
@@ -110,20 +121,18 @@ def _gradient_buffers(section: Section, shape: Shape) -> Iterator[tuple[str, Buf
 # -- the two passes
 
 
-def forward_steps(
-    rank: int, pairs: Sequence[int], routes: Sequence[Route], sections: Sequence[Section]
-) -> Iterator[Step]:
+def forward_steps(rank: int, pairs: Sequence[int], hops: KeyHops, sections: Sequence[Section]) -> Iterator[Step]:
     """While a hop is computed, the keys of the next hop are sent. pairs: those of each hop."""
-    hops, last_stream = _hops(routes), sections[-1].stream
-    if hops > 1:
-        yield from _lay_out_keys(rank, routes, sections)
-    for s in range(hops):
+    last_stream = sections[-1].stream
+    if hops.number > 1:
+        yield from _lay_out_keys(rank, hops)
+    for s in range(hops.number):
         if s > 0:
             yield Wait(0, f"hop {s}")
         if last_stream:
             yield Fork()
-        if s + 1 < hops:  # both streams are done with hop s - 1 here, whose buffer this fills
-            yield _post_keys(rank, routes, s + 1, last_stream)
+        if s + 1 < hops.number:  # both streams are done with hop s - 1 here, whose buffer this fills
+            yield _post_keys(rank, hops, s + 1, last_stream)
         for section in sections:
             yield Attend(section.stream, f"hop {s}", s, section.index, pairs[s], _keys_of(s))
     if last_stream:
@@ -134,17 +143,17 @@ def forward_steps(
 
 
 def backward_steps(
-    rank: int, pairs: Sequence[Sequence[int]], routes: Sequence[Route], sections: Sequence[Section]
+    rank: int, pairs: Sequence[Sequence[int]], hops: KeyHops, sections: Sequence[Section]
 ) -> Iterator[Step]:
     """Keys are sent as in the forward, and their gradients one hop later. A rank's own keys come last.
 
     One section's gradients are sent while the kernel adds to the other's. pairs: those of each section and hop.
     """
-    hops, last_stream = _hops(routes), sections[-1].stream
-    order = [*range(1, hops), 0]
-    if hops > 1:
-        yield from _lay_out_keys(rank, routes, sections)
-        yield _post_keys(rank, routes, 1, 0)
+    last_stream = sections[-1].stream
+    order = [*range(1, hops.number), 0]
+    if hops.number > 1:
+        yield from _lay_out_keys(rank, hops)
+        yield _post_keys(rank, hops, 1, 0)
     yield Call(0, "delta", "prepare")  # this and the next steps run while the first keys are sent
     for section in sections:
         if not section.written:
@@ -154,11 +163,11 @@ def backward_steps(
             yield Wait(0, f"hop {s}")
         if last_stream:
             yield Fork()
-        if 0 < s < hops - 1:
-            yield _post_keys(rank, routes, s + 1, last_stream)
+        if 0 < s < hops.number - 1:
+            yield _post_keys(rank, hops, s + 1, last_stream)
         for section in sections:
             if s != order[0]:
-                yield Wait(section.stream, _gradients_label((s or hops) - 1, section))
+                yield Wait(section.stream, _gradients_label((s or hops.number) - 1, section))
                 yield _clear_gradients(rank, section, s, section.stream)
             visible, here = pairs[section.index][s], section.gradients(rank, s)
             yield Attend(section.stream, f"hop {s}", s, section.index, visible, _keys_of(s), here)
@@ -179,29 +188,34 @@ def _gradients_label(s: int, section: Section) -> str:
     return f"gradients of hop {s}, section {section.index}"
 
 
-def _lay_out_keys(rank: int, routes: Sequence[Route], sections: Sequence[Section]) -> Iterator[Step]:
+def _lay_out_keys(rank: int, hops: KeyHops) -> Iterator[Step]:
     """Zero the rows that the first message into a buffer does not fill; then copy own keys to the layout for sending.
 
     A kernel's tiles extend beyond the edge of a run, where 0 times the contents must be 0.
     """
-    size, whole, rows = len(routes), Ranges([Range(0, sections[-1].rows.end)]), []
+    rows: list[Rows] = []
     for first in (2, 1):
-        coming = (routes[(rank - s) % size].keys[s] for s in range(first, size, 2))
+        coming = ([move.target for move in hops.moves(rank, s)] for s in range(first, hops.number, 2))
         if (filled := next(filter(None, coming), None)) is not None:
-            rows += [Rows(_keys_of(first), *r) for r in whole.without(filled)]
+            whole = Ranges([Range(0, hops.rows(rank, first))])
+            rows += [Rows(_keys_of(first), *r) for r in whole.without(Ranges.covering(filled))]
     yield Clear(0, "clear", tuple(rows))
     yield Call(0, "lay out own keys", "lay_out_keys")
 
 
-def _post_keys(rank: int, routes: Sequence[Route], s: int, stream: int) -> Post:
+def _post_keys(rank: int, hops: KeyHops, s: int, stream: int) -> Post:
     """Send the keys that hop s needs from the buffer of hop s - 1."""
-    size, here, there = len(routes), _keys_of(s - 1), _keys_of(s)
-    leaving, coming = routes[(rank - s + 1) % size].keys[s], routes[(rank - s) % size].keys[s]
+    here, there = _keys_of(s - 1), _keys_of(s)
     return Post(
         stream,
         f"hop {s}",
-        tuple(Send((rank + 1) % size, Rows(here, *r), Rows(there, *r)) for r in leaving),
-        tuple(Receive((rank - 1) % size, Rows(there, *r)) for r in coming),
+        tuple(
+            Send(peer, Rows(here, *source), Rows(there, *target))
+            for peer in hops.receivers(rank, s)
+            for sender, source, target in hops.moves(peer, s)
+            if sender == rank
+        ),
+        tuple(Receive(sender, Rows(there, *target)) for sender, _, target in hops.moves(rank, s)),
     )
 
 

@@ -33,6 +33,7 @@ from ringflash.layout import Layout
 from ringflash.load_balance import by_hop
 from ringflash.mask import IntervalMask
 from ringflash.ring.compiler import backward_steps, forward_steps, head_sections
+from ringflash.ring.key_hops import KeyHops
 from ringflash.ring.routes import routes
 from ringflash.ring.simulation import Rates, simulate
 
@@ -168,6 +169,7 @@ def best_ulysses(
 def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) -> float:
     """Seconds of one layer's attention, forward and backward, without the cost of kernel launches."""
     ways, pairs = routes((mask,), layout), by_hop(layout.pairs(mask).numpy()).T.tolist()
+    of_forward, of_backward = KeyHops.of_forward(layout, ways), KeyHops.of_backward(layout, ways)
     sections = head_sections(ways, layout.shard_length, 2)  # gradients travel in halves, of the heads or of the keys
     per_pair = FLOPS_PER_PAIR * heads.products / machine.flops / len(sections)
     of_keys = 2 * heads.key_width  # k and v, 2 bytes; dk and dv, 4 bytes
@@ -181,7 +183,10 @@ def predict(mask: IntervalMask, layout: Layout, heads: Heads, machine: Machine) 
         )
 
     ranks = range(layout.ranks)
-    forward = simulate((forward_steps(rank, pairs[rank], ways, sections) for rank in ranks), rates(1 / 3.5))
+    together = [[sum(of_rank[d] for d in some) for some in of_forward.distances] for of_rank in pairs]
+    forward = simulate((forward_steps(rank, together[rank], of_forward, sections) for rank in ranks), rates(1 / 3.5))
     of_sections = [[pairs[rank]] * len(sections) for rank in ranks]
-    backward = simulate((backward_steps(rank, of_sections[rank], ways, sections) for rank in ranks), rates(2.5 / 3.5))
+    backward = simulate(
+        (backward_steps(rank, of_sections[rank], of_backward, sections) for rank in ranks), rates(2.5 / 3.5)
+    )
     return forward.seconds + backward.seconds

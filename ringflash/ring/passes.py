@@ -13,7 +13,7 @@ from torch import Tensor
 from ringflash.kernels import Kernel
 from ringflash.partial import Partial, merge_sink
 from ringflash.ring.execution import Memory
-from ringflash.ring.plan import AttentionPlan
+from ringflash.ring.plan import AttentionPlan, Hop
 from ringflash.ring.schedule import OWN, RESULTS, Attend, Call, Schedule, Shape
 from ringflash.ring.watchdog import Label
 
@@ -41,14 +41,23 @@ class Layer:
         return sink if self.plan.ulysses is None else self.plan.ulysses.own(sink)
 
 
-class _Pass:
-    """The handling of keys in both passes. i: the local rank's index. k, v [B, S, Hkv, D]: its own."""
+# Of each section: the hops, and of these the local ranks.
+Hops = list[tuple[tuple[Hop, ...], ...]]
 
-    def __init__(self, layer: Layer, schedule: Schedule, i: int, k: Tensor, v: Tensor, memory: Memory) -> None:
+
+class _Pass:
+    """The handling of keys in both passes. i: the local rank's index. k, v [B, S, Hkv, D]: its own.
+
+    hops: those of each section.
+    """
+
+    def __init__(
+        self, layer: Layer, schedule: Schedule, i: int, k: Tensor, v: Tensor, hops: Hops, memory: Memory
+    ) -> None:
         self.layer, self.rank, self.memory, self.own = layer, layer.plan.ring.local[i], memory, (k, v)
         self.sections, self.streams = schedule.sections, schedule.streams
-        self.hops = [[hop[i] for hop in layer.plan.hops_of(section.rows)] for section in self.sections]
-        self._keys: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self.hops = [[hop[i] for hop in of_section] for of_section in hops]
+        self._keys: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
 
     def queries_of(self, section: int, query_heads: int) -> slice:
         """The query heads that share the section's KV heads."""
@@ -59,22 +68,23 @@ class _Pass:
     def lay_out_keys(self, step: Call) -> None:
         """Own keys and values in the layout for sending, [S, B, Hkv, D]: copied unless they already have it.
 
-        The copy uses the buffer that receives nothing before hop 2.
+        The copy uses the buffer that receives nothing before hop 2, if it is large enough.
         """
         by_token = [x.transpose(0, 1) for x in self.own]
         if not all(x.is_contiguous() for x in by_token):
-            copies = self.memory.get("keys 0") or [
-                torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in by_token
-            ]
-            by_token = [copy.copy_(x) for copy, x in zip(copies, by_token, strict=True)]
+            copies = self.memory.get("keys 0", ())
+            if not copies or len(copies[0]) < len(by_token[0]):
+                copies = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in by_token]
+            by_token = [copy[: len(x)].copy_(x) for copy, x in zip(copies, by_token, strict=True)]
         self.memory[OWN] = by_token
 
     def keys(self, step: Attend) -> tuple[Tensor, Tensor]:
         """k and v [B, rows, heads, D] of a step."""
-        at = step.keys, step.section
+        length = self.hops[step.section][step.hop].keys
+        at = step.keys, step.section, length
         if at not in self._keys:
             section = self.sections[step.section]
-            rows, heads = slice(*section.rows), slice(*section.heads)
+            rows, heads = slice(section.rows.begin, section.rows.begin + length), slice(*section.heads)
             k, v = self.own if step.keys == OWN else (x.transpose(0, 1) for x in self.memory[step.keys])
             self._keys[at] = k[:, rows, heads], v[:, rows, heads]
         return self._keys[at]
@@ -91,7 +101,8 @@ class Forward(_Pass):
         keeps_residue: bool, memory: Memory,
     ) -> None:  # fmt: skip
         q, k, v = tensors
-        super().__init__(layer, schedule, i, k, v, memory)
+        hops = [layer.plan.forward_hops for _ in schedule.sections]
+        super().__init__(layer, schedule, i, k, v, hops, memory)
         self.sink, self.keeps_residue = sink, keeps_residue
         self.out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
         self.query_heads = [self.queries_of(i, q.shape[2]) for i in range(len(self.sections))]
@@ -149,7 +160,8 @@ class Backward(_Pass):
         self, layer: Layer, schedule: Schedule, i: int, saved: Saved, results: tuple[Tensor, ...], label: Label,
         memory: Memory,
     ) -> None:  # fmt: skip
-        super().__init__(layer, schedule, i, saved.k, saved.v, memory)
+        hops = [layer.plan.hops_of(section.rows) for section in schedule.sections]
+        super().__init__(layer, schedule, i, saved.k, saved.v, hops, memory)
         self.saved, self.label = saved, label
         self.query_heads = [self.queries_of(i, saved.q.shape[2]) for i in range(len(self.sections))]
         self.of_queries: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []  # by section

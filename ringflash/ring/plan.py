@@ -25,8 +25,8 @@ that no later rank sees are not sent.
        2      9 > 2         3         .         .
        3          9         3         .         .
 
-Every rank makes the plan for itself, once per step, on the CPU. Layers run it without reading the mask again and
-without a host synchronisation.
+In the forward, a hop of a balanced layout has the keys of four ranks (`ring.key_hops`). Every rank makes the plan for
+itself, once per step, on the CPU. Layers run it without reading the mask again and without a host synchronisation.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from ringflash.layout import Layout
 from ringflash.mask import IntervalMask, check_tokens
 from ringflash.ring.collectives import agree, checksum, gathered
 from ringflash.ring.compiler import compile_passes
+from ringflash.ring.key_hops import KeyHops
 from ringflash.ring.ranges import Range
 from ringflash.ring.routes import Route, routes
 from ringflash.ring.schedule import Schedule, Shape
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 class Hop:
     """One rank's work on one hop.
 
-    - source: the rank whose keys are processed.
+    - keys: the number of keys that are processed.
     - pairs: visible (query, key) pairs, over the masks' batch rows.
     - intervals: the nonempty masks between this rank's queries and those keys, on the ring's device. A hop without any
       is skipped, except hop 0, which starts the result.
@@ -67,7 +68,7 @@ class Hop:
       only one.
     """
 
-    source: int
+    keys: int
     pairs: int
     intervals: tuple[Intervals, ...]
     seen: tuple[Tensor | None, ...]
@@ -84,8 +85,9 @@ class AttentionPlan:
 
     What follows from them:
 
-    - hops[s][i]: hop s of local rank ring.local[i].
     - routes[c]: the route of rank c's keys.
+    - key_hops: whose keys each hop of the forward brings, and each hop of the backward.
+    - hops[s][i]: hop s of local rank ring.local[i], in the backward; forward_hops: the same of the forward.
     - token_layout: which rank holds which tokens outside attention.
     - local_ranks: the ranks of token_layout that are local.
 
@@ -110,8 +112,11 @@ class AttentionPlan:
         size, own = (1, 0) if ulysses is None else (ulysses.size, ulysses.rank)
         self.token_layout = layout.split(size)
         self.local_ranks = tuple(rank * size + own for rank in ring.local)
-        self.hops = self._hops(slice(0, layout.shard_length))
         self.routes: tuple[Route, ...] = routes(self.masks, layout)
+        self.key_hops = KeyHops.of_forward(layout, self.routes), KeyHops.of_backward(layout, self.routes)
+        self.hops = self._hops(self._keys_of_each_rank)
+        alike = self.key_hops[0].stride == self.key_hops[1].stride
+        self.forward_hops = self.hops if alike else self._hops(self.key_hops[0].positions)
         self._narrower: dict[str, AttentionPlan] = {}
         self._hops_of: dict[Range, tuple[tuple[Hop, ...], ...]] = {}
         self._schedules: dict[Shape, tuple[Schedule, Schedule]] = {}
@@ -142,24 +147,26 @@ class AttentionPlan:
             if shared := (a & b).area():
                 raise ValueError(f"masks of one plan must share no pair, but two of them share {shared}")
 
-    def _hops(self, rows: slice) -> tuple[tuple[Hop, ...], ...]:
-        return tuple(zip(*(self._hops_of_rank(rank, rows) for rank in self.ring.local), strict=True))
+    def _keys_of_each_rank(self, rank: int, rows: slice = slice(None)) -> list[Tensor]:
+        """The positions of these rows of every rank's keys, in the order in which a rank has them on its hops."""
+        return [self.layout.positions((rank - s) % self.ring.size)[rows] for s in range(self.ring.size)]
 
-    def _hops_of_rank(self, rank: int, rows: slice) -> list[Hop]:
-        size, device = self.ring.size, self.ring.device
-        queries, sources = self.layout.positions(rank), [(rank - s) % size for s in range(size)]
-        keys = [self.layout.positions(source)[rows] for source in sources]
+    def _hops(self, keys: Callable[[int], list[Tensor]]) -> tuple[tuple[Hop, ...], ...]:
+        return tuple(zip(*(self._hops_of_rank(rank, keys(rank)) for rank in self.ring.local), strict=True))
+
+    def _hops_of_rank(self, rank: int, keys: list[Tensor]) -> list[Hop]:
+        queries, device = self.layout.positions(rank), self.ring.device
         blocks = [[mask.restrict(queries, some) for mask in self.masks] for some in keys]
         computed = [[x for x in some if x.area()] or (some[:1] if s == 0 else []) for s, some in enumerate(blocks)]
         seen = iter(rows_seen([x for some in computed for x in some], device))
         return [
             Hop(
-                source,
+                len(of_hop),
                 pairs=sum(x.area() * (self.batch // x.batch) for x in some),
                 intervals=tuple(x.intervals(device) for x in some),
                 seen=tuple(next(seen) for _ in some),
             )
-            for source, some in zip(sources, computed, strict=True)
+            for of_hop, some in zip(keys, computed, strict=True)
         ]
 
     @property
@@ -214,21 +221,17 @@ class AttentionPlan:
         if rows == (0, self.layout.shard_length):
             return self.hops
         if rows not in self._hops_of:
-            self._hops_of[rows] = self._hops(slice(*rows))
+            self._hops_of[rows] = self._hops(lambda rank: self._keys_of_each_rank(rank, slice(*rows)))
         return self._hops_of[rows]
 
     def schedules(self, shape: Shape) -> tuple[Schedule, Schedule]:
         """The forward and backward schedules of layers of this shape, compiled once."""
         if shape not in self._schedules:
             self._schedules[shape] = compile_passes(
-                self.ring.local, self.routes, self.layout.shard_length, self._pairs, shape,
-                self.writes_gradients(shape.dtype),
+                self.ring.local, self.routes, self.key_hops, _pairs(self.forward_hops),
+                lambda rows: _pairs(self.hops_of(rows)), shape, self.writes_gradients(shape.dtype),
             )  # fmt: skip
         return self._schedules[shape]
-
-    def _pairs(self, rows: Range) -> list[list[int]]:
-        """Visible pairs of each local rank on each hop, with these rows of every shard's keys."""
-        return [[hop.pairs for hop in hops] for hops in zip(*self.hops_of(rows), strict=True)]
 
     def writes_gradients(self, dtype: torch.dtype) -> bool:
         """Whether one call of a kernel computes dk and dv of inputs of that dtype, and so writes them in 16 bits.
@@ -347,14 +350,19 @@ class AttentionPlan:
         return f"AttentionPlan({self.mask!r}, {self.layout!r}, ring of {self.ring.size})"
 
     def __str__(self) -> str:
-        cells = [[self._summary(s, hop) for hop in hops] for s, hops in enumerate(self.hops)]
+        cells = [[self._summary(i, s, hop) for i, hop in enumerate(hops)] for s, hops in enumerate(self.hops)]
         width = max(10, 2 + max(len(cell) for column in cells for cell in column))
         rows = ["rank " + "".join(f"{f'hop {s}':>{width}}" for s in range(len(cells)))]
         for i, rank in enumerate(self.ring.local):
             rows.append(f"{rank:>4} " + "".join(f"{column[i]:>{width}}" for column in cells))
         return "\n".join(rows)
 
-    def _summary(self, s: int, hop: Hop) -> str:
-        keys = self.routes[hop.source].keys
+    def _summary(self, i: int, s: int, hop: Hop) -> str:
+        keys = self.routes[(self.ring.local[i] - s) % self.ring.size].keys
         forwarded = keys[s + 1].tokens if s + 1 < len(keys) else 0
         return f"{hop.pairs or '.'}" + (f" > {forwarded}" if forwarded else "")
+
+
+def _pairs(hops: tuple[tuple[Hop, ...], ...]) -> list[list[int]]:
+    """Visible pairs of each local rank on each hop."""
+    return [[hop.pairs for hop in of_rank] for of_rank in zip(*hops, strict=True)]

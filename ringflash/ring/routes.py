@@ -10,6 +10,7 @@ With windows of three keys and one run of tokens per rank, the next rank sees th
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +30,14 @@ _GAP = 1 / 32
 class Route:
     """Which of one rank's keys, and of their gradients, are sent after each hop.
 
-    last_hop: the last hop on which any rank sees a key. keys[s]: the keys received for hop s, which are all that hops s
-    and later see. gradients[s]: the keys with gradients on the rank that has computed hop s. Of these, forwarded[s] are
-    sent to the next rank, whose hop may add to them; returned[s], which no later hop adds to, are sent to the owner.
+    last_hop: the last hop on which any rank sees a key. seen[s]: the keys that the rank at distance s sees, with short
+    gaps filled. keys[s]: the keys received for hop s with a stride of 1, which are all that hops s and later see.
+    gradients[s]: the keys with gradients on the rank that has computed hop s. Of these, forwarded[s] are sent to the
+    next rank, whose hop may add to them; returned[s], which no later hop adds to, are sent to the owner.
     """
 
     last_hop: int
+    seen: tuple[Ranges, ...]
     keys: tuple[Ranges, ...]
     gradients: tuple[Ranges, ...]
     forwarded: tuple[Ranges, ...]
@@ -52,7 +55,7 @@ class Route:
 
     def within(self, begin: int, end: int) -> Route:
         """The route of tokens begin..end - 1 alone, renumbered from begin."""
-        sides = (self.keys, self.gradients, self.forwarded, self.returned)
+        sides = (self.seen, self.keys, self.gradients, self.forwarded, self.returned)
         return Route(self.last_hop, *(tuple(ranges.within(begin, end) for ranges in side) for side in sides))
 
 
@@ -61,23 +64,36 @@ def routes(masks: tuple[IntervalMask, ...], layout: Layout) -> tuple[Route, ...]
 
     A token that any batch row needs is sent for all batch rows, because these are adjacent in memory.
     """
-    ranks, gap = layout.ranks, max(1, int(layout.shard_length * _GAP))
+    ranks, gap = layout.ranks, _gap(layout.shard_length)
     seen = _seen(masks, layout, gap)
     found = []
     for source in range(ranks):
         by_hop = [seen[(source + s) % ranks][source] for s in range(ranks)]
         last_hop = max((s for s in range(1, ranks) if by_hop[s]), default=0)
-        keys, later = [Ranges([Range(0, layout.shard_length)])] * ranks, Ranges()
-        for s in reversed(range(1, ranks)):
-            keys[s] = later = later.union(by_hop[s], gap)
+        keys = needed(by_hop, 1, layout.shard_length)
         gradients, forwarded, returned = ([Ranges()] * ranks for _ in range(3))
         for s in range(1, ranks):
             gradients[s] = forwarded[s - 1].union(by_hop[s])
             over = gradients[s].without(keys[s + 1] if s < last_hop else Ranges())
             returned[s] = Ranges(r for r in over if s == last_hop or r.end - r.begin >= gap)
             forwarded[s] = gradients[s].without(returned[s])
-        found.append(Route(last_hop, *map(tuple, (keys, gradients, forwarded, returned))))
+        found.append(Route(last_hop, *map(tuple, (by_hop, keys, gradients, forwarded, returned))))
     return tuple(found)
+
+
+def needed(seen: Sequence[Ranges], stride: int, length: int) -> list[Ranges]:
+    """By distance d: the keys that ranks at d, d + stride, d + 2 stride and so on see; all of them for distance 0.
+
+    seen: those that the rank at each distance sees. length: of a shard. Short gaps are filled.
+    """
+    gap, found = _gap(length), [Ranges([Range(0, length)]), *seen[1:]]
+    for d in reversed(range(1, len(seen) - stride)):
+        found[d] = found[d + stride].union(seen[d], gap)
+    return found
+
+
+def _gap(length: int) -> int:
+    return max(1, int(length * _GAP))
 
 
 def _seen(masks: tuple[IntervalMask, ...], layout: Layout, gap: int) -> list[list[Ranges]]:

@@ -31,10 +31,11 @@ other's.
 All ranks have the same kinds of steps in the same order; an idle rank has nothing to do in a step. So ranks cannot
 deadlock, and a Loopback runs them side by side.
 
-The keys of hop s are in buffer "keys s % 2". A message fills rows of the peer's buffer with the same name. The
-gradients of a hop are in one of two buffers per section, which alternate: one is added to and sent while the other
-receives. A rank's own gradients return into the latter, or into a third buffer if any rank still forwards others' by
-then. If one call computes all gradients, as on a ring of one, there is no buffer: the kernel writes the results.
+The keys of hop s are in buffer "keys s % 2": those of one other rank, or in some forwards of four (`ring.key_hops`). A
+message fills rows of the peer's buffer, and names them as that rank does. The gradients of a hop are in one of two
+buffers per section, which alternate: one is added to and sent while the other receives. A rank's own gradients return
+into the latter, or into a third buffer if any rank still forwards others' by then. If one call computes all gradients,
+as on a ring of one, there is no buffer: the kernel writes the results.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ RESULTS = "results"  # dk and dv as the pass returns them
 
 
 class Rows(NamedTuple):
-    """Rows begin..end - 1 of a buffer, which has one row per token of a shard or section."""
+    """Rows begin..end - 1 of a buffer, which has one row per token."""
 
     buffer: str
     begin: int

@@ -27,14 +27,15 @@ def test_every_visible_pair_is_covered_by_exactly_one_hop(data, length, ranks, n
     mask, dense = data.draw(masks(length))
     layout = Layout.named(name, length, ranks)
     plan = AttentionPlan(mask, layout, Loopback(ranks))
-    covered = torch.zeros(len(dense), layout.padded_length, layout.padded_length, dtype=torch.int64)
-    for hops in plan.hops:
-        for rank, hop in enumerate(hops):
-            for intervals in hop.intervals:
-                covered[:, layout.positions(rank)[:, None], layout.positions(hop.source)] += shown(intervals)
-    assert torch.equal(covered[:, :length, :length], dense.long())
-    assert covered.sum() == dense.sum()
-    assert sum(hop.pairs for hops in plan.hops for hop in hops) == dense.sum()
+    for of_pass, key_hops in ((plan.forward_hops, plan.key_hops[0]), (plan.hops, plan.key_hops[1])):
+        covered = torch.zeros(len(dense), layout.padded_length, layout.padded_length, dtype=torch.int64)
+        for rank in range(ranks):
+            for hops, keys in zip(of_pass, key_hops.positions(rank), strict=False):
+                for intervals in hops[rank].intervals:
+                    covered[:, layout.positions(rank)[:, None], keys] += shown(intervals)
+        assert torch.equal(covered[:, :length, :length], dense.long())
+        assert covered.sum() == dense.sum()
+        assert sum(hop.pairs for hops in of_pass for hop in hops) == dense.sum()
 
 
 def test_hops_that_see_nothing_are_not_computed():
