@@ -30,6 +30,8 @@ in a ring, the backward then has two sections, a quarter of the keys and the res
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict, Unpack, overload
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,27 @@ from ringflash.ring.watchdog import Label
 GROUP_BYTES = 2**30
 
 
+class Options(TypedDict, total=False):
+    """What ring_attention and flash_attention take by keyword alone."""
+
+    scale: float | None
+    softcap: float | None
+    sink: Tensor | None
+    kernel: str
+    deterministic: bool
+    compensated: bool
+
+
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *,
+    return_lse: Literal[False] = False, layer: int | None = None, **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *,
+    return_lse: Literal[True], layer: int | None = None, **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @torch.compiler.disable(reason="streams and exchanges cannot be part of a compiled graph")
 def ring_attention(
     q: Tensor,
@@ -110,6 +133,16 @@ def ring_attention(
         return _RingAttention.apply(q, k, v, sink, shared)
 
 
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *,
+    return_lse: Literal[False] = False, **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *,
+    return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @torch.compiler.disable(reason="its plan is made on the host")
 def flash_attention(
     q: Tensor,
@@ -134,7 +167,7 @@ def flash_attention(
     if not isinstance(mask, IntervalMask):
         raise TypeError(f"mask must be an IntervalMask, such as IntervalMask.causal(tokens), got {mask!r:.100}")
     plan = AttentionPlan(mask, Layout.contiguous(mask.queries, 1), Loopback(1, q.device))
-    return ring_attention(
+    return ring_attention(  # type: ignore[call-overload]
         q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel,
         deterministic=deterministic, compensated=compensated, return_lse=return_lse,
     )  # fmt: skip
