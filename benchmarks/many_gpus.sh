@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What to run first on a host with several GPUs: 9 minutes in all. Tables are printed; results go to OUT (default benchmarks/results).
+# What to run first on a host with several GPUs: 11 minutes in all. Tables are printed; results go to OUT (default benchmarks/results).
 #
 #   benchmarks/many_gpus.sh                all four parts, one after the other; or one of them:
-#   benchmarks/many_gpus.sh correct        rings, Ulysses, both together and replicas against one GPU        3 minutes
+#   benchmarks/many_gpus.sh correct        rings, Ulysses, replicas, LoRA, DPO and resumed runs against one GPU        5 minutes
 #   benchmarks/many_gpus.sh efficiency     8k, 16k and 64k tokens per GPU, and a published benchmark's shape, with peers        2 minutes
 #   benchmarks/many_gpus.sh training       steps of a 0.6B and an 8B shape, by length                        2 minutes
 #   benchmarks/many_gpus.sh failures       one rank killed, one rank stopped: what is printed, and when       2 minutes
 #
 # GPUS=N takes the first N GPUs. LENGTHS="131072 262144" are lengths for `training` (131072 by default); longer ones take longer.
 # `correct` needs pytest: pip install -c constraints.txt '.[train,dev]'.
-# The minutes of `correct` and `efficiency` are those of two H200; the others are estimates.
+# The minutes of `efficiency` are those of two H200; the others are estimates.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-$PWD/benchmarks/results} PATH="$PWD/.venv/bin:$PATH"
@@ -38,7 +38,7 @@ for part in "$@"; do
     case $part in
     correct)
         tests=(tests/ring/test_gpus.py tests/training/test_gpus.py)
-        limited 300 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short -k "not that_hangs" "${tests[@]}"
+        limited 480 python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short -k "not that_hangs" "${tests[@]}"
         ;;
     efficiency)
         limited 240 "${ranks[@]}" benchmarks/ring.py --between --many --seconds 0.3 --out "$OUT"
