@@ -158,9 +158,24 @@ def _check_one_split(config: DataConfig, path: Path) -> None:
 
 
 def _is_about_a_dataset(file: Path) -> bool:
-    """Whether a file is metadata that `datasets` saves beside its tables, or that it wrote on the hub."""
-    saved = file.name in ("state.json", "dataset_info.json") and any(file.parent.glob("*.arrow"))
-    return saved or file.name == "dataset_infos.json"
+    """Whether a file is none of the records that `datasets` saved to a folder, or wrote on the hub.
+
+    It is metadata, or what `map`, `filter` and `shuffle` of a data set loaded from the folder leave there: cache-*.arrow.
+    """
+    if file.suffix == ".arrow":
+        saved = _saved_tables(file.parent)
+        return bool(saved) and file.name not in saved
+    saved_here = file.name in ("state.json", "dataset_info.json") and any(file.parent.glob("*.arrow"))
+    return saved_here or file.name == "dataset_infos.json"
+
+
+def _saved_tables(folder: Path) -> set[str]:
+    """The names of the tables that `datasets` saved to a folder; none for another folder."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return {file["filename"] for file in state["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:

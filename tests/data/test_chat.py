@@ -342,6 +342,14 @@ def test_jsonl_parquet_and_datasets_give_the_same_documents(tmp_path, template):
     assert found[0].contents["records"] == 3
 
 
+def test_what_map_and_filter_leave_in_a_saved_folder_is_not_read(tmp_path):
+    path = write(tmp_path, "a", RECORDS)
+    loaded = datasets.load_from_disk(path)
+    loaded.map(lambda record: {"count": len(record["messages"])}).filter(lambda record: True)
+    assert len([*path.glob("*.arrow")]) == 3
+    assert tokenised(settings(tmp_path, path, QWEN3)).contents["records"] == 3
+
+
 def test_a_conversation_of_several_documents_is_held_out_whole(tmp_path):
     records = [{"messages": chat(f"{i}", "one", "then", "two")} for i in range(20)]
     corpora = load_corpus(settings(tmp_path, write(tmp_path, "a.jsonl", records), QWEN3, held_out=0.3))
