@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 # Rows per tile of the kernels that launch tiles by an Order.
-ORDERED_TILES = (128, 192)
+ORDERED_TILES = (128, 192, 256)
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,6 +112,29 @@ def copy_to_both(batch, head, row, column, tile, barrier, PARAMETER: gl.constexp
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def fetch_asm(parameter):
+    """PTX: fetch 64 columns of a tile into L2 by the descriptor that is the kernel's parameter number `parameter`."""
+    return f"""{{
+        .reg .pred one;
+        .reg .b64 descriptor;
+        mov.b64 descriptor, forward_kernel_param_{parameter};
+        cvta.param.u64 descriptor, descriptor;
+        elect.sync _|one, 0xffffffff;
+        @one cp.async.bulk.prefetch.tensor.4d.L2.global.tile [descriptor, {{$4, $3, $2, $1}}];
+        mov.u32 $0, 0;
+    }}"""
+
+
+@gluon.jit
+def fetch(batch, head, row, COLUMNS: gl.constexpr, PARAMETER: gl.constexpr):
+    """Start to fetch a tile of COLUMNS into L2, for a later copy."""
+    for panel in gl.static_range(COLUMNS // 64):
+        gl.inline_asm_elementwise(
+            fetch_asm(PARAMETER), "=&r,r,r,r,r", [batch, head, row, 64 * panel], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
 @gluon.jit
 def next_pair(counter, number, total):
     """`next_tile` for a pair: the next number of `total`, which both programs get. For one warp of each.

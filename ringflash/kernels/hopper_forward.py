@@ -39,8 +39,9 @@ works in sequence: start p1 v1 and q k2, wait for both, compute p2 = 2^(..).
 
 At head_dim 256, there are two such consumers, with 64 keys per step. Half of q's columns stay in registers, so that the
 scores read a quarter less shared memory. Shared memory has no room for the carry and out, which therefore move directly
-between registers and memory. Programs run in pairs, as clusters, if they can (`runs_in_pairs`). The two of a pair
-compute the same query tile of neighbouring heads. One copies k and the other v, to both (`hopper_cluster`).
+between registers and memory. Programs run in pairs, as clusters, if they can (`pairing`). The two of a pair compute the
+same query tile of neighbouring heads of a group, or neighbouring tiles of a head if the group is odd. One copies k and
+the other v, to both (`hopper_cluster`). A consumer's turn lasts until p v and the first half of its scores are done.
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -51,12 +52,12 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from ringflash.intervals import Intervals
+from ringflash.intervals import Intervals, Order
 from ringflash.kernels import hopper_forward_128, hopper_forward_256
 from ringflash.kernels.checks import check_out, check_seen
 from ringflash.kernels.gluon_names import triton_version
 from ringflash.kernels.hopper_cluster import TRITON, Paired, idle
-from ringflash.kernels.hopper_forward_parts import Call
+from ringflash.kernels.hopper_forward_parts import OF_HEADS, OF_QUERIES, Call
 from ringflash.kernels.hopper_parts import (
     L2_BYTES,
     REGISTERS,
@@ -102,6 +103,7 @@ TUNINGS = {
     # acc takes 128 registers per thread, scores 32, p 32. 192 KB: no room for out, which is stored from registers.
     256: Tuning(consumers=2, block_k=64),
 }
+LEAST_KEYS = 8192  # that a query tile sees, on average, for pairs of query tiles
 
 
 @partial(Paired, do_not_specialize=[
@@ -219,14 +221,21 @@ def forward(
     state, final = outputs(q, carry, out, seen)
     out, lse, carried = state.out, state.lse, (state if carry is None else carry).out
     t = tuning or TUNINGS[D]
+    if D == 256 and t != TUNINGS[D]:  # hopper_forward_parts has addresses for this one alone
+        raise ValueError(f"at head_dim 256, tuning must be {TUNINGS[D]}, got {t}")
     registers = REGISTERS[t.consumers]
     order = intervals.query_order[t.consumers * ROWS.value]
+    paired = pairing(q, k, order, seen)
+    if paired == OF_QUERIES.value:
+        order = intervals.query_order[2 * t.consumers * ROWS.value]
     in_place = carry is not None and carried is out  # then tiles that see nothing already have their result
     q_tiles = order.nonempty if in_place else order.tiles.shape[1]
     if not q_tiles:
         return state
-    paired = runs_in_pairs(q, k, softcap, t)
-    launched = min(B * Hq * q_tiles, sm_count(q.device)) // (2 if paired else 1)
+    units, at_a_time = B * Hq * q_tiles, sm_count(q.device)
+    if paired == OF_HEADS.value:
+        units //= 2
+    launched = min(units, at_a_time // (2 if paired else 1))
     direct = D == 256  # carry and out are pointers, not descriptors
     out_tiles = out if direct else tiles(out, ROWS.value)
     carry_tiles, final_tiles = (
@@ -249,15 +258,18 @@ def forward(
     return state
 
 
-def runs_in_pairs(q: Tensor, k: Tensor, softcap: float | None, tuning: Tuning) -> bool:
-    """Whether programs run in pairs, one for each of two heads of a group, which read the same keys.
+def pairing(q: Tensor, k: Tensor, order: Order, seen: Tensor | None) -> int:
+    """What the two programs of a pair, which read the same keys, work on: OF_HEADS, OF_QUERIES, or 0 without pairs.
 
-    With fp16, a softcap or another version of Triton, pairs have not run on a GPU. `hopper_forward_parts` has the
-    addresses of their tiles for the table's tuning alone.
+    With another version of Triton, pairs have not run on a GPU. Two query tiles together see more keys than each, which
+    only pays if each sees many. All calls with `seen` need the same query tiles, whatever their masks.
     """
-    even = q.shape[2] // k.shape[2] % 2 == 0
-    ran = q.dtype == torch.bfloat16 and softcap is None and triton_version() == TRITON
-    return q.shape[3] == 256 and even and ran and tuning == TUNINGS[256]
+    if q.shape[3] != 256 or triton_version() != TRITON:
+        return 0
+    if q.shape[2] // k.shape[2] % 2 == 0:
+        return OF_HEADS.value
+    long = order.total >= LEAST_KEYS * order.tiles.shape[1]
+    return OF_QUERIES.value if long and seen is None else 0
 
 
 def heads_in_l2(q: Tensor, k: Tensor) -> int:

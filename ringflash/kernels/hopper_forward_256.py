@@ -8,12 +8,16 @@ The carried out is loaded into the accumulators under the first scores and their
 by 2^8, only when the second step scales acc. m is 8 below the logarithm of the sum so that weights that are small
 beside the carried sum keep their digits in fp16.
 
+In 16 bits, a thread stores 16 bytes of out at once. In the layout of accumulators it has 4, which takes three times as
+long.
+
 A scheduler warp takes query tiles from the counter and computes their jobs, one tile ahead of the consumers. A
 consumer therefore has its next job at the end of a tile, and loads the next bounds and lse under the last product.
 
 Of a pair of programs (`hopper_cluster`), program 0 copies k and program 1 copies v, each to both. A slot is filled when
-it is empty in both: one program waits for the other's at its `k_other` or `v_other`. Both take the same jobs,
-of neighbouring heads.
+it is empty in both: one program waits for the other's at its `k_other` or `v_other`. Both take the same jobs, of
+neighbouring heads or query tiles. All four consumers wait for a tile that comes late, so each tile is fetched into L2
+two steps ahead. Single programs gain nothing from that.
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -22,7 +26,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from ringflash.kernels.gluon_names import aggregate
-from ringflash.kernels.hopper_cluster import copy_to_both, next_pair, publish_barriers, rank, signal_other, sync_pair
+from ringflash.kernels.hopper_cluster import (
+    copy_to_both,
+    fetch,
+    next_pair,
+    publish_barriers,
+    rank,
+    signal_other,
+    sync_pair,
+)
 from ringflash.kernels.hopper_forward_parts import (
     BARRIERS,
     DESCRIPTOR,
@@ -31,6 +43,7 @@ from ringflash.kernels.hopper_forward_parts import (
     K_AT,
     K_EMPTY,
     LOG2_E_,
+    OF_QUERIES,
     OTHER_AT,
     OUT,
     STAGES,
@@ -38,7 +51,9 @@ from ringflash.kernels.hopper_forward_parts import (
     V_EMPTY,
     begin_output,
     begin_scores,
+    begin_turn,
     divided,
+    end_turn,
     first_tile,
     later_tiles,
     score_operands,
@@ -55,6 +70,16 @@ from ringflash.kernels.hopper_parts import (
     receive_job,
 )
 
+AHEAD = gl.constexpr(2)  # steps by which keys are fetched into L2
+WIDE = gl.constexpr(  # rows of accumulators with 8 neighbouring columns per thread
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 256],
+    )
+)
 CARRIED_LOG2, CARRIED_Z = gl.constexpr(8.0), gl.constexpr(2.0**8)  # z of a carry
 
 
@@ -134,18 +159,16 @@ def make_barriers():
 @gluon.jit
 def make_shared(dtype: gl.constexpr, call):
     """A program's shared memory, with initialised barriers."""
-    q = make_pipe(dtype, call.CONSUMERS, ROWS, call.D, BITS=call.PAIRED)
+    q = make_pipe(dtype, call.CONSUMERS, ROWS, call.D, BITS=True)
+    k_full, v_full = make_barriers(), make_barriers()
+    k_other, v_other = k_full, v_full  # never used by single programs
     if call.PAIRED:
-        k_full, v_full, k_other, v_other = make_barriers(), make_barriers(), make_barriers(), make_barriers()
+        k_other, v_other = make_barriers(), make_barriers()
         publish_barriers()
-        k_tiles = make_tiles(dtype, STAGES, call.BLOCK_K, call.D)
-        v_tiles = make_tiles(dtype, STAGES, call.BLOCK_K, call.D)
-        k = Pipe(k_tiles, k_full, k_full, STAGES, call.CONSUMERS, K_EMPTY, True)
-        v = Pipe(v_tiles, v_full, v_full, STAGES, call.CONSUMERS, V_EMPTY, True)
-    else:
-        k = make_pipe(dtype, STAGES, call.BLOCK_K, call.D, call.CONSUMERS, K_EMPTY)
-        v = make_pipe(dtype, STAGES, call.BLOCK_K, call.D, call.CONSUMERS, V_EMPTY)
-        k_other, v_other = k.full, k.full  # never used
+    k_tiles = make_tiles(dtype, STAGES, call.BLOCK_K, call.D)
+    v_tiles = make_tiles(dtype, STAGES, call.BLOCK_K, call.D)
+    k = Pipe(k_tiles, k_full, k_full, STAGES, call.CONSUMERS, K_EMPTY, True)
+    v = Pipe(v_tiles, v_full, v_full, STAGES, call.CONSUMERS, V_EMPTY, True)
     return Shared(q, k, v, make_jobs(READERS=call.CONSUMERS + 1), k_other, v_other)
 
 
@@ -161,12 +184,14 @@ def schedule(call, jobs):
     if call.PAIRED:
         sync_pair()
     number = 0 * call.queries  # a tensor, as loop variables must be
-    job = call.job(gl.program_id(0))
+    job = call.job(gl.program_id(0) // 2 if call.PAIRED == OF_QUERIES else gl.program_id(0))
     while job.tiles > 0:
         jobs.send(number, job)
         number += 1
         jobs.wait_empty(number)
-        if call.PAIRED:
+        if call.PAIRED == OF_QUERIES:
+            job = call.job(next_pair(call.counter, number, call.total()))
+        elif call.PAIRED:
             job = call.job(2 * next_pair(call.counter, number, call.total() // 2) + rank())
         else:
             job = call.job(next_tile(call.counter, call.total()))
@@ -207,6 +232,18 @@ def load_keys(pipe, other, number, descriptor, job, key, call, WHICH: gl.constex
 
 
 @gluon.jit
+def fetch_ahead(call, job, step):
+    """Start to fetch a tile that a later step reads into L2: of k by program 0 of a pair, of v by program 1."""
+    if step + AHEAD < job.tiles:
+        key = call.key(job, step + AHEAD)
+        head_kv = job.head // call.group
+        if rank() == 0:
+            fetch(job.batch, head_kv, key, call.D, DESCRIPTOR)
+        if rank() == 1:
+            fetch(job.batch, head_kv, key, call.D, DESCRIPTOR * 2)
+
+
+@gluon.jit
 def produce(call, shared, tensors):
     """Start all copies of all query tiles, as far ahead as there are empty slots."""
     if call.PAIRED:
@@ -226,6 +263,8 @@ def produce(call, shared, tensors):
             key = call.key(job, step)
             load_keys(shared.k, shared.k_other, loaded + step, k, job, key, call, 0)
             load_keys(shared.v, shared.v_other, loaded + step, v, job, key, call, 1)
+            if call.PAIRED:
+                fetch_ahead(call, job, step)
         loaded += job.tiles
         number += 1
         job = shared.jobs.receive(number, 1)
@@ -276,7 +315,9 @@ def consume(call, shared, tensors, WHO: gl.constexpr):
         shared.q.wait_full(q_number)  # the copy engine
         shared.k.wait_full(number)  # the copy engine
         q = score_operands(shared.q.tile(q_number), call)
+        begin_turn(WHO)
         scores = begin_scores(q, shared.k, number, call, WHO)
+        end_turn(call, WHO)
         p, m, z, alpha = first_tile(scores, m, z, shared.k, shared.v, number, job, row_start, row_end, call)
         if call.CARRY:
             alpha *= CARRIED_Z
@@ -315,15 +356,16 @@ def consume(call, shared, tensors, WHO: gl.constexpr):
 
 @gluon.jit
 def elements(x, stride_b, stride_s, stride_h, job, first_row, tile):
-    """Pointers to the rows of x [B, S, H, D] from `first_row` that correspond to a tile of accumulators.
+    """Pointers to the rows of x [B, S, H, D] from `first_row` that correspond to a tile.
 
-    Strides are multiples of 16 bytes (`check_addresses`), so a thread accesses two neighbouring columns at once.
+    Strides are multiples of 16 bytes (`check_addresses`), so a thread accesses neighbouring columns at once.
     """
     A: gl.constexpr = tile.type.layout
+    EVEN: gl.constexpr = 128 // tile.dtype.primitive_bitwidth
     rows = first_row + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, A))
     columns = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, A))
-    x += gl.multiple_of(job.batch.to(gl.int64) * stride_b + job.head.to(gl.int64) * stride_h, 4)
-    return x + gl.expand_dims(gl.multiple_of(rows.to(gl.int64) * stride_s, 4), 1) + gl.expand_dims(columns, 0)
+    x += gl.multiple_of(job.batch.to(gl.int64) * stride_b + job.head.to(gl.int64) * stride_h, EVEN)
+    return x + gl.expand_dims(gl.multiple_of(rows.to(gl.int64) * stride_s, EVEN), 1) + gl.expand_dims(columns, 0)
 
 
 @gluon.jit
@@ -358,5 +400,8 @@ def write(acc, job, first_row, tensors, call):
 @gluon.jit
 def store(acc, out, stride_b, stride_s, stride_h, job, first_row, call):
     """Store acc as rows of out from `first_row` on."""
+    acc = acc.to(out.dtype.element_ty)
+    if acc.dtype.primitive_bitwidth == 16:
+        acc = gl.convert_layout(acc, WIDE)
     at = elements(out, stride_b, stride_s, stride_h, job, first_row, acc)
-    gl.store(at, acc.to(out.dtype.element_ty), inside(first_row, acc, call))
+    gl.store(at, acc, inside(first_row, acc, call))

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ringflash.kernels.gluon_names import aggregate
-from ringflash.kernels.hopper_cluster import wait_at
+from ringflash.kernels.hopper_cluster import rank, wait_at
 from ringflash.kernels.hopper_parts import FIRST_BARRIER, NEG_INF, ROWS, Job, arrive, product_layout, sync, tile_run
 from ringflash.kernels.hopper_softmax import guess_step, packed, scale_rows, softmax_step, to_rows, to_threads, unpacked
 from ringflash.kernels.portable_parts import LOG2_E
@@ -18,10 +18,13 @@ LOG2_E_ = gl.constexpr(LOG2_E)
 LN_2 = gl.constexpr(0.6931471805599453)
 HELD = gl.constexpr(128)  # columns of q in registers at head_dim 256: 32 registers per thread
 STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
-# For the PTX of pairs. In bytes of shared memory: tiles of k, which come after q and before v; `full` of k and then of
-# v, `k_other` and then `v_other`, BARRIERS each. In PTX, k is parameter DESCRIPTOR, and v twice that.
-K_AT, FULL_AT, OTHER_AT = gl.constexpr(64 << 10), gl.constexpr(192 << 10), gl.constexpr(193 << 10)
-BARRIERS, DESCRIPTOR = gl.constexpr(512), gl.constexpr(9)
+# For PTX at head_dim 256. In bytes of shared memory: tiles of k, which come after q and before v; `full` of k and then
+# of v, `k_other` and then `v_other`, BARRIERS each. Triton sorts by size, and with BARRIERS these come before what it
+# needs to store out. In PTX, k is parameter DESCRIPTOR, and v twice that.
+K_AT, FULL_AT, OTHER_AT = gl.constexpr(64 << 10), gl.constexpr(192 << 10), gl.constexpr(200 << 10)
+BARRIERS, DESCRIPTOR = gl.constexpr(4096), gl.constexpr(9)
+# What the two programs of a pair work on: neighbouring heads of a group, or neighbouring query tiles of a head.
+OF_HEADS, OF_QUERIES = gl.constexpr(1), gl.constexpr(2)
 # Where the result of a tile is written. NOWHERE: an earlier call completed it, and the carry does not have it.
 OUT, FINAL, NOWHERE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 # Named barriers. TURN has one per consumer, which it shares with the consumer before it.
@@ -69,7 +72,7 @@ class Call:
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
     GUESS: gl.constexpr  # consumers work in sequence, with `guess_step` in full tiles and p in `packed` form
-    PAIRED: gl.constexpr  # two programs, of neighbouring heads of a group, share k and v
+    PAIRED: gl.constexpr  # two programs share k and v: OF_HEADS, OF_QUERIES, or 0 for single programs
     FINISHES: gl.constexpr  # tiles that no later call sees are written to `final`, the others to out
 
     @gluon.jit
@@ -93,7 +96,7 @@ class Call:
 
     @gluon.jit
     def total(self):
-        """Query tiles of all heads."""
+        """Query tiles of all heads; with OF_QUERIES, two are one."""
         return self.batch_heads * self.group * self.tiles
 
     @gluon.jit
@@ -103,7 +106,8 @@ class Call:
         Tiles that see the most keys come first (`Order`). Within a tile, the index runs over heads, group by group, so
         that all SMs read the same tiles of K and V from L2. `heads_in_l2` limits the number of KV heads at a time.
         """
-        TILE: gl.constexpr = self.CONSUMERS * ROWS
+        PROGRAM: gl.constexpr = self.CONSUMERS * ROWS
+        TILE: gl.constexpr = PROGRAM * (2 if self.PAIRED == OF_QUERIES else 1)
         total = self.total()
         taken = index < total
         index = gl.minimum(index, total - 1)
@@ -130,6 +134,8 @@ class Call:
         full = gl.minimum(full, tiles - 1)
         tiles = gl.where(taken, tiles, 0)
         into = self.into(batch, first, last)
+        if self.PAIRED == OF_QUERIES:
+            first += rank() * PROGRAM
         return Job(batch, head, head_kv, first, lo, tiles, tiles - full, full_from, into)
 
 
@@ -144,18 +150,35 @@ def score_operands(q_tile, call):
 
 
 @gluon.jit
+def begin_turn(WHO: gl.constexpr):
+    """Wait until the consumer before this one has ended its turn."""
+    sync(TURN + WHO, 256, 4)
+
+
+@gluon.jit
+def end_turn(call, WHO: gl.constexpr):
+    """Let the next consumer begin its turn."""
+    arrive(TURN + (WHO + 1) % call.CONSUMERS, 256)
+
+
+@gluon.jit
 def begin_scores(q, k_pipe, number, call, WHO: gl.constexpr):
-    """Start the scores of KV tile `number`, when it is this consumer's turn. Returns a product in flight."""
+    """Start the scores of KV tile `number`, when it is this consumer's turn. Returns a product in flight.
+
+    At head_dim 256, the caller waits for the turn and passes it.
+    """
     S: gl.constexpr = product_layout(call.BLOCK_K)
     zeros = gl.zeros([ROWS, call.BLOCK_K], gl.float32, S)
-    sync(TURN + WHO, 256, 4)  # the consumer before this one
+    if call.D != 256:
+        begin_turn(WHO)
     k = k_pipe.tile(number).permute((1, 0))
     if call.D == 256:
         scores = warpgroup_mma(q[0], k.slice(0, HELD, 0), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma(q[1], k.slice(HELD, HELD, 0), scores, is_async=True)
     else:
         scores = warpgroup_mma(q[0], k, zeros, use_acc=False, is_async=True)
-    arrive(TURN + (WHO + 1) % call.CONSUMERS, 256)
+    if call.D != 256:
+        end_turn(call, WHO)
     return scores
 
 
@@ -167,7 +190,7 @@ def begin_output(acc, p, alpha, v_pipe, number, call):
     acc = scale_rows(acc, alpha)
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
     weights = gl.convert_layout(weights, A)
-    if call.PAIRED:
+    if call.D == 256:
         wait_at(FULL_AT + BARRIERS + (number & 1) * 8, (number >> 1) & 1, 1 + 0 * number)  # the copy engine
     else:
         v_pipe.wait_full(number)  # the copy engine
@@ -177,7 +200,7 @@ def begin_output(acc, p, alpha, v_pipe, number, call):
 @gluon.jit
 def wait_for_keys(k_pipe, number, more, call):
     """Wait until the copy engine has copied KV tile `number`, if there are more."""
-    if call.PAIRED:
+    if call.D == 256:
         wait_at(FULL_AT + (number & 1) * 8, (number >> 1) & 1, more.to(gl.int32))
     else:
         k_pipe.wait_full(number, more)
@@ -195,9 +218,14 @@ def step(
     """
     if call.GUESS:
         dtype: gl.constexpr = v_pipe.tiles.dtype
+        if call.D == 256:
+            begin_turn(WHO)
         output = begin_output(acc, p, alpha, v_pipe, number - 1, call)
         scores = begin_scores(q, k_pipe, number, call, WHO)
-        acc = warpgroup_mma_wait(1, deps=(output,))  # the tensor cores, for the older of two products
+        # The tensor cores, for the older of two products. At 256, scores are two, and their first half is done too.
+        acc = warpgroup_mma_wait(1, deps=(output,))
+        if call.D == 256:
+            end_turn(call, WHO)
         v_pipe.release(number - 1)
         s = warpgroup_mma_wait(0, deps=(scores,))  # the tensor cores
         k_pipe.release(number)
