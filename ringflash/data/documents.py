@@ -160,7 +160,7 @@ def _check_one_split(config: DataConfig, path: Path) -> None:
 def _is_about_a_dataset(file: Path) -> bool:
     """Whether a file is none of the records that `datasets` saved to a folder, or wrote on the hub.
 
-    It is metadata, or what `map`, `filter` and `shuffle` of a data set loaded from the folder leave there: cache-*.arrow.
+    It is metadata, or a cache-*.arrow, which `map`, `filter` and `shuffle` of a data set loaded from the folder leave.
     """
     if file.suffix == ".arrow":
         saved = _saved_tables(file.parent)
