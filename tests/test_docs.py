@@ -97,6 +97,26 @@ def test_the_loop_of_docs_integrations_trains_on_two_ranks_as_a_plain_loop_on_on
     assert [float(x) for pair in found for x in pair] == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_own_model_of_docs_integrations_has_the_loss_and_gradients_of_plain_attention(tmp_path, capsys):
+    code = example("# Save as own.py", INTEGRATIONS)
+    found = on_ranks(tmp_path, code, 2)
+    for ours, plain in (
+        ("ring_attention(q, k, v, plan)", "attention(q, k, v)"),
+        ('"nccl" if gpu else "gloo"', '"gloo", store=dist.HashStore(), rank=0, world_size=1'),
+    ):
+        assert ours in code
+        code = code.replace(ours, plain)
+
+    def attention(*of_tokens):
+        by_head = (x.transpose(1, 2) for x in of_tokens)
+        return torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=True).transpose(1, 2)
+
+    exec(code, {"attention": attention})
+    numbers = [[float(x) for x in re.findall(r"\d+\.\d{4}", text)] for text in (found, capsys.readouterr().out)]
+    assert len(numbers[1]) == 2
+    assert numbers[0] == pytest.approx(numbers[1] * 2, abs=1e-4)
+
+
 def test_the_trainer_of_docs_integrations_gives_the_losses_of_one_rank_on_two(tmp_path):
     code = example("# Save as trainer.py", INTEGRATIONS)
     found = [re.findall(r"'(?:loss|grad_norm)': '[\d.]+'", on_ranks(tmp_path, code, ranks)) for ranks in (1, 2)]
