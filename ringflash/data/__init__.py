@@ -7,6 +7,7 @@ a rank's inputs  <--training/step.py--  Batch [B, S]  <--batches.py--  packed se
 
     config                      the settings
     files, text, formats        the files of a path, their text, and the records in it
+    card                        the configurations of a data set of the hub
     records, chat, preferences  what a record means: text, token ids, a conversation or a pair of answers, as documents
     messages                    the messages of a record in the form that chat templates expect
     tokenizer, pieces           text to tokens, a long text in pieces

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from ringflash.data import build, cache
 from ringflash.data.build import Job, Source
+from ringflash.data.card import configurations_of
 from ringflash.data.chat import Dialogues
 from ringflash.data.config import DataConfig
 from ringflash.data.files import Matches, search, suffixes
@@ -125,6 +126,7 @@ def find_files(config: DataConfig) -> tuple[list[Source], list[Path]]:
         raise ConfigError(f"data.path={config.path} data.files={list(config.files)} match no file{there}")
     asked = "data.chat=true" if config.chat else f"data.field={config.field}" if config.field else None
     sources = [(file, format_of(file, config.format, asked, config.field == IDS)) for file in files]
+    _check_configurations(config, path, files)
     _check_named_splits(config, path, sources)
     return sources, found.others
 
@@ -142,6 +144,19 @@ def _check_named_splits(config: DataConfig, path: Path, sources: list[Source]) -
         raise ConfigError(
             f"data.path={config.path} holds the splits {', '.join(splits)} of a data set: name those to train on in "
             f"data.files, as in data.files='[\"{pattern}\"]'; data.evaluation.path and .files evaluate on another"
+        )
+
+
+def _check_configurations(config: DataConfig, path: Path, files: list[Path]) -> None:
+    """Refuse files of several configurations of a data set, unless data.files names them: they may share records."""
+    found = configurations_of(path, files) if path.is_dir() else {}
+    asked = {part for pattern in config.files for part in (pattern, *pattern.split("/"))}
+    if len(found) > 1 and any(asked.isdisjoint((name, *patterns)) for name, patterns in found.items()):
+        name, patterns = next(iter(found.items()))
+        pattern = next((pattern for pattern in patterns if "train" in pattern), patterns[0])
+        raise ConfigError(
+            f"data.path={config.path} holds the configurations {', '.join(found):.300} of a data set (README.md): "
+            f"name those to train on in data.files, as in data.files='[\"{pattern}\"]' for {name}"
         )
 
 

@@ -299,6 +299,40 @@ def test_files_of_several_splits_are_refused_unless_data_files_names_them(tmp_pa
     assert texts_of(config(tmp_path, write_texts(tmp_path / "code" / "test").parent)) == [*TEXTS, *TEXTS]
 
 
+CARD = """---
+license: mit
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train-*
+  - split: test
+    path: [main/test-*]
+- config_name: other
+  {other}
+---
+# A data set
+"""
+
+
+@pytest.mark.parametrize("other", ["data_files: other/*.jsonl", "data_dir: other"])
+def test_files_of_several_configurations_are_refused_unless_data_files_names_them(tmp_path, other):
+    for name in ("main", "other"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        write_jsonl(tmp_path / "set" / name / "train-00000-of-00001.jsonl")
+    assert texts_of(config(tmp_path, tmp_path / "set")) == [*TEXTS, *TEXTS]
+    (tmp_path / "set" / "README.md").write_text(CARD.replace("{other}", other))
+    with pytest.raises(ConfigError, match=r"holds the configurations main, other of a data set \(README") as error:
+        texts_of(config(tmp_path, tmp_path / "set"))
+    suggested = json.loads(str(error.value).split("'")[1])
+    assert suggested == ["main/train-*"]
+    assert texts_of(config(tmp_path, tmp_path / "set", files=suggested)) == TEXTS
+    assert texts_of(config(tmp_path, tmp_path / "set", files=["main/*", "other/*"])) == [*TEXTS, *TEXTS]
+    for card in ("", "# no head", "---\nconfigs: 3\n---\n", "---\n: [\n---\n"):
+        (tmp_path / "set" / "README.md").write_text(card)
+        assert texts_of(config(tmp_path, tmp_path / "set")) == [*TEXTS, *TEXTS]
+
+
 def test_a_folder_of_several_splits_is_refused_with_their_names(tmp_path):
     table = datasets.Dataset.from_dict({"text": TEXTS})
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "saved")
