@@ -28,7 +28,7 @@ ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their role
 
 def message_of(place: str, message: dict[str, Any]) -> dict[str, Any]:
     """A message with role and content. Raises RecordError, which begins with `place`."""
-    message = _from_sharegpt(place, message)
+    message = _with_call(_from_sharegpt(place, message))
     if not isinstance(message.get("role"), str):
         raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
     message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
@@ -110,6 +110,14 @@ def _from_sharegpt(place: str, message: dict[str, Any]) -> dict[str, Any]:
     if speaker == "function_call":
         return {"role": ROLES[speaker], "content": None, "tool_calls": _calls(place, message["value"]), **rest}
     return {"role": ROLES[speaker], "content": message["value"], **rest}
+
+
+def _with_call(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of OpenAI's earlier form with tool_calls, or as the result of one."""
+    if isinstance(call := from_json(message.get("function_call")), dict) and not message.get("tool_calls"):
+        rest = {key: value for key, value in message.items() if key != "function_call"}
+        return {"content": None, **rest, "tool_calls": [{"type": "function", "function": call}]}
+    return {**message, "role": "tool"} if message.get("role") == "function" else message
 
 
 def _calls(place: str, value: Any) -> list[dict[str, Any]]:

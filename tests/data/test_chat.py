@@ -218,6 +218,16 @@ def test_a_call_without_content_is_rendered_as_the_template_expects_it(content, 
     assert trained(template, {"messages": messages}) == [[json.dumps([CALL]) + "<|im_end|>"]]
 
 
+def test_function_calls_of_openais_earlier_records_are_read_as_tool_calls_and_results():
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    earlier = chat("add", "", "", "It is 2.")
+    earlier[1] = {"role": "assistant", "content": "", "function_call": call}
+    earlier[2] = {"role": "function", "name": "add", "content": "2"}
+    now = [earlier[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, earlier[2] | {"role": "tool"}]
+    parse = dialogues(QWEN3).parse
+    assert parse("here", {"messages": earlier}) == parse("here", {"messages": [*now, earlier[3]]})
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["messages", "prompt and completion"])
 def test_a_system_beside_the_messages_is_the_first_of_them(split):
     messages = chat("hi", "hello", "more?", "yes")
