@@ -166,6 +166,10 @@ def flash_attention(
     check_tensors(q=q, k=k, v=v)
     if not isinstance(mask, IntervalMask):
         raise TypeError(f"mask must be an IntervalMask, such as IntervalMask.causal(tokens), got {mask!r:.100}")
+    if q.dim() == k.dim() == 4 and (q.shape[1], k.shape[1]) != (mask.queries, mask.keys):
+        raise ValueError(
+            f"a mask of {mask.queries} x {mask.keys} does not fit {q.shape[1]} queries and {k.shape[1]} keys"
+        )
     plan = AttentionPlan(mask, Layout.contiguous(mask.queries, 1), Loopback(1, q.device))
     return ring_attention(  # type: ignore[call-overload]
         q, k, v, plan, scale=scale, softcap=softcap, sink=sink, kernel=kernel,

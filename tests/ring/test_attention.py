@@ -504,6 +504,12 @@ def test_compiled_code_calls_attention_between_its_graphs(recwarn):
     assert not list(recwarn)
 
 
+def test_a_mask_of_another_length_is_refused_in_the_terms_of_flash_attention():
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match="a mask of 7 x 7 does not fit 8 queries and 8 keys"):
+        flash_attention(q, k, v, IntervalMask.causal(7))
+
+
 def test_a_ring_of_no_ranks_is_refused():
     with pytest.raises(ValueError, match="got size=0"):
         Loopback(0)
