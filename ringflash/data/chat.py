@@ -106,8 +106,10 @@ class Dialogues:
         """
         if not tokenizer.is_fast or not tokenizer.chat_template:
             lacks = "chat_template" if tokenizer.is_fast else "tokenizer.json"
+            or_else = ", or put a chat_template.jinja into that folder" if tokenizer.is_fast else ""
             raise ConfigError(
                 f"data.tokenizer={name} has no {lacks}, which data.chat=true needs: give the tokenizer of a chat model"
+                f"{or_else}"
             )
         templates = tokenizer.chat_template
         self._read = {*re.findall(r"\w+", _text_of(templates))}

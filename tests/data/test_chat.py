@@ -581,6 +581,8 @@ def test_tokenizers_without_a_template_are_refused(tmp_path):
     folder = write_tokenizer(tmp_path / "plain")
     with pytest.raises(ConfigError, match=r"plain has no chat_template, which data\.chat=true needs"):
         tokenised(settings(tmp_path, path, tokenizer=str(folder)))
+    (folder / "chat_template.jinja").write_text(QWEN3)
+    assert tokenised(settings(tmp_path, path, tokenizer=str(folder))).contents["records"] == 3
 
 
 def test_a_variable_that_the_template_does_not_read_is_refused():
