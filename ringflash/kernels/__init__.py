@@ -34,7 +34,7 @@ gradient [B, Sq, Hq, D]. So one kernel must run all the calls that add to dq, wh
 
     blocked             plain torch: the CPU's kernel, and the readable definition
     portable_*          Triton, sm_80 and newer
-    hopper_*            Gluon, sm_90: each head size has its own warps; hopper_cluster has pairs of programs
+    hopper_*            Gluon, sm_90: each head size has its own warps; hopper_cluster has clusters of two
     gluon_names         one name each for functions that Triton's versions name differently
     decode              flash_decode: a few queries over a long cache
     compensation        how gradients are protected from the rounding of out

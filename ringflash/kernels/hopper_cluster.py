@@ -1,11 +1,12 @@
-"""Pairs of programs that share what they read, in Gluon and PTX: clusters of two, on two SMs at a time.
+"""Clusters of two programs that share what they read, in Gluon and PTX, on two SMs at a time.
 
 A copy to both programs reads L2 once, and writes a tile at the same place in the shared memory of each. Gluon has no
 such copy in triton 3.6, and its `num_ctas=2` would divide every tensor between the programs. So a kernel is compiled
-for single programs, `Paired` launches them in pairs, and PTX does what spans both.
+for single programs, `Clustered` launches them in clusters, and PTX does what spans both.
 
-All warps of a pair wait for each other twice (`sync_pair`): at the start, until both programs have initialised their
-mbarriers, and at the end, since a program that has exited has no shared memory to which the other could copy or signal.
+All warps of a cluster wait for each other twice (`sync_cluster`): at the start, until both programs have initialised
+their mbarriers, and at the end, since a program that has exited has no shared memory to which the other could copy or
+signal.
 
 PTX needs addresses in shared memory, and the number of a descriptor among the kernel's parameters. Triton exposes
 neither, so both are constants of the kernel, which `test_hopper_compiles.py` compares with the compiled code.
@@ -18,15 +19,15 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 
 from ringflash.kernels.hopper_parts import next_tile
 
-TRITON = "3.6"  # with which pairs ran on a GPU. Where others put tiles, and how they launch, could differ unnoticed.
+TRITON = "3.6"  # with which clusters ran on a GPU. Where others put tiles, and how they launch, could differ unnoticed.
 
 
-class Paired(GluonJITFunction):
-    """A Gluon kernel whose programs run in pairs if its constant PAIRED is true. Its grid then counts pairs."""
+class Clustered(GluonJITFunction):
+    """A Gluon kernel whose programs run in clusters if its constant CLUSTER is not 0. Its grid then counts clusters."""
 
     def _do_compile(self, key, signature, device, constexprs, options, attrs, warmup):
         kernel = super()._do_compile(key, signature, device, constexprs, options, attrs, warmup)
-        if kernel is not None and constexprs[(self.arg_names.index("PAIRED"),)]:
+        if kernel is not None and constexprs[(self.arg_names.index("CLUSTER"),)]:
             warps, _, shared = kernel.packed_metadata
             kernel.packed_metadata = (warps, 2, shared)  # from which the launcher takes the size of clusters
         return kernel
@@ -34,12 +35,12 @@ class Paired(GluonJITFunction):
 
 @gluon.jit
 def rank():
-    """0 or 1: this program's place in its pair."""
+    """0 or 1: this program's place in its cluster."""
     return gl.program_id(0) % 2
 
 
 @gluon.jit
-def sync_pair():
+def sync_cluster():
     """Wait for all warps of both programs. Every warp of a program has to call it."""
     gl.inline_asm_elementwise(
         "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; mov.u32 $0, $1;", "=r,r", [0 * rank()],
@@ -49,14 +50,14 @@ def sync_pair():
 
 @gluon.jit
 def idle():
-    """A warp that only takes part in the two `sync_pair` of every other warp."""
-    sync_pair()
-    sync_pair()
+    """A warp that only takes part in the two `sync_cluster` of every other warp."""
+    sync_cluster()
+    sync_cluster()
 
 
 @gluon.jit
 def publish_barriers():
-    """Let the other program use the mbarriers that this warpgroup has initialised, after the next `sync_pair`."""
+    """Let the other program use the mbarriers that this warpgroup has initialised, after the next `sync_cluster`."""
     gl.inline_asm_elementwise(
         "fence.mbarrier_init.release.cluster; mov.u32 $0, $1;", "=r,r", [0 * rank()], dtype=gl.int32, is_pure=False,
         pack=1,
@@ -136,12 +137,12 @@ def fetch(batch, head, row, COLUMNS: gl.constexpr, PARAMETER: gl.constexpr):
 
 
 @gluon.jit
-def next_pair(counter, number, total):
-    """`next_tile` for a pair: the next number of `total`, which both programs get. For one warp of each.
+def next_of_cluster(counter, number, total):
+    """`next_tile` for a cluster: the next number of `total`, which both programs get. For one warp of each.
 
     Program 0 takes it and passes it on in memory, in one of two slots after the counter. It writes a slot again, for
     tile n + 2, when its consumers have ended tile n. Program 1 had read the slot by then, since it copied the values of
-    tile n. 0 is an empty slot: numbers that are taken begin at the number of pairs.
+    tile n. 0 is an empty slot: numbers that are taken begin at the number of clusters.
     """
     thread = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     slot = counter + 1 + gl.program_id(0) // 2 * 2 + number % 2 + thread

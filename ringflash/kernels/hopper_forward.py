@@ -39,9 +39,9 @@ works in sequence: start p1 v1 and q k2, wait for both, compute p2 = 2^(..).
 
 At head_dim 256, there are two such consumers, with 64 keys per step. Half of q's columns stay in registers, so that the
 scores read a quarter less shared memory. Shared memory has no room for the carry and out, which therefore move directly
-between registers and memory. Programs run in pairs, as clusters, if they can (`pairing`). The two of a pair compute the
-same query tile of neighbouring heads of a group, or neighbouring tiles of a head if the group is odd. One copies k and
-the other v, to both (`hopper_cluster`). A consumer's turn lasts until p v and the first half of its scores are done.
+between registers and memory. Programs run in clusters of two if they can (`clustering`). The two compute the same query
+tile of neighbouring heads of a group, or neighbouring tiles of a head if the group is odd. One copies k and the other
+v, to both (`hopper_cluster`). A consumer's turn lasts until p v and the first half of its scores are done.
 """
 
 # Annotations stay objects in this file (no `from __future__ import annotations`): Triton reads those of aggregates.
@@ -56,7 +56,7 @@ from ringflash.intervals import Intervals, Order
 from ringflash.kernels import hopper_forward_128, hopper_forward_256
 from ringflash.kernels.checks import check_out, check_seen
 from ringflash.kernels.gluon_names import triton_version
-from ringflash.kernels.hopper_cluster import TRITON, Paired, idle
+from ringflash.kernels.hopper_cluster import TRITON, Clustered, idle
 from ringflash.kernels.hopper_forward_parts import OF_HEADS, OF_QUERIES, Call
 from ringflash.kernels.hopper_parts import (
     L2_BYTES,
@@ -103,10 +103,10 @@ TUNINGS = {
     # acc takes 128 registers per thread, scores 32, p 32. 192 KB: no room for out, which is stored from registers.
     256: Tuning(consumers=2, block_k=64),
 }
-LEAST_KEYS = 8192  # that a query tile sees, on average, for pairs of query tiles
+LEAST_KEYS = 8192  # that a query tile sees, on average, for clusters of two query tiles
 
 
-@partial(Paired, do_not_specialize=[
+@partial(Clustered, do_not_specialize=[
     "lse_stride_b", "lse_stride_h", "carry_stride_b", "carry_stride_s", "carry_stride_h", "out_stride_b",
     "out_stride_s", "out_stride_h", "final_stride_b", "final_stride_s", "final_stride_h", "seen_stride_b",
     "seen_later", "interval_stride_b", "order_stride_b", "tiles", "queries", "heads_kv", "group",
@@ -121,7 +121,7 @@ def forward_kernel(
     queries, heads_kv, group, batch_heads, heads_in_l2, c, cap_scale,
     D: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    CAPPED: gl.constexpr, CARRY: gl.constexpr, FINISHES: gl.constexpr, PAIRED: gl.constexpr,
+    CAPPED: gl.constexpr, CARRY: gl.constexpr, FINISHES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, and start each group of warps.
 
@@ -131,10 +131,10 @@ def forward_kernel(
         lse, lse_stride_b, lse_stride_h, carry_stride_b, carry_stride_s, carry_stride_h, out_stride_b, out_stride_s,
         out_stride_h, final_stride_b, final_stride_s, final_stride_h, seen, seen_stride_b, seen_later,
         start, end, interval_stride_b, counter, order, order_stride_b, tiles, queries, heads_kv, group,
-        batch_heads, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, PAIRED, FINISHES,
+        batch_heads, heads_in_l2, c, cap_scale, D, BLOCK_K, CONSUMERS, CAPPED, CARRY, D != 128, CLUSTER, FINISHES,
     )  # fmt: skip
     tensors = (q, k, v, carry, out, final)
-    if D == 256 and PAIRED:
+    if D == 256 and CLUSTER:
         shared = hopper_forward_256.make_shared(q.dtype, call)
         gl.warp_specialize(
             [
@@ -225,17 +225,17 @@ def forward(
         raise ValueError(f"at head_dim 256, tuning must be {TUNINGS[D]}, got {t}")
     registers = REGISTERS[t.consumers]
     order = intervals.query_order[t.consumers * ROWS.value]
-    paired = pairing(q, k, order, seen)
-    if paired == OF_QUERIES.value:
+    cluster = clustering(q, k, order, seen)
+    if cluster == OF_QUERIES.value:
         order = intervals.query_order[2 * t.consumers * ROWS.value]
     in_place = carry is not None and carried is out  # then tiles that see nothing already have their result
     q_tiles = order.nonempty if in_place else order.tiles.shape[1]
     if not q_tiles:
         return state
     units, at_a_time = B * Hq * q_tiles, sm_count(q.device)
-    if paired == OF_HEADS.value:
+    if cluster == OF_HEADS.value:
         units //= 2
-    launched = min(units, at_a_time // (2 if paired else 1))
+    launched = min(units, at_a_time // (2 if cluster else 1))
     direct = D == 256  # carry and out are pointers, not descriptors
     out_tiles = out if direct else tiles(out, ROWS.value)
     carry_tiles, final_tiles = (
@@ -252,17 +252,17 @@ def forward(
             *(Sq, Hkv, Hq // Hkv, B * Hkv, min(heads_in_l2(q, k), B * Hkv), *score_scales(scale, softcap)),
             D=D, BLOCK_K=t.block_k, CONSUMERS=t.consumers,
             CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer,
-            CAPPED=softcap is not None, CARRY=carry is not None, FINISHES=final is not out, PAIRED=paired,
+            CAPPED=softcap is not None, CARRY=carry is not None, FINISHES=final is not out, CLUSTER=cluster,
             num_warps=4, maxnreg=registers.launch, enable_fp_fusion=True,
         )  # fmt: skip
     return state
 
 
-def pairing(q: Tensor, k: Tensor, order: Order, seen: Tensor | None) -> int:
-    """What the two programs of a pair, which read the same keys, work on: OF_HEADS, OF_QUERIES, or 0 without pairs.
+def clustering(q: Tensor, k: Tensor, order: Order, seen: Tensor | None) -> int:
+    """What the two programs of a cluster, which read the same keys, work on: OF_HEADS, OF_QUERIES, or 0 for no cluster.
 
-    With another version of Triton, pairs have not run on a GPU. Two query tiles together see more keys than each, which
-    only pays if each sees many. All calls with `seen` need the same query tiles, whatever their masks.
+    With another version of Triton, clusters have not run on a GPU. Two query tiles together see more keys than each,
+    which only pays if each sees many. All calls with `seen` need the same query tiles, whatever their masks.
     """
     if q.shape[3] != 256 or triton_version() != TRITON:
         return 0

@@ -14,7 +14,7 @@ long.
 A scheduler warp takes query tiles from the counter and computes their jobs, one tile ahead of the consumers. A
 consumer therefore has its next job at the end of a tile, and loads the next bounds and lse under the last product.
 
-Of a pair of programs (`hopper_cluster`), program 0 copies k and program 1 copies v, each to both. A slot is filled when
+Of a cluster (`hopper_cluster`), program 0 copies k and program 1 copies v, each to both. A slot is filled when
 it is empty in both: one program waits for the other's at its `k_other` or `v_other`. Both take the same jobs, of
 neighbouring heads or query tiles. All four consumers wait for a tile that comes late, so each tile is fetched into L2
 two steps ahead. Single programs gain nothing from that.
@@ -29,11 +29,11 @@ from ringflash.kernels.gluon_names import aggregate
 from ringflash.kernels.hopper_cluster import (
     copy_to_both,
     fetch,
-    next_pair,
+    next_of_cluster,
     publish_barriers,
     rank,
     signal_other,
-    sync_pair,
+    sync_cluster,
 )
 from ringflash.kernels.hopper_forward_parts import (
     BARRIERS,
@@ -130,7 +130,7 @@ class Shared:
     k: Pipe
     v: Pipe
     jobs: Jobs
-    k_other: gl.shared_memory_descriptor  # of a pair: mbarriers, the other program's slot is empty
+    k_other: gl.shared_memory_descriptor  # of a cluster: mbarriers, the other program's slot is empty
     v_other: gl.shared_memory_descriptor
 
 
@@ -162,7 +162,7 @@ def make_shared(dtype: gl.constexpr, call):
     q = make_pipe(dtype, call.CONSUMERS, ROWS, call.D, BITS=True)
     k_full, v_full = make_barriers(), make_barriers()
     k_other, v_other = k_full, v_full  # never used by single programs
-    if call.PAIRED:
+    if call.CLUSTER:
         k_other, v_other = make_barriers(), make_barriers()
         publish_barriers()
     k_tiles = make_tiles(dtype, STAGES, call.BLOCK_K, call.D)
@@ -181,34 +181,34 @@ def schedule(call, jobs):
 
     Earlier would be worse: near the end of a launch, another program may be the next that is free.
     """
-    if call.PAIRED:
-        sync_pair()
+    if call.CLUSTER:
+        sync_cluster()
     number = 0 * call.queries  # a tensor, as loop variables must be
-    job = call.job(gl.program_id(0) // 2 if call.PAIRED == OF_QUERIES else gl.program_id(0))
+    job = call.job(gl.program_id(0) // 2 if call.CLUSTER == OF_QUERIES else gl.program_id(0))
     while job.tiles > 0:
         jobs.send(number, job)
         number += 1
         jobs.wait_empty(number)
-        if call.PAIRED == OF_QUERIES:
-            job = call.job(next_pair(call.counter, number, call.total()))
-        elif call.PAIRED:
-            job = call.job(2 * next_pair(call.counter, number, call.total() // 2) + rank())
+        if call.CLUSTER == OF_QUERIES:
+            job = call.job(next_of_cluster(call.counter, number, call.total()))
+        elif call.CLUSTER:
+            job = call.job(2 * next_of_cluster(call.counter, number, call.total() // 2) + rank())
         else:
             job = call.job(next_tile(call.counter, call.total()))
     jobs.send(number, job)
-    if call.PAIRED:
-        sync_pair()
+    if call.CLUSTER:
+        sync_cluster()
 
 
 @gluon.jit
 def load_keys(pipe, other, number, descriptor, job, key, call, WHICH: gl.constexpr):
     """Start the copy of a tile of k (WHICH 0) or v (1), once its slot is empty.
 
-    Of a pair, program 0 copies k and program 1 copies v, to both. At `other`, the one that copies a tile waits until
+    Of a cluster, program 0 copies k and program 1 copies v, to both. At `other`, the one that copies a tile waits until
     the other program's slot is empty too.
     """
     head_kv = job.head // call.group
-    if call.PAIRED:
+    if call.CLUSTER:
         DEPTH: gl.constexpr = pipe.DEPTH
         slot = number % DEPTH
         if number >= DEPTH:
@@ -233,7 +233,7 @@ def load_keys(pipe, other, number, descriptor, job, key, call, WHICH: gl.constex
 
 @gluon.jit
 def fetch_ahead(call, job, step):
-    """Start to fetch a tile that a later step reads into L2: of k by program 0 of a pair, of v by program 1."""
+    """Start to fetch a tile that a later step reads into L2: of k by program 0 of a cluster, of v by program 1."""
     if step + AHEAD < job.tiles:
         key = call.key(job, step + AHEAD)
         head_kv = job.head // call.group
@@ -246,8 +246,8 @@ def fetch_ahead(call, job, step):
 @gluon.jit
 def produce(call, shared, tensors):
     """Start all copies of all query tiles, as far ahead as there are empty slots."""
-    if call.PAIRED:
-        sync_pair()
+    if call.CLUSTER:
+        sync_cluster()
     q, k, v = tensors[0], tensors[1], tensors[2]
     number = 0 * call.queries
     loaded = 0 * call.queries
@@ -263,13 +263,13 @@ def produce(call, shared, tensors):
             key = call.key(job, step)
             load_keys(shared.k, shared.k_other, loaded + step, k, job, key, call, 0)
             load_keys(shared.v, shared.v_other, loaded + step, v, job, key, call, 1)
-            if call.PAIRED:
+            if call.CLUSTER:
                 fetch_ahead(call, job, step)
         loaded += job.tiles
         number += 1
         job = shared.jobs.receive(number, 1)
-    if call.PAIRED:
-        sync_pair()
+    if call.CLUSTER:
+        sync_cluster()
 
 
 # -- the consumers: a warpgroup each
@@ -298,8 +298,8 @@ def rows_of(job, call, WHO: gl.constexpr):
 def consume(call, shared, tensors, WHO: gl.constexpr):
     """A consumer: the 64 rows from WHO x 64 of every query tile of this program."""
     A: gl.constexpr = product_layout(call.D)
-    if call.PAIRED:
-        sync_pair()
+    if call.CLUSTER:
+        sync_cluster()
     if WHO == call.CONSUMERS - 1:
         arrive(TURN, 256)
     tile = 0 * call.queries
@@ -347,8 +347,8 @@ def consume(call, shared, tensors, WHO: gl.constexpr):
         m, z = m_next, z_next
         tile += 1
         job = shared.jobs.read(tile)
-    if call.PAIRED:
-        sync_pair()
+    if call.CLUSTER:
+        sync_cluster()
 
 
 # -- between registers and memory

@@ -23,7 +23,7 @@ STAGES = gl.constexpr(2)  # K tiles, and V tiles, in shared memory
 # needs to store out. In PTX, k is parameter DESCRIPTOR, and v twice that.
 K_AT, FULL_AT, OTHER_AT = gl.constexpr(64 << 10), gl.constexpr(192 << 10), gl.constexpr(200 << 10)
 BARRIERS, DESCRIPTOR = gl.constexpr(4096), gl.constexpr(9)
-# What the two programs of a pair work on: neighbouring heads of a group, or neighbouring query tiles of a head.
+# What the two programs of a cluster work on: neighbouring heads of a group, or neighbouring query tiles of a head.
 OF_HEADS, OF_QUERIES = gl.constexpr(1), gl.constexpr(2)
 # Where the result of a tile is written. NOWHERE: an earlier call completed it, and the carry does not have it.
 OUT, FINAL, NOWHERE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
@@ -72,7 +72,7 @@ class Call:
     CAPPED: gl.constexpr
     CARRY: gl.constexpr
     GUESS: gl.constexpr  # consumers work in sequence, with `guess_step` in full tiles and p in `packed` form
-    PAIRED: gl.constexpr  # two programs share k and v: OF_HEADS, OF_QUERIES, or 0 for single programs
+    CLUSTER: gl.constexpr  # two programs share k and v: OF_HEADS, OF_QUERIES, or 0 for single programs
     FINISHES: gl.constexpr  # tiles that no later call sees are written to `final`, the others to out
 
     @gluon.jit
@@ -107,7 +107,7 @@ class Call:
         that all SMs read the same tiles of K and V from L2. `heads_in_l2` limits the number of KV heads at a time.
         """
         PROGRAM: gl.constexpr = self.CONSUMERS * ROWS
-        TILE: gl.constexpr = PROGRAM * (2 if self.PAIRED == OF_QUERIES else 1)
+        TILE: gl.constexpr = PROGRAM * (2 if self.CLUSTER == OF_QUERIES else 1)
         total = self.total()
         taken = index < total
         index = gl.minimum(index, total - 1)
@@ -134,7 +134,7 @@ class Call:
         full = gl.minimum(full, tiles - 1)
         tiles = gl.where(taken, tiles, 0)
         into = self.into(batch, first, last)
-        if self.PAIRED == OF_QUERIES:
+        if self.CLUSTER == OF_QUERIES:
             first += rank() * PROGRAM
         return Job(batch, head, head_kv, first, lo, tiles, tiles - full, full_from, into)
 

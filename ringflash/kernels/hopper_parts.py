@@ -33,7 +33,7 @@ FIRST_BARRIER = 8  # of the 16 named barriers. Triton uses those from 0: one per
 L2_BYTES = 32 << 20  # of 50 MB, for data that is read repeatedly; the rest is for data that streams through
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 HEAD_DIMS = (64, 128, 256)
-COUNTER_SIZE = 512  # the counter, and two slots for each of up to 255 pairs
+COUNTER_SIZE = 512  # the counter, and two slots for each of up to 255 clusters
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLay
 
 
 def counter(device: torch.device) -> Tensor:
-    """The current stream's int32 counter for `next_tile` and the slots of `next_pair`, made once.
+    """The current stream's int32 counter for `next_tile` and the slots of `next_of_cluster`, made once.
 
     All of it is 0 between two launches.
     """

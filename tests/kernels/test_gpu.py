@@ -102,7 +102,7 @@ def checked_groups(kernel: str, mask: IntervalMask, kv_heads: int, head_dim: int
     """Violations with three query heads per KV head.
 
     On Hopper, three heads have one backward program, which then writes dk and dv, if asked to. At head_dim 256, two
-    kinds of pairs of forward programs follow: for query tiles of a head, and for heads.
+    kinds of clusters of forward programs follow: for query tiles of a head, and for heads.
     """
     from ringflash.kernels import hopper_forward
 
@@ -110,7 +110,7 @@ def checked_groups(kernel: str, mask: IntervalMask, kv_heads: int, head_dim: int
     for group, least_keys in ((3, 8192), (3, 0), (2, 8192)) if head_dim == 256 else ((3, 8192),):
         with mock.patch.object(hopper_forward, "LEAST_KEYS", least_keys):
             lines = checked(kernel, mask, heads=(group * kv_heads, kv_heads), head_dim=head_dim, **options)
-        found += [f"groups of {group}, pairs from {least_keys} keys: {line}" for line in lines]
+        found += [f"groups of {group}, clusters from {least_keys} keys: {line}" for line in lines]
     return found
 
 

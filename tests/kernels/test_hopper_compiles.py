@@ -29,7 +29,7 @@ triton = pytest.importorskip("triton")
 SHARED_LIMIT = 227 * 1024
 ROOT = Path(__file__).parents[2]
 TRITONS = [None, *sorted(ROOT.glob(".venv/triton-*"))]
-FLAGS = ("carry", "capped", "finishes", "centered", "paired")
+FLAGS = ("carry", "capped", "finishes", "centered", "cluster")
 CASES: dict[str, dict[str, Any]] = {
     "forward-D64": {"head_dim": 64},
     "forward-D64-in-ring": {"head_dim": 64, "carry": True, "out": torch.float32, "finishes": True},
@@ -38,10 +38,10 @@ CASES: dict[str, dict[str, Any]] = {
     "forward-D128-carry-fp16-capped": {"head_dim": 128, "carry": True, "dtype": torch.float16, "capped": True},
     "forward-D256": {"head_dim": 256},
     "forward-D256-in-ring": {"head_dim": 256, "carry": True, "out": torch.float32, "finishes": True},
-    "forward-D256-paired": {"head_dim": 256, "paired": 1},  # OF_HEADS
-    "forward-D256-paired-carry-fp16-capped": {
+    "forward-D256-cluster": {"head_dim": 256, "cluster": 1},  # OF_HEADS
+    "forward-D256-cluster-carry-fp16-capped": {
         "head_dim": 256,
-        "paired": 2,  # OF_QUERIES
+        "cluster": 2,  # OF_QUERIES
         "carry": True,
         "dtype": torch.float16,
         "capped": True,
@@ -67,7 +67,7 @@ SPILLS_IN_LOOP = {
     "backward-D128": 5,
     "backward-D128-in-ring": 5,
     "backward-D128-capped": 102,  # and tanh: 72 with 3.7.1, 102 with 3.9.0
-    "forward-D256-paired-carry-fp16-capped": 12,  # with 3.9.0 alone, with which pairs do not run
+    "forward-D256-cluster-carry-fp16-capped": 12,  # with 3.9.0 alone, with which clusters do not run
     # dk or dv fills 128, two pieces of dq 64. The consumers' loops differ; this is the shorter one, with the
     # exponentials.
     "backward-D256-in-ring": 1,  # with 3.9.0 alone
@@ -84,7 +84,7 @@ SELECTS_IN_LOOP = {
     "forward-D128-in-ring": 2,
     "forward-D256": 0,
     "forward-D256-in-ring": 0,
-    "forward-D256-paired": 0,
+    "forward-D256-cluster": 0,
     "backward-D64": 32,
     "backward-D64-in-ring": 32,
     "backward-D128": 0,
@@ -114,7 +114,7 @@ def compile_case(name: str):
     registers = hopper_parts.REGISTERS[getattr(tuning, "consumers", 2)]
     constants = {
         "D": head_dim, "CAPPED": case["capped"], "CARRY": case["carry"],
-        "CENTERED": case["centered"], "FINISHES": case["finishes"], "PAIRED": case["paired"],
+        "CENTERED": case["centered"], "FINISHES": case["finishes"], "CLUSTER": case["cluster"],
         "CONSUMER_REGISTERS": registers.consumer, "PRODUCER_REGISTERS": registers.producer,
     }  # fmt: skip
     constants |= {name.upper(): value for name, value in asdict(tuning).items()}
@@ -341,23 +341,23 @@ def test_ptx_at_head_dim_256_finds_barriers_and_descriptors_where_its_constants_
     from ringflash.kernels.hopper_forward_parts import BARRIERS, DESCRIPTOR, FULL_AT, K_AT, STAGES
 
     def slots(r: dict) -> list[int]:
-        """Of `full` of k and v, and in pairs of `k_other` and `v_other`."""
-        pipes = 4 if CASES[r["name"]].get("paired") else 2
+        """Of `full` of k and v, and in clusters of `k_other` and `v_other`."""
+        pipes = 4 if CASES[r["name"]].get("cluster") else 2
         return [FULL_AT.value + BARRIERS.value * i + 8 * slot for i in range(pipes) for slot in range(STAGES.value)]
 
     reports = [r for r in compiled if family(r) == "forward-D256"]
-    paired = [r for r in reports if CASES[r["name"]].get("paired")]
+    clustered = [r for r in reports if CASES[r["name"]].get("cluster")]
     rules = {
         "barriers": lambda r: r["barriers"][: len(slots(r))] == slots(r),
         "tiles": lambda r: r["tiles"] == FULL_AT.value == 3 * K_AT.value,
     }
-    for_pairs = {
+    for_clusters = {
         "descriptors": lambda r: r["descriptors"] == [i * DESCRIPTOR.value for i in range(3)],
         "copies": lambda r: r["multicasts"] == 16,  # k or v, in a tile's first step or later, in 4 pieces
     }
-    assert paired
+    assert clustered
     assert breaking(reports, **rules) == []
-    assert breaking(paired, **for_pairs) == []
+    assert breaking(clustered, **for_clusters) == []
 
 
 @pytest.mark.parametrize(
@@ -409,24 +409,24 @@ def test_the_last_wave_of_equal_tiles_is_divided_where_that_makes_it_shorter(pro
 
 
 @pytest.mark.parametrize(
-    ("triton", "heads", "head_dim", "tokens", "seen", "pairs"),
+    ("triton", "heads", "head_dim", "tokens", "seen", "work"),
     [
         ("3.6", 4, 256, 128, torch.zeros(2, 1, 129), "OF_HEADS"),
         ("3.6", 2, 256, 20000, None, "OF_QUERIES"),  # groups of one head
         ("3.6", 2, 256, 20000, torch.zeros(2, 1, 20001), None),
         ("3.6", 2, 256, 15000, None, None),  # 7628 keys per query tile
-        ("3.7", 4, 256, 20000, None, None),  # in pairs, it has run with 3.6 alone
+        ("3.7", 4, 256, 20000, None, None),  # in clusters, it has run with 3.6 alone
         ("3.6", 4, 128, 20000, None, None),
     ],
 )
-def test_programs_run_in_pairs_where_that_pays(monkeypatch, triton, heads, head_dim, tokens, seen, pairs):
+def test_programs_run_in_clusters_where_that_pays(monkeypatch, triton, heads, head_dim, tokens, seen, work):
     from ringflash import IntervalMask
     from ringflash.kernels import hopper_forward
 
     monkeypatch.setattr(hopper_forward, "triton_version", lambda: triton)
     q, k = (torch.empty(1, 1, n, head_dim) for n in (heads, 2))
     order = IntervalMask.causal(tokens).intervals().query_order[128]
-    assert hopper_forward.pairing(q, k, order, seen) == (getattr(hopper_forward, pairs).value if pairs else 0)
+    assert hopper_forward.clustering(q, k, order, seen) == (getattr(hopper_forward, work).value if work else 0)
 
 
 @pytest.mark.parametrize(
