@@ -135,7 +135,9 @@ class OptimConfig:
 
     def _warmup_steps(self) -> int:
         """Steps of the warm-up; with epochs, `of_epoch` must have set the steps."""
-        return math.ceil(self.warmup * (self.steps or 0)) if self.warmup < 1 else int(self.warmup)
+        if self.warmup >= 1:
+            return int(self.warmup)
+        return math.ceil(round(self.warmup * (self.steps or 0), 6))  # 0.07 * 100 is a little more than 7
 
     def accumulation(self, replicas: int) -> int:
         """Micro-batches per step. Raises ConfigError if the batch does not divide."""

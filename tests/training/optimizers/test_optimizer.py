@@ -302,11 +302,11 @@ def test_epochs_are_steps_enough_for_their_sequences(epochs, steps):
     assert optim.of_epoch(10).learning_rate(steps) == OptimConfig(steps=steps, batch=4, warmup=0).learning_rate(steps)
 
 
-@pytest.mark.parametrize(("fraction", "warmup"), [(0.3, 3), (0.31, 4), (0.999, 10), (1e-9, 1), (0, 0)])
+@pytest.mark.parametrize(("fraction", "warmup"), [(0.07, 7), (0.071, 8), (0.999, 100), (1e-4, 1), (0, 0)])
 def test_a_warm_up_below_one_is_a_fraction_of_all_steps(fraction, warmup):
-    optim = OptimConfig(steps=None, epochs=1, batch=4, warmup=fraction).of_epoch(40)
-    steps = range(1, 11)
-    assert [*map(optim.learning_rate, steps)] == [*map(OptimConfig(steps=10, warmup=warmup).learning_rate, steps)]
+    optim = OptimConfig(steps=None, epochs=1, batch=4, warmup=fraction).of_epoch(400)
+    steps = range(1, 101)
+    assert [*map(optim.learning_rate, steps)] == [*map(OptimConfig(steps=100, warmup=warmup).learning_rate, steps)]
 
 
 def test_a_warm_up_of_a_step_and_a_half_is_refused():
