@@ -50,6 +50,7 @@ from ringflash.data.messages import (
     WEIGHT,
     from_json,
     message_of,
+    messages_from_json,
     messages_of_turns,
     names_of,
     thinking,
@@ -166,8 +167,9 @@ class Dialogues:
 
     def parse(self, where: str, record: Record) -> list[Rendered]:
         """The texts of a record, each with the spans to learn."""
-        asks = record.get(PROMPT) is not None or record.get(COMPLETION) is not None
-        turns = record.get(INSTRUCTION) is not None and record.get(OUTPUT) is not None
+        record = {**record, **{name: messages_from_json(record.get(name)) for name in (PROMPT, COMPLETION)}}
+        asks = record[PROMPT] is not None or record[COMPLETION] is not None
+        turns = record.get(INSTRUCTION) is not None and OUTPUT in record
         if turns and record.get(self.field) is None and record.get(COMPLETION) is None:
             record = {**record, self.field: messages_of_turns(where, record, OUTPUT)}
         if record.get(self.field) is not None or not asks:

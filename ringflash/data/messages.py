@@ -81,6 +81,13 @@ def from_json(value: Any) -> Any:
     return value
 
 
+def messages_from_json(value: Any) -> Any:
+    """The messages that a table holds as JSON text. Any other text is that of a prompt or an answer."""
+    found = from_json(value)
+    listed = isinstance(found, list) and all(isinstance(x, dict) and {"role", "from"} & x.keys() for x in found)
+    return found if listed and found else value
+
+
 def _joined(place: str, content: Any) -> Any:
     """Content as text, where it is in parts."""
     if not isinstance(content, list):

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ringflash.data.chat import COMPLETION, PROMPT, SYSTEM, TOOLS, VARIABLES, Dialogues, Rendered
 from ringflash.data.formats import Record, RecordError
-from ringflash.data.messages import HISTORY, INPUT, INSTRUCTION, messages_of_turns
+from ringflash.data.messages import HISTORY, INPUT, INSTRUCTION, messages_from_json, messages_of_turns
 
 CHOSEN, REJECTED = "chosen", "rejected"
 
@@ -67,8 +67,7 @@ class Preferences(Dialogues):
         if record.get(PROMPT) is None and record.get(INSTRUCTION) is not None:
             asked = {name: messages_of_turns(where, record, name) for name in (CHOSEN, REJECTED)}
             return asked[CHOSEN][:-1], {name: messages[-1:] for name, messages in asked.items()}
-        prompt: Any = record.get(PROMPT)
-        answers: list[Any] = [record.get(CHOSEN), record.get(REJECTED)]
+        prompt, *answers = (messages_from_json(record.get(name)) for name in (PROMPT, CHOSEN, REJECTED))
         named = dict(zip((CHOSEN, REJECTED), answers, strict=True))
         if not (all(isinstance(x, str) for x in answers) or all(isinstance(x, list) for x in answers)):
             held = " and ".join(f"{x!r:.40} in {name}" for name, x in named.items())
@@ -85,6 +84,10 @@ class Preferences(Dialogues):
             raise RecordError(
                 f"{where}: {PROMPT} holds {prompt!r:.40}, and {CHOSEN} and {REJECTED} begin with no message in common: "
                 f"the messages of the prompt are missing"
+            )
+        if (shorter := next((name for name, messages in named.items() if len(messages) == shared), None)) is not None:
+            raise RecordError(
+                f"{where}: {shorter} has only messages that both answers begin with: there is nothing to prefer"
             )
         return answers[0][:shared], {name: messages[shared:] for name, messages in named.items()}
 

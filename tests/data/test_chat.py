@@ -155,6 +155,12 @@ def test_arguments_and_tools_that_are_json_text_are_rendered_as_objects(as_text)
     assert json.dumps([TOOL]) in document.text
 
 
+def test_a_prompt_and_completion_may_be_messages_as_json_text():
+    parts = {"prompt": chat("hi"), "completion": chat("hi", "hello")[1:]}
+    parse = dialogues(QWEN3).parse
+    assert parse("here", {name: json.dumps(x) for name, x in parts.items()}) == parse("here", parts)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_of_weight_0_is_not_trained_on(name):
     messages = chat("hi", "hello", "more?", "yes")
@@ -446,6 +452,7 @@ REFUSED = {
         "it has conversation: data.field=conversation reads conversatio",
     ),
     "an answer that is no text": ({"instruction": "hi", "output": 2}, "line 2: output holds 2, not text"),
+    "an answer that is null": ({"instruction": "hi", "output": None}, "line 2: output holds None, not text"),
     "variables that are a list": (
         {"messages": chat("hi", "hello"), "chat_template_kwargs": [1]},
         "line 2: chat_template_kwargs holds [1], not names with values",

@@ -1,5 +1,6 @@
 """A pair is a chosen and a rejected document, read as a prompt and its completion are, and packed side by side."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +54,13 @@ def test_the_answers_to_an_instruction_are_turns_for_the_chat_template(tmp_path)
     found = tokenised(pairs(tmp_path, [alpaca], columns={"instruction": "question"}))
     expected = tokenised(pairs(tmp_path, [MESSAGES | {"system": "Be kind."}]))
     assert np.array_equal(found.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("record", [MESSAGES, WHOLE], ids=["with a prompt", "whole"])
+def test_answers_may_be_messages_as_json_text(tmp_path, record):
+    as_text = {name: json.dumps(value) for name, value in record.items()}
+    found = tokenised(pairs(tmp_path, [as_text, record]))
+    assert np.array_equal(*found.tokens.reshape(2, -1))
 
 
 def test_answers_that_look_like_json_are_texts(tmp_path):
@@ -113,7 +121,7 @@ REFUSED = {
     "null": (TEXT | {"rejected": None}, "line 2 holds '4' in chosen and None in rejected: both must be texts, or both"),
     "a text and messages": (TEXT | {"chosen": chat("a", "b")}, "both must be texts, or both lists of messages"),
     "the same": (TEXT | {"rejected": "4"}, "line 2 has the same chosen and rejected: there is nothing to prefer"),
-    "the same messages": ({"chosen": chat("a", "b"), "rejected": chat("a", "b")}, "chosen: completion holds [], not a"),
+    "the same messages": ({"chosen": chat("a", "b"), "rejected": chat("a", "b")}, "chosen has only messages that both"),
     "no shared message": ({"chosen": chat("a", "b"), "rejected": chat("c", "d")}, "prompt holds None, and chosen and"),
     "answers alone": (
         {"prompt": "hi", "chosen": chat("a", "b")[1:], "rejected": chat("a", "c")[1:]},
