@@ -1,5 +1,5 @@
-"""Warnings about settings that do not match: a pretrained model with another end of text, vocabulary or learning rate,
-and text to evaluate on that is trained on too.
+"""Warnings about settings that do not match: a pretrained model with another end of texts or answers, vocabulary or
+learning rate, and text to evaluate on that is trained on too.
 
 These settings are not refused, since a model may be given new tokens, another end or a high learning rate. Ids that the
 model does not have are refused by `check_vocabulary`.
@@ -26,8 +26,8 @@ SPARE = 1024  # rows of a vocabulary that is padded to a round number
 
 
 def mismatches(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """One line each for evaluated files that are trained on, for a high learning rate, and for an end of text or a
-    vocabulary that differs from model.path's."""
+    """One line each for evaluated files that are trained on, for a high learning rate, and for an end of texts or
+    answers or a vocabulary that differs from model.path's."""
     path, name, lr = config.model.path, config.data.tokenizer, config.optim.lr
     lines = _evaluated_and_trained(config.data)
     if not path:
@@ -44,7 +44,25 @@ def mismatches(config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTok
             f"{tokenizer.eos_token_id}), but model.path={path} stops at id "
             f"{' or '.join(map(str, ends))}: set eos_token_id there to stop at both"
         )
+    chats = any(part.chat for part in config.data.parts().values())
+    if ends and chats and (end := end_of_answer(tokenizer)) is not None and end not in ends:
+        lines.append(
+            f"tokenizer  the chat template of data.tokenizer={name} ends answers with "
+            f"{tokenizer.convert_ids_to_tokens(end)} (id {end}), but model.path={path} stops at id "
+            f"{' or '.join(map(str, ends))}: add it to eos_token_id in its generation_config.json"
+        )
     return lines + [f"tokenizer  {line}" for line in _vocabularies(config, model.vocab_size, tokenizer)]
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The last special token of a rendered conversation, at which generating should stop; None if there is none."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # of the template, which the first record reports
+        return None
+    ids = tokenizer(text[text.rindex("Hello") :], add_special_tokens=False)["input_ids"] if "Hello" in text else []
+    return next((one for one in reversed(ids) if one in tokenizer.all_special_ids), None)
 
 
 def _evaluated_and_trained(data: DataConfig) -> list[str]:

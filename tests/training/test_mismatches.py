@@ -9,6 +9,7 @@ from ringflash.training.compose import compose
 from ringflash.training.mismatches import mismatches
 from ringflash.training.preflight import check_inputs
 from tests.data.cases import write_texts, write_tokenizer
+from tests.data.chat_cases import LLAMA3, SMOLLM2, chat, chat_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -50,6 +51,31 @@ def test_another_end_is_reported_with_both_ids(reported):
         "tokenizer  data.tokenizer=/tokenizer ends documents with <eos> (id 1), but model.path=/model stops at id 0 or "
         "2: set eos_token_id there to stop at both"
     )
+
+
+@pytest.mark.parametrize(("template", "end"), [(SMOLLM2, "<|im_end|>"), (LLAMA3, "<|eot_id|>")])
+def test_an_end_of_answers_at_which_the_model_does_not_stop_is_reported(tmp_path, template, end):
+    tokenizer, folder = chat_tokenizer(template), tmp_path / "model"
+    tokenizer.save_pretrained(folder)
+    eos, turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"messages": chat("hi", "hello")}) + "\n")
+    settings = [
+        "data=chat",
+        f"data.path={data}",
+        f"data.tokenizer={folder}",
+        "model=pretrained",
+        f"model.path={folder}",
+    ]
+
+    def lines(stops):
+        LlamaConfig(vocab_size=len(tokenizer), eos_token_id=stops, **SHAPE).save_pretrained(folder)
+        config, _ = compose([*settings, "data.sequence_length=64", "optim=adamw"])
+        return mismatches(config, *check_inputs(config))
+
+    assert lines([eos, turn]) == []
+    [line] = lines(eos)
+    assert f"ends answers with {end} (id {turn}), but model.path={folder} stops at id {eos}: add it to eos" in line
 
 
 def test_other_ids_are_reported_with_their_number(reported):
