@@ -327,7 +327,7 @@ def test_several_gpus_decode_without_a_graph_and_say_why(capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_one_gpu_answers_by_a_graph_unless_the_model_waits_for_it(given, tmp_path):
-    gpu = SimpleNamespace(**vars(ALONE) | {"device": torch.device("cuda", 0), "ring": Loopback(1, "cuda:0")})
+    gpu = replace(ALONE, device=torch.device("cuda", 0), ring=Loopback(1, "cuda:0"))
     asked = arguments(given, "prompt=Who?", "prompt=When?")
     _, report = answers(asked, gpu)  # heads of 8 are plain torch's, which waits
     assert report.count("decoding without a CUDA graph, which needs a model that never waits") == 1
