@@ -10,8 +10,7 @@ memory, estimate            the settings that save GPU memory; the memory and di
 engine, loss, optimizers    the model under DeepSpeed
 zero3                       with ZeRO 3, a model that is never whole in one rank's memory
 step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
-preference*                 losses of pairs of a chosen and a rejected answer, such as DPO's
-reference*                  the reference's log-probabilities, which are computed before training
+preferences                 training on pairs of a chosen and a rejected answer, such as DPO
 positions, sums             the loss by position in a document; losses summed by group of tokens
 meter, flops, metrics       a step's figures, and where they are written; loss_plot draws them
 run_folder                  the folder of a run

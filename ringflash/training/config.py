@@ -14,7 +14,7 @@ from ringflash.training.evaluation import EvaluationConfig
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.metrics import LoggerConfig
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.preference_losses import PreferenceConfig
+from ringflash.training.preferences.formulas import PreferenceConfig
 
 LONGEST_NAME = 200  # bytes; a file system takes 255, and -2 or .partial may follow
 

@@ -37,7 +37,7 @@ from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers import one_rank
 from ringflash.training.optimizers.build import build_optimizer, start_moments
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.preference import PreferencePairs
+from ringflash.training.preferences.preference_loss import PreferencePairs
 from ringflash.training.sums import Sums
 from ringflash.training.zero3 import start_deepspeed
 

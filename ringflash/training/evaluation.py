@@ -23,9 +23,10 @@ from ringflash.evaluation.haystack import HaystackConfig
 from ringflash.models import ModelConfig, cache_refusal
 from ringflash.models.rope import check_positions
 from ringflash.models.rope_length import length_refusal
-from ringflash.training import positions, preference
+from ringflash.training import positions
 from ringflash.training.metrics import HELD_OUT, HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
-from ringflash.training.preference import PreferenceLoss
+from ringflash.training.preferences import preference_loss
+from ringflash.training.preferences.preference_loss import PreferenceLoss
 from ringflash.training.step import forward, shard
 
 SEED = 0  # of the order of held-out sequences, the same in every evaluation
@@ -179,7 +180,7 @@ def evaluate(
     engine.eval()
     of_source: dict[str, tuple[Tensor, Tensor]] = {}
     for sequences, source in zip(batches, sources, strict=False):
-        none = positions.no_totals(world.device), preference.no_totals(world.device)
+        none = positions.no_totals(world.device), preference_loss.no_totals(world.device)
         inputs = shard(sequences, world, layout_for, engine.module.model.config, pair_loss)
         forward(engine, inputs, *of_source.setdefault(source, none))
     engine.train()
@@ -191,7 +192,10 @@ def evaluate(
     sums = {source: _loss(*totals) for source, totals in of_source.items()}
     by_source = {source: x / labels for source, (x, labels) in sums.items() if labels}
     return HeldOut(
-        loss / max(count, 1), positions.means(of_tokens), by_source if len(sums) > 1 else {}, preference.means(of_pairs)
+        loss / max(count, 1),
+        positions.means(of_tokens),
+        by_source if len(sums) > 1 else {},
+        preference_loss.means(of_pairs),
     )
 
 

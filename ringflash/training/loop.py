@@ -25,9 +25,9 @@ from ringflash.training.meter import Meter
 from ringflash.training.needle import Needles
 from ringflash.training.needle import record as needle_record
 from ringflash.training.out_of_memory import explained
-from ringflash.training.preference import PreferenceLoss
+from ringflash.training.preferences.preference_loss import PreferenceLoss
+from ringflash.training.preferences.reference_pass import compute_reference
 from ringflash.training.preflight import Job
-from ringflash.training.reference_pass import compute_reference
 from ringflash.training.run import Run, make_model, open_run, read_corpora, start_engine, with_steps
 from ringflash.training.step import MicroBatch, prepare, train_step
 

@@ -9,9 +9,10 @@ import torch
 
 from ringflash.distributed.world import World
 from ringflash.ring.cost import peak_flops
-from ringflash.training import flops, positions, preference
+from ringflash.training import flops, positions
 from ringflash.training.config import Config
 from ringflash.training.metrics import BY_POSITION
+from ringflash.training.preferences import preference_loss
 from ringflash.training.step import StepResult
 
 
@@ -47,7 +48,7 @@ class Meter:
             done = flops.step_flops(self.weights, self.tokens, attention, self.frozen, self.reference)
             record["mfu"] = done / seconds / (self.peak * self.world.size)
         record |= {BY_POSITION + name: x for name, x in positions.means(result.by_position).items()}
-        record |= preference.means(result.preferences)
+        record |= preference_loss.means(result.preferences)
         return record | _traffic(self.world, result.imbalance)
 
 

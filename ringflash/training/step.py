@@ -25,9 +25,10 @@ from ringflash.distributed.parallel import LayoutChooser
 from ringflash.distributed.world import World
 from ringflash.models import layer_kinds, ring_inputs
 from ringflash.ring.plan import AttentionPlan
-from ringflash.training import positions, preference
+from ringflash.training import positions
 from ringflash.training.flops import attention_flops, state_flops
-from ringflash.training.preference import PreferenceLoss, PreferencePairs
+from ringflash.training.preferences import preference_loss
+from ringflash.training.preferences.preference_loss import PreferenceLoss, PreferencePairs
 
 
 class StepResult(NamedTuple):
@@ -94,7 +95,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     router_weight = valid / (len(micro_batches) * world.replicas)  # the mean over micro-batches, times `valid`
-    of_tokens, of_pairs = positions.no_totals(world.device), preference.no_totals(world.device)
+    of_tokens, of_pairs = positions.no_totals(world.device), preference_loss.no_totals(world.device)
     for micro in micro_batches:
         loss = forward(engine, micro.inputs, of_tokens, of_pairs, router_weight=router_weight)
         # 0 * loss makes all gradients NaN if the loss is not finite, without a host synchronisation.

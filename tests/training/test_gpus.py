@@ -10,10 +10,10 @@ from tests.pool import GPUS, needs_gpus
 from tests.training.checkpoints.test_reshard import check_continued
 from tests.training.launched import command, failing, run
 from tests.training.pairs import PRECOMPUTED, preference_run
+from tests.training.preferences.test_preference_loss import REWARDS
 from tests.training.runs import fitted, settings, tiny_qwen3
 from tests.training.test_lora import NF4, lora_run
 from tests.training.test_needle import SEARCHES
-from tests.training.test_preference import REWARDS
 
 pytestmark = [pytest.mark.gpu, needs_gpus]
 HEADS = [f"model.architecture.num_{kind}_heads={GPUS}" for kind in ("attention", "key_value")]

@@ -12,8 +12,9 @@ from ringflash.data.config import DataConfig, WeightedSource
 from ringflash.data.mixture import first_epoch, load_corpora
 from ringflash.data.pairs import digests
 from ringflash.models import ModelConfig
-from ringflash.training import reference, stop
+from ringflash.training import stop
 from ringflash.training.metrics import read
+from ringflash.training.preferences import reference
 from tests.training.pairs import LENGTH, PRECOMPUTED, preference_run
 from tests.training.runs import fitted
 

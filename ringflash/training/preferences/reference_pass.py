@@ -24,13 +24,14 @@ from ringflash.data.pairs import digests
 from ringflash.distributed.parallel import LayoutChooser
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
-from ringflash.training import reference, stop
+from ringflash.training import stop
 from ringflash.training.checkpoints.manifest import all_gathered
 from ringflash.training.config import Config
 from ringflash.training.evaluation import SEED, Evaluation
 from ringflash.training.out_of_memory import explained
-from ringflash.training.preference import PreferenceLoss
-from ringflash.training.reference import reference_path
+from ringflash.training.preferences import reference
+from ringflash.training.preferences.preference_loss import PreferenceLoss
+from ringflash.training.preferences.reference import reference_path
 from ringflash.training.step import MicroBatch, prepare
 
 SECONDS = 60.0  # between two writes of the file

@@ -1,7 +1,7 @@
 """Preferences: losses of pairs of packed documents, a prompt with the chosen and with the rejected answer.
 
 A loss depends on log p(y) of both answers, the sums over their tokens, and on the same by a reference if it has one
-(preference_losses.py). The reference is the model that training starts from. A step computes its log p with the model
+(formulas.py). The reference is the model that training starts from. A step computes its log p with the model
 without its adapters, or finds those that were computed before training (reference.py).
 
 The tokens of a document are on all ranks of its sequence. Their losses are -log p, so the gradient of a pair's loss is
@@ -27,8 +27,8 @@ from ringflash.data.pairs import digests, predicted
 from ringflash.distributed.world import World
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
-from ringflash.training.preference_losses import PreferenceConfig, pair_losses
-from ringflash.training.reference import Reference
+from ringflash.training.preferences.formulas import PreferenceConfig, pair_losses
+from ringflash.training.preferences.reference import Reference
 from ringflash.training.sums import Sums
 
 FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # as TRL names them

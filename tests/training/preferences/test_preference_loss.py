@@ -17,7 +17,7 @@ from ringflash.models import read_config
 from ringflash.models.lora import WEIGHTS
 from ringflash.training.compose import compose
 from ringflash.training.metrics import read
-from ringflash.training.preference_losses import PreferenceConfig, pair_losses
+from ringflash.training.preferences.formulas import PreferenceConfig, pair_losses
 from ringflash.training.preflight import planned
 from tests.training.pairs import ALL_WEIGHTS, LENGTH, PRECOMPUTED, ROWS, STEPS, preference_run
 from tests.training.runs import fitted
