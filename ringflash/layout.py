@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ringflash.intervals import on_cpu
 from ringflash.load_balance import Visits, assign, assign_long, by_hop, duration
-from ringflash.mask import IntervalMask, check_positions, check_tokens
+from ringflash.mask import IntervalMask, check_mask, check_positions, check_tokens
 
 # Rows of a kernel's query tile: shorter chunks would split tiles.
 _TILE = 128
@@ -120,6 +120,7 @@ class Layout:
         If documents are far shorter than a shard, so that sending keys over NVLink would take longer than balance
         saves, the layout is contiguous. For slower links, use layout=auto of ring_inputs or of the trainer.
         """
+        check_mask(mask)
         best = cls.zigzag(mask.queries, ranks, ulysses)
         if best.imbalance(mask) > _IMBALANCE or best.per_hop_imbalance(mask) > _PER_HOP_IMBALANCE:
             assigned = _assigned(mask, ranks, ulysses, _BALANCED, _SHORT, assign)
@@ -135,6 +136,7 @@ class Layout:
         A document is long if it has more than the fraction `longest` of a rank's tokens. Compared with a balanced
         layout, less is sent and ranks wait longer for each other, which pays off on slow links.
         """
+        check_mask(mask)
         return _assigned(mask, ranks, ulysses, _DOCUMENT_LOCAL, longest, assign_long)
 
     @classmethod

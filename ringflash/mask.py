@@ -295,6 +295,12 @@ def document_rows(documents: Any) -> tuple[list[list[int]], bool]:
     return [[int(x) for x in row] for row in counts], alike
 
 
+def check_mask(mask: Any) -> None:
+    """Raise TypeError, with the value, for what is not an IntervalMask."""
+    if not isinstance(mask, IntervalMask):
+        raise TypeError(f"mask must be an IntervalMask, such as IntervalMask.causal(tokens), got {mask!r:.100}")
+
+
 def cumulative_hint(lengths: list[int], length: int) -> str:
     """What to add to an error about counts that look like the cu_seqlens of flash_attn, which begin with 0."""
     given = len(lengths) > 1 and lengths[0] == 0 and lengths[-1] == length and lengths == sorted(lengths)

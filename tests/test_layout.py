@@ -80,6 +80,12 @@ def test_a_layout_that_cannot_be_is_refused_with_its_value(make, message):
         make()
 
 
+@pytest.mark.parametrize("make", [Layout.balanced, Layout.document_local])
+def test_a_layout_for_a_mask_refuses_a_length(make):
+    with pytest.raises(TypeError, match=r"mask must be an IntervalMask, .* got 8"):
+        make(8, 2)
+
+
 @pytest.mark.parametrize("make", [Layout.contiguous, Layout.zigzag, Layout.striped])
 @pytest.mark.parametrize("asked", [(8.0, 2), (8, 2.0), ("8", 2)])
 def test_a_length_or_number_of_ranks_that_is_not_whole_is_refused(make, asked):

@@ -38,7 +38,7 @@ from torch import Tensor
 from ringflash import kernels
 from ringflash.kernels.checks import check_tensors, like_out
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask
+from ringflash.mask import IntervalMask, check_mask
 from ringflash.ring import recompute
 from ringflash.ring.checks import check_call
 from ringflash.ring.execution import Memory, run
@@ -164,8 +164,7 @@ def flash_attention(
     - mask: an IntervalMask of S queries and S keys, with one batch row or B.
     """
     check_tensors(q=q, k=k, v=v)
-    if not isinstance(mask, IntervalMask):
-        raise TypeError(f"mask must be an IntervalMask, such as IntervalMask.causal(tokens), got {mask!r:.100}")
+    check_mask(mask)
     if q.dim() == k.dim() == 4 and (q.shape[1], k.shape[1]) != (mask.queries, mask.keys):
         raise ValueError(
             f"a mask of {mask.queries} x {mask.keys} does not fit {q.shape[1]} queries and {k.shape[1]} keys"
