@@ -15,9 +15,13 @@ while the kernel adds to the other's:
     rank r      compute   | hop s, half 0          | hop s, half 1              | hop s + 1, half 0 ...
                 transfer  | dk, dv of half 1, s-1  | dk, dv of half 0, s        | dk, dv of half 1, s ...
 
-Only what later ranks see is sent (`ring.routes`). The additional memory does not depend on the ring's size:
+Only what later ranks see is sent (`ring.routes`). In layouts of several chunks per rank, such as balanced ones, a hop
+of the forward brings the keys of four ranks at once (`ring.key_hops`).
 
-- two shards of keys and values, and in the forward the running result in fp32;
+The additional memory does not depend on the ring's size:
+
+- two shards of keys and values, and in the forward the running result in fp32. Where hops bring the keys of four ranks,
+  up to eight shards, of what is seen alone: in 16 bits, about what the backward's keys and gradients take;
 - in the backward also two shards of gradients, and a hop's centered keys if the kernel does not center them itself
   (`kernels.compensation`);
 - a third shard of gradients if a rank's own gradients return while it still forwards those of others, as with
