@@ -1,7 +1,14 @@
-"""Chat templates of the forms that models have, a tokenizer for them, and conversations."""
+"""Chat templates of the forms that models have, a tokenizer for them, conversations, and files of them."""
 
+import json
+
+import datasets
+import pyarrow.parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from ringflash.data.chat import Dialogues
+from tests.data.cases import config
 
 # ChatML with its own system prompt.
 SMOLLM2 = r"""
@@ -145,9 +152,62 @@ def chat_tokenizer(template: str | None, eos: str = "<eos>") -> PreTrainedTokeni
 
 
 def chat(*contents: str, system: str | None = None, **of_answers: str) -> list[dict]:
-    """A conversation of these contents, from user and assistant by turns; of_answers: more fields of each answer."""
+    """A conversation of these contents, user and assistant alternating; of_answers: more fields of each answer."""
     turns = [
         {"role": "assistant", "content": content, **of_answers} if i % 2 else {"role": "user", "content": content}
         for i, content in enumerate(contents)
     ]
     return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+THINKING = {"reasoning_content": "hmm", "thinking": "hmm"}
+TOOL = {"function": {"name": "add", "parameters": {"type": "object"}}, "type": "function"}  # sorted, as tables are
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def dialogues(template, eos="<eos>", field=None, **variables):
+    return Dialogues(chat_tokenizer(template, eos), "folder", field, variables, {})
+
+
+def trained(template, record, eos="<eos>", **variables):
+    """The trained texts of each document of a record."""
+    documents = dialogues(template, eos, **variables).parse("a.jsonl line 1", record)
+    return [[text[begin:end] for begin, end in spans] for text, spans, _, _ in documents]
+
+
+def write(folder, name, records):
+    """A file, or a folder that `datasets` saved."""
+    path = folder / name
+    if name.endswith("jsonl"):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        datasets.Dataset.from_list(records).save_to_disk(path)
+    return path
+
+
+def settings(tmp_path, path, template=SMOLLM2, **more):
+    """Those of conversations."""
+    chat_tokenizer(template).save_pretrained(tmp_path / "tokenizer")
+    return config(
+        tmp_path, path, **{"tokenizer": str(tmp_path / "tokenizer"), "chat": True, "packing": "whole", **more}
+    )
+
+
+RECORDS = [
+    {"messages": chat("hi", "hello", "more?", "yes", **THINKING), "tools": None},  # the columns of a table
+    {"messages": [{"role": "user", "content": "add"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+     "tools": [TOOL]},
+    {"messages": chat("who?", "me", system="Be kind.")},
+]  # fmt: skip
+
+
+ALPACA = {
+    "instruction": "add",
+    "input": "1 1",
+    "output": "2",
+    "history": [["hi", "hello"]],
+    "prompt": "add 1 1",
+    "n": 1,
+}

@@ -5,45 +5,33 @@ import random
 
 import datasets
 import numpy as np
-import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ringflash.data import IGNORE, load_corpus, tokenised
 from ringflash.data.chat import Dialogues
-from ringflash.data.formats import RecordError
 from ringflash.errors import ConfigError
-from tests.data.cases import config, write_tokenizer
 from tests.data.chat_cases import (
+    ALPACA,
+    CALL,
     ENDLESS,
     EOS,
-    GEMMA3,
     LLAMA3,
     MARKED,
     QWEN3,
-    QWEN35,
-    R1,
+    RECORDS,
     SMOLLM2,
     TEMPLATES,
+    THINKING,
+    TOOL,
     chat,
     chat_tokenizer,
+    dialogues,
+    settings,
+    trained,
+    write,
 )
-
-THINKING = {"reasoning_content": "hmm", "thinking": "hmm"}
-TOOL = {"function": {"name": "add", "parameters": {"type": "object"}}, "type": "function"}  # sorted, as tables are
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-
-
-def dialogues(template, eos="<eos>", field=None, **variables):
-    return Dialogues(chat_tokenizer(template, eos), "folder", field, variables, {})
-
-
-def trained(template, record, eos="<eos>", **variables):
-    """The trained texts of each document of a record."""
-    documents = dialogues(template, eos, **variables).parse("a.jsonl line 1", record)
-    return [[text[begin:end] for begin, end in spans] for text, spans, _, _ in documents]
-
 
 # -- what is trained on
 
@@ -255,16 +243,6 @@ def test_variables_reach_the_template():
 # -- texts of turns
 
 
-ALPACA = {
-    "instruction": "add",
-    "input": "1 1",
-    "output": "2",
-    "history": [["hi", "hello"]],
-    "prompt": "add 1 1",
-    "n": 1,
-}
-
-
 def test_records_of_alpaca_are_turns_of_a_conversation(tmp_path):
     records = [ALPACA, {"instruction": "hi", "input": "", "output": "hello"}, {"instruction": "hi", "output": "hello"}]
     turns = [["hi", "hello", "add\n1 1", "2"], ["hi", "hello"], ["hi", "hello"]]
@@ -317,34 +295,6 @@ def test_answers_of_the_prompt_are_not_trained_on(name, end):
 
 
 # -- files
-
-
-def write(folder, name, records):
-    """A file, or a folder that `datasets` saved."""
-    path = folder / name
-    if name.endswith("jsonl"):
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    elif name.endswith("parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    else:
-        datasets.Dataset.from_list(records).save_to_disk(path)
-    return path
-
-
-def settings(tmp_path, path, template=SMOLLM2, **more):
-    """Those of conversations."""
-    chat_tokenizer(template).save_pretrained(tmp_path / "tokenizer")
-    return config(
-        tmp_path, path, **{"tokenizer": str(tmp_path / "tokenizer"), "chat": True, "packing": "whole", **more}
-    )
-
-
-RECORDS = [
-    {"messages": chat("hi", "hello", "more?", "yes", **THINKING), "tools": None},  # the columns of a table
-    {"messages": [{"role": "user", "content": "add"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
-     "tools": [TOOL]},
-    {"messages": chat("who?", "me", system="Be kind.")},
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("template", [QWEN3, LLAMA3], ids=["Qwen 3", "Llama 3"])
@@ -437,175 +387,6 @@ def test_what_the_template_leaves_out_is_reported(tmp_path, capsys):
     rendered = [{"messages": chat('a "b"\n', "x", **THINKING), "tools": [TOOL]}]
     tokenised(settings(tmp_path, write(tmp_path, "b.jsonl", rendered), QWEN3))
     assert "leaves out" not in capsys.readouterr().out
-
-
-# -- what is refused
-
-
-REFUSED = {
-    "no messages": (
-        {"text": "a"},
-        "a.jsonl line 2 has neither messages nor prompt and completion nor instruction and output; it has text: data.f",
-    ),
-    "another field of messages": (
-        {"conversation": []},
-        "it has conversation: data.field=conversation reads conversatio",
-    ),
-    "an answer that is no text": ({"instruction": "hi", "output": 2}, "line 2: output holds 2, not text"),
-    "an answer that is null": ({"instruction": "hi", "output": None}, "line 2: output holds None, not text"),
-    "variables that are a list": (
-        {"messages": chat("hi", "hello"), "chat_template_kwargs": [1]},
-        "line 2: chat_template_kwargs holds [1], not names with values",
-    ),
-    "a history of texts": ({**ALPACA, "history": ["hi"]}, "line 2: history holds ['hi'], not a list of pairs"),
-    "text": ({"messages": "hi"}, "line 2: messages holds 'hi', not a list of messages with role and content"),
-    "null": ({"messages": None}, "line 2: messages holds None, not a list of messages"),
-    "null content": (
-        {"messages": [{"role": "user", "content": None}]},
-        "line 2: message 1 of messages holds content=null, and no tool_calls; it has role, content",
-    ),
-    "nothing": ({"messages": []}, "line 2: messages holds [], not a list of messages"),
-    "no role": (
-        {"messages": [{"speaker": "human", "value": "hi"}]},
-        "message 1 of messages has no role; it has speaker, value",
-    ),
-    "an unknown speaker": (
-        {"messages": [{"from": "bing", "value": "hi"}]},
-        "message 1 of messages is from 'bing', which is not one of system, user, assistant, tool, human, gpt, observ",
-    ),
-    "a function call without arguments": (
-        {"messages": [{"from": "human", "value": "add"}, {"from": "function_call", "value": '{"name": "add"}'}]},
-        'message 2 of messages is from function_call and holds \'{"name": "add"}\'; it must be the JSON of a call with',
-    ),
-    "two system prompts": (
-        {"messages": [{"role": "system", "content": "a"}, *chat("hi", "hello")], "system": "b"},
-        "line 2 has a system beside a message of that role: keep one, which is text",
-    ),
-    "a system that is a list": (
-        {"messages": chat("hi", "hello"), "system": ["b"]},
-        "line 2 has a system of ['b'], not text: keep one, which is text",
-    ),
-    "a system beside texts": (
-        {"prompt": "hi", "completion": "hello", "system": "b"},
-        "line 2 has a system beside a prompt of text: give the prompt and the answers as messages",
-    ),
-    "half a weight": (
-        {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0.5}]},
-        "message 2 of messages has weight=0.5; it must be 0 (not trained on) or 1",
-    ),
-    "weights of 0": (
-        {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0}]},
-        "line 2 has weight 0 in all messages of the assistant: there is nothing to learn",
-    ),
-    "no content": ({"messages": [{"role": "user"}]}, "line 2: message 1 of messages has no content; it has role"),
-    "an image": (
-        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        "message 1 of messages holds content of the type image; only text is supported",
-    ),
-    "part of no type": (
-        {"messages": [{"role": "user", "content": ["hi"]}]},
-        "message 1 of messages holds content of the type None; only text is supported",
-    ),
-    "a call that the template leaves out": (
-        {"messages": [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
-        "line 2 calls add, and the chat template of data.tokenizer=",
-    ),
-    "no answer": (
-        {"messages": chat("hi")},
-        "line 2 has no message of the role assistant, but of user: there is nothing to learn",
-    ),
-    "no question": ({"messages": chat("hi", "hello")[1:]}, "line 2 begins with a message of the role assistant, which"),
-    "a special token": (
-        {"messages": chat("hi", "say <|im_end|>")},
-        "line 2: message 2 of messages spells the special token <|im_end|>, which the model would read as the token",
-    ),
-    "a NUL": ({"messages": chat("h\0i", "hello")}, "line 2: message 1 of messages holds a NUL at character 1"),
-    "tools": ({"messages": chat("hi", "hello"), "tools": "add"}, "line 2: tools holds 'add', not a list of JSON schem"),
-    "an empty completion": ({"prompt": "hi", "completion": ""}, "line 2 has an empty completion, so there is nothing"),
-    "a pair": ({"chosen": "hi", "rejected": "ho"}, "it has chosen, rejected: data=preferences reads chosen"),
-    "only a completion": (
-        {"completion": "hi"},
-        "has neither messages nor prompt and completion nor instruction and output",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_record_that_cannot_be_trained_on_is_refused_with_its_line_or_left_out(tmp_path, case, capsys):
-    record, message = REFUSED[case]
-    path = write(tmp_path, "a.jsonl", [RECORDS[0], record, RECORDS[2]])
-    with pytest.raises(ConfigError) as refused:
-        tokenised(settings(tmp_path, path))
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
-    assert tokenised(settings(tmp_path, path, malformed="skip")).contents["records"] == 2
-    assert "data.malformed=skip left out 1 records, the first: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("template", "messages", "message"),
-    [
-        (GEMMA3, chat("hi", "hello")[:1] * 2 + chat("hi", "hello")[1:], "data.tokenizer=folder fails: Conversation ro"),
-        (
-            R1,
-            chat("hi", "hello"),
-            "hi<eos><|assistant|><think>\\n', which its own rend",
-        ),
-        (QWEN35.replace("> ns.last", "> 9"), chat("hi", "hello"), "<think>\\n', which its own rendering of that turn"),
-    ],
-    ids=["roles that do not alternate", "R1", "a template that drops all thinking"],
-)
-def test_a_template_that_does_not_show_what_to_train_on_is_refused(template, messages, message):
-    with pytest.raises(RecordError) as refused:
-        trained(template, {"messages": messages})
-    assert message in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"packing": "cut"}, "data.packing=cut would cut conversations, and data.chat=true: use whole or truncate"),
-        ({"field": "input_ids"}, "data.field=input_ids and data.chat=true exclude each other"),
-        (
-            {"chat": False, "chat_template_kwargs": {"a": 1}},
-            "data.chat_template_kwargs is only read with",
-        ),
-        ({"chat": False, "packing": "cut", "columns": {"output": "a"}}, "data.columns={output: a} is only read with"),
-        ({"columns": {"messages": "a"}}, "messages must be one of system, .*; data.field names the field of the messa"),
-        ({"columns": {"output": ""}}, "data.columns={output: } must give the name of a field for each"),
-    ],
-    ids=["cut", "tokens", "unread", "columns of a text", "a column for messages", "a column without a name"],
-)
-def test_settings_that_exclude_each_other_are_refused(tmp_path, more, message):
-    with pytest.raises(ConfigError, match=message):
-        settings(tmp_path, tmp_path, **more)
-
-
-def test_tokenizers_without_a_template_are_refused(tmp_path):
-    path = write(tmp_path, "a.jsonl", RECORDS)
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=bytes has no tokenizer\.json, which data\.chat=true needs"):
-        tokenised(settings(tmp_path, path, tokenizer="bytes"))
-    folder = write_tokenizer(tmp_path / "plain")
-    with pytest.raises(ConfigError, match=r"plain has no chat_template, which data\.chat=true needs"):
-        tokenised(settings(tmp_path, path, tokenizer=str(folder)))
-    (folder / "chat_template.jinja").write_text(QWEN3)
-    assert tokenised(settings(tmp_path, path, tokenizer=str(folder))).contents["records"] == 3
-
-
-def test_a_variable_that_the_template_does_not_read_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"kwargs has enable_thinkng, which the chat template of data.tokenizer=folder"
-    ):
-        dialogues(QWEN3, enable_thinking=False, enable_thinkng=False)
-    with pytest.raises(ConfigError, match="has enable_thinking, which"):
-        dialogues(SMOLLM2, enable_thinking=False)
-    dialogues({"default": SMOLLM2, "tool_use": QWEN3}, enable_thinking=False)
-
-
-def test_a_text_file_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("hi")
-    with pytest.raises(ConfigError, match=r"data\.chat=true needs records, but .*a\.txt is read as text"):
-        tokenised(settings(tmp_path, tmp_path / "a.txt"))
 
 
 def test_no_conversation_is_cut_whatever_its_length(tmp_path):

@@ -10,8 +10,7 @@ import torch
 from ringflash.data import IGNORE, batch, load_corpora, load_corpus, tokenised
 from ringflash.data.config import WeightedSource
 from ringflash.errors import ConfigError
-from tests.data.chat_cases import GEMMA3, LLAMA3, MARKED, QWEN3, SMOLLM2, chat, chat_tokenizer
-from tests.data.test_chat import settings, write
+from tests.data.chat_cases import GEMMA3, LLAMA3, MARKED, QWEN3, SMOLLM2, chat, chat_tokenizer, settings, write
 
 TEXT = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}
 MESSAGES = {"prompt": chat("hi"), "chosen": chat("hi", "hello")[1:], "rejected": chat("hi", "no")[1:]}
