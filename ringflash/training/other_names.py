@@ -33,6 +33,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("min_lr_rate", "cosine_min_lr_ratio"), "optim.final_lr"),
     "adam_beta1": "optim.beta1",
     "adam_beta2": "optim.beta2",
+    "adam_epsilon": "optim.eps",
     "max_grad_norm": "optim.clip",
     "gradient_checkpointing": "memory.recompute",
     "deepspeed": "memory.zero",

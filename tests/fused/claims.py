@@ -158,7 +158,7 @@ def adamw_distances(device: str = "cpu") -> dict[str, float]:
     weight, low = split(torch.randn(5000, device=device) * 0.02)
     before = joined(weight, low)
     gradient, mean, square = (draw(5000, device=device).bfloat16() for draw in (torch.randn, torch.randn, torch.rand))
-    settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1, "step": 3}
+    settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 0.1, "decay": 0.1, "step": 3}
 
     def stepped(by_kernel: bool):
         state = [x.clone() for x in (weight, low.view(torch.bfloat16), mean, square)]

@@ -180,6 +180,8 @@ def settings_of(part, prefix=""):
         (["optim.lr=nan"], "optim.lr=nan must be 0 or more and finite"),
         (["optim.beta1=2"], "optim.beta1=2.0 must be 0 or more and below 1"),
         (["optim.beta2=1"], "optim.beta2=1.0 must be 0 or more and below 1"),
+        (["optim.eps=0"], "optim.eps=0.0 must be 1.18e-38 or more and at most 1"),
+        (["optim.optimizer=sgd", "optim.eps=1e-6"], "optim.eps=1e-06 has no effect with optim.optimizer=sgd"),
         (["parallel.transport=mpi"], "parallel.transport=mpi is not one of auto, nccl"),
         (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0 must be 1 or more"),
         (

@@ -24,6 +24,8 @@ FREE = (
 # may need larger micro-batches. The optimizer's others, clip and weight_decay among them, are restored from the
 # checkpoint.
 REPORTED = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay", "optim.micro_batch")
+# Settings that checkpoints of earlier versions lack, and the values with which these were written.
+ADDED = {"optim.eps": 1e-8}
 LORA = ("model.lora.rank", "model.lora.digest")  # without which a run has no others of model.lora
 TOKENIZER = "tokenizer.digest"  # says why other tokens are; one that gives the same tokens is not refused
 BY_DIGEST = {
@@ -56,6 +58,7 @@ def grid(world: World) -> dict[str, int]:
 
 def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
     changes = []
+    before = {key: value for key, value in ADDED.items() if key in now} | before
     for key in sorted((before.keys() | now.keys()) - {TOKENIZER}, key=lambda key: (key not in LORA, key)):
         if before.get(key) != now.get(key):
             if key == "data.digest" and before.get(TOKENIZER) not in (None, now.get(TOKENIZER)):

@@ -71,7 +71,7 @@ def build_optimizer(
             raise ConfigError(f"memory.optimizer_states={states} is for optim.optimizer=adamw, not for sgd")
         settings |= {"momentum": optim.beta1, "fused": fused or None}
         return ClippedSGD(groups, optim.clip, **settings) if clips else torch.optim.SGD(groups, **settings)
-    settings["betas"] = (optim.beta1, optim.beta2)
+    settings |= {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if states == "bf16":
         return SplitAdamW(groups, fused, **settings)
     if states == "host":

@@ -10,6 +10,7 @@ from ringflash.errors import ConfigError, check_choice, check_settings
 from ringflash.training.optimizers.learning_rate import SCHEDULES, fraction_of_peak
 
 OPTIMIZERS = ("adamw", "sgd")
+SMALLEST_EPS = 2.0**-126  # of normal fp32 numbers; at 0, unused rows of an embedding would become 0 / 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class OptimConfig:
     beta2: float = 0.95
     """AdamW's decay rate of the second moment."""
 
+    eps: float = 1e-8
+    """Added to the square root of AdamW's second moment, by which updates are divided."""
+
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay of matrices. Norms and biases have none."""
 
@@ -91,8 +95,12 @@ class OptimConfig:
             *((name, 0 <= x < math.inf, "0 or more and finite") for name, x in numbers.items()),
             ("warmup", whole, "a whole number of steps, or a fraction below 1"),
             *((name, 0 <= getattr(self, name) < 1, "0 or more and below 1") for name in ("beta1", "beta2")),
+            ("eps", SMALLEST_EPS <= self.eps <= 1, f"{SMALLEST_EPS:.3g} or more and at most 1"),
         )
         check_settings("optim", self, checks)
+        for name in ("beta2", "eps"):
+            if self.optimizer != "adamw" and (value := getattr(self, name)) != getattr(OptimConfig, name):
+                raise ConfigError(f"optim.{name}={value} has no effect with optim.optimizer={self.optimizer}")
 
     def _check_overlap(self) -> None:
         """Raise ConfigError if the run has fewer steps than warm-up and decay take together."""

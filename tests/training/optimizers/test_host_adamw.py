@@ -18,7 +18,7 @@ def trained(zero, states, clip, chunk=2**24):
     """Losses, norms and weights of three steps with bf16 weights, and the log of what was reserved."""
     host_adamw.CHUNK, before = chunk, host_adamw.CHUNK
     world, lines = joined(None), []
-    optim = OptimConfig(steps=3, batch=SEQUENCES, micro_batch=SEQUENCES, warmup=0, lr=1e-2, clip=clip)
+    optim = OptimConfig(steps=3, batch=SEQUENCES, micro_batch=SEQUENCES, warmup=0, lr=1e-2, clip=clip, eps=1e-4)
     engine = build_engine(build("llama").bfloat16(), optim, MemoryConfig(zero=zero, optimizer_states=states), world)
     engine.module.reserve_host_memory(LENGTH, lines.append)
     data = prepare(engine, sequences("uneven"), world, lambda mask: Layout.zigzag(LENGTH, world.size))

@@ -116,7 +116,7 @@ class PlainAdamW:
             self.v[name] = optim.beta2 * self.v[name] + (1 - optim.beta2) * g * g
             mean, square = (x[name] / (1 - b**self.steps) for x, b in ((self.m, optim.beta1), (self.v, optim.beta2)))
             decay = optim.weight_decay if self.w[name].dim() == 2 else 0.0
-            self.w[name] = self.w[name] - rate * (mean / (square.sqrt() + 1e-8) + decay * self.w[name])
+            self.w[name] = self.w[name] - rate * (mean / (square.sqrt() + optim.eps) + decay * self.w[name])
         return norm
 
 
@@ -185,6 +185,7 @@ def test_five_steps_equal_a_plain_loop_in_float64(ranks, texts, plain, size, rin
 def test_sgd_equals_a_plain_loop_in_float64(ranks, texts, zero):
     folder = texts.parent / "runs" / f"sgd-{zero}"
     settings = [*settings_of(texts), "optim.optimizer=sgd", "optim.lr=0.5", "optim.weight_decay=0.01"]
+    settings += ["optim.beta2=0.95", "optim.eps=1e-8"]  # of AdamW: only their defaults are taken
     ranks.run(fit_on_ranks, 2, *compose([*settings, f"memory.zero={zero}", f"name={folder.name}"]))
     # SGD moves norms by little, so that what fp32 rounds of the weight in each step counts
     assert_equal(folder, plainly(settings, PlainSGD), rounding=STEPS * 2**-24)
@@ -213,7 +214,7 @@ def bf16_steps(zero, accumulation):
     world = joined(1)
     optim = OptimConfig(
         steps=STEPS, batch=4 * accumulation, micro_batch=1, lr=1e-2, warmup=2, final_lr=0.3, beta1=0.8, beta2=0.9,
-        weight_decay=0.5, clip=0.05,
+        eps=1e-5, weight_decay=0.5, clip=0.05,
     )  # fmt: skip
     engine = build_engine(build("llama").bfloat16(), optim, MemoryConfig(zero=zero), world)
     named = dict(engine.module.named_parameters())
@@ -319,6 +320,14 @@ def test_a_warm_up_of_a_step_and_a_half_is_refused():
 def test_epochs_of_fewer_steps_than_their_warm_up_are_refused():
     with pytest.raises(ConfigError, match=r"optim\.epochs=2 has 5 steps: optim\.warmup=10 is more than optim\.steps=5"):
         OptimConfig(steps=None, epochs=2, batch=4).of_epoch(10)
+
+
+@pytest.mark.parametrize(
+    ("clips", "states"), [(False, "fp32"), (True, "fp32"), (False, "bf16"), (False, "host")], ids=str
+)
+def test_every_adamw_gets_its_betas_and_epsilon(clips, states):
+    built = build_optimizer(nn.Linear(2, 2), OptimConfig(beta1=0.5, beta2=0.6, eps=0.7), clips, states=states)
+    assert {(*group["betas"], group["eps"]) for group in built.param_groups} == {(0.5, 0.6, 0.7)}
 
 
 def test_states_of_adamw_are_refused_for_sgd():
