@@ -7,15 +7,12 @@ does not depend on masks, documents, layouts or rings.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ringflash.mask import IntervalMask
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,31 +83,6 @@ def launch_order(lo: Tensor, hi: Tensor, rows: int, device: torch.device | str) 
         to_device(tiles.to(torch.int32), device),
         nonempty=int((walked > 0).sum(1).max()), longest=int(walked.max()), total=float(walked.sum()) / batch,
     )  # fmt: skip
-
-
-def rows_seen(masks: Sequence[IntervalMask], device: torch.device | str = "cpu") -> list[Tensor | None]:
-    """Counts that tell which queries each of several kernel calls sees, and which later ones see, one entry per mask.
-
-    masks: those of the calls, in order, over the same queries. An entry is int32 [2, B|1, Sq + 1]: how many of the
-    queries before each one see anything under this mask, and how many do under later ones. The counts at a tile's first
-    and last row tell whether it is seen. For a single mask, the entry is None.
-
-    >>> from ringflash import IntervalMask
-    >>> rows_seen([IntervalMask.causal(3), IntervalMask(torch.tensor([[0, 0, 0]]), torch.tensor([[0, 1, 2]]), 3)])[0]
-    tensor([[[0, 1, 2, 3]],
-    <BLANKLINE>
-            [[0, 0, 1, 2]]], dtype=torch.int32)
-    """
-    if len(masks) < 2:
-        return [None] * len(masks)
-    counts: list[Tensor | None] = []
-    later = torch.zeros(1, masks[0].queries, dtype=torch.bool)
-    for mask in reversed(masks):
-        now = mask.hi > mask.lo
-        both = torch.stack(torch.broadcast_tensors(now, later)).cumsum(-1)
-        counts.append(to_device(torch.nn.functional.pad(both, (1, 0)).to(torch.int32), device))
-        later = later | now
-    return counts[::-1]
 
 
 def on_cpu(function: Callable[P, T]) -> Callable[P, T]:

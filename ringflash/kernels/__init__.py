@@ -16,7 +16,7 @@ values that no query sees must also be finite: tiles extend beyond an interval's
 
 forward: `carry` is the Partial of the keys of earlier calls; it is updated in place and returned. Without a carry, the
 Partial is new and in fp32. `out` [B, Sq, Hq, Dv], in q's dtype or fp32, is written instead of carry.out, as a whole;
-lse is still updated in place. `seen` is this call's entry of `intervals.rows_seen`, for one of several calls that carry
+lse is still updated in place. `seen` is this call's entry of `mask.rows_seen`, for one of several calls that carry
 an fp32 Partial. It needs `out`. The last call that sees a tile of rows writes it to `out` and not to the Partial, and
 earlier calls write it to the Partial alone. After the last call, `out` is complete. One kernel must run all the calls.
 

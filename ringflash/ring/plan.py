@@ -40,9 +40,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ringflash.intervals import Intervals, on_cpu, rows_seen, to_device
+from ringflash.intervals import Intervals, on_cpu, to_device
 from ringflash.layout import Layout
-from ringflash.mask import IntervalMask, check_tokens
+from ringflash.mask import IntervalMask, check_tokens, rows_seen
 from ringflash.ring.collectives import agree, checksum, gathered
 from ringflash.ring.compiler import compile_passes
 from ringflash.ring.key_hops import KeyHops
@@ -64,7 +64,7 @@ class Hop:
     - pairs: visible (query, key) pairs, over the masks' batch rows.
     - intervals: the nonempty masks between this rank's queries and those keys, on the ring's device. A hop without any
       is skipped, except hop 0, which starts the result.
-    - seen: for each of these, which queries see a key in it and in later ones (`intervals.rows_seen`); None if there is
+    - seen: for each of these, which queries see a key in it and in later ones (`mask.rows_seen`); None if there is
       only one.
     """
 

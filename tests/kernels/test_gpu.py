@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from ringflash import IntervalMask, flash_attention
-from ringflash.intervals import rows_seen
 from ringflash.kernels.compensation import FEWEST
+from ringflash.mask import rows_seen
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
 from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, poisoned, problem, strided, violations
