@@ -104,16 +104,17 @@ def unknown(key: str, schema: type) -> str:
     """The error for an unknown setting, with the setting that was perhaps meant, or those of its group."""
     if key in RENAMED:
         return f"{key} is not a setting; did you mean {RENAMED[key]}?"
-    keys, last = [*_keys(schema)], key.rpartition(".")[2]
+    keys = [*_keys(schema)]
+    group, _, last = key.lower().rpartition(".")
     if last in OTHER_NAMES and not any(other.rpartition(".")[2] == last for other in keys):
         return f"{key} is not a setting; did you mean {OTHER_NAMES[last]}?"
-    of_that_name = [other for other in keys if other.rpartition(".")[2] == key.lower().rpartition(".")[2]]
-    close = difflib.get_close_matches(key.lower(), of_that_name or keys, n=1, cutoff=0.0 if of_that_name else 0.75)
-    group = key.rpartition(".")[0] + "."
+    longer = [other for other in keys if group and other.startswith(key.lower()) and "." not in other[len(key) :]]
+    named = longer or [other for other in keys if other.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(key.lower(), named or keys, n=1, cutoff=0.0 if named else 0.75)
     if close and not key.startswith(f"{close[0]}."):
         return f"{key} is not a setting; did you mean {close[0]}?"
-    its = [other.removeprefix(group) for other in keys if other.startswith(group)]
-    return f"{key} is not a setting" + (f"; {group[:-1]} has {', '.join(its)}" if its else "")
+    its = [other.removeprefix(f"{group}.") for other in keys if other.startswith(f"{group}.")]
+    return f"{key} is not a setting" + (f"; {group} has {', '.join(its)}" if its else "")
 
 
 def typed_value(key: str, overrides: Sequence[str]) -> str | None:

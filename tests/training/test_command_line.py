@@ -102,6 +102,7 @@ UNREADABLE = {
     "optim.warmup_ratio=0.1": "optim.warmup_ratio is not a setting; did you mean optim.warmup?",
     "lr=1": "lr is not a setting; did you mean optim.lr?",
     "optim.LR=1": "optim.LR is not a setting; did you mean optim.lr?",
+    "preference.loss=ipo": "preference.loss is not a setting; did you mean preference.loss_type?",
     "checkpoint.at=x": "checkpoint.at is not a setting; checkpoint has every, every_minutes, keep, keep_best",
     "model.lora.r=8": "model.lora.r is not a setting; model.lora has rank, alpha, dropout, targets",
     "hydra.run.dir=x": "hydra.run.dir is not a setting",
