@@ -108,7 +108,7 @@ def unknown(key: str, schema: type) -> str:
     group, _, last = key.lower().rpartition(".")
     if last in OTHER_NAMES and not any(other.rpartition(".")[2] == last for other in keys):
         return f"{key} is not a setting; did you mean {OTHER_NAMES[last]}?"
-    longer = [other for other in keys if group and other.startswith(key.lower()) and "." not in other[len(key) :]]
+    longer = [other for other in keys if group and other.startswith(f"{key.lower()}_")]
     named = longer or [other for other in keys if other.rpartition(".")[2] == last]
     close = difflib.get_close_matches(key.lower(), named or keys, n=1, cutoff=0.0 if named else 0.75)
     if close and not key.startswith(f"{close[0]}."):
