@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -52,25 +51,16 @@ class Evaluated(Corpus, Protocol):
         """Nats per predicted token under the frequencies of these tokens: the loss without any context."""
 
 
-@dataclass(frozen=True, eq=False)
 class TokenCorpus(Split):
     """The packed sequences of one split."""
 
-    def packed(self, seed: int, index: int, length: int) -> Packed:
-        """See `Corpus`."""
-        return pack(self, seed, index, length)
-
-    def epoch_length(self, length: int) -> int:
-        """See `Corpus`."""
-        return sequences_per_epoch(self, length)
+    packed = pack
+    epoch_length = sequences_per_epoch
+    description = summary
 
     def source_lengths(self, length: int) -> dict[str, float]:
         """See `Corpus`."""
-        return {"": sequences_per_epoch(self, length)}
-
-    def description(self, length: int) -> list[str]:
-        """Two lines."""
-        return summary(self, length)
+        return {"": self.epoch_length(length)}
 
     @property
     def sources(self) -> list[str]:

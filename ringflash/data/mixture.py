@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ringflash.data.config import DataConfig
 from ringflash.data.corpus import Corpus, Evaluated, TokenCorpus, entropy, load_corpus
 from ringflash.data.documents import check_source
-from ringflash.data.packing import Packed, check_labels, pack, sequences_per_epoch, summary
+from ringflash.data.packing import Packed, check_labels
 from ringflash.data.streamed import StreamedCorpus
 from ringflash.errors import ConfigError
 
@@ -44,17 +44,17 @@ class Mixture:
     def packed(self, seed: int, index: int, length: int) -> Packed:
         """See `Corpus`."""
         source, number = locate(self.shares, index)
-        return pack([*self.corpora.values()][source], seed, number, length)
+        return [*self.corpora.values()][source].packed(seed, number, length)
 
     def epoch_length(self, length: int) -> int:
         """The number of sequences in all sources together. If shares differ from sizes, some repeat within an epoch."""
-        return sum(sequences_per_epoch(corpus, length) for corpus in self.corpora.values())
+        return sum(corpus.epoch_length(length) for corpus in self.corpora.values())
 
     def source_lengths(self, length: int) -> dict[str, float]:
         """See `Corpus`."""
         total = sum(self.shares)
         return {
-            name: sequences_per_epoch(corpus, length) * total / share
+            name: corpus.epoch_length(length) * total / share
             for (name, corpus), share in zip(self.corpora.items(), self.shares, strict=True)
         }
 
@@ -64,7 +64,7 @@ class Mixture:
         return [
             line
             for (name, corpus), share in zip(self.corpora.items(), self.shares, strict=True)
-            for line in summary(corpus, length, f"{name}, {share / total:.1%} of the sequences: ")
+            for line in corpus.description(length, f"{name}, {share / total:.1%} of the sequences: ")
         ]
 
     @property
@@ -100,7 +100,7 @@ def load_corpora(config: DataConfig, *, verify: bool = True) -> tuple[Corpus, Ev
     if (own := config.evaluated()) is not None:
         with _named("data.evaluation"):
             held_out = replace(load_corpus(own, verify=verify)[0], split="evaluation")
-            sequences_per_epoch(held_out, config.sequence_length)
+            held_out.epoch_length(config.sequence_length)
             check_labels(held_out, config.sequence_length)
         return training, held_out
     return training, _mixed(config, {name: splits[1] for name, splits in loaded.items()}) if config.held_out else None
@@ -114,7 +114,7 @@ def first_epoch(corpus: Corpus, count: int, length: int) -> Iterator[int]:
     if not isinstance(corpus, Mixture):
         yield from range(min(count, corpus.epoch_length(length)))
         return
-    sizes = [sequences_per_epoch(source, length) for source in corpus.corpora.values()]
+    sizes = [source.epoch_length(length) for source in corpus.corpora.values()]
     for index in range(count):
         source, number = locate(corpus.shares, index)
         if number < sizes[source]:
@@ -135,7 +135,7 @@ def _mixed(config: DataConfig, corpora: dict[str, TokenCorpus]) -> Evaluated:
     sizes = []
     for name, corpus in corpora.items():
         with _named(f"data.sources.{name}" if name else ""):
-            sizes.append(float(sequences_per_epoch(corpus, config.sequence_length)))
+            sizes.append(float(corpus.epoch_length(config.sequence_length)))
             check_labels(corpus, config.sequence_length)
     if not config.sources:
         return corpora[""]

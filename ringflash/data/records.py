@@ -65,9 +65,10 @@ class Reading(Protocol):
 
     def remarks(self, counts: Counter[str]) -> list[str]:
         """Lines for the user about the counts."""
+        return [f"{counts[EMPTY]:,} empty documents are left out"] if counts[EMPTY] else []
 
 
-class Texts:
+class Texts(Reading):
     """A field holds the text of one document: a string, or its blocks."""
 
     def __init__(self, field: str, encoder: Encoder) -> None:
@@ -105,12 +106,8 @@ class Texts:
         for piece, tokens in zip(parsed, self._encoder(parsed), strict=True):
             yield Document(tokens, None, piece.first, piece.last)
 
-    def remarks(self, counts: Counter[str]) -> list[str]:
-        """How many documents are empty."""
-        return _of_empty(counts)
 
-
-class TokenIds:
+class TokenIds(Reading):
     """The field input_ids holds token ids; nothing is added to them.
 
     size: that of the tokenizer. Ids and labels beyond it are refused, and so is padding. A document begins where
@@ -150,10 +147,6 @@ class TokenIds:
         """The documents, as they are."""
         return parsed
 
-    def remarks(self, counts: Counter[str]) -> list[str]:
-        """How many documents are empty."""
-        return _of_empty(counts)
-
     def _ids(self, where: str, name: str, value: Any, least: int) -> np.ndarray:
         """Ids or labels as int64. Labels may be IGNORE."""
         ids = _integers(where, name, value, "token ids")
@@ -161,10 +154,6 @@ class TokenIds:
         if len(wrong):
             raise RecordError(f"{where}: {_named(name)} holds {wrong[0]}, and data.tokenizer has {self.size} tokens")
         return ids
-
-
-def _of_empty(counts: Counter[str]) -> list[str]:
-    return [f"{counts[EMPTY]:,} empty documents are left out"] if counts[EMPTY] else []
 
 
 def _starts(where: str, record: Record, count: int) -> list[int]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from ringflash.data.config import DataConfig, SourceConfig
 from ringflash.data.corpus import TokenCorpus, load_corpus
 from ringflash.data.documents import cache_folder, find_files
-from ringflash.data.packing import Packed, check_labels, epoch_generator, pack, sequences_per_epoch, truncated_labels
+from ringflash.data.packing import Packed, check_labels, epoch_generator, truncated_labels
 from ringflash.data.tokenizer import load_tokenizer
 from ringflash.errors import ConfigError
 from ringflash.files import write_atomically
@@ -71,7 +71,7 @@ class StreamedCorpus:
         file = self._order(seed, epoch)[place]
         corpus = self._corpus(file)
         self._prepare(seed, epoch, place)
-        return pack(corpus, seed, epoch * self._counts[str(file)] + number, length)
+        return corpus.packed(seed, epoch * self._counts[str(file)] + number, length)
 
     def _find(self, seed: int, index: int) -> tuple[int, int, int]:
         """The epoch, the place in its order, and the number in that file of a sequence."""
@@ -115,7 +115,7 @@ class StreamedCorpus:
             corpus, _ = load_corpus(self._part(file), quiet=True)
         length = self.config.sequence_length
         try:
-            count = sequences_per_epoch(corpus, length)
+            count = corpus.epoch_length(length)
             check_labels(corpus, length)
         except ConfigError:  # less than a sequence, or nothing to learn
             count = 0

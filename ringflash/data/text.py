@@ -28,23 +28,13 @@ def blocks(file: Path) -> Iterator[str]:
     with opened(file) as stream:
         while read := stream.read(BLOCK):
             read = left + read
-            end = len(read) - _unfinished(read)
+            last = read[-3:]  # which may hold the beginning of a character
+            end = len(read) - len(last) + codecs.utf_8_decode(last, "ignore", False)[1]
             if end:
                 yield decoded(read[:end], str(file), position)
             position, left = position + end, read[end:]
     if left:
         yield decoded(left, str(file), position)
-
-
-def _unfinished(read: bytes) -> int:
-    """How many bytes at the end begin a UTF-8 character that they do not finish."""
-    for count in range(1, min(4, len(read) + 1)):
-        byte = read[-count]
-        if byte >= 0xC0:
-            return count if count < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
-        if byte < 0x80:
-            break
-    return 0
 
 
 def lines_of(file: Path) -> Iterator[str]:
