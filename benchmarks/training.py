@@ -51,7 +51,8 @@ from ringflash.distributed.parallel import layout_chooser
 from ringflash.distributed.world import World, join
 from ringflash.errors import ConfigError, in_one_line
 from ringflash.layout import Layout
-from ringflash.models import build_model, layer_masks
+from ringflash.models import build_model
+from ringflash.models.layers import layer_masks
 from ringflash.ring.cost import Machine, peak_flops, predict
 from ringflash.training.compose import compose
 from ringflash.training.config import Config

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from ringflash.errors import ConfigError, check_choice, check_settings
 from ringflash.layout import FITTED, LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask
-from ringflash.models import layer_kinds, layer_masks, state_refusal
+from ringflash.models.layers import layer_kinds, layer_masks, state_refusal
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, best_ulysses, fastest
 from ringflash.ring.transport import TRANSPORTS
 from ringflash.ring.ulysses import heads_refusal

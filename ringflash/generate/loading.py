@@ -25,7 +25,8 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from ringflash.models import AttentionConfig, FusedConfig, ModelConfig, attention_kernels, build_model, fuse_layers
+    from ringflash.models import AttentionConfig, FusedConfig, ModelConfig, build_model, fuse_layers
+    from ringflash.models.configuration import attention_kernels
     from ringflash.models.lora import ROPE, LoraConfig, merge, read_fields
 
     disable_progress_bar()

@@ -31,35 +31,14 @@ whole sequence.
 
 from ringflash.models.attention import ring_attention_forward
 from ringflash.models.building import build_model
-from ringflash.models.cache import RingCache, cache_refusal, prefill
-from ringflash.models.checkpointing import Keep, checkpoint_layers, host_store
-from ringflash.models.configuration import (
-    AttentionConfig,
-    ModelConfig,
-    attention_kernels,
-    check_length,
-    experts_of,
-    field_refusal,
-    logit_scale,
-    read_config,
-)
+from ringflash.models.cache import RingCache, prefill
+from ringflash.models.checkpointing import Keep, checkpoint_layers
+from ringflash.models.configuration import AttentionConfig, ModelConfig, read_config
 from ringflash.models.families import ARCHITECTURES, allow_untested
 from ringflash.models.fused import FusedConfig, fuse_layers
 from ringflash.models.graph import step_graph
 from ringflash.models.inputs import ring_inputs
-from ringflash.models.layers import (
-    LayerKind,
-    StateHeads,
-    calls_per_layer,
-    input_widths,
-    kinds_of_layers,
-    layer_kinds,
-    layer_masks,
-    state_heads,
-    state_layers,
-    state_refusal,
-)
-from ringflash.models.mlp import leaf_modules, tile_mlps, tiles_of
+from ringflash.models.mlp import tile_mlps
 from ringflash.models.ring_mask import RingMask
 from ringflash.models.rope_length import fix_rope_length, rope_per_document
 from ringflash.models.router_loss import router_loss
@@ -69,39 +48,20 @@ __all__ = [
     "AttentionConfig",
     "FusedConfig",
     "Keep",
-    "LayerKind",
     "ModelConfig",
     "RingCache",
     "RingMask",
-    "StateHeads",
     "allow_untested",
-    "attention_kernels",
     "build_model",
-    "cache_refusal",
-    "calls_per_layer",
-    "check_length",
     "checkpoint_layers",
-    "experts_of",
-    "field_refusal",
     "fix_rope_length",
     "fuse_layers",
-    "host_store",
-    "input_widths",
-    "kinds_of_layers",
-    "layer_kinds",
-    "layer_masks",
-    "leaf_modules",
-    "logit_scale",
     "prefill",
     "read_config",
     "ring_attention_forward",
     "ring_inputs",
     "rope_per_document",
     "router_loss",
-    "state_heads",
-    "state_layers",
-    "state_refusal",
     "step_graph",
     "tile_mlps",
-    "tiles_of",
 ]

@@ -24,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ringflash.data import python_stdlib
 from ringflash.errors import ConfigError, in_one_line, shown
-from ringflash.models import ARCHITECTURES, field_refusal
+from ringflash.models import ARCHITECTURES
 from ringflash.models.architecture import LARGEST
+from ringflash.models.configuration import field_refusal
 from ringflash.training.config import Config
 from ringflash.training.overrides import for_hydra, kind_of, typed_value, unknown, wanted
 

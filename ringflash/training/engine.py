@@ -17,20 +17,12 @@ from transformers import PreTrainedModel
 
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
-from ringflash.models import (
-    AttentionConfig,
-    FusedConfig,
-    checkpoint_layers,
-    experts_of,
-    fuse_layers,
-    host_store,
-    leaf_modules,
-    logit_scale,
-    router_loss,
-    tile_mlps,
-)
+from ringflash.models import AttentionConfig, FusedConfig, checkpoint_layers, fuse_layers, router_loss, tile_mlps
+from ringflash.models.checkpointing import host_store
+from ringflash.models.configuration import experts_of, logit_scale
 from ringflash.models.lora import adapted, without_adapters
 from ringflash.models.lora_linear import replace_adapted
+from ringflash.models.mlp import leaf_modules
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead, LossOptions, tile_for
 from ringflash.training.memory import MemoryConfig

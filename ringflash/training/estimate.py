@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from ringflash.models import (
-    Keep,
+from ringflash.models import Keep
+from ringflash.models.configuration import experts_of
+from ringflash.models.layers import (
     StateHeads,
     calls_per_layer,
-    experts_of,
     input_widths,
     kinds_of_layers,
     layer_kinds,

@@ -20,7 +20,8 @@ from ringflash.distributed.parallel import LayoutChooser
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.evaluation.haystack import HaystackConfig
-from ringflash.models import ModelConfig, cache_refusal
+from ringflash.models import ModelConfig
+from ringflash.models.cache import cache_refusal
 from ringflash.models.rope import check_positions
 from ringflash.models.rope_length import length_refusal
 from ringflash.training import positions

@@ -18,7 +18,8 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ringflash.models import experts_of, state_heads, state_layers
+from ringflash.models.configuration import experts_of
+from ringflash.models.layers import state_heads, state_layers
 from ringflash.models.quantized import shape_of
 from ringflash.ring.cost import Heads
 

@@ -22,9 +22,10 @@ from ringflash.distributed import launcher
 from ringflash.distributed.parallel import resolve_parallel
 from ringflash.errors import ConfigError
 from ringflash.layout import Layout
-from ringflash.models import attention_kernels, check_length, read_config, tiles_of
-from ringflash.models.configuration import DTYPES, ModelConfig
+from ringflash.models import read_config
+from ringflash.models.configuration import DTYPES, ModelConfig, attention_kernels, check_length
 from ringflash.models.lora import add_lora, description
+from ringflash.models.mlp import tiles_of
 from ringflash.models.quantized import BYTES, quantizable
 from ringflash.training.config import Config
 from ringflash.training.estimate import Estimate, estimate

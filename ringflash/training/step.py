@@ -23,7 +23,8 @@ from ringflash.data.batches import Batch
 from ringflash.data.records import IGNORE
 from ringflash.distributed.parallel import LayoutChooser
 from ringflash.distributed.world import World
-from ringflash.models import layer_kinds, ring_inputs
+from ringflash.models import ring_inputs
+from ringflash.models.layers import layer_kinds
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training import positions
 from ringflash.training.flops import attention_flops, state_flops

@@ -5,7 +5,8 @@ import copy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringflash.models import ModelConfig, build_model, field_refusal
+from ringflash.models import ModelConfig, build_model
+from ringflash.models.configuration import field_refusal
 from ringflash.models.families import FAMILIES, Windows
 
 TINY = {

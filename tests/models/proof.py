@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ringflash import IntervalMask, Loopback
-from ringflash.models import AttentionConfig, attention, checkpoint_layers, layer_masks, ring_inputs
+from ringflash.models import AttentionConfig, attention, checkpoint_layers, ring_inputs
+from ringflash.models.layers import layer_masks
 from ringflash.ring.cost import Heads
 from ringflash.training.engine import TrainedModel
 from ringflash.training.memory import MemoryConfig

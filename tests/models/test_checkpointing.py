@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ringflash import Loopback
-from ringflash.models import Keep, checkpoint_layers, host_store, ring_inputs
+from ringflash.models import Keep, checkpoint_layers, ring_inputs
+from ringflash.models.checkpointing import host_store
 from tests.models.cases import loss_and_gradients, tiny
 
 KEEPS = {

@@ -5,15 +5,8 @@ from transformers import AutoConfig
 
 from ringflash import IntervalMask
 from ringflash.errors import ConfigError
-from ringflash.models import (
-    AttentionConfig,
-    LayerKind,
-    ModelConfig,
-    kinds_of_layers,
-    layer_kinds,
-    layer_masks,
-    read_config,
-)
+from ringflash.models import AttentionConfig, ModelConfig, read_config
+from ringflash.models.layers import LayerKind, kinds_of_layers, layer_kinds, layer_masks
 from ringflash.ring.cost import Heads
 from ringflash.training.engine import TrainedModel
 from ringflash.training.memory import MemoryConfig

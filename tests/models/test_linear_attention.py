@@ -12,19 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing
 from ringflash.distributed.parallel import ParallelConfig, resolve_parallel
 from ringflash.errors import ConfigError
-from ringflash.models import (
-    AttentionConfig,
-    ModelConfig,
-    RingCache,
-    attention_kernels,
-    experts_of,
-    kinds_of_layers,
-    linear_kernels,
-    read_config,
-    ring_inputs,
-    state_heads,
-    state_layers,
-)
+from ringflash.models import AttentionConfig, ModelConfig, RingCache, linear_kernels, read_config, ring_inputs
+from ringflash.models.configuration import attention_kernels, experts_of
+from ringflash.models.layers import kinds_of_layers, state_heads, state_layers
 from tests.models.cases import architecture, loss_and_gradients, plain_of, tiny, with_weights
 from tests.pool import needs_gpus, own_device
 

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ringflash.models import FusedConfig, fuse_layers, leaf_modules, mlp, tile_mlps, tiles_of
+from ringflash.models import FusedConfig, fuse_layers, mlp, tile_mlps
 from ringflash.models.lora import LoraConfig, add_lora
-from ringflash.models.mlp import SPECS, spec_of
+from ringflash.models.mlp import SPECS, leaf_modules, spec_of, tiles_of
 from tests.models.cases import TINY, tiny
 
 # One family of each spec, and one whose linear layers have biases.

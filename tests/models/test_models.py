@@ -7,15 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash import IntervalMask, Layout, Loopback
 from ringflash.errors import ConfigError
-from ringflash.models import (
-    AttentionConfig,
-    ModelConfig,
-    attention_kernels,
-    build_model,
-    check_length,
-    read_config,
-    ring_inputs,
-)
+from ringflash.models import AttentionConfig, ModelConfig, build_model, read_config, ring_inputs
+from ringflash.models.configuration import attention_kernels, check_length
 from ringflash.ring.cost import Heads, Layers, Machine, fastest
 from tests.models.cases import TINY, loss_and_gradients, tiny
 

@@ -7,7 +7,8 @@ import torch
 
 from ringflash import Loopback
 from ringflash.errors import ConfigError
-from ringflash.models import ModelConfig, build_model, check_length, read_config, ring_inputs
+from ringflash.models import ModelConfig, build_model, read_config, ring_inputs
+from ringflash.models.configuration import check_length
 from ringflash.training.compose import compose
 from tests.models.cases import PHIMOE_ROPE, tiny, with_weights
 

@@ -10,13 +10,13 @@ from ringflash.errors import ConfigError
 from ringflash.models import (
     ModelConfig,
     build_model,
-    check_length,
     checkpoint_layers,
     fix_rope_length,
     read_config,
     ring_inputs,
     rope_per_document,
 )
+from ringflash.models.configuration import check_length
 from tests.models.cases import (
     DYNAMIC,
     LONGROPE,
