@@ -23,8 +23,8 @@ FLOPs are counted from the mask: 4 D per visible pair and query head in the forw
 % peak is relative to the dense bf16 peak of the datasheet. ns/Mpair is the time per million (query, key) pairs of one
 head, which makes masks of any shape comparable.
 
-After every case, attention-DEVICE.json and .png are written to the folder --out (benchmarks/results). The last line
-printed is the summary in JSON.
+After every case, attention-DEVICE.json is written to the folder --out (benchmarks/results), and its picture at the end.
+The last line printed is the summary in JSON.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from benchmarks.contenders import Contender
 from benchmarks.options import DTYPES, parse, shared_parser
 from benchmarks.report import Row
 from benchmarks.timing import Timing
+from ringflash.ring.cost import peak_flops
 
 DIRECTIONS = ("forward", "backward")
 CHECKED_LENGTH = 2048
@@ -116,7 +117,7 @@ def measure(
 ) -> list[Row]:
     """Check, then time, all entrants on a case. absent: names that do not take part, and why."""
     entries = [Entry(c, {"both": ("absent", absent[c.name])} if c.name in absent else {}) for c in entrants]
-    for version, reference_of in ((case.shrunk(CHECKED_LENGTH), checks.whole), (case, checks.some_rows)):
+    for version, reference_of in ((case.shrunk(CHECKED_LENGTH), Reference), (case, checks.some_rows)):
         inputs = version.inputs(dtype, device)
         reference = reference_of(version, inputs)
         for entry in entries:
@@ -127,7 +128,7 @@ def measure(
         shown = [e for e in entries if direction == "forward" or "both" not in e.refusals]
         variants = {e.contender.name: e.runs[direction] for e in shown if not e.refused(direction)}
         found = timing.interleaved(variants, device, seconds)
-        rows += _rows(case, direction, shown, found, contenders.BASELINE[device.type], _peak(device)[0])
+        rows += _rows(case, direction, shown, found, contenders.BASELINE[device.type], peak_flops(device))
     return rows
 
 
@@ -161,18 +162,6 @@ def _rows(
     return rows
 
 
-def _peak(device: torch.device) -> tuple[float | None, str]:
-    """Dense bf16 FLOP/s from ringflash's table, and the text for the printed card."""
-    if device.type == "cpu":
-        return None, "unknown for CPUs"
-    try:
-        from ringflash.ring.cost import peak_flops
-    except ImportError as error:
-        return None, f"unknown ({error})"
-    peak = peak_flops(device)
-    return peak, f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "unknown (not in ringflash.ring.cost.PEAKS)"
-
-
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = shared_parser(__doc__, seconds=0.4)
     parser.add_argument("--quick", action="store_true", help="two cases; on the CPU, tiny ones")
@@ -200,15 +189,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write. Returns the exit code: 1 if a kernel is wrong, or one of ours raises."""
     options = _options(arguments)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    facts = report.card(device, {"peak": _peak(device)[1], **report.versions(contenders.PACKAGES)}, options.commit)
-    print("; ".join(f"{name} {value}" for name, value in facts.items()), f"inputs {options.dtype}", "", sep="\n")
+    peak = peak_flops(device)
+    known = f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "unknown (not in ringflash.ring.cost.PEAKS)"
+    facts = report.card(device, {"peak": known, **report.versions(contenders.PACKAGES)}, options.commit)
+    print(report.card_line(facts), f"inputs {options.dtype}", "", sep="\n")
     if options.sweep is not None:
         return sweep.main(options.sweep or list(sweep.TARGETS), dtype, device, options.out, facts)
     entrants = contenders.contenders(device, options.against and contenders.imported(options.against))
-    unwanted = [c.name for c in entrants if options.only and not any(part in c.name for part in options.only)]
-    if len(unwanted) == len(entrants):
-        sys.exit(f"--only {' '.join(options.only)} is part of none of: {', '.join(c.name for c in entrants)}")
-    absent = dict.fromkeys(unwanted, "not asked for (--only)")
+    asked = contenders.asked(entrants, options.only)
+    absent = {entrant.name: "not asked for (--only)" for entrant in entrants if entrant not in asked}
     file = options.out / f"attention-{report.slug(device)}.json"
     rows: list[Row] = []
     for case in options.cases:
@@ -219,9 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
         report.write_json(file, contents | {"summary": report.summary(rows)})
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    title = f"attention, {options.dtype}, {facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
-    undrawn = report.plot(file.with_suffix(".png"), rows, title)
-    report.print_written(file, undrawn)
+    title = f"attention, {options.dtype}, {report.signature(facts)}"
+    report.print_written(file, report.drawn(report.plot, file, rows, title))
     ours = [entrant.name for entrant in entrants if entrant.ours]
     wrong = [
         f"{row.status}: {row.kernel}, {row.case}, {row.direction}: {row.reason}"

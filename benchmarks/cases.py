@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from benchmarks.options import shortened, whole_number
 from ringflash import IntervalMask
 
 KINDS = ("causal", "full", "window", "packed")
 PACKED_LENGTHS = (1024, 32768)  # tokens of a document, the shortest and the longest, where 128k tokens are packed
 PACKED_WHOLE = 131072
-ROW_PATTERN = re.compile(r"(\d+),(\d+),(\d+),(\d+)(k?),(\d+) (\w+)(?: (\d+))?")
+ROW_PATTERN = re.compile(r"(\d+),(\d+),(\d+),(\d+[kM]?),(\d+) (\w+)(?: (\d+))?")
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,12 @@ class Case:
         match = ROW_PATTERN.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"{text!r} is not B,Hq,Hkv,S,D mask, such as '1,32,8,32k,128 causal'")
-        batch, heads, kv_heads, length, kilo, head_dim, kind, window = match.groups()
-        tokens = int(length) * (1024 if kilo else 1)
-        return cls(int(batch), int(heads), int(kv_heads), tokens, int(head_dim), kind, int(window or 0))
+        batch, heads, kv_heads, length, head_dim, kind, window = match.groups()
+        return cls(int(batch), int(heads), int(kv_heads), whole_number(length), int(head_dim), kind, int(window or 0))
 
     def __str__(self) -> str:
-        length = f"{self.length // 1024}k" if self.length % 1024 == 0 else str(self.length)
-        window = f" {self.window}" if self.window else ""
-        return f"{self.batch},{self.heads},{self.kv_heads},{length},{self.head_dim} {self.kind}{window}"
+        shape = f"{self.batch},{self.heads},{self.kv_heads},{shortened(self.length)},{self.head_dim}"
+        return f"{shape} {self.kind}" + (f" {self.window}" if self.window else "")
 
     def shrunk(self, length: int, batch: int = 2) -> Case:
         """The case with at most this length and batch, and a window in proportion."""

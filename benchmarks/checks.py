@@ -67,7 +67,7 @@ class Errors:
 
 
 class Reference:
-    """float64 attention for some query rows of a case, and the error of plain torch in the inputs' dtype."""
+    """float64 attention for some query rows of a case, all by default, and the error of plain torch in their dtype."""
 
     def __init__(self, case: Case, inputs: tuple[Tensor, ...], rows: Tensor | None = None) -> None:
         q, k, v, dout = (x.detach() for x in inputs)
@@ -81,7 +81,7 @@ class Reference:
         self._bound = {name: self._tolerance(name, plain[name]) for name in self._names}
 
     def _tolerance(self, name: str, plain: Tensor) -> float:
-        return FP32_BOUND if plain.dtype == torch.float32 else 2 * _relative(plain, self._exact[name])
+        return FP32_BOUND if plain.dtype == torch.float32 else 2 * relative_error(plain, self._exact[name])
 
     def errors(self, **results: Tensor) -> Errors:
         """The errors of results against float64; results that need more rows than these must be finite."""
@@ -89,15 +89,10 @@ class Reference:
         for name, x in results.items():
             if name in self._names:
                 x = x[:, self.rows.to(x.device)] if name in ("out", "dq") else x
-                found[name], bound[name] = _relative(x, self._exact[name]), self._bound[name]
+                found[name], bound[name] = relative_error(x, self._exact[name]), self._bound[name]
             elif not bool(x.isfinite().all()):
                 found[name], bound[name] = float("inf"), 0.0
         return Errors(found, bound)
-
-
-def whole(case: Case, inputs: tuple[Tensor, ...]) -> Reference:
-    """The reference for all rows of a small case."""
-    return Reference(case, inputs)
 
 
 def some_rows(case: Case, inputs: tuple[Tensor, ...]) -> Reference:
@@ -127,6 +122,7 @@ def _dense(operands: list[Tensor], visible: Tensor) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, (q, k, v), operands[3])
 
 
-def _relative(x: Tensor, exact: Tensor) -> float:
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """|x - exact| / |exact|, infinite if x is not finite."""
     error = ((x.double() - exact).norm() / exact.norm()).item()
     return error if error == error else float("inf")

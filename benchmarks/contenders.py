@@ -34,6 +34,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 
 import ringflash
 from benchmarks.cases import Case
@@ -51,11 +52,22 @@ class Absent(Exception):  # noqa: N818  # not an error: a contender that does no
 
 @dataclass(frozen=True)
 class Contender:
-    """A contender's name and build(case, q, k), which returns the timed function for such q and k or raises Absent."""
+    """A contender's name and build(case, q, k), which returns the timed function for such q and k or raises Absent.
+
+    Of decoding, it is build(q, k, v).
+    """
 
     name: str
-    build: Callable[[Case, Tensor, Tensor], Attention]
+    build: Callable[..., Attention]
     ours: bool = False
+
+
+def asked(entrants: list[Contender], only: list[str]) -> list[Contender]:
+    """The contenders of whose names --only gives a part, or all. Ends with one line if there are none."""
+    found = [entrant for entrant in entrants if not only or any(part in entrant.name for part in only)]
+    if not found:
+        sys.exit(f"--only {' '.join(only)} is part of none of: {', '.join(x.name for x in entrants)}")
+    return found
 
 
 def contenders(device: torch.device, other: ModuleType | None = None) -> list[Contender]:
@@ -82,7 +94,7 @@ def contenders(device: torch.device, other: ModuleType | None = None) -> list[Co
         Contender("torch flash", functools.partial(_cpu_sdpa, SDPBackend.FLASH_ATTENTION)),
         Contender("torch math", functools.partial(_cpu_sdpa, SDPBackend.MATH)),
     ]
-    return ours + cpu + [Contender(peer.name, _needs_gpu) for peer in gpu]
+    return ours + cpu + [Contender(peer.name, needs_gpu) for peer in gpu]
 
 
 # -- ours
@@ -124,7 +136,7 @@ def _sdpa(backend: SDPBackend, causal: bool, visible: Tensor | None = None) -> A
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             out = torch.nn.functional.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, is_causal=causal, enable_gqa=True
+                *by_head(q, k, v), visible, is_causal=causal, enable_gqa=True
             )
         return out.transpose(1, 2)
 
@@ -159,28 +171,24 @@ def _cpu_sdpa(backend: SDPBackend, case: Case, q: Tensor, k: Tensor) -> Attentio
 
 
 def _flex(case: Case, q: Tensor, k: Tensor) -> Attention:
-    from torch import _dynamo
     from torch._functorch import config as functorch
-    from torch.nn.attention.flex_attention import flex_attention
 
     functorch.donated_buffer = False  # otherwise a compiled backward can run only once
+    return flex(None if case.kind == "full" else block_mask(case, q.device))
+
+
+def flex(blocks: BlockMask | None) -> Attention:
+    """FlexAttention with a block mask, compiled for the shape of its first call."""
+    from torch import _dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+
     _dynamo.reset()  # every case is compiled for its shape; the limit on recompilations counts them together
     compiled = torch.compile(flex_attention, dynamic=False)
-    blocks = None if case.kind == "full" else block_mask(case, q.device)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = compiled(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=blocks, enable_gqa=True
-        )  # fmt: skip
-        return out.transpose(1, 2)
-
-    return attention
+    return lambda q, k, v: compiled(*by_head(q, k, v), block_mask=blocks, enable_gqa=True).transpose(1, 2)
 
 
-def block_mask(case: Case, device: torch.device):
+def block_mask(case: Case, device: torch.device) -> BlockMask:
     """The result of create_block_mask, computed from the case's intervals without the dense mask."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     some, every = _block_kinds(case.mask())
     lists = [_listed(x, device) for x in (some & ~every, every)]
     return BlockMask.from_kv_blocks(
@@ -223,27 +231,44 @@ def _mask_mod(case: Case, device: torch.device) -> Callable[..., Tensor]:
 
 
 def _fa4(case: Case, q: Tensor, k: Tensor) -> Attention:
-    try:
-        from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
-    except Exception as error:  # a half-installed one raises more than ImportError
-        raise Absent(f"flash_attn.cute cannot be imported: {type(error).__name__}: {error}") from error
+    peer = imported_peer("flash_attn.cute.interface")
     if case.kind == "packed":
         offsets, longest = _offsets(case, q.device)
         options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
-        return _without_batch(
-            case, lambda q, k, v: _first(flash_attn_varlen_func(q, k, v, causal=True, **options))
-        )  # fmt: skip
+        packed = functools.partial(peer.flash_attn_varlen_func, causal=True, **options)
+        return _without_batch(case, lambda q, k, v: first_of(packed(q, k, v)))
     window = (case.window - 1, 0) if case.kind == "window" else (None, None)
     causal = case.kind == "causal"
-    return lambda q, k, v: _first(flash_attn_func(q, k, v, causal=causal, window_size=window))
+    return lambda q, k, v: first_of(peer.flash_attn_func(q, k, v, causal=causal, window_size=window))
 
 
-def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+# -- shared with the contenders of decoding
+
+
+def imported_peer(name: str) -> ModuleType:
+    """A peer's module. Raises Absent with the reason if it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a half-installed one raises more than ImportError
+        raise Absent(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def needs_gpu(*request: Case | Tensor) -> Attention:
+    """Refuse to build a contender on the CPU."""
+    raise Absent("needs an NVIDIA GPU")
+
+
+def by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [B, H, S, D] of tensors [B, S, H, D]."""
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def first_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """out, of a function that may also return lse."""
     return result[0] if isinstance(result, tuple) else result
 
 
-def _needs_gpu(case: Case, q: Tensor, k: Tensor) -> Attention:
-    raise Absent("needs an NVIDIA GPU")
+# -- packed documents
 
 
 def _offsets(case: Case, device: torch.device) -> tuple[Tensor, int]:

@@ -19,8 +19,8 @@ Results are checked before they are timed, against float64, for all heads at ful
 that of plain torch attention in the same dtype. A kernel with wrong results is not timed, and the exit code is 1, as it
 is if ringflash raises. Kernels take turns (benchmarks/timing.py), and a figure is the median.
 
-After every case, decode-DEVICE.json and .png are written to the folder --out (benchmarks/results). The last line
-printed is the summary in JSON: % copy, or the reason why there is none.
+After every case, decode-DEVICE.json is written to the folder --out (benchmarks/results), and its picture at the end.
+The last line printed is the summary in JSON: % copy, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import checks, decode_contenders, report, timing
-from benchmarks.contenders import Absent
-from benchmarks.decode_contenders import Contender, Decode
-from benchmarks.options import DTYPES, SUFFIXES, free_bytes, parse, shared_parser, whole_number
+from benchmarks.checks import Attention, relative_error
+from benchmarks.contenders import Absent, Contender, asked
+from benchmarks.options import DTYPES, free_bytes, parse, shared_parser, shortened, whole_number
 from benchmarks.timing import Timing
 
 CONTEXTS = ("1k", "8k", "64k", "256k", "1M")
@@ -80,9 +80,7 @@ class Case:
         return case
 
     def __str__(self) -> str:
-        units = {name: size for name, size in SUFFIXES.items() if self.keys % size == 0}
-        name, size = list(units.items())[-1] if units else ("", 1)
-        return f"{self.batch},{self.heads},{self.kv_heads},{self.keys // size}{name},{self.dim}"
+        return f"{self.batch},{self.heads},{self.kv_heads},{shortened(self.keys)},{self.dim}"
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of keys and values."""
@@ -141,12 +139,6 @@ def plain(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
-    """The relative error of the norm; infinite if anything is not finite."""
-    error = float((found.double() - truth).norm() / truth.norm())
-    return error if bool(torch.isfinite(found).all()) else float("inf")
-
-
 def copy_rate(device: torch.device, seconds: float) -> float:
     """Bytes per second that a copy reads and writes."""
     count = COPIED if device.type == "cuda" else COPIED // 32
@@ -174,7 +166,8 @@ def measure(
     inputs = case.inputs(dtype, device)
     q, k, v = (x[0] for x in inputs)
     truth = plain(q, k, v, torch.float64)
-    allowed = 1e-5 if dtype == torch.float32 else 2 * distance(plain(q, k, v, dtype), truth) + 1e-4
+    by_plain = relative_error(plain(q, k, v, dtype), truth)
+    allowed = checks.FP32_BOUND if dtype == torch.float32 else 2 * by_plain + 1e-4
     rows: dict[str, Row] = {}
     errors: dict[str, float] = {}
     runs: dict[str, Callable[[], object]] = {}
@@ -185,7 +178,7 @@ def measure(
                 raise Absent(f"it took {spent:.0f} s to compile in earlier cases; name this one alone (--cases)")
             decode = entrant.build(q, k, v)
             with checks.poisoned() if entrant.ours else contextlib.nullcontext():
-                errors[name] = distance(decode(q, k, v), truth)
+                errors[name] = relative_error(decode(q, k, v), truth)
             if errors[name] > allowed:
                 reason = f"error {errors[name]:.1e}, and {allowed:.1e} is allowed"
                 rows[name] = Row(str(case), name, "WRONG", reason, error=errors[name])
@@ -202,7 +195,7 @@ def measure(
     return [rows[entrant.name] for entrant in entrants]
 
 
-def _all_layers(decode: Decode, inputs: tuple[Tensor, ...], device: torch.device) -> Callable[[], object]:
+def _all_layers(decode: Attention, inputs: tuple[Tensor, ...], device: torch.device) -> Callable[[], object]:
     """A run over the caches of all layers; on a GPU, as a CUDA graph."""
 
     def run() -> list[Tensor]:
@@ -238,7 +231,7 @@ def tunings() -> list[Contender]:
     from ringflash.kernels import decode, portable_decode
     from ringflash.kernels.portable_parts import Tuning, sm_count
 
-    def under(tuning: Tuning, programs_per_sm: int, q: Tensor, k: Tensor, v: Tensor) -> Decode:
+    def under(tuning: Tuning, programs_per_sm: int, q: Tensor, k: Tensor, v: Tensor) -> Attention:
         end = torch.full((1, 1), k.shape[1], dtype=torch.int32, device=q.device)
         spans = ((torch.zeros_like(end), end),)
         splits = portable_decode.splits_for(k.shape[1], k.shape[0] * k.shape[2], sm_count(q.device), programs_per_sm)
@@ -291,17 +284,13 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, float | str]]:
     return found
 
 
-def plot(path: Path, rows: Sequence[Row], title: str) -> str | None:
-    """Time and share of the copy rate by context, a column per batch and heads. Returns why not, if it cannot draw."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        return str(error)
+def plot(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Time and share of the copy rate by context, a column per batch and heads."""
+    from matplotlib.figure import Figure
+
     timed = [(Case.parse(row.case), row) for row in rows if row.timing is not None]
     shapes = list(dict.fromkeys((case.batch, case.heads, case.kv_heads, case.dim) for case, _ in timed))
     names = list(dict.fromkeys(row.kernel for row in rows))
-    if not shapes:
-        return "nothing was timed"
     figure = Figure(figsize=(3 * len(shapes) + 1.5, 6), layout="constrained")
     panels = figure.subplots(2, len(shapes), sharex=True, sharey="row", squeeze=False)
     lines: dict[str, Any] = {}
@@ -324,14 +313,13 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> str | None:
             axes.title.set_fontsize(9)
             axes.grid(alpha=0.3)
         ticks = sorted({case.keys for case, _ in timed})
-        below.set_xticks(ticks, [str(Case(1, 1, 1, x, 1)).split(",")[3] for x in ticks], minor=False)
+        below.set_xticks(ticks, [*map(shortened, ticks)], minor=False)
         below.minorticks_off()
     panels[0, 0].set_ylabel("microseconds per layer")
     panels[1, 0].set(ylabel="% of copy rate", ylim=(0, None))
     figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=len(lines), fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
-    return None
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -358,29 +346,25 @@ def main(arguments: list[str] | None = None) -> int:
     copied = copy_rate(device, options.seconds)
     facts = report.card(device, report.versions(decode_contenders.PACKAGES), options.commit)
     facts |= {"copy": f"{copied / 1e9:.0f} GB/s", "inputs": options.dtype}
-    print("; ".join(f"{name} {value}" for name, value in facts.items()), HEADER, sep="\n", flush=True)
-    entrants = tunings() if options.sweep else decode_contenders.contenders(device)
-    asked = [x for x in entrants if not options.only or any(part in x.name for part in options.only)]
-    if not asked:
-        sys.exit(f"--only {' '.join(options.only)} is part of none of: {', '.join(x.name for x in entrants)}")
+    print(report.card_line(facts), HEADER, sep="\n", flush=True)
+    entrants = asked(tunings() if options.sweep else decode_contenders.contenders(device), options.only)
     file = options.out / f"decode-{'sweep-' if options.sweep else ''}{report.slug(device)}.json"
-    title = f"decoding, {options.dtype}, {facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
+    title = f"decoding, {options.dtype}, {report.signature(facts)}"
     rows: list[Row] = []
     prepared: dict[str, float] = {}
-    undrawn = None
     for case in options.cases:
         try:
-            found = measure(case, asked, dtype, device, options.seconds, copied, prepared)
+            found = measure(case, entrants, dtype, device, options.seconds, copied, prepared)
         except Exception as error:  # such as a GPU's, which no contender can be named for
-            found = [Row(str(case), entrant.name, "failed", report.error_line(error)) for entrant in asked]
+            found = [Row(str(case), entrant.name, "failed", report.error_line(error)) for entrant in entrants]
         if options.sweep:
             found.sort(key=lambda row: row.timing.ms if row.timing else float("inf"))
         print(table(found), flush=True)
         rows += found
         report.write_json(file, {"benchmark": "decode", "card": facts, "rows": [asdict(row) for row in rows]})
-        undrawn = "a sweep has none" if options.sweep else plot(file.with_suffix(".png"), rows, title)
-    report.print_written(file, undrawn)
-    ours = [entrant.name for entrant in asked if entrant.ours]
+    undrawn = "a sweep has none" if options.sweep else None if any(row.timing for row in rows) else "nothing was timed"
+    report.print_written(file, undrawn or report.drawn(plot, file, rows, title))
+    ours = [entrant.name for entrant in entrants if entrant.ours]
     wrong = [row for row in rows if row.status == "WRONG" or (row.status == "failed" and row.kernel in ours)]
     print(json.dumps({"benchmark": "decode", "device": facts["device"], "percent_of_copy": summary(rows)}))
     return int(bool(wrong))

@@ -19,31 +19,18 @@ starts.
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.contenders import Absent
+from benchmarks.checks import Attention
+from benchmarks.contenders import Absent, Contender, by_head, first_of, flex, imported_peer, needs_gpu
 from ringflash import flash_decode
 
-Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 PACKAGES = ("flash-attn-4", "flashinfer-python")
 PAGE = 16  # tokens of a page of FlashInfer's cache
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A contender's name and build(q, k, v), which returns the timed function for such tensors or raises Absent."""
-
-    name: str
-    build: Callable[[Tensor, Tensor, Tensor], Decode]
-    ours: bool = False
 
 
 def contenders(device: torch.device) -> list[Contender]:
@@ -57,17 +44,13 @@ def contenders(device: torch.device) -> list[Contender]:
     return [
         Contender("ringflash", _ringflash, ours=True),
         *(Contender(f"SDPA {name}", functools.partial(_sdpa, backend)) for name, backend in backends.items()),
-        *(Contender(name, build if device.type == "cuda" else _needs_gpu) for name, build in peers.items()),
+        *(Contender(name, build if device.type == "cuda" else needs_gpu) for name, build in peers.items()),
     ]
 
 
-def _ringflash(q: Tensor, k: Tensor, v: Tensor) -> Decode:
+def _ringflash(q: Tensor, k: Tensor, v: Tensor) -> Attention:
     end = torch.full((1, 1), k.shape[1], dtype=torch.int32, device=q.device)
     return lambda q, k, v: flash_decode(q, k, v, end)
-
-
-def _needs_gpu(q: Tensor, k: Tensor, v: Tensor) -> Decode:
-    raise Absent("needs an NVIDIA GPU")
 
 
 # -- torch
@@ -79,22 +62,20 @@ _CAN_USE = {
 }
 
 
-def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Decode:
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Attention:
     if q.is_cuda and (reason := _refusal(backend, q, k, v)):
         raise Absent(reason)
 
     def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = _by_head(q, k, v)
         with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+            return torch.nn.functional.scaled_dot_product_attention(*by_head(q, k, v), enable_gqa=True).transpose(1, 2)
 
     return decode
 
 
 def _refusal(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """torch's reason why SDPA refuses this backend."""
-    q, k, v = _by_head(q, k, v)
-    asked = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, True)
+    asked = torch.backends.cuda.SDPAParams(*by_head(q, k, v), None, 0.0, False, True)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         able = _CAN_USE[backend](asked, debug=True)
@@ -104,42 +85,23 @@ def _refusal(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> str | None
     return "torch: " + ("; ".join(reasons) or "this backend cannot be used, without a reason")
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor) -> Decode:
-    from torch import _dynamo
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask
 
     # Of blocks of 128 keys: without a mask all keys are one block, and one program may read them all.
-    everything = create_block_mask(lambda b, h, i, j: j >= 0, None, None, 1, k.shape[1], q.device.type)
-    _dynamo.reset()  # every case is compiled for its shape; the limit on recompilations counts them together
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = _by_head(q, k, v)
-        return compiled(q, k, v, block_mask=everything, enable_gqa=True).transpose(1, 2)
-
-    return decode
-
-
-def _by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, H, S, D], as views."""
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return flex(create_block_mask(lambda b, h, i, j: j >= 0, None, None, 1, k.shape[1], q.device.type))
 
 
 # -- peers in separate packages
 
 
-def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Decode:
-    attention = _imported("flash_attn.cute.interface").flash_attn_func
-
-    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attention(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
-
-    return decode
+def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Attention:
+    attention = imported_peer("flash_attn.cute.interface").flash_attn_func
+    return lambda q, k, v: first_of(attention(q, k, v))
 
 
-def _flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Decode:
-    module = _imported("flashinfer")
+def _flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Attention:
+    module = imported_peer("flashinfer")
     batch, keys, kv_heads, dim = k.shape
     if keys % PAGE:
         raise Absent(f"{keys} keys are no whole pages of {PAGE}")
@@ -158,10 +120,3 @@ def _flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Decode:
         return wrapper.run(q[:, 0], paged)[:, None]
 
     return decode
-
-
-def _imported(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # a half-installed one raises more than ImportError
-        raise Absent(f"{name} cannot be imported: {type(error).__name__}: {error}") from error

@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import RESULTS, ROOT, card, write_json
+from benchmarks.report import RESULTS, ROOT, card, card_line, write_json
 
 HOP_TIMEOUT = 5  # seconds
 SETTINGS = (
@@ -70,13 +70,9 @@ def measure(failure: str, ranks: int, limit: float, folder: Path, launched: list
     """
     name, (sent, setting) = failure.replace(" ", "-"), FAILURES[failure]
     settings = [
-        *SETTINGS,
-        setting,
-        f"optim.batch={ranks}",
-        f"data.cache={folder / name}.cache",
-        f"output_dir={folder}",
+        *SETTINGS, setting, f"optim.batch={ranks}", f"data.cache={folder / name}.cache", f"output_dir={folder}",
         f"name={name}",
-    ]
+    ]  # fmt: skip
     printed = folder / f"{failure}.txt"
     command = [sys.executable, "launch/local.py", "--ranks", str(ranks), *settings]
     with printed.open("w") as file:
@@ -135,7 +131,7 @@ def main() -> int:
         parser.error(f"--ranks {args.ranks}: one rank has no neighbour to fail, take 2 or more")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     facts = card(torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}, None)
-    print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    print(card_line(facts), flush=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # of many_gpus.sh
     found: list[Row] = []
     launched: list[psutil.Process] = []

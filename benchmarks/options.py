@@ -1,4 +1,4 @@
-"""Options that the benchmarks of attention share: device, dtype, measuring time, output folder; numbers as 64k."""
+"""Shared by the benchmarks of attention: options, numbers written as 64k, free memory."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ def whole_number(text: str) -> int:
     (65536, 1048576, 1000)
     """
     return int(text.rstrip("kM")) * SUFFIXES.get(text[-1:], 1)
+
+
+def shortened(number: int) -> str:
+    """A number as `whole_number` reads it.
+
+    >>> shortened(65536), shortened(1048576), shortened(1000)
+    ('64k', '1M', '1000')
+    """
+    units = [(name, size) for name, size in SUFFIXES.items() if number >= size and number % size == 0]
+    name, size = units[-1] if units else ("", 1)
+    return f"{number // size}{name}"
 
 
 def free_bytes(device: torch.device) -> int:

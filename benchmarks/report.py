@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -70,6 +70,16 @@ def card(device: torch.device, peers: dict[str, str], commit: str | None) -> dic
     facts["date"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     facts["commit"] = commit or _git_commit()
     return facts
+
+
+def card_line(facts: dict[str, str]) -> str:
+    """The card in one line."""
+    return "; ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def signature(facts: dict[str, str]) -> str:
+    """Device, version, date and commit of a picture."""
+    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
 
 
 def device_name(device: torch.device) -> str:
@@ -172,6 +182,15 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     aside.rename(path)
 
 
+def drawn(draw: Callable[..., None], file: Path, *what: Any) -> str | None:
+    """Draw `what` in the picture beside a JSON file. Returns None, or the reason if matplotlib is missing."""
+    try:
+        draw(file.with_suffix(".png"), *what)
+    except ImportError as missing:
+        return str(missing)
+    return None
+
+
 def print_written(file: Path, undrawn: str | None) -> None:
     """Print which files a benchmark has written. undrawn: None, or why there is no plot."""
     print(f"wrote {file}" + (f"; no plot: {undrawn}" if undrawn else f" and {file.with_suffix('.png').name}"))
@@ -191,29 +210,32 @@ def summary(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float | str]]]
     return found
 
 
-def plot(path: Path, rows: Sequence[Row], title: str) -> str | None:
-    """Bars of TFLOP/s by case and kernel, forward above backward. Returns the reason if it cannot draw."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        return str(error)
+def bars(axes: Any, groups: Sequence[str], heights: dict[str, dict[str, float]], form: str) -> None:
+    """A bar per group and series, of these heights by series and group, each with its height in a format."""
+    width = 0.85 / max(1, len(heights))
+    for i, (series, by_group) in enumerate(heights.items()):
+        places = [groups.index(group) + (i - (len(heights) - 1) / 2) * width for group in by_group]
+        drawn = axes.bar(places, [*by_group.values()], width, label=series, color=f"C{i}")
+        axes.bar_label(drawn, fmt=form, fontsize=6, rotation=90, padding=2)
+    axes.set_xticks(range(len(groups)), [group.replace(" ", "\n", 1) for group in groups], fontsize=8)
+    axes.margins(y=0.15)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def plot(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Bars of TFLOP/s by case and kernel, forward above backward."""
+    from matplotlib.figure import Figure
+
     timed = [row for row in rows if row.tflops is not None]
     cases = list(dict.fromkeys(row.case for row in timed))
-    names = list(dict.fromkeys(row.kernel for row in timed))
     figure = Figure(figsize=(max(7.0, 1.7 * len(cases) + 1), 7.5), layout="constrained")
     for axes, direction in zip(figure.subplots(2, 1, sharex=True), ("forward", "backward"), strict=True):
-        speeds = {(r.case, r.kernel): r.tflops for r in timed if r.direction == direction}
-        width = 0.85 / max(1, len(names))
-        for i, name in enumerate(names):
-            places = [x + (i - (len(names) - 1) / 2) * width for x, case in enumerate(cases) if (case, name) in speeds]
-            heights = [speeds[case, name] for case in cases if (case, name) in speeds]
-            bars = axes.bar(places, heights, width, label=name, color=f"C{i}")
-            axes.bar_label(bars, fmt="%.3g", fontsize=6, rotation=90, padding=2)
-        axes.set(ylabel=f"{direction}, TFLOP/s", xticks=range(len(cases)))
-        axes.margins(y=0.15)
-        axes.grid(axis="y", alpha=0.3)
-    axes.set_xticklabels([case.replace(" ", "\n", 1) for case in cases], fontsize=8)
-    figure.axes[0].legend(fontsize=7, ncols=max(1, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        speeds: dict[str, dict[str, float]] = {row.kernel: {} for row in timed}
+        for row in timed:
+            if row.direction == direction and row.tflops is not None:
+                speeds[row.kernel][row.case] = row.tflops
+        bars(axes, cases, speeds, "%.3g")
+        axes.set_ylabel(f"{direction}, TFLOP/s")
+    figure.axes[0].legend(fontsize=7, ncols=max(1, len(speeds)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=130)
-    return None

@@ -12,9 +12,9 @@
 Without a mode: efficiency. One rank's forward and backward run on one device without its neighbours. Their time is
 compared with the rank's share of one causal call over all tokens by the same kernel (benchmarks/ring_share.py). All
 ranks are timed, interleaved with the whole call; of a ring of more than 8, the 8 with the most work are. Their messages
-are there before they start; for the row "slowest with copies", the GPU copies every message meanwhile. Figures of other
-rings are printed beside them and are not of this run. Before that, all ranks of a small ring are compared with float64.
-A ring that is wrong is marked WRONG and not timed, and the exit code is 1.
+are there before they start; for the row "slowest with copies", the GPU copies every message meanwhile. Before that, all
+ranks of a small ring are compared with float64. A ring that is wrong is marked WRONG and not timed, and the exit code
+is 1.
 
 --error: error of out, dq, dk and dv against float64 at 1 to 32 ranks, for this ring and for rings that round to 16 bits
 what they merge or send (benchmarks/ring_error.py). The exit code is 1 if ringflash's error grows with the ring or
@@ -98,14 +98,14 @@ def efficiency(options: argparse.Namespace, device: torch.device, facts: dict[st
     shares: list[ring_share.Share] = []
     for case in cases:
         share = ring_share.measure(case, options.kernel, DTYPES[options.dtype], device, options.seconds)
-        print(ring_share.table(case, share, header=not shares) + "\n", flush=True)
+        print(ring_share.table(share, header=not shares) + "\n", flush=True)
         shares.append(share)
         rows = [dataclasses.asdict(s) | {"efficiency": s.summary()} for s in shares]
         report.write_json(file, {"benchmark": "ring", "card": facts, "dtype": options.dtype, "rows": rows})
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    title = f"{options.dtype}, {_signature(facts)}"
-    report.print_written(file, _drawn(ring_share.draw, file, cases, shares, title))
+    title = f"{options.dtype}, {report.signature(facts)}"
+    report.print_written(file, report.drawn(ring_share.draw, file, shares, title))
     wrong = [f"{s.status}: {s.case}: {s.reason}" for s in shares if s.status != "timed"]
     return _closed("ring", facts, wrong, {"efficiency": {s.case: s.summary() for s in shares}})
 
@@ -113,7 +113,7 @@ def efficiency(options: argparse.Namespace, device: torch.device, facts: dict[st
 def error(options: argparse.Namespace, device: torch.device, facts: dict[str, str]) -> int:
     """Mode 2: error against ring size."""
     case = options.case or ERROR_CASES[device.type, options.quick]
-    described = _described(case).replace(f"/{case.ranks} ", " tokens, ", 1)
+    described = case.described().replace(f"/{case.ranks} ", " tokens, ", 1)
     sizes = [size for size in ring_error.SIZES if 2 * size <= case.length]
     found, bound = ring_error.measure(case, sizes, options.kernel, device)
     print(ring_error.table(found, bound), end="\n\n")
@@ -122,8 +122,8 @@ def error(options: argparse.Namespace, device: torch.device, facts: dict[str, st
     grown = {ring: ring_error.growth(found, ring) for ring in ring_error.RINGS}
     contents = {"benchmark": "ring error", "card": facts, "case": described, "bound": bound}
     report.write_json(file, contents | {"rows": [dataclasses.asdict(row) for row in found], "growth": grown})
-    title = f"error against ring size: {described}, bf16 inputs\n{_signature(facts)}"
-    report.print_written(file, _drawn(ring_error.draw, file, found, bound, title))
+    title = f"error against ring size: {described}, bf16 inputs\n{report.signature(facts)}"
+    report.print_written(file, report.drawn(ring_error.draw, file, found, bound, title))
     rounded = {ring: {name: round(x, 3) for name, x in by.items()} for ring, by in grown.items()}
     return _closed("ring error", facts, wrong, {"growth": rounded})
 
@@ -146,11 +146,10 @@ def timeline(options: argparse.Namespace, device: torch.device, facts: dict[str,
     file = options.out / f"ring-timeline-{report.slug(device)}.json"
     found = predicted.summary() | {"tflops": [forward, backward], "gbps": options.gbps, "sufficient_gbps": enough}
     spans = {name: simulated.spans for name, simulated in predicted.passes.items()}
-    contents = {"benchmark": "ring timeline", "card": facts, "case": _described(case), "speed": source}
+    contents = {"benchmark": "ring timeline", "card": facts, "case": case.described(), "speed": source}
     report.write_json(file, contents | {"found": found, "spans": {"fields": Span._fields, **spans}})
-    report.print_written(
-        file, _drawn(ring_timeline.draw, file, predicted, f"{subtitle}; {facts['date']}, {facts['commit']}")
-    )
+    title = f"{ring_timeline.heading(predicted)}\n{subtitle}; {facts['date']}, {facts['commit']}"
+    report.print_written(file, report.drawn(ring_timeline.draw, file, predicted, title))
     rounded = {name: round(x, 4) if isinstance(x, float) else x for name, x in found.items()}
     return _closed("ring timeline", facts, [], {"predicted": rounded})
 
@@ -199,7 +198,8 @@ def between(options: argparse.Namespace, device: torch.device, facts: dict[str, 
         if world.is_first:
             print(f"{case}: share of the transfers' time under attention kernels: {row['hidden']}", flush=True)
             picture = file.with_name(f"{file.stem}-{re.sub('[^a-z0-9]+', '-', str(case))}.png")
-            _drawn(ring_between.draw, picture, ran, f"{case}, {options.dtype}, {world.size} x {_signature(facts)}")
+            title = f"{case}, {options.dtype}, {world.size} x {report.signature(facts)}"
+            report.drawn(ring_between.draw, picture, ran, title)
     if world.is_first:
         report.write_json(file, contents)
         print(f"wrote {file}" + ("" if options.many else " and a picture of each case"))
@@ -222,23 +222,6 @@ def measured_tflops(case: RingCase, options: argparse.Namespace, device: torch.d
             raise took
         speeds.append(whole.flops(direction) / took.ms / 1e9)
     return speeds[0], speeds[1]
-
-
-def _described(case: RingCase) -> str:
-    return f"{case}, {case.heads}/{case.kv_heads} heads of {case.head_dim}"
-
-
-def _signature(facts: dict[str, str]) -> str:
-    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
-
-
-def _drawn(draw: Any, file: Path, *what: Any) -> str | None:
-    """None, or why there is no picture."""
-    try:
-        draw(file.with_suffix(".png"), *what)
-    except ImportError as missing:
-        return str(missing)
-    return None
 
 
 def _closed(benchmark: str, facts: dict[str, str], wrong: list[str], found: dict[str, Any]) -> int:
@@ -297,12 +280,12 @@ def _case(options: argparse.Namespace) -> RingCase | None:
     for name in ("ranks", "dim"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise ValueError(f"--{name} must be 1 or more, got {number}")
-    if options.length is not None and not re.fullmatch("[1-9][0-9]*k?", options.length):
+    if options.length is not None and not re.fullmatch("[1-9][0-9]*[kM]?", options.length):
         raise ValueError(f"--length {options.length} is not a number of tokens, such as 131072 or 128k")
     kind, *size = options.mask or ["causal"]
     if len(size) > 1 or (size and (kind not in ("window", "packed") or not re.fullmatch("[1-9][0-9]*", size[0]))):
         raise ValueError(f"--mask {' '.join(options.mask)} is not causal, full, window SIZE or packed DOCUMENTS")
-    sized = {} if not size else {{"window": "window", "packed": "packed"}[kind]: int(size[0])}
+    sized = {kind: int(size[0])} if size else {}
     base = ERROR_CASES[options.device, options.quick] if options.mode is error else TIMELINE
     heads = _two_numbers(options.heads, int, "--heads") if options.heads else (base.heads, base.kv_heads)
     return RingCase.of(
@@ -329,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     facts = report.card(device, {}, options.commit)
     if options.mode is not between or os.environ["RANK"] == "0":
-        print("; ".join(f"{name} {value}" for name, value in facts.items()), "", sep="\n")
+        print(report.card_line(facts), "", sep="\n")
     return options.mode(options, device, facts)
 
 

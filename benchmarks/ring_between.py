@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import ring_share
+from benchmarks.checks import relative_error
 from benchmarks.ring_cases import Noise, Passes, RingCase, passes, whole_ring
 from benchmarks.timing import HEAD_START_CYCLES, in_turns, matrix_products
 from ringflash import Loopback, kernels
@@ -141,7 +142,7 @@ def _check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device
     results = [attend().detach(), *gradients()]
     for (name, reference), found in zip(expected.items(), results, strict=True):
         shard = plan.shard(reference)
-        error = float((found.double() - shard.double()).norm() / shard.double().norm())
+        error = relative_error(found, shard.double())
         if not error <= CLOSE:
             rank = plan.ring.local[0]
             raise ArithmeticError(f"{small}: {name} of rank {rank} differs from a Loopback's by {error:.1e}")

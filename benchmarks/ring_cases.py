@@ -19,11 +19,12 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.checks import NAMES
+from benchmarks.options import shortened, whole_number
 from ringflash import AttentionPlan, Layout, kernels, ring_attention
 from ringflash.kernels import Kernel
 from ringflash.ring.transport import Ring
 
-USUAL = (32, 8, 128)  # query heads, KV heads and head_dim of a case whose name does not say them
+USUAL = ", 32/8 heads of 128"  # which a case's name leaves out
 Passes = tuple[Callable[[], Any], Callable[[], Any]]  # forward, backward
 
 
@@ -46,9 +47,8 @@ class RingCase(Case):
         **rest,
     ) -> RingCase:
         """One sequence of `length` tokens ("128k" is 131072) and (query, KV) heads."""
-        if isinstance(length, str):
-            length = int(length.removesuffix("k")) * (1024 if length.endswith("k") else 1)
-        return cls(1, *heads, length, dim, kind, ranks=ranks, **rest)
+        tokens = whole_number(length) if isinstance(length, str) else length
+        return cls(1, *heads, tokens, dim, kind, ranks=ranks, **rest)
 
     def documents(self) -> list[int]:
         """The lengths of the packed documents, in order; other kinds have one document."""
@@ -63,12 +63,14 @@ class RingCase(Case):
         """The causal case of this shape on one rank, the reference for the speed of this one."""
         return replace(self, kind="causal", window=0, ranks=1, layout="contiguous")
 
-    def __str__(self) -> str:
-        length = f"{self.length // 1024}k" if self.length % 1024 == 0 else str(self.length)
+    def described(self) -> str:
+        """The case's name, with its heads."""
         window = f" {self.window}" if self.window else ""
-        shape = (self.heads, self.kv_heads, self.head_dim)
-        heads = "" if shape == USUAL else ", {}/{} heads of {}".format(*shape)
-        return f"{length}/{self.ranks} {self.kind}{window}, {self.layout}{heads}"
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.head_dim}"
+        return f"{shortened(self.length)}/{self.ranks} {self.kind}{window}, {self.layout}, {heads}"
+
+    def __str__(self) -> str:
+        return self.described().removesuffix(USUAL)
 
 
 def lognormal_lengths(count: int, total: int) -> list[int]:

@@ -94,7 +94,7 @@ class Row:
 def measure(case: RingCase, sizes: Sequence[int], kernel: str, device: torch.device) -> tuple[list[Row], dict]:
     """Errors of every ring at every size, with bf16 inputs, and the bound: twice the error of plain torch in bf16."""
     inputs = case.inputs(torch.bfloat16, device)
-    reference = checks.whole(case, inputs)
+    reference = checks.Reference(case, inputs)
     found = []
     bound: dict[str, float] = {}
     for ranks in sizes:

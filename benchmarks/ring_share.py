@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import checks, ring_cases, timing
+from benchmarks.report import bars
 from benchmarks.ring_cases import Noise, Passes, RingCase, whole_ring
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, Loopback, kernels
@@ -40,30 +41,6 @@ CHECKED_LENGTH = 2048
 TIMED_RANKS = 8  # at most
 COLUMNS = ("forward", "backward", "both")
 COPIED = "slowest with copies"
-
-# Efficiency forward, backward, both of others' zigzag rings under a causal mask, 32/8 heads of 128, bf16, by (tokens,
-# ranks). "one rank": their code's compute for one rank, communication free, timed as here on one H100 80GB SXM, but not
-# in this run. "published": by its authors on 8 H800, communication included, against flash attention / 8.
-PEERS: dict[tuple[int, int, str], dict[str, tuple[float | None, ...]]] = {
-    (65536, 8, "causal"): {
-        "reference ring on FA4-CuTe, one rank": (0.777, 0.818, 0.807),
-        "reference ring on FA2, one rank": (0.876, 0.885, 0.883),
-        "reference ring on FA2, published": (0.85, None, 0.90),
-    },
-    (131072, 8, "causal"): {
-        "reference ring on FA4-CuTe, one rank": (0.803, 0.917, 0.884),
-        "reference ring on FA2, one rank": (0.945, 0.925, 0.931),
-    },
-    (131072, 16, "causal"): {
-        "reference ring on FA4-CuTe, one rank": (0.792, 0.836, 0.824),
-        "reference ring on FA2, one rank": (0.830, 0.899, 0.878),
-    },
-    (131072, 4, "causal"): {
-        "reference ring on FA4-CuTe, one rank": (0.890, 0.959, 0.939),
-        "reference ring on FA2, one rank": (0.980, 0.978, 0.979),
-    },
-    (131072, 8, "packed"): {"reference ring on FA2, published at 64k/8": (0.70, None, 0.76)},
-}
 
 
 @dataclass(frozen=True)
@@ -228,7 +205,7 @@ def measure(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.devic
     """Check a small ring of the case against float64, then time its ranks and the whole call in interleaved rounds."""
     name = kernel
     try:
-        name = kernels.select(*_like(case, dtype, device), None, kernel).name
+        name = kernels.select(*case.shrunk(1).inputs(dtype, device)[:2], None, kernel).name
         errors = check(case, kernel, dtype, device)
         if errors.wrong:
             return Share(str(case), name, "WRONG", errors.wrong, errors.found)
@@ -244,7 +221,7 @@ def check(case: RingCase, kernel: str, dtype: torch.dtype, device: torch.device)
     inputs = small.inputs(dtype, device)
     with checks.poisoned():
         results = whole_ring(inputs, small.plan(Loopback(small.ranks, device)), kernel)
-    return checks.whole(small, inputs).errors(**results)
+    return checks.Reference(small, inputs).errors(**results)
 
 
 def measured_ranks(plan: AttentionPlan) -> list[int]:
@@ -319,71 +296,46 @@ def _listed(ranks: list[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
-def _like(case: RingCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A small q and k of the case's heads."""
-    q, k, *_ = case.shrunk(1).inputs(dtype, device)
-    return q, k
-
-
 # -- what is printed and drawn
 
 
-def peer_figures(case: RingCase) -> dict[str, tuple[float | None, ...]]:
-    """Peers' figures from other runs for a case's length, ranks, heads and mask, all with zigzag."""
-    if (case.heads, case.kv_heads, case.head_dim, case.layout) != (32, 8, 128, "zigzag"):
-        return {}
-    return PEERS.get((case.length, case.ranks, case.kind), {})
-
-
-def table(case: RingCase, share: Share, header: bool) -> str:
-    """A line for the slowest rank, one for the mean, one for the slowest with copies, and one per peer."""
+def table(share: Share, header: bool) -> str:
+    """A line for the slowest rank, one for the mean, and one for the slowest with copies."""
     lines = []
     if header:
         lines.append(_line("case", "ring", "rank", ["forward", "backward", "both", "busiest", "ms fwd + bwd"]))
         lines.append("-" * len(lines[0]))
     ours = f"ringflash {share.kernel}"
     if share.status != "timed":
-        lines.append(f"{share.case:<26} {ours:<42} {share.status}: {share.reason}")
+        lines.append(f"{share.case:<26} {ours:<20} {share.status}: {share.reason}")
     else:
         ms = {direction: share.milliseconds(direction) for direction in COLUMNS[:2]}
         for which, rank in share.which_ranks().items():
             cells = [f"{share.efficiency(column)[which]:.3f}" for column in COLUMNS]
             took = " + ".join(f"{of[which]:.2f}" for of in ms.values())
             lines.append(_line(share.case, ours, rank, [*cells, f"{share.busiest:.3f}", took]))
-    for name, figures in peer_figures(case).items():
-        lines.append(
-            _line(share.case, name, "not of this run", [*("-" if x is None else f"{x:.3f}" for x in figures), "", ""])
-        )
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _line(case: str, ring: str, rank: str, cells: list[str]) -> str:
     numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 8, 8, 16), strict=True))
-    return f"{case:<26} {ring:<42} {rank:<30} {numbers}"
+    return f"{case:<26} {ring:<20} {rank:<30} {numbers}"
 
 
-def draw(path: Path, cases: list[RingCase], shares: list[Share], title: str) -> None:
-    """Bars of efficiency by case: our slowest rank, mean and slowest rank with copies, and the peers."""
+def draw(path: Path, shares: list[Share], title: str) -> None:
+    """Bars of efficiency by case: the slowest rank, the mean, and the slowest rank with copies."""
     from matplotlib.figure import Figure
 
-    timed = [(case, share) for case, share in zip(cases, shares, strict=True) if share.status == "timed"]
+    timed = [share for share in shares if share.status == "timed"]
     figure = Figure(figsize=(max(7.0, 1.6 * len(timed) + 2), 8), layout="constrained")
-    for i, (axes, column) in enumerate(zip(figure.subplots(3, 1, sharex=True), COLUMNS, strict=True)):
-        bars: dict[str, dict[int, float]] = {}
-        for x, (case, share) in enumerate(timed):
+    for axes, column in zip(figure.subplots(3, 1, sharex=True), COLUMNS, strict=True):
+        found: dict[str, dict[str, float]] = {}
+        for share in timed:
             for which, value in share.efficiency(column).items():
-                bars.setdefault(f"ringflash, {which}", {})[x] = value
-            for name, figures in peer_figures(case).items():
-                if (figure_ := figures[i]) is not None:
-                    bars.setdefault(name, {})[x] = figure_
-        width = 0.85 / max(1, len(bars))
-        for j, (name, heights) in enumerate(bars.items()):
-            places = [x + (j - (len(bars) - 1) / 2) * width for x in heights]
-            drawn = axes.bar(places, list(heights.values()), width, label=name)
-            axes.bar_label(drawn, fmt="%.3f", fontsize=6, rotation=90, padding=2)
+                found.setdefault(which, {})[share.case] = value
+        bars(axes, [share.case for share in timed], found, "%.3f")
         axes.axhline(1.0, color="black", linewidth=0.6)
-        axes.set(ylabel=column, ylim=(0, 1.3), xticks=range(len(timed)))
-        axes.set_xticklabels([str(case).replace(" ", "\n", 1) for case, _ in timed], fontsize=8)
+        axes.set(ylabel=column, ylim=(0, 1.3))
     if timed:
         figure.axes[-1].legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.3))
     figure.suptitle(f"one rank's efficiency against (whole call / ranks)\n{title}", fontsize=9)

@@ -123,7 +123,7 @@ def heading(timeline: Timeline) -> str:
     """Time, exposed wait and traffic in a line."""
     case, found = timeline.case, timeline.summary()
     return (
-        f"{case}, {case.heads}/{case.kv_heads} heads of {case.head_dim}: predicted {found['forward_ms']:.2f} ms forward"
+        f"{case.described()}: predicted {found['forward_ms']:.2f} ms forward"
         f" + {found['backward_ms']:.2f} ms backward, exposed wait {found['exposed_wait_percent']:.1f}%,"
         f" {found['gb_moved']:.2f} GB moved at {timeline.speed.link / 1e9:g} GB/s"
     )
@@ -142,7 +142,7 @@ def table(timeline: Timeline) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, timeline: Timeline, subtitle: str) -> None:
+def draw(path: Path, timeline: Timeline, title: str) -> None:
     """Two rows per rank, compute above transfer; forward on the left and backward on the right, to one scale."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -173,5 +173,5 @@ def draw(path: Path, timeline: Timeline, subtitle: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     named = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
     figure.legend(handles=named, loc="outside lower center", ncols=len(named), fontsize=8, frameon=False)
-    figure.suptitle(f"{heading(timeline)}\n{subtitle}", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=90)

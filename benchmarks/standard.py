@@ -14,8 +14,8 @@ live tensors that torch operations have returned, without memory that an operati
 
 The backward of standard attention holds three matrices at once: weights, their gradient and the scores' gradient.
 Lengths at which they do not fit are skipped, and the table shows their size. Variants take turns
-(benchmarks/timing.py), and a figure is the median. After every length, standard-DEVICE.json and .png are written to the
-folder --out (benchmarks/results). The last line printed is the table as JSON.
+(benchmarks/timing.py), and a figure is the median. After every length, standard-DEVICE.json is written to the folder
+--out (benchmarks/results), and its picture at the end. The last line printed is the table as JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report, timing
-from benchmarks.options import DTYPES, free_bytes, parse, shared_parser, whole_number
+from benchmarks.checks import NAMES, Attention, relative_error
+from benchmarks.options import DTYPES, free_bytes, parse, shared_parser, shortened, whole_number
 from benchmarks.timing import Timing
 from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ring_attention
 
@@ -45,7 +46,6 @@ GPU_TOKENS = [2**n for n in range(10, 21)]
 CPU_TOKENS = [2**n for n in range(8, 14)]
 MATRICES = 3  # N x N matrices that standard attention's backward holds at once
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # largest relative difference of norms
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def measure(
 
 def _compare(outs: dict[str, Tensor], backwards: dict[str, Callable[[], Any]], dtype: torch.dtype) -> None:
     results = {kind: [out.detach(), *backwards[kind]()] for kind, out in outs.items()}
-    for name, flash, other in zip(("out", "dq", "dk", "dv"), results["flash"], results["standard"], strict=True):
-        error = float((flash.double() - other.double()).norm() / other.double().norm())
+    for name, flash, other in zip(NAMES, results["flash"], results["standard"], strict=True):
+        error = relative_error(flash, other.double())
         if not error <= CLOSE[dtype]:
             raise ValueError(f"flash attention's {name} differs from standard attention's by {error:.1e}")
 
@@ -217,12 +217,10 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, rows: Sequence[Row], capacity: int, title: str) -> str | None:
-    """Memory and time by length. Returns the reason if it cannot draw."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        return str(error)
+def plot(path: Path, rows: Sequence[Row], capacity: int, title: str) -> None:
+    """Memory and time by length."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     memory, time = figure.subplots(1, 2)
     tokens = sorted({row.tokens for row in rows})
@@ -238,10 +236,9 @@ def plot(path: Path, rows: Sequence[Row], capacity: int, title: str) -> str | No
                     label=f"{kind} attention")  # fmt: skip
         both = [row.forward.ms + row.backward.ms for row in found if row.forward and row.backward]
         time.plot(lengths, both, "o-", color=colour, markersize=4)
-    labels = [f"{n // 2**20}M" if n >= 2**20 else f"{n // 2**10}k" if n >= 2**10 else str(n) for n in tokens]
     for axes, label in ((memory, "memory, forward and backward"), (time, "ms, forward and backward")):
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        axes.set_xticks(tokens, labels, fontsize=7)
+        axes.set_xticks(tokens, [*map(shortened, tokens)], fontsize=7)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     exponents = range(20, 43, 4)
@@ -250,7 +247,6 @@ def plot(path: Path, rows: Sequence[Row], capacity: int, title: str) -> str | No
     memory.legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
-    return None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -269,18 +265,16 @@ def main(arguments: list[str] | None = None) -> int:
         "inputs": f"{options.dtype}, {options.heads} head{'s' * (options.heads > 1)} of {dim}, causal",
         "free": size(capacity),
     }
-    print("; ".join(f"{name} {value}" for name, value in facts.items()), HEADER, sep="\n", flush=True)
+    print(report.card_line(facts), HEADER, sep="\n", flush=True)
     file = options.out / f"standard-{report.slug(device)}.json"
-    title = f"one layer's attention, {facts['inputs']}, {facts['device']}, {facts['date']}, {facts['commit']}"
+    title = f"one layer's attention, {facts['inputs']}, {report.signature(facts)}"
     rows: list[Row] = []
-    undrawn = None
     for tokens in options.tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS):
         found = measure(tokens, options.heads, dim, dtype, device, options.seconds, check=not rows)
         print(table(found), flush=True)
         rows += found
         report.write_json(file, {"benchmark": "standard", "card": facts, "rows": [asdict(row) for row in rows]})
-        undrawn = plot(file.with_suffix(".png"), rows, capacity, title)
-    report.print_written(file, undrawn)
+    report.print_written(file, report.drawn(plot, file, rows, capacity, title))
     shown = [
         {"kind": row.kind, "tokens": row.tokens, "both_bytes": row.both_bytes, "reason": row.reason} for row in rows
     ]

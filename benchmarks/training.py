@@ -44,7 +44,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import training_peers
-from benchmarks.report import RESULTS, card, write_json
+from benchmarks.report import RESULTS, bars, card, drawn, print_written, signature, write_json
 from ringflash.data import Batch, prefetch
 from ringflash.distributed.launcher import local_world_size
 from ringflash.distributed.parallel import layout_chooser
@@ -260,30 +260,19 @@ def attention(model: PreTrainedModel, data: Batch) -> float:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
     """Tokens per second and peak memory: a panel each, a bar per variant, grouped by tokens and mask."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        print(f"no plot: {error}")
-        return
-    groups = list(dict.fromkeys((row["tokens"], row["mask"]) for row in rows))
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    width = 0.85 / len(names)
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys(f"{row['tokens']} {row['mask']}" for row in rows))
     figure = Figure(figsize=(max(7.0, 2.2 * len(groups) + 1), 6.5), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    for axes, key, label in zip(panels, ("tokens_per_second", "memory_gib"), ("tokens/s", "GiB at peak"), strict=True):
-        for i, name in enumerate(names):
-            found = {(row["tokens"], row["mask"]): row[key] for row in rows if row["variant"] == name}
-            places = [x + (i - (len(names) - 1) / 2) * width for x, group in enumerate(groups) if group in found]
-            heights = [found[group] for group in groups if group in found]
-            bars = axes.bar(places, heights, width, label=name, color=f"C{i}")
-            axes.bar_label(bars, fmt="{:.0f}" if axes is panels[0] else "{:.1f}", fontsize=7, padding=2)
-        axes.set(ylabel=label, xticks=range(len(groups)))
-        axes.margins(y=0.1)
-        axes.grid(axis="y", alpha=0.3)
-    panels[1].set_xticklabels([f"{tokens} tokens\n{mask}" for tokens, mask in groups], fontsize=8)
-    panels[0].legend(fontsize=7, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    signature = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton"))
-    figure.suptitle(f"training steps, {facts['device']}, {signature}, {facts['date']}, {facts['commit']}", fontsize=9)
+    panels = (("tokens_per_second", "tokens/s", "{:.0f}"), ("memory_gib", "GiB at peak", "{:.1f}"))
+    for axes, (key, label, form) in zip(figure.subplots(2, 1, sharex=True), panels, strict=True):
+        found: dict[str, dict[str, float]] = {}
+        for row in rows:
+            found.setdefault(row["variant"], {})[f"{row['tokens']} {row['mask']}"] = row[key]
+        bars(axes, groups, found, form)
+        axes.set_ylabel(label)
+    figure.axes[0].legend(fontsize=7, ncols=len(found), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.suptitle(f"training steps, {signature(facts)}", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -343,7 +332,7 @@ def main() -> int:
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
     if contents["rows"] and world.is_first:
-        draw(args.out.with_suffix(".png"), contents["rows"], contents["card"])
+        print_written(args.out, drawn(draw, args.out, contents["rows"], contents["card"]))
     world.watchdog.close()
     torch.distributed.destroy_process_group()
     return int(failed and world.is_first)  # torchrun ends all ranks as soon as one fails, and rank 0 draws

@@ -136,7 +136,7 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     case = GPU_CASES[0].shrunk(64)
     q, k, *_ = case.inputs(torch.float32, CPU)
-    with pytest.raises(contenders.Absent, match=r"flash_attn.cute cannot be imported: ModuleNotFoundError"):
+    with pytest.raises(contenders.Absent, match=r"flash_attn.cute.interface cannot be imported: ModuleNotFoundError"):
         contenders._fa4(case, q, k)
 
 

@@ -158,11 +158,6 @@ def test_a_quick_run_ends_with_a_table_a_plot_and_json(tmp_path, capsys):
     assert {"device", "torch", "triton", "date", "commit"} <= contents["card"].keys()
 
 
-def test_peers_figures_stand_beside_their_own_cases_only():
-    assert all(ring_share.peer_figures(case) for case in ring.GPU_CASES if case.layout == "zigzag")
-    assert ring_share.peer_figures(RingCase.of("128k", 8, heads=(16, 16))) == {}
-
-
 def test_a_wrong_ring_is_named_not_timed_and_fails_the_run(tmp_path, capsys, monkeypatch):
     good = kernels._load("blocked")
 
