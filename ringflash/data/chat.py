@@ -6,8 +6,8 @@ A record holds one of these, and optionally `tools`, `system`, the text of a fir
     prompt and completion           both text or both messages
     instruction, input and output   the texts of a question and its answer, as in Alpaca
 
-messages.py has their other forms. An assistant's message with weight 0 is not trained on. The spans to train on are
-found in one of two ways:
+messages.py has their other forms. An assistant's message with weight 0 or train false is not trained on, and with
+data.train_on=last_turn none is but the last. The spans to train on are found in one of two ways:
 
 1. The template marks them with {% generation %} blocks.
 2. Otherwise, they follow from renderings of the conversation's beginnings. At an assistant's turn i, the model is
@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from ringflash.data.config import ALL_TURNS, LAST_TURN
 from ringflash.data.formats import Fields, Record, RecordError
 from ringflash.data.messages import (
     HISTORY,
@@ -96,11 +97,12 @@ class Dialogues:
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, field: str | None, variables: dict[str, Any],
-        columns: dict[str, str],
+        columns: dict[str, str], train_on: str = ALL_TURNS,
     ) -> None:  # fmt: skip
         """name: of the tokenizer, for messages. field: that of the messages. variables: more, for the template.
 
-        columns: the names that other fields have in the records, by the names that are read.
+        columns: the names that other fields have in the records, by the names that are read. train_on: ALL_TURNS or
+        LAST_TURN.
 
         Raises ConfigError for a tokenizer without a template or a tokenizer.json, and for a variable that none of its
         templates reads.
@@ -123,7 +125,7 @@ class Dialogues:
         self._named = columns
         self._columns = {name: columns.get(name, name) for name in self.reads} | {self.field: self.field}
         self.fields = Fields(tuple(self._columns.values()), self._refusal)
-        self._tokenizer, self._name, self._variables = tokenizer, name, variables
+        self._tokenizer, self._name, self._variables, self._train_on = tokenizer, name, variables, train_on
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         spelled = [re.escape(token) for token in special if len(token) > 1]
         # Templates that ask whether the content is null do so to find calls. Others spell it: "None".
@@ -188,15 +190,7 @@ class Dialogues:
         if record.get(SYSTEM):
             messages, first = [self._system(where, record[SYSTEM], messages), *messages], first and first + 1
         given = Given(self._tools(where, record.get(TOOLS)), self._variables_of(where, record.get(VARIABLES)))
-        answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-        trained = [i for i in answers if messages[i].get(WEIGHT, 1)]
-        if answers and not trained:
-            raise RecordError(f"{where} has {WEIGHT} 0 in all messages of the assistant: there is nothing to learn")
-        if not trained:
-            roles = ", ".join(dict.fromkeys(message["role"] for message in messages[first:]))
-            raise RecordError(
-                f"{where} has no message of the role assistant, but of {roles}: there is nothing to learn"
-            )
+        answers, trained = self._trained(where, messages, first)
         self.counts["beside"] += asks and not first
         self.counts["empty"] += any(
             messages[i].keys() <= PLAIN and not str(messages[i]["content"]).strip() for i in trained
@@ -211,6 +205,21 @@ class Dialogues:
         self.counts["documents"] += len(documents)
         self.counts["endless"] += not self._has_end(documents[-1].text)
         return documents
+
+    def _trained(self, where: str, messages: Sequence[dict[str, Any]], first: int) -> tuple[list[int], list[int]]:
+        """The numbers of the assistant's messages from `first` on, and of those that are trained on."""
+        answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        if not answers:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages[first:]))
+            raise RecordError(
+                f"{where} has no message of the role assistant, but of {roles}: there is nothing to learn"
+            )
+        last = self._train_on == LAST_TURN
+        trained = [i for i in answers[-1 if last else 0 :] if messages[i].get(WEIGHT, 1)]
+        if not trained:
+            those = f"the only one of data.train_on={LAST_TURN}" if last else "all messages of the assistant"
+            raise RecordError(f"{where} has {WEIGHT} 0 or train false in {those}: there is nothing to learn")
+        return answers, trained
 
     def remarks(self, counts: Counter[str]) -> list[str]:
         """Lines for the user about parsed conversations that the template renders in unexpected ways."""
@@ -307,15 +316,16 @@ class Dialogues:
     def _marked(self, where: str, messages: list[Any], given: Given, first: int, left_out: set[int]) -> Rendered:
         """The whole conversation, with the spans that the template marks.
 
-        Those of a prompt's messages are left out, and those of the messages `left_out`, of weight 0.
+        Those of a prompt's messages are left out, and those of the messages `left_out`.
         """
         text, spans = self._render(where, messages, given, mark=True)
         if left_out:
             said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             if len(spans) != len(said):
                 raise RecordError(
-                    f"{where} has messages of {WEIGHT} 0, which need a generation block per message of the assistant: "
-                    f"the chat template marks {len(spans)} blocks, for {len(said)} messages"
+                    f"{where} has messages of the assistant that are not trained on ({WEIGHT} 0, train false or "
+                    f"data.train_on={LAST_TURN}), which needs a generation block per message: the chat template marks "
+                    f"{len(spans)} blocks, for {len(said)} messages"
                 )
             spans = [span for i, span in zip(said, spans, strict=True) if i not in left_out]
         if first:

@@ -14,6 +14,7 @@ from ringflash.errors import ConfigError, check_settings
 MALFORMED = ("refuse", "skip")
 BY_SUFFIX = "suffix"  # of a source's format: null, which there means data.format
 PACKINGS = ("cut", "whole", "truncate", "split")
+ALL_TURNS, LAST_TURN = "all_turns", "last_turn"
 
 COLUMNS = ("system", "tools", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output", "history")
 
@@ -42,6 +43,9 @@ class SourceConfig:
 
     chat_template_kwargs: dict[str, Any] | None = None
     """More variables for the chat template."""
+
+    train_on: str | None = None
+    """Which of the assistant's turns are trained on: all_turns or last_turn."""
 
     malformed: str | None = None
     """What happens to unusable records: refuse or skip."""
@@ -106,6 +110,10 @@ class DataConfig:
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """More variables for the tokenizer's chat template, such as {enable_thinking: false}."""
 
+    train_on: str = ALL_TURNS
+    """Which of the assistant's turns of a conversation are trained on. all_turns: every message of the assistant;
+    last_turn: the last one. Messages with weight 0 or train false are never trained on."""
+
     tokenizer: str = "bytes"
     """"bytes" (ByT5: one token per byte, vocabulary 384), or a local folder with any Hugging Face tokenizer."""
 
@@ -153,6 +161,7 @@ class DataConfig:
             ("held_out", 0 <= self.held_out < 1, "a fraction, 0 or more and below 1"),
             ("malformed", self.malformed in MALFORMED, f"one of {', '.join(MALFORMED)}"),
             ("packing", self.packing in PACKINGS, f"one of {', '.join(PACKINGS)}"),
+            ("train_on", self.train_on in (ALL_TURNS, LAST_TURN), f"{ALL_TURNS} or {LAST_TURN}"),
             ("seed", 0 <= self.seed < 2**64, "0 or more and below 2^64"),
             ("sequence_length", self.sequence_length >= 2, "2 or more tokens"),
         )
@@ -169,6 +178,8 @@ class DataConfig:
             raise ConfigError(f"data.field={IDS} and data.chat=true exclude each other: tokens have no messages")
         if self.chat_template_kwargs and not self.chat:
             raise ConfigError("data.chat_template_kwargs is only read with data.chat=true")
+        if self.train_on != ALL_TURNS and not self.chat:
+            raise ConfigError(f"data.train_on={self.train_on} is only read with data.chat=true")
         if self.columns:
             self._check_columns()
         if not self.path and not self.sources:
@@ -204,6 +215,7 @@ class DataConfig:
         checks = (
             ("chat", self.chat, "true, by which chosen and rejected are read"),
             ("field", self.field is None, "null: the fields are prompt, chosen and rejected"),
+            ("train_on", self.train_on == ALL_TURNS, f"{ALL_TURNS}: answers are compared whole"),
             ("packing", self.packing == "whole", "whole: the answers of a pair are neither cut nor divided"),
         )
         check_settings("data.preferences=true: data", self, checks)

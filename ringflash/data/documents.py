@@ -21,7 +21,7 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ringflash.data import build, cache
 from ringflash.data.build import Job, Source
@@ -198,7 +198,8 @@ def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
     if config.preferences:
         return Preferences(tokenizer, config.tokenizer, config.chat_template_kwargs, config.columns)
     if config.chat:
-        return Dialogues(tokenizer, config.tokenizer, config.field, config.chat_template_kwargs, config.columns)
+        given = (config.field, config.chat_template_kwargs, config.columns, config.train_on)
+        return Dialogues(tokenizer, config.tokenizer, *given)
     if config.field == IDS:
         return TokenIds(tokenizer_size(tokenizer))
     return Texts(config.field or FIELD, encoder(tokenizer, config.tokenizer))
@@ -236,9 +237,13 @@ def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTraine
     for file, form in sources:
         stat = file.stat()
         stats.append((str(file.resolve()), form, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    made_of = [
-        *(cache.FORMAT, stats, config.format is None, config.malformed, config.field or FIELD),
-        *(tokenizer_digest(tokenizer, config.chat), config.chat_template_kwargs, config.columns),
-        *["preferences"] * config.preferences,
-    ]
+    made_of = [cache.FORMAT, stats, meaning_of(config, tokenizer)]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+
+
+def meaning_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All settings that determine the tokens and labels of a file, as JSON."""
+    return [
+        *(config.format is None, config.malformed, config.field or FIELD, config.columns),
+        *(tokenizer_digest(tokenizer, config.chat), config.chat_template_kwargs, config.train_on, config.preferences),
+    ]

@@ -4,6 +4,7 @@ role and content    as in OpenAI's and TRL's records; from and value, as in Shar
 content in parts    joined: many templates read no lists, and render nothing or Python's spelling of the list
 thinking            under all THOUGHTS, since a template renders only the names that it knows
 arguments of calls  as objects: OpenAI's records have them as text, which templates would quote again
+flags of training   as one WEIGHT, whatever their name
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 from ringflash.data.formats import RecordError
 
-WEIGHT = "weight"  # of an assistant's message, as in OpenAI's format: 0 or 1
+WEIGHT = "weight"  # of an assistant's message: 0 (not trained on) or 1
+FLAGS = (WEIGHT, "train", "training", "loss", "trainable")  # of OpenAI, Axolotl (twice), ms-swift and XTuner, tinker
+PARTIAL = ("train_detail", "training_detail", "loss_scale")  # of a part of a message, or a fraction: not supported
 PLAIN = {"role", "content", WEIGHT}  # of a message without tool calls or thinking
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # read by Qwen 3's template, Gemma 4's, gpt-oss's
 INSTRUCTION, INPUT, OUTPUT, HISTORY = "instruction", "input", "output", "history"  # of Alpaca's records
@@ -32,8 +35,7 @@ def message_of(place: str, message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
     message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
-    if (weight := message.get(WEIGHT, 1)) not in (0, 1):
-        raise RecordError(f"{place} has {WEIGHT}={weight!r:.60}; it must be 0 (not trained on) or 1")
+    message = _with_weight(place, message)
     content = message.get("content")
     if content is None and "tool_calls" not in message:
         empty = "holds content=null, and no tool_calls" if "content" in message else "has no content"
@@ -99,6 +101,26 @@ def _joined(place: str, content: Any) -> Any:
             raise RecordError(f"{place} holds content of the type {kind}; only text is supported")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _with_weight(place: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with one WEIGHT instead of all FLAGS, if it has any. Raises RecordError for flags that are not met."""
+    if (partial := next((name for name in PARTIAL if name in message), None)) is not None:
+        raise RecordError(f"{place} has {partial}; only whole messages are left out, by {WEIGHT} 0 or train false")
+    flags = {name: message[name] for name in FLAGS if name in message}
+    if not flags:
+        return message
+    shown = " and ".join(f"{name}={flag!r:.60}" for name, flag in flags.items())
+    if any(flag not in (0, 1) for flag in flags.values()):
+        raise RecordError(f"{place} has {shown}; it must be 0 or false (not trained on), or 1 or true")
+    if len({*map(bool, flags.values())}) > 1:
+        raise RecordError(f"{place} has {shown}, which contradict each other: keep one")
+    if message["role"] != "assistant" and any(flags.values()):
+        raise RecordError(
+            f"{place} has {shown} and the role {message['role']}: only the assistant's messages are trained on"
+        )
+    rest = {name: value for name, value in message.items() if name not in FLAGS}
+    return {**rest, WEIGHT: int(any(flags.values()))}
 
 
 def _with_thoughts(message: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ringflash.data.config import DataConfig, SourceConfig
 from ringflash.data.corpus import TokenCorpus, load_corpus
-from ringflash.data.documents import cache_folder, find_files
+from ringflash.data.documents import cache_folder, find_files, meaning_of
 from ringflash.data.packing import Packed, check_labels, epoch_generator, truncated_labels
 from ringflash.data.tokenizer import load_tokenizer
 from ringflash.errors import ConfigError
@@ -171,7 +171,5 @@ class StreamedCorpus:
     def _digest(self) -> str:
         config, tokenizer = self.config, load_tokenizer(self.config.tokenizer)
         files = [(os.path.relpath(file, config.path), file.stat().st_size) for file in self.files]
-        read = [config.format, config.field, config.columns, config.chat, config.chat_template_kwargs, config.malformed]
-        packed = [config.packing, config.sequence_length, *["preferences"] * config.preferences]
-        rules = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, tokenizer.chat_template]
-        return hashlib.sha256(json.dumps([files, read, packed, rules]).encode()).hexdigest()[:16]
+        packed = [config.format, config.packing, config.sequence_length]
+        return hashlib.sha256(json.dumps([files, packed, meaning_of(config, tokenizer)]).encode()).hexdigest()[:16]

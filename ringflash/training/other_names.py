@@ -23,6 +23,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("sample_packing", "neat_packing"), "data.packing"),
     **dict.fromkeys(("val_set_size", "val_size"), "data.held_out"),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "train_on_inputs", "train_on_prompt"), "data.chat"),
+    **dict.fromkeys(("mask_history", "roles_to_train", "train_on_what", "last_response_only"), "data.train_on"),
     **dict.fromkeys(("num_train_epochs", "num_epochs"), "optim.epochs"),
     "max_steps": "optim.steps",
     **dict.fromkeys(("per_device_train_batch_size", "micro_batch_size"), "optim.micro_batch"),

@@ -165,13 +165,13 @@ TOOL = {"function": {"name": "add", "parameters": {"type": "object"}}, "type": "
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
-def dialogues(template, eos="<eos>", field=None, **variables):
-    return Dialogues(chat_tokenizer(template, eos), "folder", field, variables, {})
+def dialogues(template, eos="<eos>", field=None, train_on="all_turns", **variables):
+    return Dialogues(chat_tokenizer(template, eos), "folder", field, variables, {}, train_on)
 
 
-def trained(template, record, eos="<eos>", **variables):
+def trained(template, record, eos="<eos>", **more):
     """The trained texts of each document of a record."""
-    documents = dialogues(template, eos, **variables).parse("a.jsonl line 1", record)
+    documents = dialogues(template, eos, **more).parse("a.jsonl line 1", record)
     return [[text[begin:end] for begin, end in spans] for text, spans, _, _ in documents]
 
 

@@ -149,15 +149,6 @@ def test_a_prompt_and_completion_may_be_messages_as_json_text():
     assert parse("here", {name: json.dumps(x) for name, x in parts.items()}) == parse("here", parts)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_an_answer_of_weight_0_is_not_trained_on(name):
-    messages = chat("hi", "hello", "more?", "yes")
-    [*_, spans] = trained(TEMPLATES[name], {"messages": messages})
-    messages[1]["weight"] = 0
-    [found] = trained(TEMPLATES[name], {"messages": messages})
-    assert found == [span for span in spans if "yes" in span]
-
-
 def test_messages_of_sharegpt_are_read():
     speakers = ("human", "gpt", "human", "gpt")
     messages = chat("hi", "hello", "more?", "yes")

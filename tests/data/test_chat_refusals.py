@@ -69,14 +69,6 @@ REFUSED = {
         {"prompt": "hi", "completion": "hello", "system": "b"},
         "line 2 has a system beside a prompt of text: give the prompt and the answers as messages",
     ),
-    "half a weight": (
-        {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0.5}]},
-        "message 2 of messages has weight=0.5; it must be 0 (not trained on) or 1",
-    ),
-    "weights of 0": (
-        {"messages": [*chat("hi"), {"role": "assistant", "content": "hello", "weight": 0}]},
-        "line 2 has weight 0 in all messages of the assistant: there is nothing to learn",
-    ),
     "no content": ({"messages": [{"role": "user"}]}, "line 2: message 1 of messages has no content; it has role"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
