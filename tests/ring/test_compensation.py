@@ -23,13 +23,11 @@ from ringflash import (
     Ulysses,
     flash_attention,
     keep_attention,
-    ring_attention,
 )
 from ringflash.ring import recompute
-from tests import reference
+from tests.ring.cases import assert_exact, beyond_the_rule, on_ring, oracle, whole
 
 LENGTH, HEADS, KV_HEADS, DIM = 512, 4, 2, 32
-NAMES = ("out", "dq", "dk", "dv", "dsink")
 INPUTS: dict[str, Callable[..., list[Tensor]]] = {
     "means": lambda *shapes, generator: [
         torch.randn(shape, generator=generator) + mean for shape, mean in zip(shapes, (0.0, 2.0, 1.0, 0.0), strict=True)
@@ -58,41 +56,13 @@ def inputs(kind: str, dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) for x in INPUTS[kind](*shapes, generator=torch.Generator().manual_seed(3))]
 
 
-def dense(tensors: list[Tensor], mask: IntervalMask, dtype: torch.dtype, softcap=None, sink=None) -> list[Tensor]:
-    """out, dq, dk, dv and, where there is a sink, dsink: plain torch in `dtype`."""
-    q, k, v, dout = (x.detach().to(dtype) for x in tensors)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    if sink is not None:
-        leaves.append(sink.detach().to(dtype).requires_grad_())
-    out, _ = reference.attention(*leaves[:3], mask.dense(), softcap=softcap, sink=None if sink is None else leaves[3])
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
-def on_ring(tensors: list[Tensor], plan: AttentionPlan, sink=None, **options) -> list[Tensor]:
-    """The same by ring_attention, whole sequences again."""
-    shards = [torch.cat([plan.layout.shard(x, rank) for rank in plan.ring.local]) for x in tensors]
-    leaves = [x.detach().requires_grad_() for x in (*shards[:3], *([] if sink is None else [sink]))]
-    out = ring_attention(*leaves[:3], plan, sink=None if sink is None else leaves[3], **options)
-    results = [out.detach(), *torch.autograd.grad(out, leaves, shards[3])]
-    return [*(plan.layout.unshard(x.chunk(plan.ring.size)) for x in results[:4]), *results[4:]]
-
-
-def error(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
-
-
-def beyond_the_rule(kind: str, dtype: torch.dtype, ranks: int, extra: str, **options) -> list[str]:
+def judged(kind: str, dtype: torch.dtype, ranks: int, extra: str, **options) -> list[str]:
     """What is further from float64 than twice plain torch, and 1e-4."""
     mask, layout = IntervalMask.causal(LENGTH), Layout.zigzag(LENGTH, ranks)
     tensors = inputs(kind, dtype)
-    exact, plain = (dense(tensors, mask, into, **EXTRAS[extra]) for into in (torch.float64, dtype))
+    exact, plain = (oracle(tensors, mask.dense(), dtype=into, **EXTRAS[extra]) for into in (torch.float64, dtype))
     found = on_ring(tensors, AttentionPlan(mask, layout, Loopback(ranks)), **EXTRAS[extra], **options)
-    assert len(found) == len(exact)
-    return [
-        f"{name}: error {error(x, truth):.1e}, plain torch's {error(rounded, truth):.1e}"
-        for name, x, truth, rounded in zip(NAMES, found, exact, plain, strict=False)
-        if not error(x, truth) <= 2 * error(rounded, truth) + 1e-4
-    ]
+    return beyond_the_rule(whole(found, layout), exact, plain, spare=1e-4)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -100,27 +70,23 @@ def beyond_the_rule(kind: str, dtype: torch.dtype, ranks: int, extra: str, **opt
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_gradients_keep_the_rule_whatever_means_the_inputs_have(ranks, kind, dtype, extra):
-    assert beyond_the_rule(kind, dtype, ranks, extra) == []
+    assert judged(kind, dtype, ranks, extra) == []
 
 
 def test_without_compensation_keys_with_a_mean_break_the_rule():
     """So the inputs above do show what compensation removes."""
-    assert [line.split(":")[0] for line in beyond_the_rule("means", torch.bfloat16, 4, "plain", compensated=False)] == [
-        "dq"
-    ]
-    assert [line.split(":")[0] for line in beyond_the_rule("means", torch.bfloat16, 4, "sink", compensated=False)] == [
-        "dq"
-    ]
+    for extra in ("plain", "sink"):
+        found = judged("means", torch.bfloat16, 4, extra, compensated=False)
+        assert [line.split(":")[0] for line in found] == ["dq"]
 
 
 def test_a_rank_may_have_keys_of_another_mean_than_the_others():
     tensors = inputs("means", torch.bfloat16)
     tensors[1] = (tensors[1] + torch.linspace(-0.5, 0.5, LENGTH)[:, None, None]).bfloat16()
     mask, layout = IntervalMask.full(LENGTH), Layout.contiguous(LENGTH, 4)
-    exact, plain = (dense(tensors, mask, dtype) for dtype in (torch.float64, torch.bfloat16))
+    exact, plain = (oracle(tensors, mask.dense(), dtype=dtype) for dtype in (torch.float64, torch.bfloat16))
     found = on_ring(tensors, AttentionPlan(mask, layout, Loopback(4)))
-    errors = [(error(x, truth), error(rounded, truth)) for x, truth, rounded in zip(found, exact, plain, strict=True)]
-    assert [name for name, (ours, theirs) in zip(NAMES, errors, strict=False) if ours > 2 * theirs] == []
+    assert beyond_the_rule(whole(found, layout), exact, plain) == []
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -136,9 +102,7 @@ def test_fp32_gradients_are_within_1e_5_whatever_means_the_inputs_have(ranks, ki
     mask = IntervalMask.causal(LENGTH)
     plan = AttentionPlan(mask, Layout.zigzag(LENGTH, ranks), Loopback(ranks))
     tensors = inputs(kind, torch.float32)
-    expected = dense(tensors, mask, torch.float64)
-    for name, found, exact in zip(NAMES, on_ring(tensors, plan), expected, strict=False):
-        assert (found - exact).norm() <= 1e-5 * exact.norm(), name
+    assert_exact(on_ring(tensors, plan), oracle(tensors, mask.dense()), plan.layout)
 
 
 def test_fp16_keys_near_the_largest_number_have_finite_gradients_on_ranks_whose_own_keys_are_small():
@@ -177,21 +141,15 @@ def on_grid(extra: str) -> list[Tensor]:
     row, column = ((0, 1), (2, 3))[rank // 2], ((0, 2), (1, 3))[rank % 2]
     layout = Layout.zigzag(LENGTH, 2, ulysses=2)
     plan = AttentionPlan(IntervalMask.causal(LENGTH), layout, ProcessRing(groups[column]), Ulysses(groups[row]))
-    options = dict(EXTRAS[extra])
-    sink = options.pop("sink", None)
-    shards = [plan.shard(x) for x in inputs("means", torch.bfloat16)]
-    leaves = [x.detach().requires_grad_() for x in (*shards[:3], *([] if sink is None else [sink]))]
-    out = ring_attention(*leaves[:3], plan, sink=None if sink is None else leaves[3], **options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, shards[3])]
+    return on_ring(inputs("means", torch.bfloat16), plan, **EXTRAS[extra])
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_a_grid_with_ulysses_keeps_the_rule(ranks, extra):
     results = [list(x) for x in zip(*ranks.run(on_grid, 4, extra), strict=True)]
+    found = [*map(torch.cat, results[:4]), *map(sum, results[4:])]
+    visible, tensors = IntervalMask.causal(LENGTH).dense(), inputs("means", torch.bfloat16)
+    exact, plain = (oracle(tensors, visible, dtype=dtype, **EXTRAS[extra]) for dtype in (torch.float64, torch.bfloat16))
     layout = Layout.zigzag(LENGTH, 2, ulysses=2).split(2)
-    found = [*(layout.unshard(shards) for shards in results[:4]), *(sum(shares) for shares in results[4:])]
-    mask, tensors = IntervalMask.causal(LENGTH), inputs("means", torch.bfloat16)
-    exact, plain = (dense(tensors, mask, dtype, **EXTRAS[extra]) for dtype in (torch.float64, torch.bfloat16))
-    errors = [(error(x, truth), error(rounded, truth)) for x, truth, rounded in zip(found, exact, plain, strict=True)]
-    assert [pair for pair in errors if pair[0] > 2 * pair[1]] == []
+    assert beyond_the_rule(whole(found, layout), exact, plain) == []

@@ -21,11 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringflash import AttentionPlan, IntervalMask, Layout, ProcessRing, kernels, ring_attention
-from ringflash.kernels import Kernel, blocked
-from ringflash.partial import Partial
 from ringflash.ring import copy_engine, watchdog
 from ringflash.ring.message import Message
 from ringflash.ring.watchdog import Label, Watchdog
+from tests.ring.cases import idle_kernel
 
 A_PASS = Label("a layer", "forward")
 
@@ -68,12 +67,6 @@ class Noting:
         pass
 
 
-def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
-    if out is not None:
-        out.zero_()
-    return Partial.identity(q) if carry is None else carry
-
-
 def noted(mask, layout, rank, kv_heads, batch) -> Noting:
     ring = Noting(layout.ranks, rank)
     plan = AttentionPlan(mask, layout, ring)
@@ -96,11 +89,7 @@ MASKS = {
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", MASKS)
 def test_what_is_sent_arrives_in_the_other_ranks_receive_buffers(monkeypatch, name, ranks):
-    kernel = Kernel(
-        "none", forward, lambda out, dout: out.sum(-1).transpose(1, 2).float(), blocked.center,
-        lambda *args, **options: None, blocked.round_into, blocked.round_dq, lambda *args: None,
-    )  # fmt: skip
-    monkeypatch.setattr(kernels, "select", lambda *args: kernel)
+    monkeypatch.setattr(kernels, "select", lambda *args: idle_kernel())
     make, layout = MASKS[name]
     mask = make(64 * ranks)
     layout = Layout.of(layout, mask, ranks) if layout == "balanced" else Layout.named(layout, 64 * ranks, ranks)

@@ -3,16 +3,14 @@
 On larger rings, the halves of the heads run at the same time, and kernels are told so.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringflash import IntervalMask, Layout, Loopback, flash_attention, ring_attention
-from ringflash.kernels import blocked
 from ringflash.ring import attention
 from ringflash.ring.plan import AttentionPlan
+from tests.ring.cases import note_calls
 
 TOKENS, QUERIES, KEYS, DIM = 40, 12, 6, 16
 OF_ALL = 4 * 2 * TOKENS * (QUERIES + 2 * KEYS) * DIM  # bytes of fp32 dq, dk and dv
@@ -27,13 +25,8 @@ LIMITS = {
 def gradients(monkeypatch, limit, dtype=torch.float32, **options):
     """Those of q, k, v and the sink, and the KV heads of each call of the kernel's backward."""
     monkeypatch.setattr(attention, "GROUP_BYTES", limit)
-    heads, real = [], attention.kernels.select
-
-    def noted(*args, **keywords):
-        heads.append(keywords["dk"].shape[2])
-        return blocked.backward(*args, **keywords)
-
-    monkeypatch.setattr(attention.kernels, "select", lambda *args: dataclasses.replace(real(*args), backward=noted))
+    heads = []
+    note_calls(monkeypatch, lambda name, options: heads.append(options["dk"].shape[2]) if name == "backward" else None)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, TOKENS, n, DIM, generator=generator).to(dtype) for n in (QUERIES, KEYS, KEYS))
     leaves = [x.requires_grad_() for x in (q, k + 2, v, torch.randn(QUERIES, generator=generator))]
@@ -88,13 +81,8 @@ def test_a_groups_fp32_gradients_are_freed_before_the_next_ones_are_made(monkeyp
 
 @pytest.mark.parametrize(("ranks", "kv_heads", "calls"), [(1, 2, 1), (2, 2, 2), (2, 1, 1)], ids=str)
 def test_a_call_is_told_how_many_run_at_the_same_time(monkeypatch, ranks, kv_heads, calls):
-    told, real = set(), attention.kernels.select
-
-    def noted(*args, calls, **keywords):
-        told.add(calls)
-        return blocked.backward(*args, **keywords)
-
-    monkeypatch.setattr(attention.kernels, "select", lambda *args: dataclasses.replace(real(*args), backward=noted))
+    told = set()
+    note_calls(monkeypatch, lambda name, options: told.add(options["calls"]) if name == "backward" else None)
     q, k, v = (torch.randn(ranks, TOKENS // ranks, n, DIM, requires_grad=True) for n in (2, kv_heads, kv_heads))
     plan = AttentionPlan(IntervalMask.causal(TOKENS), Layout.zigzag(TOKENS, ranks), Loopback(ranks))
     ring_attention(q, k, v, plan, kernel="blocked").sum().backward()

@@ -14,10 +14,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringflash import AttentionPlan, IntervalMask, Layout, Partial, kernels, ring_attention
-from ringflash.kernels import Kernel, blocked
+from ringflash import AttentionPlan, IntervalMask, Layout, kernels, ring_attention
 from ringflash.ring import execution
 from ringflash.ring.transport import plain_buffers
+from tests.ring.cases import idle_kernel
 
 SHARD, HEADS, DIM = 64, 4, 8
 KEYS = 2 * SHARD * DIM * 2  # bytes of a shard of keys and values in 16 bits, for each KV head
@@ -79,28 +79,9 @@ class Alone:
         pass
 
 
-def forward(q, k, v, intervals, *, carry, out, **options) -> Partial:
-    if out is not None:
-        out.zero_()
-    return Partial.identity(q) if carry is None else carry
-
-
-def backward(*tensors, **options) -> None:
-    pass
-
-
-def delta(out, dout) -> torch.Tensor:
-    return torch.zeros(out.shape[0], out.shape[2], out.shape[1])
-
-
-def center(q, k, lse, *, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros_like(k[:, :1]), torch.zeros_like(lse)
-
-
 def passes(monkeypatch, mask, layout, rank, kv_heads=2, sink=None):
     """Bytes that the forward and the backward add at most, and the largest allocation on each hop."""
-    kernel = Kernel("none", forward, delta, center, backward, blocked.round_into, blocked.round_dq, lambda *args: None)
-    monkeypatch.setattr(kernels, "select", lambda *args: kernel)
+    monkeypatch.setattr(kernels, "select", lambda *args: idle_kernel())
     following = Following()
     ring = Alone(layout.ranks, rank, following)
     plan = AttentionPlan(mask, layout, ring)

@@ -24,6 +24,7 @@ from ringflash.ring import execution
 from ringflash.ring.message import Message
 from ringflash.ring.transport import plain_buffers
 from ringflash.ring.watchdog import Label
+from tests.ring.cases import idle_kernel
 
 STREAM_0, STREAM_1, COMMUNICATOR, OTHERS = range(4)
 VIEWS = ("alias", "as_strided", "chunk", "detach", "empty", "expand", "permute", "reshape", "select", "slice", "split",
@@ -119,16 +120,7 @@ class Clocks:
         def delta(out, dout) -> torch.Tensor:
             return (out * dout).sum(-1).transpose(1, 2).float().contiguous()
 
-        return Kernel(
-            "clocks",
-            forward,
-            delta,
-            blocked.center,
-            backward,
-            blocked.round_into,
-            blocked.round_dq,
-            lambda *request: None,
-        )
+        return idle_kernel(forward=forward, delta=delta, center=blocked.center, backward=backward)
 
     def streams(self, count: int, device: torch.device) -> FakeStreams:
         return FakeStreams(self, count)

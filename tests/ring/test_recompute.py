@@ -1,7 +1,6 @@
 """Recomputing a checkpointed layer does not run the ring again, and changes no gradient."""
 
 import copy
-import dataclasses
 import gc
 import inspect
 from collections import Counter
@@ -12,27 +11,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ringflash import IntervalMask, Loopback, flash_attention, keep_attention, kernels
+from ringflash import IntervalMask, Loopback, flash_attention, keep_attention
 from ringflash.models import checkpoint_layers, ring_inputs
 from ringflash.ring import recompute
 from tests.models.cases import loss_and_gradients, tiny
+from tests.ring.cases import note_calls
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """How often the kernels ran, forward and backward."""
     counts: Counter = Counter()
-    real = kernels.select
-
-    def counting(*args):
-        kernel = real(*args)
-
-        def counted(name):
-            return lambda *a, **k: (counts.update([name]), getattr(kernel, name)(*a, **k))[1]
-
-        return dataclasses.replace(kernel, forward=counted("forward"), backward=counted("backward"))
-
-    monkeypatch.setattr(kernels, "select", counting)
+    note_calls(monkeypatch, lambda name, options: counts.update([name]))
     return counts
 
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, kernels
+from ringflash import AttentionPlan, IntervalMask, Layout, Loopback
 from ringflash.layout import LAYOUTS
 from ringflash.ring.schedule import RESULTS, Attend, Clear, Post, Shape, Wait
-from tests.ring.cases import on_ring, whole_inputs
+from tests.ring.cases import note_calls, on_ring, whole_inputs
 from tests.strategies import masks
 
 
@@ -149,19 +149,14 @@ def test_keys_and_values_of_different_size_have_buffers_of_their_own_size():
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_at_most_four_frames_lie_between_ring_attention_and_a_kernel(monkeypatch, ranks):
-    real, depths = kernels.select, []
+    depths = []
 
-    def counting(*args):
-        kernel = real(*args)
+    def note(name, options):
+        names = [frame.function for frame in inspect.stack()]
+        if name == "forward":
+            depths.append(names.index("ring_attention") - names.index("call") - 1)
 
-        def forward(*a, **k):
-            names = [frame.function for frame in inspect.stack()]
-            depths.append(names.index("ring_attention") - 1)
-            return kernel.forward(*a, **k)
-
-        return type(kernel)(**{**vars(kernel), "forward": forward})
-
-    monkeypatch.setattr(kernels, "select", counting)
+    note_calls(monkeypatch, note)
     plan = AttentionPlan(IntervalMask.causal(64), Layout.zigzag(64, ranks), Loopback(ranks))
     on_ring(whole_inputs(1, 64), plan)
     assert depths

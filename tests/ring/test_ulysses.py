@@ -9,11 +9,10 @@ from ringflash import AttentionPlan, IntervalMask, Layout, Loopback, ProcessRing
 from ringflash.ring.ulysses import heads_refusal
 from ringflash.ring.watchdog import Watchdog
 from tests import reference
-from tests.ring.cases import assert_exact, oracle, whole_inputs
+from tests.ring.cases import assert_exact, error, on_ring, oracle, whole, whole_inputs
 
 LENGTH = 75
-DOCUMENTS = [[1, 30, 44], [75]]
-
+MASK = IntervalMask.causal(LENGTH) & IntervalMask.documents([[1, 30, 44], [75]])
 
 GRIDS = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 2), (4, 4), (6, 3), (8, 1), (8, 2), (8, 4), (8, 8)]  # ranks, ulysses
 
@@ -22,19 +21,20 @@ def plan_of_grid(ulysses):
     """The plan of two packed rows on this world's grid."""
     ring_size = dist.get_world_size() // ulysses
     mesh = init_device_mesh("cpu", (ring_size, ulysses), mesh_dim_names=("ring", "ulysses"))
-    mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
     layout = Layout.zigzag(LENGTH, ring_size, ulysses=ulysses)
-    return AttentionPlan(mask, layout, ProcessRing(mesh["ring"]), Ulysses(mesh["ulysses"]))
+    return AttentionPlan(MASK, layout, ProcessRing(mesh["ring"]), Ulysses(mesh["ulysses"]))
+
+
+def side_by_side(results, ulysses):
+    """The shards of all ranks of a grid, and the layout that they have."""
+    layout = Layout.zigzag(LENGTH, len(results) // ulysses, ulysses=ulysses).split(ulysses)
+    return [torch.cat(x) for x in zip(*results, strict=True)], layout
 
 
 def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32, value_dim=16):
     """This rank's shards of out, dq, dk, dv, and its share of the sink's gradient."""
-    plan = plan_of_grid(ulysses)
-    shards = [plan.shard(x).to(dtype) for x in whole_inputs(2, LENGTH, heads, kv_heads, 16, value_dim)]
-    sink = torch.linspace(-1, 1, heads).requires_grad_() if with_sink else None
-    arguments = [*(x.requires_grad_() for x in shards[:3]), *([sink] if with_sink else [])]
-    out = ring_attention(*shards[:3], plan, sink=sink)
-    return [out.detach(), *torch.autograd.grad(out, arguments, shards[3])]
+    inputs = [x.to(dtype) for x in whole_inputs(2, LENGTH, heads, kv_heads, 16, value_dim)]
+    return on_ring(inputs, plan_of_grid(ulysses), torch.linspace(-1, 1, heads) if with_sink else None)
 
 
 @pytest.mark.ranks
@@ -49,20 +49,14 @@ def on_grid(ulysses, heads, kv_heads, with_sink, dtype=torch.float32, value_dim=
     ids=str,
 )
 def test_any_grid_is_exact(ranks, ranks_of_run, ulysses, heads):
-    results = ranks.run(on_grid, ranks_of_run, ulysses, *heads, False)
-    inputs = whole_inputs(2, LENGTH, *heads)
-    mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
-    layout = Layout.zigzag(LENGTH, ranks_of_run // ulysses, ulysses=ulysses).split(ulysses)
-    assert_exact([torch.cat(x) for x in zip(*results, strict=True)], oracle(inputs, mask.dense()), layout)
+    results, layout = side_by_side(ranks.run(on_grid, ranks_of_run, ulysses, *heads, False), ulysses)
+    assert_exact(results, oracle(whole_inputs(2, LENGTH, *heads), MASK.dense()), layout)
 
 
 @pytest.mark.ranks
 def test_values_of_another_head_size_are_exchanged_too(ranks):
-    results = ranks.run(on_grid, 4, 2, 4, 2, False, torch.float32, 24)
-    mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
-    layout = Layout.zigzag(LENGTH, 2, ulysses=2).split(2)
-    expected = oracle(whole_inputs(2, LENGTH, 4, 2, 16, 24), mask.dense())
-    assert_exact([torch.cat(x) for x in zip(*results, strict=True)], expected, layout)
+    results, layout = side_by_side(ranks.run(on_grid, 4, 2, 4, 2, False, torch.float32, 24), 2)
+    assert_exact(results, oracle(whole_inputs(2, LENGTH, 4, 2, 16, 24), MASK.dense()), layout)
 
 
 def gathered(ulysses, dtype):
@@ -89,30 +83,23 @@ def with_lse(ulysses):
 
 @pytest.mark.ranks
 def test_lse_and_its_gradient_are_exchanged_too(ranks):
-    results = ranks.run(with_lse, 4, 2)
-    mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
+    results, layout = side_by_side(ranks.run(with_lse, 4, 2), 2)
     q, k, v = (x.double().requires_grad_() for x in whole_inputs(2, LENGTH)[:3])
-    lse = reference.attention(q, k, v, mask.dense())[1].transpose(1, 2)
+    lse = reference.attention(q, k, v, MASK.dense())[1].transpose(1, 2)
     expected = [lse.detach(), *torch.autograd.grad(lse.square().sum(), (q, k), materialize_grads=True), 0 * v.detach()]
-    layout = Layout.zigzag(LENGTH, 2, ulysses=2).split(2)
-    assert_exact([torch.cat(x) for x in zip(*results, strict=True)], expected, layout)
+    assert_exact(results, expected, layout)
 
 
 @pytest.mark.ranks
 def test_gradients_of_a_replicated_kv_head_are_rounded_once(ranks):
     """Each rank of a row found a part of them: they are added in fp32, not in the 16 bits that they end in."""
     errors = {}
+    *_, dk, dv = oracle([x.bfloat16() for x in whole_inputs(2, LENGTH, 4, 1)], MASK.dense())
     for ulysses in (1, 4):
-        results = ranks.run(on_grid, 4, ulysses, 4, 1, False, torch.bfloat16)
-        inputs = [x.bfloat16().double() for x in whole_inputs(2, LENGTH, 4, 1)]
-        mask = IntervalMask.causal(LENGTH) & IntervalMask.documents(DOCUMENTS)
-        layout = Layout.zigzag(LENGTH, 4 // ulysses, ulysses=ulysses).split(ulysses)
-        for name, place in (("dk", 2), ("dv", 3)):
-            found = layout.unshard([result[place].double() for result in results])
-            reference = oracle(inputs, mask.dense())[place]
-            errors[name, ulysses] = float((found - reference).norm() / reference.norm())
-    for name in ("dk", "dv"):
-        assert errors[name, 4] <= 1.05 * errors[name, 1], errors
+        results = whole(*side_by_side(ranks.run(on_grid, 4, ulysses, 4, 1, False, torch.bfloat16), ulysses))
+        errors[ulysses] = [error(x, truth) for x, truth in zip(results[2:], (dk, dv), strict=True)]
+    for of_row, of_one in zip(errors[4], errors[1], strict=True):
+        assert of_row <= 1.05 * of_one, errors
 
 
 @pytest.mark.ranks
