@@ -14,6 +14,7 @@ from ringflash.errors import ConfigError
 from ringflash.models.architecture import message_of
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
 from ringflash.models.families import TEXT_MODELS, TEXT_NAMES
+from ringflash.models.freezing import freeze
 from ringflash.models.lora import add_lora
 from ringflash.models.quantized import quantization, without_repacking
 from ringflash.models.rope_length import fix_rope_length, has_length_dependent_rope, rope_per_document
@@ -47,6 +48,7 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
         rope_per_document(model)
     if config.lora.enabled:
         add_lora(model, config.lora)
+    freeze(model, config.freeze)
     return model
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ringflash.models.freezing import layers_of
 from ringflash.offload import HostStore, Offloaded
 from ringflash.ring.recompute import keep_attention
 
@@ -120,7 +120,11 @@ def _enable(
     with warnings.catch_warnings():  # newer versions of transformers call this for their new name of it, too
         warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
         type(model).gradient_checkpointing_enable(model, gradient_checkpointing_kwargs, *args, **kwargs)
-    if model.config._attn_implementation == "ring" and keep != Keep():
+    if model.config._attn_implementation != "ring":
+        return
+    # For use_reentrant=True, transformers makes embeddings need a gradient: frozen layers would run a backward.
+    model.disable_input_require_grads()
+    if keep != Keep():
         _set_places(model, keep, gradient_checkpointing_kwargs or {})
 
 
@@ -131,11 +135,10 @@ def host_store(model: PreTrainedModel) -> HostStore | None:
 
 def _set_places(model: PreTrainedModel, keep: Keep, options: dict[str, Any]) -> None:
     """Set on each layer where it keeps its tensors."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if keep.uses_host:
         model.host_store = HostStore()  # type: ignore[assignment]
-    for number, layer in enumerate(layers):
-        call = functools.partial(_checkpointed, keep.at(number), host_store(model), number == 0, options)
+    for number, layer in enumerate(layers_of(model)):
+        call = functools.partial(_checkpointed, keep.at(number), host_store(model), number == 0, options, layer)
         layer._gradient_checkpointing_func = call  # type: ignore[assignment]
 
 
@@ -144,13 +147,16 @@ def _checkpointed(
     store: HostStore | None,
     first: bool,
     options: dict[str, Any],
-    layer: Callable[..., Any],
+    layer: nn.Module,
+    call: Callable[..., Any],
     *args: Any,
 ) -> Any:
-    """torch's checkpoint of a layer's call, which keeps tensors where `keep` says."""
+    """torch's checkpoint of a layer's call, which keeps tensors where `keep` says; none if it has no backward."""
     if not torch.is_grad_enabled():
-        return layer(*args)
+        return call(*args)
     group = None if store is None or not keep.uses_host else store.group(first)
+    if not any(x.requires_grad for x in (*args, *layer.parameters()) if isinstance(x, Tensor)):
+        return call(*args)  # a frozen layer below those that train
     context_fn: Callable[[], Any] = keep_attention
     if keep.attention == "host":
         context_fn = functools.partial(keep_attention, group)
@@ -165,4 +171,4 @@ def _checkpointed(
         return kept.get() if isinstance(kept, Offloaded) else kept
 
     with saved_tensors_hooks(pack, unpack) if keep.inputs == "host" else nullcontext():
-        return checkpoint(layer, *args, **(options | {"context_fn": context_fn}))
+        return checkpoint(call, *args, **(options | {"context_fn": context_fn}))

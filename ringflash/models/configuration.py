@@ -73,6 +73,10 @@ class ModelConfig:
     restricted by nothing but windows; that positions enter only through position_ids; and that its logits are those of
     lm_head, times logit_scale, capped at final_logit_softcapping."""
 
+    freeze: list[str] = field(default_factory=list)
+    """Parameters that are not trained: globs of their names or of modules above them, as in .gitignore. The last one
+    that matches decides; "!" before it trains again: ["*","!model.layers.3?"] trains layers 30 to 39."""
+
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that are trained instead of the model's weights."""
 
@@ -95,9 +99,22 @@ class ModelConfig:
             raise ConfigError(
                 "model.lora adapts a model of model.path: random weights would be frozen, and never learn anything"
             )
+        self._check_freeze()
         if self.rope_length is not None and self.rope_length < 1:
             raise ConfigError(f"model.rope_length={self.rope_length} must be 1 or more, or null")
         check_choice("model.dtype", self.dtype, DTYPES)
+
+    def _check_freeze(self) -> None:
+        """Raise ConfigError for frozen weights that could never have learned, and beside adapters."""
+        if self.freeze and not self.path:
+            raise ConfigError(
+                f"model.freeze={self.freeze} freezes weights of model.path: random weights would never learn anything"
+            )
+        if self.freeze and self.lora.enabled:
+            raise ConfigError(
+                f"model.freeze={self.freeze} has no effect with model.lora, which freezes all weights of the model: "
+                f"model.lora.targets names the layers that get an adapter"
+            )
 
 
 @dataclass(frozen=True)

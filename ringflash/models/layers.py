@@ -71,9 +71,11 @@ def state_heads(config: PreTrainedConfig) -> StateHeads | None:
     return StateHeads(key, value, dim, value_dim, recurrence.operations)
 
 
-def state_layers(config: PreTrainedConfig) -> int:
-    """The number of a model's layers with linear attention."""
-    return 0 if recurrence_of(config.model_type) is None else sum(kind in _STATES for kind in config.layer_types)
+def state_layers(config: PreTrainedConfig, first: int | None = None) -> int:
+    """The number of layers with linear attention, among all of a model's or its first ones."""
+    if recurrence_of(config.model_type) is None:
+        return 0
+    return sum(kind in _STATES for kind in config.layer_types[:first])
 
 
 def state_refusal(config: PreTrainedConfig, ranks: int) -> str | None:
@@ -106,9 +108,9 @@ def first_attention(config: PreTrainedConfig) -> int:
     return _attends(config).index(True)
 
 
-def layer_kinds(config: PreTrainedConfig) -> dict[LayerKind, int]:
-    """The kinds of layers with attention, and how often a forward calls attention in each."""
-    counts = Counter(kind for kind in kinds_of_layers(config) if kind is not None)
+def layer_kinds(config: PreTrainedConfig, first: int | None = None) -> dict[LayerKind, int]:
+    """The kinds of layers with attention, among all or the first ones; how often a forward calls attention in each."""
+    counts = Counter(kind for kind in kinds_of_layers(config)[:first] if kind is not None)
     return {kind: layers * calls_per_layer(config) for kind, layers in counts.items()}
 
 

@@ -135,6 +135,20 @@ def leaf_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(vars(module).get("forward"), "func", None) in replaced]
 
 
+def require_input_gradients(module: nn.Module) -> None:
+    """Make the inputs of a leaf module that trains need gradients, also above frozen layers.
+
+    Otherwise torch runs its backward hook, in which ZeRO 3 reduces its gradients, before there are any.
+    """
+
+    def detached(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        (x,) = inputs
+        return None if x.requires_grad else (x.detach().requires_grad_(),)
+
+    if any(p.requires_grad for p in module.parameters()):
+        module.register_forward_pre_hook(detached)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in fp32; a and b may have 16 bits."""
     if a.is_cuda and a.dtype != torch.float32:

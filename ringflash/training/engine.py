@@ -20,9 +20,10 @@ from ringflash.errors import ConfigError
 from ringflash.models import AttentionConfig, FusedConfig, checkpoint_layers, fuse_layers, router_loss, tile_mlps
 from ringflash.models.checkpointing import host_store
 from ringflash.models.configuration import experts_of, logit_scale
-from ringflash.models.lora import adapted, without_adapters
+from ringflash.models.freezing import forward_only_layers
+from ringflash.models.lora import without_adapters
 from ringflash.models.lora_linear import replace_adapted
-from ringflash.models.mlp import leaf_modules
+from ringflash.models.mlp import leaf_modules, require_input_gradients
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead, LossOptions, tile_for
 from ringflash.training.memory import MemoryConfig
@@ -51,17 +52,16 @@ class TrainedModel(nn.Module):
         if memory.recompute:
             checkpoint_layers(model, memory.keep)
             tile_mlps(model, memory.mlp_tile)
-        self.memory = memory
+        self.memory, self.forward_only = memory, forward_only_layers(model)
         self.host_states: Callable[[Callable[[str], None]], None] | None = None  # makes the optimizer's, if on the host
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The weights of a checkpoint: with adapters, no frozen ones. DeepSpeed alone would store tied ones."""
+        """The weights of a checkpoint, without frozen ones. DeepSpeed alone would store tied ones."""
         found = super().state_dict(*args, **options)
-        if adapted(self):
-            frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-            for name in [*found]:
-                if name in frozen or f"{name.partition('.weight.')[0]}.weight" in frozen:  # or how it is quantized
-                    del found[name]
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        for name in [*found]:
+            if name in frozen or f"{name.partition('.weight.')[0]}.weight" in frozen:  # or how it is quantized
+                del found[name]
         return found
 
     def reserve_host_memory(self, tokens: int, log: Callable[[str], None] = lambda message: None) -> None:
@@ -74,7 +74,7 @@ class TrainedModel(nn.Module):
         store, config = host_store(self.model), self.model.config
         if store is None:
             return
-        sizes = kept_sizes(config, self.memory.keep, tokens, self.model.dtype.itemsize, "host")
+        sizes = kept_sizes(config, self.memory.keep, tokens, self.model.dtype.itemsize, "host", self.forward_only)
         store.pool.reserve(sizes, "what layers keep", log)
 
     def forward(
@@ -139,8 +139,8 @@ def build_engine(
     trained = TrainedModel(model, memory, attention or AttentionConfig(), fused_loss)
     for module in leaf_modules(model):
         set_z3_leaf_module(module, True)
-    if memory.zero == 3 and adapted(model):  # else the first layer's leaf modules would reduce gradients too early:
-        model.enable_input_require_grads()  # if no input needs a gradient, torch runs their backward hooks first
+        if memory.zero == 3:
+            require_input_gradients(module)
     for buffer in model.buffers():  # DeepSpeed moves no buffer of a model whose weights are divided already
         buffer.data = buffer.data.to(world.device)
     bf16, zero0, states = model.dtype == torch.bfloat16, memory.zero == 0, memory.optimizer_states

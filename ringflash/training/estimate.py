@@ -84,9 +84,10 @@ def estimate(
     ranks: int,
     ring: int,
     frozen: float = 0,
+    forward_only: int = 0,
 ) -> Estimate:
     """What one of `ranks` ranks takes. parameters: that are trained; frozen: bytes of those that are not; tokens: of a
-    micro-batch, on this rank; ring: ranks of a ring."""
+    micro-batch, on this rank; ring: ranks of a ring; forward_only: first layers that run no backward."""
     width, each = 2 if bf16 else 4, per_parameter(memory, bf16, ranks)
     buffers = frozen / (ranks if memory.zero == 3 else 1)
     if memory.zero == 3:
@@ -94,9 +95,9 @@ def estimate(
     elif ranks > 1:
         buffers += 4 * min(parameters, REDUCE_BUCKET)
     kept = work = None
-    on_host = sum(kept_sizes(config, memory.keep, tokens, width, "host")) if memory.recompute else 0
+    on_host = sum(kept_sizes(config, memory.keep, tokens, width, "host", forward_only)) if memory.recompute else 0
     if memory.recompute and experts_of(config)[0] == 1:
-        kept = sum(kept_sizes(config, memory.keep, tokens, width, "gpu"))
+        kept = sum(kept_sizes(config, memory.keep, tokens, width, "gpu", forward_only))
         work = max(_work(config, kind.heads, tokens, width, ring) for kind in layer_kinds(config))
         if (of_states := state_heads(config)) is not None:
             beside = state_layers(config) + sum(layer_kinds(config).values()) > config.num_hidden_layers
@@ -136,11 +137,16 @@ def per_parameter(memory: MemoryConfig, bf16: bool, ranks: int) -> PerParameter:
     return of_zero[zero if zero in of_zero else 1]
 
 
-def kept_sizes(config: PreTrainedConfig, keep: Keep, tokens: int, width: int, place: str) -> list[int]:
-    """Bytes of each tensor that layers keep in a place, "gpu" or "host", for the backward of `tokens` tokens."""
+def kept_sizes(
+    config: PreTrainedConfig, keep: Keep, tokens: int, width: int, place: str, forward_only: int = 0
+) -> list[int]:
+    """Bytes of each tensor that layers keep in a place, "gpu" or "host", for the backward of `tokens` tokens.
+
+    forward_only: first layers that run no backward.
+    """
     of_input = [tokens * x * width for x in input_widths(config)]
     sizes: list[int] = []
-    for layer, kind in enumerate(kinds_of_layers(config)):
+    for layer, kind in [*enumerate(kinds_of_layers(config))][forward_only:]:
         at = keep.at(layer)
         sizes += of_input * (at.inputs == place)
         if kind is not None:

@@ -1,8 +1,8 @@
 """FLOPs of a training step, counted exactly, for model FLOPs utilisation (MFU).
 
-Matrix products of weights take 2 operations per weight and token forward and 4 backward. With LoRA the model's own
-weights are frozen and take 2 backward: their own gradients are not computed. (Below the first adapters the input's are
-not computed either, which is not subtracted.) Attention takes 4 operations per visible (query, key) pair, query head
+Matrix products of weights take 2 operations per weight and token forward and 4 backward. Frozen weights take 2
+backward: their own gradients are not computed. Layers below the first one that trains run no backward at all. (In that
+layer, all inputs are taken to need gradients.) Attention takes 4 operations per visible (query, key) pair, query head
 and head dimension forward (q k^T and p v) and twice that backward. Masked pairs are not counted and neither is
 recomputation, so this is causal MFU: the operations that the model needs, divided by the peak of the GPUs.
 
@@ -13,15 +13,19 @@ The backward takes twice as many. Kernels that work on chunks of tokens do more,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ringflash.models.configuration import experts_of
+from ringflash.models.freezing import forward_only_layers, layers_of
 from ringflash.models.layers import state_heads, state_layers
 from ringflash.models.quantized import shape_of
 from ringflash.ring.cost import Heads
+
+BACKWARD = 2 / 3  # of a layer's operations, where weights are trained
 
 
 def matmul_parameters(model: PreTrainedModel, frozen: bool = False) -> int:
@@ -31,16 +35,27 @@ def matmul_parameters(model: PreTrainedModel, frozen: bool = False) -> int:
     [experts, out], which is no matrix. A convolution over tokens has [channels, 1, tokens]. frozen: those that are not
     trained alone.
     """
-    experts, active = experts_of(model.config)
-    matrices = [p for name, p in model.named_parameters() if not name.endswith("bias")]
-    shapes = [shape_of(p) for p in matrices if not (frozen and p.requires_grad)]
-    total = sum(shape.numel() for shape in shapes if len(shape) == 2)
-    for shape in (shape for shape in shapes if len(shape) == 3):
-        total += shape.numel() if shape[1] == 1 else shape.numel() * active // experts
+    total = _multiplied(model.config, (x for x in model.named_parameters() if not (frozen and x[1].requires_grad)))
     head = cast(nn.Linear, model.get_output_embeddings()).weight  # which may be tied to an embedding
     looked_up = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     counted = [weight for weight in looked_up if weight is not head and not (frozen and weight.requires_grad)]
     return total - sum(shape_of(weight).numel() for weight in counted)
+
+
+def forward_only_parameters(model: PreTrainedModel) -> int:
+    """Those of `matmul_parameters` in layers that run no backward."""
+    layers = layers_of(model)[: forward_only_layers(model)]
+    return sum(_multiplied(model.config, layer.named_parameters()) for layer in layers)
+
+
+def _multiplied(config: PreTrainedConfig, named: Iterable[tuple[str, Tensor]]) -> int:
+    """The elements of matrices by which a token is multiplied."""
+    experts, active = experts_of(config)
+    shapes = [shape_of(p) for name, p in named if not name.endswith("bias")]
+    total = sum(shape.numel() for shape in shapes if len(shape) == 2)
+    for shape in (shape for shape in shapes if len(shape) == 3):
+        total += shape.numel() if shape[1] == 1 else shape.numel() * active // experts
+    return total
 
 
 def attention_flops(pairs: float, heads: Heads) -> float:
@@ -48,15 +63,22 @@ def attention_flops(pairs: float, heads: Heads) -> float:
     return 6.0 * pairs * heads.products
 
 
-def state_flops(config: PreTrainedConfig, tokens: float) -> float:
-    """Operations of a step's linear attention on tokens, in all layers of a model; 0 without any."""
+def state_flops(config: PreTrainedConfig, tokens: float, forward_only: int = 0) -> float:
+    """Operations of a step's linear attention on tokens, in all layers of a model; 0 without any.
+
+    forward_only: first layers that run no backward.
+    """
     if (heads := state_heads(config)) is None:
         return 0.0
-    return 3.0 * heads.operations * state_layers(config) * tokens * heads.value * heads.dim * heads.value_dim
+    layers = state_layers(config) - BACKWARD * state_layers(config, forward_only)
+    return 3.0 * heads.operations * layers * tokens * heads.value * heads.dim * heads.value_dim
 
 
-def step_flops(weights: int, tokens: int, attention: float, frozen: int = 0, reference: bool = False) -> float:
-    """Operations of a step: weights, and of these those frozen, as matmul_parameters counts them; attention's, also
-    linear, of all layers. reference: whether a forward of the frozen weights alone is added, as in DPO."""
+def step_flops(
+    weights: int, tokens: int, attention: float, frozen: int = 0, reference: bool = False, forward_only: int = 0
+) -> float:
+    """Operations of a step: weights, of these those frozen, and of these those without a backward, as counted above;
+    attention's, also linear, of all layers. reference: whether a forward of the frozen weights alone is added, as in
+    DPO."""
     added = 2.0 * frozen * tokens + attention / 3 if reference else 0.0
-    return (6.0 * weights - 2.0 * frozen) * tokens + attention + added
+    return (6.0 * weights - 2.0 * frozen - 2.0 * forward_only) * tokens + attention + added

@@ -105,8 +105,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         differentiate = grad and any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        dhidden = torch.empty_like(hidden if differentiate else hidden[:0])
-        _, trained, trained_bias, *_ = ctx.needs_input_grad
+        of_hidden, trained, trained_bias, *_ = ctx.needs_input_grad
+        dhidden = torch.empty_like(hidden) if grad and of_hidden else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if grad and trained else None
         dbias = torch.zeros_like(bias, dtype=torch.float32) if grad and trained_bias and bias is not None else None
         for begin in range(0, len(hidden), options.tile):
@@ -128,7 +128,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     dlogits *= options.scale
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=torch.float32)
-                torch.mm(dlogits, weight, out=dhidden[here])
+                if dhidden is not None:
+                    torch.mm(dlogits, weight, out=dhidden[here])
                 if dweight is not None:
                     add_product(dweight, dlogits.T, hidden[here])
             del logits, dlogits  # before the next tile's logits

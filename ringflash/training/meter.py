@@ -22,6 +22,7 @@ class Meter:
     def __init__(self, model, config: Config, world: World) -> None:
         """model: the transformers model."""
         self.weights, self.frozen = (flops.matmul_parameters(model, frozen) for frozen in (False, True))
+        self.forward_only = flops.forward_only_parameters(model)
         self.tokens, self.world = config.optim.batch * config.data.sequence_length, world
         self.reference = config.pair_loss is not None and config.pair_loss.runs_reference
         self.peak = peak_flops(world.device)
@@ -45,7 +46,9 @@ class Meter:
             "memory_gib": memory_gib(self.world.device),
         }
         if self.peak is not None:
-            done = flops.step_flops(self.weights, self.tokens, attention, self.frozen, self.reference)
+            done = flops.step_flops(
+                self.weights, self.tokens, attention, self.frozen, self.reference, self.forward_only
+            )
             record["mfu"] = done / seconds / (self.peak * self.world.size)
         record |= {BY_POSITION + name: x for name, x in positions.means(result.by_position).items()}
         record |= preference_loss.means(result.preferences)

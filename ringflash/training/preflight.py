@@ -24,6 +24,7 @@ from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import read_config
 from ringflash.models.configuration import DTYPES, ModelConfig, attention_kernels, check_length
+from ringflash.models.freezing import forward_only_layers, freeze
 from ringflash.models.lora import add_lora, description
 from ringflash.models.mlp import tiles_of
 from ringflash.models.quantized import BYTES, quantizable
@@ -54,7 +55,7 @@ def check(config: Config) -> Job:
 
 
 def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
-    """The lines that `train.py --print` adds for WORLD_SIZE ranks: the loss of pairs, their grid, a step, the memory.
+    """The lines that `train.py --print` adds for WORLD_SIZE ranks: the model, the loss of pairs, a step, the memory.
 
     All ranks are assumed to be GPUs, where model.dtype=auto is bf16. Raises ConfigError for a run that they cannot do.
     """
@@ -66,8 +67,10 @@ def planned(config: Config, model_config: PreTrainedConfig) -> list[str]:
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ulysses=1))
         notes = ["parallel   parallel.ulysses=null depends on the speed of the GPUs; without them, 1 is assumed"]
     config, reason = _resolved(config, model_config, ranks)
-    found = _estimate(config, model_config, _meta_model(config.model, model_config), ranks)
-    lines = [*_preference(config), _grid(config, ranks), _step(config, ranks), f"estimate   {found}"]
+    model = _meta_model(config.model, model_config)
+    found = _estimate(config, model_config, model, ranks)
+    lines = [*_model(config, model), *_preference(config), _grid(config, ranks), _step(config, ranks)]
+    lines.append(f"estimate   {found}")
     return [*lines, *notes, *filter(None, [reason])]
 
 
@@ -110,7 +113,7 @@ def check_inputs(
             f"memory.attention_results={memory.attention_results} memory.layer_inputs={memory.layer_inputs}: the model "
             f"has {layers} layers"
         )
-    checks_model = config.model.lora.enabled or config.memory.mlp_tile is not None
+    checks_model = config.model.lora.enabled or config.model.freeze or config.memory.mlp_tile is not None
     model = _meta_model(config.model, model_config) if checks_model else None
     if model is not None and config.memory.mlp_tile is not None and not tiles_of(model):
         raise ConfigError(
@@ -156,31 +159,27 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 def _meta_model(config: ModelConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device. Raises ConfigError for adapters that it cannot have."""
+    """The model on the meta device. Raises ConfigError for adapters that it cannot have, and what cannot be frozen."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
         if config.lora.enabled:
             add_lora(model, config.lora)
+    freeze(model, config.freeze)
     return model
 
 
 def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device: torch.device) -> list[str]:
     """Model, data, ranks, step and memory."""
     model = _meta_model(config.model, model_config)
-    parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
-    adapters = [f"adapters   {description(model)}"] if config.model.lora.enabled else []
     memory = config.memory
     tile = memory.loss_tile or tile_for(model_config.vocab_size)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
-    quantized = f", linear layers in {kind}" if (kind := config.model.lora.quantize_base) else ""
     kernels = " and ".join(attention_kernels(config.model, config.attention, model_config, device))
     found = _estimate(config, model_config, model, ranks)
     kinds = {"fp32": "", "bf16": ", bf16 optimizer states", "host": ", fp32 optimizer states on the host"}
     states = kinds[memory.optimizer_states]
     return [
-        f"model      {model_config.model_type}, {parameters:,} parameters in {dtype}{quantized}",
-        *adapters,
+        *_model(config, model),
         *_preference(config),
         f"data       {_data_paths(config.data)}, tokenizer {config.data.tokenizer}",
         f"{_grid(config, ranks, where)}; attention kernel {kernels}",
@@ -190,6 +189,19 @@ def _summary(config: Config, model_config: PreTrainedConfig, ranks: int, device:
         *([f"estimate   {found}"] if device.type == "cuda" else []),
         *_disk_warning(config, found.checkpoint),
     ]
+
+
+def _model(config: Config, model: PreTrainedModel) -> list[str]:
+    """A line on the model and what of it is trained, and one on its adapters, if it has any."""
+    parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
+    quantized = f", linear layers in {kind}" if (kind := config.model.lora.quantize_base) else ""
+    line = f"model      {model.config.model_type}, {parameters:,} parameters in {dtype}{quantized}"
+    if config.model.freeze:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        layers = forward_only_layers(model)
+        line += f", of which {trained:,} are trained" + f"; the first {layers} layers run no backward" * bool(layers)
+    return [line, *([f"adapters   {description(model)}"] if config.model.lora.enabled else [])]
 
 
 def _preference(config: Config) -> list[str]:
@@ -227,7 +239,7 @@ def _estimate(config: Config, model_config: PreTrainedConfig, model: PreTrainedM
     frozen = BYTES * quantized + (2 if bf16 else 4) * (parameters - trained - quantized)
     return estimate(
         model_config, trained, config.memory, bf16=bf16, tokens=shard_tokens(config, ranks), ranks=ranks,
-        ring=config.parallel.grid(ranks).ring, frozen=frozen,
+        ring=config.parallel.grid(ranks).ring, frozen=frozen, forward_only=forward_only_layers(model),
     )  # fmt: skip
 
 

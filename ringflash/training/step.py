@@ -27,7 +27,7 @@ from ringflash.models import ring_inputs
 from ringflash.models.layers import layer_kinds
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training import positions
-from ringflash.training.flops import attention_flops, state_flops
+from ringflash.training.flops import BACKWARD, attention_flops, state_flops
 from ringflash.training.preferences import preference_loss
 from ringflash.training.preferences.preference_loss import PreferenceLoss, PreferencePairs
 
@@ -80,9 +80,9 @@ def prepare(
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # in this thread; else memory would be pinned through the first GPU
     micro_batches = batch.split(engine.train_micro_batch_size_per_gpu())
-    config = engine.module.model.config
+    config, forward_only = engine.module.model.config, engine.module.forward_only
     shards = [shard(rows, world, layout_for, config, pair_loss) for rows in micro_batches]
-    return [MicroBatch(inputs, *_work(config, inputs["plan"])) for inputs in shards]
+    return [MicroBatch(inputs, *_work(config, inputs["plan"], forward_only)) for inputs in shards]
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], world: World) -> StepResult:
@@ -139,15 +139,19 @@ def _counted(inputs: dict[str, Any]) -> Tensor:
     return (inputs["shift_labels"] != IGNORE).sum() if pairs is None else pairs.totals[1, 0]
 
 
-def _work(config: PreTrainedConfig, plan: AttentionPlan) -> tuple[int, float]:
-    """(query, key) pairs that this rank computes, over batch rows and layers, and the operations of all its layers."""
+def _work(config: PreTrainedConfig, plan: AttentionPlan, forward_only: int) -> tuple[int, float]:
+    """(query, key) pairs that this rank computes, over batch rows and layers, and the operations of all its layers.
+
+    forward_only: first layers that run no backward.
+    """
     pairs, flops = 0, 0.0
+    without_backward = layer_kinds(config, forward_only)
     for kind, layers in layer_kinds(config).items():
-        of_kind = layers * sum(hop.pairs for hops in kind.plan(plan).hops for hop in hops)
-        pairs += of_kind
-        flops += attention_flops(of_kind, kind.heads)
+        of_call = sum(hop.pairs for hops in kind.plan(plan).hops for hop in hops)
+        pairs += layers * of_call
+        flops += attention_flops((layers - BACKWARD * without_backward.get(kind, 0)) * of_call, kind.heads)
     # All ranks have the same part of linear attention: that of some heads.
-    return pairs, flops + state_flops(config, plan.batch * plan.layout.length / plan.ring.size)
+    return pairs, flops + state_flops(config, plan.batch * plan.layout.length / plan.ring.size, forward_only)
 
 
 def _imbalance(work: Tensor, world: World) -> float:

@@ -6,6 +6,7 @@ import torch
 from ringflash import Loopback
 from ringflash.models import Keep, checkpoint_layers, ring_inputs
 from ringflash.models.checkpointing import host_store
+from ringflash.models.freezing import freeze
 from tests.models.cases import loss_and_gradients, tiny
 
 KEEPS = {
@@ -17,6 +18,8 @@ KEEPS = {
     "recomputed": Keep("recomputed"),
     "recomputed-and-host": Keep("recomputed", "host"),
 }
+
+BYTES_OF_LAYER = 4 * (32 * 32 + 32 * 4 * 8 + 4 * 32)  # its input, out of 4 heads of 8, and lse, fp32 of 32 tokens
 
 
 def inputs_of(ranks=1):
@@ -60,8 +63,22 @@ def test_the_host_holds_what_layers_keep_and_nothing_else():
     loss_and_gradients(model, inputs_of())
     store = host_store(model)
     assert store is not None
-    # per layer: the input [32, 32], out [32, 4 heads of 8] and lse [4, 32], fp32
-    assert store.pool.bytes == 2 * 4 * (32 * 32 + 32 * 4 * 8 + 4 * 32)
+    assert store.pool.bytes == 2 * BYTES_OF_LAYER
+
+
+@pytest.mark.parametrize("keep", [Keep(), Keep("host", "host")], ids=str)
+def test_frozen_layers_below_those_that_train_keep_nothing(keep):
+    model, inputs = tiny("llama", num_hidden_layers=3).train(), inputs_of()
+    freeze(model, ["*", "!model.layers.2", "!*.1.mlp", "!lm_head"])
+    expected = loss_and_gradients(model, inputs)
+    checkpoint_layers(model, keep)
+    for _ in range(2):
+        loss, gradients = loss_and_gradients(model, inputs)
+        assert torch.equal(loss, expected[0])
+        assert gradients.keys() == expected[1].keys()
+        assert all(torch.equal(gradient, gradients[name]) for name, gradient in expected[1].items())
+    if (store := host_store(model)) is not None:
+        assert store.pool.bytes == 2 * BYTES_OF_LAYER
 
 
 def test_without_gradients_nothing_is_offloaded():

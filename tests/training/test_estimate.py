@@ -49,6 +49,17 @@ def test_a_frozen_weight_takes_its_own_bytes_alone(zero, ranks, width):
     assert found(frozen=2e9).checkpoint == found().checkpoint
 
 
+def test_layers_below_those_that_train_keep_nothing():
+    config = read_config(compose([])[0].model)  # 4 layers
+    for place in ("gpu", "host"):
+        memory = MemoryConfig(recompute=True, attention_results=place, layer_inputs=place)
+        whole, found = (
+            estimate(config, 0, memory, bf16=True, tokens=64, ranks=1, ring=1, forward_only=layers)
+            for layers in (0, config.num_hidden_layers // 2)
+        )
+        assert (found.kept, found.host) == (whole.kept / 2, whole.host / 2)
+
+
 def test_a_layer_with_attention_and_linear_attention_holds_the_tensors_of_both():
     """Falcon H1's layers have both, and Bamba's one of them."""
 
@@ -89,7 +100,8 @@ def test_print_plans_any_number_of_ranks_on_a_machine_without_them(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     settings = ["model=llama3-8b", "memory=long", "data.sequence_length=131072", "parallel.ring=8", "optim.batch=16"]
     config, _ = compose([*settings, "memory.optimizer_states=bf16", "optim.micro_batch=2"])
-    ranks, step, found = preflight.planned(config, read_config(config.model))
+    model, ranks, step, found = preflight.planned(config, read_config(config.model))
+    assert model == "model      llama, 8,030,261,248 parameters in bf16"
     assert ranks == "ranks      64 x GPU: replicas 8 x ring 8 x ulysses 1, layout auto"
     assert step.startswith("step       16 x 131,072 = 2,097,152 tokens in 1 x 2 sequences per replica")
     assert found.startswith("estimate   ")

@@ -1,12 +1,22 @@
 """Counted FLOPs are those of the formula, with each layer's own heads."""
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringflash.models import ModelConfig, read_config
+from ringflash import Loopback
+from ringflash.models import ModelConfig, read_config, ring_inputs
+from ringflash.models.freezing import freeze
 from ringflash.models.lora import LoraConfig, add_lora
 from ringflash.ring.cost import Heads, peak_flops
-from ringflash.training.flops import attention_flops, matmul_parameters, state_flops, step_flops
+from ringflash.training.flops import (
+    attention_flops,
+    forward_only_parameters,
+    matmul_parameters,
+    state_flops,
+    step_flops,
+)
+from ringflash.training.step import _work
 from tests.models.cases import architecture
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
@@ -73,6 +83,26 @@ def test_a_frozen_weight_below_adapters_needs_four_operations_per_token():
     weights, frozen = matmul_parameters(model), matmul_parameters(model, frozen=True)
     assert (weights - frozen, frozen) == (4 * 2 * (16 + 16), own)
     assert step_flops(weights, 7, 0.0, frozen) == 7 * (6 * (weights - frozen) + 4 * frozen)
+
+
+def test_a_layer_below_those_that_train_runs_a_forward_alone():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=False))
+    freeze(model, ["*", "!model.layers.[23]", "!lm_head"])
+    layer, head = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32, 50 * 16
+    frozen, forward_only = matmul_parameters(model, frozen=True), forward_only_parameters(model)
+    assert (frozen, forward_only) == (2 * layer, 2 * layer)
+    operations = step_flops(matmul_parameters(model), 7, 0.0, frozen, forward_only=forward_only)
+    assert operations == 7 * (6 * (2 * layer + head) + 2 * 2 * layer)
+
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    for kind, linear in (("gemma2", 0), ("qwen3_5_text", 18 * 8 * 24 * 4 * 2)):
+        kinds = {"layer_types": ["linear_attention", "full_attention"]} if linear else {}
+        config = read_config(ModelConfig(architecture=architecture(kind, **kinds)))
+        plan = ring_inputs(tokens, ring=Loopback(1), config=config)["plan"]
+        (pairs, whole), (same, found) = (_work(config, plan, layers) for layers in (0, 1))
+        of_window = 6 * (5 * 6 // 2 + 3 * 5) * 4 * (8 + 8)  # of the first layer of Gemma 2, whose window is 5
+        assert pairs == same
+        assert whole - found == pytest.approx(2 / 3 * (linear or of_window))
 
 
 def test_the_cpu_has_no_known_peak():

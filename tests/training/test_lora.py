@@ -9,10 +9,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
 from ringflash.generate.loading import load_encoder, load_model
 from ringflash.generate.settings import ReadConfig
@@ -24,9 +22,10 @@ from ringflash.training.flops import matmul_parameters
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs
 from tests.models.cases import TINY
+from tests.training.plain_loop import plain_steps
 from tests.training.runs import fitted, settings, tiny_qwen3
 
-STEPS, ROWS, LENGTH = 4, 2, 64
+STEPS, ROWS = 4, 2
 
 
 @pytest.fixture
@@ -50,26 +49,7 @@ def plain(config, base, quantized=None, **lora):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager", **options)
     torch.manual_seed(config.seed)
     model = peft.get_peft_model(model, peft.LoraConfig(**lora)).train()  # in evaluation, bitsandbytes repacks weights
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optim, figures = config.optim, []
-    betas = optim.beta1, optim.beta2
-    adamw = torch.optim.AdamW(trained, betas=betas, weight_decay=optim.weight_decay)
-    corpus, _ = load_corpus(config.data)
-    for step in range(STEPS):
-        rows = batch(corpus, seed=config.data.seed, step=step, batch_size=ROWS, length=LENGTH)
-        total = torch.zeros(())
-        for tokens, labels, lengths in zip(rows.tokens, rows.labels, rows.documents, strict=True):
-            for piece, target in zip(tokens.split(lengths), labels.split(lengths), strict=True):
-                logits = model(input_ids=piece[None]).logits[0]
-                total = total + nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
-        loss = total / (rows.labels != -100).sum()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, optim.clip)
-        adamw.param_groups[0]["lr"] = optim.learning_rate(step + 1)
-        adamw.step()
-        adamw.zero_grad()
-        figures.append((loss.item(), norm.item()))
-    return figures, model
+    return plain_steps(model, config), model
 
 
 @pytest.mark.ranks

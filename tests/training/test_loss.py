@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ringflash.training.loss import LossHead, LossOptions, _capped, tiled_cross_entropy
 
@@ -61,6 +62,22 @@ def test_logits_of_more_than_a_tile_never_exist(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: (rows.append(len(x)), logsumexp(x, dim))[1])
     tiled_cross_entropy(torch.randn(50, 4), torch.randn(9, 4), torch.zeros(50, dtype=torch.int64), LossOptions(16))
     assert rows == [16, 16, 16, 2]
+
+
+@pytest.mark.parametrize("trained", [("hidden",), ("weight",)], ids=str)
+def test_a_frozen_factor_takes_no_product_and_changes_no_other_gradient(trained):
+    torch.manual_seed(2)
+    whole_set = {"hidden": torch.randn(50, 16), "weight": torch.randn(97, 16)}
+    labels, found, products = torch.randint(0, 97, (50,)), {}, []
+    for wanted in (("hidden", "weight"), trained):
+        factors = {name: x.clone().requires_grad_(name in wanted) for name, x in whole_set.items()}
+        with FlopCounterMode(display=False) as counted:
+            tiled_cross_entropy(**factors, labels=labels, options=LossOptions(16)).backward()
+        products.append(counted.get_total_flops() / (2 * 50 * 16 * 97))
+        found[wanted] = {name: x.grad for name, x in factors.items()}
+    assert products == [3, 2]
+    assert [name for name, x in found[trained].items() if x is not None] == [*trained]
+    assert torch.equal(found[trained][trained[0]], found["hidden", "weight"][trained[0]])
 
 
 def test_the_weights_gradient_is_summed_over_tiles_in_fp32():

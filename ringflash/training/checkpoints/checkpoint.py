@@ -29,7 +29,7 @@ import deepspeed
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.files import remove, write_atomically, writing
-from ringflash.models.lora import adapted
+from ringflash.models.freezing import has_frozen
 from ringflash.training.checkpoints import reshard
 from ringflash.training.checkpoints.compatibility import POSITIONS, check_fits, grid, settings_to_match
 from ringflash.training.checkpoints.manifest import (
@@ -163,7 +163,7 @@ def save(
                     remove(left)
                 aside.mkdir(parents=True)
     with world.without_timeout(f"writing {path}"), writing(aside):
-        frozen = bool(adapted(engine.module))  # the model's own weights, which are those of model.path
+        frozen = has_frozen(engine.module)  # weights that are as the run's model is built
         engine.save_checkpoint(str(aside), tag=STATE, save_latest=False, exclude_frozen_parameters=frozen)
         if isinstance(engine.basic_optimizer, HostAdamW):
             engine.basic_optimizer.save(aside / STATE, world.rank)
@@ -255,7 +255,7 @@ def _load_state(engine: deepspeed.DeepSpeedEngine, path: Path, manifest: dict[st
     if engine.zero_optimization() and not _is_sharded_alike(manifest, engine, world):
         reshard.load(engine, path / STATE, manifest["ranks"], world)
         return True
-    loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not adapted(engine.module))
+    loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not has_frozen(engine.module))
     if isinstance(engine.basic_optimizer, HostAdamW):
         engine.basic_optimizer.load(path / STATE, world.rank)
     return loaded is not None

@@ -183,9 +183,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_one_of_another_loss_is_refuse
     ],
     ids=["lora", "all weights", "no reference"],
 )
-def test_the_plan_of_a_run_begins_with_its_loss_and_reference(pair_folder, others, line):
+def test_the_plan_of_a_run_has_its_loss_and_reference(pair_folder, others, line):
     config = compose(preference_run(pair_folder, *others))[0]
-    assert planned(config, read_config(config.model))[0] == f"loss       {line}"
+    assert f"loss       {line}" in planned(config, read_config(config.model))
 
 
 def test_the_loss_of_orpo_is_finite_where_an_answer_has_all_of_the_probability():
