@@ -21,7 +21,9 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ringflash.data import build, cache
 from ringflash.data.build import Job, Source
@@ -35,9 +37,6 @@ from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
 from ringflash.data.scratch import delete_abandoned, others, scratch_folder
 from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_digest, tokenizer_size
 from ringflash.errors import ConfigError, hub_hint, reason
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 BUILT = "built"  # in a scratch folder
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-zA-Z])")  # begins the name of a file or folder

@@ -17,16 +17,14 @@ import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from ringflash.data.pieces import Ids, Piece
 from ringflash.errors import ConfigError, hub_hint, reason
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
 
 UNSPELLABLE = "\U0010fffe"  # a noncharacter: Unicode reserves it for use inside a program
 
@@ -51,8 +49,6 @@ class Encoder:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer called "bytes", or that of a folder. Raises ConfigError if there is none, or if it has no eos."""
-    from transformers import AutoTokenizer, ByT5Tokenizer  # slow to import, so only where text is tokenised
-
     if name == "bytes":
         return ByT5Tokenizer()
     folder = Path(name).expanduser()
@@ -100,8 +96,6 @@ def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
 
     Raises ConfigError, naming the tokenizer, if its end of document is ordinary text.
     """
-    from transformers import ByT5Tokenizer
-
     eos = cast(int, tokenizer.eos_token_id)
     if isinstance(tokenizer, ByT5Tokenizer):
         return Encoder(functools.partial(_encode_bytes, np.uint16(tokenizer.offset)), [], [eos])
@@ -172,8 +166,6 @@ def text_only(tokenizer: Any, name: str) -> Tokenizer:
 
     Raises ConfigError, naming the tokenizer, if its end of document is a character.
     """
-    from tokenizers import Tokenizer
-
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     model = rules["model"]
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

@@ -15,19 +15,17 @@ context read it once. Nothing is truncated: a request longer than max_length is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ringflash.models import RingCache, prefill
 from ringflash.models.rope import supported_positions
 from ringflash.ring.cache_plan import CHUNK
 from ringflash.ring.transport import Ring
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AT_ONCE = 1024  # tokens whose logits are computed at once
 

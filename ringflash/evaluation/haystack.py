@@ -15,20 +15,17 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ringflash.data import python_stdlib
+from ringflash.data.tokenizer import Encoder
 from ringflash.errors import ConfigError, shown
 from ringflash.generate.reading import ids_of, text_of
 from ringflash.models import RingCache, prefill
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ringflash.data.tokenizer import Encoder
 
 CHARACTERS = 32  # tokenised per token of the longest haystack, since a text may be far longer
 

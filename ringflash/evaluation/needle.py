@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.evaluation.haystack import Cell, HaystackConfig, heat_map, read_text, rows_of, search
 from ringflash.files import write_atomically, write_figure
@@ -24,9 +24,6 @@ from ringflash.generate.command import command, now, report, start
 from ringflash.generate.loading import load_encoder, load_model, make_cache
 from ringflash.generate.settings import ReadConfig
 from ringflash.models.rope import check_positions
-
-if TYPE_CHECKING:
-    from ringflash.distributed.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

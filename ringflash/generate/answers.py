@@ -6,25 +6,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, TextStreamer
 
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError, check_choice
 from ringflash.generate.command import now, report
 from ringflash.generate.loading import load_encoder, load_model, make_cache
 from ringflash.generate.reading import STDIN, ids_of, text_of
 from ringflash.generate.settings import ReadConfig
 from ringflash.generate.turn import Turn, chat_turn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TextStreamer
-
-    from ringflash.distributed.world import World
-    from ringflash.models import RingCache
-
+from ringflash.models import RingCache, prefill, step_graph
+from ringflash.models.rope_length import growth_refusal
 
 GRAPH = ("auto", "true", "false")
 
@@ -110,8 +107,6 @@ def _reserve(
 
     Raises ConfigError if there is nothing to continue, or if an answer could change the document's rotary frequencies.
     """
-    from ringflash.models.rope_length import growth_refusal
-
     tokens = document + max(prompts) + config.new_tokens
     if document + min(prompts) == 0:
         raise ConfigError('prompt="" without a document leaves nothing to continue')
@@ -123,8 +118,6 @@ def _reserve(
 
 def _read(model: PreTrainedModel, ids: Tensor, cache: RingCache, world: World, has_text: bool) -> None:
     """Prefill a document's ids [1, N], and report how long that took and how large the cache is."""
-    from ringflash.models import prefill
-
     begin = now(world.device)
     prefill(model, ids[:, :-1], cache)  # generate reads the last token together with the prompt
     seconds, tokens = now(world.device) - begin, ids.shape[1]
@@ -150,7 +143,6 @@ def _graph(
 
     Raises ConfigError if graph=true and they cannot be: on entry, or at the first token of a model that waits.
     """
-    from ringflash.models import step_graph
 
     def refused(reason: str) -> None:
         if config.graph == "true":
@@ -166,8 +158,6 @@ def _answer(
     config: GenerateConfig, model: PreTrainedModel, tokenizer: Any, cache: RingCache, ids: Tensor, world: World
 ) -> None:
     """Print what the model continues `ids` [1, N] with, token by token, and then its speed."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
     torch.manual_seed(config.seed)
     sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
     ends = model.generation_config.eos_token_id or []
@@ -188,7 +178,6 @@ def _answer(
 
 def _streamer(config: GenerateConfig, tokenizer: Any) -> TextStreamer:
     """What prints tokens as they come. It raises ConfigError for one that tokenizer=bytes does not have."""
-    from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         def put(self, value: Tensor) -> None:

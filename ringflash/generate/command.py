@@ -7,16 +7,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ringflash.distributed import failure
+from ringflash.distributed.parallel import ParallelConfig
+from ringflash.distributed.world import World, join
 from ringflash.generate.settings import ReadConfig
-
-if TYPE_CHECKING:
-    from ringflash.distributed.world import World
 
 Config = TypeVar("Config", bound=ReadConfig)
 
@@ -27,9 +26,6 @@ def command(kind: type[Config], about: str, run: Callable[[Config, World], objec
         print(f"{about}\n{kind.settings_help()}")
         return
     config = kind.parse([x for x in arguments if not x.startswith("--local_rank=")])
-    from ringflash.distributed.parallel import ParallelConfig
-    from ringflash.distributed.world import join
-
     world = join(ParallelConfig(layout="zigzag"))
     run(config, world)  # after an error the group stays: by its store, the rank that failed first reports
     world.watchdog.close()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
+from ringflash.data.tokenizer import Encoder, encoder, load_tokenizer, tokenizer_size
+from ringflash.distributed.world import World
 from ringflash.errors import ConfigError, hub_hint
 from ringflash.generate.settings import ReadConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ringflash.data.tokenizer import Encoder
-    from ringflash.distributed.world import World
-    from ringflash.models import RingCache
+from ringflash.models import AttentionConfig, FusedConfig, ModelConfig, RingCache, build_model, fuse_layers
+from ringflash.models.configuration import attention_kernels
+from ringflash.models.lora import BASE, ROPE, LoraConfig, is_adapter, merge, read_fields
+from ringflash.models.rope import check_positions
 
 
 def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
@@ -23,12 +24,6 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
 
     Raises ConfigError, naming the command's setting, if it cannot be loaded or cannot run on the ring.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    from ringflash.models import AttentionConfig, FusedConfig, ModelConfig, build_model, fuse_layers
-    from ringflash.models.configuration import attention_kernels
-    from ringflash.models.lora import ROPE, LoraConfig, merge, read_fields
-
     disable_progress_bar()
     _check_folder("model", config.model)
     try:
@@ -62,8 +57,6 @@ def _check_folder(name: str, folder: str) -> None:
 
 def _base_of(config: ReadConfig) -> str | None:
     """The folder of the model that an adapter was trained on; None if model=... is no adapter."""
-    from ringflash.models.lora import BASE, is_adapter, read_fields
-
     if not is_adapter(config.model):
         if config.base is not None:
             raise ConfigError(f"base={config.base} is of an adapter, and model={config.model} is none: leave base out")
@@ -82,8 +75,6 @@ def _base_of(config: ReadConfig) -> str | None:
 
 def _in_own_settings(config: ReadConfig, message: str) -> str:
     """A message about the trainer's settings, with those of this command instead."""
-    from ringflash.models.lora import is_adapter
-
     message = message.replace("model.lora needs", f"model={config.model} is an adapter, and needs")
     message = message.replace("model.path=", "base=" if is_adapter(config.model) else "model=")
     message = message.replace("model.lora.path=", "model=").replace("attention.kernel=", "kernel=")
@@ -94,8 +85,6 @@ def _in_own_settings(config: ReadConfig, message: str) -> str:
 
 def load_encoder(config: ReadConfig, model: PreTrainedModel) -> tuple[Encoder, Any]:
     """The encoder of texts, and the tokenizer, which decodes. Raises ConfigError if it does not fit the model."""
-    from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_size
-
     name = config.tokenizer or _tokenizer_folder(config)
     try:
         tokenizer = load_tokenizer(name)
@@ -122,9 +111,6 @@ def make_cache(config: ReadConfig, model: PreTrainedModel, capacity: int, world:
 
     Raises ConfigError for a chunk or a length that it cannot have, and if positions or memory do not suffice.
     """
-    from ringflash.models import RingCache
-    from ringflash.models.rope import check_positions
-
     try:
         cache = RingCache(
             model, capacity, ring=world.ring, chunk=config.chunk, kernel=config.kernel, rope_length=capacity

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ringflash.data.text import decoded
+from ringflash.data.tokenizer import Encoder
 from ringflash.errors import ConfigError, reason
-
-if TYPE_CHECKING:
-    from ringflash.data.tokenizer import Encoder
 
 STDIN = "-"
 

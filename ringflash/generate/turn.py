@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ringflash.data.tokenizer import Encoder
 from ringflash.errors import ConfigError, reason
 from ringflash.generate.reading import ids_of
-
-if TYPE_CHECKING:
-    from ringflash.data.tokenizer import Encoder
 
 
 @dataclass(frozen=True)

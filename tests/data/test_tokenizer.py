@@ -192,7 +192,9 @@ def test_a_tokenizer_in_python_splits_special_tokens_too_or_is_refused(tmp_path,
         """Its text is bytes, and what is in `spelled` its eos."""
 
     slow, texts = Slow(), ["a </s>", "</s>"]
-    monkeypatch.setattr("transformers.ByT5Tokenizer", type("Other", (), {}))  # so that its own reading is not taken
+    monkeypatch.setattr(
+        "ringflash.data.tokenizer.ByT5Tokenizer", type("Other", (), {})
+    )  # so that its own reading is not taken
     for text, ids in zip(texts, encoder(slow, "slow")([*map(Piece, texts)]), strict=True):
         assert ids.tolist() == [*(byte + 3 for byte in text.encode()), slow.eos_token_id]
     monkeypatch.setattr(Slow, "_tokenize", lambda self, text: text.split())
