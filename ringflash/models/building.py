@@ -21,9 +21,8 @@ from ringflash.models.rope_length import fix_rope_length, has_length_dependent_r
 
 # What makes a model of random weights, from (configuration, options), and that of a folder, from (path, and the same).
 Makers = tuple[Callable[..., PreTrainedModel], Callable[..., PreTrainedModel]]
-OTHER_SENSES = re.compile(
-    r"(model\.)?(vision|visual|audio|embed_vision|embed_audio|multi_modal)"
-)  # begin weights' names
+# What the names of weights that are not of the text model begin with.
+OTHER_SENSES = re.compile(r"(model\.)?(vision|visual|audio|embed_vision|embed_audio|multi_modal)")
 
 
 def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrainedModel:
@@ -37,7 +36,14 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
     if (kind := config.lora.quantize_base) is not None:
         options["quantization_config"] = quantization(kind, options["dtype"])
     random, pretrained = makers or (_random, _pretrained)
-    model = random(hf_config, options) if config.path is None else pretrained(config.path, hf_config, options)
+    try:
+        model = random(hf_config, options) if config.path is None else pretrained(config.path, hf_config, options)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch have no error in common
+        failed = f"model.path={config.path} has weights that cannot be loaded"
+        failed = "model.architecture cannot be built" if config.path is None else failed
+        raise ConfigError(f"{failed}: {message_of(error)}") from error
     without_repacking(model)
     if config.rope_length is not None:
         try:
@@ -54,24 +60,16 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
 
 def _random(hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     """A model with random weights."""
-    try:
-        _check_memory(hf_config, options["dtype"])
-        return AutoModelForCausalLM.from_config(hf_config, **options)
-    except ConfigError:
-        raise
-    except Exception as error:  # of torch and transformers, of any kind
-        raise ConfigError(f"model.architecture cannot be built: {message_of(error)}") from error
+    _check_memory(hf_config, options["dtype"])
+    return AutoModelForCausalLM.from_config(hf_config, **options)
 
 
 def _pretrained(path: str, hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """The model of a folder. Raises ConfigError for weights that are missing, damaged or of other shapes."""
-    try:
-        loading: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=hf_config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-            key_mapping=names_of_text(hf_config), **options,
-        )  # fmt: skip
-    except Exception as error:  # transformers, safetensors and torch have no error in common
-        raise ConfigError(f"model.path={path} has weights that cannot be loaded: {message_of(error)}") from error
+    """The model of a folder. Raises ConfigError for weights that are missing or of other shapes."""
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        path, config=hf_config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+        key_mapping=names_of_text(hf_config), **options,
+    )  # fmt: skip
     model, loaded = loading
     check_loaded(path, *(loaded[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")))
     if names_of_text(hf_config) is not None:

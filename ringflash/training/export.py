@@ -10,6 +10,7 @@ many published ones, such as a temperature without do_sample. `rehearse` writes 
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -38,31 +39,22 @@ def export(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     world: World,
-    generation: bytes | None = None,
+    path: str | None = None,
     length: int = 0,
 ) -> Path:
     """Write config, weights (safetensors) and tokenizer to `folder`. All ranks call this.
 
-    length: that of the sequences trained on, for which config and tokenizer allow.
-
-    ``AutoModelForCausalLM.from_pretrained(folder)`` loads it with transformers' own attention. generation: the
-    contents of generation_config.json; None: the model's own. Raises DivergedError if a weight is not finite.
+    ``AutoModelForCausalLM.from_pretrained(folder)`` loads it with transformers' own attention. path: the model.path
+    that training started from. length: that of the sequences trained on, for which config and tokenizer allow. Raises
+    DivergedError if a weight is not finite.
     """
-    check_weights(engine, world, folder)
-    model, aside = engine.module.model, folder.with_name(folder.name + ".partial")
-    with world.without_timeout(f"exporting {folder}"), writing(folder):
+    model = engine.module.model
+    with _replacing(engine, folder, world) as aside:
+        write = functools.partial(_write, model, aside, tokenizer, path, length)
         if engine.zero_optimization_partition_weights() or adapted(model):
-
-            def begin() -> None:
-                remove(aside)
-                _write(model, aside, tokenizer, generation, length, state_dict={})
-
-            write_weights(model, aside, world, begin)
+            write_weights(model, aside, world, functools.partial(write, state_dict={}))
         elif world.is_first:
-            remove(aside)
-            _write(model, aside, tokenizer, generation, length)
-        if world.is_first:
-            replace_folder(aside, folder)
+            write()
     return folder
 
 
@@ -77,18 +69,27 @@ def export_adapter(
 
     Raises DivergedError if a weight is not finite.
     """
-    check_weights(engine, world, folder)
-    model, aside = engine.module.model, folder.with_name(folder.name + ".partial")
+    model = engine.module.model
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with world.without_timeout(f"exporting {folder}"), writing(folder):
+    with _replacing(engine, folder, world) as aside:
         with deepspeed.zero.GatheredParameters([*adapters.values()], modifier_rank=None):
             weights = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
         if world.is_first:
             remove(aside)
             write_adapter(model, weights, aside, os.path.abspath(config.path or ""), config.rope_parameters)
             tokenizer.save_pretrained(aside)
-            replace_folder(aside, folder)
     return folder
+
+
+@contextmanager
+def _replacing(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World) -> Iterator[Path]:
+    """The folder that rank 0 writes, and that replaces `folder` at the end."""
+    check_weights(engine, world, folder)
+    aside = folder.with_name(folder.name + ".partial")
+    with world.without_timeout(f"exporting {folder}"), writing(folder):
+        yield aside
+        if world.is_first:
+            replace_folder(aside, folder)
 
 
 def generation_file(path: str | None) -> bytes | None:
@@ -97,12 +98,10 @@ def generation_file(path: str | None) -> bytes | None:
     return file.read_bytes() if file is not None and file.is_file() else None
 
 
-def rehearse(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: bytes | None, output_dir: Path, source: str
-) -> None:
+def rehearse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | None, output_dir: Path) -> None:
     """Write everything below `output_dir` that a run writes at its end, except the weights, and delete it.
 
-    source: the setting that names the model. Raises ConfigError or DiskError for what would fail after the last step.
+    path: model.path. Raises ConfigError or DiskError for what would fail after the last step.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -112,10 +111,11 @@ def rehearse(
     with scratch as name:
         try:
             with writing(output_dir):
-                _write(model, Path(name, "model"), tokenizer, generation, 0, state_dict={})
+                _write(model, Path(name, "model"), tokenizer, path, 0, state_dict={})
         except DiskError:
             raise
         except Exception as error:  # transformers and tokenizers share no base class
+            source = "model.architecture" if path is None else f"model.path={path}"
             raise ConfigError(f"{source}: the trained model could not be exported: {in_one_line(error)}") from error
 
 
@@ -123,36 +123,31 @@ def _write(
     model: PreTrainedModel,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    generation: bytes | None,
+    path: str | None,
     length: int,
     **options: Any,
 ) -> None:
     transformers.utils.logging.disable_progress_bar()
+    remove(folder)
+    _allow(model, tokenizer, length)
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        with _allowing(model, tokenizer, length):
-            model.save_pretrained(folder, **options)
-            tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
+        tokenizer.save_pretrained(folder)
     finally:
         model.generation_config = own
-    if generation is None:
-        own.to_json_file(folder / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
-    else:
+    if (generation := generation_file(path)) is not None:
         (folder / GENERATION).write_bytes(generation)
+    else:
+        own.to_json_file(folder / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
 
 
-@contextmanager
-def _allowing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[None]:
-    """Sequences of `length` tokens, as far as limits say so that change no result: engines cut prompts by them."""
+def _allow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Raise limits to sequences of `length` tokens where that changes no result: engines cut prompts by them."""
     reach = max(length, getattr(model.config, "max_position_embeddings", None) or 0)
     limits: list[tuple[Any, str, int]] = [(tokenizer, "model_max_length", reach)]
     if has_nominal_positions(model.config):
         limits.append((model.config, "max_position_embeddings", length))
-    short = [(*limit, known) for limit in limits if 0 < (known := getattr(*limit[:2], None) or 0) < length]
-    for owner, name, now, _ in short:
-        setattr(owner, name, now)
-    try:
-        yield
-    finally:
-        for owner, name, _, known in short:
-            setattr(owner, name, known)
+    for owner, name, limit in limits:
+        if 0 < (getattr(owner, name, None) or 0) < length:
+            setattr(owner, name, limit)

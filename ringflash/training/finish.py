@@ -12,7 +12,7 @@ from ringflash.training.checkpoints import checkpoint
 from ringflash.training.checkpoints.checkpoint import Best
 from ringflash.training.divergence import Divergence
 from ringflash.training.evaluation import Evaluation, HeldOut
-from ringflash.training.export import export, export_adapter, generation_file
+from ringflash.training.export import export, export_adapter
 from ringflash.training.run import Run
 
 
@@ -69,9 +69,8 @@ def _export(run: Run) -> list[Path]:
     if config.lora.enabled:
         written.append(export_adapter(run.engine, run.folder / "adapter", config, tokenizer, run.world))
     if config.lora.merge:
-        model = run.folder / "model"
         length = run.job.config.data.sequence_length
-        written.append(export(run.engine, model, tokenizer, run.world, generation_file(config.path), length))
+        written.append(export(run.engine, run.folder / "model", tokenizer, run.world, config.path, length))
     return written
 
 

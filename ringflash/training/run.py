@@ -24,7 +24,7 @@ from ringflash.training.checkpoints import checkpoint
 from ringflash.training.checkpoints.checkpoint import Best
 from ringflash.training.config import Config
 from ringflash.training.engine import build_engine
-from ringflash.training.export import generation_file, rehearse
+from ringflash.training.export import rehearse
 from ringflash.training.out_of_memory import explained
 from ringflash.training.preflight import Job, shard_tokens
 
@@ -60,8 +60,7 @@ def make_model(job: Job, world: World) -> PreTrainedModel:
         makers = (zero3.random_model, zero3.pretrained_model) if config.memory.zero == 3 else None
         model = build_model(config.model, makers)
         if world.is_first:
-            generation = generation_file(config.model.path)
-            rehearse(model, job.tokenizer, generation, Path(config.output_dir), _source(config))
+            rehearse(model, job.tokenizer, config.model.path, Path(config.output_dir))
     return model
 
 

@@ -31,7 +31,6 @@ from transformers.integrations.deepspeed import _apply_weight_conversions_to_sta
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError
 from ringflash.files import remove, write_atomically
-from ringflash.models.architecture import message_of
 from ringflash.models.building import check_loaded, names_of_text
 from ringflash.models.lora import merged
 from ringflash.models.quantized import shape_of
@@ -51,35 +50,23 @@ def start_deepspeed() -> None:
 
 
 def random_model(hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """A model of random weights, divided among the ranks; all ranks call it.
-
-    Raises ConfigError if it cannot be built.
-    """
+    """A model of random weights, divided among the ranks; all ranks call it."""
     start_deepspeed()
-    try:
-        with _divided(), _gathered_initialisation():
-            return AutoModelForCausalLM.from_config(hf_config, **options)
-    except Exception as error:  # of torch and transformers, of any kind
-        raise ConfigError(f"model.architecture cannot be built: {message_of(error)}") from error
+    with _divided(), _gathered_initialisation():
+        return AutoModelForCausalLM.from_config(hf_config, **options)
 
 
 def pretrained_model(path: str, hf_config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     """The model of a folder of safetensors, divided among the ranks; all ranks call it.
 
-    Raises ConfigError for weights that are missing, damaged or of other shapes.
+    Raises ConfigError for weights that are missing or of other shapes.
     """
     start_deepspeed()
-    try:
-        files = _files(Path(path))
-        with _divided(), no_init_weights():
-            model = AutoModelForCausalLM.from_config(hf_config, **options)
-        model.tie_weights()
-        missing, mismatched, unexpected = _load(model, files)
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers, safetensors and torch have no error in common
-        raise ConfigError(f"model.path={path} has weights that cannot be loaded: {message_of(error)}") from error
-    check_loaded(path, missing, mismatched, unexpected)
+    files = _files(Path(path))
+    with _divided(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(hf_config, **options)
+    model.tie_weights()
+    check_loaded(path, *_load(model, files))
     return model
 
 

@@ -120,7 +120,7 @@ def test_a_full_disk_is_not_blamed_on_the_model(tmp_path, source, monkeypatch):
     monkeypatch.setattr(model, "save_pretrained", full)
     message = rf"^{tmp_path} was not written: .*No space left on device; .* GiB are free on its disk$"
     with pytest.raises(DiskError, match=message):
-        rehearse(model, Unwritable(), None, tmp_path, "model.path=x")
+        rehearse(model, Unwritable(), "x", tmp_path)
 
 
 class Unwritable:
@@ -134,6 +134,6 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path
     model = AutoModelForCausalLM.from_pretrained(source)
     message = "^model.path=x: the trained model could not be exported: no files$"
     with pytest.raises(ConfigError, match=message):
-        rehearse(model, Unwritable(), None, tmp_path / "runs", "model.path=x")
+        rehearse(model, Unwritable(), "x", tmp_path / "runs")
     assert model.generation_config.temperature == 0.6
     assert list((tmp_path / "runs").iterdir()) == []
