@@ -28,7 +28,7 @@ from ringflash.distributed.world import World
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
 from ringflash.training.preferences.formulas import PreferenceConfig, pair_losses
-from ringflash.training.preferences.reference import Reference
+from ringflash.training.preferences.reference import LogProbabilities
 from ringflash.training.sums import Sums
 
 FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # as TRL names them
@@ -36,15 +36,15 @@ FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "r
 
 @dataclass(frozen=True, eq=False)
 class PreferenceLoss:
-    """The loss of pairs. reference: what was computed before training, with preference.precompute_ref_log_probs."""
+    """The loss of pairs. reference: what is computed before training, with preference.precompute_ref_log_probs."""
 
     config: PreferenceConfig
-    reference: Reference | None = None
+    reference: LogProbabilities | None = None
 
     @classmethod
     def of(cls, config: PreferenceConfig) -> PreferenceLoss:
         """With an empty reference if it is to be computed before training."""
-        return cls(config, Reference() if config.precompute_ref_log_probs else None)
+        return cls(config, {} if config.precompute_ref_log_probs else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,10 @@ class PreferencePairs:
         totals[1] = count / 2 / ranks
         documents = plan.shard(torch.stack(numbers)).flatten()
         predictions = torch.cat(labels).double().view(-1, 2).to(world.device)
-        reference = None if loss.reference is None else loss.reference.of(names).to(world.device)
+        reference = None
+        if loss.reference is not None:  # a batch that is prefetched beyond the last step may raise KeyError
+            known = [loss.reference[name] for name in names]
+            reference = torch.tensor(known, dtype=torch.float64, device=world.device).view(-1, 2)
         return cls(loss.config, documents, predictions, ranks, groups, totals, names, reference)
 
     def log_probabilities(self, head: LossHead, hidden: Tensor, labels: Tensor) -> Tensor:

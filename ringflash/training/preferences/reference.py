@@ -13,14 +13,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ringflash.data.pairs import DIGEST
 from ringflash.errors import reason
@@ -32,18 +28,7 @@ from ringflash.models.lora import CONFIG as ADAPTER_CONFIG
 FORMAT = 1  # of the file; increase it when the same pair gives other numbers
 
 
-@dataclass(eq=False)
-class Reference:
-    """log p of the chosen and of the rejected answer of each pair, by the pair's digest."""
-
-    known: dict[bytes, list[float]] = field(default_factory=dict)
-
-    def of(self, digests: Sequence[bytes]) -> Tensor:
-        """Those of some pairs, float64 [pairs, 2].
-
-        Raises KeyError for a pair that is not known. Only batches that are prefetched beyond the last step have any.
-        """
-        return torch.tensor([self.known[x] for x in digests], dtype=torch.float64).view(-1, 2)
+LogProbabilities = dict[bytes, list[float]]  # log p of the chosen and of the rejected answer, by the pair's digest
 
 
 def reference_path(cache: str, model: ModelConfig) -> Path:
@@ -62,7 +47,7 @@ def _weights_digest(folder: Path) -> list[str]:
         return [f"{file.name} {found}" for file, found in zip(files, threads.map(digest, files), strict=True)]
 
 
-def read(path: Path) -> dict[bytes, list[float]]:
+def read(path: Path) -> LogProbabilities:
     """The numbers in a file; none if there is no file, or if it is damaged, which is reported."""
     if not path.exists():
         return {}
@@ -75,7 +60,7 @@ def read(path: Path) -> dict[bytes, list[float]]:
         return {}
 
 
-def write(path: Path, known: dict[bytes, list[float]]) -> None:
+def write(path: Path, known: LogProbabilities) -> None:
     """Replace the file by one of these numbers."""
     pairs = np.frombuffer(b"".join(known), np.uint8).reshape(-1, DIGEST)
     content = io.BytesIO()

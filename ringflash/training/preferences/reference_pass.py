@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ringflash.data import Corpus, prefetch
 from ringflash.data.batches import Batch
 from ringflash.data.mixture import first_epoch
+from ringflash.data.packing import Packed
 from ringflash.data.pairs import digests
 from ringflash.distributed.parallel import LayoutChooser
 from ringflash.distributed.world import World
@@ -31,26 +32,10 @@ from ringflash.training.evaluation import SEED, Evaluation
 from ringflash.training.out_of_memory import explained
 from ringflash.training.preferences import reference
 from ringflash.training.preferences.preference_loss import PreferenceLoss
-from ringflash.training.preferences.reference import reference_path
+from ringflash.training.preferences.reference import LogProbabilities, reference_path
 from ringflash.training.step import MicroBatch, prepare
 
 SECONDS = 60.0  # between two writes of the file
-
-
-class Sequences(NamedTuple):
-    """The sequences of a corpus, by their numbers, whose pairs a run reads."""
-
-    corpus: Corpus
-    seed: int
-    numbers: Iterable[int]
-
-
-class Work(NamedTuple):
-    """The file, what it holds, and the sequences of pairs that it lacks: (number in `read`, number in its corpus)."""
-
-    path: Path
-    known: dict[bytes, list[float]]
-    lacking: list[tuple[int, int]]
 
 
 def compute_reference(
@@ -70,19 +55,20 @@ def compute_reference(
     if loss is None or loss.reference is None:
         return True
     trained, length = config.optim.total_steps * config.optim.batch, config.data.sequence_length
-    read = [Sequences(training, config.data.seed, first_epoch(training, trained, length))]
+    read = [partial(training.packed, config.data.seed, i, length) for i in first_epoch(training, trained, length)]
     if evaluation is not None:
-        read.append(Sequences(evaluation.corpus, SEED, evaluation.numbers))
+        read += [partial(evaluation.corpus.packed, SEED, i, length) for i in evaluation.numbers]
     with world.without_timeout(f"reading the pairs, and model.path={config.model.path} for its digest"):
         found = _work(config, read) if world.is_first else None
-    path, known, lacking = world.broadcast(found)
-    loss.reference.known = known
+    path, before, lacking = world.broadcast(found)
+    known = loss.reference
+    known |= before
     share = config.optim.micro_batch * world.replicas
     groups = [lacking[i : i + share] for i in range(0, len(lacking), share)]
 
-    def make(group: list[tuple[int, int]]) -> list[MicroBatch]:
+    def make(group: list[int]) -> list[MicroBatch]:
         own = group[world.replica :: world.replicas] or group[:1]  # every rank takes part in ZeRO's exchanges
-        rows = [read[i].corpus.packed(read[i].seed, number, length) for i, number in own]
+        rows = [read[i]() for i in own]
         return prepare(engine, Batch.of(rows), world, layout_for, PreferenceLoss(loss.config))
 
     engine.eval()
@@ -105,35 +91,33 @@ def compute_reference(
     return True
 
 
-def _work(config: Config, read: list[Sequences]) -> Work:
-    """The file, and what is to be computed, which this prints."""
+def _work(config: Config, read: Sequence[Callable[[], Packed]]) -> tuple[Path, LogProbabilities, list[int]]:
+    """The file, what it holds, and the numbers in `read` of sequences with pairs that it lacks; prints how many."""
     path = reference_path(config.data.cache, config.model)
     known = reference.read(path)
     pairs: set[bytes] = set()
     lacking = []
-    for i, sequences in enumerate(read):
-        for number in sequences.numbers:
-            packed = sequences.corpus.packed(sequences.seed, number, config.data.sequence_length)
-            own = {*digests(*packed)}
-            if own - known.keys() - pairs:
-                lacking.append((i, number))
-            pairs |= own
+    for i, packed in enumerate(read):
+        own = {*digests(*packed())}
+        if own - known.keys() - pairs:
+            lacking.append(i)
+        pairs |= own
     computed = f"{len(pairs - known.keys()):,} of {len(pairs):,} pairs are computed before the first step"
     print(f"reference  {computed}, in {len(lacking):,} sequences; kept in {path}", flush=True)
-    return Work(path, known, lacking)
+    return path, known, lacking
 
 
 @torch.no_grad()
-def _log_probabilities(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch]) -> dict[bytes, list[float]]:
+def _log_probabilities(engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch]) -> LogProbabilities:
     """log p of both answers of each pair, by its digest."""
-    found: dict[bytes, list[float]] = {}
+    found: LogProbabilities = {}
     for micro in micro_batches:
         values = engine(**micro.inputs, only_log_probabilities=True)
         found |= zip(micro.inputs["preferences"].digests, values.tolist(), strict=True)
     return found
 
 
-def _finite(found: dict[bytes, list[float]], config: Config) -> dict[bytes, list[float]]:
+def _finite(found: LogProbabilities, config: Config) -> LogProbabilities:
     """The numbers of all ranks. Raises ConfigError, on every rank, if one is not finite."""
     if not all(math.isfinite(x) for values in found.values() for x in values):
         raise ConfigError(
