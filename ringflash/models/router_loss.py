@@ -54,7 +54,7 @@ def router_loss(router_logits: Sequence[Tensor], active: int, plan: AttentionPla
         chosen = p.topk(active, dim=-1).indices
         counts.scatter_add_(0, chosen.flatten(), held.long().repeat_interleave(active))
         probabilities = probabilities + (p * held[:, None]).sum(0)
-    _sum_over_ranks(counts, plan)
+    sum_over_ranks(counts, plan)
     tokens = len(router_logits) * (rows // len(plan.local_ranks)) * plan.layout.length
     return experts / tokens * (counts.to(dtype) / tokens * probabilities).sum()
 
@@ -106,7 +106,8 @@ def _held(plan: AttentionPlan, rows: int) -> Tensor:
     return (of_sequence < plan.layout.length).repeat_interleave(rows // len(of_sequence), dim=0).flatten()
 
 
-def _sum_over_ranks(x: Tensor, plan: AttentionPlan) -> None:
+def sum_over_ranks(x: Tensor, plan: AttentionPlan) -> None:
+    """Sum x over the ranks that share the sequences of a plan, in place."""
     for group in (plan.ring, plan.ulysses):
         if isinstance(group, ProcessRing | Ulysses):
             dist.all_reduce(x, group=group.group)

@@ -176,5 +176,5 @@ def shard(
         layout=layout_for, config=config, compare_ranks=False,
     )  # fmt: skip
     if pair_loss is not None:
-        inputs["preferences"] = PreferencePairs.of(pair_loss, batch, inputs["plan"], world)
+        inputs["preferences"] = PreferencePairs.of(pair_loss, batch, inputs["plan"])
     return inputs

@@ -15,16 +15,15 @@ document and over the ranks give w. Then with these weights: no gradient passes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.data.batches import Batch
 from ringflash.data.pairs import digests, predicted
-from ringflash.distributed.world import World
+from ringflash.models.router_loss import sum_over_ranks
+from ringflash.ring.heads import sequence_ranks
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training.loss import LossHead
 from ringflash.training.preferences.formulas import PreferenceConfig, pair_losses
@@ -52,23 +51,22 @@ class PreferencePairs:
     """The pairs of a micro-batch.
 
     documents: int64 [N], the document of each of this rank's tokens; pair i has the documents 2 i, chosen, and 2 i + 1.
-    labels: float64 [pairs, 2], the predicted tokens of each, over all ranks. ranks: those that share the sequences, by
-    `groups`. totals: float64 [2, FIGURES], this rank's share of the figures' sums, and of the number of pairs. digests:
-    of the pairs; none if the reference is not computed before training. reference: float64 [pairs, 2], log p of each
-    answer by the reference, or None if it was not computed before.
+    labels: float64 [pairs, 2], the predicted tokens of each, over all ranks. plan: that of the sequences. totals:
+    float64 [2, FIGURES], this rank's share of the figures' sums, and of the number of pairs. digests: of the pairs;
+    none if the reference is not computed before training. reference: float64 [pairs, 2], log p of each answer by the
+    reference, or None if it was not computed before.
     """
 
     config: PreferenceConfig
     documents: Tensor
     labels: Tensor
-    ranks: int
-    groups: Sequence[dist.ProcessGroup]
+    plan: AttentionPlan
     totals: Tensor
     digests: list[bytes]
     reference: Tensor | None
 
     @classmethod
-    def of(cls, loss: PreferenceLoss, batch: Batch, plan: AttentionPlan, world: World) -> PreferencePairs:
+    def of(cls, loss: PreferenceLoss, batch: Batch, plan: AttentionPlan) -> PreferencePairs:
         """Those of a batch."""
         numbers, labels, names, count = [], [], [], 0
         for tokens, row, lengths in zip(batch.tokens, batch.labels, batch.documents, strict=True):
@@ -79,24 +77,23 @@ class PreferencePairs:
             count += len(found)
             if loss.config.precompute_ref_log_probs:
                 names += digests(tokens, row, lengths)
-        groups = [world.ring.group] if world.ulysses is None else [world.ring.group, world.ulysses.group]
-        ranks, totals = world.size // world.replicas, no_totals(world.device)
-        totals[1] = count / 2 / ranks
+        device = plan.ring.device
+        totals = no_totals(device)
+        totals[1] = count / 2 / sequence_ranks(plan)
         documents = plan.shard(torch.stack(numbers)).flatten()
-        predictions = torch.cat(labels).double().view(-1, 2).to(world.device)
+        predictions = torch.cat(labels).double().view(-1, 2).to(device)
         reference = None
         if loss.reference is not None:  # a batch that is prefetched beyond the last step may raise KeyError
             known = [loss.reference[name] for name in names]
-            reference = torch.tensor(known, dtype=torch.float64, device=world.device).view(-1, 2)
-        return cls(loss.config, documents, predictions, ranks, groups, totals, names, reference)
+            reference = torch.tensor(known, dtype=torch.float64, device=device).view(-1, 2)
+        return cls(loss.config, documents, predictions, plan, totals, names, reference)
 
     def log_probabilities(self, head: LossHead, hidden: Tensor, labels: Tensor) -> Tensor:
         """log p of each answer, float64 [pairs, 2], from this rank's hidden states and shifted labels."""
         totals = torch.zeros(self.labels.numel(), dtype=torch.float64, device=hidden.device)
         with torch.no_grad():
             head(hidden, labels, sums=Sums(self.documents, totals))
-        for group in self.groups:
-            dist.all_reduce(totals, group=group)
+        sum_over_ranks(totals, self.plan)
         return -totals.view(-1, 2)
 
     def loss(self, head: LossHead, hidden: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
@@ -107,7 +104,7 @@ class PreferencePairs:
         found = self.log_probabilities(head, hidden, labels)
         losses, weights = self._losses(found, reference)
         weighted = head(hidden, labels, weights=weights.flatten()[self.documents].float())
-        return (losses.sum() / self.ranks).float() + (weighted - weighted.detach())
+        return (losses.sum() / sequence_ranks(self.plan)).float() + (weighted - weighted.detach())
 
     @torch.enable_grad()
     def _losses(self, found: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,7 +115,7 @@ class PreferencePairs:
         rewards = rewards.detach()
         margins = rewards[:, 0] - rewards[:, 1]
         figures = torch.stack([losses.detach(), (margins > 0).double(), margins, *rewards.T])
-        self.totals[0] = figures.sum(1) / self.ranks
+        self.totals[0] = figures.sum(1) / sequence_ranks(self.plan)
         return figures[0], -slopes
 
 
