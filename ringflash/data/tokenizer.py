@@ -46,6 +46,10 @@ class Encoder:
             for piece, ids in zip(parts, found, strict=True)
         ]
 
+    def tokens(self, text: str) -> list[int]:
+        """Tokens of a text, nothing added."""
+        return self.ids([text])[0].tolist()
+
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer called "bytes", or that of a folder. Raises ConfigError if there is none, or if it has no eos."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ringflash.data import python_stdlib
 from ringflash.data.tokenizer import Encoder
 from ringflash.errors import ConfigError, shown
-from ringflash.generate.reading import ids_of, text_of
+from ringflash.generate.loading import text_of
 from ringflash.models import RingCache, prefill
 
 CHARACTERS = 32  # tokenised per token of the longest haystack, since a text may be far longer
@@ -113,7 +113,7 @@ def read_text(config: HaystackConfig) -> str:
 def rows_of(config: HaystackConfig, text: str, encoder: Encoder, seed: int) -> list[Row]:
     """A row for each length, the same on every rank. Raises ConfigError for a length that is too short."""
     longest, numbers = max(config.lengths), random.Random(seed)
-    body = ids_of(encoder, text[: CHARACTERS * longest])
+    body = encoder.tokens(text[: CHARACTERS * longest])
     haystack = [*encoder.begin, *body * (longest // len(body) + 1)]
     rows = []
     for length in config.lengths:
@@ -128,13 +128,13 @@ def rows_of(config: HaystackConfig, text: str, encoder: Encoder, seed: int) -> l
 
 def task_of(config: HaystackConfig, encoder: Encoder, number: int) -> Task:
     """The task whose answer is `number`. Raises ConfigError if the answer has no tokens of its own."""
-    question, whole = (ids_of(encoder, text) for text in (config.question, f"{config.question} {number}"))
+    question, whole = (encoder.tokens(text) for text in (config.question, f"{config.question} {number}"))
     shared = next((i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), len(question))
     if not 0 < shared < len(whole):
         raise ConfigError(
             f"{config.group}question={config.question!r} has no token in front of the answer's: write a longer one"
         )
-    needle = ids_of(encoder, config.needle.replace("{number}", str(number)))
+    needle = encoder.tokens(config.needle.replace("{number}", str(number)))
     return Task(needle, whole[:shared], whole[shared:])
 
 

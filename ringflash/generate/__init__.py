@@ -3,5 +3,5 @@
 __main__            python -m ringflash.generate
 answers, turn       reading the document and answering the prompts; the chat template around them
 command, settings   commands: run on ranks; their settings of key=value
-loading, reading    a model, its tokenizer and cache, from folders; text and its tokens, from a file
+loading             the text of a file; a model, its tokenizer and cache, from folders
 """

@@ -16,10 +16,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError, check_choice
 from ringflash.generate.command import now, report
-from ringflash.generate.loading import load_encoder, load_model, make_cache
-from ringflash.generate.reading import STDIN, ids_of, text_of
+from ringflash.generate.loading import STDIN, load_encoder, load_model, make_cache, text_of
 from ringflash.generate.settings import ReadConfig
-from ringflash.generate.turn import Turn, chat_turn
+from ringflash.generate.turn import chat_turn
 from ringflash.models import RingCache, prefill, step_graph
 from ringflash.models.rope_length import growth_refusal
 
@@ -81,12 +80,15 @@ def run(config: GenerateConfig, world: World) -> None:
     text = "" if file is None else world.from_rank_0(lambda: text_of("document", file))
     model = load_model(config, world.device)
     encoder, tokenizer = load_encoder(config, model)
-    turn = Turn(encoder, encoder.begin, [])
-    if config.chat:
-        turn = chat_turn(encoder, tokenizer, config.tokenizer or config.model, config.system)
-    document = [*turn.before, *ids_of(encoder, text)]
+    name = config.tokenizer or config.model
+    before, after = chat_turn(tokenizer, name, config.system) if config.chat else (encoder.begin, [])
+    document = [*before, *encoder.tokens(text)]
     between = "\n\n" if config.chat and text else ""
-    prompts = [] if config.prompt == (STDIN,) else [turn.ids(between + prompt) for prompt in config.prompt]
+
+    def tokens_of(prompt: str) -> list[int]:
+        return [*encoder.tokens(between + prompt), *after]
+
+    prompts = [] if config.prompt == (STDIN,) else [*map(tokens_of, config.prompt)]
     lengths = [*map(len, prompts)] or [1, config.prompt_tokens]  # the lines of standard input are not known yet
     cache = _reserve(config, model, len(document), lengths, world)
 
@@ -94,7 +96,7 @@ def run(config: GenerateConfig, world: World) -> None:
     with _graph(config, model, cache, world):
         _read(model, ids, cache, world, has_text=bool(text))
         state = cache.snapshot()
-        for prompt in prompts or _lines(turn, between, world):
+        for prompt in prompts or map(tokens_of, _lines(world)):
             _check_prompt(len(prompt), max(lengths), cache)
             _answer(config, model, tokenizer, cache, torch.cat([ids, ids.new_tensor([prompt])], dim=1), world)
             cache.restore(state)
@@ -166,11 +168,19 @@ def _answer(
         max_new_tokens=config.new_tokens, do_sample=bool(sampled), **sampled,
         eos_token_id=ends, pad_token_id=0,
     )  # fmt: skip
+
+    def of_rank_0(input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores of rank 0, so that all ranks choose the same token, whatever their GPUs round."""
+        if world.size > 1:
+            scores = scores.contiguous()
+            dist.broadcast(scores, src=0)
+        return scores
+
     begin = now(world.device)
     out: Any = model.generate(  # type: ignore[operator]
         ids, generation_config=settings, past_key_values=cache, attention_mask=torch.ones_like(ids),
         streamer=_streamer(config, tokenizer) if world.is_first else None,
-        logits_processor=LogitsProcessorList([_LogitsOfRank0(world)]),
+        logits_processor=LogitsProcessorList([of_rank_0]),
     )  # fmt: skip
     seconds, count = now(world.device) - begin, out.shape[1] - ids.shape[1]
     report(world, f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s)")
@@ -192,26 +202,12 @@ def _streamer(config: GenerateConfig, tokenizer: Any) -> TextStreamer:
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-class _LogitsOfRank0:
-    """Every rank takes rank 0's logits, so that all choose the same token, whatever their GPUs round."""
-
-    def __init__(self, world: World) -> None:
-        self.size = world.size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores [B, vocabulary] of rank 0."""
-        if self.size > 1:
-            scores = scores.contiguous()
-            dist.broadcast(scores, src=0)
-        return scores
-
-
-def _lines(turn: Turn, between: str, world: World) -> Iterator[list[int]]:
-    """Tokens of each line of standard input, which rank 0 reads."""
+def _lines(world: World) -> Iterator[str]:
+    """Each line of standard input, which rank 0 reads."""
     while True:
         with world.without_timeout("waiting for a prompt on standard input"):
             line = sys.stdin.readline() if world.is_first else ""
         if not (line := world.broadcast(line)):
             return
         if line.strip():
-            yield turn.ids(between + line.rstrip("\n"))
+            yield line.rstrip("\n")

@@ -1,22 +1,40 @@
-"""Load what a command reads long text with: a model or an adapter, its tokenizer, and a cache."""
+"""Load what a command needs to read long text: the text, a model or an adapter, its tokenizer, and a cache."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from ringflash.data.text import decoded
 from ringflash.data.tokenizer import Encoder, encoder, load_tokenizer, tokenizer_size
 from ringflash.distributed.world import World
-from ringflash.errors import ConfigError, hub_hint
+from ringflash.errors import ConfigError, hub_hint, reason
 from ringflash.generate.settings import ReadConfig
 from ringflash.models import AttentionConfig, FusedConfig, ModelConfig, RingCache, build_model, fuse_layers
 from ringflash.models.configuration import attention_kernels
 from ringflash.models.lora import BASE, ROPE, LoraConfig, is_adapter, merge, read_fields
 from ringflash.models.rope import check_positions
+
+STDIN = "-"
+
+
+def text_of(name: str, path: str) -> str:
+    """The text of a file, or of standard input (-). Raises ConfigError, with `name`, if it is empty or not UTF-8."""
+    where = "standard input" if path == STDIN else f"{name}={path}"
+    try:
+        held = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror or reason(error)}") from error
+    text = decoded(held, where, 0)
+    if not text.strip():
+        raise ConfigError(f"{where} {'holds white space alone' if text else 'is empty'}")
+    return text
 
 
 def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:

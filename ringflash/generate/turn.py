@@ -1,30 +1,14 @@
-"""Turn: the tokens around a document and its prompts, which a chat template gives, or the tokenizer."""
+"""The tokens around a user's message in a chat template."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from ringflash.data.tokenizer import Encoder
 from ringflash.errors import ConfigError, reason
-from ringflash.generate.reading import ids_of
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Tokens before the document and behind each prompt: a chat template's, or what begins a text and nothing."""
-
-    encoder: Encoder
-    before: list[int]
-    after: list[int]
-
-    def ids(self, prompt: str) -> list[int]:
-        """A prompt's tokens, and what follows it."""
-        return [*ids_of(self.encoder, prompt), *self.after]
-
-
-def chat_turn(encoder: Encoder, tokenizer: Any, name: str, system: str | None) -> Turn:
-    """The turn of a user's message in the chat template of tokenizer=`name`, after a system message if there is one.
+def chat_turn(tokenizer: Any, name: str, system: str | None) -> tuple[list[int], list[int]]:
+    """The tokens before and behind a user's message in the chat template of tokenizer=`name`. system: a message before.
 
     Raises ConfigError for a tokenizer without a template, or whose template fails or does not show a message as it is.
     """
@@ -41,4 +25,4 @@ def chat_turn(encoder: Encoder, tokenizer: Any, name: str, system: str | None) -
     if rendered.count(mark) != 1:
         raise ConfigError(f"chat=true: the chat template of tokenizer={name} does not show a message once, as it is")
     before, after = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in rendered.split(mark))
-    return Turn(encoder, before, after)
+    return before, after

@@ -11,7 +11,7 @@ engine, loss, optimizers    the model under DeepSpeed
 zero3                       with ZeRO 3, a model that is never whole in one rank's memory
 step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
 preferences                 training on pairs of a chosen and a rejected answer, such as DPO
-positions, sums             the loss by position in a document; losses summed by group of tokens
+positions                   the loss by position in a document
 meter, flops, metrics       a step's figures, and where they are written; loss_plot draws them
 run_folder                  the folder of a run
 checkpoints                 what a run can be resumed from, also if ranks or ZeRO stage change

@@ -25,13 +25,12 @@ from ringflash.models.lora import without_adapters
 from ringflash.models.lora_linear import replace_adapted
 from ringflash.models.mlp import leaf_modules, require_input_gradients
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
-from ringflash.training.loss import LossHead, LossOptions, tile_for
+from ringflash.training.loss import LossHead, LossOptions, Sums, tile_for
 from ringflash.training.memory import MemoryConfig
 from ringflash.training.optimizers import one_rank
 from ringflash.training.optimizers.build import build_optimizer, start_moments
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.preferences.preference_loss import PreferencePairs
-from ringflash.training.sums import Sums
 from ringflash.training.zero3 import start_deepspeed
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ringflash.data.records import IGNORE
 from ringflash.models.mlp import add_product
-from ringflash.training.sums import Sums
 
 LOGITS = 2**28  # per tile by default: half a GiB in bf16, and enough for matrix products at full speed
 
@@ -28,6 +27,27 @@ def tile_for(vocabulary: int) -> int:
     (1664, 8320)
     """
     return max(1, LOGITS // vocabulary // 128) * 128
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums of tokens' losses by group, such as their document, which are collected tile by tile.
+
+    groups: int64 [N], that of each token. totals: float64 [groups], to which losses are added.
+    """
+
+    groups: Tensor
+    totals: Tensor
+
+    def add(self, begin: int, losses: Tensor) -> None:
+        """Add the losses [n] of tokens begin to begin + n."""
+        self.totals.add_(sums_by(losses, self.groups[begin : begin + len(losses)], len(self.totals)))
+
+
+def sums_by(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """The sum of the values [N] in each of `count` groups, float64; unlike scatter_add, the same bits each time."""
+    own = groups == torch.arange(count, device=groups.device).unsqueeze(1)
+    return torch.where(own, values, 0).sum(1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

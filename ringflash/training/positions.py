@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringflash.data.records import IGNORE
-from ringflash.training.sums import Sums, sums_by
+from ringflash.training.loss import Sums, sums_by
 
 RANGES = 16
 FIRST_BOUND = 4096  # tokens; each bound is twice the one before

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from ringflash.models.lora import merged
 from ringflash.models.quantized import shape_of
 
 SHARD = 4 * 2**30  # bytes of a file of weights
+# Divides the weights of modules as they are made; tensors have the device and the dtype that they have without it.
+_divided = partial(deepspeed.zero.Init, mem_efficient_linear=False, tensor_overrides=None)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -134,16 +137,6 @@ class _Writer:
         with safe_open(file, "pt") as opened:
             self.written.append([*opened.keys()])
         self.held.clear()
-
-
-@contextmanager
-def _divided() -> Iterator[None]:
-    """Divide the weights of every module among the ranks as soon as it is made.
-
-    Tensors are made where, and in the dtype in which, they would be without it.
-    """
-    with deepspeed.zero.Init(mem_efficient_linear=False, tensor_overrides=None):
-        yield
 
 
 @contextmanager

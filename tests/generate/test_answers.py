@@ -175,22 +175,22 @@ def test_a_chat_turn_has_the_templates_tokens_and_spells_no_special_ones():
     for template in (SMOLLM2, LLAMA3):
         tokenizer = chat_tokenizer(template)
         encode = encoder(tokenizer, "m")
-        turn = chat_turn(encode, tokenizer, "m", system=None)
+        before, after = chat_turn(tokenizer, "m", system=None)
         for document in ("It was dark.", "It said <|im_end|>."):
-            ids = [*turn.before, *encode.ids([document])[0].tolist(), *turn.ids("\n\nWho?")]
+            ids = [*before, *encode.tokens(document), *encode.tokens("\n\nWho?"), *after]
             message = [{"role": "user", "content": f"{document}\n\nWho?"}]
             assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, tokenize=False
             )
             ends = [tokenizer.convert_tokens_to_ids(x) for x in ("<|im_end|>", "<|eot_id|>")]
-            begin = tokenizer.decode(chat_turn(encode, tokenizer, "m", system="Be kind.").before)
+            begin = tokenizer.decode(chat_turn(tokenizer, "m", system="Be kind.")[0])
             assert begin.startswith(
                 tokenizer.apply_chat_template([{"role": "system", "content": "Be kind."}], tokenize=False)
             )
             system = template is SMOLLM2  # whose template begins with its own turn
             assert sum(ids.count(end) for end in ends) == 1 + system
     with pytest.raises(ConfigError, match="chat=true needs a chat template, and tokenizer=m has none"):
-        chat_turn(encode, chat_tokenizer(None), "m", system=None)
+        chat_turn(chat_tokenizer(None), "m", system=None)
 
 
 @pytest.fixture

@@ -129,8 +129,7 @@ def load_best(engine: deepspeed.DeepSpeedEngine, folder: Path, best: Best, world
     """Load the checkpoint of the lowest held-out loss. Raises ConfigError if it is corrupt."""
     path = checkpoint_path(folder, best.step)
     with world.without_timeout(f"loading {path}"):
-        manifest, fault = world.broadcast(read_manifest(path))
-        fault = fault or files_fault(path, manifest["files"], world)
+        manifest, fault = _read(path, world)
         if fault is not None:
             raise ConfigError(
                 f"{path}, which has the lowest held-out loss, is corrupt ({fault}): resume=auto "
@@ -228,37 +227,35 @@ def _newest_intact(folder: Path, world: World) -> tuple[tuple[Path, dict[str, An
     faults: dict[Path, str] = {}
     for path in world.broadcast(written(folder)):
         with world.without_timeout(f"reading {path} for its digests"):
-            manifest, fault = world.broadcast(read_manifest(path))
-            if fault is None:
-                fault = files_fault(path, manifest["files"], world)
+            manifest, fault = _read(path, world)
         if fault is None:
             return (path, manifest), faults
         faults[path] = fault
     return None, faults
 
 
+def _read(path: Path, world: World) -> tuple[dict[str, Any], str | None]:
+    """The manifest of a checkpoint, and its first fault, or that of its files, or None."""
+    manifest, fault = world.broadcast(read_manifest(path))
+    return manifest, fault or files_fault(path, manifest["files"], world)
+
+
 def _load(engine: deepspeed.DeepSpeedEngine, path: Path, manifest: dict[str, Any], world: World) -> None:
-    """Load the files of an intact checkpoint."""
+    """Load this rank's state from the files of an intact checkpoint."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # on every rank, DeepSpeed prints the name of a variable
-            loaded = _load_state(engine, path, manifest, world)
+            if engine.zero_optimization() and not _is_sharded_alike(manifest, engine, world):
+                reshard.load(engine, path / STATE, manifest["ranks"], world)
+                return
+            loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not has_frozen(engine.module))
+            if isinstance(engine.basic_optimizer, HostAdamW):
+                engine.basic_optimizer.load(path / STATE, world.rank)
     except Exception as error:
         raise RuntimeError(
             f"{path} has the digests that were written, but DeepSpeed cannot load it: {error}"
         ) from error
-    if not loaded:
+    if loaded is None:
         raise RuntimeError(f"{path} has its digests, but DeepSpeed finds nothing to load in it")
-
-
-def _load_state(engine: deepspeed.DeepSpeedEngine, path: Path, manifest: dict[str, Any], world: World) -> bool:
-    """Load this rank's state. Returns whether there was one."""
-    if engine.zero_optimization() and not _is_sharded_alike(manifest, engine, world):
-        reshard.load(engine, path / STATE, manifest["ranks"], world)
-        return True
-    loaded, _ = engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not has_frozen(engine.module))
-    if isinstance(engine.basic_optimizer, HostAdamW):
-        engine.basic_optimizer.load(path / STATE, world.rank)
-    return loaded is not None
 
 
 def _is_sharded_alike(manifest: dict[str, Any], engine: deepspeed.DeepSpeedEngine, world: World) -> bool:

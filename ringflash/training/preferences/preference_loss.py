@@ -25,10 +25,9 @@ from ringflash.data.pairs import digests, predicted
 from ringflash.models.router_loss import sum_over_ranks
 from ringflash.ring.heads import sequence_ranks
 from ringflash.ring.plan import AttentionPlan
-from ringflash.training.loss import LossHead
+from ringflash.training.loss import LossHead, Sums
 from ringflash.training.preferences.formulas import PreferenceConfig, pair_losses
 from ringflash.training.preferences.reference import LogProbabilities
-from ringflash.training.sums import Sums
 
 FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # as TRL names them
 
