@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.modeling_utils import AttentionInterface
 
 from ringflash.mask import check_tokens
-from ringflash.models.cache import RingCache, pop_pending
+from ringflash.models.cache import pop_pending
 from ringflash.models.checks import check_call, check_keywords
 from ringflash.models.configuration import BIDIRECTIONAL, refusal
 from ringflash.models.layers import first_attention
@@ -59,11 +59,15 @@ def ring_attention_forward(
     """
     pending = pop_pending()
     _check_layer(module, attention_mask, dropout, unknown)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or None, "sink": s_aux}
-    if pending is not None and plan is None:
-        return _cached(*pending, module, query, key, value, attention_mask, sliding_window, options), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap or None, "sink": s_aux}
     if pending is not None:
-        raise ValueError("plan= and past_key_values=RingCache were both given: a plan trains, a cache generates")
+        if plan is not None:
+            raise ValueError("plan= and past_key_values=RingCache were both given: a plan trains, a cache generates")
+        cache, layer_idx = pending
+        _check_cached(module, layer_idx, attention_mask)
+        q, k, v = _by_token(query, key, value)
+        return cache.attend(layer_idx, q, k, v, _window(attention_mask, sliding_window), **options), None
     if not isinstance(plan, AttentionPlan):
         raise ValueError(
             f'attn_implementation="ring" needs plan=, an AttentionPlan, got {plan!r:.100}: call the model with what '
@@ -84,25 +88,12 @@ def ring_attention_forward(
     return out, None
 
 
-def _cached(
-    cache: RingCache,
-    layer_idx: int,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | RingMask | None,
-    sliding_window: int | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """A layer's attention over its cache, which has just been updated for it."""
+def _check_cached(module: nn.Module, layer_idx: int, mask: Tensor | RingMask | None) -> None:
+    """Raise ValueError for another layer than the one whose cache was just updated, and for other masks."""
     if (here := getattr(module, "layer_idx", layer_idx)) != layer_idx:
         raise ValueError(f"layer {here} attends after the cache of layer {layer_idx} was updated: not supported")
     if isinstance(mask, RingMask) and mask.other:
         raise ValueError(_OTHER_MASK)
-    q, k, v = _by_token(query, key, value)
-    scale = q.shape[-1] ** -0.5 if options["scale"] is None else float(options["scale"])
-    return cache.attend(layer_idx, q, k, v, _window(mask, sliding_window), **options | {"scale": scale})
 
 
 def _by_token(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:

@@ -71,8 +71,10 @@ def ring_inputs(
     try:
         ids, targets = _checked_tokens(input_ids, labels, shift_labels)
         document = _documents_mask(documents, *ids.shape)
-        _check_config(config, ring.size * (1 if ulysses is None else ulysses.size), ring.device)
-        plan = _plan(document, layout, ring, ulysses, leading_tokens, config)
+        neighbours = 1 if ulysses is None else ulysses.size
+        _check_config(config, ring.size * neighbours, ring.device)
+        mask = IntervalMask.causal(document.queries) & document
+        plan = AttentionPlan(mask, _layout(layout, mask, ring, neighbours, config), ring, ulysses, leading_tokens)
     except (ValueError, TypeError):
         if compare_ranks:
             agree(_COMPARED, torch.tensor(REFUSED, device=ring.device), groups)
@@ -96,25 +98,15 @@ def _process_groups(ring: Ring, ulysses: Ulysses | None) -> list[ProcessRing | U
     return groups
 
 
-def _plan(
-    document: IntervalMask,
-    layout: str | Callable[[IntervalMask], Layout],
-    ring: Ring,
-    ulysses: Ulysses | None,
-    leading_tokens: int,
-    config: PreTrainedConfig | None,
-) -> AttentionPlan:
-    """The plan of causal attention within documents. Raises ValueError for an unknown layout."""
-    mask = IntervalMask.causal(document.queries) & document
-    chosen = _layout(layout, mask, ring, 1 if ulysses is None else ulysses.size, config)
-    return AttentionPlan(mask, chosen, ring, ulysses, leading_tokens)
-
-
 def _model_inputs(
     ids: Tensor, targets: Tensor | None, plan: AttentionPlan, config: PreTrainedConfig | None
 ) -> dict[str, Any]:
     """This rank's keywords of the model's forward, from whole ids and shifted targets, both [B, S]."""
-    keywords, count = ({}, None) if targets is None else _shard_labels(targets, plan)
+    keywords: dict[str, Any] = {}
+    count = None
+    if targets is not None:
+        held, count = plan.shard(targets, _IGNORE), int((targets != _IGNORE).sum())
+        keywords = {"labels": held, "shift_labels": held, "num_items_in_batch": max(1, count)}  # no label: a loss of 0
     shard = plan.shard(ids)
     stand_in = RingMask(shard.shape, count, plan.ring.device, plan=plan)
     if config is not None and state_heads(config) is not None:
@@ -132,13 +124,6 @@ def _shifted(labels: Tensor, document: IntervalMask) -> Tensor:
     """Labels [B, S] shifted within documents: each token gets the next one's; the last of a document gets none."""
     last = document.hi <= torch.arange(1, document.queries + 1)
     return labels.roll(-1, dims=1).masked_fill(last.to(labels.device), _IGNORE)
-
-
-def _shard_labels(shifted: Tensor, plan: AttentionPlan) -> tuple[dict[str, Any], int]:
-    """This rank's labels, as keywords of a model, and the number of labels on all ranks."""
-    held = plan.shard(shifted, _IGNORE)
-    count = int((shifted != _IGNORE).sum())
-    return {"labels": held, "shift_labels": held, "num_items_in_batch": max(1, count)}, count  # no label: a loss of 0
 
 
 def _by_layer_type(mask: RingMask, config: PreTrainedConfig) -> RingMask | dict[str, RingMask]:

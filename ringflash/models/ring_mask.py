@@ -122,23 +122,11 @@ def _refuse(name: str) -> NoReturn:
     )
 
 
-def _returns_itself(name: str) -> Callable:
-    def method(self: RingMask, *args: Any, **kwargs: Any) -> RingMask:
-        return self
-
-    method.__name__ = name
-    return method
-
-
 def _refuses(name: str) -> Callable:
-    def method(self: RingMask, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse(name)
-
-    method.__name__ = name
-    return method
+    return lambda self, *args, **kwargs: _refuse(name)
 
 
 for _name in _UNREAD:
-    setattr(RingMask, _name, _returns_itself(_name))
+    setattr(RingMask, _name, lambda self, *args, **kwargs: self)
 for _name in (f"__{short}__" for short in _READ):
     setattr(RingMask, _name, _refuses(_name))
