@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, config: Config, world: World) -> dict[str, Any
 
 def prepared(engine: deepspeed.DeepSpeedEngine, data: Batch, config: Config, world: World) -> list[Any]:
     """The batch's only micro-batch, planned."""
-    layouts = layout_chooser(config.parallel, engine.module.model.config, data.tokens.shape[1], world.ring.size, 1)
+    layouts = layout_chooser(config.parallel, engine.module.model.config, world.ring.size, 1)
     return prepare(engine, data, world, layouts)
 
 

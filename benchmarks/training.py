@@ -156,8 +156,8 @@ def ringflash(config: Config, world: World, tokens: int) -> Variant:
     engine.module.reserve_host_memory(Layout.zigzag(tokens, world.ring.size, ulysses).shard_length // ulysses)
 
     def plan(data: Batch) -> list[MicroBatch]:
-        chooser = (config.parallel, model.config, data.tokens.shape[1], world.ring.size, local_world_size())
-        return prepare(engine, data, world, layout_chooser(*chooser))
+        layout_for = layout_chooser(config.parallel, model.config, world.ring.size, local_world_size())
+        return prepare(engine, data, world, layout_for)
 
     def waits() -> float:
         seconds = sum(traffic.seconds for traffic in world.watchdog.drain().values())

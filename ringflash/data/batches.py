@@ -6,7 +6,6 @@ nor the way they share the rows enters, so a run resumes at any degree of parall
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,19 +72,13 @@ def stream(
     rows: range | None = None,
     start_step: int = 0,
     prepare: Callable[[Batch], Any] = lambda batch: batch,
-) -> Generator[tuple[Any, dict[str, int]]]:
-    """Endless (prepare(batch), state) from `start_step` on, prefetched by a thread.
-
-    state = {"seed", "step"} is JSON and names the step *after* its batch:
-    `stream(..., seed=state["seed"], start_step=state["step"])` continues as if there had been no interruption.
-    """
+) -> Generator[Any]:
+    """prepare(batch) of each step from `start_step` on, without end, prefetched by a thread."""
 
     def make(step: int) -> Any:
         return prepare(batch(corpus, seed=seed, step=step, batch_size=batch_size, length=length, rows=rows))
 
-    with contextlib.closing(prefetch(make, count(start_step))) as made:
-        for step, ready in enumerate(made, start_step + 1):
-            yield ready, {"seed": seed, "step": step}
+    return prefetch(make, count(start_step))
 
 
 def prefetch(make: Callable[[T], Made], inputs: Iterable[T]) -> Generator[Made]:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ringflash.errors import ConfigError, check_choice, check_settings
-from ringflash.layout import FITTED, LAYOUT_NAMES, Layout
+from ringflash.layout import LAYOUT_NAMES, Layout
 from ringflash.mask import IntervalMask
 from ringflash.models.layers import layer_kinds, layer_masks, state_refusal
 from ringflash.ring.cost import INTER_NODE_GB, INTRA_NODE_GB, Machine, best_ulysses, fastest
@@ -136,32 +136,28 @@ def resolve_parallel(
 def layout_chooser(
     config: ParallelConfig,
     model: PreTrainedConfig,
-    length: int,
     ring: int,
     ranks_per_node: int,
     log: Callable[[str], None] = lambda reason: None,
 ) -> LayoutChooser:
-    """The function that returns each step's layout over `ring` ranks: the same for all steps, or chosen per step.
+    """The function that returns each step's layout over `ring` ranks.
 
     log: called with the reason when layout=auto first chooses a layout.
     """
     ulysses = config.ulysses or 1
-    if config.layout in FITTED:
-        return lambda mask: FITTED[config.layout](mask, ring, ulysses)
-    if config.layout == "auto":
-        machine = _machine(config, across=ranks_per_node % (ring * ulysses) != 0)
-        known: set[str] = set()
+    if config.layout != "auto":
+        return lambda mask: Layout.of(config.layout, mask, ring, ulysses)
+    machine = _machine(config, across=ranks_per_node % (ring * ulysses) != 0)
+    known: set[str] = set()
 
-        def chosen(mask: IntervalMask) -> Layout:
-            name, layout, why = fastest(layer_masks(model, mask), ring, machine, ulysses)
-            if name not in known:
-                known.add(name)
-                log(f"parallel: a step's layout is {why}")
-            return layout
+    def chosen(mask: IntervalMask) -> Layout:
+        name, layout, why = fastest(layer_masks(model, mask), ring, machine, ulysses)
+        if name not in known:
+            known.add(name)
+            log(f"parallel: a step's layout is {why}")
+        return layout
 
-        return chosen
-    fixed = Layout.named(config.layout, length, ring, ulysses)
-    return lambda mask: fixed
+    return chosen
 
 
 def _machine(config: ParallelConfig, across: bool) -> Machine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,14 +66,16 @@ def fit(config: Config, resolved: str) -> bool:
 
 def _take_steps(
     run: Run,
-    batches: Generator[tuple[list[MicroBatch], dict[str, Any]]],
+    batches: Generator[list[MicroBatch]],
     meter: Meter,
     evaluation: Evaluation | None,
     needles: Needles | None,
 ) -> bool:
     """Take the steps of a run, and end it. Returns whether it is complete."""
     config, world = run.job.config, run.world
-    best = _best(run, evaluation)
+    best = None
+    if evaluation is not None and config.checkpoint.keep_best:
+        best = checkpoint.find_best(run.checkpoints, evaluation.identity, world)
     divergence = Divergence(world, run.metrics)
     done = saved = run.start
     timer = checkpoint.Timer(config.checkpoint.every_minutes, world)
@@ -84,7 +85,7 @@ def _take_steps(
                 break
             world.watchdog.step = step
             meter.start()
-            micro_batches, _ = next(batches)
+            micro_batches = next(batches)
             _seed_dropout(config.seed, step, world)
             with explained(config.memory, world.size):
                 record = meter.record(train_step(run.engine, micro_batches, world))
@@ -115,11 +116,9 @@ def _take_steps(
 
 def _layout_chooser(job: Job, world: World) -> LayoutChooser:
     """The function that returns each step's layout. It prints the reasons of its choices, above a progress bar."""
-    config = job.config
     return layout_chooser(
-        config.parallel,
+        job.config.parallel,
         job.model_config,
-        config.data.sequence_length,
         world.ring.size,
         world.broadcast(launcher.local_world_size()),  # all ranks of a ring must choose alike, even if machines differ
         tqdm.write if world.is_first else lambda reason: None,
@@ -128,8 +127,8 @@ def _layout_chooser(job: Job, world: World) -> LayoutChooser:
 
 def _batches(
     run: Run, training: Corpus, layout_for: LayoutChooser, pair_loss: PreferenceLoss | None
-) -> Generator[tuple[list[MicroBatch], dict[str, Any]]]:
-    """This replica's micro-batches of every step, beginning with the first step of this run, and the data's state."""
+) -> Generator[list[MicroBatch]]:
+    """This replica's micro-batches of every step, beginning with the first step of this run."""
     config, world = run.job.config, run.world
     share = config.optim.batch // world.replicas
     return stream(
@@ -182,13 +181,6 @@ def _seed_dropout(seed: int, step: int, world: World) -> None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _best(run: Run, evaluation: Evaluation | None) -> Best | None:
-    """With checkpoint.keep_best, the lowest held-out loss of the run's checkpoints."""
-    if evaluation is None or not run.job.config.checkpoint.keep_best:
-        return None
-    return checkpoint.find_best(run.checkpoints, evaluation.identity, run.world)
 
 
 def _out_of_patience(run: Run, best: Best | None, step: int) -> bool:

@@ -51,13 +51,13 @@ def test_predicted_times_use_the_bandwidth_of_the_links_that_a_ring_uses(grid, r
     mask = IntervalMask.causal(65536) & IntervalMask.documents([40000, 1000, 24536])
     speeds = {"intra_node_bandwidth_gb": 300.0, "inter_node_bandwidth_gb": 1e-4}
     config = ParallelConfig(layout="auto", ulysses=grid[1], **speeds)
-    layout = layout_chooser(config, LLAMA_8B, 65536, grid[0], ranks_per_node)(mask)
+    layout = layout_chooser(config, LLAMA_8B, grid[0], ranks_per_node)(mask)
     slow = layout.chunks.equal(Layout.contiguous(65536, grid[0], grid[1]).chunks)
     assert slow == (link == "across")
 
 
 def test_auto_gives_each_step_the_layout_its_documents_want():
-    layout_for = layout_chooser(ParallelConfig(layout="auto"), LLAMA_8B, 65536, 8, ranks_per_node=8)
+    layout_for = layout_chooser(ParallelConfig(layout="auto"), LLAMA_8B, 8, ranks_per_node=8)
     causal = IntervalMask.causal(65536)
     uneven = causal & IntervalMask.documents([40000, 1000, 24536])
     assert layout_for(causal).chunks.equal(Layout.zigzag(65536, 8).chunks)
@@ -66,7 +66,7 @@ def test_auto_gives_each_step_the_layout_its_documents_want():
 
 def test_auto_logs_its_reason_once_per_layout():
     lines = []
-    layout_for = layout_chooser(ParallelConfig(layout="auto"), LLAMA_8B, 65536, 8, ranks_per_node=8, log=lines.append)
+    layout_for = layout_chooser(ParallelConfig(layout="auto"), LLAMA_8B, 8, ranks_per_node=8, log=lines.append)
     causal = IntervalMask.causal(65536)
     uneven = causal & IntervalMask.documents([40000, 1000, 24536])
     for mask in (causal, uneven, causal, uneven):
@@ -81,14 +81,14 @@ def test_auto_logs_its_reason_once_per_layout():
 
 def test_auto_takes_into_account_a_window_that_all_layers_have():
     mistral = AutoConfig.for_model("mistral", sliding_window=512)
-    layout_for = layout_chooser(ParallelConfig(layout="auto"), mistral, 65536, 8, ranks_per_node=8)
+    layout_for = layout_chooser(ParallelConfig(layout="auto"), mistral, 8, ranks_per_node=8)
     assert layout_for(IntervalMask.causal(65536)).chunks.equal(Layout.contiguous(65536, 8).chunks)
 
 
 @pytest.mark.parametrize("name", ["auto", *LAYOUT_NAMES])
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_every_layout_divides_among_the_ranks_of_ulysses(name, ulysses):
-    layout_for = layout_chooser(ParallelConfig(layout=name, ulysses=ulysses), LLAMA_8B, 1001, 4, ranks_per_node=8)
+    layout_for = layout_chooser(ParallelConfig(layout=name, ulysses=ulysses), LLAMA_8B, 4, ranks_per_node=8)
     layout = layout_for(IntervalMask.causal(1001) & IntervalMask.documents([700, 301]))
     assert layout.ranks == 4
     assert layout.split(ulysses).ranks == 4 * ulysses
