@@ -6,23 +6,21 @@ nor the way they share the rows enters, so a run resumes at any degree of parall
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ringflash.data.build import Made, T, in_order
 from ringflash.data.corpus import Corpus
 from ringflash.data.packing import Packed
 from ringflash.mask import IntervalMask
 
 PREFETCHED = 2  # batches made in advance
-T = TypeVar("T")
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +85,4 @@ def prefetch(make: Callable[[T], Made], inputs: Iterable[T]) -> Generator[Made]:
     An error in the thread is raised here. Closing the iterator (or dropping it) ends the thread.
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-    try:
-        ahead: deque[Future[Made]] = deque()
-        for x in inputs:
-            ahead.append(worker.submit(make, x))
-            if len(ahead) > PREFETCHED:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        worker.shutdown(cancel_futures=True)
+    return in_order(worker, make, inputs, PREFETCHED)

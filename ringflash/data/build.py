@@ -11,6 +11,7 @@ waiting groups and by their size, GROUP, however long a text is. Only JSON recor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -21,12 +22,11 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -42,6 +42,8 @@ AHEAD = 3  # groups per worker, waiting or in progress
 SECONDS = 5.0  # between two updates of progress.json
 PROGRESS = "progress.json"
 
+T = TypeVar("T")
+Made = TypeVar("Made")
 Source = tuple[Path, str]  # a file, and the format to read it by
 Part = tuple[str, Any]  # where it is in its file, and a part of a record, or why it cannot be read
 
@@ -104,8 +106,9 @@ def build(folder: Path, job: Job) -> tuple[Progress, dict[str, Any]]:
     Raises ConfigError for input that cannot be used.
     """
     progress, saved = read_progress(folder), time.monotonic()
-    with cache.Writer(folder, job.size, progress.written) as writer, _in_order(job) as encode:
-        for (files, parts), (group, counts, errors) in encode(_groups(_parts(job, progress))):
+    encoding = contextlib.closing(_encode(job, _groups(_parts(job, progress))))
+    with cache.Writer(folder, job.size, progress.written) as writer, encoding as encoded:
+        for (files, parts), (group, counts, errors) in encoded:
             if errors and job.malformed == "refuse":
                 raise _skippable(errors[0])
             writer.add(group)
@@ -254,44 +257,43 @@ def _parsed(reading: Reading, group: Iterable[Part]) -> Iterator[Part]:
             yield where, part
 
 
-Groups = Iterable[tuple[tuple[int, int], list[Part]]]
-
-
-@contextmanager
-def _in_order(job: Job) -> Iterator[Any]:
-    """A function that encodes groups in order: with a process per core, or in this process if there is little to do.
+def _encode(
+    job: Job, groups: Iterable[tuple[tuple[int, int], list[Part]]]
+) -> Generator[tuple[tuple[int, int], Encoded]]:
+    """Encode groups in order: with a process per core, or in this process if there is little to do.
 
     The processes are forked, as in torch's DataLoader, so that they share the tokenizer's memory.
     """
     workers = min(len(os.sched_getaffinity(0)), sum(file.stat().st_size for file, _ in job.sources) // GROUP)
     if workers < 2:
-        yield lambda groups: ((behind, _encoded(job, group)) for behind, group in groups)
+        yield from ((behind, _encoded(job, group)) for behind, group in groups)
         return
     with _without_threads():
         context = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid()))
-
-        def encode(groups: Groups) -> Iterator[tuple[tuple[int, int], Encoded]]:
-            waiting: deque[Any] = deque()
-            for behind, group in groups:
-                waiting.append((behind, pool.submit(_encode_in_thread, group)))
-                if len(waiting) > AHEAD * workers:
-                    behind, first = waiting.popleft()
-                    yield behind, first.result()
-            for behind, first in waiting:
-                yield behind, first.result()
-
         try:
-            yield encode
+            yield from in_order(pool, _encode_in_thread, groups, AHEAD * workers)
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a tokenising process was killed, perhaps for lack of memory; run the same command again to continue"
             ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
+def in_order(pool: Executor, make: Callable[[T], Made], inputs: Iterable[T], ahead: int) -> Generator[Made]:
+    """make(x) of each input, in order; a pool makes the next `ahead` ones in advance. At the end, the pool ends too."""
+    try:
+        waiting: deque[Future[Made]] = deque()
+        for x in inputs:
+            waiting.append(pool.submit(make, x))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
 def _without_threads() -> Iterator[None]:
     """Disable the tokenizers' own threads, since there is a process per core."""
     name = "TOKENIZERS_PARALLELISM"
@@ -321,9 +323,10 @@ def _exit_with(parent: int) -> None:
     os._exit(1)
 
 
-def _encode_in_thread(group: Sequence[Part]) -> Encoded:
+def _encode_in_thread(group: tuple[tuple[int, int], list[Part]]) -> tuple[tuple[int, int], Encoded]:
     """Encode a group in a thread, which has its own malloc arena.
 
     In the arena inherited from the parent process, the tokenizer takes 18 percent longer.
     """
-    return _thread.submit(_encoded, _job, group).result()
+    behind, parts = group
+    return behind, _thread.submit(_encoded, _job, parts).result()

@@ -25,8 +25,7 @@ _NAMES = {int: "int", float: "float", bool: "bool", str: "text", type(None): "nu
 def settings_help() -> str:
     """All settings, group by group, as they are listed below the usage."""
     config, _ = compose()
-    own = [key for key in field_docstrings(Config) if not is_dataclass(get_type_hints(Config)[key])]
-    blocks = ["settings of the run", *(_entry(key, Config, key, getattr(config, key)) for key in own)]
+    blocks = ["settings of the run", *_entries("", Config, config, nested=False)]
     for name, kind in get_type_hints(Config).items():
         if is_dataclass(kind):
             blocks += ["", f"{name}: {str(kind.__doc__).splitlines()[0]}", *_options(CONFIGS / name)]
@@ -35,21 +34,15 @@ def settings_help() -> str:
     return "\n".join(blocks)
 
 
-def _entries(prefix: str, kind: Any, part: Any) -> Iterator[str]:
-    """The settings of a dataclass, and those of dataclasses in it, with the values of `part`."""
-    for key in field_docstrings(kind):
-        inner = get_type_hints(kind)[key]
-        if is_dataclass(inner):
-            yield from _entries(f"{prefix}{key}.", inner, getattr(part, key))
-        else:
-            yield _entry(f"{prefix}{key}", kind, key, getattr(part, key))
-
-
-def _entry(key: str, part: Any, name: str, default: Any) -> str:
-    kind = type_name(get_type_hints(part)[name])
-    head = f"  {key}={_value(default)}  ({kind})"
-    meaning = field_docstrings(part)[name]
-    return f"{head}\n{textwrap.fill(meaning, WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
+def _entries(prefix: str, kind: Any, part: Any, nested: bool = True) -> Iterator[str]:
+    """The settings of a dataclass, with the values of `part`. nested: also those of dataclasses in it."""
+    for key, meaning in field_docstrings(kind).items():
+        inner, default = get_type_hints(kind)[key], getattr(part, key)
+        if not is_dataclass(inner):
+            yield f"  {prefix}{key}={_value(default)}  ({type_name(inner)})"
+            yield textwrap.fill(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        elif nested:
+            yield from _entries(f"{prefix}{key}.", inner, default)
 
 
 def type_name(kind: Any) -> str:
