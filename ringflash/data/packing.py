@@ -214,13 +214,12 @@ def summary(corpus: Split, length: int, name: str = "") -> list[str]:
     first = max(0, int(np.searchsorted(at_most, documents // 100, side="right")) - 1)
     last = int(np.searchsorted(at_most, documents)) + 1
     counts = [f"{bound:,}: {count:,}" for bound, count in zip(bounds, at_most, strict=True)][first:last]
-    predicted = "" if corpus.labels is None else f", {_labelled(corpus):,} of them predicted"
+    predicted = ""
+    if corpus.labels is not None:
+        count = sum(int((corpus.targets(i) != IGNORE).sum()) for i in range(documents))
+        predicted = f", {count:,} of them predicted"
     return [
         f"{corpus.split:<10} {name}{documents:,} {corpus.noun}s of {tokens:,} tokens{predicted}, in {sequences:,} "
         f"sequences per epoch, {kept / sequences / length:.1%} full{lost}",
         f"{'':<10} {corpus.noun}s by length, at most: {', '.join(counts)}",
     ]
-
-
-def _labelled(corpus: Split) -> int:
-    return sum(int((corpus.targets(i) != IGNORE).sum()) for i in range(len(corpus)))

@@ -76,11 +76,8 @@ class Needles:
 
 def record(cells: list[Cell]) -> dict[str, float]:
     """Values for the metrics: the means needle_found and needle_loss, and each cell's, such as needle_loss/4096-50."""
-    found = {"needle_found": [float(x.found) for x in cells], "needle_loss": [x.loss for x in cells]}
-    means = {name: sum(values) / len(values) for name, values in found.items()}
-    of_cells = {
-        f"{name}/{cell.length}-{cell.depth}": value
-        for name, values in found.items()
-        for cell, value in zip(cells, values, strict=True)
-    }
-    return means | of_cells
+    found = {}
+    for name, values in (("needle_found", [float(x.found) for x in cells]), ("needle_loss", [x.loss for x in cells])):
+        found[name] = sum(values) / len(values)
+        found |= {f"{name}/{x.length}-{x.depth}": value for x, value in zip(cells, values, strict=True)}
+    return found

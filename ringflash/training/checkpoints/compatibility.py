@@ -38,10 +38,6 @@ BY_DIGEST = {
 
 def check_fits(path: Path, manifest: dict[str, Any], world: World, settings: dict) -> list[str]:
     """The changes that are reported, in words. ConfigError for a checkpoint of other settings or versions."""
-    if "ulysses" not in manifest:
-        raise ConfigError(
-            f"{path} was written by an earlier version of ringflash: resume=never starts again in a new folder"
-        )
     if (before := manifest.get("positions", "sequence")) != POSITIONS:
         raise ConfigError(
             f"{path} counts positions within each {before}, this version of ringflash within each {POSITIONS}: "

@@ -69,8 +69,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
     step = manifest.get("step")
     if type(step) is not int or step != _step_of(path):
         return {}, f"{MANIFEST} is of step {step!r:.40}"
-    ranks = (manifest.get("ranks"), manifest.get("ring"), manifest.get("ulysses", 1))  # an earlier version had none
-    if any(type(number) is not int for number in ranks):
+    if any(type(manifest.get(name)) is not int for name in ("ranks", "ring", "ulysses")):
         return {}, f"{MANIFEST} has no number of ranks that wrote it"
     files, settings = manifest.get("files"), manifest.get("settings")
     if not isinstance(settings, dict) or not isinstance(files, dict) or not files:
