@@ -69,8 +69,9 @@ def did_you_mean(given: str, known: Iterable[str], form: str = "{}", otherwise: 
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's whole message without line breaks, or the kind of error if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message without line breaks, cut off if it is long; the kind of an error that has none."""
+    message = " ".join(str(error).split())[:400]
+    return f"KeyError: {message}" if isinstance(error, KeyError) else message or type(error).__name__
 
 
 def reason(error: BaseException) -> str:

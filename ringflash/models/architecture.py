@@ -65,15 +65,9 @@ def token_refusal(settings: Mapping[str, Any], vocab_size: int) -> str | None:
     return None
 
 
-def message_of(error: Exception) -> str:
-    """The message of another library's error, in one line."""
-    message = in_one_line(error)
-    return f"KeyError: {message}" if isinstance(error, KeyError) else message[:400]
-
-
 def refused(where: str, error: Exception, settings: dict[str, Any]) -> str:
     """What transformers refuses of a configuration, as "<where>FIELD=VALUE must be ..." if it says which field."""
-    message = re.sub(r"^.* error for (field|validator) '\w+': \w+Error: ", "", message_of(error))
+    message = re.sub(r"^.* error for (field|validator) '\w+': \w+Error: ", "", in_one_line(error))
     if field := re.match(r"Field '(\w+)' ", message):
         kinds = " or ".join(re.findall(r"expected (?:an? )?([\w\[\]]+), got", message)).replace("NoneType", "null")
         return f"{where}{field[1]}={settings.get(field[1])!r} must be {kinds}"

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ringflash.errors import ConfigError
-from ringflash.models.architecture import message_of
+from ringflash.errors import ConfigError, in_one_line
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
 from ringflash.models.families import TEXT_MODELS, TEXT_NAMES
 from ringflash.models.freezing import freeze
@@ -43,7 +42,7 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
     except Exception as error:  # transformers, safetensors and torch have no error in common
         failed = f"model.path={config.path} has weights that cannot be loaded"
         failed = "model.architecture cannot be built" if config.path is None else failed
-        raise ConfigError(f"{failed}: {message_of(error)}") from error
+        raise ConfigError(f"{failed}: {in_one_line(error)}") from error
     without_repacking(model)
     if config.rope_length is not None:
         try:

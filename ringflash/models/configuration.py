@@ -16,9 +16,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ringflash import kernels
-from ringflash.errors import ConfigError, check_choice, did_you_mean, hub_hint
+from ringflash.errors import ConfigError, check_choice, did_you_mean, hub_hint, in_one_line
 from ringflash.kernels import FASTEST_FIRST
-from ringflash.models.architecture import message_of, refused, token_refusal, value_refusal
+from ringflash.models.architecture import refused, token_refusal, value_refusal
 from ringflash.models.families import TEXT_MODELS, Recurrence, allow_untested, family_refusal, has_chunks, recurrence_of
 from ringflash.models.layers import layer_kinds
 from ringflash.models.linear_kernels import device_refusal
@@ -204,7 +204,7 @@ def _configuration_of(config: ModelConfig, path: str) -> PreTrainedConfig:
     try:
         settings = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: config.json cannot be read: {message_of(error)}") from error
+        raise ConfigError(f"model.path={path}: config.json cannot be read: {in_one_line(error)}") from error
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
     _check_family(TEXT_MODELS.get(str(model_type), model_type), config, f"model.path={path}: ")
     if (reason := value_refusal(settings)) is not None:

@@ -36,37 +36,16 @@ class Config:
     """Seed of the random weights; data.seed is that of the data."""
 
     model: ModelConfig
-    """The model to train."""
-
     data: DataConfig
-    """The text to train on."""
-
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    """How attention is computed."""
-
     fused: FusedConfig = field(default_factory=FusedConfig)
-    """Which passes between matrix products are fused into one kernel."""
-
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Context parallelism: how a sequence is spread over ranks."""
-
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """Settings that save GPU memory."""
-
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer and learning-rate schedule."""
-
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    """The loss of pairs, with data.preferences=true."""
-
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Loss on held-out documents, and searches for needles in long texts."""
-
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When checkpoints are written, and how many are kept."""
-
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    """Where metrics go."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:

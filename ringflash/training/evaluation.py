@@ -88,7 +88,6 @@ class EvaluationConfig:
     never."""
 
     needle: NeedleConfig = field(default_factory=NeedleConfig)
-    """Needle-in-a-haystack searches."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.sequences < 1:
