@@ -30,9 +30,9 @@ def scratch_folder(cache: Path, name: str) -> Iterator[Path]:
     """A locked folder in `cache`. It is deleted after use, but kept for the next builder after an interruption."""
     cache.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        with _locked(cache, wait=True):  # so that no builder finds the new folder before it is locked
+        with locked(cache, wait=True):  # so that no builder finds the new folder before it is locked
             folder = Path(tempfile.mkdtemp(dir=cache, prefix=_prefix(name)))
-            held.enter_context(_locked(folder, wait=True))
+            held.enter_context(locked(folder, wait=True))
         try:
             yield folder
         except ConfigError:
@@ -48,11 +48,11 @@ def others(folder: Path, name: str) -> list[Path]:
 
 def delete_abandoned(folder: Path, name: str) -> None:
     """Delete the abandoned folders beside `folder`: those of `name`, and old ones."""
-    with _locked(folder.parent, wait=True):
+    with locked(folder.parent, wait=True):
         for other in folder.parent.glob(f"{_prefix('*')}*"):
-            with contextlib.suppress(FileNotFoundError), _locked(other, wait=False) as locked:
+            with contextlib.suppress(FileNotFoundError), locked(other, wait=False) as free:
                 old = time.time() - max(x.stat().st_mtime for x in [other, *other.rglob("*")]) > KEPT
-                if locked and (old or other.name.startswith(_prefix(name))):
+                if free and (old or other.name.startswith(_prefix(name))):
                     shutil.rmtree(other, ignore_errors=True)
 
 
@@ -61,9 +61,9 @@ def _prefix(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Holds a folder's lock; False if another holds it (without `wait`), or the file system has no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Holds the lock of a file or folder; False if another holds it (without `wait`), or there are no locks here."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ringflash.data.config import DataConfig, SourceConfig
 from ringflash.data.corpus import TokenCorpus, load_corpus
 from ringflash.data.documents import cache_folder, find_files, meaning_of
 from ringflash.data.packing import Packed, check_labels, epoch_generator, truncated_labels
+from ringflash.data.scratch import locked
 from ringflash.data.tokenizer import load_tokenizer
 from ringflash.errors import ConfigError
 from ringflash.files import write_atomically
@@ -160,13 +160,11 @@ class StreamedCorpus:
         except (FileNotFoundError, ValueError):
             return {}
 
-    @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Holds a lock among the processes and threads of this machine."""
-        with open(self._folder / f"{name}.lock", "a", encoding="utf-8") as file:
-            with contextlib.suppress(OSError):  # a file system without locks: each process tokenises
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _locked(self, name: str) -> AbstractContextManager[bool]:
+        """Holds a lock among the processes and threads of this machine. Without locks, each process tokenises."""
+        file = self._folder / f"{name}.lock"
+        file.touch()
+        return locked(file, wait=True)
 
     def _digest(self) -> str:
         config, tokenizer = self.config, load_tokenizer(self.config.tokenizer)
