@@ -25,19 +25,24 @@ PREFETCHED = 2  # batches made in advance
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Packed sequences: tokens and labels int64 [B, S] on the CPU, and each row's document lengths, which sum to S."""
+    """Packed sequences: tokens and labels int64 [B, S] on the CPU, and each row's document lengths, which sum to S.
+
+    numbers: those of the rows in the stream of sequences; empty if they are from no stream.
+    """
 
     tokens: Tensor
     labels: Tensor
     documents: list[list[int]]
+    numbers: Sequence[int] = ()
 
     @classmethod
-    def of(cls, sequences: Sequence[Packed]) -> Batch:
+    def of(cls, sequences: Sequence[Packed], numbers: Sequence[int] = ()) -> Batch:
         """The batch of these packed sequences."""
         return cls(
             tokens=torch.stack([sequence.tokens for sequence in sequences]),
             labels=torch.stack([sequence.labels for sequence in sequences]),
             documents=[list(sequence.documents) for sequence in sequences],
+            numbers=numbers,
         )
 
     def mask(self) -> IntervalMask:
@@ -46,10 +51,8 @@ class Batch:
 
     def split(self, rows: int) -> list[Batch]:
         """The batch in parts of `rows` rows, in order: the micro-batches of gradient accumulation."""
-        parts = range(0, len(self.documents), rows)
-        return [
-            Batch(self.tokens[i : i + rows], self.labels[i : i + rows], self.documents[i : i + rows]) for i in parts
-        ]
+        parts = (slice(i, i + rows) for i in range(0, len(self.documents), rows))
+        return [Batch(self.tokens[x], self.labels[x], self.documents[x], self.numbers[x]) for x in parts]
 
 
 def batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, length: int, rows: range | None = None) -> Batch:
@@ -58,7 +61,8 @@ def batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, length: int,
     Raises ConfigError if the corpus has fewer tokens than `length`.
     """
     rows = range(batch_size) if rows is None else rows
-    return Batch.of([corpus.packed(seed, step * batch_size + row, length) for row in rows])
+    numbers = [step * batch_size + row for row in rows]
+    return Batch.of([corpus.packed(seed, number, length) for number in numbers], numbers)
 
 
 def stream(

@@ -77,6 +77,10 @@ class ModelConfig:
     """Parameters that are not trained: globs of their names or of modules above them, as in .gitignore. The last one
     that matches decides; "!" before it trains again: ["*","!model.layers.3?"] trains layers 30 to 39."""
 
+    neftune_alpha: float = 0.0
+    """NEFTune: in training, embeddings get uniform noise of at most alpha / sqrt(document length x hidden size). The
+    paper uses 5 to 15; 0: none."""
+
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that are trained instead of the model's weights."""
 
@@ -100,6 +104,8 @@ class ModelConfig:
                 "model.lora adapts a model of model.path: random weights would be frozen, and never learn anything"
             )
         self._check_freeze()
+        if not 0 <= self.neftune_alpha < math.inf:
+            raise ConfigError(f"model.neftune_alpha={self.neftune_alpha} must be 0 or more and finite")
         if self.rope_length is not None and self.rope_length < 1:
             raise ConfigError(f"model.rope_length={self.rope_length} must be 1 or more, or null")
         check_choice("model.dtype", self.dtype, DTYPES)

@@ -10,6 +10,7 @@ memory, estimate            the settings that save GPU memory; the memory and di
 engine, loss, optimizers    the model under DeepSpeed
 zero3                       with ZeRO 3, a model that is never whole in one rank's memory
 step, evaluation, needle    one optimizer step, the held-out loss, and needles in long texts
+neftune                     noise that is added to embeddings
 preferences                 training on pairs of a chosen and a rejected answer, such as DPO
 positions                   the loss by position in a document
 meter, flops, metrics       a step's figures, and where they are written; loss_plot draws them

@@ -27,6 +27,7 @@ from ringflash.models.mlp import leaf_modules, require_input_gradients
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
 from ringflash.training.loss import LossHead, LossOptions, Sums, tile_for
 from ringflash.training.memory import MemoryConfig
+from ringflash.training.neftune import EmbeddingNoise, noisy
 from ringflash.training.optimizers import one_rank
 from ringflash.training.optimizers.build import build_optimizer, start_moments
 from ringflash.training.optimizers.config import OptimConfig
@@ -85,6 +86,7 @@ class TrainedModel(nn.Module):
         by_position: Sums | None = None,
         preferences: PreferencePairs | None = None,
         only_log_probabilities: bool = False,
+        noise: EmbeddingNoise | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Summed loss of this rank's shard, from the inputs of `ring_inputs`. `step` divides it by all ranks' labels.
@@ -93,7 +95,7 @@ class TrainedModel(nn.Module):
         only_log_probabilities: return those of their answers instead, float64 [pairs, 2].
         by_position: collects the tokens' losses. router_weight: the factor of the experts' load-balancing loss, which
         is added if the configuration has output_router_logits. Only its gradient is added: the returned value is the
-        loss of the tokens or pairs alone.
+        loss of the tokens or pairs alone. noise: of the embeddings, but not of the reference's.
         """
         config, inputs, head = self.model.config, inputs | self.attention, self.model.lm_head
         body: Any = self.model.base_model
@@ -106,7 +108,8 @@ class TrainedModel(nn.Module):
             with without_adapters(self.model):
                 reference = preferences.log_probabilities(head, body(**inputs).last_hidden_state, shift_labels)
         routed = router_weight is not None and getattr(config, "output_router_logits", False)
-        outputs = body(**inputs, **{"output_router_logits": True} if routed else {})
+        with noisy(self.model, noise):
+            outputs = body(**inputs, **{"output_router_logits": True} if routed else {})
         if preferences is not None:
             loss = preferences.loss(head, outputs.last_hidden_state, shift_labels, reference)
         else:

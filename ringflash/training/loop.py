@@ -23,6 +23,7 @@ from ringflash.training.evaluation import Evaluation
 from ringflash.training.meter import Meter
 from ringflash.training.needle import Needles
 from ringflash.training.needle import record as needle_record
+from ringflash.training.neftune import Neftune
 from ringflash.training.out_of_memory import explained
 from ringflash.training.preferences.preference_loss import PreferenceLoss
 from ringflash.training.preferences.reference_pass import compute_reference
@@ -131,6 +132,7 @@ def _batches(
     """This replica's micro-batches of every step, beginning with the first step of this run."""
     config, world = run.job.config, run.world
     share = config.optim.batch // world.replicas
+    neftune = Neftune(alpha, config.seed) if (alpha := config.model.neftune_alpha) else None
     return stream(
         training,
         seed=config.data.seed,
@@ -138,7 +140,7 @@ def _batches(
         length=config.data.sequence_length,
         rows=range(world.replica * share, (world.replica + 1) * share),
         start_step=run.start,
-        prepare=lambda batch: prepare(run.engine, batch, world, layout_for, pair_loss),
+        prepare=lambda batch: prepare(run.engine, batch, world, layout_for, pair_loss, neftune),
     )
 
 

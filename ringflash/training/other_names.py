@@ -7,6 +7,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("model_name_or_path", "base_model"), "model.path"),
     **dict.fromkeys(("bf16", "torch_dtype"), "model.dtype"),
     **dict.fromkeys(("unfrozen_parameters", "freeze_trainable_layers", "freeze_trainable_modules"), "model.freeze"),
+    **dict.fromkeys(("neftune_noise_alpha", "neftune_alpha", "noisy_embedding_alpha"), "model.neftune_alpha"),
     **dict.fromkeys(("lora_r", "lora_rank"), "model.lora.rank"),
     "lora_alpha": "model.lora.alpha",
     "lora_dropout": "model.lora.dropout",

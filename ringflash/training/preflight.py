@@ -201,6 +201,8 @@ def _model(config: Config, model: PreTrainedModel) -> list[str]:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         layers = forward_only_layers(model)
         line += f", of which {trained:,} are trained" + f"; the first {layers} layers run no backward" * bool(layers)
+    if alpha := config.model.neftune_alpha:
+        line += f"; NEFTune with alpha {alpha:g}"
     return [line, *([f"adapters   {description(model)}"] if config.model.lora.enabled else [])]
 
 

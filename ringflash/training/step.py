@@ -28,6 +28,7 @@ from ringflash.models.layers import layer_kinds
 from ringflash.ring.plan import AttentionPlan
 from ringflash.training import positions
 from ringflash.training.flops import BACKWARD, attention_flops, state_flops
+from ringflash.training.neftune import Neftune
 from ringflash.training.preferences import preference_loss
 from ringflash.training.preferences.preference_loss import PreferenceLoss, PreferencePairs
 
@@ -71,17 +72,22 @@ def prepare(
     world: World,
     layout_for: LayoutChooser,
     pair_loss: PreferenceLoss | None = None,
+    neftune: Neftune | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches of a step for train_step, with their layouts and plans, including those of windowed layers.
 
     This takes the host seconds for many ranks, so a thread may do it during the step before. batch: this replica's
-    sequences of the step, not sharded. layout_for: returns a mask's layout. pair_loss: with preferences.
+    sequences of the step, not sharded. layout_for: returns a mask's layout. pair_loss: with preferences. neftune: makes
+    the noise of embeddings.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # in this thread; else memory would be pinned through the first GPU
     micro_batches = batch.split(engine.train_micro_batch_size_per_gpu())
     config, forward_only = engine.module.model.config, engine.module.forward_only
     shards = [shard(rows, world, layout_for, config, pair_loss) for rows in micro_batches]
+    for inputs, rows in zip(shards, micro_batches, strict=True):
+        if neftune is not None:
+            inputs["noise"] = neftune.noise(rows, inputs["plan"])
     return [MicroBatch(inputs, *_work(config, inputs["plan"], forward_only)) for inputs in shards]
 
 

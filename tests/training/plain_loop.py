@@ -6,8 +6,11 @@ from torch import nn
 from ringflash.data import batch, load_corpus
 
 
-def plain_steps(model, config):
-    """(loss, gradient norm) of each step of a run's settings; each document alone. Trains what needs a gradient."""
+def plain_steps(model, config, embedded=None):
+    """(loss, gradient norm) of each step of a run's settings; each document alone. Trains what needs a gradient.
+
+    embedded: the embeddings [S, H] of a document's tokens, by them, their sequence's number and their first position.
+    """
     optim, figures = config.optim, []
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -21,9 +24,14 @@ def plain_steps(model, config):
             corpus, seed=config.data.seed, step=step, batch_size=optim.batch, length=config.data.sequence_length
         )
         total = torch.zeros(())
-        for tokens, labels, lengths in zip(rows.tokens, rows.labels, rows.documents, strict=True):
+        for row, (tokens, labels, lengths) in enumerate(zip(rows.tokens, rows.labels, rows.documents, strict=True)):
+            begin = 0
             for piece, target in zip(tokens.split(lengths), labels.split(lengths), strict=True):
-                logits = model(input_ids=piece[None]).logits[0]
+                inputs = {"input_ids": piece[None]}
+                if embedded is not None:
+                    inputs = {"inputs_embeds": embedded(piece, step * optim.batch + row, begin)[None]}
+                begin += len(piece)
+                logits = model(**inputs).logits[0]
                 total = total + nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
         loss = total / (rows.labels != -100).sum()
         loss.backward()

@@ -169,6 +169,7 @@ TAKEN = {
     "optim.lr": [0.0, 5e-324, 1.5, 1e308],
     "optim.final_lr": [0.0, 5e-324], "optim.decay": [5e-324], "optim.beta1": [0.0, 5e-324],
     "optim.beta2": [0.0, 5e-324], "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],
+    "model.neftune_alpha": [0.0, 5e-324, 1.5, 1e308],
     "model.lora.dropout": [0.0], "preference.label_smoothing": [0.0], "preference.sft_weight": [0.0],
     "optim.clip": [0.0, 5e-324, 1.5, 1e308], "parallel.intra_node_bandwidth_gb": [1.5, 1e308],
     "parallel.inter_node_bandwidth_gb": [1.5, 1e308], "parallel.hop_timeout_seconds": [5e-324, 1.5],
