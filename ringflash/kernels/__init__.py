@@ -47,6 +47,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 from torch import Tensor
 
@@ -95,14 +96,13 @@ def select(
 
 @functools.cache
 def _load(name: str, deterministic: bool = False) -> Kernel | str:
-    """The kernel, whose files are imported on demand; or the reason, if Triton is missing or too old."""
+    """The kernel, or the reason of `imported`."""
     files = ("blocked", "blocked") if name == "blocked" else (f"{name}_forward", f"{name}_backward")
-    try:
-        forward, backward = (importlib.import_module(f"ringflash.kernels.{file}") for file in files)
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "triton":
-            raise
-        return f"needs Triton 3.6 or newer ({error}): pip install triton, or kernel=blocked, which is plain torch"
+    forward, backward = map(imported, files)
+    if isinstance(forward, str):
+        return forward
+    if isinstance(backward, str):
+        return backward
     call, round_dq = backward.backward, backward.round_dq
     if name == "hopper":  # the other kernels' gradients have one writer each
         call = functools.partial(call, deterministic=deterministic)
@@ -111,3 +111,14 @@ def _load(name: str, deterministic: bool = False) -> Kernel | str:
     return Kernel(
         name, forward.forward, backward.delta, backward.center, call, backward.round_into, round_dq, forward.supports
     )  # fmt: skip
+
+
+@functools.cache
+def imported(file: str) -> ModuleType | str:
+    """A file of this package, imported on demand; or the reason, if Triton is missing or too old."""
+    try:
+        return importlib.import_module(f"ringflash.kernels.{file}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        return f"needs Triton 3.6 or newer ({error}): pip install triton, or kernel=blocked, which is plain torch"

@@ -8,7 +8,6 @@ plain torch below runs, which is also the definition: one run of keys at a time,
 from __future__ import annotations
 
 import functools
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ringflash.intervals import Intervals
-from ringflash.kernels import blocked
+from ringflash.kernels import blocked, imported
 from ringflash.kernels.checks import check_spans, check_tensors, like_out, number_refusal, request_refusal
 from ringflash.partial import Partial, merge, merge_sink
 
@@ -119,7 +118,7 @@ def combine(parts: Partial, *, sink: Tensor | None = None, out_dtype: torch.dtyp
     parts: out [N, B, Sq, Hq, Dv] and lse [N, B, Hq, Sq], fp32; the last dimension of out is contiguous. They are splits
     of a cache, or results of ranks that hold a part of it each. Returns out in out_dtype, and lse.
     """
-    module = _portable()
+    module = imported("portable_decode")
     if isinstance(module, ModuleType) and module.runs_on(parts.out.device) and parts.out.numel():
         return module.combine(parts, sink, out_dtype)
     hidden = (parts.lse == -torch.inf).transpose(2, 3).unsqueeze(-1)
@@ -137,24 +136,13 @@ def _select(q: Tensor, k: Tensor, softcap: float | None, kernel: str, value_dim:
         raise ValueError(f"kernel={kernel} is not one of auto, {', '.join(KERNELS)}")
     if kernel == "blocked":
         return None
-    module = _portable()
+    module = imported("portable_decode")
     reason = module if isinstance(module, str) else module.supports(q, k, softcap, value_dim)
     if reason is None and isinstance(module, ModuleType):
         return module
     if kernel == "portable":
         raise ValueError(f"kernel=portable {reason}")
     return None
-
-
-@functools.cache
-def _portable() -> ModuleType | str:
-    """The Triton kernel's module; or the reason, if Triton is missing or too old."""
-    try:
-        return importlib.import_module("ringflash.kernels.portable_decode")
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "triton":
-            raise
-        return f"needs Triton 3.6 or newer ({error}): pip install triton, or kernel=blocked, which is plain torch"
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:

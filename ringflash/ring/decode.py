@@ -132,13 +132,14 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: Step, atte
         return _attend(q, cache, 0, step.ranks[0], 0, attention, sink=attention.sink, out_dtype=q.dtype).out
     label = Label(attention.name, "decode")
     with ring.receive_buffers(label) as allocate:
-        parts = [_parts(allocate, ring.size, like_out(q, v)) for _ in ring.local]
+        parts = [_Parts.of(allocate, ring.size, like_out(q, v)) for _ in ring.local]
+        messages = [x.messages for x in parts]
         for i, rank in enumerate(ring.local):
             found = _attend(q, cache, i, step.ranks[i], 0, attention)
-            parts[i].of(rank).out.copy_(found.out)
-            parts[i].of(rank).lse.copy_(found.lse)
-        own = [[x.flat[rank]] * ring.size for rank, x in zip(ring.local, parts, strict=True)]
-        _to_all(ring, own, parts, label).wait()
+            parts[i].all.out[rank].copy_(found.out)
+            parts[i].all.lse[rank].copy_(found.lse)
+        own = [[x[rank]] * ring.size for rank, x in zip(ring.local, messages, strict=True)]
+        _to_all(ring, own, messages, label).wait()
         return decode.combine(parts[0].all, sink=attention.sink, out_dtype=q.dtype).out
 
 
@@ -152,20 +153,18 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: Step, att
         return _attend(q, cache, 0, step.ranks[0], 0, attention, sink=attention.sink, out_dtype=q.dtype).out
     with ring.receive_buffers(label) as allocate:
         shape = by_rank[0][0].shape
-        queries = [_Buffer(allocate((ring.size, *shape), q.dtype)) for _ in ring.local]
-        found = [_parts(allocate, ring.size, like_out(by_rank[0][0], v)) for _ in ring.local]
-        returned = []
+        queries = [allocate((ring.size, *shape), q.dtype) for _ in ring.local]
+        parts = [_Parts.of(allocate, ring.size, like_out(by_rank[0][0], v)) for _ in ring.local]
+        messages, returned = [x.messages for x in parts], []
         for i, rank in enumerate(ring.local):
-            queries[i].flat[rank].copy_(by_rank[i][0])
-            returned.append(
-                [found[i].flat[rank] if r == rank else torch.empty_like(x) for r, x in enumerate(found[i].flat)]
-            )
+            queries[i][rank].copy_(by_rank[i][0])
+            returned.append([x if r == rank else torch.empty_like(x) for r, x in enumerate(messages[i])])
 
         def attend(i: int, source: int) -> None:
-            part = _attend(queries[i].flat[source], cache, i, step.ranks[i], source, attention)
+            part = _attend(queries[i][source], cache, i, step.ranks[i], source, attention)
             torch.cat([part.out.flatten(), part.lse.flatten()], out=returned[i][source])
 
-        own = [[x.flat[rank]] * ring.size for rank, x in zip(ring.local, queries, strict=True)]
+        own = [[x[rank]] * ring.size for rank, x in zip(ring.local, queries, strict=True)]
         travelling = _to_all(ring, own, queries, label.at("queries"))
         for i, rank in enumerate(ring.local):  # while the other ranks' queries are sent
             attend(i, rank)
@@ -174,8 +173,8 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, step: Step, att
             for source in range(ring.size):
                 if source != rank:
                     attend(i, source)
-        _to_all(ring, returned, found, label.at("results")).wait()
-        out = [decode.combine(x.all, sink=attention.sink, out_dtype=q.dtype).out for x in found]
+        _to_all(ring, returned, messages, label.at("results")).wait()
+        out = [decode.combine(x.all, sink=attention.sink, out_dtype=q.dtype).out for x in parts]
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
@@ -205,39 +204,27 @@ def _attend(
     return Partial(found.out.to(out_dtype), found.lse)
 
 
-class _Buffer:
-    """Received data by source: flat [ranks, ...]."""
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Partials [ranks, B, n, Hq, Dv] by the rank that computed them; out and lse of one rank are one message."""
 
-    def __init__(self, flat: Tensor) -> None:
-        self.flat = flat
+    messages: Tensor
+    all: Partial
 
-
-class _Parts(_Buffer):
-    """Partials [B, n, Hq, Dv] by the rank that computed them. A Partial's out and lse are one message."""
-
-    def __init__(self, flat: Tensor, like: Tensor) -> None:
-        super().__init__(flat)
-        batch, tokens, heads, _ = like.shape
-        count = like.numel()
-        lse = flat[:, count:].view(-1, batch, heads, tokens)
-        self.all = Partial(flat[:, :count].view(-1, *like.shape), lse)
-
-    def of(self, rank: int) -> Partial:
-        """The Partial that a rank computed, as views."""
-        return Partial(self.all.out[rank], self.all.lse[rank])
+    @classmethod
+    def of(cls, allocate: Allocate, ranks: int, like: Tensor) -> _Parts:
+        batch, tokens, heads, dim = like.shape
+        messages = allocate((ranks, batch * tokens * heads * (dim + 1)), torch.float32)
+        out, lse = messages[:, : like.numel()], messages[:, like.numel() :]
+        return cls(messages, Partial(out.view(-1, *like.shape), lse.view(-1, batch, heads, tokens)))
 
 
-def _parts(allocate: Allocate, ranks: int, like: Tensor) -> _Parts:
-    batch, tokens, heads, dim = like.shape
-    return _Parts(allocate((ranks, batch * tokens * heads * (dim + 1)), torch.float32), like)
-
-
-def _to_all(ring: Ring, sent: list[list[Tensor]], received: Sequence[_Buffer], label: Label) -> Transfer:
-    """Start sending sent[i][r] from local rank i to every other rank r, which receives it as flat[i's rank]."""
+def _to_all(ring: Ring, sent: list[list[Tensor]], received: Sequence[Tensor], label: Label) -> Transfer:
+    """Start sending sent[i][r] from local rank i to every other rank r, which receives it as entry [i's rank]."""
     outgoing, incoming = [], []
     for rank, messages, buffer in zip(ring.local, sent, received, strict=True):
         for other in range(ring.size):
             if other != rank:
-                outgoing.append(Message(rank, other, messages[other], target=buffer.flat[rank]))
-                incoming.append(Message(other, rank, buffer.flat[other]))
+                outgoing.append(Message(rank, other, messages[other], target=buffer[rank]))
+                incoming.append(Message(other, rank, buffer[other]))
     return ring.exchange(outgoing, incoming, label)

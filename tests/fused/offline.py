@@ -1,15 +1,8 @@
-"""Compile the fused kernels without a GPU: one JSON object per kernel, its registers, stack and spills.
-
-`test_compiles.py` runs it in a separate process, because kernels imported under TRITON_INTERPRET cannot be compiled.
-"""
+"""Compile the fused kernels without a GPU: one JSON object per kernel, its registers and stack."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -17,8 +10,8 @@ from triton.compiler.compiler import ASTSource
 
 from ringflash.fused import adamw, cross_entropy, gated, gated_norm, norm, rotary
 from ringflash.fused.launch import tile_of
+from tests.compiled import resources
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FP32 = {
     "inverse", "parts", "losses", "eps", "offset", "softcap", "lr", "beta1", "beta2", "decay", "correct1", "correct2",
 }  # fmt: skip
@@ -101,14 +94,7 @@ def report(name: str, arch: int) -> dict:
         attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout)[0]
-    return {"kernel": f"{name}-sm{arch}", "registers": int(registers), "stack": int(stack)}
+    return {"kernel": f"{name}-sm{arch}"} | resources(compiled)
 
 
 if __name__ == "__main__":

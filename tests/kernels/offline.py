@@ -1,7 +1,6 @@
 """Compile the portable kernels without a GPU, and count what decides their speed in the machine code.
 
-Prints one JSON object per case; `tests/kernels/test_compiles.py` runs it in a separate process, because kernels that
-were imported under TRITON_INTERPRET cannot be compiled. By hand, for one architecture or all:
+Prints one JSON object per case, for `tests/kernels/test_compiles.py`. By hand, for one architecture or all:
 
     python -m tests.kernels.offline 90
 """
@@ -10,12 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -24,8 +20,8 @@ from triton.compiler.compiler import ASTSource
 
 from ringflash.kernels import portable_backward, portable_decode, portable_forward
 from ringflash.kernels.portable_parts import Tuning
+from tests.compiled import machine_code, resources
 
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 TILED = ("q", "k", "v", "dout", "q_part", "k_part")
 KERNELS = {
@@ -135,19 +131,14 @@ def compile_case(case: Case, tuning: Tuning | None = None):
 def report(case: Case, tuning: Tuning | None = None) -> dict:
     """Registers, stack and shared bytes, spills, tensor-core and copy instructions of a case."""
     compiled = compile_case(case, tuning)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
+    code = machine_code(compiled)
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
     return {
         "case": asdict(case) | {"name": case.name},
-        "registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared,
+        **resources(compiled), "shared": compiled.metadata.shared,
         "spills": count(r"\b(?:STL|LDL)\b"), "wgmma": count(r"\bHGMMA\b"), "mma_sync": count(r"\bHMMA\b"),
         "tcgen05": count(r"\bUTC\w*MMA\b"), "tma_loads": count(r"\bUTMALDG\b"), "cp_async": count(r"\bLDGSTS\b"),
         "wgmma_waits_in_ptx": compiled.asm["ptx"].count("wgmma.wait_group"),
@@ -183,10 +174,6 @@ def _exp2_under_wgmma(code: str) -> int:
             in_flight = instruction == "HGMMA"
             most, here = (max(most, here), 0) if not in_flight else (most, here)
     return most
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([NVIDIA_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ holds for the output and all gradients; lse is fp32 whatever the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,16 @@ def by_kernel(
     dq = torch.empty_like(held["dq"])
     round_dq(dq, added["dq"].float(), scale=p.scale)
     return {"out": state.out, "lse": state.lse, **added, **results, "dq": dq}
+
+
+def in_runs(p: Problem, forward: Callable, runs: Iterable[tuple[int, int]]) -> Partial:
+    """The Partial of a forward over runs of keys begin..end - 1, each of which carries the last."""
+    state = None
+    for begin, end in runs:
+        part = p.mask.restrict(torch.arange(p.mask.queries), torch.arange(begin, end)).intervals(p.q.device)
+        state = forward(p.q, p.k[:, begin:end], p.v[:, begin:end], part, scale=p.scale, carry=state)
+    assert state is not None
+    return state
 
 
 def strided(x: Tensor) -> Tensor:

@@ -1,18 +1,14 @@
 """The portable kernels compile without a GPU, and what decides their speed in the machine code holds.
 
-Compiled in a separate process, where kernels are never interpreted; about a minute on two cores, seconds when
-Triton's cache has them. `python -m tests.kernels.offline` prints the figures that are compared here.
+This takes about a minute on two cores, and seconds when Triton's cache has them. `python -m tests.kernels.offline`
+prints the figures that are compared here.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.compiled import reports
 
 pytest.importorskip("triton")
 
@@ -37,14 +33,7 @@ TILED = ("forward", "dq", "dkdv", "dk", "dv")  # the others' rows are too few fo
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict]:
     """The report of every case of `tests.kernels.offline`, by name."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # which takes a tenth of the time
-    command = [sys.executable, "-m", "tests.kernels.offline"]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    reports = [json.loads(line) for line in run.stdout.splitlines()]
-    return {report["case"]["name"]: report for report in reports}
+    return {report["case"]["name"]: report for report in reports("tests.kernels.offline")}
 
 
 def only(compiled: dict[str, dict], *kernels: str) -> dict[str, dict]:

@@ -24,7 +24,18 @@ from ringflash.kernels.compensation import FEWEST
 from ringflash.mask import rows_seen
 from ringflash.partial import Partial
 from tests.kernels.cases import MASKS
-from tests.kernels.oracle import Problem, by_kernel, delta_of, dense, distance, poisoned, problem, strided, violations
+from tests.kernels.oracle import (
+    Problem,
+    by_kernel,
+    delta_of,
+    dense,
+    distance,
+    in_runs,
+    poisoned,
+    problem,
+    strided,
+    violations,
+)
 
 
 def no_hopper() -> bool:
@@ -234,10 +245,8 @@ def test_scores_that_rise_from_key_to_key_are_within_the_bound(rise, kernel, hea
 @pytest.mark.parametrize("rise", [-0.2, 0.02, 0.06, 3.0])
 def test_a_carry_far_from_the_scores_is_within_the_bound(rise, kernel, head_dim, dtype):
     forward, *_ = kernels(kernel)
-    p, state = rising(rise, head_dim, dtype), None
-    for begin, end in pairwise([0, 500, 503, 1500]):
-        part = p.mask.restrict(torch.arange(1500), torch.arange(begin, end)).intervals("cuda")
-        state = forward(p.q, p.k[:, begin:end], p.v[:, begin:end], part, scale=p.scale, carry=state)
+    p = rising(rise, head_dim, dtype)
+    state = in_runs(p, forward, pairwise([0, 500, 503, 1500]))
     exact, plain = dense(p, torch.float64), dense(p, dtype)
     assert distance(state.out, exact["out"]) <= 2 * distance(plain["out"], exact["out"]) + 1e-4
     assert distance(state.lse, exact["lse"]) <= 1e-5
@@ -389,11 +398,7 @@ def test_a_carry_over_many_tiles_of_which_half_are_skipped(head_dim, dtype):
     """Each program takes several tiles, so that the carry's shared memory is used again, also over skipped ones."""
     forward, *_ = kernels("hopper")
     p = problem(MASKS["causal"](3000), batch=1, heads=(32, 4), head_dim=head_dim, dtype=dtype, device="cuda")
-    state: Partial | None = None
-    for begin, end in ((0, 1500), (1500, 3000)):
-        seen = p.mask.restrict(torch.arange(3000), torch.arange(begin, end)).intervals("cuda")
-        state = forward(p.q, p.k[:, begin:end], p.v[:, begin:end], seen, scale=p.scale, carry=state)
-    assert state is not None
+    state = in_runs(p, forward, [(0, 1500), (1500, 3000)])
     exact, plain = dense(p, torch.float64), dense(p, dtype)
     assert distance(state.out, exact["out"]) <= 2 * distance(plain["out"], exact["out"])
     assert distance(state.lse, exact["lse"]) <= 1e-5
@@ -410,11 +415,7 @@ def test_a_carry_in_batch_rows_of_which_one_has_many_tiles_more(head_dim, longes
     mask = IntervalMask.causal(length) & IntervalMask.documents(rows[::-1] if longest_last else rows)
     p = problem(mask, heads=(16, 4), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
     whole = forward(p.q, p.k, p.v, mask.intervals("cuda"), scale=p.scale)
-    state: Partial | None = None
-    for begin, end in ((length // 2, length), (0, length // 2)):
-        seen = mask.restrict(torch.arange(length), torch.arange(begin, end)).intervals("cuda")
-        state = forward(p.q, p.k[:, begin:end], p.v[:, begin:end], seen, scale=p.scale, carry=state)
-    assert state is not None
+    state = in_runs(p, forward, [(length // 2, length), (0, length // 2)])
     assert distance(state.out, whole.out) <= 1e-2
     assert distance(state.lse, whole.lse) <= 1e-5
 

@@ -1,8 +1,7 @@
 """The Hopper kernels compile without a GPU, and their machine code is that which was timed.
 
-Compiled in a separate process, where kernels are never interpreted; half a minute on two cores, seconds when Triton's
-cache has them. With the installed Triton, and with those that `make test` puts beside it. Prints the figures that are
-compared here, for the Triton that it finds:
+They are compiled with the installed Triton, and with those that `make test` puts beside it: half a minute each on two
+cores, seconds when Triton's cache has them. Prints the figures that are compared here, for the Triton that it finds:
 
     python -m tests.kernels.test_hopper_compiles
     PYTHONPATH=.venv/triton-3.9.0 python -m tests.kernels.test_hopper_compiles
@@ -12,22 +11,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.compiled import ROOT, machine_code, reports, resources
+
 triton = pytest.importorskip("triton")
 
 SHARED_LIMIT = 227 * 1024
-ROOT = Path(__file__).parents[2]
 TRITONS = [None, *sorted(ROOT.glob(".venv/triton-*"))]
 FLAGS = ("carry", "capped", "finishes", "centered", "cluster")
 CASES: dict[str, dict[str, Any]] = {
@@ -154,15 +149,8 @@ def compile_case(name: str):
 
 def report(name: str) -> dict[str, Any]:
     """What decides a case's speed, counted in its PTX and machine code."""
-    from tests.kernels.offline import _tool
-
     compiled = compile_case(name)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    ptx = compiled.asm["ptx"]
+    code, ptx = machine_code(compiled), compiled.asm["ptx"]
 
     def count(pattern: str, text: str = code) -> int:
         return len(re.findall(pattern, text))
@@ -174,7 +162,7 @@ def report(name: str) -> dict[str, Any]:
 
     return {
         "name": name, "triton": triton.__version__, "shared": compiled.metadata.shared,
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "spills": count(r"\b(?:STL|LDL)\b"),
+        "stack": resources(compiled)["stack"], "spills": count(r"\b(?:STL|LDL)\b"),
         "spills_in_loop": count(r"\b(?:STL|LDL)\b", steady), "instructions_in_loop": count(r";", steady),
         "selects_in_loop": count(r"\bFSEL\b", steady),
         "usual_instructions": count(r";", usual), "usual_maxima": count(r"\b(?:FMNMX|SHFL)\b", usual),
@@ -239,16 +227,9 @@ def without_what_votes_skip(loop: str) -> str:
 @pytest.fixture(scope="module", params=TRITONS, ids=lambda folder: folder.name if folder else "installed")
 def compiled(request) -> list[dict]:
     """The report of every case, with one Triton."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # which takes a tenth of the time
-    if request.param is not None:
-        environment |= {"PYTHONPATH": str(request.param)}
-    command = [sys.executable, "-m", "tests.kernels.test_hopper_compiles"]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    reports = [json.loads(line) for line in run.stdout.splitlines()]
-    assert request.param is None or {r["triton"] for r in reports} == {request.param.name.removeprefix("triton-")}
-    return reports
+    found = reports("tests.kernels.test_hopper_compiles", request.param)
+    assert request.param is None or {r["triton"] for r in found} == {request.param.name.removeprefix("triton-")}
+    return found
 
 
 def consumers(report: dict) -> int:
@@ -345,8 +326,8 @@ def test_ptx_at_head_dim_256_finds_barriers_and_descriptors_where_its_constants_
         pipes = 4 if CASES[r["name"]].get("cluster") else 2
         return [FULL_AT.value + BARRIERS.value * i + 8 * slot for i in range(pipes) for slot in range(STAGES.value)]
 
-    reports = [r for r in compiled if family(r) == "forward-D256"]
-    clustered = [r for r in reports if CASES[r["name"]].get("cluster")]
+    of_256 = [r for r in compiled if family(r) == "forward-D256"]
+    clustered = [r for r in of_256 if CASES[r["name"]].get("cluster")]
     rules = {
         "barriers": lambda r: r["barriers"][: len(slots(r))] == slots(r),
         "tiles": lambda r: r["tiles"] == FULL_AT.value == 3 * K_AT.value,
@@ -356,7 +337,7 @@ def test_ptx_at_head_dim_256_finds_barriers_and_descriptors_where_its_constants_
         "copies": lambda r: r["multicasts"] == 16,  # k or v, in a tile's first step or later, in 4 pieces
     }
     assert clustered
-    assert breaking(reports, **rules) == []
+    assert breaking(of_256, **rules) == []
     assert breaking(clustered, **for_clusters) == []
 
 
