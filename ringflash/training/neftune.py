@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ringflash.data.batches import Batch
 from ringflash.ring.plan import AttentionPlan
 
-ELEMENTS = 2**24  # hashed at once: 128 MiB
+ELEMENTS = 2**22  # hashed at once: 32 MiB, a few times
 GAMMA, FIRST, SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
 BITS = 23  # of each u, which fp32 holds exactly
 
