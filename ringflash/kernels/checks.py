@@ -9,6 +9,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ringflash.intervals import Intervals
 
@@ -24,6 +25,12 @@ def check_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.is_meta:
             raise ValueError(f"{name} must have values, got a tensor on the meta device")
+        if x.is_nested:
+            raise TypeError(
+                f"{name} must be a dense tensor, got a nested one: pack its sequences as documents of one row"
+            )
+        if is_traceable_wrapper_subclass(x):
+            raise TypeError(f"{name} must be a plain tensor, got {type(x).__name__}; of a DTensor, give to_local()")
         if x.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; {name}.to_dense() makes it one")
     names, dtypes, devices = (

@@ -7,7 +7,7 @@
 `generate` computes the tokens that the cache does not hold yet, the same ones on every rank, and attends to all others
 on the ranks that hold them (`ring.decode`). Without `prefill`, every rank reads the whole prompt in `generate`;
 transformers' `prefill_chunk_size` limits the memory of that. To sample, give all ranks the same random numbers
-(torch.manual_seed).
+(torch.manual_seed). Ranks compare the tokens of each forward, and raise an error if they differ.
 
     state = cache.snapshot()        # of the document
     ...                             # generate
@@ -34,6 +34,7 @@ from ringflash.kernels import FASTEST_FIRST
 from ringflash.kernels.checks import OUT_DTYPES
 from ringflash.layout import Layout
 from ringflash.mask import check_tokens
+from ringflash.models.checks import tokens_of_call
 from ringflash.models.configuration import refusal
 from ringflash.models.families import has_chunks
 from ringflash.models.layers import calls_per_layer, layer_kinds, state_heads
@@ -43,6 +44,7 @@ from ringflash.ring.collectives import agree, checksum
 from ringflash.ring.decode import Attention, DeviceStep, LayerCache, attention_on_device, cached_attention
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 
+_ALL_COMPUTE = "each computes all new tokens, and samples the same ones after the same torch.manual_seed"
 _pending: ContextVar[tuple[RingCache, int] | None] = ContextVar("pending", default=None)
 
 
@@ -139,9 +141,17 @@ class RingCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Record the layer for its attention, which runs next, and return new keys and values unchanged."""
         if layer_idx == 0 and self.on_device is None:
+            if self.layout is None:  # a chunk of `prefill` has been compared
+                self.compare_ranks(tokens_of_call())
             self._begin(key_states.shape[-2] if self.layout is None else self.layout.length)
         _pending.set((self, layer_idx))
         return key_states, value_states
+
+    def compare_ranks(self, tokens: Tensor | None) -> None:
+        """Raise ValueError unless all ranks were given these tokens and caches of one size. A collective."""
+        if isinstance(self.ring, ProcessRing) and self.ring.size > 1:
+            total = checksum(self.ring.device, tokens, torch.tensor([self.plan.length, self.capacity, self.chunk]))
+            agree("input_ids, capacity and chunk", total, [self.ring], _ALL_COMPUTE)
 
     def _begin(self, tokens: int) -> None:
         total = self.plan.length + tokens
@@ -298,8 +308,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: RingCache) -> None
             f"input_ids of {tokens} tokens do not fit a RingCache of capacity={cache.capacity}: one for them takes "
             f"{_with_unit(cache.bytes_for(tokens))} per batch row on each process"
         )
-    if isinstance(ring, ProcessRing):
-        agree("input_ids", checksum(ring.device, input_ids), [ring])
+    cache.compare_ranks(input_ids)
     make, shares = (Layout.zigzag, 2 * ring.size) if ring.size > 1 else (Layout.contiguous, 1)
     while (begin := cache.get_seq_length()) < tokens:
         chunk = input_ids[:, begin : begin + cache.chunk // shares * shares]

@@ -39,7 +39,9 @@ _HARMLESS = {
 }  # fmt: skip
 # Keywords by which collators tell flash_attn which documents a row holds.
 _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "position_ids")
+_ARGUMENTS = (
+    "labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "position_ids", "input_ids", "inputs_embeds",
+)  # fmt: skip
 
 
 class _Frame(NamedTuple):
@@ -70,6 +72,17 @@ def check_call(plan: AttentionPlan, mask: RingMask | None, shift_labels: Tensor 
     for owner, _ in frames:
         _check_trainer(owner, several)
     return models[0] if models else None
+
+
+def tokens_of_call() -> Tensor | None:
+    """The integers of the innermost model's input_ids, or the bits of its inputs_embeds; None if it has neither."""
+    for owner, arguments in _frames():
+        if isinstance(owner, PreTrainedModel):
+            if (ids := arguments.get("input_ids")) is not None:
+                return ids
+            if (embeds := arguments.get("inputs_embeds")) is not None:
+                return embeds.contiguous().view(torch.int16)
+    return None
 
 
 def check_keywords(attention_mask: Tensor | RingMask | None, keywords: dict[str, Any]) -> None:

@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     from ringflash.ring.transport import ProcessRing
     from ringflash.ring.ulysses import Ulysses
 
+# torch 2.13 calls it by another name, and deprecates the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REFUSED = -1  # no checksum: what a rank was given does not fit
 
 
-def agree(what: str, checksum: Tensor, groups: Sequence[ProcessRing | Ulysses]) -> None:
+def agree(
+    what: str, checksum: Tensor, groups: Sequence[ProcessRing | Ulysses], why: str = "each takes its shard of them"
+) -> None:
     """Raise ValueError if the ranks' checksums differ, or one is REFUSED. A collective.
 
-    what: what the checksum is of, for the error. A rank whose own checksum is REFUSED raises nothing: it has an error
-    of its own.
+    what: what the checksum is of, and why: why it must be equal, for the error. A rank whose own checksum is REFUSED
+    raises nothing: it has an error of its own.
     """
     extremes = torch.stack([checksum, -checksum])
     for group in groups:
@@ -34,7 +38,7 @@ def agree(what: str, checksum: Tensor, groups: Sequence[ProcessRing | Ulysses]) 
         return
     if least == REFUSED:
         raise ValueError(f"another rank of the ring refused its {what}: see its error")
-    raise ValueError(f"{what} must be the same on every rank of a ring: each takes its shard of them")
+    raise ValueError(f"{what} must be the same on every rank of a ring: {why}")
 
 
 def checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
@@ -51,5 +55,5 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x of every rank of a group, in rank order: [ranks, ...]. All have the same shape."""
     x = x.contiguous()
     found = x.new_empty(dist.get_world_size(group), *x.shape)
-    dist.all_gather_into_tensor(found.view(-1), x.view(-1), group=group)
+    _all_gather(found.view(-1), x.view(-1), group=group)
     return found

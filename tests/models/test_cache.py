@@ -177,15 +177,23 @@ def greedy_and_sampled_on_a_gpu():
     return greedy_and_sampled(ProcessRing(device=torch.device("cuda", torch.cuda.current_device())), dim=32)
 
 
-def test_ranks_that_read_different_documents_are_refused(ranks):
-    assert all("must be the same on every rank" in error for error in ranks.run(reads_its_own, 2))
+def test_ranks_that_read_different_tokens_are_refused(ranks):
+    assert all(ranks.run(reads_its_own, 2))
 
 
 def reads_its_own():
-    model, ring = tiny("llama"), ProcessRing()
-    with pytest.raises(ValueError, match="input_ids") as error:
-        prefill(model, TOKENS + ring.rank, RingCache(model, 50, ring=ring))
-    return str(error.value)
+    """A document of its own, a prompt of its own, and a sample of its own, on each rank."""
+    model, ring = tiny("llama").eval(), ProcessRing()
+    cache = RingCache(model, 50, ring=ring)
+    message = "input_ids, capacity and chunk must be the same on every rank of a ring: each computes all new tokens"
+    with pytest.raises(ValueError, match=message):
+        prefill(model, TOKENS + ring.rank, cache)
+    for shifted, options in ((ring.rank, {}), (0, {"do_sample": True, "temperature": 9.0})):
+        cache.reset()
+        torch.manual_seed(ring.rank)
+        with pytest.raises(ValueError, match=message):
+            generate(model, TOKENS + shifted, cache, **options)
+    return True
 
 
 def test_beams_reorder_the_cache():

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from ringflash import (
     AttentionPlan,
@@ -335,6 +336,12 @@ def tensors(q=(1, 8, 4, 16), k=(1, 8, 2, 16), dtype=torch.float32):
         (([[0.0]], *tensors()[1:]), {}, "q must be a tensor, got list"),
         ((*tensors()[:2], None), {}, "v must be a tensor, got NoneType"),
         ((tensors()[0].to_sparse(), *tensors()[1:]), {}, "q must be a dense tensor, got layout torch.sparse_coo"),
+        (
+            (torch.nested.as_nested_tensor([*tensors()[0]], layout=torch.jagged), *tensors()[1:]),
+            {},
+            "q .* a nested one",
+        ),
+        ((AsyncCollectiveTensor(tensors()[0]), *tensors()[1:]), {}, "q must be a plain tensor, got AsyncCollective"),
         ([x.to("meta") for x in tensors()], {}, "q must have values, got a tensor on the meta device"),
         *(
             (
