@@ -31,7 +31,7 @@ def trained(model):
         (["*norm*", "model.layers.0.*"], lambda name: "norm" not in name and ".layers.0." not in name, 0),
         (["*", "!lm_head.weight", "!model.norm"], lambda name: name in ("lm_head.weight", "model.norm.weight"), 12),
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, list) else None,
 )  # fmt: skip
 def test_the_last_pattern_that_matches_decides(patterns, expected, layers):
     model = model_of(patterns)
