@@ -139,7 +139,7 @@ def claim_report(error: BaseException) -> bool:
 
     Before the ranks are connected, rank 0 reports, since it raises the same error.
     """
-    rank = str(launcher.rank())
+    rank = os.environ.get("RANK", "0")  # not launcher.rank(), which may have raised the error
     if not dist.is_initialized():
         return rank == "0"
     try:

@@ -12,20 +12,31 @@ import torch
 
 from ringflash.errors import ConfigError
 
+# The number of processes that srun, Open MPI's mpirun or MPICH's start, none of which connects ranks of torch.
+PROCESSES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 
 def rank() -> int:
     """This process's rank."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", least=0, default=0)
 
 
 def world_size() -> int:
     """Ranks of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", least=1, default=1)
 
 
 def local_rank() -> int:
     """This process's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", least=0, default=0)
+
+
+def _number(name: str, least: int, default: int) -> int:
+    """The value of a variable. Raises ConfigError if it is not a whole number of at least `least`."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < least:
+        raise ConfigError(f"the environment variable {name}={value} must be a whole number, {least} or more")
+    return int(value)
 
 
 def local_world_size() -> int:
@@ -36,8 +47,8 @@ def local_world_size() -> int:
 
 
 def _given_local_world_size() -> int | None:
-    given = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    return next((int(size) for size in given if size), None)
+    given = (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name))
+    return next((_number(name, least=1, default=1) for name in given), None)
 
 
 def is_torchrun_or_deepspeed() -> bool:
@@ -60,10 +71,32 @@ def local_device() -> torch.device:
     return torch.device("cuda", number)
 
 
-def set_environment_of_one() -> None:
-    """Set the environment that a launcher would have set, for a process without one."""
-    if "WORLD_SIZE" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def complete_environment() -> None:
+    """Set the environment that a launcher would have set, for a process without one.
+
+    Raises ConfigError if a launcher's variables do not fit together, and for one of several processes without them.
+    """
+    if "WORLD_SIZE" in os.environ:
+        _check_environment()
+        return
+    for name in PROCESSES:
+        if os.environ.get(name, "") not in ("", "0", "1"):
+            raise ConfigError(
+                f"{name}={os.environ[name]}, but WORLD_SIZE is not set, so each of these processes would be a run of "
+                f"its own: start the ranks with launch/slurm.sh or launch/torchrun.sh"
+            )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _check_environment() -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        if name not in os.environ:
+            raise ConfigError(
+                f"WORLD_SIZE={world_size()} is set and {name} is not: start the ranks with a launcher, such as "
+                f"launch/torchrun.sh, or unset WORLD_SIZE for a run of one rank"
+            )
+    if rank() >= world_size():
+        raise ConfigError(f"RANK={rank()} must be less than WORLD_SIZE={world_size()}")

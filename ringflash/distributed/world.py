@@ -116,11 +116,12 @@ def join(config: ParallelConfig, settings: Any = None) -> World:
     settings: a dataclass of all settings as they were given, which must be the same on all ranks; None: not compared.
 
     Each rank uses a GPU and NCCL, or gloo if the machine has no GPU. The environment is that of torchrun or deepspeed;
-    without a launcher, the world is one process. Raises ConfigError if this machine has more ranks than GPUs, if the
-    grid does not divide the ranks, and if machines chose different grids or were given different settings.
+    without a launcher, the world is one process. Raises ConfigError if that environment cannot be, if this machine has
+    more ranks than GPUs, if the grid does not divide the ranks, and if machines chose different grids or were given
+    different settings.
     """
     device = launcher.local_device()
-    launcher.set_environment_of_one()
+    launcher.complete_environment()
     replicas, size, neighbours = config.grid(launcher.world_size())
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=config.timeout_minutes)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ringflash.distributed import launcher
+from ringflash.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,25 @@ def test_a_rank_that_knows_only_its_local_rank_takes_the_gpu_of_that_number(monk
     assert launcher.local_device() == torch.device("cuda", 3)
     assert taken == [3]
     assert launcher.local_world_size() == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "", "RANK": "0"}, "WORLD_SIZE= must be a whole number, 1 or more"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be a whole number, 1 or more"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK=one must be a whole number, 0 or more"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 must be less than WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "8", "RANK": None}, "WORLD_SIZE=8 is set and RANK is not"),
+        ({"WORLD_SIZE": "8", "LOCAL_RANK": None}, "WORLD_SIZE=8 is set and LOCAL_RANK is not"),
+        ({"WORLD_SIZE": None, "SLURM_STEP_NUM_TASKS": "2"}, "each of these processes would be a run of its own"),
+    ],
+    ids=str,
+)
+def test_an_environment_of_no_launcher_is_refused_by_its_variable(monkeypatch, given, message):
+    for name, value in ({"RANK": "0", "LOCAL_RANK": "0"} | given).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        launcher.complete_environment()
