@@ -22,6 +22,7 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ringflash.generate.loading import ends_of
 from ringflash.models import RingCache, prefill
 from ringflash.models.rope import supported_positions
 from ringflash.ring.cache_plan import CHUNK
@@ -111,6 +112,7 @@ class RingLM(TemplateLM):
             if settings.get("do_sample") or settings.get("temperature"):
                 raise ValueError(f"RingLM decodes greedily, and a task asks for {settings}")
             until = [settings["until"]] if isinstance(settings.get("until"), str) else settings.get("until") or []
+            until = [stop for stop in until if stop]  # an empty one stops nothing, as in lm-eval's own models
             most = settings.get("max_gen_toks") or settings.get("max_new_tokens") or self.max_gen_toks
             stops = {"stop_strings": until, "tokenizer": self.tokenizer} if until else {}
             tokens = self.tok_encode(context)
@@ -118,7 +120,7 @@ class RingLM(TemplateLM):
             prefill(self.model, ids[:, :-1], cache)
             out: Any = self.model.generate(  # type: ignore[operator]
                 ids, past_key_values=cache, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False,
-                eos_token_id=self.eot_token_id, pad_token_id=self.eot_token_id, **stops,
+                eos_token_id=ends_of(self.model, self.tokenizer), pad_token_id=self.eot_token_id, **stops,
             )  # fmt: skip
             answer: Any = self.tokenizer.decode(
                 out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False

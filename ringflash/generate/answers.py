@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from ringflash.distributed.world import World
 from ringflash.errors import ConfigError, check_choice
 from ringflash.generate.command import now, report
-from ringflash.generate.loading import STDIN, load_encoder, load_model, make_cache, text_of
+from ringflash.generate.loading import STDIN, ends_of, load_encoder, load_model, make_cache, text_of
 from ringflash.generate.settings import ReadConfig
 from ringflash.generate.turn import chat_turn
 from ringflash.models import RingCache, prefill, step_graph
@@ -43,7 +43,7 @@ class GenerateConfig(ReadConfig):
     """Sampling temperature; 0: always the likeliest token (greedy)."""
 
     top_p: float = 1.0
-    """Sample only from the likeliest tokens whose probabilities add up to this."""
+    """With temperature, sample only from the likeliest tokens whose probabilities add up to this."""
 
     chat: bool = False
     """Wrap document, an empty line and prompt in a turn of the tokenizer's chat template."""
@@ -72,6 +72,8 @@ class GenerateConfig(ReadConfig):
             raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.top_p < 1 and not self.temperature:
+            raise ConfigError(f"top_p={self.top_p} has no effect with temperature=0, which is greedy: set temperature")
 
 
 def run(config: GenerateConfig, world: World) -> None:
@@ -162,11 +164,9 @@ def _answer(
     """Print what the model continues `ids` [1, N] with, token by token, and then its speed."""
     torch.manual_seed(config.seed)
     sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
-    ends = model.generation_config.eos_token_id or []
-    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     settings = GenerationConfig(
         max_new_tokens=config.new_tokens, do_sample=bool(sampled), **sampled,
-        eos_token_id=ends, pad_token_id=0,
+        eos_token_id=ends_of(model, tokenizer), pad_token_id=0,
     )  # fmt: skip
 
     def of_rank_0(input_ids: Tensor, scores: Tensor) -> Tensor:

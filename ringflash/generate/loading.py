@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ringflash.data.text import decoded
@@ -38,7 +38,7 @@ def text_of(name: str, path: str) -> str:
 
 
 def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
-    """The model for generating, with fused layers on a GPU.
+    """The model for generating, with fused layers on a GPU. Of its generation_config.json, only eos_token_id counts.
 
     Raises ConfigError, naming the command's setting, if it cannot be loaded or cannot run on the ring.
     """
@@ -62,8 +62,16 @@ def load_model(config: ReadConfig, device: torch.device) -> PreTrainedModel:
         attention_kernels(settings, attention, model.config, device)
     except ConfigError as error:
         raise ConfigError(_in_own_settings(config, str(error))) from error
+    # generate would take what no setting here says, such as a repetition penalty, which also counts the document
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     fuse_layers(model.to(device), FusedConfig(), device)  # type: ignore[arg-type]
     return model
+
+
+def ends_of(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the model's, and the tokenizer's end of text."""
+    found = model.generation_config.eos_token_id or []
+    return [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id]
 
 
 def _check_folder(name: str, folder: str) -> None:

@@ -70,8 +70,12 @@ def test_answers_are_greedy_and_end_at_the_first_stop(lm):
     settings = {"until": [], "do_sample": False}
     assert lm.generate_until(asked("generate_until", (CONTEXT, settings))) == [expected]
     stop = expected[2:4]
-    (cut,) = lm.generate_until(asked("generate_until", (CONTEXT, {"until": [stop]})))
+    (cut,) = lm.generate_until(asked("generate_until", (CONTEXT, {"until": [stop, ""]})))
     assert cut == expected.split(stop)[0]
+    lm.model.generation_config.eos_token_id = [261, int(out[0, ids.shape[1] + 2])]  # as of a chat model's turn
+    (ended,) = lm.generate_until(asked("generate_until", (CONTEXT, settings)))
+    assert expected.startswith(ended)
+    assert len(ended) < len(expected)
 
 
 def test_what_is_too_long_or_sampled_is_refused(lm):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -102,6 +103,14 @@ def test_ranks_give_one_ranks_answer_from_rank_0_alone(given, ranks):
     assert found == alone
     assert "MiB on each of 2 ranks" in report
     assert (silent, nothing) == ("", "")
+
+
+def test_settings_of_generation_config_json_change_no_answer(given, tmp_path):
+    shutil.copytree(given / "model", tmp_path / "model")
+    published = {"do_sample": True, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 3}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(published))
+    asked = arguments(given, "prompt=Who?")
+    assert answers([f"model={tmp_path / 'model'}", *asked[1:]])[0] == answers(asked)[0]
 
 
 @pytest.fixture
@@ -246,6 +255,7 @@ BAD = {
         "system=s is a message of a conversation: set chat",
     ),
     "top_p": (["model=m", "prompt=x", "top_p=0"], "top_p=0.0 must be above 0"),
+    "top_p alone": (["model=m", "prompt=x", "top_p=0.9"], "top_p=0.9 has no effect with temperature=0"),
     "graph": (["model=m", "prompt=x", "graph=yes"], "graph=yes is not one of auto, true, false"),
     "standard input twice": (["model=m", "prompt=-", "document=-"], "prompt=- reads standard input to its end"),
 }
