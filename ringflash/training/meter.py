@@ -43,7 +43,6 @@ class Meter:
             "tokens_per_second": self.tokens / seconds,
             "seconds": seconds,
             "pairs": pairs,
-            "memory_gib": memory_gib(self.world.device),
         }
         if self.peak is not None:
             done = flops.step_flops(
@@ -52,11 +51,11 @@ class Meter:
             record["mfu"] = done / seconds / (self.peak * self.world.size)
         record |= {BY_POSITION + name: x for name, x in positions.means(result.by_position).items()}
         record |= preference_loss.means(result.preferences)
-        return record | _traffic(self.world, result.imbalance)
+        return record | _of_ranks(self.world, result.imbalance)
 
 
-def _traffic(world: World, imbalance: float) -> dict[str, float]:
-    """Traffic since the last call: GiB summed over ranks; the highest waits, number of hops and imbalance of any rank.
+def _of_ranks(world: World, imbalance: float) -> dict[str, float]:
+    """Traffic since the last call, in GiB summed over ranks; the highest waits, hops, imbalance and memory of any rank.
 
     The step's loss must have been read before, so that the GPU's waits are complete.
     """
@@ -64,9 +63,11 @@ def _traffic(world: World, imbalance: float) -> dict[str, float]:
     ring, ulysses = drained["ring"], drained["ulysses"]
     received = torch.tensor([ring.bytes, ulysses.bytes], dtype=torch.float64, device=world.device)
     ring_gib, ulysses_gib = (world.sum(received) / 2**30).tolist()
-    most = torch.tensor([ring.seconds, ulysses.seconds, ring.exchanges, imbalance], dtype=torch.float64)
-    ring_wait, ulysses_wait, hops, imbalance = world.max(most.to(world.device)).tolist()
-    record = {"ring_wait_seconds": ring_wait, "ring_gib": ring_gib, "ring_hops": int(hops), "imbalance": imbalance}
+    own = [ring.seconds, ulysses.seconds, ring.exchanges, imbalance, memory_gib(world.device)]
+    most = world.max(torch.tensor(own, dtype=torch.float64, device=world.device))
+    ring_wait, ulysses_wait, hops, imbalance, memory = most.tolist()
+    record = {"memory_gib": memory, "ring_wait_seconds": ring_wait, "ring_gib": ring_gib, "ring_hops": int(hops)}
+    record["imbalance"] = imbalance
     if world.ulysses is not None:
         record |= {"ulysses_wait_seconds": ulysses_wait, "ulysses_gib": ulysses_gib}
     return record

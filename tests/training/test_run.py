@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ringflash.data import batch, load_corpus
 from ringflash.errors import ConfigError
 from ringflash.kernels import portable_parts
-from ringflash.training import metrics
+from ringflash.training import meter, metrics
 from ringflash.training.checkpoints import checkpoint
 from ringflash.training.compose import compose
 from ringflash.training.metrics import read
@@ -270,13 +271,21 @@ def test_a_plot_that_could_not_be_written_at_the_end_is_refused_before_the_first
     assert read(folder / "metrics.jsonl") == []
 
 
+def fitted_with_memory(overrides):
+    """`fitted`, where each rank has its number as GiB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meter, "memory_gib", lambda device: float(dist.get_rank()))
+        return fitted(overrides)
+
+
 @pytest.mark.ranks
-def test_the_record_counts_what_all_ranks_of_ring_and_ulysses_received(ranks, tmp_path):
+def test_the_record_counts_what_all_ranks_received_and_the_most_memory_of_any(ranks, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "book.txt").write_text("a long book. " * 100)
     others = ["data.held_out=0", "optim.steps=1", "parallel.ulysses=2", "parallel.layout=contiguous", "name=counted"]
-    assert {error for error, _ in ranks.run(fitted, 4, settings(tmp_path / "text", *others))} == {None}
+    assert {error for error, _ in ranks.run(fitted_with_memory, 4, settings(tmp_path / "text", *others))} == {None}
     (record,) = read(tmp_path / "runs" / "counted" / "metrics.jsonl")
+    assert record["memory_gib"] == 3
     # Of 64 tokens the second half sees the first: its keys move twice, its gradients once. Two layers; of each token,
     # keys and values of two heads of 8 in fp32, of which either of a row's two ranks has one.
     assert record["ring_gib"] * 2**30 == 2 * (3 * 32) * (2 * 2 * 8 * 4)
@@ -340,6 +349,8 @@ REFUSED_BY_PRINT = {
         ["memory=recompute", "memory.mlp_tile=64", "model.architecture.model_type=mixtral"],
         "memory.mlp_tile=64: no MLP of model_type=mixtral has a form that can be tiled",
     ),
+    "needle": (["evaluation.needle.lengths=[99]"], "evaluation.needle.lengths=[99] has no effect with evaluation.n"),
+    "batch": (["optim.batch=3", "optim.micro_batch=2"], "optim.batch=3 is not a multiple of 1 replicas x optim.micro"),
     "vocabulary": (["model.architecture.vocab_size=100"], "data.tokenizer=bytes has 384 tokens, more than the model's"),
 }
 
