@@ -58,6 +58,7 @@ class Config:
         if len(self.name.encode()) > LONGEST_NAME:
             raise ConfigError(f"name={self.name[:20]}... has {len(self.name.encode())} bytes, {LONGEST_NAME} at most")
         self._check_best()
+        self.optim.check_states(self.memory.optimizer_states)
         self._check_quantized()
         self._check_preference()
         if found := re.search(r"[\[*?]", self.output_dir):

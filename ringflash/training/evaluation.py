@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import deepspeed
 import torch
@@ -18,7 +18,7 @@ from ringflash.data import Evaluated, batch
 from ringflash.data.batches import Batch
 from ringflash.distributed.parallel import LayoutChooser
 from ringflash.distributed.world import World
-from ringflash.errors import ConfigError
+from ringflash.errors import ConfigError, shown
 from ringflash.evaluation.haystack import HaystackConfig
 from ringflash.models import ModelConfig
 from ringflash.models.cache import cache_refusal
@@ -57,8 +57,13 @@ class NeedleConfig(HaystackConfig):
         return self if self.lengths else replace(self, lengths=(sequence_length,))
 
     def check(self, sequence_length: int, model: ModelConfig, hf_config: PreTrainedConfig) -> None:
-        """Raise ConfigError for a model that cannot be searched, and for lengths beyond its positions."""
+        """Raise ConfigError for settings without effect, a model that cannot be searched, and too long lengths."""
         if not self.every:
+            for f in fields(self):
+                if (value := getattr(self, f.name)) != f.default:
+                    raise ConfigError(
+                        f"evaluation.needle.{f.name}={shown(value)} has no effect with evaluation.needle.every=0"
+                    )
             return
         if (reason := cache_refusal(hf_config)) is not None:
             raise ConfigError(f"evaluation.needle.every={self.every}: {reason}; set evaluation.needle.every=0")

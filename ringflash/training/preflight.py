@@ -106,6 +106,7 @@ def check_inputs(
         attention_kernels(config.model, config.attention, model_config, device)
         for name in (f.name for f in dataclasses.fields(config.fused)):
             config.fused.wanted(name, device)
+    config.optim.accumulation(replicas=1)  # what does not divide here divides on no grid
     config.evaluation.needle.check(config.data.sequence_length, config.model, model_config)
     layers, memory = model_config.num_hidden_layers, config.memory
     if memory.keep.layers > layers:

@@ -167,7 +167,7 @@ TAKEN = {
     "evaluation.every": [0], "evaluation.needle.every": [0], "evaluation.needle.depths": [0],
     "checkpoint.every": [0], "checkpoint.every_minutes": [0.0, 5e-324, 1.5, 1e308], "optim.warmup": [0.0, 5e-324],
     "optim.lr": [0.0, 5e-324, 1.5, 1e308],
-    "optim.final_lr": [0.0, 5e-324], "optim.decay": [5e-324], "optim.beta1": [0.0, 5e-324],
+    "optim.final_lr": [0.0, 5e-324], "optim.beta1": [0.0, 5e-324],
     "optim.beta2": [0.0, 5e-324], "optim.weight_decay": [0.0, 5e-324, 1.5, 1e308],
     "model.neftune_alpha": [0.0, 5e-324, 1.5, 1e308],
     "model.lora.dropout": [0.0], "preference.label_smoothing": [0.0], "preference.sft_weight": [0.0],

@@ -171,6 +171,7 @@ def settings_of(part, prefix=""):
         (["optim.schedule=step"], "optim.schedule=step is not one of cosine, linear, constant, warmup_stable_decay"),
         (["optim.optimizer=lion"], "optim.optimizer=lion is not one of adamw, sgd"),
         (["optim.decay=0"], "optim.decay=0.0 must be a fraction of the steps"),
+        (["optim.decay=0.1"], "optim.decay=0.1 has no effect with optim.schedule=cosine"),
         (["optim.schedule=warmup_stable_decay", "optim.decay=0.9"], "optim.decay=0.9 of optim.steps=60 overlap"),
         (
             ["optim.steps=3", "optim.warmup=4"],
@@ -182,6 +183,7 @@ def settings_of(part, prefix=""):
         (["optim.beta2=1"], "optim.beta2=1.0 must be 0 or more and below 1"),
         (["optim.eps=0"], "optim.eps=0.0 must be 1.18e-38 or more and at most 1"),
         (["optim.optimizer=sgd", "optim.eps=1e-6"], "optim.eps=1e-06 has no effect with optim.optimizer=sgd"),
+        (["optim.optimizer=sgd", "memory.optimizer_states=host"], "memory.optimizer_states=host is for optim.optimiz"),
         (["parallel.transport=mpi"], "parallel.transport=mpi is not one of auto, nccl"),
         (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0 must be 1 or more"),
         (

@@ -13,17 +13,19 @@ POSITIONS = "document"  # where positions begin; in manifests without this entry
 FREE = (
     "name", "output_dir", "resume", "checkpoint.", "evaluation.", "logger.", "data.cache", "memory.loss_tile",
     "memory.mlp_tile", "memory.recompute", "memory.attention_results", "memory.layer_inputs",
-    "attention.", "fused.", "model.extrapolate_positions",
-    "optim.steps", "optim.epochs", "parallel.",
+    "attention.", "fused.", "model.extrapolate_positions", "parallel.",
     # Compared by content, as data.digest and model.digest.
     "data.path", "data.files", "data.field", "data.columns", "data.format", "data.sources", "data.evaluation",
     "data.tokenizer",
     "model.path", "model.lora.path", "model.lora.merge",
 )  # fmt: skip
+DURATION = ("optim.steps", "optim.epochs")  # unknown of checkpoints of earlier versions
 # Settings that it may change too, which is reported: `train_step` sets the learning rate of each step, and fewer ranks
 # may need larger micro-batches. The optimizer's others, clip and weight_decay among them, are restored from the
 # checkpoint.
-REPORTED = ("optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay", "optim.micro_batch")
+REPORTED = (
+    *DURATION, "optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay", "optim.micro_batch",
+)  # fmt: skip
 # Settings that checkpoints of earlier versions lack, and the values with which these were written.
 ADDED = {"optim.eps": 1e-8, "model.freeze": [], "model.neftune_alpha": 0.0}
 LORA = ("model.lora.rank", "model.lora.digest")  # without which a run has no others of model.lora
@@ -54,7 +56,8 @@ def grid(world: World) -> dict[str, int]:
 
 def _check_settings(path: Path, before: dict, now: dict) -> list[str]:
     changes = []
-    before = {key: value for key, value in ADDED.items() if key in now} | before
+    lacking = ADDED | {key: now[key] for key in DURATION if key in now}
+    before = {key: value for key, value in lacking.items() if key in now} | before
     for key in sorted((before.keys() | now.keys()) - {TOKENIZER}, key=lambda key: (key not in LORA, key)):
         if before.get(key) != now.get(key):
             if key == "data.digest" and before.get(TOKENIZER) not in (None, now.get(TOKENIZER)):

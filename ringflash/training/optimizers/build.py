@@ -12,7 +12,6 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from ringflash.errors import ConfigError
 from ringflash.models.quantized import shape_of
 from ringflash.training.optimizers.config import OptimConfig
 from ringflash.training.optimizers.host_adamw import HostAdamW
@@ -64,11 +63,10 @@ def build_optimizer(
     The learning rate is 0 until `train_step` sets that of the step, since DeepSpeed takes a step while it starts.
     Raises ConfigError for states that SGD does not have.
     """
+    optim.check_states(states)
     settings: dict[str, Any] = {"lr": 0.0}
     groups = parameter_groups(model, optim.weight_decay)
     if optim.optimizer == "sgd":
-        if states != "fp32":
-            raise ConfigError(f"memory.optimizer_states={states} is for optim.optimizer=adamw, not for sgd")
         settings |= {"momentum": optim.beta1, "fused": fused or None}
         return ClippedSGD(groups, optim.clip, **settings) if clips else torch.optim.SGD(groups, **settings)
     settings |= {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}

@@ -101,6 +101,11 @@ class OptimConfig:
         for name in ("beta2", "eps"):
             if self.optimizer != "adamw" and (value := getattr(self, name)) != getattr(OptimConfig, name):
                 raise ConfigError(f"optim.{name}={value} has no effect with optim.optimizer={self.optimizer}")
+        if self.schedule != "warmup_stable_decay" and self.decay != OptimConfig.decay:
+            raise ConfigError(
+                f"optim.decay={self.decay} has no effect with optim.schedule={self.schedule}: it is a setting of "
+                f"warmup_stable_decay"
+            )
 
     def _check_overlap(self) -> None:
         """Raise ConfigError if the run has fewer steps than warm-up and decay take together."""
@@ -116,6 +121,13 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.warmup={self.warmup:g} and optim.decay={self.decay} of optim.steps={self.steps} overlap: give "
                 f"more steps, or less of either"
+            )
+
+    def check_states(self, states: str) -> None:
+        """Raise ConfigError for memory.optimizer_states that the optimizer does not have."""
+        if states != "fp32" and self.optimizer != "adamw":
+            raise ConfigError(
+                f"memory.optimizer_states={states} is for optim.optimizer=adamw, not for {self.optimizer}"
             )
 
     @property

@@ -313,12 +313,13 @@ def test_a_changed_setting_is_refused_and_more_steps_are_not(ranks, tmp_path, no
 
 
 @pytest.mark.ranks
-def test_a_changed_learning_rate_or_micro_batch_is_taken_and_reported(ranks, tmp_path):
-    ranks.run(write_with, 1, tmp_path, {"optim": {"lr": 1.0, "warmup": 2, "micro_batch": 1}})
-    now = {"optim": {"lr": 0.5, "warmup": 2, "micro_batch": 6}}
+def test_a_changed_learning_rate_duration_or_micro_batch_is_taken_and_reported(ranks, tmp_path):
+    ranks.run(write_with, 1, tmp_path, {"optim": {"lr": 1.0, "warmup": 2, "micro_batch": 1, "steps": 4}})
+    now = {"optim": {"lr": 0.5, "warmup": 2, "micro_batch": 6, "steps": 9}}
     _, _, lines = ranks.run(resume_and_step, 1, tmp_path, 1, now)[0]
     assert lines == [
-        f"resumed from {tmp_path}/step-00000001; optim.lr=0.5 replaces 1.0; optim.micro_batch=6 replaces 1",
+        f"resumed from {tmp_path}/step-00000001; optim.lr=0.5 replaces 1.0; optim.micro_batch=6 replaces 1; "
+        f"optim.steps=9 replaces 4",
     ]
 
 
@@ -338,7 +339,7 @@ def test_the_stage_and_the_place_of_states_may_change_where_they_can_be_resharde
 
 
 def test_a_setting_that_an_earlier_version_lacked_had_its_value():
-    assert compatibility._check_settings("path", {}, {"optim.eps": 1e-8}) == []
+    assert compatibility._check_settings("path", {}, {"optim.eps": 1e-8, "optim.steps": 9}) == []
     with pytest.raises(ConfigError, match=r"^optim\.eps=1e-06 differs from 1e-08, with which path was written"):
         compatibility._check_settings("path", {}, {"optim.eps": 1e-6})
 

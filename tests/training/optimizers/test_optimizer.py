@@ -286,13 +286,13 @@ def test_the_rate_rises_from_the_first_step_and_ends_at_the_final_one(warmup, st
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
-        ("linear", [0.5, 1.0, 0.875, 0.75, 0.625, 0.5]),
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("warmup_stable_decay", [0.5, 1.0, 1.0, 1.0, 0.75, 0.5]),
+        ({"schedule": "linear"}, [0.5, 1.0, 0.875, 0.75, 0.625, 0.5]),
+        ({"schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"schedule": "warmup_stable_decay", "decay": 1 / 3}, [0.5, 1.0, 1.0, 1.0, 0.75, 0.5]),
     ],
 )
 def test_schedules_differ_behind_the_warm_up(schedule, rates):
-    optim = OptimConfig(steps=6, warmup=2, lr=2.0, final_lr=0.5, schedule=schedule, decay=1 / 3)
+    optim = OptimConfig(steps=6, warmup=2, lr=2.0, final_lr=0.5, **schedule)
     assert [optim.learning_rate(step) for step in range(1, 7)] == pytest.approx([2 * rate for rate in rates])
 
 
