@@ -31,17 +31,15 @@ from ringflash.kernels.hopper_backward_128 import (
     store_gradients,
     walk_queries,
 )
-from ringflash.kernels.hopper_backward_parts import center_keys, make_full, make_rows
+from ringflash.kernels.hopper_backward_parts import center_keys, make_full, make_rows, weights
 from ringflash.kernels.hopper_parts import (
     ROWS,
     Pipe,
     arrive,
     make_pipe,
     make_tiles,
-    mask_scores,
     opaque_zero,
     product_layout,
-    softcap,
     sync,
 )
 
@@ -143,22 +141,6 @@ def half(x, HALF: gl.constexpr):
 
 
 @gluon.jit
-def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
-    """p of half a tile of scores, and p times the softcap's derivative.
-
-    The FMA that multiplies by c also adds lse. In the accumulators, lse would be needed before the product starts.
-    """
-    slope = 1.0
-    if call.CAPPED:
-        s = softcap(s, call.cap_scale)
-        slope = 1.0 - s * s
-    p = gl.exp2(s * call.c + lse)
-    if EDGE:
-        p = mask_scores(p, key_start, key_end, row, "0f00000000")
-    return p, p * slope
-
-
-@gluon.jit
 def begin_dq(shared, number, call, WHO: gl.constexpr):
     """Start the previous step's dq of this consumer's queries, over all keys. Returns a product in flight."""
     zeros = gl.zeros([ROWS, call.D], gl.float32, product_layout(call.D))
@@ -208,7 +190,8 @@ def step(
 
     # 1. The first half.
     s = warpgroup_mma_wait(1, deps=(scores,))  # the tensor cores, for the older of two products
-    p0, sloped0 = weights(half(s, 0), lse0, call, row, key_start, key_end, EDGE)
+    p0, slope0 = weights(half(s, 0), lse0, call, row, key_start, key_end, EDGE)
+    sloped0 = p0 * slope0
     dv_half = warpgroup_mma(gl.convert_layout(p0.to(q_tile.dtype), LEFT), dout0, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dscores,))  # the tensor cores, for all but dv
     ds0 = (sloped0 * (half(dp, 0) + load_row(delta, 0))).to(q_tile.dtype)
@@ -217,7 +200,8 @@ def step(
     dq_next = begin_dq(shared, number, call, WHO)
 
     # 2. The second half, under dk and dq of the first.
-    p1, sloped1 = weights(half(s, 1), load_row(lse, 1), call, row + ROWS, key_start, key_end, EDGE)
+    p1, slope1 = weights(half(s, 1), load_row(lse, 1), call, row + ROWS, key_start, key_end, EDGE)
+    sloped1 = p1 * slope1
     dv_next = warpgroup_mma(gl.convert_layout(p1.to(q_tile.dtype), LEFT), dout1, dv_half, is_async=True)
     ds1 = (sloped1 * (half(dp, 1) + load_row(delta, 1))).to(q_tile.dtype)
     dk_next = warpgroup_mma(gl.convert_layout(ds1, LEFT), q1, dk_half, is_async=True)

@@ -142,7 +142,10 @@ def make_rows(SLOTS: gl.constexpr, BLOCK_Q: gl.constexpr):
 
 @gluon.jit
 def weights(s, lse, call, row, key_start, key_end, EDGE: gl.constexpr):
-    """p of a tile of scores, and the softcap's derivative, by which ds is multiplied."""
+    """p of a tile of scores, and the softcap's derivative, by which ds is multiplied.
+
+    The FMA that multiplies by c also adds lse. In the accumulators, lse would be needed before the product starts.
+    """
     slope = 1.0
     if call.CAPPED:
         s = softcap(s, call.cap_scale)
