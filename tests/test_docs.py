@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ringflash import Loopback, ProcessRing
+from ringflash.models import ring_inputs
 from tests import forked
+from tests.models.cases import loss_and_gradients, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,6 +127,29 @@ def test_the_trainer_of_docs_integrations_gives_the_losses_of_one_rank_on_two(tm
     found = [re.findall(r"'(?:loss|grad_norm)': '[\d.]+'", on_ranks(tmp_path, code, ranks)) for ranks in (1, 2)]
     assert len(found[0]) == 6
     assert found[0] == found[1]
+
+
+def on_two_rings(code):
+    """The loss and the gradients' norm of the example of several rings, with a row of tokens for each ring."""
+    model, ranks = tiny("llama"), dist.get_world_size()
+    rows = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(1))
+    names = {"model": model, "rings": 2, "ranks": ranks, "device": torch.device("cpu"), "ring_inputs": ring_inputs}
+    names |= {"init_device_mesh": init_device_mesh, "ProcessRing": ProcessRing, "torch": torch, "dist": dist}
+    before, after = code.split("...")
+    exec(before, names)
+    names["tokens"] = rows[names["mesh"]["dp"].get_local_rank()][None]
+    exec("#" + after, names)
+    gradients = [p.grad for p in model.parameters()]
+    for x in [names["loss"].data, *gradients]:
+        dist.all_reduce(x)
+    expected, of_one = loss_and_gradients(tiny("llama"), ring_inputs(rows, labels=rows, ring=Loopback(1)))
+    errors = [(x / ranks - y).norm() / y.norm() for x, y in zip(gradients, of_one.values(), strict=True)]
+    return max([(names["loss"] - expected).abs() / expected, *errors]).item()
+
+
+@pytest.mark.ranks
+def test_the_example_of_several_rings_has_the_loss_and_gradients_of_one_rank(ranks):
+    assert max(ranks.run(on_two_rings, 4, example("mesh = init_device_mesh(", INTEGRATIONS))) < 1e-5
 
 
 def test_the_readme_has_120_lines_at_most():
