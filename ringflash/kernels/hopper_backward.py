@@ -219,14 +219,12 @@ def backward(
     center: Tensor | None = None,
     calls: int = 1,
     deterministic: bool = False,
-    tuning: Tuning | None = None,
 ) -> None:
     """Add this block's gradients to dq, dk and dv, or write dk and dv. See `ringflash.kernels` for the contract.
 
     The order of additions differs from run to run; with deterministic=True, `portable_backward` computes all three
     gradients, bit-equal from run to run. Raises ValueError, with the values, if `hopper_parts.supports` refuses, if a
-    tensor does not fit q and k, if scale is not positive, or if the tuning is not for this head size. tuning replaces
-    the table's choice.
+    tensor does not fit q and k, or if scale is not positive.
     """
     if deterministic:
         portable_backward.backward(
@@ -241,9 +239,7 @@ def backward(
     B, Sq, Hq, D = q.shape
     _, Skv, Hkv, _ = k.shape
     rows = ROWS.value
-    t, registers = tuning or TUNINGS[D], REGISTERS[2]
-    if t.block_q != TUNINGS[D].block_q:
-        raise ValueError(f"kernel=hopper takes block_q={TUNINGS[D].block_q} at head_dim {D}, got {t.block_q}")
+    t, registers = TUNINGS[D], REGISTERS[2]
     order, results = intervals.key_order[2 * rows], (dk, dv)
     written = dk.dtype != torch.float32
     if 0 in q.shape or 0 in k.shape or not order.nonempty:

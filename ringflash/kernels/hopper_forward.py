@@ -101,6 +101,7 @@ TUNINGS = {
     # Scores and p 64 registers per thread, acc 64, p in flight 32. 224 of 227 KB with a carry; 64 keys: 15% slower.
     128: Tuning(consumers=2, block_k=128),
     # acc takes 128 registers per thread, scores 32, p 32. 192 KB: no room for out, which is stored from registers.
+    # hopper_forward_parts has addresses for this tuning alone.
     256: Tuning(consumers=2, block_k=64),
 }
 LEAST_KEYS = 8192  # that a query tile sees, on average, for clusters of two query tiles
@@ -199,12 +200,11 @@ def forward(
     carry: Partial | None = None,
     out: Tensor | None = None,
     seen: Tensor | None = None,
-    tuning: Tuning | None = None,
 ) -> Partial:
     """Attention over ``start:end`` of k and v, merged with carry. See `ringflash.kernels` for the contract.
 
     Raises ValueError, with the values, if `supports` refuses, if v or the carry do not fit q and k, or if scale is not
-    positive (a row's maximum is taken before scaling). tuning replaces the table's choice.
+    positive (a row's maximum is taken before scaling).
     """
     check_inputs(q, k, scale, softcap, intervals, v=v)
     if carry is not None:
@@ -220,9 +220,7 @@ def forward(
     Hkv = k.shape[2]
     state, final = outputs(q, carry, out, seen)
     out, lse, carried = state.out, state.lse, (state if carry is None else carry).out
-    t = tuning or TUNINGS[D]
-    if D == 256 and t != TUNINGS[D]:  # hopper_forward_parts has addresses for this one alone
-        raise ValueError(f"at head_dim 256, tuning must be {TUNINGS[D]}, got {t}")
+    t = TUNINGS[D]
     registers = REGISTERS[t.consumers]
     order = intervals.query_order[t.consumers * ROWS.value]
     cluster = clustering(q, k, order, seen)

@@ -58,16 +58,3 @@ def test_a_tensor_that_does_not_fit_is_refused_in_the_kernels_name(name, kernel)
         pytest.raises(ValueError, match=f"^kernel={kernel} takes {told}"),
     ):
         (module.backward if backward else module.forward)(**arguments | wrong)
-
-
-def test_a_tuning_of_another_head_size_is_refused():
-    from ringflash.kernels import hopper_backward, hopper_parts
-
-    gradients = {f"d{x}": torch.zeros(y.shape) for x, y in (("q", Q), ("k", K), ("v", K))}
-    with (
-        mock.patch.object(hopper_parts, "supports", return_value=None),
-        pytest.raises(ValueError, match=r"^kernel=hopper takes block_q=128 at head_dim 64, got 64$"),
-    ):
-        hopper_backward.backward(
-            Q, Q, K, K, ROWS, ROWS, INTERVALS, scale=0.125, **gradients, tuning=hopper_backward.TUNINGS[128]
-        )
