@@ -25,7 +25,7 @@ import numpy as np
 from ringflash.data.records import Document
 from ringflash.errors import reason
 
-FORMAT = 13  # of the cache; increase it when the same input gives other arrays, or when parts are counted differently
+FORMAT = 14  # of the cache; increase it when the same input gives other arrays, or when parts are counted differently
 CONTENTS, TOKENS, OFFSETS, LABELS, STARTS = "corpus.json", "tokens.npy", "offsets.npy", "labels.npy", "starts.npy"
 LENGTHS, FLAGS = "lengths", "flags"  # int64 [pieces] and bool [pieces, begins and ends]: while it is written
 HEADER = 128  # bytes of a vector's .npy header: numpy leaves room for the array to grow

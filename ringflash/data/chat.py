@@ -56,8 +56,8 @@ from ringflash.data.messages import (
     names_of,
     thinking,
 )
-from ringflash.data.records import IGNORE, Document, clean
-from ringflash.data.tokenizer import text_only, uint32_array
+from ringflash.data.records import IGNORE, SPELLED, Document, clean, spelled_out
+from ringflash.data.tokenizer import special_tokens, text_only, uint32_array
 from ringflash.errors import ConfigError, reason
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MESSAGES, TOOLS, SYSTEM, PROMPT, COMPLETION = "messages", "tools", "system", "prompt", "completion"
+FUNCTIONS = "functions"  # tools, in OpenAI's earlier form
 VARIABLES = "chat_template_kwargs"  # of one conversation, beside those of data.chat_template_kwargs
 CONVERSATIONS = ("messages", "conversations", "conversation")  # usual names of the field of the messages
 TURNS = (INSTRUCTION, INPUT, OUTPUT, HISTORY)
@@ -93,7 +94,7 @@ class Given(NamedTuple):
 class Dialogues:
     """Records are conversations, or prompts with their completions. reads: the fields beside that of the messages."""
 
-    reads: tuple[str, ...] = (TOOLS, SYSTEM, VARIABLES, PROMPT, COMPLETION, *TURNS)
+    reads: tuple[str, ...] = (TOOLS, FUNCTIONS, SYSTEM, VARIABLES, PROMPT, COMPLETION, *TURNS)
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, field: str | None, variables: dict[str, Any],
@@ -126,11 +127,9 @@ class Dialogues:
         self._columns = {name: columns.get(name, name) for name in self.reads} | {self.field: self.field}
         self.fields = Fields(tuple(self._columns.values()), self._refusal)
         self._tokenizer, self._name, self._variables, self._train_on = tokenizer, name, variables, train_on
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        spelled = [re.escape(token) for token in special if len(token) > 1]
         # Templates that ask whether the content is null do so to find calls. Others spell it: "None".
         self._reads_null = re.search(r"""\bcontent['"\]]* is (not )?none""", _text_of(templates)) is not None
-        self._special = re.compile("|".join(sorted(spelled, key=len, reverse=True)) or r"(?!)")
+        self._special = special_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
         self._chat = _untruncated(tokenizer.backend_tokenizer)
         self._text = text_only(tokenizer, name)
@@ -164,14 +163,18 @@ class Dialogues:
     # -- records to texts
 
     def split(self, where: str, record: Record) -> list[Record]:
-        """The record, with its fields under the names that are read."""
-        return [{name: record[column] for name, column in self._columns.items() if column in record}]
+        """The record, with its fields under the names that are read, and functions as tools."""
+        named = {name: record[column] for name, column in self._columns.items() if column in record}
+        functions = from_json(named.pop(FUNCTIONS, None))
+        if functions and isinstance(functions, list) and not named.get(TOOLS):
+            named[TOOLS] = [{"type": "function", "function": from_json(function)} for function in functions]
+        return [named]
 
     def parse(self, where: str, record: Record) -> list[Rendered]:
         """The texts of a record, each with the spans to learn."""
         record = {**record, **{name: messages_from_json(record.get(name)) for name in (PROMPT, COMPLETION)}}
         asks = record[PROMPT] is not None or record[COMPLETION] is not None
-        turns = record.get(INSTRUCTION) is not None and OUTPUT in record
+        turns = {INSTRUCTION, OUTPUT} <= record.keys() and (record[INSTRUCTION] is not None or not asks)
         if turns and record.get(self.field) is None and record.get(COMPLETION) is None:
             record = {**record, self.field: messages_of_turns(where, record, OUTPUT)}
         if record.get(self.field) is not None or not asks:
@@ -182,6 +185,8 @@ class Dialogues:
                     f"{where} has a {SYSTEM} beside a {PROMPT} of text: give the {PROMPT} and the answers as messages"
                 )
             return [self._pair(where, record[PROMPT], record[COMPLETION])]
+        elif isinstance(record[PROMPT], str) or isinstance(record[COMPLETION], str):
+            raise unlike(where, {name: record[name] for name in (PROMPT, COMPLETION)})
         else:
             asked = self._messages(where, PROMPT, record.get(PROMPT))
             messages, first = [*asked, *self._messages(where, COMPLETION, record.get(COMPLETION))], len(asked)
@@ -196,14 +201,13 @@ class Dialogues:
             messages[i].keys() <= PLAIN and not str(messages[i]["content"]).strip() for i in trained
         )
         if self._is_marked(given.tools):
-            document = self._marked(where, messages, given, first, {*answers} - {*trained})
-            self._check_rendered(where, messages, given, trained, [document])
-            return [document]
-        documents = self._by_beginnings(where, messages, given, trained)
+            documents = [self._marked(where, messages, given, first, {*answers} - {*trained})]
+        else:
+            documents = self._by_beginnings(where, messages, given, trained)
         self._check_rendered(where, messages, given, trained, documents)
         self.counts["conversations"] += 1
         self.counts["documents"] += len(documents)
-        self.counts["endless"] += not self._has_end(documents[-1].text)
+        self.counts["endless"] += not self._has_end(documents[-1].text[: documents[-1].spans[-1][1]])
         return documents
 
     def _trained(self, where: str, messages: Sequence[dict[str, Any]], first: int) -> tuple[list[int], list[int]]:
@@ -223,7 +227,12 @@ class Dialogues:
 
     def remarks(self, counts: Counter[str]) -> list[str]:
         """Lines for the user about parsed conversations that the template renders in unexpected ways."""
-        found = []
+        found = spelled_out(counts)
+        if counts["texts"]:
+            found.append(
+                f"{counts['texts']:,} records have a prompt and an answer of text, which are joined without the chat "
+                f"template: that renders messages, and {INSTRUCTION} with its answer"
+            )
         if counts["beside"]:
             found.append(
                 f"{counts['beside']:,} records have {self.field}, which are trained on, and a {PROMPT} or {COMPLETION} "
@@ -246,8 +255,8 @@ class Dialogues:
             )
         if counts["endless"]:
             found.append(
-                f"{counts['endless']:,} conversations end without a special token in the chat template, so nothing "
-                f"teaches the model where to stop"
+                f"{counts['endless']:,} conversations end without a special token that is trained on, so nothing "
+                f"teaches the model where to stop: the chat template has none, or leaves it out of its generation block"
             )
         return found
 
@@ -255,6 +264,9 @@ class Dialogues:
         if not completion:
             raise RecordError(f"{where} has an empty {COMPLETION}, so there is nothing to learn")
         begin, end = clean(prompt, f"{where}: {PROMPT}"), clean(completion, f"{where}: {COMPLETION}")
+        self.counts["texts"] += 1
+        if found := self._special.search(begin) or self._special.search(end):
+            self.counts[f"{SPELLED}{found[0]}"] += 1
         return Rendered(begin + end, [(len(begin), len(begin + end))], is_chat=False)
 
     def _messages(self, where: str, name: str, value: Any) -> list[dict[str, Any]]:
@@ -316,23 +328,26 @@ class Dialogues:
     def _marked(self, where: str, messages: list[Any], given: Given, first: int, left_out: set[int]) -> Rendered:
         """The whole conversation, with the spans that the template marks.
 
-        Those of a prompt's messages are left out, and those of the messages `left_out`.
+        Those of a prompt's messages are left out, and those of the messages `left_out`. Blocks that are not one per
+        message tell the last turn alone, as what follows its prompt.
         """
         text, spans = self._render(where, messages, given, mark=True)
-        if left_out:
-            said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            if len(spans) != len(said):
-                raise RecordError(
-                    f"{where} has messages of the assistant that are not trained on ({WEIGHT} 0, train false or "
-                    f"data.train_on={LAST_TURN}), which needs a generation block per message: the chat template marks "
-                    f"{len(spans)} blocks, for {len(said)} messages"
-                )
+        said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if left_out and len(spans) == len(said):
             spans = [span for i, span in zip(said, spans, strict=True) if i not in left_out]
+        elif left_out and self._train_on == LAST_TURN:
+            first = said[-1]
+        elif left_out:
+            raise RecordError(
+                f"{where} has messages of {WEIGHT} 0 or train false, which need a generation block per message of the "
+                f"assistant: the chat template marks {len(spans)} blocks, for {len(said)} messages"
+            )
         if first:
             prompt, _ = self._render(where, messages[:first], given, prompted=True)
             if not text.startswith(prompt):
                 raise RecordError(
-                    f"{where}: the chat template renders the {PROMPT} differently once a {COMPLETION} follows"
+                    f"{where}: the chat template renders the prompt for message {first + 1} differently once that "
+                    f"follows, so the text to train on is unknown"
                 )
             spans = [(max(begin, len(prompt)), end) for begin, end in spans if end > len(prompt)]
         if not any(end > begin for begin, end in spans):
@@ -371,7 +386,10 @@ class Dialogues:
                     f"{where} calls {unsaid[0]}, and the chat template of data.tokenizer={self._name} renders no call "
                     f"of it: give the tokenizer of a model that calls tools"
                 )
-            lost |= {"thinking"} if thinking(message).strip() not in learned else set()
+            inside, _, said = str(message["content"] or "").rpartition("</think>")
+            thoughts = (thinking(message).strip(), inside.rpartition("<think>")[2].strip())
+            lost |= {"thinking"} if any(thought not in learned for thought in thoughts) else set()
+            lost |= {"text of the assistant"} if said.strip() not in learned else set()
         text = found[-1].text
         lost |= {"a tool"} if any(name not in text for name in names_of(given.tools)) else set()
         lost |= {VARIABLES} if given.variables.keys() - self._read else set()
@@ -434,6 +452,12 @@ class Dialogues:
             return document._replace(tokens=np.append(tokens, eos), labels=np.append(labels, np.int32(eos)))
         labels[-1] = eos
         return document
+
+
+def unlike(where: str, given: dict[str, Any]) -> RecordError:
+    """The refusal of fields of which one holds text, and another messages or nothing."""
+    held = " and ".join(f"{value!r:.40} in {name}" for name, value in given.items())
+    return RecordError(f"{where} holds {held}: both must be texts, or both lists of messages")
 
 
 def _text_of(templates: str | dict[str, str]) -> str:

@@ -35,7 +35,7 @@ from ringflash.data.formats import format_of
 from ringflash.data.preferences import Preferences
 from ringflash.data.records import FIELD, IDS, Reading, Texts, TokenIds
 from ringflash.data.scratch import delete_abandoned, others, scratch_folder
-from ringflash.data.tokenizer import encoder, load_tokenizer, tokenizer_digest, tokenizer_size
+from ringflash.data.tokenizer import encoder, load_tokenizer, special_tokens, tokenizer_digest, tokenizer_size
 from ringflash.errors import ConfigError, hub_hint, reason
 
 BUILT = "built"  # in a scratch folder
@@ -201,7 +201,7 @@ def reading(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Reading:
         return Dialogues(tokenizer, config.tokenizer, *given)
     if config.field == IDS:
         return TokenIds(tokenizer_size(tokenizer))
-    return Texts(config.field or FIELD, encoder(tokenizer, config.tokenizer))
+    return Texts(config.field or FIELD, encoder(tokenizer, config.tokenizer), special_tokens(tokenizer))
 
 
 def check_source(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:

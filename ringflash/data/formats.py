@@ -49,6 +49,7 @@ FORMATS = tuple(SUFFIXES)
 ON_LINES = "a JSON object is expected on each line (data.format=json reads an array of objects, too)"
 IN_ARRAY = "a JSON object is expected as each record"
 ARROW_FILE = b"ARROW1"
+POINTER = b"version https://git-lfs.github.com/spec/"  # begins what a clone without LFS has in place of a file
 ROWS = 64  # of a table, read at once
 LINES = 1 << 20  # bytes of lines of JSON, read at once
 LONGEST = 1 << 28  # bytes of one of them: it is held whole, and parsed
@@ -136,6 +137,9 @@ def records(file: Path, form: str, fields: Fields, guessed: bool) -> Records:
     guessed: the format is by the suffix. A text file that begins with JSON records is then refused. Raises ConfigError
     for a file that is not of its format; a single record that cannot be used is a RecordError in its place.
     """
+    with open(file, "rb") as stream:
+        if stream.read(len(POINTER)) == POINTER:
+            raise ConfigError(f"{file} is a pointer of Git LFS, not the file itself: git lfs pull fetches that")
     reader = _guessed_text if form == "text" and guessed else _READERS[form]
     return reader(file, fields)
 

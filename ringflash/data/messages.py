@@ -20,34 +20,37 @@ PARTIAL = ("train_detail", "training_detail", "loss_scale")  # of a part of a me
 PLAIN = {"role", "content", WEIGHT}  # of a message without tool calls or thinking
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # read by Qwen 3's template, Gemma 4's, gpt-oss's
 INSTRUCTION, INPUT, OUTPUT, HISTORY = "instruction", "input", "output", "history"  # of Alpaca's records
-ROLES = {  # of ShareGPT, whose messages have `from` and `value`, and their roles
+CALLS = ("function_call", "tool_call")  # roles of the assistant whose content is the JSON of a call
+OBSERVATION = "observation"
+ROLES = {  # of ShareGPT, whose messages have `from` and `value`, of ms-swift and Gemini; and what templates call them
     **{role: role for role in ("system", "user", "assistant", "tool")},
+    **dict.fromkeys((*CALLS, "gpt", "model"), "assistant"),
+    **dict.fromkeys((OBSERVATION, "tool_response"), "tool"),
     "human": "user",
-    "gpt": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",  # whose value is the JSON of the call
 }
 
 
 def message_of(place: str, message: dict[str, Any]) -> dict[str, Any]:
     """A message with role and content. Raises RecordError, which begins with `place`."""
-    message = _with_call(_from_sharegpt(place, message))
-    if not isinstance(message.get("role"), str):
-        raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
+    message = _with_call(_with_role(place, message))
     message = {key: x for key, x in message.items() if key == "content" or x not in (None, [])}
     message = _with_weight(place, message)
     content = message.get("content")
     if content is None and "tool_calls" not in message:
         empty = "holds content=null, and no tool_calls" if "content" in message else "has no content"
         raise RecordError(f"{place} {empty}; it has {', '.join(map(str, message))}")
-    return {**message, "content": _joined(place, content), **_with_objects(message), **_with_thoughts(message)}
+    if not isinstance(content := _joined(place, content), str | None):
+        raise RecordError(f"{place} holds content={content!r:.60}, not text; give an object as JSON text")
+    return {**message, "content": content, **_with_objects(place, message), **_with_thoughts(message)}
 
 
 def messages_of_turns(where: str, record: dict[str, Any], answer: str) -> list[dict[str, Any]]:
     """The messages of a record in Alpaca's form, the last of which is in the field `answer`."""
     asked = [record[INSTRUCTION], record.get(INPUT)]
     history = record.get(HISTORY) or []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
+    ):
         raise RecordError(f"{where}: {HISTORY} holds {history!r:.60}, not a list of pairs of a question and its answer")
     turns = [*history, ["\n".join(text for text in asked if isinstance(text, str) and text), record[answer]]]
     for name, value in ((INSTRUCTION, asked[0]), (INPUT, asked[1] or ""), (answer, record[answer])):
@@ -84,8 +87,8 @@ def from_json(value: Any) -> Any:
 
 
 def messages_from_json(value: Any) -> Any:
-    """The messages that a table holds as JSON text. Any other text is that of a prompt or an answer."""
-    found = from_json(value)
+    """Messages, where there is one, or a table holds them as JSON text. Other text is that of a prompt or an answer."""
+    found = [value] if isinstance(value, dict) else from_json(value)
     listed = isinstance(found, list) and all(isinstance(x, dict) and {"role", "from"} & x.keys() for x in found)
     return found if listed and found else value
 
@@ -128,17 +131,24 @@ def _with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(THOUGHTS, thought) if thought else {}
 
 
-def _from_sharegpt(place: str, message: dict[str, Any]) -> dict[str, Any]:
-    """A message with role and content, where it has ShareGPT's names for them."""
-    if "role" in message or not {"from", "value"} <= {*message}:
-        return message
-    speaker = message["from"]
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        raise RecordError(f"{place} is from {speaker!r:.60}, which is not one of {', '.join(ROLES)}")
-    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    if speaker == "function_call":
-        return {"role": ROLES[speaker], "content": None, "tool_calls": _calls(place, message["value"]), **rest}
-    return {"role": ROLES[speaker], "content": message["value"], **rest}
+def _with_role(place: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with role and content, and with the role's usual name.
+
+    A role `observation` stays as it is: GLM 4's template reads it.
+    """
+    of_sharegpt = "role" not in message and {"from", "value"} <= {*message}
+    if of_sharegpt:
+        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+        message = {"role": message["from"], "content": message["value"], **rest}
+    role = message.get("role")
+    known = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if of_sharegpt and known is None:
+        raise RecordError(f"{place} is from {role!r:.60}, which is not one of {', '.join(ROLES)}")
+    if not isinstance(role, str):
+        raise RecordError(f"{place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
+    if role.lower() in CALLS:
+        return {**message, "role": known, "content": None, "tool_calls": _calls(place, role, message.get("content"))}
+    return {**message, "role": known} if known and (of_sharegpt or role != OBSERVATION) else message
 
 
 def _with_call(message: dict[str, Any]) -> dict[str, Any]:
@@ -149,30 +159,34 @@ def _with_call(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "role": "tool"} if message.get("role") == "function" else message
 
 
-def _calls(place: str, value: Any) -> list[dict[str, Any]]:
+def _calls(place: str, role: str, value: Any) -> list[dict[str, Any]]:
     """tool_calls of the JSON of one call or of a list of them."""
     found = from_json(value)
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= {*call} for call in calls):
         raise RecordError(
-            f"{place} is from function_call and holds {value!r:.60}; it must be the JSON of a call with its name and "
+            f"{place} is from {role} and holds {value!r:.60}; it must be the JSON of a call with its name and "
             f"arguments, or of a list of calls"
         )
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+def _with_objects(place: str, message: dict[str, Any]) -> dict[str, Any]:
     """tool_calls whose arguments are objects."""
     calls = from_json(message.get("tool_calls"))
     if not isinstance(calls, list):
         return {}
-    return {"tool_calls": [_with_object(call) for call in calls]}
+    return {"tool_calls": [_with_object(place, call) for call in calls]}
 
 
-def _with_object(call: Any) -> Any:
+def _with_object(place: str, call: Any) -> Any:
+    """A call whose arguments are an object; text that is no JSON stays, as the input of a tool that takes text."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_object(call["function"])}
-    arguments = from_json(call.get("arguments"))
+        return {**call, "function": _with_object(place, call["function"])}
+    given = call.get("arguments")
+    arguments = from_json(given) if given != "" else {}
+    if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+        raise RecordError(f"{place} calls {call.get('name')} with arguments that are not JSON: {arguments!r:.60}")
     return {**call, "arguments": arguments} if isinstance(arguments, dict) else call

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ringflash.data.chat import COMPLETION, PROMPT, SYSTEM, TOOLS, VARIABLES, Dialogues, Rendered
+from ringflash.data.chat import COMPLETION, FUNCTIONS, PROMPT, SYSTEM, TOOLS, VARIABLES, Dialogues, Rendered, unlike
 from ringflash.data.formats import Record, RecordError
 from ringflash.data.messages import HISTORY, INPUT, INSTRUCTION, messages_from_json, messages_of_turns
 
@@ -32,7 +32,7 @@ CHOSEN, REJECTED = "chosen", "rejected"
 class Preferences(Dialogues):
     """Records are pairs of a chosen and a rejected answer."""
 
-    reads = (PROMPT, CHOSEN, REJECTED, TOOLS, SYSTEM, VARIABLES, INSTRUCTION, INPUT, HISTORY)
+    reads = (PROMPT, CHOSEN, REJECTED, TOOLS, FUNCTIONS, SYSTEM, VARIABLES, INSTRUCTION, INPUT, HISTORY)
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, variables: dict[str, Any], columns: dict[str, str]
@@ -70,11 +70,13 @@ class Preferences(Dialogues):
         prompt, *answers = (messages_from_json(record.get(name)) for name in (PROMPT, CHOSEN, REJECTED))
         named = dict(zip((CHOSEN, REJECTED), answers, strict=True))
         if not (all(isinstance(x, str) for x in answers) or all(isinstance(x, list) for x in answers)):
-            held = " and ".join(f"{x!r:.40} in {name}" for name, x in named.items())
-            raise RecordError(f"{where} holds {held}: both must be texts, or both lists of messages")
+            raise unlike(where, named)
         if isinstance(answers[0], str):
             if not isinstance(prompt, str) or not prompt:
-                raise RecordError(f"{where}: {PROMPT} holds {prompt!r:.40}, and {CHOSEN} a text: it must be one too")
+                raise RecordError(
+                    f"{where}: {PROMPT} holds {prompt!r:.40}, and {CHOSEN} a text: it must be one too; "
+                    f"data.columns={{{INSTRUCTION}: question}} reads another field, for the chat template"
+                )
             return prompt, named
         if isinstance(prompt, list) and prompt and not all(x[: len(prompt)] == prompt for x in answers):
             return prompt, named
@@ -83,7 +85,7 @@ class Preferences(Dialogues):
         if not shared:
             raise RecordError(
                 f"{where}: {PROMPT} holds {prompt!r:.40}, and {CHOSEN} and {REJECTED} begin with no message in common: "
-                f"the messages of the prompt are missing"
+                f"the messages of the prompt are missing; data.columns={{{PROMPT}: conversations}} reads another field"
             )
         if (shorter := next((name for name, messages in named.items() if len(messages) == shared), None)) is not None:
             raise RecordError(

@@ -11,6 +11,7 @@ that say where it is, and encodes the parsed parts in groups. One process splits
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,7 @@ from ringflash.errors import ConfigError
 IGNORE = -100  # the label of a token that is not predicted; torch's cross entropy skips it
 FIELD = "text"  # the field to read if data.field=null and the format has fields
 EMPTY = "empty"  # the count of documents without text or tokens
+SPELLED = "spelled: "  # begins the counts of texts that spell a special token
 IDS = "input_ids"  # the field of token ids
 READ_BY = {  # fields of other records, and the settings that read them
     "messages": "data=chat", "conversations": "data=chat data.field=conversations",
@@ -65,17 +67,29 @@ class Reading(Protocol):
 
     def remarks(self, counts: Counter[str]) -> list[str]:
         """Lines for the user about the counts."""
-        return [f"{counts[EMPTY]:,} empty documents are left out"] if counts[EMPTY] else []
+        empty = [f"{counts[EMPTY]:,} empty documents are left out"] if counts[EMPTY] else []
+        return empty + spelled_out(counts)
+
+
+def spelled_out(counts: Counter[str]) -> list[str]:
+    """A line for the user about texts that spell special tokens, as those do that a chat template rendered before."""
+    found = {name.removeprefix(SPELLED): count for name, count in counts.items() if name.startswith(SPELLED)}
+    if not found:
+        return []
+    return [
+        f"{sum(found.values()):,} texts spell special tokens, such as {max(found, key=lambda x: found[x])}, which are "
+        f"read as text and not as the tokens: data=chat renders messages, and data.field={IDS} reads tokens"
+    ]
 
 
 class Texts(Reading):
-    """A field holds the text of one document: a string, or its blocks."""
+    """A field holds the text of one document: a string, or its blocks. special: finds special tokens in a text."""
 
-    def __init__(self, field: str, encoder: Encoder) -> None:
+    def __init__(self, field: str, encoder: Encoder, special: re.Pattern[str]) -> None:
         self.field = field
         self.fields = Fields((field,), lambda available: missing(field, available))
         self.counts: Counter[str] = Counter()
-        self._encoder = encoder
+        self._encoder, self._special = encoder, special
 
     def split(self, where: str, record: Record) -> Iterator[Piece]:
         """The pieces of the text."""
@@ -99,6 +113,8 @@ class Texts(Reading):
     def parse(self, where: str, part: Piece) -> list[Piece]:
         """The piece; nothing, if the text is empty."""
         self.counts[EMPTY] += not part.text
+        if part.first and (found := self._special.search(part.text)):
+            self.counts[f"{SPELLED}{found[0]}"] += 1
         return [part] if part.text else []
 
     def encode(self, parsed: Sequence[Piece]) -> Iterator[Document]:

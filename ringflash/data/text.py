@@ -18,6 +18,7 @@ MARKS = {  # UTF-32's begin with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
+COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz"}  # what such files begin with
 BLOCK = 1 << 22  # bytes of a text, read at once
 Part = TypeVar("Part")
 
@@ -66,6 +67,8 @@ def decoded(read: bytes, where: str, position: int) -> str:
     """
     if position == 0 and (kind := next((kind for mark, kind in MARKS.items() if read.startswith(mark)), None)):
         raise ConfigError(f"{where} is {kind}, not UTF-8; iconv -f {kind} -t UTF-8 converts it")
+    if position == 0 and (suffix := next((x for mark, x in COMPRESSED.items() if read.startswith(mark)), None)):
+        raise ConfigError(f"{where} is compressed, and its name does not say so: give the file the suffix {suffix}")
     if (nul := read.find(b"\0")) >= 0:
         at = position + nul
         raise ConfigError(

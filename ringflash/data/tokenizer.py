@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,6 +94,13 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         raise ConfigError(
             f"data.tokenizer={name} has {size} tokens, more than the model's model.architecture.vocab_size={vocab_size}"
         )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What finds the special tokens that a text spells, apart from single characters."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    spelled = [re.escape(token) for token in special if len(token) > 1]
+    return re.compile("|".join(sorted(spelled, key=len, reverse=True)) or r"(?!)")
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:

@@ -33,6 +33,15 @@ REFUSED = {
     ),
     "an answer that is no text": ({"instruction": "hi", "output": 2}, "line 2: output holds 2, not text"),
     "an answer that is null": ({"instruction": "hi", "output": None}, "line 2: output holds None, not text"),
+    "an instruction that is null": ({"instruction": None, "output": "x"}, "line 2: instruction holds None, not text"),
+    "a history with null": (
+        {**ALPACA, "history": [["hi", None]]},
+        "line 2: history holds [['hi', None]], not a list of",
+    ),
+    "a prompt of text and messages": (
+        {"prompt": "hi", "completion": chat("hi", "no")[1:]},
+        "line 2 holds 'hi' in prompt and [{'role': 'assistant', 'content': 'no'}] in completion: both must be texts",
+    ),
     "variables that are a list": (
         {"messages": chat("hi", "hello"), "chat_template_kwargs": [1]},
         "line 2: chat_template_kwargs holds [1], not names with values",
@@ -51,7 +60,7 @@ REFUSED = {
     ),
     "an unknown speaker": (
         {"messages": [{"from": "bing", "value": "hi"}]},
-        "message 1 of messages is from 'bing', which is not one of system, user, assistant, tool, human, gpt, observ",
+        "message 1 of messages is from 'bing', which is not one of system, user, assistant, tool, function_call, to",
     ),
     "a function call without arguments": (
         {"messages": [{"from": "human", "value": "add"}, {"from": "function_call", "value": '{"name": "add"}'}]},

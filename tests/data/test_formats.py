@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 
 from ringflash.data import formats
-from ringflash.data.formats import FORMATS
+from ringflash.data.formats import FORMATS, POINTER
 from ringflash.errors import ConfigError
 from tests.data.cases import config, texts_of, write_parquet
 
@@ -111,6 +111,21 @@ REFUSED = {
     ),
     "no suffix": ("dump", b"text", {}, "dump: the suffix (none) names no known format; set data.format to one of"),
     "office": ("a.docx", b"text", {}, "the suffix .docx names no known format"),
+    **{
+        f"a pointer in {name}": (
+            name,
+            POINTER + b"v1\noid sha256:1\n",
+            {},
+            "is a pointer of Git LFS, not the file itself",
+        )
+        for name in ("a.txt", "a.jsonl", "a.parquet")
+    },
+    "compressed by another name": (
+        "a.jsonl",
+        gzip.compress(LINES),
+        {},
+        "line 1 is compressed, and its name does not say so: give the file the suffix .gz",
+    ),
     "an archive": ("a.tar.gz", b"text", {}, "the suffix .gz names no known format"),
     "json lines as text": ("a.txt", b"\n" + LINES, {}, "begins with JSON records: set data.format=jsonl to read their"),
     "records on one line as text": ("a.txt", b'{"text": 1}, {"text": 2}', {}, "begins with JSON records"),

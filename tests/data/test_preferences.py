@@ -55,6 +55,12 @@ def test_the_answers_to_an_instruction_are_turns_for_the_chat_template(tmp_path)
     assert np.array_equal(found.tokens, expected.tokens)
 
 
+def test_an_answer_may_be_a_single_message(tmp_path):
+    single = {"asked": MESSAGES["prompt"], **{name: MESSAGES[name][0] for name in ("chosen", "rejected")}}
+    found = tokenised(pairs(tmp_path, [single], columns={"prompt": "asked"}))
+    assert np.array_equal(found.tokens, tokenised(pairs(tmp_path, [MESSAGES])).tokens)
+
+
 @pytest.mark.parametrize("record", [MESSAGES, WHOLE], ids=["with a prompt", "whole"])
 def test_answers_may_be_messages_as_json_text(tmp_path, record):
     as_text = {name: json.dumps(value) for name, value in record.items()}

@@ -9,7 +9,19 @@ from ringflash.data.config import WeightedSource
 from ringflash.data.documents import cache_folder
 from ringflash.data.formats import RecordError
 from ringflash.errors import ConfigError
-from tests.data.chat_cases import CALL, QWEN3, SMOLLM2, TEMPLATES, TOOL, chat, chat_tokenizer, settings, trained, write
+from tests.data.chat_cases import (
+    CALL,
+    MARKED,
+    QWEN3,
+    SMOLLM2,
+    TEMPLATES,
+    TOOL,
+    chat,
+    chat_tokenizer,
+    settings,
+    trained,
+    write,
+)
 
 TURNS = [["hi", "hello"], ["hi", "no", "more?", "yes"], ["hi", "a", "b", "c", "d", " e"], ["x", "y", "unanswered"]]
 AGENT = [
@@ -81,6 +93,24 @@ def test_last_turn_is_the_last_of_all_turns(name):
     record = {"messages": chat("hi", "hello", "more?", "yes", "left unanswered")}
     [*_, spans] = trained(TEMPLATES[name], record)
     assert trained(TEMPLATES[name], record, train_on="last_turn") == [spans[-1:]]
+
+
+IN_TWO = MARKED.replace("message.content + '<|im_end|>' }}{%- endgen", "message.content }}{%- endgen").replace(
+    "{%- endgeneration %}", "{%- endgeneration %}{%- generation %}{{- '<|im_end|>' }}{%- endgeneration %}"
+)
+
+
+def test_several_generation_blocks_per_message_tell_the_last_turn_alone():
+    messages = chat("hi", "hello", "more?", "yes")
+    assert trained(IN_TWO, {"messages": messages}, train_on="last_turn") == [["yes", "<|im_end|>"]]
+    messages[1]["train"] = False
+    with pytest.raises(
+        RecordError, match=r"train false, which need a generation block per message .* 4 blocks, for 2 m"
+    ):
+        trained(IN_TWO, {"messages": messages})
+    prompts_otherwise = IN_TWO.replace("<|im_start|>assistant\\n' }}{%- endif", "<|im_start|>Assistant\\n' }}{%- endif")
+    with pytest.raises(RecordError, match="renders the prompt for message 4 differently once that follows"):
+        trained(prompts_otherwise, {"messages": messages}, train_on="last_turn")
 
 
 def test_the_last_turn_of_a_completion_is_trained_on():
