@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 
 MESSAGES, TOOLS, SYSTEM, PROMPT, COMPLETION = "messages", "tools", "system", "prompt", "completion"
 FUNCTIONS = "functions"  # tools, in OpenAI's earlier form
+LABEL = "label"  # of TRL's unpaired preferences: false for a completion that is not wanted
 VARIABLES = "chat_template_kwargs"  # of one conversation, beside those of data.chat_template_kwargs
 CONVERSATIONS = ("messages", "conversations", "conversation")  # usual names of the field of the messages
 TURNS = (INSTRUCTION, INPUT, OUTPUT, HISTORY)
@@ -94,7 +95,7 @@ class Given(NamedTuple):
 class Dialogues:
     """Records are conversations, or prompts with their completions. reads: the fields beside that of the messages."""
 
-    reads: tuple[str, ...] = (TOOLS, FUNCTIONS, SYSTEM, VARIABLES, PROMPT, COMPLETION, *TURNS)
+    reads: tuple[str, ...] = (TOOLS, FUNCTIONS, SYSTEM, VARIABLES, PROMPT, COMPLETION, LABEL, *TURNS)
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, name: str, field: str | None, variables: dict[str, Any],
@@ -174,6 +175,8 @@ class Dialogues:
         """The texts of a record, each with the spans to learn."""
         record = {**record, **{name: messages_from_json(record.get(name)) for name in (PROMPT, COMPLETION)}}
         asks = record[PROMPT] is not None or record[COMPLETION] is not None
+        if asks and record.get(LABEL) is False:
+            raise RecordError(f"{where} has {LABEL}=false, for a {COMPLETION} that is not wanted: KTO is not supported")
         turns = {INSTRUCTION, OUTPUT} <= record.keys() and (record[INSTRUCTION] is not None or not asks)
         if turns and record.get(self.field) is None and record.get(COMPLETION) is None:
             record = {**record, self.field: messages_of_turns(where, record, OUTPUT)}

@@ -180,13 +180,16 @@ def _with_objects(place: str, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_object(place: str, call: Any) -> Any:
-    """A call whose arguments are an object; text that is no JSON stays, as the input of a tool that takes text."""
-    if not isinstance(call, dict):
+    """A call of a function whose arguments are an object.
+
+    Text that is no JSON stays, as the input of a tool that takes text.
+    """
+    if isinstance(call, dict) and "function" not in call and {"name", "arguments"} <= call.keys():
+        call = {"type": "function", "function": call}
+    if not isinstance(call, dict) or not isinstance(called := call.get("function"), dict):
         return call
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_object(place, call["function"])}
-    given = call.get("arguments")
+    given = called.get("arguments")
     arguments = from_json(given) if given != "" else {}
     if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
-        raise RecordError(f"{place} calls {call.get('name')} with arguments that are not JSON: {arguments!r:.60}")
-    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+        raise RecordError(f"{place} calls {called.get('name')} with arguments that are not JSON: {arguments!r:.60}")
+    return {**call, "function": {**called, "arguments": arguments}} if isinstance(arguments, dict) else call

@@ -42,6 +42,10 @@ REFUSED = {
         {"prompt": "hi", "completion": chat("hi", "no")[1:]},
         "line 2 holds 'hi' in prompt and [{'role': 'assistant', 'content': 'no'}] in completion: both must be texts",
     ),
+    "a completion that is not wanted": (
+        {"prompt": "hi", "completion": "no", "label": False},
+        "line 2 has label=false, for a completion that is not wanted: KTO is not supported",
+    ),
     "variables that are a list": (
         {"messages": chat("hi", "hello"), "chat_template_kwargs": [1]},
         "line 2: chat_template_kwargs holds [1], not names with values",

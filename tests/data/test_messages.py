@@ -73,6 +73,15 @@ def test_empty_text_for_arguments_is_no_argument():
     assert '{"name": "add", "arguments": {}}' in found
 
 
+def test_a_call_may_have_its_name_and_arguments_in_itself():
+    parse = dialogues(LLAMA3).parse
+    found = [
+        parse("here", {"messages": [*chat("add"), {"role": "assistant", "tool_calls": [call]}]})
+        for call in (CALL["function"], CALL)
+    ]
+    assert found[0] == found[1]
+
+
 def with_arguments(arguments):
     return [*chat("hi"), {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}]
 
