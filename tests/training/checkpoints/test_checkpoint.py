@@ -339,7 +339,8 @@ def test_the_stage_and_the_place_of_states_may_change_where_they_can_be_resharde
 
 
 def test_a_setting_that_an_earlier_version_lacked_had_its_value():
-    assert compatibility._check_settings("path", {}, {"optim.eps": 1e-8, "optim.steps": 9}) == []
+    now = {"optim.eps": 1e-8, "optim.steps": 9, "data.train_on": "all_turns"}
+    assert compatibility._check_settings("path", {}, now) == []
     with pytest.raises(ConfigError, match=r"^optim\.eps=1e-06 differs from 1e-08, with which path was written"):
         compatibility._check_settings("path", {}, {"optim.eps": 1e-6})
 
