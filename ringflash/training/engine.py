@@ -31,7 +31,7 @@ from ringflash.training.neftune import EmbeddingNoise, noisy
 from ringflash.training.optimizers import one_rank
 from ringflash.training.optimizers.build import build_optimizer, start_moments
 from ringflash.training.optimizers.config import OptimConfig
-from ringflash.training.preferences.preference_loss import PreferencePairs
+from ringflash.training.preferences.preference_loss import PreferenceLoss, PreferencePairs
 from ringflash.training.zero3 import start_deepspeed
 
 
@@ -53,6 +53,7 @@ class TrainedModel(nn.Module):
             checkpoint_layers(model, memory.keep)
             tile_mlps(model, memory.mlp_tile)
         self.memory, self.forward_only = memory, forward_only_layers(model)
+        self.pair_loss: PreferenceLoss | None = None  # of batches of pairs
         self.host_states: Callable[[Callable[[str], None]], None] | None = None  # makes the optimizer's, if on the host
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -104,7 +105,7 @@ class TrainedModel(nn.Module):
         if preferences is not None and only_log_probabilities:
             return preferences.log_probabilities(head, body(**inputs).last_hidden_state, shift_labels)
         reference = None if preferences is None else preferences.reference
-        if preferences is not None and preferences.config.runs_reference:
+        if preferences is not None and preferences.pair_loss.config.runs_reference:
             with without_adapters(self.model):
                 reference = preferences.log_probabilities(head, body(**inputs).last_hidden_state, shift_labels)
         routed = router_weight is not None and getattr(config, "output_router_logits", False)

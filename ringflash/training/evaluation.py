@@ -27,7 +27,6 @@ from ringflash.models.rope_length import length_refusal
 from ringflash.training import positions
 from ringflash.training.metrics import HELD_OUT, HELD_OUT_BY_POSITION, HELD_OUT_BY_SOURCE
 from ringflash.training.preferences import preference_loss
-from ringflash.training.preferences.preference_loss import PreferenceLoss
 from ringflash.training.step import forward, shard
 
 SEED = 0  # of the order of held-out sequences, the same in every evaluation
@@ -133,7 +132,6 @@ class Evaluation:
     length: int
     world: World
     layout_for: LayoutChooser
-    pair_loss: PreferenceLoss | None = None
 
     @property
     def numbers(self) -> range:
@@ -164,7 +162,7 @@ class Evaluation:
         numbers = self.numbers[:sequences]
         batches = (batch(self.corpus, seed=SEED, step=i, batch_size=1, length=self.length) for i in numbers)
         sources = map(self.corpus.source_of, numbers)
-        held_out = evaluate(engine, batches, self.world, self.layout_for, sources, self.pair_loss)
+        held_out = evaluate(engine, batches, self.world, self.layout_for, sources)
         self.world.watchdog.drain()
         return held_out
 
@@ -176,17 +174,13 @@ def evaluate(
     world: World,
     layout_for: LayoutChooser,
     sources: Iterable[str] = itertools.repeat(""),
-    pair_loss: PreferenceLoss | None = None,
 ) -> HeldOut:
-    """Losses over batches; every ring computes each batch in full.
-
-    sources: the name of each batch's source. pair_loss: with preferences.
-    """
+    """Losses over batches; every ring computes each batch in full. sources: the name of each batch's source."""
     engine.eval()
     of_source: dict[str, tuple[Tensor, Tensor]] = {}
     for sequences, source in zip(batches, sources, strict=False):
         none = positions.no_totals(world.device), preference_loss.no_totals(world.device)
-        inputs = shard(sequences, world, layout_for, engine.module.model.config, pair_loss)
+        inputs = shard(engine, sequences, world, layout_for)
         forward(engine, inputs, *of_source.setdefault(source, none))
     engine.train()
     for totals in of_source.values():

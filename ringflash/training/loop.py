@@ -25,7 +25,6 @@ from ringflash.training.needle import Needles
 from ringflash.training.needle import record as needle_record
 from ringflash.training.neftune import Neftune
 from ringflash.training.out_of_memory import explained
-from ringflash.training.preferences.preference_loss import PreferenceLoss
 from ringflash.training.preferences.reference_pass import compute_reference
 from ringflash.training.preflight import Job
 from ringflash.training.run import Run, make_model, open_run, read_corpora, start_engine, with_steps
@@ -51,17 +50,15 @@ def fit(config: Config, resolved: str) -> bool:
     engine = start_engine(job, model, world)
 
     layout_for = _layout_chooser(job, world)
-    pair_loss = None if config.pair_loss is None else PreferenceLoss.of(config.pair_loss)
     evaluation = None
     if held_out is not None:
-        length = config.data.sequence_length
-        evaluation = Evaluation(config.evaluation, held_out, length, world, layout_for, pair_loss)
-    if not compute_reference(engine, config, training, evaluation, pair_loss, world, layout_for):
+        evaluation = Evaluation(config.evaluation, held_out, config.data.sequence_length, world, layout_for)
+    if not compute_reference(engine, config, training, evaluation, world, layout_for):
         finish.leave(world)
         return False
     run = open_run(job, world, engine, training, resolved)
     _evaluate_first(run, evaluation, needles)
-    batches = _batches(run, training, layout_for, pair_loss)
+    batches = _batches(run, training, layout_for)
     return _take_steps(run, batches, meter, evaluation, needles)
 
 
@@ -126,9 +123,7 @@ def _layout_chooser(job: Job, world: World) -> LayoutChooser:
     )
 
 
-def _batches(
-    run: Run, training: Corpus, layout_for: LayoutChooser, pair_loss: PreferenceLoss | None
-) -> Generator[list[MicroBatch]]:
+def _batches(run: Run, training: Corpus, layout_for: LayoutChooser) -> Generator[list[MicroBatch]]:
     """This replica's micro-batches of every step, beginning with the first step of this run."""
     config, world = run.job.config, run.world
     share = config.optim.batch // world.replicas
@@ -140,7 +135,7 @@ def _batches(
         length=config.data.sequence_length,
         rows=range(world.replica * share, (world.replica + 1) * share),
         start_step=run.start,
-        prepare=lambda batch: prepare(run.engine, batch, world, layout_for, pair_loss, neftune),
+        prepare=lambda batch: prepare(run.engine, batch, world, layout_for, neftune),
     )
 
 

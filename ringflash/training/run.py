@@ -26,6 +26,7 @@ from ringflash.training.config import Config
 from ringflash.training.engine import build_engine
 from ringflash.training.export import rehearse
 from ringflash.training.out_of_memory import explained
+from ringflash.training.preferences.preference_loss import PreferenceLoss
 from ringflash.training.preflight import Job, shard_tokens
 
 
@@ -110,6 +111,8 @@ def start_engine(job: Job, model: PreTrainedModel, world: World) -> deepspeed.De
     config = job.config
     with world.without_timeout("initialising DeepSpeed"), explained(config.memory, world.size):
         engine = build_engine(model, config.optim, config.memory, world, config.attention, config.fused)
+    if (pair_loss := config.pair_loss) is not None:
+        engine.module.pair_loss = PreferenceLoss(pair_loss, {} if pair_loss.precompute_ref_log_probs else None)
     with world.without_timeout("pinning host memory"):
         log = functools.partial(print, flush=True) if world.is_first else lambda line: None
         engine.module.reserve_host_memory(shard_tokens(config, world.size), log)

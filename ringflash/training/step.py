@@ -30,7 +30,7 @@ from ringflash.training import positions
 from ringflash.training.flops import BACKWARD, attention_flops, state_flops
 from ringflash.training.neftune import Neftune
 from ringflash.training.preferences import preference_loss
-from ringflash.training.preferences.preference_loss import PreferenceLoss, PreferencePairs
+from ringflash.training.preferences.preference_loss import PreferencePairs
 
 
 class StepResult(NamedTuple):
@@ -71,20 +71,18 @@ def prepare(
     batch: Batch,
     world: World,
     layout_for: LayoutChooser,
-    pair_loss: PreferenceLoss | None = None,
     neftune: Neftune | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches of a step for train_step, with their layouts and plans, including those of windowed layers.
 
     This takes the host seconds for many ranks, so a thread may do it during the step before. batch: this replica's
-    sequences of the step, not sharded. layout_for: returns a mask's layout. pair_loss: with preferences. neftune: makes
-    the noise of embeddings.
+    sequences of the step, not sharded. layout_for: returns a mask's layout. neftune: makes the noise of embeddings.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)  # in this thread; else memory would be pinned through the first GPU
     micro_batches = batch.split(engine.train_micro_batch_size_per_gpu())
     config, forward_only = engine.module.model.config, engine.module.forward_only
-    shards = [shard(rows, world, layout_for, config, pair_loss) for rows in micro_batches]
+    shards = [shard(engine, rows, world, layout_for) for rows in micro_batches]
     for inputs, rows in zip(shards, micro_batches, strict=True):
         if neftune is not None:
             inputs["noise"] = neftune.noise(rows, inputs["plan"])
@@ -168,19 +166,13 @@ def _imbalance(work: Tensor, world: World) -> float:
     return float((most * world.ring.size / total.clamp(min=1)).max()) - 1
 
 
-def shard(
-    batch: Batch,
-    world: World,
-    layout_for: LayoutChooser,
-    config: PreTrainedConfig,
-    pair_loss: PreferenceLoss | None = None,
-) -> dict[str, Any]:
-    """This rank's inputs of the model for a batch. layout_for: returns a mask's layout. pair_loss: with preferences."""
+def shard(engine: deepspeed.DeepSpeedEngine, batch: Batch, world: World, layout_for: LayoutChooser) -> dict[str, Any]:
+    """This rank's inputs of the model for a batch. layout_for: returns a mask's layout."""
     # Ranks drew the same batch from the same seed, so there is nothing to compare; the ring may be in use by a step.
     inputs = ring_inputs(
         batch.tokens, shift_labels=batch.labels, documents=batch.documents, ring=world.ring, ulysses=world.ulysses,
-        layout=layout_for, config=config, compare_ranks=False,
+        layout=layout_for, config=engine.module.model.config, compare_ranks=False,
     )  # fmt: skip
-    if pair_loss is not None:
-        inputs["preferences"] = PreferencePairs.of(pair_loss, batch, inputs["plan"])
+    if engine.module.pair_loss is not None:
+        inputs["preferences"] = PreferencePairs.of(engine.module.pair_loss, batch, inputs["plan"])
     return inputs

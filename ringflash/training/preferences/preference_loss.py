@@ -39,11 +39,6 @@ class PreferenceLoss:
     config: PreferenceConfig
     reference: LogProbabilities | None = None
 
-    @classmethod
-    def of(cls, config: PreferenceConfig) -> PreferenceLoss:
-        """With an empty reference if it is to be computed before training."""
-        return cls(config, {} if config.precompute_ref_log_probs else None)
-
 
 @dataclass(frozen=True, eq=False)
 class PreferencePairs:
@@ -52,17 +47,15 @@ class PreferencePairs:
     documents: int64 [N], the document of each of this rank's tokens; pair i has the documents 2 i, chosen, and 2 i + 1.
     labels: float64 [pairs, 2], the predicted tokens of each, over all ranks. plan: that of the sequences. totals:
     float64 [2, FIGURES], this rank's share of the figures' sums, and of the number of pairs. digests: of the pairs;
-    none if the reference is not computed before training. reference: float64 [pairs, 2], log p of each answer by the
-    reference, or None if it was not computed before.
+    none if the reference is not computed before training.
     """
 
-    config: PreferenceConfig
+    pair_loss: PreferenceLoss
     documents: Tensor
     labels: Tensor
     plan: AttentionPlan
     totals: Tensor
     digests: list[bytes]
-    reference: Tensor | None
 
     @classmethod
     def of(cls, loss: PreferenceLoss, batch: Batch, plan: AttentionPlan) -> PreferencePairs:
@@ -81,11 +74,15 @@ class PreferencePairs:
         totals[1] = count / 2 / sequence_ranks(plan)
         documents = plan.shard(torch.stack(numbers)).flatten()
         predictions = torch.cat(labels).double().view(-1, 2).to(device)
-        reference = None
-        if loss.reference is not None:  # a batch that is prefetched beyond the last step may raise KeyError
-            known = [loss.reference[name] for name in names]
-            reference = torch.tensor(known, dtype=torch.float64, device=device).view(-1, 2)
-        return cls(loss.config, documents, predictions, plan, totals, names, reference)
+        return cls(loss, documents, predictions, plan, totals, names)
+
+    @property
+    def reference(self) -> Tensor | None:
+        """log p of each answer by the reference, float64 [pairs, 2]; None if it is not computed before training."""
+        if (known := self.pair_loss.reference) is None:
+            return None
+        found = [known[name] for name in self.digests]
+        return torch.tensor(found, dtype=torch.float64, device=self.labels.device).view(-1, 2)
 
     def log_probabilities(self, head: LossHead, hidden: Tensor, labels: Tensor) -> Tensor:
         """log p of each answer, float64 [pairs, 2], from this rank's hidden states and shifted labels."""
@@ -109,7 +106,7 @@ class PreferencePairs:
     def _losses(self, found: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """The pairs' losses [pairs], which are counted in `totals`, and their derivatives by each answer's -log p."""
         found.requires_grad_()
-        losses, rewards = pair_losses(self.config, found, reference, self.labels)
+        losses, rewards = pair_losses(self.pair_loss.config, found, reference, self.labels)
         (slopes,) = torch.autograd.grad(losses.sum(), found)
         rewards = rewards.detach()
         margins = rewards[:, 0] - rewards[:, 1]

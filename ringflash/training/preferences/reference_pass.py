@@ -31,7 +31,6 @@ from ringflash.training.config import Config
 from ringflash.training.evaluation import SEED, Evaluation
 from ringflash.training.out_of_memory import explained
 from ringflash.training.preferences import reference
-from ringflash.training.preferences.preference_loss import PreferenceLoss
 from ringflash.training.preferences.reference import LogProbabilities, reference_path
 from ringflash.training.step import MicroBatch, prepare
 
@@ -43,16 +42,15 @@ def compute_reference(
     config: Config,
     training: Corpus,
     evaluation: Evaluation | None,
-    loss: PreferenceLoss | None,
     world: World,
     layout_for: LayoutChooser,
 ) -> bool:
-    """Fill the loss's reference, if it has one, for all pairs that the run reads; all ranks call this.
+    """Fill the reference of the engine's loss, if it has one, for all pairs that the run reads; all ranks call this.
 
     Returns false if a signal stopped it: the same command continues. Raises ConfigError for weights that give a number
     that is not finite.
     """
-    if loss is None or loss.reference is None:
+    if engine.module.pair_loss is None or (known := engine.module.pair_loss.reference) is None:
         return True
     trained, length = config.optim.total_steps * config.optim.batch, config.data.sequence_length
     read = [partial(training.packed, config.data.seed, i, length) for i in first_epoch(training, trained, length)]
@@ -61,15 +59,13 @@ def compute_reference(
     with world.without_timeout(f"reading the pairs, and model.path={config.model.path} for its digest"):
         found = _work(config, read) if world.is_first else None
     path, before, lacking = world.broadcast(found)
-    known = loss.reference
     known |= before
     share = config.optim.micro_batch * world.replicas
     groups = [lacking[i : i + share] for i in range(0, len(lacking), share)]
 
     def make(group: list[int]) -> list[MicroBatch]:
         own = group[world.replica :: world.replicas] or group[:1]  # every rank takes part in ZeRO's exchanges
-        rows = [read[i]() for i in own]
-        return prepare(engine, Batch.of(rows), world, layout_for, PreferenceLoss(loss.config))
+        return prepare(engine, Batch.of([read[i]() for i in own]), world, layout_for)
 
     engine.eval()
     saved = time.monotonic()
