@@ -69,12 +69,11 @@ class Fields:
     """Which fields of a record are read.
 
     names: the fields that are read if a record has them. refusal: returns why a record with these fields cannot be
-    used, or None. lists: whether a field may hold more than text, which CSV does not support.
+    used, or None.
     """
 
     names: tuple[str, ...]
     refusal: Callable[[Sequence[str]], str | None]
-    lists: bool = False
 
 
 class Lines(NamedTuple):

@@ -130,7 +130,7 @@ class TokenIds(Reading):
     position_ids restart from 0, or at cu_seqlens.
     """
 
-    fields = Fields(TOKENISED, lambda available: missing(IDS, available), lists=True)
+    fields = Fields(TOKENISED, lambda available: missing(IDS, available))
 
     def __init__(self, size: int) -> None:
         self.size = size
