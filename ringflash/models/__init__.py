@@ -25,7 +25,8 @@ whole sequence.
     router_loss                     the experts' load-balancing loss over whole sequences
     checkpointing, mlp, fused       recomputation, tiled MLPs, fused passes: set on a model's modules
     freezing                        weights that are not trained
-    lora, lora_linear, quantized    adapters, their products, and QLoRA's 4-bit weights
+    lora, lora_linear, lora_experts adapters, and their products on linear layers and on experts
+    quantized                       QLoRA's 4-bit weights
     cache, graph                    generation: the KV cache, and a CUDA graph of each step
     digests                         recognises code of transformers by its source
 """

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters of peft on a model's linear layers, trained instead of the model's weights.
+"""LoRA: low-rank adapters of peft on linear layers and experts, trained instead of the model's weights.
 
     y = W x + scale B (A x)        W is frozen; A [rank, in], B [out, rank]; scale = alpha / rank
 
@@ -7,6 +7,9 @@ weights are peft's with its adapter's name, "default", in them; in an adapter's 
 
     model.layers.0.self_attn.q_proj.lora_A.default.weight
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+
+The experts of a layer are one tensor, [experts, out, in] or [experts, in, out], and so are their adapters: A is
+[experts x rank, in], and B is [out, rank x experts]. peft wraps the module of experts once for each adapted tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,10 +47,12 @@ BASE, ROPE = "base_model_name_or_path", "rope_parameters"  # fields of an adapte
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "peft_version", "r", "rank_pattern",
-    "revision", "target_modules", "task_type", "use_rslora",
+    "revision", "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
-# Linear layers that peft refuses, by model_type: transformers' kernels for Mamba-2 layers read their weight alone.
-_REFUSED = {"falcon_h1": ("out_proj",), "nemotron_h": ("out_proj",)}
+# Linear layers that cannot have an adapter, by model_type. transformers' kernels for Mamba-2 layers read their weight
+# alone, so peft refuses them; the router of phimoe returns three tensors.
+_REFUSED = {"falcon_h1": ("out_proj",), "nemotron_h": ("out_proj",), "phimoe": ("router",)}
+_NO_DROPOUT = "is not supported with adapters on experts:"
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,17 @@ class LoraConfig:
     """The fraction of an adapter's inputs that is dropped, in training alone."""
 
     targets: list[str] = field(default_factory=list)
-    """Names of the linear layers that get an adapter, such as [q_proj,v_proj]; none: all but lm_head, and
-    out_proj of Falcon-H1 and Nemotron-H."""
+    """Names of the linear layers that get an adapter, such as [q_proj,v_proj]; none: all but lm_head, out_proj of
+    Falcon-H1 and Nemotron-H, and, in some models with experts, gate_proj, up_proj and down_proj."""
+
+    experts: list[str] = field(default_factory=list)
+    """Names of the experts' weights that get adapters, such as [gate_up_proj,down_proj]; none: no expert has one."""
 
     rslora: bool = False
     """Scale by alpha / sqrt(rank), for large ranks."""
 
     path: str | None = None
-    """Folder of an adapter of peft's to train on; rank, alpha, targets and rslora are its own."""
+    """Folder of an adapter of peft's to train on; rank, alpha, targets, experts and rslora are its own."""
 
     quantize_base: str | None = None
     """nf4: the linear layers of the model take 4 bits per weight (QLoRA, by bitsandbytes); null: as model.dtype. Needs
@@ -82,7 +90,7 @@ class LoraConfig:
     alone."""
 
     def __post_init__(self) -> None:
-        own = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "rslora": self.rslora}
+        own = {name: getattr(self, name) for name in ("rank", "alpha", "targets", "experts", "rslora")}
         given = next((f"model.lora.{name}={x}" for name, x in own.items() if x not in (None, [], False)), None)
         if self.path is not None and given is not None:
             raise ConfigError(f"{given}: the adapter of model.lora.path={self.path} has its own; leave it out")
@@ -94,6 +102,8 @@ class LoraConfig:
             raise ConfigError(f"model.lora.alpha={self.alpha} must be above 0 and finite")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.lora.dropout={self.dropout} must be 0 or more and below 1")
+        if self.dropout and self.experts:
+            raise ConfigError(f"model.lora.dropout={self.dropout} {_NO_DROPOUT} model.lora.experts={self.experts}")
         if not self.enabled and not self.merge:
             raise ConfigError(
                 "model.lora.merge=false has no effect without model.lora.rank: there is no adapter to write"
@@ -140,13 +150,15 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     except Exception as error:  # of peft, of any kind
         raise ConfigError(f"{_source(config)}: peft cannot adapt this model: {in_one_line(error)}") from error
     kinds = (peft.tuners.lora.Linear, getattr(peft.tuners.lora, "Linear4bit", None))
-    head = model.get_output_embeddings()
+    head, stacked = model.get_output_embeddings(), _stacked(model)
     for name, layer in adapted(model).items():
         if layer is head:
             raise ConfigError(
                 f"{_source(config)}: {name} cannot have an adapter, since the loss reads its weight alone"
             )
-        if type(layer) not in kinds:
+        if on_experts(layer) and (weight := weight_name(name, layer)) not in stacked:
+            raise ConfigError(f"{_source(config)}: {weight} is no weight of experts that can have an adapter")
+        if not on_experts(layer) and type(layer) not in kinds:
             raise ConfigError(f"{_source(config)}: {name} is no plain linear layer, and cannot have an adapter")
     if config.path is not None:
         _load(model, Path(config.path))
@@ -155,6 +167,27 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 def adapted(model: nn.Module) -> dict[str, Any]:
     """The layers of a model that have an adapter, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def on_experts(layer: Any) -> bool:
+    """Whether an adapted layer is a module of experts, or one that peft has wrapped already."""
+    return hasattr(layer, "parameter_name")
+
+
+def expert_adapters(model: nn.Module) -> set[str]:
+    """Names of the weights of the adapters on experts."""
+    names = [name for name, layer in adapted(model).items() if on_experts(layer)]
+    return {f"{name}.lora_{part}.default.weight" for name in names for part in "AB"}
+
+
+def weight_name(name: str, layer: Any) -> str:
+    """What the weight under the adapter of `adapted`'s layer is called in a model without adapters."""
+    return f"{_plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
+
+
+def factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Views of the adapters of experts, A [experts, rank, in] and B [experts, out, rank]."""
+    return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
 @contextlib.contextmanager
@@ -177,10 +210,15 @@ def description(model: PreTrainedModel) -> str:
     """What is trained of a model with adapters, in words."""
     layers, config = adapted(model), _config(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    linear = [name for name, layer in layers.items() if not on_experts(layer)]
+    stacked = [weight_name(name, layer) for name, layer in layers.items() if on_experts(layer)]
+    on = [f"{len(linear)} linear layers ({_kinds(linear)})"] if linear else []
+    if stacked:
+        places = {name.rpartition(".")[0] for name in stacked}
+        on.append(f"the experts of {len(places)} layers ({_kinds(stacked)})")
     return (
         f"{trained:,} parameters, which alone are trained: LoRA of rank {config.r}, alpha {config.lora_alpha:g} on "
-        f"{len(layers)} linear layers ({', '.join(kinds)})"
+        f"{' and '.join(on)}"
     )
 
 
@@ -189,11 +227,11 @@ def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
     weights: whole, by name; if an adapted layer's are among them, its adapter's are too.
     """
-    found = {name.replace(".base_layer.", "."): x for name, x in weights.items() if ".lora_" not in name}
+    found = {_plain(name): x for name, x in weights.items() if ".lora_" not in name}
     for name, layer in adapted(model).items():
-        if f"{name}.base_layer.weight" in weights:
+        if (weight := weight_name(name, layer)) in found:
             a, b = (weights[f"{name}.lora_{part}.default.weight"] for part in "AB")
-            found[f"{name}.weight"] = _sum(found[f"{name}.weight"], a, b, layer.scaling["default"])
+            found[weight] = _merged(layer, found[weight], a, b)
     return found
 
 
@@ -205,15 +243,34 @@ def merge(model: PreTrainedModel, folder: str) -> None:
     with safe_open(Path(folder, WEIGHTS), "pt") as file:
         for name, layer in adapted(model).items():
             a, b = (file.get_tensor(_outside(f"{name}.lora_{part}.default.weight")) for part in "AB")
-            linear = layer.get_base_layer()
-            linear.weight.data = _sum(linear.weight.data, a, b, layer.scaling["default"])
-            model.set_submodule(name, linear)
+            parameter = getattr(layer.get_base_layer(), weight_name(name, layer).rpartition(".")[2])
+            parameter.data = _merged(layer, parameter.data, a, b)
+            if not name.endswith(".base_layer"):
+                model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
+
+
+def _merged(layer: Any, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A layer's weight with its adapter; the sum is made one expert at a time."""
+    scale = layer.scaling["default"]
+    if not on_experts(layer):
+        return _sum(weight, a, b, scale)
+    found = torch.empty_like(weight)
+    transposed = layer.get_base_layer().is_transposed
+    before, after = (x.mT if transposed else x for x in (weight, found))
+    for expert, (of_a, of_b) in enumerate(zip(*factors(a, b, len(weight)), strict=True)):
+        after[expert] = _sum(before[expert], of_a, of_b, scale)
+    return found
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """W + scale B A, rounded once."""
     return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+
+
+def _plain(name: str) -> str:
+    """The name of a weight or module in a model without adapters."""
+    return name.replace(".base_layer", "")
 
 
 def is_adapter(folder: str) -> bool:
@@ -268,30 +325,80 @@ def _new(model: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
 
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    unadapted = UNCALLED + _REFUSED.get(model.config.model_type, ())
-    names = [name for name in linear if not name.endswith(unadapted)]
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    taken, kind = _read_as_experts(model, linear), model.config.model_type
+    unadapted = UNCALLED + _REFUSED.get(kind, ()) + taken
+    names = [name for name in linear if name.rpartition(".")[2] not in unadapted]
+    stacked = _stacked(model)
     for target in config.targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
+        if target.rpartition(".")[2] in taken:
             raise ConfigError(
-                f"model.lora.targets: {target} is not one of the layers that can have an adapter, which are {known} "
-                f"(all of them without model.lora.targets); lm_head, embeddings and experts cannot"
+                f"model.lora.targets: peft reads {target} as experts' weights in model_type={kind}, so linear layers "
+                f"of this name cannot have an adapter; model.lora.experts=[{_kinds(stacked)}] adapts the experts"
             )
+        _check_named("targets", "layers", target, names, "; lm_head and embeddings cannot")
+    for target in config.experts:
+        _check_named("experts", "experts' weights", target, stacked, f" in model_type={kind}")
     shapes = [getattr(p, "ds_shape", p.shape) for p in model.parameters()]
-    if not config.targets and any(len(shape) == 3 and shape[1] > 1 for shape in shapes):  # no convolution
+    has_experts = any(len(shape) == 3 and shape[1] > 1 for shape in shapes)  # no convolution
+    if has_experts and not config.targets and not config.experts:
+        both = f", or also experts' weights in model.lora.experts, of {_kinds(stacked)}" if stacked else ""
         raise ConfigError(
-            f"model.lora.targets=[]: experts of model_type={model.config.model_type} are no linear layers and cannot "
-            f"have an adapter; name the layers to adapt, of {known}"
+            f"model.lora.targets=[]: model_type={kind} has experts, which take no adapter unless they are named; name "
+            f"the layers to adapt, of {_kinds(names)}{both}"
         )
+    # peft's "all-linear" would also adapt experts and routers of some models.
+    all_of_them = sorted({name.rpartition(".")[2] for name in names}) if has_experts or taken else "all-linear"
     assert config.rank is not None
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=2 * config.rank if config.alpha is None else config.alpha,  # type: ignore[arg-type]  # or a float
         lora_dropout=config.dropout,
-        target_modules=config.targets or "all-linear",
+        target_modules=config.targets or all_of_them,
+        target_parameters=config.experts or None,
         exclude_modules=sorted({*linear} - {*names}) or None,
         use_rslora=config.rslora,
     )
+
+
+def _check_named(setting: str, kind: str, target: str, names: Iterable[str], which: str) -> None:
+    """Raise ConfigError if none of the names ends with a target."""
+    if not any(f".{name}".endswith(f".{target}") for name in names):
+        raise ConfigError(
+            f"model.lora.{setting}: {target} is not one of the {kind} that can have an adapter, which are "
+            f"{_kinds(names) or 'none'}{which}"
+        )
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """The last parts of names."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
+def _stacked(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of experts that can have an adapter, under their names in a model without adapters."""
+    of_experts = [(name, x) for name, x in model.named_modules() if hasattr(x, "has_gate")]  # transformers' own mark
+    return {
+        f"{_plain(name)}.{weight}": p
+        for name, module in of_experts
+        for weight, p in module.named_parameters(recurse=False)
+        if len(getattr(p, "ds_shape", p.shape)) == 3
+    }
+
+
+def _read_as_experts(model: PreTrainedModel, names: Iterable[str]) -> tuple[str, ...]:
+    """Which names of linear layers peft takes for experts' weights, as these were called before transformers 5."""
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def taken(name: str) -> bool:
+        config = peft.LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it is one of two names of a weight
+            return True
+        return name not in (config.target_modules or ())
+
+    return tuple(name for name in sorted({name.rpartition(".")[2] for name in names}) if taken(name))
 
 
 def _read(path: str, dropout: float) -> peft.LoraConfig:
@@ -313,6 +420,8 @@ def _read(path: str, dropout: float) -> peft.LoraConfig:
     for name in sorted({f.name for f in dataclasses.fields(config)} - _KNOWN):
         if (value := getattr(config, name)) != getattr(plain, name) and value:
             raise ConfigError(f"model.lora.path={path}: {name}={value} in {CONFIG} is not supported")
+    if dropout and config.target_parameters:
+        raise ConfigError(f"model.lora.dropout={dropout} {_NO_DROPOUT} model.lora.path={path} has them")
     return dataclasses.replace(config, lora_dropout=dropout, inference_mode=False)
 
 

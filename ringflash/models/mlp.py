@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ringflash.models.digests import digest
+from ringflash.models.lora_experts import experts_forward
 from ringflash.models.lora_linear import (
     Parts,
     adapted_forward,
@@ -130,20 +131,20 @@ def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
 
 
 def leaf_modules(model: nn.Module) -> list[nn.Module]:
-    """The MLPs and adapted layers that are one function: they use weights of linear layers without calling these."""
-    replaced = (_forward, adapted_forward)
+    """The MLPs, adapted layers and experts that are one function: they use weights of others without calling these."""
+    replaced = (_forward, adapted_forward, experts_forward)
     return [module for module in model.modules() if getattr(vars(module).get("forward"), "func", None) in replaced]
 
 
 def require_input_gradients(module: nn.Module) -> None:
-    """Make the inputs of a leaf module that trains need gradients, also above frozen layers.
+    """Make the first input of a leaf module that trains need a gradient, also above frozen layers.
 
     Otherwise torch runs its backward hook, in which ZeRO 3 reduces its gradients, before there are any.
     """
 
-    def detached(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        (x,) = inputs
-        return None if x.requires_grad else (x.detach().requires_grad_(),)
+    def detached(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        x, *others = inputs
+        return None if x.requires_grad else (x.detach().requires_grad_(), *others)
 
     if any(p.requires_grad for p in module.parameters()):
         module.register_forward_pre_hook(detached)

@@ -22,6 +22,7 @@ from ringflash.models.checkpointing import host_store
 from ringflash.models.configuration import experts_of, logit_scale
 from ringflash.models.freezing import forward_only_layers
 from ringflash.models.lora import without_adapters
+from ringflash.models.lora_experts import replace_experts
 from ringflash.models.lora_linear import replace_adapted
 from ringflash.models.mlp import leaf_modules, require_input_gradients
 from ringflash.training.estimate import REDUCE_BUCKET, kept_sizes
@@ -49,6 +50,7 @@ class TrainedModel(nn.Module):
         options = LossOptions(tile, softcap, logit_scale(model.config), fused_loss)
         model.lm_head = LossHead(model.lm_head, options)
         replace_adapted(model)
+        replace_experts(model)
         if memory.recompute:
             checkpoint_layers(model, memory.keep)
             tile_mlps(model, memory.mlp_tile)
@@ -183,7 +185,10 @@ def _deepspeed_settings(optim: OptimConfig, memory: MemoryConfig, world: World, 
             "enabled": bf16, "bf16_master_weights_and_grads": no_fp32, "bf16_optimizer_states": no_fp32,
             "immediate_grad_update": True,  # each bf16 gradient is freed once it is added to the fp32 one
         },
-        "zero_optimization": {"stage": memory.zero, "reduce_bucket_size": REDUCE_BUCKET},
+        "zero_optimization": {
+            "stage": memory.zero, "reduce_bucket_size": REDUCE_BUCKET,
+            "leaf_module": {"classes": []},  # ours alone; by default, some modules around experts too
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }  # fmt: skip

@@ -13,7 +13,7 @@ The backward takes twice as many. Kernels that work on chunks of tokens do more,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import cast
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ringflash.models.configuration import experts_of
 from ringflash.models.freezing import forward_only_layers, layers_of
 from ringflash.models.layers import state_heads, state_layers
+from ringflash.models.lora import expert_adapters
 from ringflash.models.quantized import shape_of
 from ringflash.ring.cost import Heads
 
@@ -31,11 +32,12 @@ BACKWARD = 2 / 3  # of a layer's operations, where weights are trained
 def matmul_parameters(model: PreTrainedModel, frozen: bool = False) -> int:
     """Weights that every token is multiplied with: all matrices except embeddings that are only looked up.
 
-    Of stacked experts, [experts, in, out], each token is multiplied with those that it is routed to. Their biases are
-    [experts, out], which is no matrix. A convolution over tokens has [channels, 1, tokens]. frozen: those that are not
-    trained alone.
+    Of stacked experts, [experts, in, out], and of their adapters, [experts x rank, in] and [out, rank x experts], each
+    token is multiplied with those that it is routed to. Their biases are [experts, out], which is no matrix. A
+    convolution over tokens has [channels, 1, tokens]. frozen: those that are not trained alone.
     """
-    total = _multiplied(model.config, (x for x in model.named_parameters() if not (frozen and x[1].requires_grad)))
+    named = (x for x in model.named_parameters() if not (frozen and x[1].requires_grad))
+    total = _multiplied(model.config, named, expert_adapters(model))
     head = cast(nn.Linear, model.get_output_embeddings()).weight  # which may be tied to an embedding
     looked_up = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     counted = [weight for weight in looked_up if weight is not head and not (frozen and weight.requires_grad)]
@@ -48,13 +50,16 @@ def forward_only_parameters(model: PreTrainedModel) -> int:
     return sum(_multiplied(model.config, layer.named_parameters()) for layer in layers)
 
 
-def _multiplied(config: PreTrainedConfig, named: Iterable[tuple[str, Tensor]]) -> int:
-    """The elements of matrices by which a token is multiplied."""
+def _multiplied(
+    config: PreTrainedConfig, named: Iterable[tuple[str, Tensor]], of_experts: Set[str] = frozenset()
+) -> int:
+    """The elements of matrices by which a token is multiplied. of_experts: names of the adapters of experts."""
     experts, active = experts_of(config)
-    shapes = [shape_of(p) for name, p in named if not name.endswith("bias")]
-    total = sum(shape.numel() for shape in shapes if len(shape) == 2)
-    for shape in (shape for shape in shapes if len(shape) == 3):
-        total += shape.numel() if shape[1] == 1 else shape.numel() * active // experts
+    total = 0
+    for name, shape in ((name, shape_of(p)) for name, p in named if not name.endswith("bias")):
+        if len(shape) in (2, 3):
+            routed = name in of_experts or (len(shape) == 3 and shape[1] > 1)
+            total += shape.numel() * active // experts if routed else shape.numel()
     return total
 
 

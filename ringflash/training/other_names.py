@@ -18,6 +18,7 @@ OTHER_NAMES = {
     "dpo_label_smoothing": "preference.label_smoothing",
     **dict.fromkeys(("rpo_alpha", "pref_ftx"), "preference.sft_weight"),
     **dict.fromkeys(("lora_target_modules", "target_modules", "lora_target"), "model.lora.targets"),
+    **dict.fromkeys(("lora_target_parameters", "target_parameters"), "model.lora.experts"),
     **dict.fromkeys(("load_in_4bit", "quantization_bit"), "model.lora.quantize_base"),
     **dict.fromkeys(("dataset_name", "datasets", "dataset"), "data.path"),
     **dict.fromkeys(("dataset_text_field", "field_messages"), "data.field"),

@@ -21,9 +21,13 @@ SMALL = [f"model.architecture.{x}" for x in ("hidden_size=32", "intermediate_siz
 
 def tiny_qwen3(folder, vocabulary, **fields):
     """The folder of a small model with tied embeddings and doubled initial weights, which this writes."""
+    return tiny_model(folder, "qwen3", **TINY | {"vocab_size": vocabulary, "tie_word_embeddings": True} | fields)
+
+
+def tiny_model(folder, model_type, **fields):
+    """The folder of a small model with doubled initial weights, which this writes."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model("qwen3", **TINY | {"vocab_size": vocabulary, "tie_word_embeddings": True} | fields)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)

@@ -43,15 +43,21 @@ def test_a_second_embedding_of_the_tokens_does_not_count():
 
 def test_of_the_experts_those_that_a_token_meets_count():
     sizes = SIZES | {"num_local_experts": 8, "num_hidden_layers": 1, "tie_word_embeddings": True}
-    counts = [
-        matmul_parameters(
-            AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **sizes, num_experts_per_tok=n))
-        )
-        for n in (1, 2)
-    ]
+
+    def counts(active):
+        config = AutoConfig.for_model("gpt_oss", **sizes, num_experts_per_tok=active)
+        model = AutoModelForCausalLM.from_config(config)
+        own = matmul_parameters(model)
+        add_lora(model, LoraConfig(rank=2, targets=["q_proj"], experts=["gate_up_proj", "down_proj"]))
+        assert matmul_parameters(model, frozen=True) == own
+        return own, matmul_parameters(model) - own
+
+    (one, of_one), (two, of_two) = counts(1), counts(2)
     expert = 3 * 16 * 32  # gate, up and down, without their biases
-    assert counts[0] == 2 * 16 * 16 + 2 * 16 * 8 + 8 * 16 + expert + 50 * 16  # attention, router, expert, lm_head
-    assert counts[1] - counts[0] == expert
+    assert one == 2 * 16 * 16 + 2 * 16 * 8 + 8 * 16 + expert + 50 * 16  # attention, router, expert, lm_head
+    assert two - one == expert
+    adapters = 2 * (16 + 64) + 2 * (32 + 16)  # of an expert
+    assert (of_one, of_two - of_one) == (2 * (16 + 16) + adapters, adapters)
 
 
 def test_a_step_is_six_operations_per_weight_and_token_and_six_per_pair_head_and_dimension_of_keys_and_values():

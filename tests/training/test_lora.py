@@ -21,17 +21,19 @@ from ringflash.training.compose import compose
 from ringflash.training.flops import matmul_parameters
 from ringflash.training.metrics import read
 from ringflash.training.preflight import check_inputs
-from tests.models.cases import TINY
+from tests.models.cases import TINY, architecture
 from tests.training.plain_loop import plain_steps
-from tests.training.runs import fitted, settings, tiny_qwen3
+from tests.training.runs import fitted, settings, tiny_model, tiny_qwen3
 
 STEPS, ROWS = 4, 2
 
 
 @pytest.fixture
-def base(tmp_path):
-    """A small published model with tied embeddings."""
-    return tiny_qwen3(tmp_path / "base", 384)
+def base(tmp_path, request):
+    """A small published model with tied embeddings, or one with experts of a model_type that a test asks for."""
+    if (kind := getattr(request, "param", None)) is None:
+        return tiny_qwen3(tmp_path / "base", 384)
+    return tiny_model(tmp_path / "base", **architecture(kind, vocab_size=384))
 
 
 def lora_run(text, base, *others):
@@ -52,20 +54,29 @@ def plain(config, base, quantized=None, **lora):
     return plain_steps(model, config), model
 
 
+ATTENTION, EXPERTS = ["k_proj", "o_proj", "q_proj", "v_proj"], ["gate_up_proj", "down_proj"]
+ON_BOTH = {"target_modules": ATTENTION, "target_parameters": EXPERTS, "lora_alpha": 8}
+ON_EXPERTS = "model.lora.experts=[gate_up_proj,down_proj]"
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("size", "others", "lora"),
+    ("base", "size", "others", "lora"),
     [
-        (1, ["memory.zero=1"], {"target_modules": "all-linear", "lora_alpha": 8}),
+        (None, 1, ["memory.zero=1"], {"target_modules": "all-linear", "lora_alpha": 8}),
         (
+            None,
             2,
             ["memory.zero=2", "memory.recompute=true", "memory.attention_results=host", "memory.layer_inputs=host",
              "model.lora.alpha=3", "model.lora.targets=[down_proj,v_proj]", "model.lora.rslora=true"],
             {"target_modules": ["down_proj", "v_proj"], "lora_alpha": 3, "use_rslora": True},
         ),
-        (2, ["memory.zero=3"], {"target_modules": "all-linear", "lora_alpha": 8}),
+        ("gpt_oss", 1, ["memory.zero=0", ON_EXPERTS], ON_BOTH),
+        ("qwen2_moe", 2, ["memory.zero=3", ON_EXPERTS], ON_BOTH | {"target_modules": "all-linear"}),
+        ("qwen3_moe", 4, ["memory.zero=1", "memory.recompute=true", "parallel.ring=2", ON_EXPERTS], ON_BOTH),
     ],
-    ids=["one-rank", "recompute-host", "zero-3"],
+    indirect=["base"],
+    ids=["one-rank", "recompute-host", "gpt-oss", "shared-expert-zero-3", "four-ranks-recompute"],
 )  # fmt: skip
 def test_adapters_are_those_of_plain_peft(ranks, text, base, size, others, lora):
     run = lora_run(text, base, *others)
@@ -181,18 +192,39 @@ def test_what_a_base_in_4_bits_cannot_have_is_refused(text, base, monkeypatch):
         read_config(compose(lora_run(text, base, *NF4))[0].model)
 
 
+DROPOUT = "model.lora.dropout=0.2"
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("size", "others"),
+    ("base", "size", "others"),
     [
-        (1, ["memory.zero=1", "model.dtype=bf16", "memory.optimizer_states=bf16", "optim.micro_batch=2"]),
-        (1, ["memory.zero=2", "model.dtype=bf16", "memory.optimizer_states=host", "optim.micro_batch=2"]),
-        (2, ["memory.zero=3", "memory.recompute=true", "model.rope_parameters={rope_type: linear, factor: 2.0}"]),
+        (
+            None,
+            1,
+            ["memory.zero=1", "model.dtype=bf16", "memory.optimizer_states=bf16", "optim.micro_batch=2", DROPOUT],
+        ),
+        (
+            "qwen3_moe",
+            1,
+            ["memory.zero=2", "model.dtype=bf16", "memory.optimizer_states=host", "optim.micro_batch=2", ON_EXPERTS],
+        ),
+        (
+            None,
+            2,
+            [
+                "memory.zero=3",
+                "memory.recompute=true",
+                "model.rope_parameters={rope_type: linear, factor: 2.0}",
+                DROPOUT,
+            ],
+        ),
     ],
-    ids=["bf16", "host", "zero-3"],
+    indirect=["base"],
+    ids=["bf16", "experts-host", "zero-3"],
 )
 def test_a_resumed_run_has_the_same_adapters_and_dropout_bit_for_bit(ranks, text, base, size, others):
-    run = lora_run(text, base, *others, "model.lora.dropout=0.2", "model.lora.merge=false", "checkpoint.every=2")
+    run = lora_run(text, base, *others, "model.lora.merge=false", "checkpoint.every=2")
     assert ranks.run(fitted, size, run)[0][0] is None
     folder = text.parent / "runs" / "run"
     expected, losses = load_file(folder / "adapter" / WEIGHTS), losses_of(folder)
@@ -214,9 +246,18 @@ def test_a_resumed_run_has_the_same_adapters_and_dropout_bit_for_bit(ranks, text
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("zero", [1, 3])
-def test_adapters_are_trained_further_on_another_number_of_ranks(ranks, text, base, zero):
-    run = lora_run(text, base, f"memory.zero={zero}", "model.lora.merge=false", "checkpoint.every=2")
+@pytest.mark.parametrize(
+    ("base", "others"),
+    [
+        (None, ["memory.zero=1"]),
+        # below the first layer's experts nothing is trained, and DeepSpeed would by itself take their block for a leaf
+        ("qwen3_moe", ["memory.zero=3", ON_EXPERTS, "model.lora.targets=[1.self_attn.v_proj]"]),
+    ],
+    indirect=["base"],
+    ids=["zero-1", "experts-zero-3"],
+)
+def test_adapters_are_trained_further_on_another_number_of_ranks(ranks, text, base, others):
+    run = lora_run(text, base, *others, "model.lora.merge=false", "checkpoint.every=2")
     assert ranks.run(fitted, 2, run)[0][0] is None
     folder = text.parent / "runs" / "run"
     expected, losses = load_file(folder / "adapter" / WEIGHTS), losses_of(folder)

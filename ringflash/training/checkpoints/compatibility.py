@@ -27,7 +27,10 @@ REPORTED = (
     *DURATION, "optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay", "optim.micro_batch",
 )  # fmt: skip
 # Settings that checkpoints of earlier versions lack, and the values with which these were written.
-ADDED = {"optim.eps": 1e-8, "model.freeze": [], "model.neftune_alpha": 0.0, "data.train_on": "all_turns"}
+ADDED = {
+    "optim.eps": 1e-8, "model.freeze": [], "model.neftune_alpha": 0.0, "model.lora.experts": [],
+    "data.train_on": "all_turns",
+}  # fmt: skip
 LORA = ("model.lora.rank", "model.lora.digest")  # without which a run has no others of model.lora
 TOKENIZER = "tokenizer.digest"  # says why other tokens are; one that gives the same tokens is not refused
 BY_DIGEST = {

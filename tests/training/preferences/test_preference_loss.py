@@ -19,9 +19,11 @@ from ringflash.training.compose import compose
 from ringflash.training.metrics import read
 from ringflash.training.preferences.formulas import PreferenceConfig, pair_losses
 from ringflash.training.preflight import planned
+from tests.models.cases import architecture
 from tests.training.pairs import ALL_WEIGHTS, LENGTH, PRECOMPUTED, ROWS, STEPS, preference_run
-from tests.training.runs import fitted
+from tests.training.runs import fitted, tiny_model
 
+ON_EXPERTS = "model.lora.experts=[gate_up_proj,down_proj]"
 REWARDS = ["rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
 
 
@@ -72,7 +74,8 @@ def plain(config, folder):
     start = copy.deepcopy(model)  # the reference, a second model
     if config.model.lora.enabled:
         torch.manual_seed(config.seed)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        on = {"target_modules": "all-linear", "target_parameters": config.model.lora.experts}
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **on))
     trained = [p for p in model.parameters() if p.requires_grad]
     optim, figures = config.optim, []
     if optim.optimizer == "adamw":
@@ -113,7 +116,7 @@ def plain(config, folder):
         (
             4,
             ["memory.zero=3", "parallel.ring=2", "parallel.ulysses=2", "optim.micro_batch=2", "memory.recompute=true",
-             "memory.layer_inputs=host", "preference.loss_type=ipo", "preference.sft_weight=0.2"],
+             "memory.layer_inputs=host", "preference.loss_type=ipo", "preference.sft_weight=0.2", ON_EXPERTS],
         ),
         (2, [*PRECOMPUTED, "memory.zero=3", "parallel.ring=2", "preference.label_smoothing=0.1"]),
         (4, [*PRECOMPUTED, "memory.zero=1", "parallel.ring=2", "preference.loss_type=ipo"]),
@@ -124,10 +127,12 @@ def plain(config, folder):
         ),
         (2, [*ALL_WEIGHTS, "memory.zero=3", "parallel.ring=1", "preference.loss_type=orpo"]),
     ],
-    ids=["lora", "lora-replicas-smooth-sft", "lora-ipo-sft-zero-3-ulysses", "dpo-zero-3", "ipo-replicas", "simpo",
-         "orpo-zero-3-replicas"],
+    ids=["lora", "lora-replicas-smooth-sft", "lora-on-experts-ipo-sft-zero-3-ulysses", "dpo-zero-3", "ipo-replicas",
+         "simpo", "orpo-zero-3-replicas"],
 )  # fmt: skip
 def test_losses_rewards_and_weights_are_those_of_a_plain_loop(ranks, pair_folder, size, others):
+    if ON_EXPERTS in others:
+        tiny_model(pair_folder / "base", **architecture("qwen2_moe", vocab_size=320))
     run = preference_run(pair_folder, *others)
     error, _ = ranks.run(fitted, size, run)[0]
     assert error is None
