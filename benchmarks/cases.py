@@ -62,11 +62,11 @@ class Case:
         shape = f"{self.batch},{self.heads},{self.kv_heads},{shortened(self.length)},{self.head_dim}"
         return f"{shape} {self.kind}" + (f" {self.window}" if self.window else "")
 
-    def shrunk(self, length: int, batch: int = 2) -> Case:
-        """The case with at most this length and batch, and a window in proportion."""
+    def shrunk(self, length: int) -> Case:
+        """The case with at most this length and two batch rows, and a window in proportion."""
         length = min(length, self.length)
         window = max(1, self.window * length // self.length) if self.window else 0
-        return replace(self, batch=min(batch, self.batch), length=length, window=window)
+        return replace(self, batch=min(2, self.batch), length=length, window=window)
 
     def documents(self) -> list[int]:
         """The lengths of the packed documents, in order; other kinds have one document."""
