@@ -236,13 +236,13 @@ def _fingerprint(sources: list[Source], config: DataConfig, tokenizer: PreTraine
     for file, form in sources:
         stat = file.stat()
         stats.append((str(file.resolve()), form, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    made_of = [cache.FORMAT, stats, meaning_of(config, tokenizer)]
+    made_of = [cache.FORMAT, stats, config.malformed, meaning_of(config, tokenizer)]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 def meaning_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """All settings that determine the tokens and labels of a file, as JSON."""
+    """All settings that determine the tokens and labels of a file of sound records, as JSON."""
     return [
-        *(config.format is None, config.malformed, config.field or FIELD, config.columns),
+        *(config.format is None, config.field or FIELD, config.columns),
         *(tokenizer_digest(tokenizer, config.chat), config.chat_template_kwargs, config.train_on, config.preferences),
     ]

@@ -36,6 +36,8 @@ LEDGER = "ledger.json"
 class StreamedCorpus:
     """The files of `config`, each a corpus. digest: covers their names and sizes, the tokenizer and the settings.
 
+    It does not cover data.malformed: a run that ends at a malformed record in its midst can continue without it.
+
     file, in methods: its number in `files`.
     """
 

@@ -104,6 +104,22 @@ def test_a_resumed_stream_continues_exactly_and_tokenises_no_file_before_its_pla
     assert {*found} <= {*order[0 if lost else place : place + 2]} | {epoch_generator(1, 1).permutation(5).tolist()[0]}
 
 
+def test_a_stream_that_ends_at_a_malformed_record_is_continued_without_it(config, tmp_path):
+    exact = expected(config(), tmp_path, seed=1, epochs=1)
+    with (tmp_path / "text" / "4.jsonl").open("a") as file:
+        file.write('{"text": 5}\n')
+    first = StreamedCorpus(config())
+    with pytest.raises(ConfigError, match=r"4\.jsonl line 6: .*; data\.malformed=skip leaves such records out"):
+        for i in range(len(exact)):
+            first.packed(1, i, LENGTH)
+    settled()
+    resumed = StreamedCorpus(config(malformed="skip"))
+    assert i > 0
+    assert resumed.digest == first.digest
+    assert torch.equal(resumed.packed(1, i, LENGTH).tokens, exact[i])
+    settled()
+
+
 def test_a_source_to_evaluate_on_is_tokenised_whole(config, tmp_path):
     own = SourceConfig(path=str(tmp_path / "text" / "3.parquet"))
     training, held_out = load_corpora(config(evaluation=own))

@@ -20,11 +20,12 @@ FREE = (
     "model.path", "model.lora.path", "model.lora.merge",
 )  # fmt: skip
 DURATION = ("optim.steps", "optim.epochs")  # unknown of checkpoints of earlier versions
-# Settings that it may change too, which is reported: `train_step` sets the learning rate of each step, and fewer ranks
-# may need larger micro-batches. The optimizer's others, clip and weight_decay among them, are restored from the
-# checkpoint.
+# Settings that it may change too, which is reported: `train_step` sets the learning rate of each step, fewer ranks may
+# need larger micro-batches, and a streamed run may have ended at a malformed record. The optimizer's others, clip and
+# weight_decay among them, are restored from the checkpoint.
 REPORTED = (
     *DURATION, "optim.lr", "optim.warmup", "optim.final_lr", "optim.schedule", "optim.decay", "optim.micro_batch",
+    "data.malformed",
 )  # fmt: skip
 # Settings that checkpoints of earlier versions lack, and the values with which these were written.
 ADDED = {

@@ -313,13 +313,14 @@ def test_a_changed_setting_is_refused_and_more_steps_are_not(ranks, tmp_path, no
 
 
 @pytest.mark.ranks
-def test_a_changed_learning_rate_duration_or_micro_batch_is_taken_and_reported(ranks, tmp_path):
-    ranks.run(write_with, 1, tmp_path, {"optim": {"lr": 1.0, "warmup": 2, "micro_batch": 1, "steps": 4}})
-    now = {"optim": {"lr": 0.5, "warmup": 2, "micro_batch": 6, "steps": 9}}
+def test_a_changed_learning_rate_duration_micro_batch_or_skip_of_records_is_taken_and_reported(ranks, tmp_path):
+    before = {"optim": {"lr": 1.0, "warmup": 2, "micro_batch": 1, "steps": 4}, "data": {"malformed": "refuse"}}
+    ranks.run(write_with, 1, tmp_path, before)
+    now = {"optim": {"lr": 0.5, "warmup": 2, "micro_batch": 6, "steps": 9}, "data": {"malformed": "skip"}}
     _, _, lines = ranks.run(resume_and_step, 1, tmp_path, 1, now)[0]
     assert lines == [
-        f"resumed from {tmp_path}/step-00000001; optim.lr=0.5 replaces 1.0; optim.micro_batch=6 replaces 1; "
-        f"optim.steps=9 replaces 4",
+        f"resumed from {tmp_path}/step-00000001; data.malformed=skip replaces refuse; optim.lr=0.5 replaces 1.0; "
+        f"optim.micro_batch=6 replaces 1; optim.steps=9 replaces 4",
     ]
 
 
