@@ -107,13 +107,14 @@ class HeldOut:
     """Mean losses in nats per predicted token: over all tokens, by range of positions, such as "4k-8k", and by source.
 
     by_source is empty if there is one source alone. With preferences, losses are per pair, and none is by position;
-    rewards has the other means, such as "rewards/margins".
+    rewards has the other means, such as "rewards/margins". predicted: the number of tokens, or of pairs.
     """
 
     loss: float
     by_position: dict[str, float] = field(default_factory=dict)
     by_source: dict[str, float] = field(default_factory=dict)
     rewards: dict[str, float] = field(default_factory=dict)
+    predicted: int = 0
 
     def record(self) -> dict[str, float]:
         """For the metrics: held_out_loss, held_out_loss/4k-8k, held_out_loss_of/books, held_out_rewards/margins."""
@@ -163,6 +164,11 @@ class Evaluation:
         batches = (batch(self.corpus, seed=SEED, step=i, batch_size=1, length=self.length) for i in numbers)
         sources = map(self.corpus.source_of, numbers)
         held_out = evaluate(engine, batches, self.world, self.layout_for, sources)
+        if not held_out.predicted and sequences is None:
+            raise ConfigError(
+                f"evaluation.sequences={self.config.sequences}: no token of these held-out sequences has a label, so "
+                f"there is no loss: raise it, or hold out other text"
+            )
         self.world.watchdog.drain()
         return held_out
 
@@ -195,6 +201,7 @@ def evaluate(
         positions.means(of_tokens),
         by_source if len(sums) > 1 else {},
         preference_loss.means(of_pairs),
+        round(count),
     )
 
 

@@ -94,6 +94,8 @@ def _take_steps(
             if run.metrics is not None:
                 run.metrics.log(step, record)
                 run.metrics.show(step, record)
+                if not record["predicted"]:
+                    run.metrics.write_line(f"step {step}: no token of its batch has a label: it has no loss")
             stopping = stop.requested(world) and step < config.optim.total_steps
             done = step
             if not divergence.finite(step, record):

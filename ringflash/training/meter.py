@@ -43,6 +43,7 @@ class Meter:
             "tokens_per_second": self.tokens / seconds,
             "seconds": seconds,
             "pairs": pairs,
+            "predicted": round((result.by_position[1].sum() + result.preferences[1, 0]).item()),  # tokens, or pairs
         }
         if self.peak is not None:
             done = flops.step_flops(

@@ -108,15 +108,14 @@ def test_a_stream_that_ends_at_a_malformed_record_is_continued_without_it(config
     exact = expected(config(), tmp_path, seed=1, epochs=1)
     with (tmp_path / "text" / "4.jsonl").open("a") as file:
         file.write('{"text": 5}\n')
-    first = StreamedCorpus(config())
+    first, found = StreamedCorpus(config()), []
     with pytest.raises(ConfigError, match=r"4\.jsonl line 6: .*; data\.malformed=skip leaves such records out"):
-        for i in range(len(exact)):
-            first.packed(1, i, LENGTH)
+        found.extend(first.packed(1, i, LENGTH) for i in range(len(exact)))
     settled()
     resumed = StreamedCorpus(config(malformed="skip"))
-    assert i > 0
+    assert found
     assert resumed.digest == first.digest
-    assert torch.equal(resumed.packed(1, i, LENGTH).tokens, exact[i])
+    assert torch.equal(resumed.packed(1, len(found), LENGTH).tokens, exact[len(found)])
     settled()
 
 

@@ -29,7 +29,7 @@ def on_ranks(ring, ulysses, name):
     share = SEQUENCES // world.replicas
     mine = sequences("uneven").split(share)[world.replica]
     step = train_step(engine, prepare(engine, mine, world, lambda mask: layout), world)
-    trained = HeldOut(step.loss.item(), means(step.by_position))
+    trained = HeldOut(step.loss.item(), means(step.by_position), predicted=int(step.by_position[1].sum()))
     positions.FIRST_BOUND = 4096
     return found, trained
 

@@ -106,3 +106,23 @@ def test_loss_and_held_out_loss_are_those_of_a_plain_loop(ranks, tmp_path, write
     end = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "run" / "model", attn_implementation="sdpa")
     assert last["held_out_loss"] == pytest.approx(loss_one_by_one(end, held_out), rel=1e-5)
     assert loss_one_by_one(end, training) < 0.99 * first["loss"]
+
+
+@pytest.mark.ranks
+def test_a_step_without_a_label_is_reported_and_an_evaluation_without_one_is_refused(ranks, tmp_path):
+    for folder, labelled in (("data", 12), ("held-out", 11)):
+        (tmp_path / folder).mkdir()
+        ids, none = [*range(3, 3 + LENGTH)], [-100] * LENGTH
+        lines = [json.dumps({"input_ids": ids, "labels": ids if i == labelled else none}) for i in range(12 + 1)]
+        (tmp_path / folder / "a.jsonl").write_text("\n".join(lines))
+    paths = [f"data.path={tmp_path}/data", f"data.cache={tmp_path}/cache", f"output_dir={tmp_path}/runs"]
+    settings = ["data=jsonl", "data.field=input_ids", *RUN, *paths, "data.held_out=0"]
+    ((error, printed),) = ranks.run(fitted, 1, settings)
+    assert error is None
+    records = [record for record in read(tmp_path / "runs/run/metrics.jsonl") if "loss" in record]
+    empty = [record["step"] for record in records if record["predicted"] == 0]
+    assert empty
+    assert all(f"step {step}: no token of its batch has a label" in printed for step in empty)
+    evaluated = [f"data.evaluation.path={tmp_path}/held-out", "evaluation.sequences=1"]
+    ((error, _),) = ranks.run(fitted, 1, [*settings, *evaluated])
+    assert error.startswith("evaluation.sequences=1: no token of these held-out sequences has a label")
