@@ -201,6 +201,11 @@ def _check_trainer(owner: Any, several: bool) -> None:
             "the Trainer has not wrapped its model in DDP, so each rank would train on its own gradients: evaluate() "
             "before train() is the usual reason; set eval_on_start=True instead"
         )
+    if several and (alpha := getattr(args, "neftune_noise_alpha", None)):
+        raise ValueError(
+            f"neftune_noise_alpha={alpha} is not supported on the ring: the noise would be scaled by the length of a "
+            f"shard; leave it out"
+        )
     if smoothing := getattr(args, "label_smoothing_factor", 0.0):
         raise ValueError(
             f"label_smoothing_factor={smoothing} is not supported on the ring: the Trainer would "

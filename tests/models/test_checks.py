@@ -156,6 +156,10 @@ class OneOfTwo(Loopback):
     ("args", "message"),
     [
         ({"average_tokens_across_devices": False}, "^average_tokens_across_devices=False is not supported"),
+        (
+            {"neftune_noise_alpha": 5},
+            "^neftune_noise_alpha=5 is not supported on the ring: the noise would be scaled by",
+        ),
         ({"label_smoothing_factor": 0.1}, r"^label_smoothing_factor=0\.1 is not supported on the ring"),
         (
             {"accelerator": SimpleNamespace(distributed_type="MULTI_CPU")},
