@@ -42,7 +42,7 @@ padding is counted, or needed                                   -> models/test_f
 a fused loss ignores the scale of what comes back to it         -> training/test_loss.py::test_any_tile_gives_the_loss_and_gradients_of_whole_logits
 a tiled loss sums the head's gradient in bf16                   -> training/test_loss.py::test_the_weights_gradient_is_summed_over_tiles_in_fp32
 micro-batches are summed in bf16                                -> training/test_config.py::test_what_does_not_fit_the_ranks_is_refused
-a resumed run sees other data                                   -> data/test_batches.py::test_a_stream_resumed_from_its_state_equals_an_uninterrupted_one
+a resumed run sees other data                                   -> data/test_batches.py::test_a_stream_resumed_at_a_step_equals_an_uninterrupted_one
 a resumed run at another degree sees other data                 -> data/test_batches.py::test_rows_are_the_same_however_many_ranks_share_them
 
 slow, large, or hanging
