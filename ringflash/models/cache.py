@@ -7,7 +7,8 @@
 `generate` computes the tokens that the cache does not hold yet, the same ones on every rank, and attends to all others
 on the ranks that hold them (`ring.decode`). Without `prefill`, every rank reads the whole prompt in `generate`;
 transformers' `prefill_chunk_size` limits the memory of that. To sample, give all ranks the same random numbers
-(torch.manual_seed). Ranks compare the tokens of each forward, and raise an error if they differ.
+(torch.manual_seed). Ranks compare the tokens of each forward, and raise an error if they differ. For a single token,
+such as a sample, the next forward raises it, so that decoding does not wait for the comparison.
 
     state = cache.snapshot()        # of the document
     ...                             # generate
@@ -20,6 +21,7 @@ attends.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -40,7 +42,7 @@ from ringflash.models.families import has_chunks
 from ringflash.models.layers import calls_per_layer, layer_kinds, state_heads
 from ringflash.models.rope_length import is_length_aware, length_refusal
 from ringflash.ring.cache_plan import CHUNK, CachePlan, CacheState, rows_for
-from ringflash.ring.collectives import agree, checksum
+from ringflash.ring.collectives import checksum, comparison
 from ringflash.ring.decode import Attention, DeviceStep, LayerCache, attention_on_device, cached_attention
 from ringflash.ring.transport import Loopback, ProcessRing, Ring
 
@@ -109,6 +111,7 @@ class RingCache(Cache):
         self._left: dict[int, int | None] = {}  # the layer's window
         self._snapshots: WeakSet[Snapshot] = WeakSet()  # whose tokens it still holds
         self._kinds = [(_left(kind.window), kind.heads, count) for kind, count in layer_kinds(self.config).items()]
+        self._comparison: Callable[[], None] | None = None  # of the last forward's token on all ranks; raises
         self._windows = {left for left, _, _ in self._kinds}
         self.plan = self._new_plan()
         super().__init__(layers=[_Layer(self) for _ in range(self.config.num_hidden_layers)])
@@ -142,16 +145,27 @@ class RingCache(Cache):
         """Record the layer for its attention, which runs next, and return new keys and values unchanged."""
         if layer_idx == 0 and self.on_device is None:
             if self.layout is None:  # a chunk of `prefill` has been compared
-                self.compare_ranks(tokens_of_call())
+                self.compare_ranks(tokens_of_call(), wait=key_states.shape[-2] > 1)
             self._begin(key_states.shape[-2] if self.layout is None else self.layout.length)
         _pending.set((self, layer_idx))
         return key_states, value_states
 
-    def compare_ranks(self, tokens: Tensor | None) -> None:
-        """Raise ValueError unless all ranks were given these tokens and caches of one size. A collective."""
-        if isinstance(self.ring, ProcessRing) and self.ring.size > 1:
-            total = checksum(self.ring.device, tokens, torch.tensor([self.plan.length, self.capacity, self.chunk]))
-            agree("input_ids, capacity and chunk", total, [self.ring], _ALL_COMPUTE)
+    def compare_ranks(self, tokens: Tensor | None, wait: bool = True) -> None:
+        """Raise ValueError unless all ranks were given these tokens and caches of one size. A collective.
+
+        wait: False leaves the error to the next call, so that decoding on GPUs does not wait for each comparison.
+        """
+        if not isinstance(self.ring, ProcessRing) or self.ring.size == 1:
+            return
+        before, self._comparison = self._comparison, None
+        if before is not None:
+            before()
+        total = checksum(self.ring.device, tokens, torch.tensor([self.plan.length, self.capacity, self.chunk]))
+        check = comparison("input_ids, capacity and chunk", total, [self.ring], _ALL_COMPUTE)
+        if wait:
+            check()
+        else:
+            self._comparison = check
 
     def _begin(self, tokens: int) -> None:
         total = self.plan.length + tokens

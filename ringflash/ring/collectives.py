@@ -6,7 +6,7 @@ mixture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,23 +22,35 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 REFUSED = -1  # no checksum: what a rank was given does not fit
 
 
-def agree(
-    what: str, checksum: Tensor, groups: Sequence[ProcessRing | Ulysses], why: str = "each takes its shard of them"
-) -> None:
+def agree(what: str, checksum: Tensor, groups: Sequence[ProcessRing | Ulysses]) -> None:
     """Raise ValueError if the ranks' checksums differ, or one is REFUSED. A collective.
 
-    what: what the checksum is of, and why: why it must be equal, for the error. A rank whose own checksum is REFUSED
-    raises nothing: it has an error of its own.
+    what: what the checksum is of, for the error. A rank whose own checksum is REFUSED raises nothing: it has an error
+    of its own.
+    """
+    comparison(what, checksum, groups)()
+
+
+def comparison(
+    what: str, checksum: Tensor, groups: Sequence[ProcessRing | Ulysses], why: str = "each takes its shard of them"
+) -> Callable[[], None]:
+    """Start `agree`, and return the function that raises its error. On GPUs, only that function waits for the ranks.
+
+    why: why checksums must be equal, for the error.
     """
     extremes = torch.stack([checksum, -checksum])
     for group in groups:
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group.group)
-    greatest, least = extremes[0].item(), -extremes[1].item()
-    if greatest == least or checksum == REFUSED:
-        return
-    if least == REFUSED:
-        raise ValueError(f"another rank of the ring refused its {what}: see its error")
-    raise ValueError(f"{what} must be the same on every rank of a ring: {why}")
+
+    def check() -> None:
+        greatest, negative_least = extremes.tolist()
+        if greatest == -negative_least or checksum == REFUSED:
+            return
+        if negative_least == -REFUSED:
+            raise ValueError(f"another rank of the ring refused its {what}: see its error")
+        raise ValueError(f"{what} must be the same on every rank of a ring: {why}")
+
+    return check
 
 
 def checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
