@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ringflash.data.batches import Batch
 from ringflash.data.pairs import digests, predicted
+from ringflash.intervals import to_device
 from ringflash.models.router_loss import sum_over_ranks
 from ringflash.ring.heads import sequence_ranks
 from ringflash.ring.plan import AttentionPlan
@@ -82,7 +83,7 @@ class PreferencePairs:
         if (known := self.pair_loss.reference) is None:
             return None
         found = [known[name] for name in self.digests]
-        return torch.tensor(found, dtype=torch.float64, device=self.labels.device).view(-1, 2)
+        return to_device(torch.tensor(found, dtype=torch.float64).view(-1, 2), self.labels.device)
 
     def log_probabilities(self, head: LossHead, hidden: Tensor, labels: Tensor) -> Tensor:
         """log p of each answer, float64 [pairs, 2], from this rank's hidden states and shifted labels."""
