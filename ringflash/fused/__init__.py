@@ -5,6 +5,7 @@
     gated                act(gate) * up of a gated MLP
     gated_norm           RMSNorm of x silu(gate), in groups of channels, of Mamba-2 layers
     cross_entropy        losses of a tile of logits, and their gradient in place of them
+    float8               casts of operands to 8 bits, by rows and by columns
     adamw                the optimizer's step on weights that are kept as two 16-bit halves
     launch               what the launches share
 

@@ -38,9 +38,9 @@ def tile_of(width: int) -> tuple[int, int, int]:
     return max(1, TILE // columns), columns, 4 if columns <= 2 * TILE else min(32, columns // 512)
 
 
-def programs_for(tiles: int, device: torch.device) -> int:
-    """The number of programs that share `tiles` tiles, each with its own partial sums."""
-    return min(tiles, 4 if INTERPRETED else sm_count(device) * PROGRAMS_PER_SM)
+def programs_for(tiles: int, device: torch.device, groups: int = 1) -> int:
+    """The number of programs that share the `tiles` tiles of each of some groups, each with its own partial sums."""
+    return min(tiles, 4 if INTERPRETED else max(1, sm_count(device) * PROGRAMS_PER_SM // groups))
 
 
 def dense(x: Tensor | None) -> Tensor | None:

@@ -27,6 +27,7 @@ whole sequence.
     freezing                        weights that are not trained
     lora, lora_linear, lora_experts adapters, and their products on linear layers and on experts
     quantized                       QLoRA's 4-bit weights
+    float8, linear_dtype            linear layers in 8 bits, and which ones
     cache, graph                    generation: the KV cache, and a CUDA graph of each step
     digests                         recognises code of transformers by its source
 """

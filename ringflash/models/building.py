@@ -14,6 +14,7 @@ from ringflash.errors import ConfigError, in_one_line
 from ringflash.models.configuration import DTYPES, ModelConfig, read_config
 from ringflash.models.families import TEXT_MODELS, TEXT_NAMES
 from ringflash.models.freezing import freeze
+from ringflash.models.linear_dtype import use_float8
 from ringflash.models.lora import add_lora
 from ringflash.models.quantized import quantization, without_repacking
 from ringflash.models.rope_length import fix_rope_length, has_length_dependent_rope, rope_per_document
@@ -31,6 +32,11 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
     model cannot be built or cannot train on the ring.
     """
     hf_config = read_config(config)
+    if config.linear_dtype is not None and DTYPES[config.dtype] != torch.bfloat16:
+        raise ConfigError(
+            f"model.linear_dtype={config.linear_dtype} needs bf16 weights, and model.dtype={config.dtype} gives fp32 "
+            f"here: set model.dtype=bf16"
+        )
     options: dict[str, Any] = {"attn_implementation": "ring", "dtype": DTYPES[config.dtype]}
     if (kind := config.lora.quantize_base) is not None:
         options["quantization_config"] = quantization(kind, options["dtype"])
@@ -53,6 +59,8 @@ def build_model(config: ModelConfig, makers: Makers | None = None) -> PreTrained
         rope_per_document(model)
     if config.lora.enabled:
         add_lora(model, config.lora)
+    if config.linear_dtype is not None:
+        use_float8(model)
     freeze(model, config.freeze)
     return model
 

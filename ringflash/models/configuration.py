@@ -20,6 +20,7 @@ from ringflash.errors import ConfigError, check_choice, did_you_mean, hub_hint, 
 from ringflash.kernels import FASTEST_FIRST
 from ringflash.models.architecture import refused, token_refusal, value_refusal
 from ringflash.models.families import TEXT_MODELS, Recurrence, allow_untested, family_refusal, has_chunks, recurrence_of
+from ringflash.models.float8 import LINEAR_DTYPES
 from ringflash.models.layers import layer_kinds
 from ringflash.models.linear_kernels import device_refusal
 from ringflash.models.lora import ROPE, LoraConfig, is_adapter, read_fields
@@ -63,6 +64,10 @@ class ModelConfig:
 
     dtype: str = "auto"
     """dtype of weights and activations: bf16 (with fp32 master weights), fp32, or auto: bf16 on a GPU, else fp32."""
+
+    linear_dtype: str | None = None
+    """fp8: products of linear layers in attention and MLPs are in 8 bits, on a Hopper GPU, and weights stay bf16; null:
+    in the model's dtype."""
 
     extrapolate_positions: bool = False
     """Allow sequences longer than the model supports (max_position_embeddings, or the length that RoPE scales to). With
@@ -109,6 +114,21 @@ class ModelConfig:
         if self.rope_length is not None and self.rope_length < 1:
             raise ConfigError(f"model.rope_length={self.rope_length} must be 1 or more, or null")
         check_choice("model.dtype", self.dtype, DTYPES)
+        self._check_linear_dtype()
+
+    def _check_linear_dtype(self) -> None:
+        if self.linear_dtype is None:
+            return
+        setting = f"model.linear_dtype={self.linear_dtype}"
+        if self.linear_dtype not in LINEAR_DTYPES:
+            raise ConfigError(f"{setting} is not one of null, {', '.join(LINEAR_DTYPES)}")
+        if self.dtype == "fp32":
+            raise ConfigError(f"{setting} needs model.dtype=bf16: with model.dtype=fp32, set model.linear_dtype=null")
+        if self.lora.enabled:
+            raise ConfigError(
+                f"{setting} trains all weights: with model.lora, whose adapters are products in 16 bits, set "
+                f"model.linear_dtype=null"
+            )
 
     def _check_freeze(self) -> None:
         """Raise ConfigError for frozen weights that could never have learned, and beside adapters."""

@@ -22,14 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ringflash.models import float8
+from ringflash.models.float8 import Operand
 from ringflash.models.lora import adapted
 from ringflash.models.quantized import weight_of
 
 
 class Parts(NamedTuple):
-    """A linear layer's tensors, those of an adapter None if there is none: y = W x + bias + scale B (A x)."""
+    """A linear layer's tensors, those of an adapter None if there is none: y = W x + bias + scale B (A x).
 
-    weight: Tensor
+    The weight is an Operand if products are in 8 bits; there is no adapter then.
+    """
+
+    weight: Any
     bias: Tensor | None
     a: Tensor | None = None
     b: Tensor | None = None
@@ -55,28 +60,32 @@ def parts_of(layer: Any) -> Parts | None:
     return Parts(weight, layer.base_layer.bias, a.weight, b.weight, layer.scaling[names[0]])
 
 
-def reduced(x: Tensor, parts: Parts) -> Tensor | None:
+def reduced(x: Any, parts: Parts) -> Tensor | None:
     """t of x; None without an adapter."""
     return None if parts.a is None else _scaled(x, parts.a.T, parts.scale)
 
 
-def reduced_gradient(dy: Tensor, parts: Parts) -> Tensor | None:
+def reduced_gradient(dy: Any, parts: Parts) -> Tensor | None:
     """u of dy; None without an adapter."""
     return None if parts.b is None else _scaled(dy, parts.b, parts.scale)
 
 
-def product(x: Tensor, t: Tensor | None, parts: Parts, out: Tensor | None = None) -> Tensor:
+def product(x: Tensor | Operand, t: Tensor | None, parts: Parts, out: Tensor | None = None) -> Tensor:
     """y. t: `reduced` of x."""
     weight, bias, _, b, _ = parts
+    if isinstance(x, Operand):
+        return float8.forward(x, weight, bias, out)
     first, factor = (x, weight) if t is None or b is None else (t, b)
     y = torch.mm(first, factor.T, out=out) if bias is None else torch.addmm(bias, first, factor.T, out=out)
     return y if t is None else y.addmm_(x, weight.T)
 
 
 def product_backward(
-    dy: Tensor, u: Tensor | None, parts: Parts, out: Tensor | None = None, add: bool = False
+    dy: Tensor | Operand, u: Tensor | None, parts: Parts, out: Tensor | None = None, add: bool = False
 ) -> Tensor:
     """dx. u: `reduced_gradient` of dy. add: to what `out` has."""
+    if isinstance(dy, Operand):
+        return float8.backward(dy, parts.weight, out, add)
     first, factor = (dy, parts.weight) if u is None or parts.a is None else (u, parts.a)
     dx = torch.addmm(out, first, factor, out=out) if add and out is not None else torch.mm(first, factor, out=out)
     return dx if u is None else dx.addmm_(dy, parts.weight)

@@ -4,7 +4,8 @@
     a   = combine(act, h_i)    act(up), or act(gate) * up
     y   = a D^T + d
 
-With a LoRA adapter, a product also adds scale (x A^T) B^T, and its own weight is frozen (`models.lora_linear`).
+With a LoRA adapter, a product also adds scale (x A^T) B^T, and its own weight is frozen (`models.lora_linear`). Layers
+in 8 bits have their products in 8 bits (`models.float8`), and each tile has scales of its own.
 
 In a checkpointed layer, only x is kept, and the backward recomputes h and a one tile of tokens at a time, which
 checkpointing does once in any case. x is saved before y is computed: torch's checkpoint stops recomputing as soon as it
@@ -26,7 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ringflash.models import float8
 from ringflash.models.digests import digest
+from ringflash.models.float8 import Operand, in_float8
 from ringflash.models.lora_experts import experts_forward
 from ringflash.models.lora_linear import (
     Parts,
@@ -95,6 +98,11 @@ def _products(module: nn.Module, spec: MlpSpec) -> list[Parts] | None:
     return None if None in found else found  # type: ignore[return-value]  # none is None
 
 
+def linear_layers(module: nn.Module) -> tuple[str, ...]:
+    """The names of the linear layers of a known MLP; none for other modules."""
+    return () if (spec := spec_of(module)) is None else (*spec.inputs, spec.output)
+
+
 def tile_for(width: int) -> int:
     """Tokens per tile, a multiple of 128, if h has `width` columns.
 
@@ -126,7 +134,8 @@ def replace_forward(module: Any, kernel: str | None, tile: int | None) -> None:
     assert spec is not None
     module.fused_activation = kernel
     scales = tuple(parts.scale for parts in _products(module, spec) or ())
-    mlp = _Mlp(spec.combine, getattr(module, spec.act), scales, kernel, tile)
+    in_8_bits = in_float8(getattr(module, spec.output))
+    mlp = _Mlp(spec.combine, getattr(module, spec.act), scales, kernel, tile, in_8_bits)
     module.forward = partial(_forward, module, spec, mlp)
 
 
@@ -181,7 +190,8 @@ def _forward(module: nn.Module, spec: MlpSpec, mlp: _Mlp, x: Tensor) -> Tensor:
 class _Mlp:
     """An MLP's arithmetic on tensors [tokens, columns]; weights: of W_1, ..., D, the tensors of each one's `Parts`.
 
-    kernel: the activation that a Triton kernel computes in one pass (`fused.gated`); None: plain torch.
+    kernel: the activation that a Triton kernel computes in one pass (`fused.gated`); None: plain torch. in_8_bits:
+    whether products are in 8 bits.
     """
 
     combine: Callable[..., Tensor]
@@ -189,12 +199,18 @@ class _Mlp:
     scales: tuple[float, ...]
     kernel: str | None
     tile: int | None
+    in_8_bits: bool
 
     def parts(self, weights: Sequence[Any]) -> list[Parts]:
         """Those of W_1, ..., D."""
         starts = range(0, len(weights), TENSORS)
         each = zip(starts, self.scales, strict=True)
-        return [Parts(*weights[at : at + TENSORS])._replace(scale=scale) for at, scale in each]
+        found = [Parts(*weights[at : at + TENSORS])._replace(scale=scale) for at, scale in each]
+        return [parts._replace(weight=self.operand(parts.weight)) for parts in found]
+
+    def operand(self, x: Tensor) -> Any:
+        """x as products take it."""
+        return Operand(x) if self.in_8_bits else x
 
     def tiles(self, tokens: int) -> Iterator[slice]:
         """Slices of tokens of about equal length, of `tile` at most; one for no tokens, whose gradients are 0."""
@@ -203,9 +219,14 @@ class _Mlp:
         tile = min(tile, -(-whole // -(-whole // tile) // 128) * 128)
         return (slice(begin, begin + tile) for begin in range(0, whole, tile))
 
-    def hidden(self, x: Tensor, weights: Sequence[Any]) -> list[Tensor]:
-        """The tensors h_i."""
-        return [product(x, reduced(x, parts), parts) for parts in self.parts(weights)[:-1]]
+    def hidden(self, x: Any, inputs: list[Parts]) -> list[Tensor]:
+        """The tensors h_i of an operand x."""
+        return [product(x, reduced(x, parts), parts) for parts in inputs]
+
+    def output(self, a: Tensor, parts: Parts, out: Tensor | None = None) -> Tensor:
+        """y of a, with the parts of D. out: the tensor to write."""
+        operand = self.operand(a)
+        return product(operand, reduced(operand, parts), parts, out)
 
     def activated(self, hidden: list[Tensor], overwrite: bool) -> Tensor:
         """a. overwrite: whether h may be overwritten."""
@@ -235,22 +256,26 @@ class _Mlp:
         """The gradients of x and of the weights. needed: which weights need one. kept: h, if it is not recomputed."""
         dx = torch.empty_like(x)
         sums = _Sums(weights, needed, len(x) > (self.tile or len(x)))
+        parts = self.parts(weights)
         for here in self.tiles(len(x)):
-            self._tile_backward(x[here], dy[here], kept or self.hidden(x[here], weights), weights, sums, dx[here])
+            self._tile_backward(self.operand(x[here]), dy[here], kept, parts, sums, dx[here])
         return [dx, *sums.rounded()]
 
     def _tile_backward(
-        self, x: Tensor, dy: Tensor, hidden: list[Tensor], weights: Sequence[Any], sums: _Sums, dx: Tensor
+        self, x: Any, dy: Tensor, kept: list[Tensor] | None, parts: list[Parts], sums: _Sums, dx: Tensor
     ) -> None:
-        *inputs, output = self.parts(weights)
-        u = reduced_gradient(dy, output)
-        a, dhidden = self.activation_backward(hidden, product_backward(dy, u, output))
-        sums.add(len(inputs), dy, u, a, output)
-        del a
-        for i, (dh, parts) in enumerate(zip(dhidden, inputs, strict=True)):
-            u = reduced_gradient(dh, parts)
-            product_backward(dh, u, parts, dx, add=i > 0)
-            sums.add(i, dh, u, x, parts)
+        *inputs, output = parts
+        hidden = kept or self.hidden(x, inputs)
+        gradient = self.operand(dy)
+        u = reduced_gradient(gradient, output)
+        a, dhidden = self.activation_backward(hidden, product_backward(gradient, u, output))
+        sums.add(len(inputs), gradient, u, self.operand(a), output)
+        del a, gradient
+        for i, (dh, own) in enumerate(zip(dhidden, inputs, strict=True)):
+            gradient = self.operand(dh)
+            u = reduced_gradient(gradient, own)
+            product_backward(gradient, u, own, dx, add=i > 0)
+            sums.add(i, gradient, u, x, own)
 
 
 class _Sums:
@@ -260,23 +285,26 @@ class _Sums:
         self.weights, self.needed, self.in_fp32 = weights, needed, in_fp32
         self.totals: list[Tensor | None] = [None] * len(weights)
 
-    def add(self, number: int, dout: Tensor, u: Tensor | None, x: Tensor, parts: Parts) -> None:
-        """Add those of the product `number`, of x, with these parts. u: `reduced_gradient` of dout."""
+    def add(self, number: int, dout: Any, u: Tensor | None, x: Any, parts: Parts) -> None:
+        """Add those of the product `number`, of an operand x, with these parts. u: `reduced_gradient` of dout."""
         weight, bias, a, b = range(number * TENSORS, (number + 1) * TENSORS)
         self._add(weight, dout, x)
         if self.needed[bias]:
-            of_bias = dout.sum(0, dtype=torch.float32)
+            of_bias = (dout.x if isinstance(dout, Operand) else dout).sum(0, dtype=torch.float32)
             before = self.totals[bias]
             self.totals[bias] = of_bias if before is None else before + of_bias
         if u is not None and (t := reduced(x, parts)) is not None:
             self._add(a, u, x)
             self._add(b, dout, t)
 
-    def _add(self, at: int, dout: Tensor, x: Tensor) -> None:
+    def _add(self, at: int, dout: Any, x: Any) -> None:
         """Add dout^T x to the gradient of weight `at`, if that is needed."""
         if not self.needed[at]:
             return
-        if not self.in_fp32:
+        if isinstance(dout, Operand):
+            found = float8.weight_gradient(dout, x, torch.float32 if self.in_fp32 else self.weights[at].dtype)
+            self.totals[at] = found if (total := self.totals[at]) is None else total.add_(found)
+        elif not self.in_fp32:
             self.totals[at] = dout.T @ x
         elif (total := self.totals[at]) is not None:
             add_product(total, dout.T, x)
@@ -311,10 +339,10 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mlp: _Mlp, handle: Tensor, x: Tensor, weights: list[Any]) -> Tensor:
         y = torch.empty(handle.shape, dtype=x.dtype, device=x.device)
-        output = mlp.parts(weights)[-1]
+        *inputs, output = mlp.parts(weights)
         for here in mlp.tiles(len(x)):
-            a = mlp.activated(mlp.hidden(x[here], weights), overwrite=True)
-            product(a, reduced(a, output), output, out=y[here])
+            a = mlp.activated(mlp.hidden(mlp.operand(x[here]), inputs), overwrite=True)
+            mlp.output(a, output, out=y[here])
         return y
 
     @staticmethod
@@ -327,11 +355,11 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mlp: _Mlp, x: Tensor, *weights: Tensor | None) -> Tensor:
-        hidden = mlp.hidden(x, weights)
+        *inputs, output = mlp.parts(weights)
+        hidden = mlp.hidden(mlp.operand(x), inputs)
         ctx.mlp, ctx.overwritten = mlp, False
         ctx.save_for_backward(x, *hidden, *weights)
-        a, output = mlp.activated(hidden, overwrite=False), mlp.parts(weights)[-1]
-        return product(a, reduced(a, output), output)
+        return mlp.output(mlp.activated(hidden, overwrite=False), output)
 
     @staticmethod
     @once_differentiable

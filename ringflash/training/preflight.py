@@ -24,7 +24,9 @@ from ringflash.errors import ConfigError
 from ringflash.layout import Layout
 from ringflash.models import read_config
 from ringflash.models.configuration import DTYPES, ModelConfig, attention_kernels, check_length
+from ringflash.models.float8 import refusal
 from ringflash.models.freezing import forward_only_layers, freeze
+from ringflash.models.linear_dtype import count_float8, use_float8
 from ringflash.models.lora import add_lora, description
 from ringflash.models.mlp import tiles_of
 from ringflash.models.quantized import BYTES, quantizable
@@ -106,6 +108,8 @@ def check_inputs(
         attention_kernels(config.model, config.attention, model_config, device)
         for name in (f.name for f in dataclasses.fields(config.fused)):
             config.fused.wanted(name, device)
+        if config.model.linear_dtype is not None and (reason := refusal(device)) is not None:
+            raise ConfigError(f"model.linear_dtype={config.model.linear_dtype} {reason}; set model.linear_dtype=null")
     config.optim.accumulation(replicas=1)  # what does not divide here divides on no grid
     config.evaluation.needle.check(config.data.sequence_length, config.model, model_config)
     layers, memory = model_config.num_hidden_layers, config.memory
@@ -114,7 +118,8 @@ def check_inputs(
             f"memory.attention_results={memory.attention_results} memory.layer_inputs={memory.layer_inputs}: the model "
             f"has {layers} layers"
         )
-    checks_model = config.model.lora.enabled or config.model.freeze or config.memory.mlp_tile is not None
+    changed = config.model.lora.enabled or config.model.freeze or config.model.linear_dtype
+    checks_model = changed or config.memory.mlp_tile is not None
     model = _meta_model(config.model, model_config) if checks_model else None
     if model is not None and config.memory.mlp_tile is not None and not tiles_of(model):
         raise ConfigError(
@@ -160,11 +165,14 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 def _meta_model(config: ModelConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device. Raises ConfigError for adapters that it cannot have, and what cannot be frozen."""
+    """The model on the meta device. Raises ConfigError for adapters or products that it cannot have, and what cannot be
+    frozen."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
         if config.lora.enabled:
             add_lora(model, config.lora)
+    if config.linear_dtype is not None:
+        use_float8(model)
     freeze(model, config.freeze)
     return model
 
@@ -198,6 +206,8 @@ def _model(config: Config, model: PreTrainedModel) -> list[str]:
     dtype = "bf16" if DTYPES[config.model.dtype] == torch.bfloat16 else "fp32"
     quantized = f", linear layers in {kind}" if (kind := config.model.lora.quantize_base) else ""
     line = f"model      {model.config.model_type}, {parameters:,} parameters in {dtype}{quantized}"
+    if config.model.linear_dtype is not None:
+        line += f", products of {count_float8(model)} linear layers in {config.model.linear_dtype}"
     if config.model.freeze:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         layers = forward_only_layers(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ringflash.fused.cross_entropy import cross_entropy_
+from ringflash.fused.float8 import cast_columns, cast_rows
 from ringflash.fused.gated import gated, gated_backward_
 from ringflash.fused.gated_norm import gated_norm
 from ringflash.fused.norm import rms_norm
@@ -31,6 +32,28 @@ ROTARIES = {
     "no-norm": ((2, 7, 4, 16), 2, False),
     "odd-half": ((1, 11, 2, 80), 1, True),
 }
+
+# name: shapes of matrices that are cast to 8 bits; the kernels transpose tiles of 128 x 128
+CASTS = {"one-row": (1, 16), "odd": (37, 48), "tiles": (300, 176), "wide": (3, 5120), "narrow": (700, 8)}
+
+
+def representable(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix x [M, K] that 8 bits hold exactly, its values, and the scales of rows, powers of two."""
+    torch.manual_seed(0)
+    rows, columns = CASTS[name]
+    values = (torch.randn(rows, columns) * 4).to(torch.float8_e4m3fn).float()
+    values[:, 0] = -448.0
+    scales = torch.randint(-9, 9, (rows, 1)).float().exp2()
+    return (values * scales).bfloat16(), values.to(torch.float8_e4m3fn), scales
+
+
+def casts_are_exact(name: str, device: str = "cpu") -> bool:
+    """Whether casts by rows, and by columns of the transposed matrix, have the values and scales."""
+    x, values, scales = (y.to(device) for y in representable(name))
+    by_rows, by_columns = cast_rows(x), cast_columns(x.T)
+    padded = torch.nn.functional.pad(values.float(), (0, -values.shape[1] % 16))
+    right = torch.equal(by_rows[0].float(), values.float()) and torch.equal(by_columns[0].float(), padded)
+    return right and torch.equal(by_rows[1], scales) and torch.equal(by_columns[1], scales)
 
 
 def norm_excess(name: str, dtype: torch.dtype, device: str = "cpu") -> float:

@@ -8,14 +8,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
-from ringflash.fused import adamw, cross_entropy, gated, gated_norm, norm, rotary
+from ringflash.fused import adamw, cross_entropy, float8, gated, gated_norm, norm, rotary
 from ringflash.fused.launch import tile_of
 from tests.compiled import resources
 
 FP32 = {
-    "inverse", "parts", "losses", "eps", "offset", "softcap", "lr", "beta1", "beta2", "decay", "correct1", "correct2",
+    "inverse", "parts", "losses", "scales", "maxima", "eps", "offset", "softcap", "lr", "beta1", "beta2", "decay",
+    "correct1", "correct2",
 }  # fmt: skip
-INTEGERS = {"labels": "i64", "high": "i16", "low": "i16", "mean": "i16", "square": "i16"}
+TYPES = {"values": "fp8e4nv", "labels": "i64", "high": "i16", "low": "i16", "mean": "i16", "square": "i16"}
 
 
 def norm_of(width: int, **more: bool) -> tuple[dict, int]:
@@ -67,21 +68,27 @@ KERNELS = {
         for capped in (True, False)
     },
 }
+TRANSPOSED = ({"TOKENS": float8.TOKENS, "COLUMNS": float8.COLUMNS}, 8)
+HOPPER = {  # which 8-bit values need
+    **{f"cast-rows-{width}": (float8._rows, norm_of(width)) for width in (1024, 4096, 14336)},
+    "cast-maxima": (float8._maxima, TRANSPOSED),
+    "cast-columns": (float8._columns, TRANSPOSED),
+}
 KERNELS["adamw"] = (adamw._kernel, ({"BLOCK": adamw.BLOCK}, 4))
 POINTERS = {
     "x", "residual", "weight", "h", "y", "inverse", "dh", "dy", "dx", "parts", "cos", "sin", "gate", "up", "out",
-    "dgate", "dout", "logits", "losses", "gradient", *INTEGERS,
+    "dgate", "dout", "logits", "losses", "gradient", "values", "scales", "maxima", *TYPES,
 }  # fmt: skip
 
 
 def report(name: str, arch: int) -> dict:
     """A kernel's resources, compiled for bf16 tensors."""
-    kernel, (constants, warps) = KERNELS[name]
+    kernel, (constants, warps) = (KERNELS | HOPPER)[name]
 
     def type_of(argument: str) -> str:
         if argument in constants:
             return "constexpr"
-        kind = INTEGERS.get(argument, "fp32" if argument in FP32 else "bf16")
+        kind = TYPES.get(argument, "fp32" if argument in FP32 else "bf16")
         if argument in POINTERS:
             return f"*{kind}"
         return kind if argument in FP32 else "i32"
@@ -98,6 +105,6 @@ def report(name: str, arch: int) -> dict:
 
 
 if __name__ == "__main__":
-    for arch in (80, 90):
-        for name in KERNELS:
+    for arch, kernels in ((80, KERNELS), (90, KERNELS | HOPPER)):
+        for name in kernels:
             print(json.dumps(report(name, arch)), flush=True)

@@ -15,5 +15,5 @@ STACK = {"norm-backward-16384": 256, "gated-norm-backward-8192": 120, "cross-ent
 @pytest.mark.slow
 def test_every_kernel_compiles_and_nothing_spills_but_what_is_listed():
     found = reports("tests.fused.offline")
-    assert len(found) == 50
+    assert len(found) == 55
     assert [r for r in found if r["stack"] > STACK.get(r["kernel"].rpartition("-")[0], 0)] == []

@@ -35,6 +35,11 @@ def test_gated_norm_is_exact(claim, case, dtype):
     assert claim("gated_norm_excess", case, dtype) <= 1
 
 
+@pytest.mark.parametrize("case", ["one-row", "odd", "tiles", "wide", "narrow"])
+def test_casts_of_what_8_bits_hold_are_exact(claim, case):
+    assert claim("casts_are_exact", case)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ["one-token", "rows-share-positions", "rows-differ", "no-norm", "odd-half"])
 def test_rotary_is_exact(claim, case, dtype):

@@ -35,6 +35,7 @@ def reference_path(cache: str, model: ModelConfig) -> Path:
     """The file of the model that training starts from. This reads all of its weights."""
     folders = [path for path in (model.path, model.lora.path) if path is not None]
     made_of = [FORMAT, str(DTYPES[model.dtype]), model.lora.quantize_base, model.rope_parameters, model.rope_length]
+    made_of += [] if model.linear_dtype is None else [model.linear_dtype]
     made_of += [_weights_digest(Path(folder)) for folder in folders]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     return Path(cache).expanduser() / f"{key}.reference.npz"
