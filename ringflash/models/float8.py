@@ -112,7 +112,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 def _cast(x: Tensor) -> Float8:
     """x by rows, in plain torch."""
     largest = nn.functional.pad(x.abs().float(), (0, 1), value=SMALLEST).amax(1, keepdim=True)
-    return Float8((x.float() * (LARGEST / largest)).to(torch.float8_e4m3fn), largest / LARGEST)
+    factor = torch.full_like(largest, LARGEST) / largest  # LARGEST / largest would be LARGEST times the rounded inverse
+    return Float8((x.float() * factor).to(torch.float8_e4m3fn), largest / LARGEST)
 
 
 def _product(a: Float8, b: Float8, dtype: torch.dtype, out: Tensor | None = None, fast: bool = True) -> Tensor:
