@@ -63,7 +63,7 @@ def _prefix(name: str) -> str:
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[bool]:
     """Holds the lock of a file or folder; False if another holds it (without `wait`), or there are no locks here."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks only what is open for writing
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,7 +1,10 @@
 """A stream of files is the sequences of each file in turn, resumable anywhere, with few files' tokens on the disk."""
 
+import errno
+import fcntl
 import itertools
 import json
+import os
 import threading
 
 import pytest
@@ -117,6 +120,17 @@ def test_a_stream_that_ends_at_a_malformed_record_is_continued_without_it(config
     assert resumed.digest == first.digest
     assert torch.equal(resumed.packed(1, len(found), LENGTH).tokens, exact[len(found)])
     settled()
+
+
+def test_lock_files_are_open_for_writing_as_nfs_needs(config, monkeypatch):
+    def lock(descriptor, operation):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "not open for writing")
+
+    corpus = StreamedCorpus(config())
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with corpus._locked("0") as held:
+        assert held
 
 
 def test_a_source_to_evaluate_on_is_tokenised_whole(config, tmp_path):
