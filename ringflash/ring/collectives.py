@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringflash.intervals import to_device
+
 if TYPE_CHECKING:
     from ringflash.ring.transport import ProcessRing
     from ringflash.ring.ulysses import Ulysses
@@ -59,7 +61,7 @@ def checksum(device: torch.device, *tensors: Tensor | None) -> Tensor:
     for x in (x for x in tensors if x is not None):
         positions = torch.arange(1, x.numel() + 1, device=x.device)
         mixed = (x.flatten().long() + 0x9E3779B9) * (positions * 0x85EBCA6B + x.shape[-1])
-        total += ((mixed ^ (mixed >> 29)).sum() & (2**58 - 1)).to(device)
+        total += to_device((mixed ^ (mixed >> 29)).sum() & (2**58 - 1), device)
     return total
 
 
