@@ -1,4 +1,4 @@
-"""Every rank gets as many chunks as any other, no work is lost, and exchanging chunks keeps the work table exact."""
+"""All ranks get equally many chunks, no work is lost, and exchanging chunks keeps the work table exact."""
 
 import numpy as np
 import pytest
